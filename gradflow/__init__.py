@@ -1,0 +1,73 @@
+"""How far back in time does the gradient of a recurrent PyTorch model really flow?
+
+``gradflow.record`` hooks a model, ``analyze`` measures, ``plot`` and ``report`` show; ``diagnose``
+does the first two in one call. Names are loaded when first used, so that importing gradflow loads
+neither torch nor a plotting library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gradflow._version import __version__
+
+if TYPE_CHECKING:
+    from gradflow.analysis import Analysis, Finding, LayerAnalysis, load
+    from gradflow.analyzer import analyze
+    from gradflow.errors import GradflowError, GradflowWarning
+    from gradflow.hooks import record
+    from gradflow.recording import Recording, Track
+    from gradflow.reporter import report
+    from gradflow.workflow import compare, diagnose, plot
+
+_HOMES = {
+    "Analysis": "gradflow.analysis",
+    "Finding": "gradflow.analysis",
+    "GradflowError": "gradflow.errors",
+    "GradflowWarning": "gradflow.errors",
+    "LayerAnalysis": "gradflow.analysis",
+    "Recording": "gradflow.recording",
+    "Track": "gradflow.recording",
+    "analyze": "gradflow.analyzer",
+    "analyzer": "gradflow",
+    "compare": "gradflow.workflow",
+    "diagnose": "gradflow.workflow",
+    "load": "gradflow.analysis",
+    "plot": "gradflow.workflow",
+    "record": "gradflow.hooks",
+    "report": "gradflow.reporter",
+}
+
+__all__ = [
+    "Analysis",
+    "Finding",
+    "GradflowError",
+    "GradflowWarning",
+    "LayerAnalysis",
+    "Recording",
+    "Track",
+    "__version__",
+    "analyze",
+    "analyzer",
+    "compare",
+    "diagnose",
+    "load",
+    "plot",
+    "record",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradflow' has no attribute {name!r}")
+    if name == "analyzer":
+        return importlib.import_module("gradflow.analyzer")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,358 @@
+"""What was found: an `Analysis` holds one `LayerAnalysis` per track, ready to be shown or saved.
+
+Everything a picture or a page shows is already here; nothing is computed while drawing. All arrays
+are float64 numpy. Gains are natural logarithms unless a name says log10. ``source``, ``target`` and
+``step`` count from 0; text and axes add one.
+
+Variables of `LayerAnalysis.data` (dims in brackets; NaN where undefined, -inf for an exact zero):
+
+==================  =============================  =====================================================
+log_gain            (norm, sequence, source,       ln ‖P(t'←t)‖; norm is "spectral" or "rms"; sequence
+                    target)                        is the index in the user's batch; processing order
+log_singular        (sequence, index)              ln of the singular values of P over the span
+lag_median          (lag)                          L(k): median over mapped sequences and sources of
+                                                   the spectral ln gain
+lag_low, lag_high   (lag)                          its 10 % and 90 % quantiles
+lag_count           (lag)                          how many (sequence, source) pairs it rests on
+lag_zero_share      (lag)                          share of pairs whose gain is exactly 0
+lag_slope           (lag)                          local slope L(k) − L(k−1), nats per step
+lag_fit             (lag)                          straight line with the layer's rate as its slope
+sequence_rate       (batch)                        largest Lyapunov exponent of each sequence
+length              (batch)                        real steps of each sequence
+log10_grad          (state, unit, back)            |∂L/∂s_t| of the last loss step, rms over sequences
+                                                   aligned at that step (back = 0), divided by the
+                                                   layer's own rms value there; log10
+unit_order          (state, unit)                  units sorted, longest memory first
+grad_norm           (kind, state, step)            median over sequences of ‖∂L/∂s_t‖₂; kind is
+                                                   "total", "direct" (h only) or "last"; input-time order
+gate_mean           (gate, step)                   mean activation of each gate
+gate_closed/_open   (gate, step)                   share of units and sequences < 0.05 / > 0.95
+state_norm          (state, step)                  median over sequences of ‖s_t‖₂/√width
+memory_steps        (state, unit)                  steps back until |∂L/∂s| < 10⁻³ of the layer's level
+==================  =============================  =====================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from gradflow.errors import FileError, InputError
+from gradflow.recording import Parity
+
+VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
+FRAMES = ("layers", "steps", "lags", "units", "findings")
+SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be misled
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Growth of ln gain per step in nats, with its 95 % interval over sequences."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, the evidence for it, and what to try."""
+
+    name: str  # stable, e.g. "vanishing", "forget-gates-closed"
+    layer: str
+    message: str  # one sentence with numbers
+    where: str = ""  # steps, units or sequences
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    threshold: float | None = None
+    source: str = ""  # author and year of the threshold or the remedy
+    severity: float | None = None  # decades over the span; negative = lost
+    advice: str = ""  # one sentence
+    code: str = ""  # a line to paste
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """The verdict on one layer in one direction, and the numbers behind it."""
+
+    name: str
+    cell: str
+    reverse: bool
+    hidden: int  # H
+    size: int  # S
+    steps: int  # T of the longest sequence
+    sequences: int  # B
+    span: int  # the distance of interest, in steps
+    verdict: str
+    labels: tuple[str, ...]
+    rate: Rate
+    half_life: float  # steps; inf if the gain never halves
+    horizon: int | None  # first lag with gain < 1e-3; None if not reached
+    searched: int  # how many lags the horizon was searched over
+    channels: int | None  # directions that survive the span; None where undefined
+    lyapunov: np.ndarray | None  # (k,) nats per step, largest first
+    findings: tuple[Finding, ...]
+    parity: Parity
+    sentence: str  # the verdict in words with numbers
+    title: str  # the overview's headline for this row
+    gradient_note: str  # "" or why there is no gradient of the loss here
+    method: str  # "exact" or "sketch", and how it was chosen
+    data: xr.Dataset = field(repr=False)
+
+    @property
+    def main_state(self) -> str:
+        """The state the overview shows: c where there is one, else h."""
+        return "c" if "c" in self.data["state"].values else "h"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The result of `gradflow.analyze`: prints as a table, saves to one netCDF file."""
+
+    title: str  # the model's name
+    layers: Mapping[str, LayerAnalysis]
+    warnings: tuple[str, ...]  # settings that shape or limit the numbers
+    provenance: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> LayerAnalysis:
+        if name in self.layers:
+            return self.layers[name]
+        matches = [known for known in self.layers if known.startswith(name)]
+        if len(matches) == 1:
+            return self.layers[matches[0]]
+        raise InputError(f"there is no layer {name!r}; this analysis has {', '.join(self.layers)}")
+
+    def __iter__(self) -> Iterator[LayerAnalysis]:
+        return iter(self.layers.values())
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def titled(self, title: str) -> Analysis:
+        """The same analysis under another name."""
+        return replace(self, title=title)
+
+    @property
+    def worst_first(self) -> list[LayerAnalysis]:
+        """Layers by how much of the gradient they lose or blow up, then in order of running."""
+        rank = {"dead": 0, "exploding": 1, "vanishing": 1, "inconclusive": 2, "stable": 3}
+
+        def key(layer: LayerAnalysis) -> tuple[int, float]:
+            size = abs(layer.rate.value) if math.isfinite(layer.rate.value) else 0.0
+            return rank[layer.verdict], -size
+
+        return sorted(self.layers.values(), key=key)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings, those of the worst layers first."""
+        return [finding for layer in self.worst_first for finding in layer.findings]
+
+    def frame(self, kind: str = "layers") -> pd.DataFrame:
+        """A tidy table; kind is one of layers, steps, lags, units, findings."""
+        if kind not in FRAMES:
+            raise InputError(f"kind must be one of {', '.join(FRAMES)}, got {kind!r}")
+        return _FRAME_BUILDERS[kind](self)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything to one netCDF file, which `gradflow.load` reads back exactly."""
+        return _save(self, Path(path))
+
+    def __repr__(self) -> str:
+        lines = [f"gradflow analysis of {self.title}"]
+        lines += [f"  {layer.sentence}" for layer in self.worst_first]
+        lines += [f"  note: {warning}" for warning in self.warnings]
+        table = self.frame("layers")[
+            ["layer", "verdict", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels"]
+        ]
+        return "\n".join(lines) + "\n" + table.to_string(index=False, float_format="%.4g")
+
+    def _repr_html_(self) -> str:
+        sentences = "".join(f"<li>{escape(layer.sentence)}</li>" for layer in self.worst_first)
+        return f"<b>{escape(self.title)}</b><ul>{sentences}</ul>" + self.frame("layers").to_html(
+            index=False, border=0
+        )
+
+
+# ---------------------------------------------------------------------------------------- frames
+
+
+def _layers_frame(analysis: Analysis) -> pd.DataFrame:
+    rows = [
+        {
+            "layer": layer.name,
+            "cell": layer.cell,
+            "hidden": layer.hidden,
+            "state_size": layer.size,
+            "steps": layer.steps,
+            "sequences": layer.sequences,
+            "span": layer.span,
+            "verdict": layer.verdict,
+            "labels": "; ".join(layer.labels),
+            "rate": layer.rate.value,
+            "rate_low": layer.rate.low,
+            "rate_high": layer.rate.high,
+            "decades_over_span": layer.rate.value * layer.span / math.log(10),
+            "half_life": layer.half_life,
+            "horizon": layer.horizon,
+            "searched": layer.searched,
+            "channels": layer.channels,
+            "parity": layer.parity.status,
+            "parity_error": layer.parity.error,
+            "sentence": layer.sentence,
+        }
+        for layer in analysis
+    ]
+    frame = pd.DataFrame(rows)
+    return frame.astype({"horizon": "Int64", "channels": "Int64"}) if rows else frame
+
+
+def _steps_frame(analysis: Analysis) -> pd.DataFrame:
+    tables = []
+    for layer in analysis:
+        data = layer.data
+        columns: dict[str, Any] = {
+            "layer": layer.name,
+            "step": np.arange(1, data.sizes["step"] + 1),
+        }
+        for state in data["state"].values:
+            columns[f"norm_{state}"] = data["state_norm"].sel(state=state).values
+            for kind in data["kind"].values:
+                if kind == "direct" and state != "h":
+                    continue
+                columns[f"grad_{state}_{kind}"] = data["grad_norm"].sel(kind=kind, state=state).values
+        for gate in data["gate"].values:
+            for what in ("mean", "closed", "open"):
+                columns[f"gate_{gate}_{what}"] = data[f"gate_{what}"].sel(gate=gate).values
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _lags_frame(analysis: Analysis) -> pd.DataFrame:
+    names = ("median", "low", "high", "count", "zero_share", "slope", "fit")
+    tables = [
+        pd.DataFrame(
+            {"layer": layer.name, "lag": layer.data["lag"].values}
+            | {name: layer.data[f"lag_{name}"].values for name in names}
+        )
+        for layer in analysis
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _units_frame(analysis: Analysis) -> pd.DataFrame:
+    tables = []
+    for layer in analysis:
+        for state in layer.data["state"].values:
+            order = layer.data["unit_order"].sel(state=state).values
+            rank = {int(unit): place for place, unit in enumerate(order[order >= 0], start=1)}
+            units = sorted(rank)
+            table = pd.DataFrame({"layer": layer.name, "state": state, "unit": np.add(units, 1)})
+            table["memory_rank"] = [rank[unit] for unit in units]
+            table["memory_steps"] = layer.data["memory_steps"].sel(state=state).values[units]
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _findings_frame(analysis: Analysis) -> pd.DataFrame:
+    columns = list(Finding.__dataclass_fields__)
+    return pd.DataFrame([asdict(finding) for finding in analysis.findings], columns=columns)
+
+
+_FRAME_BUILDERS = {
+    "layers": _layers_frame,
+    "steps": _steps_frame,
+    "lags": _lags_frame,
+    "units": _units_frame,
+    "findings": _findings_frame,
+}
+
+
+# ----------------------------------------------------------------------------------- save, load
+
+
+def _save(analysis: Analysis, path: Path) -> Path:
+    header = {
+        "schema": SCHEMA,
+        "title": analysis.title,
+        "warnings": list(analysis.warnings),
+        "provenance": dict(analysis.provenance),
+        "layers": list(analysis.layers),
+    }
+    tree = {"/": xr.Dataset(attrs={"gradflow": json.dumps(header)})}
+    for number, layer in enumerate(analysis):
+        tree[f"/layer{number}"] = layer.data.assign_attrs(gradflow=json.dumps(_layer_header(layer)))
+    try:
+        xr.DataTree.from_dict(tree).to_netcdf(path, engine="h5netcdf")
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
+    header = {
+        name: getattr(layer, name)
+        for name in LayerAnalysis.__dataclass_fields__
+        if name not in ("data", "lyapunov", "rate", "parity", "findings")
+    }
+    header["lyapunov"] = None if layer.lyapunov is None else layer.lyapunov.tolist()
+    header["rate"] = asdict(layer.rate)
+    header["parity"] = asdict(layer.parity)
+    header["findings"] = [asdict(finding) for finding in layer.findings]
+    return header
+
+
+def load(path: str | os.PathLike[str]) -> Analysis:
+    """Read a run back: a ``run.nc`` file, or a report folder that holds one."""
+    path = Path(path)
+    file = path / "run.nc" if path.is_dir() else path
+    if not file.exists():
+        raise FileError(f"there is no run at {file}; give a folder written by gradflow, or its run.nc")
+    try:
+        with xr.open_datatree(file, engine="h5netcdf") as tree:
+            tree.load()
+            header = json.loads(tree.attrs["gradflow"])
+            groups = [tree[f"/layer{number}"] for number in range(len(header["layers"]))]
+            layers = [_layer_from(group.to_dataset()) for group in groups]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(
+            f"{file} is not a run saved by gradflow ({error}); give a report folder or its run.nc"
+        ) from error
+    if header["schema"] != SCHEMA:
+        raise FileError(
+            f"{file} was saved with schema {header['schema']}, this gradflow reads {SCHEMA}; "
+            "analyze the model again"
+        )
+    return Analysis(
+        title=header["title"],
+        layers={layer.name: layer for layer in layers},
+        warnings=tuple(header["warnings"]),
+        provenance=header["provenance"],
+    )
+
+
+def _layer_from(data: xr.Dataset) -> LayerAnalysis:
+    header = json.loads(data.attrs.pop("gradflow"))
+    lyapunov = header.pop("lyapunov")
+    return LayerAnalysis(
+        **header
+        | {
+            "labels": tuple(header["labels"]),
+            "rate": Rate(**header["rate"]),
+            "parity": Parity(**header["parity"]),
+            "findings": tuple(Finding(**finding) for finding in header["findings"]),
+            "lyapunov": None if lyapunov is None else np.asarray(lyapunov, dtype=float),
+            "data": data,
+        }
+    )

@@ -1,0 +1,127 @@
+"""What every kind of cell shares: weights of one layer and direction, and its linearised steps.
+
+Everything is in processing order: index 0 is the step the kernel runs first. A block of vectors has
+shape (B, m, S), its rows are the vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of one layer and direction, by PyTorch's own names."""
+
+    weight_ih: Tensor  # (G*H, I)
+    weight_hh: Tensor  # (G*H, P)
+    bias_ih: Tensor | None = None  # (G*H,)
+    bias_hh: Tensor | None = None  # (G*H,)
+    weight_hr: Tensor | None = None  # (P, H), with a projection
+
+    def to(self, dtype: torch.dtype) -> Weights:
+        """The same weights in another dtype."""
+        return Weights(*(None if w is None else w.to(dtype) for w in self.values()))  # type: ignore[arg-type]
+
+    def values(self) -> tuple[Tensor | None, ...]:
+        """The tensors, None for those this layer does not have."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    def named(self) -> dict[str, Tensor]:
+        """Name -> tensor, only those this layer has."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    def project_input(self, x: Tensor) -> Tensor:
+        """W_ih x_t + b_ih of all steps at once, (T, B, G*H)."""
+        return torch.nn.functional.linear(x, self.weight_ih, self.bias_ih)
+
+    def project_state(self, h: Tensor) -> Tensor:
+        """W_hh h_{t−1} + b_hh of all steps at once, (T, B, G*H)."""
+        return torch.nn.functional.linear(h, self.weight_hh, self.bias_hh)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one backward scan over time yields, processing order."""
+
+    grads: dict[str, Tensor]  # state name -> total gradient (T, B, width)
+    delta: Tensor  # (T, B, G*H)
+    delta_hh: Tensor  # (T, B, G*H)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A layer's steps, linearised at the states it really visited: an `Operator`, and a scan.
+
+    Subclasses add the factors of their equations; those named in ``per_step`` have (T, B) first.
+    """
+
+    per_step: ClassVar[tuple[str, ...]] = ()
+
+    weight_hh: Tensor  # (G*H, P)
+    gates: dict[str, Tensor]  # gate name -> (T, B, H)
+    states: dict[str, Tensor]  # state name -> (T, B, width), as recomputed
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return int(self.states["h"].shape[0])
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return int(self.states["h"].shape[1])
+
+    @property
+    def size(self) -> int:
+        """S, the width of the full carried state."""
+        return sum(int(state.shape[2]) for state in self.states.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that products are computed in."""
+        return self.weight_hh.dtype
+
+    def each_step(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply one change to every tensor that has (T, B) in front: a gather, a mask."""
+        changed = {name: change(getattr(self, name)) for name in self.per_step}
+        gates = {name: change(gate) for name, gate in self.gates.items()}
+        states = {name: change(state) for name, state in self.states.items()}
+        return replace(self, gates=gates, states=states, **changed)
+
+    def push(self, t: int, block: Tensor) -> Tensor:
+        """Map every row v of block (B, m, S) to A_t v."""
+        raise NotImplementedError
+
+    def pull(self, t: int, block: Tensor) -> Tensor:
+        """Map every row u of block (B, m, S) to A_tᵀ u."""
+        raise NotImplementedError
+
+    def scan(self, direct: Tensor, final_c: Tensor | None, last: Tensor) -> Scan:
+        """Total gradients of all steps from the direct ones, backward in time.
+
+        direct (T, B, P) is the gradient that reaches h_t from outside this layer's recurrence,
+        final_c (B, H) the gradient at c of each sequence's last step, whose index is last (B,).
+        """
+        raise NotImplementedError
+
+
+class Cell(Protocol):
+    """One kind of recurrent cell."""
+
+    states: tuple[str, ...]
+    gates: tuple[str, ...]
+
+    def linearise(self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None) -> Steps:
+        """Linearise all steps at the known states: x (T, B, I), h (T, B, P), h0 (B, P), c0 (B, H)."""
+        ...
+
+
+def previous(h: Tensor, h0: Tensor) -> Tensor:
+    """h_{t−1} for every t: the initial state, then all states but the last, (T, B, P)."""
+    return torch.cat([h0.unsqueeze(0), h[:-1]])

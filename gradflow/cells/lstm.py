@@ -1,0 +1,101 @@
+"""The LSTM (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000) as PyTorch computes it.
+
+(i, f, g, o) = σ, σ, tanh, σ of W_ih x_t + b_ih + W_hh h_{t−1} + b_hh,
+c_t = f ⊙ c_{t−1} + i ⊙ g,  m_t = o ⊙ tanh c_t,  h_t = m_t, or W_hr m_t with a projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradflow.cells.base import Scan, Steps, Weights, previous
+
+
+@dataclass(frozen=True)
+class LSTMSteps(Steps):
+    """The joint Jacobian of (h, c) as factors of the gates' pre-activations."""
+
+    per_step: ClassVar[tuple[str, ...]] = ("factor", "keep", "through")
+
+    factor: Tensor  # (T, B, 4, H): ∂c/∂a_i, ∂c/∂a_f, ∂c/∂a_g, ∂m/∂a_o
+    keep: Tensor  # (T, B, H): ∂c_t/∂c_{t−1} at fixed h, the forget gate
+    through: Tensor  # (T, B, H): ∂m_t/∂c_t = o (1 − tanh² c)
+    weight_hr: Tensor | None  # (P, H)
+
+    def push(self, t: int, block: Tensor) -> Tensor:
+        batch, rows, _ = block.shape
+        width = self.weight_hh.shape[1]
+        gates = (block[..., :width] @ self.weight_hh.T).view(batch, rows, 4, -1)
+        gates *= self.factor[t].unsqueeze(1)
+        dc = torch.addcmul(gates[:, :, :3].sum(2), self.keep[t].unsqueeze(1), block[..., width:])
+        dm = torch.addcmul(gates[:, :, 3], self.through[t].unsqueeze(1), dc)
+        return torch.cat([dm if self.weight_hr is None else dm @ self.weight_hr.T, dc], dim=2)
+
+    def pull(self, t: int, block: Tensor) -> Tensor:
+        width = self.weight_hh.shape[1]
+        dm = block[..., :width]
+        if self.weight_hr is not None:
+            dm = dm @ self.weight_hr
+        dc = torch.addcmul(block[..., width:], self.through[t].unsqueeze(1), dm)
+        delta = torch.stack([dc, dc, dc, dm], dim=2).mul_(self.factor[t].unsqueeze(1))
+        return torch.cat([delta.flatten(2) @ self.weight_hh, dc * self.keep[t].unsqueeze(1)], dim=2)
+
+    def scan(self, direct: Tensor, final_c: Tensor | None, last: Tensor) -> Scan:
+        grad_h, grad_c = direct.clone(), torch.zeros_like(self.keep)
+        delta = torch.empty_like(self.factor)
+        if final_c is not None:
+            grad_c[last, torch.arange(self.batch, device=last.device)] = final_c
+        for t in reversed(range(self.length)):
+            dm = grad_h[t] if self.weight_hr is None else grad_h[t] @ self.weight_hr
+            dc = grad_c[t].addcmul_(self.through[t], dm)
+            torch.mul(self.factor[t, :, :3], dc.unsqueeze(1), out=delta[t, :, :3])
+            torch.mul(self.factor[t, :, 3], dm, out=delta[t, :, 3])
+            if t:
+                grad_h[t - 1].addmm_(delta[t].flatten(1), self.weight_hh)
+                grad_c[t - 1].addcmul_(dc, self.keep[t])
+        flat = delta.flatten(2)
+        return Scan({"h": grad_h, "c": grad_c}, flat, flat)
+
+
+class LSTMCell:
+    """PyTorch's LSTM, with or without a projection (Sak et al. 2014)."""
+
+    states: tuple[str, ...] = ("h", "c")
+    gates: tuple[str, ...] = ("i", "f", "g", "o")
+
+    def linearise(
+        self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None
+    ) -> LSTMSteps:
+        if c0 is None:
+            raise ValueError("an LSTM has a cell state; c0 must be given")
+        pre = weights.project_input(x) + weights.project_state(previous(h, h0))
+        i, f, g, o = pre.chunk(4, dim=2)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        c = i * g
+        before = torch.empty_like(c)  # c_{t−1}
+        for t in range(c.shape[0]):
+            before[t] = c[t - 1] if t else c0
+            c[t].addcmul_(f[t], before[t])
+        squashed = c.tanh()
+        factor = torch.stack(
+            [
+                g * i * (1 - i),
+                before * f * (1 - f),
+                i * (1 - g * g),
+                squashed * o * (1 - o),
+            ],
+            dim=2,
+        )
+        return LSTMSteps(
+            weights.weight_hh,
+            {"i": i, "f": f, "g": g, "o": o},
+            {"h": h, "c": c},
+            factor,
+            f,
+            o * (1 - squashed * squashed),
+            weights.weight_hr,
+        )

@@ -1,0 +1,40 @@
+"""Every error gradflow raises on purpose, and the shape of its sentences.
+
+A message reads "<what> must be <expected>, got <actual>; <what to do>". The command line turns a
+`GradflowError` into one line and exit code 2; anything else is a fault of gradflow's own.
+"""
+
+from __future__ import annotations
+
+
+class GradflowError(Exception):
+    """The base of all of gradflow's own errors. Its text is a sentence for the user."""
+
+
+class InputError(GradflowError, ValueError):
+    """An argument, an option or an array does not have the value or shape it must have."""
+
+
+class FileError(GradflowError):
+    """A file cannot be read as what it was given for, or a folder cannot be written."""
+
+
+class RecordingError(GradflowError, LookupError):
+    """What was asked of a recording was not seen while it was open."""
+
+
+class UserCodeError(GradflowError):
+    """The user's model or loss raised on this input; the original error is the cause."""
+
+
+class GradflowWarning(UserWarning):
+    """Something a user should know before trusting a result; the result is still given."""
+
+
+def must_be(what: str, expected: str, actual: object, advice: str) -> str:
+    """Build the standard sentence.
+
+    >>> must_be("span", "a whole number of at least 1", 0, "leave it out for the median length")
+    'span must be a whole number of at least 1, got 0; leave it out for the median length'
+    """
+    return f"{what} must be {expected}, got {actual}; {advice}"

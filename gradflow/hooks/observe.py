@@ -1,0 +1,325 @@
+"""Observe: note what every fused call was given and returned, and the gradients that reach it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradflow._version import __version__
+from gradflow.errors import GradflowWarning, InputError, must_be
+from gradflow.hooks import mistakes
+from gradflow.hooks.parity import WeightUses
+from gradflow.hooks.patch import FusedCall, observing
+from gradflow.hooks.replay import LayerSource, Replay
+from gradflow.recording import Recording, Track, matches_any
+
+Lengths = Tensor | list[int] | Callable[..., Any] | None
+
+
+@dataclass(eq=False)
+class Call:
+    """One fused call, copied, with the gradients that reached what it returned."""
+
+    cell: str
+    owner: str  # path of the module that holds the weights
+    data: Tensor
+    batch_sizes: Tensor | None
+    unsorted: Tensor | None
+    h0: Tensor
+    c0: Tensor | None
+    weights: tuple[Tensor, ...]  # copies
+    weight_keys: tuple[int, ...]  # which tensors they were, see WeightUses
+    has_biases: bool
+    layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    rng: Tensor | None
+    autocast: tuple[str, bool, torch.dtype]
+    returned: dict[str, Tensor]  # output, h_n, c_n: copies
+    grad_enabled: bool
+    differentiable: bool
+    lengths: Tensor | None  # the user's own, for padded input
+    grads: dict[str, Tensor] = field(default_factory=dict)  # output, h_n, c_n: summed
+    graph_tasks: set[int] = field(default_factory=set)  # one entry per backward that came by
+    second_order: bool = False  # a backward with create_graph=True came by
+
+    def caught(self, name: str, grad: Tensor | None, scale: float) -> None:
+        """Add a gradient that reached one of the returned tensors."""
+        if grad is None:
+            return
+        self.second_order |= torch.is_grad_enabled()
+        self.graph_tasks.add(torch._C._current_graph_task_id())
+        grad = grad.detach() / scale if scale != 1.0 else grad.detach().clone()
+        self.grads[name] = self.grads[name] + grad if name in self.grads else grad
+
+
+class Recorder:
+    """The observer behind one ``with record(model)`` block."""
+
+    def __init__(
+        self, model: nn.Module, layers: list[str] | None, lengths: Lengths, scaler: Any
+    ) -> None:
+        self.thread = threading.get_ident()
+        self.model = model
+        self.layers = layers
+        self.lengths = lengths
+        self.scaler = scaler
+        self.recording = Recording(type(model).__name__)
+        self.uses = WeightUses(model)
+        self.calls: list[Call] = []
+        self.handles: list[RemovableHandle] = []
+        self.runs: Counter[str] = Counter()
+        self._copies: dict[int, Tensor] = {}
+        self._paths = {id(module): clean(name) for name, module in model.named_modules()}
+        self._holders = {
+            id(parameter): clean(name).rpartition(".")[0]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+
+    # -- what the patch calls ----------------------------------------------------------------
+
+    def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool:
+        """A call belongs to this recording if its module or its weights are the model's."""
+        return self._owner(weights, module) is not None
+
+    def _owner(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> str | None:
+        if module is not None and id(module) in self._paths:
+            return self._paths[id(module)]
+        for weight in weights:
+            if id(weight) in self._holders:
+                return self._holders[id(weight)]
+        return None
+
+    def saw(self, seen: FusedCall) -> None:
+        """Copy one fused call and listen for its gradients."""
+        owner = self._owner(seen.weights, seen.module)
+        if owner is None:
+            return
+        in_backward = torch._C._current_graph_task_id() != -1
+        call = self._copy(seen, owner)
+        replaced = self._recomputed(call) if in_backward else None
+        if in_backward and replaced is None:
+            return  # a non-reentrant checkpoint: the first call's own tensors get the gradients
+        for name, tensor in zip(("output", "h_n", "c_n"), seen.results, strict=False):
+            if tensor.requires_grad:
+                self.handles.append(tensor.register_hook(self._listener(call, name)))
+        if replaced is not None:
+            vars(replaced).update(vars(call))
+            for name in ("grads", "graph_tasks"):
+                setattr(call, name, getattr(replaced, name))
+            return
+        self.calls.append(call)
+        self._add_tracks(call)
+
+    def _listener(self, call: Call, name: str) -> Callable[[Tensor], None]:
+        def listen(grad: Tensor) -> None:
+            call.caught(name, grad, self.scale())
+
+        return listen
+
+    def scale(self) -> float:
+        """What losses are multiplied by at this moment: the scaler's scale, or 1."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def _recomputed(self, call: Call) -> Call | None:
+        """The call made without gradient that a reentrant checkpoint is now making again."""
+        for known in reversed(self.calls):
+            if (
+                known.owner == call.owner
+                and not known.differentiable
+                and known.data.shape == call.data.shape
+                and torch.equal(known.data, call.data)
+            ):
+                return known
+        return None
+
+    # -- copies ------------------------------------------------------------------------------
+
+    def _copy(self, seen: FusedCall, owner: str) -> Call:
+        device = seen.data.device.type
+        return Call(
+            cell=seen.cell,
+            owner=owner,
+            data=copied(seen.data),
+            batch_sizes=seen.batch_sizes,
+            unsorted=seen.unsorted,
+            h0=copied(seen.initial[0]),
+            c0=copied(seen.initial[1]) if len(seen.initial) == 2 else None,
+            weights=tuple(self._weight(weight) for weight in seen.weights),
+            weight_keys=tuple(self.uses.key(weight, self.scale) for weight in seen.weights),
+            has_biases=seen.has_biases,
+            layers=seen.layers,
+            dropout=seen.dropout,
+            training=seen.training,
+            bidirectional=seen.bidirectional,
+            batch_first=seen.batch_first,
+            rng=seen.rng,
+            autocast=(
+                device,
+                torch.is_autocast_enabled(device),
+                torch.get_autocast_dtype(device),
+            ),
+            returned={
+                name: copied(tensor)
+                for name, tensor in zip(("output", "h_n", "c_n"), seen.results, strict=False)
+            },
+            grad_enabled=torch.is_grad_enabled(),
+            differentiable=any(tensor.requires_grad for tensor in seen.results),
+            lengths=self._given_lengths(seen),
+        )
+
+    def _weight(self, weight: Tensor) -> Tensor:
+        """A copy of the weight as it is now; one copy serves all calls that saw the same values."""
+        known = self._copies.get(id(weight))
+        if known is None or known.shape != weight.shape or not torch.equal(known, weight):
+            known = copied(weight)
+            self._copies[id(weight)] = known
+        return known
+
+    def _given_lengths(self, seen: FusedCall) -> Tensor | None:
+        if self.lengths is None or seen.batch_sizes is not None:
+            return None
+        given = seen.data if seen.module_input is None else seen.module_input
+        lengths = self.lengths(given) if callable(self.lengths) else self.lengths
+        lengths = torch.as_tensor(lengths, dtype=torch.long).cpu()
+        steps, batch = (1, 0) if seen.batch_first else (0, 1)
+        batch, steps = seen.data.shape[batch], seen.data.shape[steps]
+        if lengths.shape != (batch,) or (lengths < 1).any() or (lengths > steps).any():
+            raise InputError(
+                must_be(
+                    "lengths",
+                    f"{batch} whole numbers between 1 and {steps}",
+                    lengths.tolist(),
+                    "give one length per sequence of the batch",
+                )
+            )
+        return lengths
+
+    # -- tracks ------------------------------------------------------------------------------
+
+    def _add_tracks(self, call: Call) -> None:
+        replay = Replay(call)
+        picked = []
+        for layer in range(call.layers):
+            for direction in range(1 + call.bidirectional):
+                suffix = f"l{layer}{'_reverse' if direction else ''}"
+                base = f"{call.owner}.{suffix}" if call.owner else suffix
+                if self.layers is None or matches_any(base, self.layers):
+                    picked.append((layer, direction, base))
+        if not picked:
+            return
+        self.runs[call.owner] += 1
+        for layer, direction, base in picked:
+            run = self.runs[call.owner]
+            name = base if run == 1 else f"{base}@{run}"
+            source = LayerSource(replay, layer, direction, self.uses)
+            self.uses.note(source)
+            self.recording._tracks[name] = Track(
+                name=name,
+                cell=call.cell,
+                reverse=bool(direction),
+                lengths=replay.lengths,
+                mask=replay.mask,
+                cuts=torch.zeros_like(replay.mask),
+                weights=replay.weights(layer, direction).named(),
+                source=source,
+                training=call.training,
+            )
+
+    def close(self) -> None:
+        """Stop listening; the recording keeps what it has."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.uses.close()
+        self._copies.clear()
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A contiguous copy outside any graph."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def clean(name: str) -> str:
+    """A module path without what DataParallel and torch.compile put in front of it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    *,
+    layers: str | list[str] | None = None,
+    lengths: Lengths = None,
+    jacobians: bool | None = None,
+    scaler: Any = None,
+) -> Iterator[Recording]:
+    """Record every fused recurrent layer of an unmodified model while the block runs.
+
+    The model's outputs, loss, parameter gradients and random numbers are bit-identical with and
+    without a recording. Read the result after the backward pass: ``recording["rnn.l0"].grad_c``.
+
+    Args:
+        model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM` or `nn.GRU`.
+        layers: names or globs of the tracks to keep; all by default.
+        lengths: (B,) real steps of each sequence of a padded batch, or a callable of the layer's
+            input that gives them. Packed input needs none.
+        jacobians: step Jacobians of user-written cells; stock layers have theirs in closed form and
+            need no such request.
+        scaler: the GradScaler whose scale multiplies the loss; it is divided out.
+
+    Raises:
+        InputError: an argument is not what it must be.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, nonlinearity="relu", bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.9)
+    >>> _ = torch.nn.init.constant_(rnn.weight_ih_l0, 1.0)
+    >>> with gradflow.record(rnn) as recording:
+    ...     rnn(torch.ones(4, 1, 1))[0][-1].sum().backward()
+    >>> [round(g, 4) for g in recording["l0"].grad_h.flatten().tolist()]   # 0.9 ** (T - t)
+    [0.729, 0.81, 0.9, 1.0]
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            must_be("model", "a torch.nn.Module", type(model).__name__, "pass the model itself")
+        )
+    patterns = [layers] if isinstance(layers, str) else layers
+    recorder = Recorder(model, patterns, lengths, scaler)
+    recording = recorder.recording
+    before = mistakes.gradient_marks(model)
+    try:
+        with observing(recorder):
+            yield recording
+    finally:
+        recorder.close()
+        _describe(recorder, ran_backward=mistakes.gradient_marks(model) != before)
+    for sentence in mistakes.found(recorder.recording):
+        warnings.warn(sentence, GradflowWarning, stacklevel=3)
+
+
+def _describe(recorder: Recorder, ran_backward: bool) -> None:
+    """Write down what shapes the numbers, and what to say where there are none."""
+    recording, calls = recorder.recording, recorder.calls
+    recording._empty_reason = mistakes.why_no_track(recorder.model, recorder.layers, bool(calls))
+    for track in recording:
+        track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
+    recording.provenance = {
+        "model": recording.model_name,
+        "gradflow": __version__,
+        "torch": str(torch.__version__),
+        "mode": "training" if any(call.training for call in calls) else "evaluation",
+        "device": sorted({call.data.device.type for call in calls}),
+        "dtype": sorted({str(call.weights[0].dtype).removeprefix("torch.") for call in calls}),
+    }

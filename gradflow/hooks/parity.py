@@ -1,0 +1,133 @@
+"""Parity: are the parameter gradients rebuilt from δ_t those of this very backward?
+
+A hook on each weight that a fused call used adds up what the backwards bring it. Rebuilt gradients
+sum over all calls that used the weight: ∂L/∂W_ih = Σ δ_t x_tᵀ, ∂L/∂W_hh = Σ δʰ_t h_{t−1}ᵀ.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradflow.recording import Parity
+
+BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+
+class WeightUser(Protocol):
+    """A layer and direction of one call."""
+
+    def weight_keys(self) -> dict[str, int]: ...
+    def rebuilt(self) -> dict[str, Tensor] | None: ...
+    def from_kernel(self) -> dict[str, Tensor] | None: ...
+
+
+class WeightUses:
+    """Which weights the calls of a recording used, and the gradients those weights received."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._keys: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._grads: dict[int, Tensor] = {}
+        self._frozen: set[int] = set()
+        self._dtypes: dict[int, torch.dtype] = {}
+        self._handles: list[RemovableHandle] = []
+        self._users: list[WeightUser] = []
+        names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        self._tied = {known for known, count in names.items() if count > 1}
+        self._tied_keys: set[int] = set()
+
+    def key(self, weight: Tensor, scale: Callable[[], float]) -> int:
+        """A number for this weight tensor; from now on its gradients are added up."""
+        known = self._keys.get(id(weight))
+        if known is not None and known[0]() is weight:
+            return known[1]
+        key = len(self._dtypes)
+        self._keys[id(weight)] = (weakref.ref(weight), key)
+        self._dtypes[key] = weight.dtype
+        if id(weight) in self._tied:
+            self._tied_keys.add(key)
+        if weight.requires_grad:
+            self._handles.append(weight.register_hook(self._adder(key, scale)))
+        else:
+            self._frozen.add(key)
+        return key
+
+    def _adder(self, key: int, scale: Callable[[], float]) -> Callable[[Tensor], None]:
+        def add(grad: Tensor) -> None:
+            grad = grad.detach() / scale()
+            self._grads[key] = self._grads[key] + grad if key in self._grads else grad
+
+        return add
+
+    def note(self, user: WeightUser) -> None:
+        """Remember a layer whose δ_t will be asked for."""
+        self._users.append(user)
+
+    def close(self) -> None:
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._keys.clear()
+
+    def check(self, user: WeightUser) -> Parity:
+        """Hold the rebuilt gradients of this layer's weights against the caught ones."""
+        keys = {n: k for n, k in user.weight_keys().items() if k not in self._frozen}
+        caught = {name: self._grads[key] for name, key in keys.items() if key in self._grads}
+        if not keys:
+            return Parity("not applicable", None, "the weights are frozen, so they have no gradient")
+        if not caught:
+            return Parity("not applicable", None, "no backward reached the weights")
+        mine = {name: keys[name] for name in caught}
+        error = self._distance(mine, caught, "rebuilt")
+        if error is None:
+            return Parity("not applicable", None, "no backward reached the layer's outputs")
+        if not all(bool(grad.isfinite().all()) for grad in caught.values()):
+            return Parity("not applicable", None, "the parameter gradients are not finite")
+        bound = max(BOUNDS.get(self._dtypes[key], 1e-3) for key in keys.values())
+        if error <= bound:
+            return Parity("passed", error, f"within {bound:g} of the largest entry")
+        if any(key in self._tied_keys for key in keys.values()):
+            return Parity("not applicable", error, "the weight is shared with another module")
+        # The kernel's own backward, given the same direct gradients, is the second opinion.
+        own = self._distance_to_kernel(user)
+        if own is not None and own <= bound:
+            return Parity("not applicable", error, "the loss reads the weight elsewhere too")
+        return Parity("failed", error, f"above the bound of {bound:g} of the largest entry")
+
+    def _distance(self, keys: dict[str, int], caught: dict[str, Tensor], how: str) -> float | None:
+        totals: dict[str, Tensor] = {}
+        for user in self._users:
+            theirs = user.weight_keys()
+            shared = [n for n in keys if n in theirs and theirs[n] == keys[n]]
+            parts = getattr(user, how)() if shared else None
+            if parts is None:
+                continue
+            for name in shared:
+                totals[name] = totals[name] + parts[name] if name in totals else parts[name]
+        if not totals:
+            return None
+        return max(relative_error(totals[name], caught[name]) for name in totals)
+
+    @staticmethod
+    def _distance_to_kernel(user: WeightUser) -> float | None:
+        mine, kernel = user.rebuilt(), user.from_kernel()
+        if mine is None or kernel is None:
+            return None
+        return max(relative_error(mine[name], kernel[name]) for name in kernel)
+
+
+def relative_error(mine: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest entry; 0 for two zeros, NaN if one has a NaN."""
+    mine, theirs = mine.double(), theirs.double()
+    largest = theirs.abs().max()
+    difference = (mine - theirs).abs().max()
+    if not torch.isfinite(difference):
+        return float("nan")
+    return float(difference / largest) if largest > 0 else float(difference)

@@ -1,0 +1,155 @@
+"""Watch the fused recurrent functions of torch while a recording is open, without changing a bit.
+
+``torch._VF`` and ``torch`` hold the four functions every fused layer ends in. While at least one
+recording is open they are replaced by wrappers that call the original and then tell the observers of
+the calling thread. A TorchFunctionMode would see the same calls, but moves torch off its fast paths.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+FUSED = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU"}
+_SPACES: tuple[Any, ...] = (torch._VF, torch)
+_ABSENT = object()
+_FRAMES = 4  # how far up a module's forward may be from the function it calls
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """The arguments of one call of a fused function, whatever its signature, and what it returned."""
+
+    cell: str
+    data: Tensor  # (T, B, I), (B, T, I) with batch_first, or packed (N, I)
+    batch_sizes: Tensor | None  # (T,), packed
+    initial: tuple[Tensor, ...]  # h0, or h0 and c0: (layers * directions, B, width)
+    weights: tuple[Tensor, ...]
+    has_biases: bool
+    layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    results: tuple[Tensor, ...]  # output, h_n and, for an LSTM, c_n
+    rng: Tensor | None  # state of the CPU generator before the call, when dropout was drawn
+    module: nn.Module | None  # whose forward made the call
+    unsorted: Tensor | None  # packed: sorted place of each of the user's sequences
+    module_input: Any  # what the module's forward was given
+
+
+class Observer(Protocol):
+    """Whoever wants to hear of fused calls."""
+
+    thread: int
+
+    def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool: ...
+    def saw(self, call: FusedCall) -> None: ...
+
+
+_lock = threading.RLock()
+_observers: list[Observer] = []
+_replaced: list[tuple[Any, str, object]] = []
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Tell the observer of every fused call of its thread; put everything back at the end."""
+    with _lock:
+        _observers.append(observer)
+        if len(_observers) == 1:
+            _install()
+    try:
+        yield
+    finally:
+        with _lock:
+            _observers.remove(observer)
+            if not _observers:
+                _restore()
+
+
+def _install() -> None:
+    for space in _SPACES:
+        for name, cell in FUSED.items():
+            original = getattr(space, name)
+            _replaced.append((space, name, space.__dict__.get(name, _ABSENT)))
+            setattr(space, name, _watched(original, cell))
+
+
+def _restore() -> None:
+    while _replaced:
+        space, name, before = _replaced.pop()
+        if before is _ABSENT:
+            delattr(space, name)
+        else:
+            setattr(space, name, before)
+
+
+def _watched(original: Callable[..., Any], cell: str) -> Callable[..., Any]:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        thread = threading.get_ident()
+        mine = [observer for observer in _observers if observer.thread == thread]
+        if not mine or kwargs:  # torch itself passes everything by position
+            return original(*args, **kwargs)
+        return _tell(mine, original, cell, args)
+
+    # what torch.compiler.disable sets, without its second of importing torch._dynamo
+    watched._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return functools.wraps(original, updated=())(watched)
+
+
+def _tell(observers: list[Observer], original: Callable[..., Any], cell: str, args: Any) -> Any:
+    packed = not isinstance(args[3], bool)  # a list of weights, where the other form has has_biases
+    data, batch_sizes = (args[0], args[1]) if packed else (args[0], None)
+    hidden, weights, has_biases, layers, dropout, training, bidirectional = args[1 + packed : 8 + packed]
+    module, locals_ = _calling_module()
+    interested = [o for o in observers if o.wants(tuple(weights), module)]
+    draws = bool(dropout) and training and layers > 1
+    rng = torch.get_rng_state() if interested and draws else None
+    results = original(*args)
+    call = FusedCall(
+        cell=cell,
+        data=data,
+        batch_sizes=batch_sizes,
+        initial=tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,),
+        weights=tuple(weights),
+        has_biases=has_biases,
+        layers=layers,
+        dropout=float(dropout),
+        training=training,
+        bidirectional=bidirectional,
+        batch_first=False if packed else args[8],
+        results=results,
+        rng=rng,
+        module=module,
+        unsorted=locals_.get("unsorted_indices") if packed else None,
+        module_input=locals_.get("orig_input"),
+    )
+    for observer in interested:
+        observer.saw(call)
+    return results
+
+
+def _calling_module() -> tuple[nn.Module | None, dict[str, Any]]:
+    """The recurrent module whose forward is calling, and that forward's variables.
+
+    The order of packed sequences is known nowhere else: the fused function sees them sorted.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_FRAMES):
+        frame = frame.f_back if frame is not None else None
+        if frame is None:
+            break
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.RNNBase):
+            return module, dict(frame.f_locals)
+    return None, {}

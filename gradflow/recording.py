@@ -1,0 +1,330 @@
+"""What was seen: a `Recording` holds one `Track` per recurrent layer and direction.
+
+Letters, here and everywhere in gradflow: T timesteps, B sequences, I input features, H hidden units,
+P the width of h (H, or ``proj_size``), S the width of the full carried state, G gates.
+Time is the first axis. Index 0 is the first step. Track arrays are in input-time order with the
+sequences in the user's order; steps past a sequence's length hold NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from html import escape
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradflow.errors import RecordingError
+
+
+class Operator(Protocol):
+    """The step Jacobians A_t of a batch of sequences, in processing order, as linear operators.
+
+    Rows of a block are vectors, so pushing a block V of shape (B, m, S) gives V A_tᵀ.
+    """
+
+    length: int  # T
+    batch: int  # B
+    size: int  # S
+    dtype: torch.dtype
+
+    def push(self, t: int, block: Tensor) -> Tensor:
+        """Map every row v of block (B, m, S) to A_t v."""
+        ...
+
+    def pull(self, t: int, block: Tensor) -> Tensor:
+        """Map every row u of block (B, m, S) to A_tᵀ u."""
+        ...
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a replay of the forward pass yields; every array (T, B, ·), input-time order."""
+
+    states: dict[str, Tensor]  # state name -> (T, B, P or H)
+    initial: dict[str, Tensor]  # state name -> (B, P or H)
+    gates: dict[str, Tensor]  # gate name -> (T, B, H)
+    inputs: Tensor  # (T, B, I)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What a replay of the backward pass yields; every array (T, B, ·), input-time order."""
+
+    grads: dict[str, Tensor]  # state name -> total gradient
+    direct: Tensor  # (T, B, P): what reaches h_t not through this layer's own recurrence
+    delta: Tensor  # (T, B, G*H): gradient at the input side of the pre-activations
+    delta_hh: Tensor  # (T, B, G*H): the same at the recurrent side
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Parameter gradients rebuilt from δ_t, held against those of this very backward."""
+
+    status: str  # "passed", "failed" or "not applicable"
+    error: float | None  # largest difference relative to the largest entry
+    reason: str
+
+
+class Source(Protocol):
+    """Where a track's numbers come from; the hooks hand one over for each track."""
+
+    def forward(self) -> Forward: ...
+    def backward(self) -> Backward | None: ...
+    def last(self) -> Backward | None: ...
+    def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator: ...
+    def parity(self) -> Parity: ...
+    def why_no_gradient(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+
+
+@dataclass(eq=False)
+class Track:
+    """One recurrent layer in one direction, at every timestep of one call.
+
+    >>> import torch, gradflow
+    >>> lstm = torch.nn.LSTM(3, 5)
+    >>> with gradflow.record(lstm) as recording:
+    ...     lstm(torch.ones(7, 2, 3))[0][-1].sum().backward()
+    >>> recording["l0"].grad_c.shape          # total, where a hook on the output shows only zeros
+    torch.Size([7, 2, 5])
+    """
+
+    name: str  # "rnn.l0", "encoder.lstm.l1_reverse"
+    cell: str  # "LSTM", "GRU", "RNN_TANH", "RNN_RELU"
+    reverse: bool  # true: the past of a step is the larger t
+    lengths: Tensor  # (B,) real steps of each sequence
+    mask: Tensor  # (T, B) true on real steps
+    cuts: Tensor  # (T, B) true where no previous state arrives
+    weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies
+    source: Source = field(repr=False)
+    training: bool = True
+    notes: list[str] = field(default_factory=list)  # what a reader should know about this track
+    _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
+
+    def _read(self, what: str) -> object:
+        version = self.source.version
+        known = self._cache.get(what)
+        if known is None or known[0] != version:
+            known = (version, getattr(self.source, what)())
+            self._cache[what] = known
+        return known[1]
+
+    def _forward(self) -> Forward:
+        result = self._read("forward")
+        assert isinstance(result, Forward)
+        return result
+
+    def _backward(self) -> Backward:
+        result = self._read("backward")
+        if result is None:
+            raise RecordingError(f"{self.name} has no gradient: {self.source.why_no_gradient()}")
+        assert isinstance(result, Backward)
+        return result
+
+    @property
+    def backwards(self) -> int:
+        """How many backward passes reached this layer; the gradients are their sum."""
+        return self.source.version
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a backward reached this layer."""
+        return self._read("backward") is not None
+
+    @property
+    def why_no_gradient(self) -> str:
+        """A sentence that says why there is no gradient and what to do."""
+        return self.source.why_no_gradient()
+
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """State name -> its value after every step, (T, B, width)."""
+        return self._forward().states
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """State name -> its value before the first processed step, (B, width)."""
+        return self._forward().initial
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the layer read: x_t, or the layer below after its dropout, (T, B, I)."""
+        return self._forward().inputs
+
+    @property
+    def gates(self) -> dict[str, Tensor]:
+        """Gate name -> its activation, (T, B, H)."""
+        return self._forward().gates
+
+    @property
+    def h(self) -> Tensor:
+        """h_t, (T, B, P)."""
+        return self.states["h"]
+
+    @property
+    def c(self) -> Tensor | None:
+        """c_t, (T, B, H); None for a cell without one."""
+        return self.states.get("c")
+
+    @property
+    def h0(self) -> Tensor:
+        """The state h before the first processed step, (B, P)."""
+        return self.initial["h"]
+
+    @property
+    def c0(self) -> Tensor | None:
+        """The state c before the first processed step, (B, H)."""
+        return self.initial.get("c")
+
+    @property
+    def grads(self) -> dict[str, Tensor]:
+        """State name -> total ∂L/∂state_t, as autograd gives it on an unrolled graph, (T, B, width)."""
+        return self._backward().grads
+
+    @property
+    def grad_h(self) -> Tensor:
+        """Total ∂L/∂h_t, (T, B, P), summed over the backwards that reached the layer."""
+        return self.grads["h"]
+
+    @property
+    def grad_c(self) -> Tensor | None:
+        """Total ∂L/∂c_t, (T, B, H), through h_t = o_t ⊙ tanh c_t as well; None without a c."""
+        return self.grads.get("c")
+
+    @property
+    def grad_h_direct(self) -> Tensor:
+        """The part of ∂L/∂h_t that does not come through this layer's own recurrence, (T, B, P)."""
+        return self._backward().direct
+
+    @property
+    def last_grads(self) -> dict[str, Tensor] | None:
+        """State name -> total gradient of the last loss step alone, or None."""
+        result = self._read("last")
+        return result.grads if isinstance(result, Backward) else None
+
+    @property
+    def grad_h_last(self) -> Tensor | None:
+        """∂L/∂h_t of the last loss step alone, (T, B, P), or None."""
+        return None if self.last_grads is None else self.last_grads["h"]
+
+    @property
+    def grad_c_last(self) -> Tensor | None:
+        """∂L/∂c_t of the last loss step alone, (T, B, H), or None."""
+        return None if self.last_grads is None else self.last_grads.get("c")
+
+    @property
+    def delta(self) -> Tensor:
+        """Pre-activation gradients δ_t, (T, B, G·H): ∂L/∂W_ih = Σ_t δ_t x_tᵀ."""
+        return self._backward().delta
+
+    @property
+    def delta_hh(self) -> Tensor:
+        """δ_t on the recurrent side, (T, B, G·H): ∂L/∂W_hh = Σ_t δʰ_t h_{t−1}ᵀ (GRU: r ⊙ δ in n)."""
+        return self._backward().delta_hh
+
+    @property
+    def parity(self) -> Parity:
+        """Whether parameter gradients rebuilt from δ_t equal those of the recorded backward."""
+        result = self._read("parity")
+        assert isinstance(result, Parity)
+        return result
+
+    def operator(
+        self, dtype: torch.dtype = torch.float64, sequences: Tensor | None = None
+    ) -> Operator:
+        """The step Jacobians of the chosen sequences (all by default), in processing order."""
+        if sequences is None:
+            sequences = torch.arange(self.batch)
+        return self.source.operator(dtype, sequences)
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps of the longest sequence."""
+        return int(self.mask.shape[0])
+
+    @property
+    def batch(self) -> int:
+        """B, the number of sequences."""
+        return int(self.mask.shape[1])
+
+    @property
+    def hidden(self) -> int:
+        """H, the number of hidden units."""
+        return int(self.weights["weight_hh"].shape[0]) // GATES[self.cell]
+
+    def __repr__(self) -> str:
+        return (
+            f"Track({self.name}: {self.cell}, T={self.steps}, B={self.batch}, H={self.hidden}, "
+            f"{self.backwards} backward{'' if self.backwards == 1 else 's'})"
+        )
+
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # blocks of weight_hh
+
+
+class Recording:
+    """All tracks that were seen inside one ``with gradflow.record(model) as recording:`` block."""
+
+    def __init__(self, model_name: str) -> None:
+        self.model_name = model_name
+        self.notes: list[str] = []  # sentences for the report: settings that shape the numbers
+        self.provenance: dict[str, object] = {}
+        self._tracks: dict[str, Track] = {}
+        self._empty_reason = "nothing ran inside the block yet"
+
+    @property
+    def tracks(self) -> Mapping[str, Track]:
+        """Name -> `Track`, in the order in which the layers ran."""
+        return dict(self._tracks)
+
+    def __getitem__(self, name: str) -> Track:
+        if name in self._tracks:
+            return self._tracks[name]
+        if not self._tracks:
+            raise RecordingError(self._empty_reason)
+        matches = [known for known in self._tracks if known.startswith(name)]
+        if len(matches) == 1:
+            return self._tracks[matches[0]]
+        known = ", ".join(self._tracks)
+        if matches:
+            raise RecordingError(f"{name!r} fits several tracks; give one of {', '.join(matches)}")
+        raise RecordingError(f"there is no track {name!r}; this recording has {known}")
+
+    def __iter__(self) -> Iterator[Track]:
+        return iter(self._tracks.values())
+
+    def __len__(self) -> int:
+        return len(self._tracks)
+
+    def require_tracks(self) -> None:
+        """Raise the sentence that says why there is nothing, if there is nothing."""
+        if not self._tracks:
+            raise RecordingError(self._empty_reason)
+
+    def __repr__(self) -> str:
+        if not self._tracks:
+            return f"Recording of {self.model_name}: no tracks; {self._empty_reason}"
+        width = max(len(name) for name in self._tracks)
+        lines = [f"Recording of {self.model_name}: {len(self._tracks)} track(s)"]
+        lines += [
+            f"  {track.name:<{width}}  {track.cell:<8}  T={track.steps}  B={track.batch}  "
+            f"H={track.hidden}  backwards={track.backwards}"
+            for track in self._tracks.values()
+        ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
+
+def matches_any(name: str, patterns: list[str]) -> bool:
+    """Whether a track or module name is picked by one of the user's names or globs."""
+    return any(
+        fnmatchcase(name, pattern) or name == pattern or name.startswith(pattern + ".")
+        for pattern in patterns
+    )
