@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gradflow.hooks import record
     from gradflow.recording import Recording, Track
     from gradflow.reporter import report
-    from gradflow.workflow import compare, diagnose, plot
+    from gradflow.workflow import diagnose, plot
 
 _HOMES = {
     "Analysis": "gradflow.analysis",
@@ -31,7 +31,6 @@ _HOMES = {
     "Track": "gradflow.recording",
     "analyze": "gradflow.analyzer",
     "analyzer": "gradflow",
-    "compare": "gradflow.workflow",
     "diagnose": "gradflow.workflow",
     "load": "gradflow.analysis",
     "plot": "gradflow.workflow",
@@ -50,7 +49,6 @@ __all__ = [
     "__version__",
     "analyze",
     "analyzer",
-    "compare",
     "diagnose",
     "load",
     "plot",

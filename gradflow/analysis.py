@@ -174,7 +174,16 @@ class Analysis:
         lines += [f"  {layer.sentence}" for layer in self.worst_first]
         lines += [f"  note: {warning}" for warning in self.warnings]
         table = self.frame("layers")[
-            ["layer", "verdict", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels"]
+            [
+                "layer",
+                "verdict",
+                "rate",
+                "rate_low",
+                "rate_high",
+                "half_life",
+                "horizon",
+                "channels",
+            ]
         ]
         return "\n".join(lines) + "\n" + table.to_string(index=False, float_format="%.4g")
 
@@ -231,7 +240,9 @@ def _steps_frame(analysis: Analysis) -> pd.DataFrame:
             for kind in data["kind"].values:
                 if kind == "direct" and state != "h":
                     continue
-                columns[f"grad_{state}_{kind}"] = data["grad_norm"].sel(kind=kind, state=state).values
+                columns[f"grad_{state}_{kind}"] = (
+                    data["grad_norm"].sel(kind=kind, state=state).values
+                )
         for gate in data["gate"].values:
             for what in ("mean", "closed", "open"):
                 columns[f"gate_{gate}_{what}"] = data[f"gate_{what}"].sel(gate=gate).values
@@ -318,7 +329,9 @@ def load(path: str | os.PathLike[str]) -> Analysis:
     path = Path(path)
     file = path / "run.nc" if path.is_dir() else path
     if not file.exists():
-        raise FileError(f"there is no run at {file}; give a folder written by gradflow, or its run.nc")
+        raise FileError(
+            f"there is no run at {file}; give a folder written by gradflow, or its run.nc"
+        )
     try:
         with xr.open_datatree(file, engine="h5netcdf") as tree:
             tree.load()

@@ -26,10 +26,14 @@ class Operator(Protocol):
     Rows of a block are vectors, so pushing a block V of shape (B, m, S) gives V A_tᵀ.
     """
 
-    length: int  # T
-    batch: int  # B
-    size: int  # S
-    dtype: torch.dtype
+    @property
+    def length(self) -> int: ...  # T
+    @property
+    def batch(self) -> int: ...  # B
+    @property
+    def size(self) -> int: ...  # S
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def push(self, t: int, block: Tensor) -> Tensor:
         """Map every row v of block (B, m, S) to A_t v."""
@@ -103,6 +107,7 @@ class Track:
     weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies
     source: Source = field(repr=False)
     training: bool = True
+    batch_first: bool = False  # how the layer itself was given its input
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
 

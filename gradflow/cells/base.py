@@ -114,10 +114,9 @@ class Steps:
 class Cell(Protocol):
     """One kind of recurrent cell."""
 
-    states: tuple[str, ...]
-    gates: tuple[str, ...]
-
-    def linearise(self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None) -> Steps:
+    def linearise(
+        self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None
+    ) -> Steps:
         """Linearise all steps at the known states: x (T, B, I), h (T, B, P), h0 (B, P), c0 (B, H)."""
         ...
 

@@ -56,9 +56,6 @@ class GRUSteps(Steps):
 class GRUCell:
     """PyTorch's GRU; its z multiplies h_{t−1}, some papers put it on the other side."""
 
-    states: tuple[str, ...] = ("h",)
-    gates: tuple[str, ...] = ("r", "z", "n")
-
     def linearise(
         self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None
     ) -> GRUSteps:

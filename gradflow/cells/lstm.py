@@ -64,9 +64,6 @@ class LSTMSteps(Steps):
 class LSTMCell:
     """PyTorch's LSTM, with or without a projection (Sak et al. 2014)."""
 
-    states: tuple[str, ...] = ("h", "c")
-    gates: tuple[str, ...] = ("i", "f", "g", "o")
-
     def linearise(
         self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None
     ) -> LSTMSteps:

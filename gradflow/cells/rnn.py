@@ -41,9 +41,6 @@ class RNNCell:
 
     slope: Callable[[Tensor], Tensor]  # φ'(a) as a function of φ(a)
 
-    states: ClassVar[tuple[str, ...]] = ("h",)
-    gates: ClassVar[tuple[str, ...]] = ()
-
     def linearise(
         self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None
     ) -> RNNSteps:

@@ -235,6 +235,7 @@ class Recorder:
                 weights=replay.weights(layer, direction).named(),
                 source=source,
                 training=call.training,
+                batch_first=call.batch_first,
             )
 
     def close(self) -> None:

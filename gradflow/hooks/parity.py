@@ -81,7 +81,9 @@ class WeightUses:
         keys = {n: k for n, k in user.weight_keys().items() if k not in self._frozen}
         caught = {name: self._grads[key] for name, key in keys.items() if key in self._grads}
         if not keys:
-            return Parity("not applicable", None, "the weights are frozen, so they have no gradient")
+            return Parity(
+                "not applicable", None, "the weights are frozen, so they have no gradient"
+            )
         if not caught:
             return Parity("not applicable", None, "no backward reached the weights")
         mine = {name: keys[name] for name in caught}

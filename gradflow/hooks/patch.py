@@ -110,7 +110,9 @@ def _watched(original: Callable[..., Any], cell: str) -> Callable[..., Any]:
 def _tell(observers: list[Observer], original: Callable[..., Any], cell: str, args: Any) -> Any:
     packed = not isinstance(args[3], bool)  # a list of weights, where the other form has has_biases
     data, batch_sizes = (args[0], args[1]) if packed else (args[0], None)
-    hidden, weights, has_biases, layers, dropout, training, bidirectional = args[1 + packed : 8 + packed]
+    hidden, weights, has_biases, layers, dropout, training, bidirectional = args[
+        1 + packed : 8 + packed
+    ]
     module, locals_ = _calling_module()
     interested = [o for o in observers if o.wants(tuple(weights), module)]
     draws = bool(dropout) and training and layers > 1

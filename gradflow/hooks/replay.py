@@ -8,10 +8,10 @@ over precomputed factors gives the total gradients.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from gradflow.hooks.observe import Call
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}  # of a replayed output; else 5e-2
-_VF = torch._C._VariableFunctions  # never patched
-_FUNCTIONS = {
+_VF: Any = torch._C._VariableFunctions  # never patched
+_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "LSTM": _VF.lstm,
     "GRU": _VF.gru,
     "RNN_TANH": _VF.rnn_tanh,
@@ -66,7 +66,9 @@ class Layer:
             None if self.c0 is None else pick(self.c0, 0),
         )
         valid = self.valid if sequences is None else self.valid.index_select(1, sequences)
-        return steps if bool(valid.all()) else steps.each_step(lambda array: masked(array, valid, 0.0))
+        return (
+            steps if bool(valid.all()) else steps.each_step(lambda array: masked(array, valid, 0.0))
+        )
 
 
 class Replay:
@@ -130,7 +132,7 @@ class Replay:
         """Weight name -> key in `WeightUses`."""
         return self._by_name(self.call.weight_keys, layer, direction)
 
-    def _by_name(self, flat: tuple, layer: int, direction: int) -> dict:  # type: ignore[type-arg]
+    def _by_name(self, flat: tuple[Any, ...], layer: int, direction: int) -> dict[str, Any]:
         names = ["weight_ih", "weight_hh"]
         if self.call.has_biases:
             names += ["bias_ih", "bias_hh"]
@@ -150,7 +152,11 @@ class Replay:
             for number in range(call.layers):
                 top = number == call.layers - 1
                 inner = call.layers > 1  # a single layer's states are its output
-                output = self._kernel(number, data) if inner else self._time_first(call.returned["output"])
+                output = (
+                    self._kernel(number, data)
+                    if inner
+                    else self._time_first(call.returned["output"])
+                )
                 if top and inner:
                     self._compare(output)
                 layers.append(self._directions(number, data, output))
@@ -284,7 +290,9 @@ class Replay:
         """The gradients at output (T, B, P·D), at h_n and at c_n (layers·D, B, ·), user's order."""
         call, dtype = self.call, self.work_dtype
         found = {
-            name: call.grads[name].to(dtype) if name in call.grads else torch.zeros_like(tensor, dtype=dtype)
+            name: call.grads[name].to(dtype)
+            if name in call.grads
+            else torch.zeros_like(tensor, dtype=dtype)
             for name, tensor in call.returned.items()
         }
         output = self._padded(self._time_first(found["output"]))
@@ -335,7 +343,9 @@ class Replay:
                 scan = steps.scan(direct, None if c_n is None else c_n[place], last)
                 row.append((direct, scan))
                 if number:
-                    below = below + layer.turned(scan.delta @ layer.weights.weight_ih.to(output.dtype))
+                    below = below + layer.turned(
+                        scan.delta @ layer.weights.weight_ih.to(output.dtype)
+                    )
             results.append(row)
             if number:
                 flow = below * self._run[1][number - 1].to(output.dtype)
@@ -362,7 +372,10 @@ class Replay:
                 results = function(call.data, state, *tail, call.batch_first)
             named = dict(zip(("output", "h_n", "c_n"), results, strict=False))
             grads = torch.autograd.grad(
-                [named[name] for name in call.grads], weights, list(call.grads.values()), allow_unused=True
+                [named[name] for name in call.grads],
+                weights,
+                list(call.grads.values()),
+                allow_unused=True,
             )
         return {place: grad for place, grad in enumerate(grads) if grad is not None}
 
@@ -384,7 +397,8 @@ class LayerSource:
 
     def _in_input_time(self, array: Tensor) -> Tensor:
         layer = self.replay.layers[self.layer][self.direction]
-        return masked(layer.turned(array), self.replay.mask, float("nan"))
+        dtype = self.replay.call.returned["output"].dtype  # the scan may compute in a wider one
+        return masked(layer.turned(array).to(dtype), self.replay.mask, float("nan"))
 
     def _named(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: self._in_input_time(array) for name, array in arrays.items()}
@@ -393,11 +407,9 @@ class LayerSource:
         """States, gates and inputs."""
         layer = self.replay.layers[self.layer][self.direction]
         steps = self.replay.steps(self.layer, self.direction)
-        dtype = self.replay.call.returned["output"].dtype
         initial = {"h": layer.h0} | ({} if layer.c0 is None else {"c": layer.c0})
-        states = {name: state.to(dtype) for name, state in steps.states.items()}
         return Forward(
-            states=self._named(states | {"h": layer.h}),
+            states=self._named(steps.states | {"h": layer.h}),
             initial=initial,
             gates=self._named(steps.gates),
             inputs=self._in_input_time(layer.x),

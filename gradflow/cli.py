@@ -1,0 +1,293 @@
+"""The command line: parse, call the library, echo. Nothing here imports torch before it must."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gradflow._version import __version__
+from gradflow.conditions import parse_conditions
+from gradflow.errors import GradflowError, InputError
+
+if TYPE_CHECKING:
+    from gradflow.analysis import Analysis
+
+DONE, CONDITION_HOLDS, BAD_INPUT, OWN_FAULT, INTERRUPTED = 0, 1, 2, 3, 130
+PATIENCE = 2.0  # seconds before progress is shown
+
+MODEL = click.argument("model", type=click.Path(path_type=Path))
+TRUST = click.option(
+    "--trust", is_flag=True, help="Open a full pickle; this may run code from the file."
+)
+SPEC = click.option(
+    "--model", "spec", metavar="SPEC", help="Your class and its arguments, 'pkg.mod:Net(10, 20)'."
+)
+FOLDER = click.option(
+    "-o", "folder", metavar="DIR", type=click.Path(path_type=Path), help="Folder for the files."
+)
+FORCE = click.option("--force", is_flag=True, help="Replace the folder if it is there.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, only.")
+FAIL_ON = click.option(
+    "--fail-on", metavar="CONDITIONS", help="Exit with 1 if one holds: 'vanishing,horizon<50'."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gradflow")
+def gradflow() -> None:
+    """How far back in time does the gradient of a recurrent PyTorch model really flow?
+
+    \b
+    gradflow demo                  see an RNN and an LSTM compared, in under a minute
+    gradflow analyze model.pt      analyze a model of your own
+    """
+
+
+@gradflow.command()
+@MODEL
+@SPEC
+@click.option("--input", "input_", metavar="FILE", type=click.Path(path_type=Path),
+              help="A batch: .npy, .npz, .pt or .safetensors.")  # fmt: skip
+@click.option("--target", metavar="FILE", type=click.Path(path_type=Path),
+              help="The batch's targets.")  # fmt: skip
+@click.option("--loss", metavar="NAME", help="mse, cross-entropy, bce, nll or last.")
+@click.option("--output", metavar="KEY", help="Which part of a tuple or dict output to use.")
+@click.option("--seq-len", metavar="N", type=int, default=100, show_default=True,
+              help="Steps of a probe, without --input.")  # fmt: skip
+@click.option("--batch", metavar="N", type=int, default=16, show_default=True,
+              help="Sequences of a probe, without --input.")  # fmt: skip
+@click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Random seed.")
+@FOLDER
+@FORCE
+@AS_JSON
+@FAIL_ON
+@TRUST
+def analyze(
+    model: Path,
+    spec: str | None,
+    input_: Path | None,
+    target: Path | None,
+    loss: str | None,
+    output: str | None,
+    seq_len: int,
+    batch: int,
+    seed: int,
+    folder: Path | None,
+    force: bool,
+    as_json: bool,
+    fail_on: str | None,
+    trust: bool,
+) -> None:
+    """Say where the gradient of MODEL vanishes or explodes, why, and what to change.
+
+    MODEL is a state_dict, a checkpoint, a Lightning .ckpt, .safetensors, or a pickle of stock
+    torch modules. Without --input its weights are tried under several probes.
+
+    \b
+    gradflow analyze model.pt
+    gradflow analyze model.pt --model 'my_code:Net(10, 20)' --input batch.pt --loss mse
+    """
+    conditions = parse_conditions(fail_on)
+    from gradflow.reporter import check_folder, free_folder, report
+    from gradflow.workflow import FileRequest, analyze_file
+
+    folder = folder or free_folder(Path("reports") / model.stem)
+    check_folder(folder, force=force)
+    request = FileRequest(
+        path=model, spec=spec, input=input_, target=target, loss=loss, output=output,
+        seq_len=seq_len, batch=batch, seed=seed, trust=trust,
+    )  # fmt: skip
+    with Progress() as progress:
+        analysis = analyze_file(request, progress)
+        progress("drawing the report", 0.99)
+        report(analysis, folder, force=force)
+    _show(analysis, folder, as_json)
+    _fail_on(analysis, conditions)
+
+
+@gradflow.command()
+@click.option("-o", "folder", metavar="DIR", type=click.Path(path_type=Path),
+              help="Folder for the files; default gradflow-demo.")  # fmt: skip
+@FORCE
+def demo(folder: Path | None, force: bool) -> None:
+    """Train an RNN and an LSTM on the adding task and show where their gradients go.
+
+    \b
+    gradflow demo
+    """
+    from gradflow.demo.run import run_demo
+
+    with Progress() as progress:
+        text = run_demo(folder, force=force, progress=progress)
+    click.echo(text)
+
+
+@gradflow.command()
+@MODEL
+@SPEC
+@TRUST
+def inspect(model: Path, spec: str | None, trust: bool) -> None:
+    """Say what the file MODEL is, which recurrent layers it holds, and what it does not say.
+
+    \b
+    gradflow inspect model.pt
+    """
+    from gradflow.loading import describe
+
+    for line in describe(model, spec, trust).lines():
+        click.echo(line)
+
+
+@gradflow.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@FOLDER
+@FORCE
+@AS_JSON
+@FAIL_ON
+def report(run: Path, folder: Path | None, force: bool, as_json: bool, fail_on: str | None) -> None:
+    """Draw the report of a saved RUN again: a folder written by gradflow, or its run.nc.
+
+    \b
+    gradflow report reports/model -o reports/again
+    """
+    conditions = parse_conditions(fail_on)
+    from gradflow import reporter
+    from gradflow.analysis import load
+
+    analysis = load(run)
+    stem = run.stem if run.is_dir() or run.name != "run.nc" else run.absolute().parent.name
+    folder = folder or reporter.free_folder(Path("reports") / stem)
+    reporter.check_folder(folder, force=force)
+    with Progress() as progress:
+        progress("drawing the report", 0.5)
+        reporter.report(analysis, folder, force=force)
+    _show(analysis, folder, as_json)
+    _fail_on(analysis, conditions)
+
+
+@gradflow.command()
+@click.argument("runs", metavar="RUN RUN...", nargs=-1, type=click.Path(path_type=Path))
+@FOLDER
+@FORCE
+def compare(runs: Sequence[Path], folder: Path | None, force: bool) -> None:
+    """Show saved RUNs on one scale: a table, and a picture with all their layers.
+
+    \b
+    gradflow compare reports/rnn reports/lstm
+    """
+    if len(runs) < 2:
+        raise InputError(
+            f"compare needs at least two runs, got {len(runs)}; give two or more folders"
+        )
+    from gradflow.comparison import compare_runs
+
+    click.echo(compare_runs(runs, folder, force=force))
+
+
+# ------------------------------------------------------------------------------------- helpers
+
+
+def _show(analysis: Analysis, folder: Path, as_json: bool) -> None:
+    """Print the summary, the path of the page and the next command."""
+    from gradflow import reporter
+
+    if as_json:
+        click.echo(json.dumps(reporter.summary(analysis), allow_nan=False, indent=2))
+        return
+    reporter.print_summary(analysis)
+    click.echo(f"\npage: {folder / 'report.html'}")
+    click.echo(f"next: {analysis.provenance.get('next_command') or _next(folder)}")
+
+
+def _next(folder: Path) -> str:
+    return f"gradflow compare {folder} OTHER_RUN"
+
+
+def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:
+    held = [text for condition in conditions for text in condition.held_by(analysis)]
+    for text in held:
+        click.echo(f"--fail-on: {text}", err=True)
+    if held:
+        raise SystemExit(CONDITION_HOLDS)
+
+
+class Progress:
+    """A line on stderr once something has taken two seconds; call it with (what, share done)."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._display: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._display is not None:
+            self._display.stop()
+
+    def __call__(self, what: str, done: float) -> None:
+        """Show what is being done and which share of it is done."""
+        if self._display is None:
+            if time.monotonic() - self._started < PATIENCE or not sys.stderr.isatty():
+                return
+            self._open()
+        self._display.update(self._task, description=what, completed=done)
+
+    def _open(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Display
+
+        self._display = Display(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(),
+            console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        self._task = self._display.add_task("", total=1.0)
+        self._display.start()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 --fail-on, 2 bad input, 3 our fault, 130 Ctrl-C."""
+    sys.exit(_code(lambda: gradflow.main(arguments, standalone_mode=False, prog_name="gradflow")))
+
+
+def _code(run: Callable[[], Any]) -> int:
+    try:
+        run()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    except click.exceptions.Abort:
+        return _interrupted()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except click.ClickException as error:
+        error.show()
+        return BAD_INPUT
+    except GradflowError as error:
+        click.echo(f"Error: {error}", err=True)
+        return BAD_INPUT
+    except BrokenPipeError:
+        # the reader of a pipe has gone; keep Python's exit from complaining about it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception:  # noqa: BLE001  the last line of defence: the traceback is shown in full
+        traceback.print_exc()
+        click.echo(
+            "Error: this is a fault of gradflow; please report it with the lines above", err=True
+        )
+        return OWN_FAULT
+    return DONE
+
+
+def _interrupted() -> int:
+    click.echo("\ninterrupted; nothing was written", err=True)
+    return INTERRUPTED

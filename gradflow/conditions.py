@@ -1,0 +1,76 @@
+"""Conditions for `--fail-on`: verdicts, and limits on a layer's numbers."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gradflow.errors import InputError
+
+if TYPE_CHECKING:
+    from gradflow.analysis import Analysis, LayerAnalysis
+
+VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
+}  # fmt: skip
+_NEVER = math.inf
+NUMBERS: dict[str, Callable[[LayerAnalysis], float | None]] = {
+    "horizon": lambda layer: _NEVER if layer.horizon is None else layer.horizon,
+    "half-life": lambda layer: layer.half_life,
+    "channels": lambda layer: layer.channels,
+    "rate": lambda layer: layer.rate.value,
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition, as the user wrote it."""
+
+    text: str
+    holds: Callable[[LayerAnalysis], bool]
+
+    def held_by(self, analysis: Analysis) -> list[str]:
+        """A sentence for every layer for which the condition holds."""
+        return [f"{layer.name}: {self.text}" for layer in analysis if self.holds(layer)]
+
+
+def parse_conditions(text: str | None) -> list[Condition]:
+    """Read 'vanishing,exploding,horizon<50'.
+
+    >>> [condition.text for condition in parse_conditions("vanishing, horizon<50")]
+    ['vanishing', 'horizon<50']
+    """
+    if text is None:
+        return []
+    parts = [part.strip() for part in text.split(",")]
+    return [_parse(part) for part in parts]
+
+
+def _parse(text: str) -> Condition:
+    if text in VERDICTS:
+        return Condition(text, lambda layer: layer.verdict == text)
+    match = re.fullmatch(r"([a-z_-]+)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)", text)
+    name = match[1].replace("_", "-") if match else ""
+    if match is None or name not in NUMBERS:
+        raise InputError(
+            f"--fail-on must be verdicts ({', '.join(VERDICTS)}) or limits on "
+            f"{', '.join(NUMBERS)}, got {text!r}; write for example 'vanishing,horizon<50'"
+        )
+    try:
+        limit = float(match[3])
+    except ValueError as error:
+        raise InputError(
+            f"--fail-on must compare with a number, got {match[3]!r} in {text!r}"
+        ) from error
+    read, compare = NUMBERS[name], COMPARISONS[match[2]]
+
+    def holds(layer: LayerAnalysis) -> bool:
+        value = read(layer)
+        return value is not None and not math.isnan(value) and compare(value, limit)
+
+    return Condition(text, holds)

@@ -1,0 +1,78 @@
+"""What `gradflow demo` does: train both models, save them, analyze the files, compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from gradflow import reporter
+from gradflow.analysis import Analysis
+from gradflow.demo.task import BASELINE, Progress, Trained, adding_batch, train
+from gradflow.workflow import FileRequest, analyze_file
+
+Cell = Literal["RNN", "LSTM"]
+CELLS: tuple[Cell, ...] = ("RNN", "LSTM")
+FRESH = 12345  # seed of the batch that neither model was trained on
+FOLDER = Path("gradflow-demo")
+YOUR_TURN = """\
+torch.save(model.state_dict(), "model.pt")              # in your training code
+torch.save({"input": x, "target": y}, "batch.pt")       # one batch
+gradflow analyze model.pt --model 'your_code:Net(10, 20)' --input batch.pt"""
+
+
+def run_demo(folder: Path | None, *, force: bool, progress: Progress) -> str:
+    """Train, save, analyze and compare; return what to print. The folder appears whole or not."""
+    folder = folder or reporter.free_folder(FOLDER)
+    runs, trained = {}, {}
+    with reporter.whole_folder(folder, force=force) as work:
+        for number, cell in enumerate(CELLS):
+
+            def part(what: str, done: float, start: float = number / 2) -> None:
+                progress(what, start + done / 2)
+
+            trained[cell] = train(cell, progress=lambda what, done: part(what, 0.8 * done))
+            part(f"analyzing the {cell}", 0.85)
+            runs[cell] = _analyze(cell, trained[cell], work / cell.lower())
+        figure = reporter.plot(list(runs.values()))
+        reporter.save_figure(figure, work / "comparison.png")
+    for run in runs.values():
+        reporter.print_summary(run)
+    return _words(folder, trained)
+
+
+def _analyze(cell: Cell, trained: Trained, folder: Path) -> Analysis:
+    """Save a model and a fresh batch, and analyze the files as a user would by hand."""
+    folder.mkdir()
+    torch.save(trained.model.state_dict(), folder / "model.pt")
+    x, y = adding_batch(generator=torch.Generator().manual_seed(FRESH))
+    torch.save({"input": x, "target": y}, folder / "batch.pt")
+    request = FileRequest(
+        folder / "model.pt",
+        spec=f"gradflow.demo:AddingModel('{cell}')",
+        input=folder / "batch.pt",
+        loss="mse",
+    )
+    run = analyze_file(request).titled(cell)
+    reporter.report(run, folder / "report")
+    return run
+
+
+def _words(folder: Path, trained: dict[Cell, Trained]) -> str:
+    lines = [
+        "",
+        f"The adding task: add two numbers up to {100} steps apart; guessing scores {BASELINE:.3f}.",
+    ]
+    for cell, result in trained.items():
+        lines.append(
+            f"  {cell:<5} error {result.error:.3f} after {result.updates} updates   "
+            f"{folder / cell.lower() / 'report' / 'report.html'}"
+        )
+    lines += [
+        f"  both on one scale: {folder / 'comparison.png'}",
+        "",
+        "For a model of your own:",
+        YOUR_TURN,
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""The adding task, and the demo's rule of training.
+
+The adding task (Hochreiter & Schmidhuber 1997): every step brings a number from [0, 1) and a marker;
+two steps are marked, one in each half, and the target is the sum of their numbers. Whoever always
+answers 1 has a mean squared error of 1/6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+STEPS, HIDDEN, BATCH = 100, 32, 64
+LEARNING_RATE, CLIP, SEED = 1e-2, 1.0, 0
+RNN_TRAINING = 800
+LSTM_TRAINING, SOLVED, WINDOW = 2500, 0.02, 50
+BASELINE = 1 / 6
+
+Progress = Callable[[str, float], None]
+
+
+class AddingModel(nn.Module):
+    """One recurrent layer, and a linear layer on its last step.
+
+    >>> AddingModel("LSTM")(torch.zeros(64, 100, 2)).shape
+    torch.Size([64])
+    """
+
+    def __init__(self, cell: Literal["RNN", "LSTM"], hidden: int = HIDDEN) -> None:
+        super().__init__()
+        kinds: dict[str, type[nn.RNNBase]] = {"RNN": nn.RNN, "LSTM": nn.LSTM}
+        self.rnn = kinds[cell](2, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The predicted sum of every sequence, (B,), from x of shape (B, T, 2)."""
+        output, _ = self.rnn(x)
+        answer: Tensor = self.head(output[:, -1]).squeeze(1)
+        return answer
+
+
+def adding_batch(
+    batch: int = BATCH, steps: int = STEPS, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Sequences (B, T, 2) of numbers and markers, and their targets (B,).
+
+    >>> x, y = adding_batch(2, 10, generator=torch.Generator().manual_seed(0))
+    >>> bool((x[..., 1].sum(1) == 2).all()), bool(torch.allclose((x[..., 0] * x[..., 1]).sum(1), y))
+    (True, True)
+    """
+    numbers = torch.rand(batch, steps, generator=generator)
+    markers = torch.zeros(batch, steps)
+    half, rows = steps // 2, torch.arange(batch)
+    markers[rows, torch.randint(half, (batch,), generator=generator)] = 1
+    markers[rows, torch.randint(half, steps, (batch,), generator=generator)] = 1
+    return torch.stack([numbers, markers], dim=2), (numbers * markers).sum(1)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and how its training went."""
+
+    model: AddingModel
+    updates: int
+    error: float  # mean squared error over the last batches
+
+
+def train(
+    cell: Literal["RNN", "LSTM"], seed: int = SEED, progress: Progress | None = None
+) -> Trained:
+    """Train one model by the demo's rule; the global random state is left as found."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AddingModel(cell)
+    with _one_thread():
+        return _train(cell, model, torch.Generator().manual_seed(seed), progress)
+
+
+def _train(
+    cell: str, model: AddingModel, generator: torch.Generator, progress: Progress | None
+) -> Trained:
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    most = RNN_TRAINING if cell == "RNN" else LSTM_TRAINING
+    errors: deque[float] = deque(maxlen=WINDOW)
+    update = 0
+    for update in range(1, most + 1):
+        x, y = adding_batch(generator=generator)
+        loss = nn.functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        errors.append(loss.item())
+        mean = math.fsum(errors) / len(errors)
+        if progress is not None:
+            progress(f"training the {cell}: error {mean:.4f}", update / most)
+        if cell == "LSTM" and len(errors) == WINDOW and mean < SOLVED:
+            break
+    return Trained(model, update, mean)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small are slower on several threads, and rounding would depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
