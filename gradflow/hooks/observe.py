@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,51 +16,15 @@ from torch.utils.hooks import RemovableHandle
 from gradflow._version import __version__
 from gradflow.errors import GradflowWarning, InputError, must_be
 from gradflow.hooks import mistakes
+from gradflow.hooks.call import Call
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.patch import FusedCall, observing
-from gradflow.hooks.replay import LayerSource, Replay
+from gradflow.hooks.replay import Replay
+from gradflow.hooks.scans import Scans
+from gradflow.hooks.source import LayerSource
 from gradflow.recording import Recording, Track, matches_any
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
-
-
-@dataclass(eq=False)
-class Call:
-    """One fused call, copied, with the gradients that reached what it returned."""
-
-    cell: str
-    owner: str  # path of the module that holds the weights
-    data: Tensor
-    batch_sizes: Tensor | None
-    unsorted: Tensor | None
-    h0: Tensor
-    c0: Tensor | None
-    weights: tuple[Tensor, ...]  # copies
-    weight_keys: tuple[int, ...]  # which tensors they were, see WeightUses
-    has_biases: bool
-    layers: int
-    dropout: float
-    training: bool
-    bidirectional: bool
-    batch_first: bool
-    rng: Tensor | None
-    autocast: tuple[str, bool, torch.dtype]
-    returned: dict[str, Tensor]  # output, h_n, c_n: copies
-    grad_enabled: bool
-    differentiable: bool
-    lengths: Tensor | None  # the user's own, for padded input
-    grads: dict[str, Tensor] = field(default_factory=dict)  # output, h_n, c_n: summed
-    graph_tasks: set[int] = field(default_factory=set)  # one entry per backward that came by
-    second_order: bool = False  # a backward with create_graph=True came by
-
-    def caught(self, name: str, grad: Tensor | None, scale: float) -> None:
-        """Add a gradient that reached one of the returned tensors."""
-        if grad is None:
-            return
-        self.second_order |= torch.is_grad_enabled()
-        self.graph_tasks.add(torch._C._current_graph_task_id())
-        grad = grad.detach() / scale if scale != 1.0 else grad.detach().clone()
-        self.grads[name] = self.grads[name] + grad if name in self.grads else grad
 
 
 class Recorder:
@@ -112,8 +75,7 @@ class Recorder:
         if in_backward and replaced is None:
             return  # a non-reentrant checkpoint: the first call's own tensors get the gradients
         for name, tensor in zip(("output", "h_n", "c_n"), seen.results, strict=False):
-            if tensor.requires_grad:
-                self.handles.append(tensor.register_hook(self._listener(call, name)))
+            self.handles += call.listen(name, tensor, self.scale)
         if replaced is not None:
             vars(replaced).update(vars(call))
             for name in ("grads", "graph_tasks"):
@@ -121,12 +83,6 @@ class Recorder:
             return
         self.calls.append(call)
         self._add_tracks(call)
-
-    def _listener(self, call: Call, name: str) -> Callable[[Tensor], None]:
-        def listen(grad: Tensor) -> None:
-            call.caught(name, grad, self.scale())
-
-        return listen
 
     def scale(self) -> float:
         """What losses are multiplied by at this moment: the scaler's scale, or 1."""
@@ -192,24 +148,29 @@ class Recorder:
             return None
         given = seen.data if seen.module_input is None else seen.module_input
         lengths = self.lengths(given) if callable(self.lengths) else self.lengths
-        lengths = torch.as_tensor(lengths, dtype=torch.long).cpu()
-        steps, batch = (1, 0) if seen.batch_first else (0, 1)
+        batch, steps = (0, 1) if seen.batch_first else (1, 0)
         batch, steps = seen.data.shape[batch], seen.data.shape[steps]
-        if lengths.shape != (batch,) or (lengths < 1).any() or (lengths > steps).any():
+        try:
+            found = torch.as_tensor(lengths).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            found = torch.empty(0)
+        whole = found.shape == (batch,) and bool((found == found.long()).all())
+        if not whole or bool((found < 1).any()) or bool((found > steps).any()):
             raise InputError(
                 must_be(
                     "lengths",
                     f"{batch} whole numbers between 1 and {steps}",
-                    lengths.tolist(),
+                    lengths.tolist() if isinstance(lengths, Tensor) else repr(lengths),
                     "give one length per sequence of the batch",
                 )
             )
-        return lengths
+        return found.long()
 
     # -- tracks ------------------------------------------------------------------------------
 
     def _add_tracks(self, call: Call) -> None:
         replay = Replay(call)
+        scans = Scans(replay)
         picked = []
         for layer in range(call.layers):
             for direction in range(1 + call.bidirectional):
@@ -223,7 +184,7 @@ class Recorder:
         for layer, direction, base in picked:
             run = self.runs[call.owner]
             name = base if run == 1 else f"{base}@{run}"
-            source = LayerSource(replay, layer, direction, self.uses)
+            source = LayerSource(replay, scans, layer, direction, self.uses)
             self.uses.note(source)
             self.recording._tracks[name] = Track(
                 name=name,
@@ -245,6 +206,17 @@ class Recorder:
         self.handles.clear()
         self.uses.close()
         self._copies.clear()
+
+
+def _patterns(layers: object) -> list[str] | None:
+    """The names or globs of ``layers``, checked."""
+    if layers is None:
+        return None
+    patterns = [layers] if isinstance(layers, str) else layers
+    if isinstance(patterns, list | tuple) and all(isinstance(name, str) for name in patterns):
+        return list(patterns)
+    expected = "a name, a glob or a list of them"
+    raise InputError(must_be("layers", expected, repr(layers), "names look like 'rnn.l0'"))
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -296,24 +268,29 @@ def record(
         raise InputError(
             must_be("model", "a torch.nn.Module", type(model).__name__, "pass the model itself")
         )
-    patterns = [layers] if isinstance(layers, str) else layers
+    patterns = _patterns(layers)
     recorder = Recorder(model, patterns, lengths, scaler)
     recording = recorder.recording
-    before = mistakes.gradient_marks(model)
+    before, ran = mistakes.gradient_marks(model), mistakes.Ran(model)
     try:
         with observing(recorder):
             yield recording
     finally:
         recorder.close()
-        _describe(recorder, ran_backward=mistakes.gradient_marks(model) != before)
+        ran.close()
+        marks_changed = mistakes.gradient_marks(model) != before
+        seen = any(call.graph_tasks for call in recorder.calls)
+        _describe(recorder, list(ran.names), ran_backward=marks_changed or seen)
     for sentence in mistakes.found(recorder.recording):
         warnings.warn(sentence, GradflowWarning, stacklevel=3)
 
 
-def _describe(recorder: Recorder, ran_backward: bool) -> None:
+def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
-    recording._empty_reason = mistakes.why_no_track(recorder.model, recorder.layers, bool(calls))
+    recording._empty_reason = mistakes.why_no_track(
+        recorder.model, recorder.layers, bool(calls), ran
+    )
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
     recording.provenance = {

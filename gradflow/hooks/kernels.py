@@ -1,0 +1,86 @@
+"""Run torch's own recurrent functions on what was recorded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradflow.hooks.call import Call
+
+_VF: Any = torch._C._VariableFunctions  # never patched
+_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "LSTM": _VF.lstm,
+    "GRU": _VF.gru,
+    "RNN_TANH": _VF.rnn_tanh,
+    "RNN_RELU": _VF.rnn_relu,
+}
+
+
+@contextlib.contextmanager
+def as_recorded(call: Call) -> Iterator[None]:
+    """The random numbers and the autocast of the recorded call."""
+    device, enabled, dtype = call.autocast
+    with contextlib.ExitStack() as stack:
+        if call.rng is not None:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.set_rng_state(call.rng)
+        if enabled or torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=enabled, dtype=dtype))
+        yield
+
+
+def one_layer(call: Call, number: int, data: Tensor) -> Tensor:
+    """The output of one layer, both directions, from its input (T, B, ·) or packed (N, ·)."""
+    per_layer = len(call.weights) // call.layers
+    weights = call.weights[number * per_layer : (number + 1) * per_layer]
+    return _run(call, data, initial(call, number), weights, 1, 0.0, batch_first=False)[0]
+
+
+def initial(call: Call, number: int) -> tuple[Tensor, ...]:
+    """The initial states of one layer, (directions, B, width) each."""
+    directions = 1 + call.bidirectional
+    rows = slice(number * directions, (number + 1) * directions)
+    return tuple(state[rows] for state in (call.h0, call.c0) if state is not None)
+
+
+def weight_gradients(call: Call) -> dict[int, Tensor]:
+    """Gradients of the weights by torch's own backward, from the gradients that were caught.
+
+    Place in the flat list of weights -> gradient.
+    """
+    with torch.enable_grad(), as_recorded(call):
+        weights = [weight.detach().clone().requires_grad_() for weight in call.weights]
+        state = tuple(state for state in (call.h0, call.c0) if state is not None)
+        results = _run(
+            call, call.data, state, weights, call.layers, call.dropout, batch_first=call.batch_first
+        )
+        named = dict(zip(call.returned, results, strict=True))
+        grads = torch.autograd.grad(
+            [named[name] for name in call.grads],
+            weights,
+            list(call.grads.values()),
+            allow_unused=True,
+        )
+    return {place: grad for place, grad in enumerate(grads) if grad is not None}
+
+
+def _run(
+    call: Call,
+    data: Tensor,
+    states: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    layers: int,
+    dropout: float,
+    *,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    hidden = states if call.cell == "LSTM" else states[0]
+    tail = (list(weights), call.has_biases, layers, dropout, call.training, call.bidirectional)
+    function = _FUNCTIONS[call.cell]
+    if call.batch_sizes is not None:
+        return function(data, call.batch_sizes, hidden, *tail)
+    return function(data, hidden, *tail, batch_first)
