@@ -1,0 +1,28 @@
+"""Loading: from files to models, batches, losses and probes. Nothing in a file runs unasked."""
+
+from gradflow.loading.batch import Batch, fit_batch, read_batch
+from gradflow.loading.description import Description, describe, save_snippet
+from gradflow.loading.losses import Loss, choose_output, make_loss, output_lengths, time_axis
+from gradflow.loading.opened import Opened, open_model
+from gradflow.loading.probe import Probe, probe_loss, probes
+from gradflow.loading.recurrent import RecurrentModule
+
+__all__ = [
+    "Batch",
+    "Description",
+    "Loss",
+    "Opened",
+    "Probe",
+    "RecurrentModule",
+    "choose_output",
+    "describe",
+    "fit_batch",
+    "make_loss",
+    "open_model",
+    "output_lengths",
+    "probe_loss",
+    "probes",
+    "read_batch",
+    "save_snippet",
+    "time_axis",
+]

@@ -1,0 +1,344 @@
+"""``--input`` and ``--target``: read a batch from a file and fit it to a model.
+
+A batch file holds an array, a pair (x, y), or a mapping with ``input``, ``target``, ``lengths``;
+further keys are keyword arguments of the model. Nothing in it runs: no object arrays, weights only.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gradflow.errors import FileError, InputError, must_be
+from gradflow.loading.files import READ_ERRORS
+
+SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
+SAVE = 'save it with torch.save({"input": x, "target": y}, "batch.pt")'
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is called with: ``model(*inputs, **kwargs)``."""
+
+    inputs: tuple[Tensor, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    target: Tensor | None = None
+    lengths: Tensor | None = None  # (B,) real steps of each sequence
+    notes: tuple[str, ...] = ()
+
+
+def read_batch(
+    input_path: str | os.PathLike[str], target_path: str | os.PathLike[str] | None = None
+) -> Batch:
+    """Read a batch from ``.npy``, ``.npz``, ``.pt`` (weights only) or ``.safetensors``.
+
+    Raises FileError where a file cannot be read as one, InputError where what it holds is no batch.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/batch.npz", input=np.ones((7, 2, 3)), lengths=[7, 4])
+    ...     batch = read_batch(f"{folder}/batch.npz")
+    >>> batch.inputs[0].shape, batch.lengths
+    (torch.Size([7, 2, 3]), tensor([7, 4]))
+    """
+    path = Path(input_path)
+    batch = _as_batch(_read(path), str(path))
+    if target_path is not None:
+        target = _as_target(_read(Path(target_path)), str(target_path))
+        notes = batch.notes
+        if batch.target is not None:
+            notes = (*notes, f"the target in {path} was replaced by {target_path}")
+        batch = replace(batch, target=target, notes=notes)
+    _check(batch, str(path))
+    return batch
+
+
+def _read(path: Path) -> object:
+    if path.suffix.lower() not in SUFFIXES:
+        raise FileError(
+            must_be(f"{path}", f"one of {', '.join(SUFFIXES)}", repr(path.suffix), SAVE)
+        )
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileError(f"the batch {path} {what}; check the path, or {SAVE}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _readers()[path.suffix.lower()](path)
+    except PermissionError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    except (pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, *READ_ERRORS) as error:
+        if "Object arrays" in str(error) or "allow_pickle" in str(error):
+            reason = "object arrays, which can run code when opened; convert it to numbers"
+            raise FileError(f"{path} holds {reason} and {SAVE}") from error
+        if isinstance(error, pickle.UnpicklingError):
+            reason = (
+                "objects other than tensors, numbers, lists and dicts, or is no file of torch.save"
+            )
+            raise FileError(f"{path} holds {reason}; {SAVE}") from error
+        line = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise FileError(f"{path} is damaged or not what its name says ({line}); {SAVE}") from error
+
+
+def _readers() -> dict[str, Any]:
+    def archive(path: Path) -> dict[str, object]:
+        # Opened here, since numpy leaves its own handle open where an archive is damaged
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise ValueError("one array, not an archive of arrays")
+            return {name: arrays[name] for name in arrays.files}
+
+    def array(path: Path) -> object:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.lib.npyio.NpzFile):
+                raise ValueError("an archive of arrays, not one array")
+            return found
+
+    def torch_file(path: Path) -> object:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    return {
+        ".npy": array,
+        ".npz": archive,
+        ".pt": torch_file,
+        ".pth": torch_file,
+        ".safetensors": lambda path: load_file(path, device="cpu"),
+    }
+
+
+def _as_batch(value: object, label: str) -> Batch:
+    if isinstance(value, Tensor | np.ndarray):
+        return Batch((_tensor(value, f"the array in {label}"),))
+    if isinstance(value, Mapping):
+        return _from_mapping({str(key): item for key, item in value.items()}, label)
+    if isinstance(value, list | tuple):
+        if len(value) == 2 and all(isinstance(item, Tensor | np.ndarray) for item in value):
+            first, second = value
+            note = f"{label} holds a pair: read as (input, target)"
+            return Batch(
+                (_tensor(first, f"the input in {label}"),),
+                target=_tensor(second, f"the target in {label}"),
+                notes=(note,),
+            )
+        raise InputError(
+            must_be(f"a list in {label}", "a pair (x, y) of arrays", f"{len(value)} items", SAVE)
+        )
+    expected = "an array, a pair or a mapping"
+    raise InputError(must_be(label, expected, f"a {type(value).__name__}", SAVE))
+
+
+def _from_mapping(value: Mapping[str, object], label: str) -> Batch:
+    rest = dict(value)
+    if "input" not in rest and set(rest) <= {"arr_0", "arr_1"} and rest:  # np.savez(file, x, y)
+        return _as_batch(
+            [rest[key] for key in sorted(rest)] if len(rest) == 2 else rest["arr_0"], label
+        )
+    if "input" not in rest:
+        keys = ", ".join(list(rest)[:6]) or "none"
+        raise InputError(must_be(f"the keys of {label}", "input, target, lengths", keys, SAVE))
+    given = rest.pop("input")
+    several = given if isinstance(given, list | tuple) and given else (given,)
+    if all(isinstance(item, int | float) for item in several):
+        several = (several,)  # a plain list of numbers is one array
+    target, lengths = rest.pop("target", None), rest.pop("lengths", None)
+    return Batch(
+        inputs=tuple(_tensor(item, f"the input in {label}") for item in several),
+        kwargs={
+            key: _tensor(item, f"{key} in {label}") if isinstance(item, np.ndarray) else item
+            for key, item in rest.items()
+        },
+        target=None if target is None else _tensor(target, f"the target in {label}"),
+        lengths=None if lengths is None else _lengths(lengths, label),
+        notes=(f"passed to the model by keyword: {', '.join(rest)}",) if rest else (),
+    )
+
+
+def _as_target(value: object, label: str) -> Tensor:
+    if isinstance(value, Mapping):
+        keys = [str(key) for key in value]
+        chosen = "target" if "target" in keys else keys[0] if len(keys) == 1 else None
+        if chosen is None:
+            shown = ", ".join(keys[:6]) or "none"
+            raise InputError(must_be(f"the keys of {label}", "target", shown, "name it target"))
+        value = value[chosen]
+    return _tensor(value, f"the target in {label}")
+
+
+def _tensor(value: object, label: str) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+            raise InputError(must_be(label, "an ordinary dense tensor", value.layout, SAVE))
+        tensor = value.detach()
+    else:
+        tensor = _from_numpy(value, label)
+    if tensor.is_complex():
+        raise InputError(
+            must_be(label, "real numbers", tensor.dtype, "give real and imaginary parts")
+        )
+    if tensor.numel() == 0:
+        shape = tuple(tensor.shape)
+        raise InputError(
+            must_be(label, "a non-empty array", f"shape {shape}", "check how it was saved")
+        )
+    return tensor
+
+
+def _from_numpy(value: object, label: str) -> Tensor:
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            must_be(label, "an array of numbers", f"a {type(value).__name__}", SAVE)
+        ) from error
+    if array.dtype.kind not in "biufc":
+        got = "object arrays" if array.dtype.kind == "O" else f"dtype {array.dtype}"
+        raise InputError(must_be(label, "an array of numbers", got, SAVE))
+    kind = array.dtype.kind
+    wide: Any = {"u": np.int64 if array.dtype.itemsize > 1 else np.uint8, "c": np.complex128}.get(
+        kind
+    )
+    if kind == "f" and array.dtype.itemsize not in (2, 4, 8):
+        wide = np.float64  # numpy's long double, which torch does not know
+    # A native, contiguous copy: torch reads neither big-endian nor read-only arrays
+    target_type = np.dtype(wide) if wide is not None else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(array, dtype=target_type, order="C"))
+
+
+def _lengths(value: object, label: str) -> Tensor:
+    lengths = _tensor(value, f"lengths in {label}")
+    whole = not lengths.is_floating_point() or bool((lengths == lengths.round()).all())
+    if lengths.ndim != 1 or not whole or lengths.dtype == torch.bool or bool((lengths < 1).any()):
+        got = lengths.tolist() if lengths.numel() <= 8 else f"shape {tuple(lengths.shape)}"
+        expected = "one whole number of at least 1 per sequence"
+        raise InputError(
+            must_be(f"lengths in {label}", expected, got, "give the real steps of each")
+        )
+    return lengths.long()
+
+
+def _check(batch: Batch, label: str) -> None:
+    first = batch.inputs[0]
+    if first.ndim == 0:
+        raise InputError(
+            must_be(f"the input in {label}", "an array with a time axis", "a single number", SAVE)
+        )
+    # Which axis is the batch is the model's affair, so only what fits neither is refused.
+    shape = tuple(first.shape)
+    leading = set(shape[:2])
+    if batch.lengths is not None:
+        if len(batch.lengths) not in leading:
+            expected = f"one per sequence of an input of shape {shape}"
+            raise InputError(must_be("lengths", expected, f"{len(batch.lengths)} of them", SAVE))
+        longest = int(batch.lengths.max())
+        if longest > max(leading):
+            raise InputError(
+                must_be("lengths", f"at most the {max(leading)} steps of the input", longest, SAVE)
+            )
+    target = batch.target
+    if (
+        target is not None
+        and target.ndim
+        and first.ndim > 1
+        and not leading & set(target.shape[:2])
+    ):
+        expected = f"as many sequences as the input of shape {shape}"
+        raise InputError(
+            must_be(
+                "the target", expected, f"shape {tuple(target.shape)}", "save both from one batch"
+            )
+        )
+
+
+def fit_batch(batch: Batch, model: nn.Module) -> Batch:
+    """Bring a batch to the model's dtype and device; whole numbers stay whole for embeddings.
+
+    A bare ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` gets its input checked, and a batch axis where one
+    sequence was given without. Raises InputError where the input cannot be right for the model.
+
+    >>> fit_batch(Batch((torch.ones(7, 2, 3, dtype=torch.float64),)), nn.LSTM(3, 5)).inputs[0].dtype
+    torch.float32
+    """
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    dtype = weights[0].dtype if weights else torch.get_default_dtype()
+    device = weights[0].device if weights else torch.device("cpu")
+    embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
+    notes = list(batch.notes)
+
+    def fit(value: Any, name: str, whole: bool) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_floating_point() and value.dtype != dtype:
+            notes.append(f"{name} was cast from {_short(value.dtype)} to {_short(dtype)}")
+            return value.to(device, dtype)
+        if not value.is_floating_point() and not whole:
+            notes.append(f"{name} was cast from {_short(value.dtype)} to {_short(dtype)}")
+            return value.to(device, dtype)
+        if value.dtype in (torch.uint8, torch.int8, torch.int16):
+            return value.to(device, torch.long)  # embeddings read int32 and int64 only
+        if name == "the input" and not value.is_floating_point() and value.dtype != torch.bool:
+            notes.append("the input holds whole numbers and was kept so, for the model's embedding")
+        return value.to(device)
+
+    inputs = tuple(
+        fit(value, "the input" if i == 0 else f"input {i + 1}", whole=embeds or i > 0)
+        for i, value in enumerate(batch.inputs)
+    )
+    fitted = replace(
+        batch,
+        inputs=inputs,
+        kwargs={key: fit(value, key, whole=True) for key, value in batch.kwargs.items()},
+        target=fit(batch.target, "the target", whole=True),
+    )
+    if isinstance(model, nn.RNNBase):
+        fitted = _fit_bare(fitted, model, notes)
+    return replace(fitted, notes=tuple(dict.fromkeys(notes)))
+
+
+def _fit_bare(batch: Batch, model: nn.RNNBase, notes: list[str]) -> Batch:
+    first = batch.inputs[0]
+    kind = type(model).__name__
+    if first.shape[-1] != model.input_size or first.ndim not in (2, 3):
+        axes = "(B, T, I)" if model.batch_first else "(T, B, I)"
+        expected = f"{axes} with I = {model.input_size} for this {kind}"
+        raise InputError(must_be("the input", expected, f"shape {tuple(first.shape)}", SAVE))
+    if first.ndim == 2:
+        axis = 0 if model.batch_first else 1
+        notes.append("the input is one sequence: a batch axis was added")
+        target = batch.target
+        if target is not None and target.ndim == 2 and len(target) == len(first):
+            target = target.unsqueeze(axis)
+        batch = replace(batch, inputs=(first.unsqueeze(axis), *batch.inputs[1:]), target=target)
+    return batch
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_lengths(lengths: Sequence[int] | Tensor | None, batch: int, steps: int) -> None:
+    """Raise InputError unless there is one length in 1 … ``steps`` for each sequence."""
+    if lengths is None:
+        return
+    values = [int(n) for n in lengths]
+    if len(values) != batch:
+        expected = f"one per sequence, {batch} in all"
+        raise InputError(
+            must_be("lengths", expected, f"{len(values)} of them", "check batch_first")
+        )
+    if values and not 1 <= min(values) <= max(values) <= steps:
+        expected = f"between 1 and the {steps} steps of the output"
+        got = f"{min(values)} to {max(values)}"
+        raise InputError(must_be("lengths", expected, got, "check batch_first and the lengths"))

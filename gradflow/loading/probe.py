@@ -1,0 +1,90 @@
+"""Inputs to try a recurrent module with when there are weights and no data.
+
+The input decides the rate, so a verdict from weights alone is tried under several probes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradflow.errors import InputError, must_be
+from gradflow.loading.recurrent import RecurrentModule
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One input for a recurrent module, and the direction its loss reads."""
+
+    name: str  # in words, "inputs 0.1·N(0, 1)"
+    inputs: Tensor  # (T, B, I), or (B, T, I) where the module is batch first
+    r: Tensor  # (B, P·D), for the loss ⟨r, h_T⟩
+
+
+def probes(
+    recurrent: RecurrentModule, seq_len: int = 100, batch: int = 16, seed: int = 0
+) -> tuple[Probe, ...]:
+    """Make the probes of a module: random tokens where an embedding is known, else three noises.
+
+    The three are inputs 0, 0.1·N(0, 1) and N(0, 1). The same seed gives the same probes.
+    Raises InputError for a length or batch below 1.
+
+    >>> from gradflow.loading.recurrent import from_tensors
+    >>> (module,) = from_tensors(torch.nn.LSTM(3, 5).state_dict())
+    >>> [probe.name for probe in probes(module, seq_len=7, batch=2)]
+    ['inputs 0', 'inputs 0.1·N(0, 1)', 'inputs N(0, 1)']
+    """
+    _require_whole("--seq-len", seq_len, 1)
+    _require_whole("--batch", batch, 1)
+    _require_whole("--seed", seed, 0)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = recurrent.dtype
+    # Drawn first and in float64, so that r is the same for every probe, length and dtype.
+    r = torch.randn(batch, recurrent.width, generator=generator, dtype=torch.float64).to(dtype)
+    if recurrent.embedding is not None:
+        size = recurrent.embedding.shape[0]
+        tokens = torch.randint(size, (seq_len, batch), generator=generator)
+        name = f"uniform random tokens through {recurrent.embedding_name or 'the embedding'}"
+        inputs = {name: recurrent.embedding[tokens].to(dtype)}
+    else:
+        shape = (seq_len, batch, recurrent.input_size)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        inputs = {
+            "inputs 0": torch.zeros(shape, dtype=dtype),
+            "inputs 0.1·N(0, 1)": (0.1 * noise).to(dtype),
+            "inputs N(0, 1)": noise.to(dtype),
+        }
+    swap = recurrent.module.batch_first
+    return tuple(
+        Probe(name, x.transpose(0, 1).contiguous() if swap else x, r) for name, x in inputs.items()
+    )
+
+
+def _require_whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+        expected = f"a whole number of at least {least}"
+        raise InputError(must_be(name, expected, repr(value), "leave it out for the default"))
+
+
+def probe_loss(
+    output: Tensor, r: Tensor, batch_first: bool = False, bidirectional: bool = False
+) -> Tensor:
+    """The loss ⟨r, h_T⟩ summed over sequences, of an output (T, B, P·D).
+
+    With two directions h_T is where each of them ends: the forward half at the last step, the
+    reverse half at the first. Raises InputError where r does not fit.
+
+    >>> probe_loss(torch.ones(7, 2, 5), torch.ones(2, 5))
+    tensor(10.)
+    """
+    steps = output.transpose(0, 1) if batch_first else output
+    if steps.ndim != 3 or steps.shape[1:] != r.shape:
+        expected = f"(B, P·D) = {tuple(steps.shape[1:])} for this output"
+        raise InputError(must_be("r", expected, tuple(r.shape), "make it with probes(...)"))
+    final = steps[-1]
+    if bidirectional:
+        half = final.shape[-1] // 2
+        final = torch.cat([final[..., :half], steps[0][..., half:]], dim=-1)
+    return (r * final).sum()

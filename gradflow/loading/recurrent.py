@@ -1,0 +1,407 @@
+"""Recurrent modules from their weights: what kind, which sizes, and a fresh module to run.
+
+Letters: G gates (LSTM 4, GRU 3, RNN 1), H hidden units, I inputs, P width of h (H, or proj_size).
+``weight_ih_l0`` is (G·H, I), ``weight_hh_l0`` (G·H, P), ``weight_hr_l0`` (P, H).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from gradflow.errors import FileError
+
+_KEY = re.compile(
+    r"(?:(?P<path>.*)\.)?(?P<part>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"
+    r"(?:_l(?P<layer>\d+)(?P<reverse>_reverse)?)?"
+)
+_KINDS = {4: "LSTM", 3: "GRU", 1: "RNN"}
+_CLASSES: dict[str, Callable[..., nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
+_EMBEDS = re.compile(r"emb|wte|lookup|token|vocab|word|char", re.I)
+_NOT_EMBEDS = re.compile(r"fc|linear|head|out|proj|dec|class|norm|attn|conv|key|query|value", re.I)
+GIVE_MODEL = "give the class that uses it: --model 'pkg.mod:Net(...)'"
+
+
+@dataclass(frozen=True)
+class RecurrentModule:
+    """One recurrent module of a file, ready to run alone."""
+
+    name: str  # module path, "" for a bare module
+    module: nn.RNNBase  # fresh, in eval mode, with the file's weights in the file's dtype
+    kind: str  # "LSTM", "GRU" or "RNN"
+    from_cell: bool = False  # an LSTMCell, GRUCell or RNNCell, run as a one-layer module
+    nonlinearity_known: bool = True
+    embedding: Tensor | None = field(default=None, repr=False)  # (V, I)
+    embedding_name: str = ""
+    ambiguous: tuple[str, ...] = ()  # sentences: what the weights do not say
+
+    @property
+    def input_size(self) -> int:
+        """I, the number of input features."""
+        return int(self.module.input_size)
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the number of hidden units."""
+        return int(self.module.hidden_size)
+
+    @property
+    def layers(self) -> int:
+        """How many layers the module stacks."""
+        return int(self.module.num_layers)
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether it also runs from the last step to the first."""
+        return bool(self.module.bidirectional)
+
+    @property
+    def proj_size(self) -> int:
+        """Width of h after the projection of an LSTM, 0 without one."""
+        return int(self.module.proj_size)
+
+    @property
+    def bias(self) -> bool:
+        """Whether it has bias vectors."""
+        return bool(self.module.bias)
+
+    @property
+    def width(self) -> int:
+        """P·D, the width of the module's output: both directions side by side."""
+        return (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its weights hold."""
+        return sum(weight.numel() for weight in self.module.parameters())
+
+    def __str__(self) -> str:
+        facts = [f"{self.input_size} → {self.hidden_size}"]
+        facts += [f"{self.layers} layers"] if self.layers > 1 else []
+        facts += ["bidirectional"] if self.bidirectional else []
+        facts += [f"projected to {self.proj_size}"] if self.proj_size else []
+        facts += [] if self.bias else ["no bias"]
+        cell = "Cell" if self.from_cell else ""
+        return f"{self.kind}{cell}({', '.join(facts)})"
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[RecurrentModule, ...]:
+    """Find every recurrent module in a plain state_dict and build it.
+
+    Raises FileError where shapes contradict one another or are not dense floating point.
+
+    >>> [str(found) for found in from_tensors(nn.GRU(3, 5).state_dict())]
+    ['GRU(3 → 5)']
+    """
+    groups: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is not None:
+            place = (match["path"] or "", match["layer"] is None)
+            groups.setdefault(place, {})[key.rpartition(".")[2]] = tensor
+    return tuple(
+        _build(path, from_cell, weights, tensors)
+        for (path, from_cell), weights in groups.items()
+        if any(name.startswith("weight_hh") for name in weights)
+    )
+
+
+def from_model(model: nn.Module) -> tuple[RecurrentModule, ...]:
+    """Copy every stock recurrent module of a model, with its effective weights, out of it."""
+    found = []
+    tensors = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            found.append(_copy_fused(name, module, tensors))
+        elif isinstance(module, nn.RNNCellBase):
+            found.append(_copy_cell(name, module, tensors))
+    return tuple(found)
+
+
+def _copy_fused(name: str, module: nn.RNNBase, tensors: Mapping[str, Tensor]) -> RecurrentModule:
+    names = [weight for layer in module._all_weights for weight in layer]
+    weights = {weight: getattr(module, weight) for weight in names} | _hooked_weights(module)
+    kind = "RNN" if module.mode.startswith("RNN") else module.mode
+    shape = Shape(
+        kind=kind,
+        input_size=module.input_size,
+        hidden_size=module.hidden_size,
+        proj_size=module.proj_size,
+        layers=module.num_layers,
+        bidirectional=module.bidirectional,
+        bias=module.bias,
+    )
+    options: dict[str, object] = {"dropout": module.dropout, "batch_first": module.batch_first}
+    if kind == "RNN":
+        options["nonlinearity"] = module.mode.removeprefix("RNN_").lower()
+    embedding = _embedding(name, module.input_size, tensors)
+    return RecurrentModule(
+        name, _instantiate(name, shape, weights, options), kind, False, True, *embedding
+    )
+
+
+def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Weights of the older weight and spectral norm, whose attribute is stale until a forward."""
+    weights = {}
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            weights[hook.name] = hook.compute_weight(module)
+        elif isinstance(hook, SpectralNorm):
+            weights[hook.name] = hook.compute_weight(module, do_power_iteration=False)
+    return weights
+
+
+def _copy_cell(name: str, cell: nn.RNNCellBase, tensors: Mapping[str, Tensor]) -> RecurrentModule:
+    kind = _KINDS.get(cell.weight_hh.shape[0] // cell.hidden_size, "RNN")
+    hooked = _hooked_weights(cell)
+    weights = {
+        f"{part}_l0": hooked.get(part, getattr(cell, part))
+        for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        if getattr(cell, part, None) is not None
+    }
+    shape = Shape(kind, cell.input_size, cell.hidden_size, bias=bool(cell.bias))
+    options = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}
+    module = _instantiate(name, shape, weights, options)
+    embedding = _embedding(name, cell.input_size, tensors)
+    return RecurrentModule(name, module, kind, True, True, *embedding)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a recurrent module."""
+
+    kind: str
+    input_size: int
+    hidden_size: int
+    proj_size: int = 0
+    layers: int = 1
+    bidirectional: bool = False
+    bias: bool = True
+
+    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every weight's name and shape."""
+        gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[self.kind] * self.hidden_size
+        width = self.proj_size or self.hidden_size
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        for layer in range(self.layers):
+            inputs = self.input_size if layer == 0 else width * len(directions)
+            for direction in directions:
+                end = f"_l{layer}{direction}"
+                yield f"weight_ih{end}", (gates, inputs)
+                yield f"weight_hh{end}", (gates, width)
+                if self.bias:
+                    yield f"bias_ih{end}", (gates,)
+                    yield f"bias_hh{end}", (gates,)
+                if self.proj_size:
+                    yield f"weight_hr{end}", (width, self.hidden_size)
+
+
+def _build(
+    path: str, from_cell: bool, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> RecurrentModule:
+    label = path or "the file"
+    if from_cell:
+        weights = {f"{name}_l0": tensor for name, tensor in weights.items()}
+    for name, tensor in weights.items():
+        _check_tensor(f"{path}.{name}" if path else name, tensor)
+    shape = _infer(label, weights)
+    _check_shapes(label, shape, weights)
+    embedding, embedding_name = _embedding(path, shape.input_size, tensors)
+    return RecurrentModule(
+        name=_module_name(path),
+        module=_instantiate(path, shape, weights, {}),
+        kind=shape.kind,
+        from_cell=from_cell,
+        nonlinearity_known=shape.kind != "RNN",
+        embedding=embedding,
+        embedding_name=embedding_name,
+        ambiguous=_ambiguities(shape, from_cell, label, embedding, embedding_name),
+    )
+
+
+def _module_name(path: str) -> str:
+    """The path as a name that modules can be added under; odd parts get an underscore."""
+    taken = nn.Module()
+    parts = path.split(".") if path else []
+    return ".".join(f"{part}_" if not part or hasattr(taken, part) else part for part in parts)
+
+
+def _check_tensor(key: str, tensor: Tensor) -> None:
+    problem = ""
+    if tensor.device.type == "meta":
+        problem = "a shape without numbers (a meta tensor)"
+    elif tensor.is_quantized:
+        problem = "quantised"
+    elif tensor.layout != torch.strided:
+        problem = f"sparse ({str(tensor.layout).removeprefix('torch.')})"
+    elif not tensor.is_floating_point():
+        problem = f"of type {str(tensor.dtype).removeprefix('torch.')}"
+    elif tensor.numel() * tensor.element_size() > max(2**22, tensor.untyped_storage().nbytes()):
+        problem = f"said to have shape {tuple(tensor.shape)}, more entries than the file holds"
+    if problem:
+        raise FileError(
+            f"{key} must be a dense floating-point tensor, got one that is {problem}; "
+            f"save the weights as float32, or {GIVE_MODEL}"
+        )
+
+
+def _infer(label: str, weights: Mapping[str, Tensor]) -> Shape:
+    """Read kind and sizes off the first layer, and how many layers and directions there are."""
+    first_hh, first_ih = weights.get("weight_hh_l0"), weights.get("weight_ih_l0")
+    if first_hh is None or first_ih is None:
+        missing = "weight_hh_l0" if first_hh is None else "weight_ih_l0"
+        raise FileError(
+            f"{label} has recurrent weights ({', '.join(sorted(weights)[:3])}) but no {missing}; "
+            f"{GIVE_MODEL}"
+        )
+    projection = weights.get("weight_hr_l0")
+    if (
+        first_hh.ndim != 2
+        or first_ih.ndim != 2
+        or (projection is not None and projection.ndim != 2)
+    ):
+        raise FileError(
+            f"weight_hh_l0 and weight_ih_l0 of {label} must be matrices, got shapes "
+            f"{tuple(first_hh.shape)} and {tuple(first_ih.shape)}; {GIVE_MODEL}"
+        )
+    rows, columns = first_hh.shape
+    hidden = int(columns if projection is None else projection.shape[1])
+    gates, rest = divmod(int(rows), hidden) if hidden else (0, 1)
+    if rest or gates not in _KINDS or (projection is not None and gates != 4):
+        raise FileError(
+            f"weight_hh_l0 of {label} must have 4, 3 or 1 times as many rows as hidden units "
+            f"(LSTM, GRU, RNN), got shape {tuple(first_hh.shape)}; {GIVE_MODEL}"
+        )
+    layers = 1 + max(int(_layer(name)) for name in weights)
+    return Shape(
+        kind=_KINDS[gates],
+        input_size=int(first_ih.shape[1]),
+        hidden_size=hidden,
+        proj_size=0 if projection is None else int(projection.shape[0]),
+        layers=min(layers, len(weights)),  # a claimed l999999 is found missing below
+        bidirectional=any(name.endswith("_reverse") for name in weights),
+        bias=any(name.startswith("bias") for name in weights),
+    )
+
+
+def _layer(name: str) -> str:
+    match = _KEY.fullmatch(name)
+    return (match["layer"] or "0")[:9] if match else "0"
+
+
+def _check_shapes(label: str, shape: Shape, weights: Mapping[str, Tensor]) -> None:
+    expected = dict(shape.expected())
+    missing = [name for name in expected if name not in weights]
+    extra = [name for name in weights if name not in expected]
+    if missing or extra:
+        what = (
+            f"lacks {', '.join(missing[:4])}" if missing else f"also holds {', '.join(extra[:4])}"
+        )
+        raise FileError(
+            f"{label} looks like a {shape.kind} with {shape.layers} layer(s) but {what}; "
+            f"save the whole state_dict, or {GIVE_MODEL}"
+        )
+    for name, size in expected.items():
+        if tuple(weights[name].shape) != size:
+            raise FileError(
+                f"{name} of {label} must have shape {size} beside the other weights of this "
+                f"{shape.kind}, got {tuple(weights[name].shape)}; {GIVE_MODEL}"
+            )
+    if shape.input_size < 1:
+        raise FileError(f"{label} must have at least one input feature, got 0; {GIVE_MODEL}")
+
+
+def _instantiate(
+    label: str, shape: Shape, weights: Mapping[str, Tensor], options: Mapping[str, object]
+) -> nn.RNNBase:
+    arguments: dict[str, object] = {
+        "input_size": shape.input_size,
+        "hidden_size": shape.hidden_size,
+        "num_layers": shape.layers,
+        "bias": shape.bias,
+        "bidirectional": shape.bidirectional,
+        "device": "meta",  # the real tensors are put in below
+        **options,
+    }
+    if shape.kind == "LSTM":
+        arguments["proj_size"] = shape.proj_size
+    if shape.layers == 1:
+        arguments.pop("dropout", None)  # it has no effect there, and torch warns
+    dtype = weights["weight_hh_l0"].dtype
+    if dtype.itemsize == 1:
+        dtype = torch.float32  # torch has no float8 kernels for these layers
+    module = _CLASSES[shape.kind](**arguments)
+    copies = {
+        name: weight.detach()
+        .to(device="cpu", dtype=dtype)
+        .clone(memory_format=torch.contiguous_format)
+        for name, weight in weights.items()
+    }
+    try:
+        module.load_state_dict(copies, strict=True, assign=True)
+    except RuntimeError as error:
+        raise FileError(
+            f"the {shape.kind} {label!r} does not fit its own weights "
+            f"({' '.join(str(error).split())[:160]}); {GIVE_MODEL}"
+        ) from error
+    return module.requires_grad_(True).eval()
+
+
+def _embedding(path: str, width: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str]:
+    """The weight (V, I) that most likely embeds tokens for this module, and its key."""
+    likely: list[str] = []
+    before = True
+    for key, tensor in tensors.items():
+        owner, _, last = key.rpartition(".")
+        if _KEY.fullmatch(key) and owner == path:
+            before = False
+        if last != "weight" or tensor.ndim != 2 or tensor.shape[1] != width:
+            continue
+        if f"{owner}.bias" in tensors or not tensor.is_floating_point() or tensor.is_quantized:
+            continue
+        if tensor.layout != torch.strided or tensor.device.type == "meta" or not len(tensor):
+            continue
+        named = _EMBEDS.search(key) is not None
+        # Else a weight without a bias that stands before the module and cannot be its input map.
+        plain = before and tensor.shape[0] != width and not _NOT_EMBEDS.search(owner)
+        if named:
+            likely.insert(0, key)
+        elif plain:
+            likely.append(key)
+    if not likely:
+        return None, ""
+    named_keys = [key for key in likely if _EMBEDS.search(key)]
+    chosen = named_keys[-1] if named_keys else likely[-1]
+    return tensors[chosen].detach(), chosen
+
+
+def _ambiguities(
+    shape: Shape, from_cell: bool, label: str, embedding: Tensor | None, embedding_name: str
+) -> tuple[str, ...]:
+    said = []
+    if shape.kind == "RNN":
+        said.append("the weights do not say tanh or relu: read as tanh")
+    if from_cell:
+        said.append(f"{label} is a cell: run as one {shape.kind} layer over all steps")
+    elif shape.layers > 1:
+        said.append("the weights do not say whether there is dropout between layers: read as none")
+    if not from_cell:
+        said.append("the weights do not say batch_first: run with time first")
+    if embedding is not None:
+        said.append(
+            f"{embedding_name} {tuple(embedding.shape)} is as wide as the input: read as the "
+            "embedding of its tokens"
+        )
+    said.append("the weights do not say what feeds this layer, what reads it, or the loss")
+    return tuple(said)
