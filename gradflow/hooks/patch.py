@@ -18,11 +18,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 
 FUSED = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU"}
 _SPACES: tuple[Any, ...] = (torch._VF, torch)
 _ABSENT = object()
-_FRAMES = 4  # how far up a module's forward may be from the function it calls
+_FRAMES = 8  # how far up a module's forward may be from the function it calls
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,22 @@ def _watched(original: Callable[..., Any], cell: str) -> Callable[..., Any]:
             return original(*args, **kwargs)
         return _tell(mine, original, cell, args)
 
-    # what torch.compiler.disable sets, without its second of importing torch._dynamo
-    watched._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return functools.wraps(original, updated=())(watched)
+    return _untraced(functools.wraps(original, updated=())(watched))
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with all it calls, kept away from torch.compile.
+
+    Where torch._dynamo is not loaded, its second of import is saved: the marks that
+    ``torch.compiler.disable`` would set are set by hand, for whoever compiles inside the block.
+    """
+    if "torch._dynamo" in sys.modules or not hasattr(eval_frame, "_FrameExecStrategy"):
+        return torch.compiler.disable(function)
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    skip = eval_frame._FrameAction.SKIP
+    strategy = eval_frame._FrameExecStrategy(skip, skip)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    return function
 
 
 def _tell(observers: list[Observer], original: Callable[..., Any], cell: str, args: Any) -> Any:
