@@ -147,7 +147,7 @@ def test_a_users_class_on_a_users_batch(batch: str, here: Path) -> None:
     arguments = ("analyze", "model.pt", "--model", "user_net:Net(10, 20)", "--input", batch)
     assert run(*arguments, "--loss", "mse", "-o", "out") == 0
     summary = json.loads((here / "out/summary.json").read_text())
-    assert [layer["layer"] for layer in summary["layers"]] == ["rnn.l0", "rnn.l1"]
+    assert [layer["name"] for layer in summary["layers"]] == ["rnn.l0", "rnn.l1"]
     assert {layer["parity"]["status"] for layer in summary["layers"]} == {"passed"}
 
 

@@ -130,7 +130,7 @@ def test_the_lag_axis_is_shared_and_reaches_past_where_the_gradient_is_gone() ->
     assert overview.curve_reach(lines, [short, long]) == 99
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 100, 128, 129, 1000])
+@pytest.mark.parametrize("steps", [2, 10, 100, 128, 129, 1000])
 def test_gain_map_has_at_most_128_cells_and_its_undefined_half(steps: int) -> None:
     gain = prepare.gain_map(synthetic.layer(steps=steps))
     rows, columns = gain.values.shape
@@ -171,6 +171,19 @@ def test_a_hook_on_the_output_shows_zero_at_all_but_the_last_step() -> None:
 )
 def test_rates_in_words(rate: Rate, words: str) -> None:
     assert rate_words(rate) == words
+
+
+def test_a_hook_that_shows_everything_is_not_blamed() -> None:
+    layer = synthetic.layer()
+    data = layer.data.copy(deep=True)
+    data["grad_norm"].loc[{"kind": "direct", "state": "h"}] = 2.0
+    data["grad_norm"].loc[{"kind": "total", "state": "h"}] = 2.0
+    words = prepare.parts(replace(layer, data=data)).words
+    assert words == (
+        "A hook on the layer's output shows the whole gradient: none comes through recurrence."
+    )
+    data["grad_norm"].loc[{"kind": "total", "state": "h"}] = 20.0
+    assert "off by up to a factor of 10." in prepare.parts(replace(layer, data=data)).words
 
 
 def test_bar_of_span_against_horizon() -> None:

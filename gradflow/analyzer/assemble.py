@@ -20,7 +20,7 @@ from gradflow.analyzer.activity import gate_statistics, sigmoid_and_other, state
 from gradflow.analyzer.causes import findings
 from gradflow.analyzer.curve import LagCurve, finite_extremes, lag_curve
 from gradflow.analyzer.evidence import Evidence
-from gradflow.analyzer.jacobians import operator_of
+from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.loss import KINDS, grad_norms, gradient_note, profile
 from gradflow.analyzer.lyapunov import SHORT, Growth, burn_in, log_growth
 from gradflow.analyzer.order import cuts_before
@@ -33,12 +33,13 @@ from gradflow.analyzer.rates import (
     rate_over_sequences,
 )
 from gradflow.analyzer.singular import log_singular_values, survivors
+from gradflow.analyzer.threads import fitting_threads
 from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, must_be
 from gradflow.recording import Recording, Track
 
 METHODS = ("auto", "exact", "sketch")
-MAP_SECONDS = 12.0  # predicted, for the maps of all layers together
+MAP_SECONDS = 10.0  # predicted, for the maps of all layers together
 RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
 CHANNEL_WORK = 4e11  # operations for the singular values of all layers together
 
@@ -103,11 +104,16 @@ def analyze(
     if not isinstance(recording, Recording):
         kind = type(recording).__name__
         raise InputError(
-            must_be("recording", "a Recording", kind, "give what `with gradflow.record(...)` yields")
+            must_be(
+                "recording", "a Recording", kind, "give what `with gradflow.record(...)` yields"
+            )
         )
     recording.require_tracks()
     settings = _checked(recording, span, sequences, maps, method, stride, seed, progress)
-    layers = {track.name: _layer(track, settings) for track in recording}
+    layers = {}
+    for track in recording:
+        with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
+            layers[track.name] = _layer(track, settings)
     return Analysis(
         title=recording.model_name,
         layers=layers,
@@ -200,7 +206,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     evidence = Evidence(
         track=track,
         alone=settings.layers == 1,
-        size=operator_of(track, sequences=[0]).size,
+        size=state_size(track),
         span=span,
         rate=rate,
         verdict=verdict,
@@ -261,14 +267,13 @@ def _finite_sequences(track: Track) -> np.ndarray:
 
 def _growth(track: Track, settings: Settings) -> Growth:
     """The QR iteration over all sequences, with as many exponents as the budget allows."""
-    operator = operator_of(track)
-    length, batch, size = operator.length, track.batch, operator.size
+    length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
     allowed = RATE_SECONDS / settings.layers
     affordable = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < size] + [size]
     fitting = [k for k in affordable if _qr_seconds(length, batch, size, k) <= allowed]
     count = fitting[-1] if fitting else 1
-    if _qr_seconds(length, batch, size, 1) > 2 * RATE_SECONDS / settings.layers:
-        operator = operator_of(track, torch.float32)
+    wide = _qr_seconds(length, batch, size, 1) > 2 * allowed
+    operator = operator_of(track, torch.float32 if wide else torch.float64)
     cuts = cuts_before(track).diff(dim=0, prepend=torch.zeros(1, batch, dtype=torch.int)) > 0
     return log_growth(
         operator,
@@ -334,7 +339,7 @@ def _singular(
 ) -> tuple[np.ndarray, int]:
     """ln of the singular values over the span, (M, S), and the steps they really cover."""
     dtype = torch.float64
-    size = operator_of(track, sequences=list(mapped)[:1]).size
+    size = state_size(track)
     stretches = [_longest_stretch(track, b) for b in mapped]
     reach = min(span, *(last - first for first, last in stretches))
     if reach < 1:
@@ -353,7 +358,7 @@ def _singular(
 def _longest_stretch(track: Track, sequence: int) -> tuple[int, int]:
     """First and last processed step of the longest run of steps without a cut."""
     segments = cuts_before(track)[: int(track.lengths[sequence]), sequence]
-    values, counts = torch.unique_consecutive(segments, return_counts=True)
+    counts = torch.unique_consecutive(segments, return_counts=True)[1]
     longest = int(counts.argmax())
     first = int(counts[:longest].sum())
     return first, first + int(counts[longest]) - 1
@@ -492,17 +497,22 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
                 f"gains of {track.name} leave the range of {name}: the model's own gradient "
                 "over- or underflows there"
             )
-        if _loss_at_every_step(track, layer):
-            notes.append(
-                f"the loss reads {track.name} at nearly every step: its total gradient need not fade "
-                "even where nothing flows; read the profile of the last loss step alone"
-            )
+    every = [track.name for track in recording if _loss_at_every_step(layers[track.name])]
+    if every:
+        notes.append(
+            f"the loss reaches {', '.join(every)} from many steps at once: the total gradient need "
+            "not fade even where nothing flows; read the profile of the last loss step alone"
+        )
     return tuple(dict.fromkeys(notes))
 
 
-def _loss_at_every_step(track: Track, layer: LayerAnalysis) -> bool:
-    direct = layer.data["grad_norm"].sel(kind="direct", state="h").values
-    return track.steps > 2 and float(np.mean(direct > 0)) > 0.9
+def _loss_at_every_step(layer: LayerAnalysis) -> bool:
+    """Whether the last loss step alone falls short of the total at most steps."""
+    norms = layer.data["grad_norm"].sel(state="h")
+    total, last = norms.sel(kind="total").values, norms.sel(kind="last").values
+    known = ~np.isnan(total) & ~np.isnan(last) & (total > 0)
+    more = np.abs(total - last) > 0.01 * total
+    return int(known.sum()) > 2 and float(more[known].mean()) > 0.5
 
 
 def _provenance(layers: dict[str, LayerAnalysis], settings: Settings) -> dict[str, object]:

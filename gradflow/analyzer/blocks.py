@@ -18,7 +18,6 @@ from gradflow.analyzer.norms import (
     spectral_by_gram,
     spectral_by_iteration,
 )
-from gradflow.recording import Operator
 
 ROOM = {torch.float64: 32, torch.float32: 8}  # powers of two a norm may leave 1 before rescaling
 
@@ -33,7 +32,7 @@ class Blocks:
         self._next = torch.empty_like(self._now)
         self.exponent = torch.zeros(batch, 0, dtype=torch.float64)  # (B, n) powers of two taken out
         self.start = torch.zeros(0, dtype=torch.long)  # (n,) which start
-        self.retry = torch.zeros(0, dtype=torch.long)  # (n,) lag of the next truncation
+        self.retry = torch.zeros(0, dtype=torch.long)  # (n,) step t of the next truncation
         self.norm = torch.zeros(batch, 0, dtype=dtype)  # (B, n) ‖V‖_F after the last rescaling
         self.guess = torch.empty(batch, 0, rank, WIDTH, dtype=dtype)  # of the spectral iteration
 
@@ -41,6 +40,11 @@ class Blocks:
     def values(self) -> Tensor:
         """The live blocks, (B, n, r, S)."""
         return self._now[:, : self.count]
+
+    @property
+    def soonest(self) -> int:
+        """The step at which some block is due for truncation."""
+        return int(self.retry.min()) if self.count else 2**62
 
     def add(
         self, values: Tensor, exponent: Tensor, start: Tensor, retry: Tensor, guess: Tensor
@@ -78,11 +82,14 @@ class Blocks:
             )
         self._now, self._next = self._next, self._now
 
-    def push(self, operator: Operator, t: int) -> None:
-        """The same for few rows, through the operator."""
-        if self.count:
-            rows = self.values.reshape(operator.batch, -1, self.size)
-            self._now[:, : self.count] = operator.push(t, rows).view_as(self.values)
+    @property
+    def rows(self) -> Tensor:
+        """All rows of all live blocks, (B, n·r, S)."""
+        return self.values.reshape(len(self._now), -1, self.size)
+
+    def replace(self, rows: Tensor) -> None:
+        """Put pushed rows (B, n·r, S) in place of the old ones."""
+        self._now[:, : self.count] = rows.view_as(self.values)
 
     def rescale(self) -> Tensor:
         """Take powers of two out where a norm left the room; return ln ‖V‖_F with them, (B, n)."""
@@ -104,6 +111,8 @@ class Blocks:
 
     def spectral(self, generator: torch.Generator) -> Tensor:
         """ln ‖V‖₂, (B, n), after `rescale`; exact up to 64 rows, beyond iterated to 1e-4."""
+        if self.rank == 1:
+            return self._logarithm(self.norm)
         good = torch.isfinite(self.norm) & (self.norm > 0)
         result = self.norm.clone()  # zero, infinite and NaN stand for themselves
         chosen = self.values if bool(good.all()) else self.values[good]
@@ -114,7 +123,7 @@ class Blocks:
             result[good] = spectral_by_gram(blocks)
         else:
             guess = self.guess[good]
-            # the weakest vector is mixed with a fresh one: the best direction may change from one step to the next
+            # the weakest vector gets a fresh part: the best direction may change at any step
             guess[..., 0] += torch.randn(
                 guess.shape[:-1], generator=generator, dtype=guess.dtype
             ) / math.sqrt(self.rank)

@@ -15,10 +15,12 @@ from torch import Tensor
 from gradflow.analysis import Finding
 from gradflow.analyzer.activity import CANDIDATES, CLOSED, OPEN, over_all, sigmoid_and_other
 from gradflow.analyzer.evidence import Evidence, counted, number, parameter
+from gradflow.analyzer.finite import bad_gradient, first_not_finite
 from gradflow.analyzer.order import in_processing_order
 
 MOST = 0.5  # share of units from which on saturation is called a cause
 SATURATED = 0.95  # |tanh| above this passes on less than a tenth of the gradient
+NO_BIAS = "# the layer has no bias to raise: build it with bias=True"
 CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # before optimizer.step()"
 
 
@@ -31,43 +33,23 @@ def findings(evidence: Evidence) -> tuple[Finding, ...]:
 
 
 def not_finite(e: Evidence) -> Iterator[Finding]:
-    """The first NaN or Inf, forward in the states and backward in the gradients."""
-    places = {"forward": e.track.states}
-    if e.track.has_gradient:
-        places["backward"] = e.track.grads
-    for direction, tensors in places.items():
-        for state, values in tensors.items():
-            found = _first_bad(e, values, last=direction == "backward")
-            if found is None:
-                continue
-            step, sequence, unit, value = found
-            symbol = f"∂L/∂{state}" if direction == "backward" else state
-            yield Finding(
-                name="not-finite",
-                layer=e.track.name,
-                message=f"{symbol} is {value} first at step {step + 1} of sequence {sequence + 1}, "
-                f"unit {unit + 1}, in the {direction} pass",
-                where=f"step {step + 1}, sequence {sequence + 1}, unit {unit + 1}",
-                value=float(step + 1),
-                advice="find the operation that makes it: an overflow, a division by zero, a "
-                "logarithm of zero, a learning rate too large",
-                code="torch.autograd.set_detect_anomaly(True)",
-            )
-            return  # what follows is a consequence
-
-
-def _first_bad(e: Evidence, values: Tensor, last: bool) -> tuple[int, int, int, str] | None:
-    track = e.track
-    bad = in_processing_order(track, ~torch.isfinite(values))
-    bad &= (torch.arange(track.steps)[:, None] < track.lengths.cpu())[..., None]
-    hits = bad.nonzero()
-    if len(hits) == 0:
-        return None
-    place, sequence, unit = (int(n) for n in hits[-1 if last else 0])
-    if last:  # of the last bad step, the first sequence and unit
-        place, sequence, unit = (int(n) for n in hits[hits[:, 0] == place][0])
-    step = int(track.lengths[sequence]) - 1 - place if track.reverse else place
-    return step, sequence, unit, f"{float(values[step, sequence, unit]):g}".replace("nan", "NaN")
+    """The first NaN or Inf, forward in the states, else backward in the gradients."""
+    bad, direction = first_not_finite(e.track, e.track.states), "forward"
+    if bad is None:
+        bad, direction = bad_gradient(e.track), "backward"
+    if bad is None:
+        return
+    symbol = bad.name if direction == "forward" else f"∂L/∂{bad.name}"
+    yield Finding(
+        name="not-finite",
+        layer=e.track.name,
+        message=f"{symbol} is {bad.value} first at {bad.where}, in the {direction} pass",
+        where=bad.where,
+        value=float(bad.step + 1),
+        advice="find the operation that makes it: an overflow, a division by zero, a logarithm of "
+        "zero, a learning rate too large",
+        code="torch.autograd.set_detect_anomaly(True)",
+    )
 
 
 def no_recurrence(e: Evidence) -> Iterator[Finding]:
@@ -86,7 +68,7 @@ def no_recurrence(e: Evidence) -> Iterator[Finding]:
 def parity_failed(e: Evidence) -> Iterator[Finding]:
     """Gradients that contradict those of the recorded backward."""
     parity = e.track.parity
-    if parity.status == "failed":
+    if parity.status == "failed" and bad_gradient(e.track) is None:
         yield Finding(
             name="parity-failed",
             layer=e.track.name,
@@ -188,28 +170,43 @@ def _rnn_remedy(e: Evidence) -> tuple[str, str, str]:
 def _lstm_remedy(e: Evidence) -> tuple[str, str, str]:
     forget = _mean_gate(e, "f")
     return (
-        f"raise the forget gate's bias by 1 (its mean is {forget:.2f}), or use chrono "
-        "initialisation from the range of the task",
-        "Jozefowicz et al. 2015; Tallec & Ollivier 2018",
-        _bias_code(e, 1, "+= 1.0  # the forget gate's block"),
+        f"raise the forget gate's bias by 1: the gate's mean is {forget:.2f}",
+        "Jozefowicz et al. 2015",
+        _bias_code(e),
     )
 
 
 def _gru_remedy(e: Evidence) -> tuple[str, str, str]:
     update = _mean_gate(e, "z")
     return (
-        f"raise the update gate's bias (its mean is {update:.2f}): PyTorch's z keeps the old state",
+        f"raise the update gate's bias by 1: the gate's mean is {update:.2f}, and PyTorch's z is the "
+        "share of the old state that is kept",
         "Tallec & Ollivier 2018",
-        _bias_code(e, 1, "+= 1.0  # the update gate's block"),
+        _bias_code(e),
     )
 
 
-def _bias_code(e: Evidence, block: int, change: str) -> str:
+def _bias_code(e: Evidence) -> str:
+    """Raise the second block of the input bias: f of an LSTM, z of a GRU."""
     if "bias_ih" not in e.track.weights:
-        return "# the layer has no bias: build it with bias=True"
+        return NO_BIAS
     hidden = e.track.hidden
-    name = parameter(e.track.name, "bias_ih")
-    return f"{name}.data[{block * hidden}:{(block + 1) * hidden}] {change}"
+    return f"{parameter(e.track.name, 'bias_ih')}.data[{hidden}:{2 * hidden}] += 1.0"
+
+
+def _chrono_code(e: Evidence) -> str:
+    """Biases log(u), u uniform in [1, span − 1]; the LSTM's input gate gets the opposite."""
+    if "bias_ih" not in e.track.weights:
+        return NO_BIAS
+    hidden, bias = e.track.hidden, parameter(e.track.name, "bias_ih")
+    longest = max(e.span - 1, 2)
+    lines = [
+        f"{parameter(e.track.name, 'bias_hh')}.data[:{2 * hidden}] = 0.0",
+        f"{bias}.data[{hidden}:{2 * hidden}].uniform_(1, {longest}).log_()",
+    ]
+    if e.kind == "LSTM":
+        lines.append(f"{bias}.data[:{hidden}] = -{bias}.data[{hidden}:{2 * hidden}]")
+    return "\n".join(lines)
 
 
 _REMEDIES: dict[str, Callable[[Evidence], tuple[str, str, str]]] = {
@@ -306,11 +303,11 @@ def forget_gates(e: Evidence) -> Iterator[Finding]:
         where=f"{_share(forget < CLOSED, e)} of the units closed (below {CLOSED:g})",
         value=scale,
         threshold=1 / e.band,
-        source="Jozefowicz et al. 2015; Tallec & Ollivier 2018",
+        source="Tallec & Ollivier 2018",
         severity=pace * e.span / math.log(10),
-        advice="add 1 to one of the two forget biases (they add up), or draw them from the task's "
-        "range (chrono initialisation)",
-        code=_bias_code(e, 1, "+= 1.0  # the forget gate's block"),
+        advice="draw the forget biases from the range of distances in the task (chrono "
+        "initialisation); of the two bias vectors, which add up, set one to zero",
+        code=_chrono_code(e),
     )
 
 
@@ -333,8 +330,9 @@ def update_gates(e: Evidence) -> Iterator[Finding]:
         threshold=1 / e.band,
         source="Tallec & Ollivier 2018",
         severity=pace * e.span / math.log(10),
-        advice="add 1 to one of the two update gate's biases, so that the old state is kept",
-        code=_bias_code(e, 1, "+= 1.0  # the update gate's block"),
+        advice="draw the update biases from the range of distances in the task (chrono "
+        "initialisation), so that units keep their state; of the two bias vectors set one to zero",
+        code=_chrono_code(e),
     )
 
 

@@ -93,9 +93,9 @@ def counted(number: int, noun: str) -> str:
 def number(value: float) -> str:
     """Three significant digits, without an exponent where people would not write one.
 
-    >>> number(6.5788), number(1234.5), number(-0.00123), number(2.0)
-    ('6.58', '1235', '-0.00123', '2')
+    >>> number(6.5788), number(1235.4), number(-0.00123), number(2.0)
+    ('6.58', '1235', '−0.00123', '2')
     """
-    if abs(value) >= 1000:
-        return f"{value:.0f}" if abs(value) < 1e6 else f"{value:.3g}"
-    return f"{value:.3g}"
+    whole = 1000 <= abs(value) < 1e6
+    text = f"{value:.0f}" if whole else f"{value:.3g}"
+    return "−" + text[1:] if text.startswith("-") else text

@@ -112,6 +112,11 @@ def operator_of(
     return HostOperator(track.operator(dtype, chosen), length, device)
 
 
+def state_size(track: Track) -> int:
+    """S, the width of the full carried state."""
+    return sum(int(value.shape[-1]) for value in track.states.values())
+
+
 def step_jacobians(track: Track) -> Tensor:
     """Dense step Jacobians of a track, A_t = ∂s_t/∂s_{t−1}, in processing order.
 

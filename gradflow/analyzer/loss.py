@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.analyzer.finite import bad_gradient
 from gradflow.analyzer.order import cuts_before, in_processing_order
 from gradflow.recording import Track
 
@@ -32,6 +33,9 @@ def gradient_note(track: Track) -> str:
     """Why there is no gradient of the loss here, "" if there is one."""
     if not track.has_gradient:
         return str(track.why_no_gradient)
+    bad = bad_gradient(track)
+    if bad is not None:
+        return f"the gradient is {bad.value} from {bad.where} on: look at the loss first"
     if track.parity.status == "failed":
         return (
             "the parameter gradients rebuilt from the recorded ones do not match those of the "

@@ -1,6 +1,6 @@
 """Which method and which sources: the gain map that fits a budget, and what was chosen in words.
 
-Letters: S the state's width, L a sequence's steps. Costs are counted in floating point operations
+Letters: S the state's width, L a sequence's steps. Costs are predicted from operation counts
 and never measured by a clock, so that the same input always gives the same map.
 """
 
@@ -13,13 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradflow.analyzer.jacobians import operator_of
-from gradflow.analyzer.products import NORMS, TRUNCATION, log_gains, spectral_work
+from gradflow.analyzer.jacobians import operator_of, state_size
+from gradflow.analyzer.products import CALLS, NORMS, SPEED, TRUNCATION, log_gains, spectral_work
 from gradflow.recording import Track
 
-SPEED = {torch.float64: 25e9, torch.float32: 80e9}  # operations a second on two cores
 WIDE = 384  # states wider than this are sketched in float32
-BYTES = 256 * 2**20  # of one map
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def make_maps(
 ) -> Maps:
     """ln gain from every chosen source to every later step of the mapped sequences."""
     lengths = [int(track.lengths[b]) for b in sequences]
-    size = operator_of(track, sequences=list(sequences)[:1]).size
+    size = state_size(track)
     predicted = sum(exact_seconds(size, length) for length in lengths)
     chosen = method
     if method == "auto":
@@ -54,7 +52,7 @@ def make_maps(
     dtype = torch.float32 if chosen == "sketch" and size > WIDE else torch.float64
     making = _Making(track, sequences, chosen == "sketch", dtype, seed)
     if method == "auto" and stride is None and chosen == "sketch":
-        stride = making.refine(seconds, progress)
+        stride = making.fit(seconds, progress)
     else:
         stride = stride or 1
         making.add(range(0, max(lengths), stride))
@@ -72,26 +70,31 @@ def exact_seconds(size: int, length: int) -> float:
     """Predicted seconds of an exact map with every step a source, in float64."""
     pairs = length * (length - 1) / 2
     work = pairs * (2.0 * size**3 + spectral_work(size, size))
-    return work / SPEED[torch.float64] + length * 1e-4
+    return work / SPEED[torch.float64] + length * 5e-4
+
+
+class _OverBudget(Exception):
+    """A map turned out dearer than foretold."""
 
 
 class _Making:
-    """A map under way: groups of sources are added until the budget is spent."""
+    """A map under way, and what it has cost so far."""
 
     def __init__(
         self, track: Track, sequences: Sequence[int], sketch: bool, dtype: torch.dtype, seed: int
     ) -> None:
         self.track, self.sequences = track, sequences
-        self.sketch, self.dtype, self.seed = sketch, dtype, seed
-        self.work = 0.0
+        self.sketch, self.seed = sketch, seed
+        self.operators = [operator_of(track, dtype, [b]) for b in sequences]
+        self.spent: list[float] = []  # predicted seconds of each step so far
+        self.limit = math.inf
+        self.tell: Callable[[float], None] = lambda share: None
         shape = (len(sequences), track.steps, track.steps)
         self.log_gain = {norm: np.full(shape, np.nan) for norm in NORMS}
 
-    def add(self, sources: range) -> float:
-        """Fill in these sources; return the operations it took."""
-        before = self.work
-        for place, b in enumerate(self.sequences):
-            operator = operator_of(self.track, self.dtype, [b])
+    def add(self, sources: range) -> None:
+        """Fill in these sources."""
+        for place, operator in enumerate(self.operators):
             inside = [t for t in sources if t < operator.length]
             if not inside:
                 continue
@@ -100,31 +103,52 @@ class _Making:
             )
             for norm, values in gains.items():
                 self.log_gain[norm][place, inside, : operator.length] = values[0].numpy()
-        return self.work - before
 
-    def _spend(self, work: float) -> None:
-        self.work += work + 2.5e6 * (not math.isnan(work))  # a step costs some calls besides
+    def _spend(self, seconds: float) -> None:
+        self.spent.append(seconds)
+        total = sum(self.spent)
+        self.tell(min(1.0, total / self.limit))
+        if total > self.limit:
+            raise _OverBudget
 
-    def refine(self, seconds: float, progress: Callable[[float], None]) -> int:
-        """Add sources between those there are as long as the next group is sure to fit."""
-        steps = self.track.steps
-        budget = seconds * SPEED[self.dtype]
-        stride = 1 << max(0, (steps - 1).bit_length())
-        cost = self.add(range(0, steps, stride))
-        while stride > 1:
-            group = range(stride // 2, steps, stride)
-            count = max(1, len(range(0, steps, stride)) // 2)  # of the group just made
-            if self.work + 1.3 * cost * max(1, len(group)) / count > budget:
-                break
-            cost = self.add(group)
-            stride //= 2
-            progress(min(1.0, self.work / budget))
-        return stride
+    def fit(self, seconds: float, progress: Callable[[float], None]) -> int:
+        """Follow the first step as a pilot, and choose the stride that its cost by lag allows."""
+        longest = max(operator.length for operator in self.operators)
+        pilots = []
+        for operator in self.operators:
+            self.spent = []
+            log_gains(operator, [0], sketch=self.sketch, seed=self.seed, spend=self._spend)
+            pilots.append(np.array(self.spent))
+        piloted = float(sum(pilot.sum() for pilot in pilots))
+        stride = 1
+        while stride < longest and _foretold(pilots, stride) > seconds - piloted:
+            stride *= 2
+        self.tell = progress
+        while True:
+            self.spent, self.limit = [], 1.5 * seconds if stride < longest else math.inf
+            try:
+                self.add(range(0, longest, stride))
+            except _OverBudget:
+                # ranks that fell along the pilot stay high later on
+                stride = min(4 * stride, 1 << longest.bit_length())
+                for values in self.log_gain.values():
+                    values.fill(np.nan)
+                continue
+            return stride
 
 
-def _words(
-    method: str, stride: int, dtype: torch.dtype, size: int, predicted: float | None
-) -> str:
+def _foretold(pilots: list[np.ndarray], stride: int) -> float:
+    """Seconds of all sources: what lag k cost the pilot, times how many sources reach lag k."""
+    total = 0.0
+    for pilot in pilots:
+        length = len(pilot)
+        reached = np.ceil((length - np.arange(length)) / stride)
+        calls = 8 * CALLS  # of each step, shared by all sources
+        total += float(((pilot - calls).clip(CALLS / 8) * reached).sum()) + length * calls
+    return total
+
+
+def _words(method: str, stride: int, dtype: torch.dtype, size: int, predicted: float | None) -> str:
     every = "every step a source" if stride == 1 else f"every {ordinal(stride)} step a source"
     words = f"{method}, {every}"
     if method == "sketch":
@@ -140,7 +164,7 @@ def _words(
 
 def _rounded(seconds: float) -> str:
     digits = max(0, len(str(int(seconds))) - 2)
-    return f"{round(int(math.ceil(seconds)), -digits)}"
+    return f"{round(math.ceil(seconds), -digits)}"
 
 
 def ordinal(number: int) -> str:
@@ -151,4 +175,4 @@ def ordinal(number: int) -> str:
     """
     if number % 100 in (11, 12, 13):
         return f"{number}th"
-    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
+    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th') }"

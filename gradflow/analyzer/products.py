@@ -22,9 +22,11 @@ from gradflow.recording import Operator
 
 NORMS = ("spectral", "rms")
 TRUNCATION = 1e-3  # of a block's Frobenius norm, the most one truncation drops
-LADDER = 0.72  # each rank a sketch may have, as a share of the one above
-SMALLEST = 4  # rank below which truncating no longer pays
+LADDER = 0.5  # each rank a sketch may have, as a share of the one above
 CHUNK = 768 * 2**20  # bytes of blocks at a time
+SPEED = {torch.float64: 25e9, torch.float32: 80e9}  # operations a second on two cores
+FIRST = 4  # lag of the first truncation
+CALLS = 2e-4  # seconds that the calls for one step of one rank take, however small
 SEED = 0
 
 
@@ -40,7 +42,7 @@ class Sweep:
     result: dict[str, Tensor]  # norm -> (B, n, T)
     levels: dict[int, Blocks]
     ladder: list[int]
-    work: float = 0.0  # floating point operations of the products so far
+    spent: float = 0.0  # predicted seconds so far
 
 
 def log_gain_map(jacobians: Tensor, norm: str = "spectral") -> Tensor:
@@ -91,7 +93,7 @@ def log_gains(
     """ln gain from each source to every target: norm -> (B, n, T) float64.
 
     With `sketch` a block is truncated as it loses rank, dropping at most 1e-3 of its norm a time.
-    `spend` is told the floating point operations of each step.
+    `spend` is told the predicted seconds of each step.
     """
     starts = torch.as_tensor(list(sources), dtype=torch.long)
     steps = {
@@ -121,8 +123,8 @@ def log_gains(
 
 def _ladder(size: int) -> list[int]:
     ranks = [size]
-    while ranks[-1] * LADDER >= SMALLEST:
-        ranks.append(int(ranks[-1] * LADDER))
+    while ranks[-1] > 1:
+        ranks.append(max(1, int(ranks[-1] * LADDER)))
     return ranks
 
 
@@ -130,7 +132,7 @@ def _run(sweep: Sweep, spend: Callable[[float], None] | None) -> None:
     operator, sources = sweep.operator, sweep.sources
     places = {int(t): place for place, t in enumerate(sources)}
     for t in range(int(sources[0]), operator.length):
-        before = sweep.work
+        before = sweep.spent
         _advance(sweep, t, places.get(t - 1))
         if t in places:
             for values in sweep.result.values():
@@ -140,24 +142,29 @@ def _run(sweep: Sweep, spend: Callable[[float], None] | None) -> None:
         if sweep.sketch:
             _truncate(sweep, t)
         if spend is not None:
-            spend(sweep.work - before + _norm_work(sweep))
+            spend(sweep.spent - before)
 
 
 def _advance(sweep: Sweep, t: int, begun: int | None) -> None:
     """Push every block through A_t; the block of a start one step back is A_tᵀ itself."""
     operator = sweep.operator
-    rows = sum(level.count * level.rank for level in sweep.levels.values())
+    live = [level for level in sweep.levels.values() if level.count]
+    rows = sum(level.count * level.rank for level in live)
     if begun is None and rows < operator.size:  # cheaper than to write A_t out
-        for level in sweep.levels.values():
-            level.push(operator, t)
+        if live:
+            pushed = operator.push(t, torch.cat([level.rows for level in live], 1))
+            shares = pushed.split([level.count * level.rank for level in live], 1)
+            for level, share in zip(live, shares, strict=True):
+                level.replace(share)
     else:
         step = transposed_step(operator, t)
         rows += operator.size
-        for level in sweep.levels.values():
+        for level in live:
             level.advance(step)
         if begun is not None:
             _begin(sweep, begun, step)
-    sweep.work += 2.0 * rows * operator.size**2 * operator.batch
+    work = 2.0 * rows * operator.size**2 * operator.batch
+    sweep.spent += work / SPEED[operator.dtype] + CALLS
 
 
 def _begin(sweep: Sweep, place: int, step: Tensor) -> None:
@@ -170,7 +177,7 @@ def _begin(sweep: Sweep, place: int, step: Tensor) -> None:
         step[:, None],
         torch.zeros(batch, 1, dtype=torch.float64),
         torch.tensor([place]),
-        torch.tensor([4]),
+        sweep.sources[place : place + 1] + FIRST,
         guess,
     )
 
@@ -178,43 +185,39 @@ def _begin(sweep: Sweep, place: int, step: Tensor) -> None:
 def _write(sweep: Sweep, level: Blocks, t: int) -> None:
     if level.count == 0:
         return
+    sweep.spent += CALLS
     total = level.rescale()
     if "rms" in sweep.result:
         sweep.result["rms"][:, level.start, t] = total - math.log(sweep.operator.size) / 2
     if "spectral" in sweep.result:
         sweep.result["spectral"][:, level.start, t] = level.spectral(sweep.generator)
-
-
-def _norm_work(sweep: Sweep) -> float:
-    """Operations that the spectral norms of one step are worth, measured against products."""
-    if "spectral" not in sweep.result:
-        return 0.0
-    total = 0.0
-    for level in sweep.levels.values():
-        blocks = level.count * sweep.operator.batch
-        total += blocks * spectral_work(level.rank, sweep.operator.size)
-    return total
+        work = spectral_work(level.rank, level.size) * level.count * sweep.operator.batch
+        sweep.spent += work / SPEED[sweep.operator.dtype]
 
 
 def spectral_work(rank: int, size: int) -> float:
     """Operations that one spectral norm of a (rank, size) block is worth."""
+    if rank == 1:
+        return 0.0
     if rank <= EXACT_ROWS:
         return 2.0 * rank**2 * size + 14.0 * rank**3 + 2e5
-    return 300.0 * rank * size + 5e6
+    return 900.0 * rank * size + 5e6
 
 
 def _truncate(sweep: Sweep, t: int) -> None:
     """Move every block whose time has come to the rank it still needs."""
     moved: list[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]] = []
     for rank, level in list(sweep.levels.items()):
-        lag = t - sweep.sources[level.start]
-        due = (level.retry <= lag) & (rank > sweep.ladder[-1])
-        if not bool(due.any()):
+        if rank == 1 or t < level.soonest:
             continue
+        due = level.retry <= t
+        lag = (t - sweep.sources[level.start])[due]
         target = sweep.ladder[sweep.ladder.index(rank) + 1]
         values, guess = level.values[:, due], level.guess[:, due]
+        work = 6.0 * rank * target * level.size * values.shape[0] * values.shape[1]
+        sweep.spent += 4 * CALLS + 2 * work / SPEED[level.norm.dtype]
         smaller, basis, needed = _compress(values, target, sweep.generator)
-        level.retry[due] = lag[due] + 2 + lag[due] // 2
+        level.retry[due] = t + 2 + lag // 2
         gone = due.clone()
         gone[due] = needed <= target
         if not bool(gone.any()):
@@ -265,7 +268,9 @@ def _compress(
     each = rows.double().square().sum(-1)  # (B, n, target)
     # what is lost by keeping the first j rows, j = 0 … target
     tail = each.flip(-1).cumsum(-1).flip(-1)
-    tail = torch.cat([tail, torch.zeros_like(tail[..., :1])], -1) + lost.double().square()[..., None]
+    tail = (
+        torch.cat([tail, torch.zeros_like(tail[..., :1])], -1) + lost.double().square()[..., None]
+    )
     allowed = (TRUNCATION * whole.double()).square()[..., None]
     needed = (tail > allowed).sum(-1)  # target + 1 where even all rows lose too much
     unfit = ~finite  # a block with NaN or Inf stays as it is

@@ -133,7 +133,7 @@ def judge(rate: Rate, span: int, sequences: int, steps: int) -> Verdict:
         return Verdict("dead")
     delta = band(span)
     if math.isnan(rate.low):
-        return Verdict("inconclusive", "a second sequence, better ten")
+        return Verdict("inconclusive", "a second sequence (better ten)")
     if rate.high < -delta:
         return Verdict("vanishing")
     if rate.low > delta:

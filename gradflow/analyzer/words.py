@@ -71,9 +71,12 @@ def _surviving(e: Evidence) -> str:
 
 
 def _dead(e: Evidence) -> str:
-    gone = next((k for k, v in enumerate(e.curve.median) if k and v == -math.inf), None)
-    after = "" if gone is None else f" within {counted(gone, 'step')}"
-    return f"is dead: exact zeros cut every path{after}, so nothing earlier can be learned"
+    return f"is dead: exact zeros cut every path{_within(e)}, so nothing earlier can be learned"
+
+
+def _within(e: Evidence) -> str:
+    zero = next((k for k, value in enumerate(e.curve.median) if k and value == -math.inf), None)
+    return "" if zero is None else f" within {counted(zero, 'step')}"
 
 
 def _inconclusive(e: Evidence) -> str:
@@ -117,13 +120,16 @@ def _headline(e: Evidence) -> str:
         return "one step only, so no recurrence to measure"
     if "not finite" in e.labels:
         return "NaN or Inf, so nothing can be measured"
+    if e.verdict.name == "dead":
+        return f"exact zeros cut every path{_within(e)}"
     profile = e.main_profile
     if not np.isfinite(profile).any():
         return _by_gain(e)
-    if np.isnan(profile).all(0)[1:].all():
+    if np.isnan(profile[:, 1:]).all():
         return _by_gain(e)  # the loss reads the first step alone, or a cut lies right before it
-    if not np.isfinite(profile[~np.isnan(profile)]).any() or np.isposinf(profile).any():
-        return "the gradient of the loss is infinite"
+    if np.isposinf(profile).any():
+        back = int(np.flatnonzero(np.isposinf(profile).any(0))[0])
+        return f"the gradient is infinite {counted(back, 'step')} before the loss"
     return _by_loss(e, profile)
 
 
@@ -136,15 +142,18 @@ def _by_loss(e: Evidence, profile: np.ndarray) -> str:
     known = np.flatnonzero(~np.isnan(level))
     back = int(known[-1])
     if e.verdict.name == "exploding" or level[back] > 3:
-        return f"the gradient is {_fold(float(level[back]))} {counted(back, 'step')} before the loss"
+        return _grown(float(level[back]), back)
     carrying, units = carriers(profile)
     return _carried(carrying, units, unit, len(known))
 
 
-def _fold(decades: float) -> str:
+def _grown(decades: float, back: int) -> str:
+    over = f"over the {counted(back, 'step')} before the loss"
+    if back == 1:
+        over = "over the last step before the loss"
     if decades < 1:
-        return f"{number(10**decades)} times its level"
-    return f"{number(decades)} decades larger"
+        return f"the gradient comes to {number(10**decades)} times its level {over}"
+    return f"the gradient grows by {number(decades)} decades {over}"
 
 
 def _carried(carrying: int, units: int, unit: str, steps: int) -> str:

@@ -28,10 +28,13 @@ def plot(
     ``kind`` is one of `KINDS`; ``layer`` picks one layer by name; ``ax`` draws the kind's main panel
     of one layer into axes of your own. Colours are log10 ratios, ± six powers of ten, fixed.
 
-    Raises
-    ------
-    InputError
-        If the kind or the layer is unknown, or ``ax`` is given for more than one layer.
+    Raises:
+        InputError: the kind or the layer is unknown, or ``ax`` is given for more than one layer.
+
+    >>> import torch, gradflow
+    >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+    >>> len(plot(run, "gain-map").axes) >= 1
+    True
     """
     if not isinstance(kind, str) or kind not in KINDS:
         advice = "the overview is the one to look at first"

@@ -36,12 +36,15 @@ def report(
     The folder appears whole or not at all. An existing one is not touched, unless ``force`` is given
     and it holds nothing but an earlier report, which is then replaced as a whole.
 
-    Raises
-    ------
-    InputError
-        If a format is unknown or there are no layers to report on.
-    FileError
-        If the folder exists, or cannot be written.
+    Raises:
+        InputError: a format is unknown, or there are no layers to report on.
+        FileError: the folder exists, or cannot be written.
+
+    >>> import tempfile, torch, gradflow
+    >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     sorted(report(run, f"{place}/run", formats=["json", "nc"]))
+    ['run.nc', 'summary.json']
     """
     chosen = _chosen(formats)
     if not len(analysis):

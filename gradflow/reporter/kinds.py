@@ -91,7 +91,8 @@ def _lag_heading(layer: LayerAnalysis) -> str:
 
 
 def _map_specials(layers: Sequence[LayerAnalysis]) -> dict[str, str]:
-    maps = [prepare.gain_map(layer).values for layer in layers]
+    every = [prepare.gain_map(layer) for layer in layers]
+    maps = [gain.values for gain in every if not gain.note]
     return special_colours(
         [(values, np.zeros(values.shape, bool)) for values in maps], "t′ before t"
     )

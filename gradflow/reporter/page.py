@@ -51,6 +51,7 @@ class Row:
     layer: LayerAnalysis
     share: float  # how much of the span the gradient reaches, in percent
     reach: str
+    short: str
     cell: str
     rate: str
     half_life: str
@@ -102,6 +103,7 @@ def _row(layer: LayerAnalysis) -> Row:
         layer=layer,
         share=round(100 * share, 1),
         reach=reach_words(layer),
+        short=reach_words(layer, short=True),
         cell=cell_words(layer),
         rate=rate_words(layer.rate),
         half_life=half_life_words(layer),
@@ -110,15 +112,18 @@ def _row(layer: LayerAnalysis) -> Row:
     )
 
 
-def reach_words(layer: LayerAnalysis) -> str:
+def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
     """What the bar of span against horizon shows, in words."""
     if gone_words(layer) == "none":
         return "not measured"
+    reach = layer.searched if layer.horizon is None else layer.horizon
+    of_span = f"{reach} of {layer.span} steps"
+    if short:
+        whole = layer.horizon is None and layer.searched >= layer.span - 1
+        return f"all {layer.span} steps" if whole else of_span
     if layer.horizon is None:
-        return (
-            f"above 10⁻³ at every distance measured, up to {layer.searched} of {layer.span} steps"
-        )
-    return f"below 10⁻³ after {layer.horizon} of {layer.span} steps"
+        return f"above 10⁻³ at every distance measured, up to {of_span}"
+    return f"below 10⁻³ after {of_span}"
 
 
 def embed(
@@ -170,4 +175,6 @@ def provenance_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _said(value: Any) -> str:
+    if isinstance(value, list | tuple) and all(isinstance(part, str | int) for part in value):
+        return ", ".join(map(str, value))
     return json.dumps(strict(value), ensure_ascii=False).strip('"')

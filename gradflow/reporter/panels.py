@@ -52,13 +52,16 @@ def back_ticks(steps: int) -> list[int]:
     """
     if steps == 1:
         return [0]
-    round_numbers = MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]).tick_values(
-        0, steps - 1
-    )
+    round_numbers = _whole(6).tick_values(0, steps - 1)
     ticks = [int(tick) for tick in round_numbers if 0 <= tick <= steps - 1]
     if steps - 1 - ticks[-1] > 0.06 * steps:
         ticks.append(steps - 1)
     return ticks
+
+
+def _whole(most: int) -> MaxNLocator:
+    """Round whole numbers as ticks, be it only one."""
+    return MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
 
 
 def draw_lag(
@@ -76,7 +79,7 @@ def draw_lag(
     ax.axhline(0, color=FAINT, lw=0.7, zorder=1)
     ax.axhline(prepare.GONE, color=FAINT, lw=0.7, ls=(0, (4, 3)), zorder=1)
     _draw_line(ax, line, VERDICT_COLOURS[layer.verdict], top)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(_whole(6))
     figure = ax.get_figure(root=True)
     inches = ax.get_window_extent().height / (figure.dpi if figure else 100)
     ticks = gain_ticks(top, inches)
@@ -100,8 +103,7 @@ def _draw_line(ax: Axes, line: LagLine, colour: str, top: float) -> None:
     if line.zero_from is not None and line.zero_from > 0:
         known = line.median[: line.zero_from]
         start = known[-1] if len(known) and np.isfinite(known[-1]) else top
-        fall = [line.zero_from - 1, line.zero_from, line.zero_from]
-        ax.plot(fall, [start, CURVE_FLOOR, CURVE_FLOOR], color="black", lw=1.8, zorder=4)
+        ax.plot([line.zero_from] * 2, [start, CURVE_FLOOR], color="black", lw=1.8, zorder=4)
     if line.dot is not None:
         x, y = line.dot
         ax.plot([x], [y], "o", color=colour, ms=5.5, mec="white", mew=0.8, zorder=6, clip_on=False)
@@ -110,7 +112,7 @@ def _draw_line(ax: Axes, line: LagLine, colour: str, top: float) -> None:
 def draw_gain(ax: Axes, gain: GainMap) -> None:
     """Source t across, target t′ down; the undefined half is grey; contour at 10⁻³."""
     if gain.note:
-        say(ax, gain.note)
+        say(ax, gain.note, width=36)
         return
     extent = (gain.first, gain.last, gain.last, gain.first)
     ax.imshow(paint(gain.values), extent=extent, interpolation="nearest", aspect="equal")
@@ -127,8 +129,8 @@ def draw_gain(ax: Axes, gain: GainMap) -> None:
             linewidths=[1.1],
             linestyles=["solid"],
         )
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 5, 10]))
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(_whole(5))
+    ax.yaxis.set_major_locator(_whole(5))
     order = " (processing order)" if gain.reverse else ""
     ax.set_xlabel(f"source step t{order}", labelpad=2)
     ax.set_ylabel("target step t′", labelpad=2)
@@ -163,7 +165,7 @@ def draw_parts(ax: Axes, parts: Parts) -> None:
         ax.plot(parts.step[alone], values[alone], "o", color=colour, ms=4.5, clip_on=False)
     ax.set_ylim(low, high)
     ax.set_xlim(1 - 0.5, len(parts.step) + 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(_whole(6))
     marks = MaxNLocator(nbins=5, integer=True).tick_values(low, high)
     marks = [int(mark) for mark in marks if low + 0.04 * (high - low) < mark <= high]
     ax.set_yticks([low, *marks], ["0", *(power(mark) for mark in marks)])
@@ -210,7 +212,7 @@ def draw_slope(ax: Axes, line: LagLine, layer: LayerAnalysis, reach: float) -> N
     ax.set_ylabel("slope", labelpad=2)
     ax.set_xlabel("distance t′ − t in steps", labelpad=2)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(_whole(6))
 
 
 def draw_gates(axes: Sequence[Axes], gates: Gates) -> None:
@@ -227,7 +229,7 @@ def draw_gates(axes: Sequence[Axes], gates: Gates) -> None:
         ax.set_ylabel(name, labelpad=2)
         ax.set_xlim(0.5, len(gates.step) + 0.5)
         ax.set_ylim(min(0.0, float(np.nanmin([0, *values.ravel()]))) - 0.03, 1.03)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_locator(_whole(6))
         if number < len(axes) - 1:
             ax.set_xticklabels([])
     axes[-1].set_xlabel("step", labelpad=2)

@@ -262,8 +262,14 @@ def gain_map(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
         pool=pool * round(stride),
         contour=bool(len(known) and known.min() < GONE < known.max() and count > 2),
         reverse=layer.reverse,
-        note="" if len(known) else "no finite gain to show",
+        note=_no_map(layer, known),
     )
+
+
+def _no_map(layer: LayerAnalysis, known: np.ndarray) -> str:
+    if layer.steps <= 1:
+        return "one step: no pair of steps to show"
+    return "" if len(known) else "no finite gain to show"
 
 
 def parts(layer: LayerAnalysis) -> Parts:
@@ -302,6 +308,10 @@ def _hooked(total: np.ndarray, direct: np.ndarray) -> str:
     if not pair.any():
         return "Total and direct gradient are exactly 0 at every step."
     apart = float(np.max(np.abs(total[pair] - direct[pair])))
+    if apart < 0.005:
+        return (
+            "A hook on the layer's output shows the whole gradient: none comes through recurrence."
+        )
     return f"A hook on the layer's output is off by up to a factor of {10 ** min(apart, 300):.2g}."
 
 
