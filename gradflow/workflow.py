@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,8 +114,12 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
     return replace(
         analysis,
         title=opened.title,
-        warnings=tuple(dict.fromkeys([*opened.notes, *analysis.warnings, *sentences])),
-        provenance={"file": opened.path.name, "kind": opened.kind, **analysis.provenance},
+        warnings=tuple(dict.fromkeys([*analysis.warnings, *sentences])),
+        provenance={
+            "file": opened.path.name,
+            "kind": opened.kind,
+            **_with_notes(analysis.provenance, opened.notes),
+        },
     )
 
 
@@ -160,6 +164,7 @@ def _from_weights(
     layers: dict[str, LayerAnalysis] = {}
     notes: list[str] = []
     tried: list[str] = []
+    assumed: list[str] = []
     provenance: dict[str, Any] = {}
     for module in opened.recurrent:
         runs = []
@@ -175,7 +180,8 @@ def _from_weights(
             _probed_name(module, name): _renamed(module, layer)
             for name, layer in run.layers.items()
         }
-        notes += [*module.ambiguous, *run.warnings]
+        notes += [s for s in module.ambiguous if "tanh" in s] + list(run.warnings)
+        assumed += [s for s in module.ambiguous if "tanh" not in s]
         tried += [probe.name for probe in probes]
         provenance |= run.provenance
     names = ", ".join(dict.fromkeys(tried))
@@ -189,6 +195,7 @@ def _from_weights(
         "seed": request.seed,
         "snippet": loading.save_snippet(opened.path, opened),
     }
+    provenance = _with_notes(provenance, assumed)
     return Analysis(opened.title, layers, tuple(dict.fromkeys([told, *notes])), provenance)
 
 
@@ -264,8 +271,8 @@ def _run(model: nn.Module, batch: loading.Batch, settings: _Settings) -> Recordi
     dropout = [m for m in model.modules() if getattr(m, "p", 0) or getattr(m, "dropout", 0)]
     if not model.training and dropout:
         recording.notes.append("the model ran in evaluation mode, so its dropout was off")
-    recording.notes += batch.notes
     recording.provenance |= {"loss": words, "input": _shapes(batch.inputs)}
+    recording.provenance = _with_notes(recording.provenance, batch.notes)
     return recording
 
 
@@ -296,6 +303,12 @@ def _time_axis(model: nn.Module, recording: Recording) -> int:
     """Where time is in the model's output: where the layer that ran last had it."""
     tracks = list(recording)
     return int(tracks[-1].batch_first) if tracks else loading.time_axis(model)
+
+
+def _with_notes(provenance: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+    """What was done to the input on the way: told, but no reason to doubt a number."""
+    known = [*notes, *provenance.get("notes", [])]
+    return {**provenance, "notes": list(dict.fromkeys(known))} if known else dict(provenance)
 
 
 def _scalar(value: object) -> Tensor:

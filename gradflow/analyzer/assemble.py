@@ -21,7 +21,7 @@ from gradflow.analyzer.causes import findings
 from gradflow.analyzer.curve import LagCurve, finite_extremes, lag_curve
 from gradflow.analyzer.evidence import Evidence
 from gradflow.analyzer.jacobians import operator_of, state_size
-from gradflow.analyzer.loss import KINDS, grad_norms, gradient_note, profile
+from gradflow.analyzer.loss import KINDS, arrives_elsewhere, grad_norms, gradient_note, profile
 from gradflow.analyzer.lyapunov import SHORT, Growth, burn_in, log_growth
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.products import NORMS
@@ -96,7 +96,7 @@ def analyze(
     >>> rnn = torch.nn.RNN(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.9)
     >>> with gradflow.record(rnn) as recording:
-    ...     _ = rnn(torch.zeros(100, 2, 1))
+    ...     rnn(torch.zeros(100, 2, 1))[0][-1].sum().backward()
     >>> layer = analyze(recording)["l0"]
     >>> layer.verdict, round(layer.half_life, 4), layer.horizon
     ('vanishing', 6.5788, 66)
@@ -200,9 +200,11 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     singular, reach = _singular(track, mapped, span, settings)
 
     # what the loss sees, and why
-    note = gradient_note(track)
     withheld = track.has_gradient and track.parity.status == "failed"
     labels = _labels(track, curve, growth, finite, maps)
+    seen = profile(track, withheld)
+    grows = verdict.name == "exploding" or "transient growth" in labels
+    note = gradient_note(track) or ("" if grows else arrives_elsewhere(seen))
     evidence = Evidence(
         track=track,
         alone=settings.layers == 1,
@@ -216,7 +218,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
         channels=_channels(track, singular),
         reach=reach,
         sequence_rates=rates,
-        profile=profile(track, withheld),
+        profile=seen,
         gradient_note=note,
     )
     data = _dataset(evidence, maps, mapped, singular, withheld)
@@ -510,9 +512,9 @@ def _loss_at_every_step(layer: LayerAnalysis) -> bool:
     """Whether the last loss step alone falls short of the total at most steps."""
     norms = layer.data["grad_norm"].sel(state="h")
     total, last = norms.sel(kind="total").values, norms.sel(kind="last").values
-    known = ~np.isnan(total) & ~np.isnan(last) & (total > 0)
-    more = np.abs(total - last) > 0.01 * total
-    return int(known.sum()) > 2 and float(more[known].mean()) > 0.5
+    known = np.isfinite(total) & np.isfinite(last) & (total > 0)
+    more = np.abs(total[known] - last[known]) > 0.01 * total[known]
+    return int(known.sum()) > 2 and float(more.mean()) > 0.5
 
 
 def _provenance(layers: dict[str, LayerAnalysis], settings: Settings) -> dict[str, object]:

@@ -136,7 +136,7 @@ def step_jacobians(track: Track) -> Tensor:
     >>> rnn = torch.nn.RNN(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
     >>> with gradflow.record(rnn) as recording:
-    ...     _ = rnn(torch.zeros(2, 1, 1))
+    ...     rnn(torch.zeros(2, 1, 1))[0].sum().backward()
     >>> step_jacobians(recording["l0"]).flatten().tolist()
     [0.5, 0.5]
     """

@@ -17,6 +17,7 @@ from gradflow.analyzer.order import cuts_before, in_processing_order
 from gradflow.recording import Track
 
 GONE = -3.0  # log10 of the level at which a unit's gradient counts as gone
+CARRIED = -1.0  # log10 of the level that a unit must hold throughout to count as a carrier
 KINDS = ("total", "direct", "last")
 
 
@@ -46,6 +47,22 @@ def gradient_note(track: Track) -> str:
         return "the gradient of the last loss step alone is not available for this layer"
     if not any(bool(((g != 0) & ~g.isnan()).any()) for g in last.values()):
         return "the gradient that reached this layer is zero everywhere"
+    return ""
+
+
+def arrives_elsewhere(seen: Profile) -> str:
+    """Why a profile would mislead, "" if it would not.
+
+    Below another layer, a gradient may come in at every step, and chiefly far from the loss step in
+    this layer's own order: in a reverse layer under a forward one whose last step the loss reads.
+    """
+    for state in seen.log10_grad:
+        level = rms_over_units(state)
+        if np.isfinite(level).any() and np.nanmax(level[np.isfinite(level)]) > -GONE:
+            return (
+                "the layer above passes the gradient down at other steps than the one the loss reads; "
+                "counted from that step, this layer's profile would mislead"
+            )
     return ""
 
 
@@ -168,8 +185,8 @@ def rms_over_units(log10_grad: np.ndarray) -> np.ndarray:
 
 
 def carriers(log10_grad: np.ndarray) -> tuple[int, int]:
-    """How many units stay at 10⁻³ of the level or above all the way back, and how many there are."""
+    """How many units stay at a tenth of the level or above all the way back, and how many there are."""
     known = ~np.isnan(log10_grad)
     units = known.any(1)
-    steady = units & np.where(known, log10_grad >= GONE, True).all(1)
+    steady = units & np.where(known, log10_grad >= CARRIED, True).all(1)
     return int(steady.sum()), int(units.sum())

@@ -21,7 +21,7 @@ def sentence(evidence: Evidence) -> str:
 def _vanishing(e: Evidence) -> str:
     gone = e.curve.horizon
     if gone is None:
-        end = f"though not below 10⁻³ within the {counted(e.curve.searched, 'step')} measured"
+        end = f"and is still above 10⁻³ after the {counted(e.curve.searched, 'step')} measured"
     elif gone < e.span:
         end = f"and is gone after {gone} of your {counted(e.span, 'step')}"
     else:
@@ -123,7 +123,7 @@ def _headline(e: Evidence) -> str:
     if e.verdict.name == "dead":
         return f"exact zeros cut every path{_within(e)}"
     profile = e.main_profile
-    if not np.isfinite(profile).any():
+    if e.gradient_note or not np.isfinite(profile).any():
         return _by_gain(e)
     if np.isnan(profile[:, 1:]).all():
         return _by_gain(e)  # the loss reads the first step alone, or a cut lies right before it

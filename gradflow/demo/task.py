@@ -35,7 +35,7 @@ class AddingModel(nn.Module):
 
     def __init__(self, cell: Literal["RNN", "LSTM"], hidden: int = HIDDEN) -> None:
         super().__init__()
-        kinds: dict[str, type[nn.RNNBase]] = {"RNN": nn.RNN, "LSTM": nn.LSTM}
+        kinds: dict[str, type[nn.RNN | nn.LSTM]] = {"RNN": nn.RNN, "LSTM": nn.LSTM}
         self.rnn = kinds[cell](2, hidden, batch_first=True)
         self.head = nn.Linear(hidden, 1)
 

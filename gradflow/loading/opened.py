@@ -104,7 +104,7 @@ def _open(path: Path, spec: str | None, trust: bool) -> Opened:
             title=type(model).__name__,
             model=model.eval(),
             recurrent=from_model(model),
-            notes=(*found.notes, *notes, *_eval_note(model)),
+            notes=(*found.notes, *notes),
             trusted=trust,
             spec=spec,
             shapes=shapes,
@@ -167,18 +167,10 @@ def _open_module(
         # A list or dict of modules has no forward: its recurrent modules are probed one by one.
         model=None if type(model) in (nn.ModuleList, nn.ModuleDict) else model,
         recurrent=from_model(model),
-        notes=(*notes, *_eval_note(model)),
+        notes=tuple(notes),
         trusted=trust,
         shapes=shapes,
     )
-
-
-def _eval_note(model: nn.Module) -> tuple[str, ...]:
-    dropouts = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-    for module in model.modules():
-        if isinstance(module, dropouts) or getattr(module, "dropout", 0) not in (0, 0.0, None):
-            return ("the model runs in eval mode: dropout is off",)
-    return ()
 
 
 def _foreign(path: Path, classes: list[str], recurrent: bool) -> str:

@@ -37,7 +37,9 @@ class Entry:
     @property
     def title(self) -> str:
         """The finding, as a headline."""
-        return f"{self.group} — {self.layer.title}" if self.group else self.layer.title
+        if not self.group or self.layer.title.startswith(f"{self.group}:"):
+            return self.layer.title  # "RNN — RNN: …" would say it twice
+        return f"{self.group} — {self.layer.title}"
 
     @property
     def name(self) -> str:
