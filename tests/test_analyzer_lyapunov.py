@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def scalars(slopes: list[float]) -> Tensor:
     """Slopes of a one-dimensional map as a stack."""
-    return torch.tensor(slopes).double()[:, None, None, None]
+    return torch.tensor(slopes, dtype=torch.float64)[:, None, None, None]
 
 
 def logistic(r: float, steps: int) -> Tensor:
@@ -32,7 +32,7 @@ def logistic(r: float, steps: int) -> Tensor:
 @pytest.mark.parametrize(
     ("jacobians", "expected", "bound"),
     [
-        (logistic(4.0, 60_000), [math.log(2)], 2e-3),
+        (logistic(4.0, 20_000), [math.log(2)], 2e-3),
         (logistic(3.2, 4_000), [-0.9162907], 1e-6),
         (scalars([1.9] * 3_000), [math.log(1.9)], 1e-12),
     ],
@@ -48,7 +48,7 @@ def test_cat_map() -> None:
 
 
 def test_diagonal_comes_sorted() -> None:
-    jacobians = torch.diag(torch.tensor([0.5, 0.9, 0.99]).double()).expand(600, 2, 3, 3)
+    jacobians = torch.diag(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).expand(600, 2, 3, 3)
     expected = [-0.0100503, -0.1053605, -0.6931472]
     for row in lyapunov_spectrum(jacobians):
         assert row.tolist() == pytest.approx(expected, abs=1e-6)
@@ -61,7 +61,7 @@ def test_5000_steps_in_float32(factor: float) -> None:
 
 
 def test_exact_zeros_are_minus_infinity_one_by_one() -> None:
-    jacobians = torch.diag(torch.tensor([0.9, 0.0]).double()).expand(50, 1, 2, 2)
+    jacobians = torch.diag(torch.tensor([0.9, 0.0], dtype=torch.float64)).expand(50, 1, 2, 2)
     first, second = lyapunov_spectrum(jacobians)[0].tolist()
     assert first == pytest.approx(math.log(0.9), rel=1e-9)
     assert second == -math.inf
@@ -70,7 +70,7 @@ def test_exact_zeros_are_minus_infinity_one_by_one() -> None:
 
 
 def test_averages_end_at_the_first_nan() -> None:
-    jacobians = torch.full((60, 2, 1, 1), 0.5).double()
+    jacobians = torch.full((60, 2, 1, 1), 0.5, dtype=torch.float64)
     jacobians[30:, 1] = torch.nan
     jacobians[:30, 1] = 0.25
     rates = lyapunov_spectrum(jacobians)[:, 0]
@@ -79,7 +79,7 @@ def test_averages_end_at_the_first_nan() -> None:
 
 
 def test_the_first_fifth_is_left_out_of_long_sequences_only() -> None:
-    jacobians = torch.full((50, 1, 1, 1), 0.5).double()
+    jacobians = torch.full((50, 1, 1, 1), 0.5, dtype=torch.float64)
     jacobians[: burn_in(50)] = 4.0
     assert lyapunov_spectrum(jacobians).item() == pytest.approx(math.log(0.5), rel=1e-12)
     short = jacobians[burn_in(50) - 1 :][:9]
@@ -89,8 +89,9 @@ def test_the_first_fifth_is_left_out_of_long_sequences_only() -> None:
 def test_k_of_the_spectrum_are_the_first_of_all() -> None:
     jacobians = torch.randn(400, 1, 6, 6, dtype=torch.float64) / math.sqrt(6)
     everything = lyapunov_spectrum(jacobians)
-    assert lyapunov_spectrum(jacobians, 1)[0, 0] == pytest.approx(everything[0, 0], abs=0.03)
-    assert lyapunov_spectrum(jacobians, 3).shape == (1, 3)
+    for k in (1, 3):
+        first = lyapunov_spectrum(jacobians, k)[0].tolist()
+        assert first == pytest.approx(everything[0, :k].tolist(), abs=0.03)
 
 
 @pytest.mark.parametrize("k", [0, 4, True, 1.5])

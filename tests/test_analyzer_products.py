@@ -68,7 +68,9 @@ def assert_maps_close(actual: Tensor, expected: Tensor, bound: float) -> None:
 
 
 @pytest.mark.parametrize("norm", ["spectral", "rms"])
-@pytest.mark.parametrize(("size", "steps", "batch"), [(1, 9, 2), (3, 12, 2), (17, 8, 3), (64, 6, 1)])
+@pytest.mark.parametrize(
+    ("size", "steps", "batch"), [(1, 9, 2), (3, 12, 2), (17, 8, 3), (64, 6, 1)]
+)
 def test_map_equals_one_svd_per_pair(norm: str, size: int, steps: int, batch: int) -> None:
     jacobians = gaussian(steps, size, batch=batch, gain=1.2)
     assert_maps_close(log_gain_map(jacobians, norm), pair_by_pair(jacobians, norm), 1e-9)
@@ -93,7 +95,10 @@ def test_wide_spectral_norms_are_within_1e_4_and_rms_exact(jacobians: Tensor) ->
 
 def test_a_wide_direction_that_takes_over_is_found() -> None:
     # from step 3 on, the direction that was best is cut and another one takes over
-    first, second = torch.ones(70).double() * 0.5, torch.ones(70).double() * 0.5
+    first, second = (
+        torch.full((70,), 0.5, dtype=torch.float64),
+        torch.full((70,), 0.5, dtype=torch.float64),
+    )
     first[0], second[0], second[41] = 1.0, 1e-6, 1.0
     turn = orthogonal(70)
     jacobians = torch.stack(
@@ -112,7 +117,7 @@ def test_scalar_linear(norm: str) -> None:
 
 
 def test_diagonal() -> None:
-    jacobians = repeated(torch.diag(torch.tensor([0.5, 0.9, 0.99]).double()), 40)
+    jacobians = repeated(torch.diag(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)), 40)
     k = torch.arange(40).double()
     rms = 0.5 * ((0.25**k + 0.81**k + 0.9801**k) / 3).log()
     spectral = k * math.log(0.99)
@@ -151,7 +156,7 @@ def test_critical_tanh_is_a_power_law_and_a_map_starts_at_the_first_state() -> N
     for _ in range(1001):
         h = math.tanh(h)
         slopes.append(1 - h * h)
-    jacobians = torch.tensor(slopes).double()[:, None, None, None]
+    jacobians = torch.tensor(slopes, dtype=torch.float64)[:, None, None, None]
     gains = log_gain_map(jacobians)[0, 0]
     assert sum(math.log(a) for a in slopes[:100]) == pytest.approx(-6.4427616, abs=1e-6)
     assert sum(math.log(a) for a in slopes[:1000]) == pytest.approx(-9.8698693, abs=1e-6)
@@ -252,7 +257,7 @@ def test_scaling_every_step_tilts_the_map(seed: int, log_scale: float) -> None:
     jacobians = gaussian(10, 4, seed=seed)
     tilted = log_gain_map(jacobians * math.exp(log_scale))
     lags = torch.arange(10)[None, :] - torch.arange(10)[:, None]
-    assert_maps_close(tilted, log_gain_map(jacobians) + lags * log_scale, 1e-8)
+    assert_maps_close(tilted, log_gain_map(jacobians) + lags.double() * log_scale, 1e-8)
 
 
 @settings(max_examples=25, deadline=None)
@@ -291,7 +296,7 @@ def test_singular_values_equal_those_of_the_product(gain: float) -> None:
 
 
 def test_small_directions_are_counted_beside_huge_ones() -> None:
-    sizes = torch.tensor([2.0, 1.0, 0.9, 0.5]).double()
+    sizes = torch.tensor([2.0, 1.0, 0.9, 0.5], dtype=torch.float64)
     turn = orthogonal(4)
     jacobians = repeated(turn @ torch.diag(sizes) @ turn.T, 200)
     values = log_singular_values(DenseOperator(jacobians), range(200))

@@ -6,7 +6,7 @@ Letters: T timesteps, B sequences, H units, S the state's width, k lag, t source
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,6 +145,10 @@ def _checked(
     batch = min(track.batch for track in recording)
     chosen: tuple[int, ...] | None = None
     if sequences is not None:
+        if isinstance(sequences, str) or not isinstance(sequences, Iterable):
+            raise InputError(
+                must_be("sequences", "a list of indices", repr(sequences), "write it as [0]")
+            )
         chosen = tuple(dict.fromkeys(sequences))
         if not chosen:
             raise InputError(
@@ -222,6 +226,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
         gradient_note=note,
     )
     data = _dataset(evidence, maps, mapped, singular, withheld)
+    settings.progress(track.name, 1.0)
     return _assembled(evidence, growth, maps, data)
 
 

@@ -91,10 +91,12 @@ def _top(images: Tensor) -> Tensor:
 
 
 def _settled(values: list[Tensor]) -> Tensor:
+    """Whether what is still missing, foretold from the last rises, is far below the tolerance."""
     now = (values[-1] - values[-2]).clamp_min(0) / values[-1]
-    at_once = now <= TOLERANCE / 20
+    at_once = now <= TOLERANCE / 50
     if len(values) < 3:
         return at_once
     before = (values[-2] - values[-3]).clamp_min(0) / values[-1]
-    ratio = torch.where(before > 0, now / before, torch.zeros_like(now)).clamp_max(0.999)
-    return at_once | (now * ratio / (1 - ratio) <= TOLERANCE / 5)
+    ratio = torch.where(before > 0, now / before, torch.zeros_like(now))
+    ratio = ratio.clamp(0.5, 0.999)  # a sudden fall of the rises foretells nothing
+    return at_once | (now * ratio / (1 - ratio) <= TOLERANCE / 10)
