@@ -63,7 +63,9 @@ def test_a_trespass_would_be_seen() -> None:
 def loaded_after(code: str) -> set[str]:
     """Top-level modules loaded by a fresh interpreter after running the code."""
     script = f"import sys\n{code}\nprint(*sorted({{n.split('.')[0] for n in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     return set(done.stdout.splitlines()[-1].split())
 
 
