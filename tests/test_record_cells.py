@@ -553,22 +553,6 @@ def test_burn_in_without_gradient_is_cut_off() -> None:
     compare.assert_steps_close(track.grad_h[3:], want, track.mask[3:])
 
 
-def test_an_optimizer_step_between_chunks() -> None:
-    cell, x = loops.cell_of("GRU"), data(6)
-    optimizer = torch.optim.SGD(cell.parameters(), lr=0.5)
-    with gradflow.record(cell) as recording:
-        one = loops.run(cell, x[:3])
-        loops.loss_of(one).backward(retain_graph=True)
-        optimizer.step()
-        two = loops.run(cell, x[3:], start=tuple(s.detach() for s in one.returned[-1]))
-        loops.loss_of(two).backward(retain_graph=True)
-    (track,) = recording
-    found = Run(one.returned + two.returned, one.began + two.began, one.read + two.read)
-    check_totals(track, found)
-    check_direct(track, found)
-    check_weights(track, cell)
-
-
 def test_create_graph_withholds_the_totals() -> None:
     cell, x = loops.cell_of("LSTM"), data().requires_grad_()
     with pytest.warns(GradflowWarning, match="create_graph"):
@@ -648,31 +632,6 @@ def test_a_recording_can_be_read_while_the_loop_goes_on() -> None:
         state.sum().backward()
     assert track is recording["cell"]
     assert track.grad_h.shape == (STEPS, BATCH, 4)
-
-
-def test_training_is_bit_identical_with_and_without_a_recording() -> None:
-    def train(record: bool) -> list[Tensor]:
-        torch.manual_seed(1)
-        model, drop = Stacked(), nn.Dropout(0.3)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-        kept = []
-        for _ in range(3):
-            x = torch.randn(5, 2, 3, dtype=torch.float64)
-            if record:
-                with gradflow.record(model):
-                    loss = drop(model(drop(x))[-1][2]).pow(2).sum()
-                    optimizer.zero_grad()
-                    loss.backward()
-            else:
-                loss = drop(model(drop(x))[-1][2]).pow(2).sum()
-                optimizer.zero_grad()
-                loss.backward()
-            optimizer.step()
-            kept += [loss.detach(), *(p.grad.clone() for p in model.parameters())]
-        return [*kept, torch.get_rng_state(), *(p.detach() for p in model.parameters())]
-
-    for plain, recorded in zip(train(False), train(True), strict=True):
-        assert torch.equal(plain, recorded)
 
 
 def test_nothing_of_the_users_stays_alive() -> None:
