@@ -398,13 +398,13 @@ def test_a_decoder_that_starts_from_an_encoder_and_reads_its_own_output() -> Non
     # h_n and the output are two tensors with one state: the total is more than a hook on h shows
     track, hooked = recording["decoder.l0"], torch.cat([h.grad for h in model.kept[:4]])
     assert not torch.equal(track.grad_h[:4], hooked)
-    steps = [nn.GRUCell(INPUTS, HIDDEN, dtype=torch.float64) for _ in range(1)]
+    cell = nn.GRUCell(INPUTS, HIDDEN, dtype=torch.float64)
     with torch.no_grad():
-        for name, weight in steps[0].named_parameters():
+        for name, weight in cell.named_parameters():
             weight.copy_(getattr(model.decoder, f"{name}_l0"))
     h, y, kept, loss = model.encoder(x)[1][0], x[-1], [], 0.0
     for _ in range(5):
-        h = steps[0](y, h)
+        h = cell(y, h)
         h.retain_grad()
         kept.append(h)
         y = model.head(h)

@@ -114,7 +114,7 @@ def _outputs(node: Any) -> int:
 def _called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         raise NotReadable("an autograd.Function of your own")
-    if any(name.startswith("_raw_saved") for name in dir(node)) and _saved_tensors_are_hooked():
+    if _saved_tensors_are_hooked() and any(name.startswith("_raw_saved") for name in dir(node)):
         raise NotReadable("what a checkpoint recomputes")
     try:
         found = node(*grads)

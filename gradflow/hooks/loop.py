@@ -155,13 +155,13 @@ class Loop:
                 f"step Jacobians must be of a state that is carried from call to call as it is, or "
                 f"elementwise, got a loop in which {reason}; carry the state directly"
             )
-        steps, places = [], {}
+        steps, places, starts = [], {}, self.starts
         for number, group in enumerate(self.groups):
             steps.append(self._linearised(group, layer, dtype, sequences))
             size = group.replay.mask.shape[0]
             for position, member in enumerate(group.members):
                 for step in range(size):
-                    places[self.starts[member] + step] = (number, position * size + step)
+                    places[starts[member] + step] = (number, position * size + step)
         linked = Linked(steps, [places[t] for t in range(len(places))], {}, {}, {})
         self._fill_links(linked, layer, dtype, sequences)
         return linked
