@@ -587,6 +587,69 @@ def test_lengths_of_a_padded_batch() -> None:
             cell(x[0])
 
 
+def test_a_mask_in_place_on_what_the_cell_returned() -> None:
+    """The tensor the next call is given is the very one that was returned, but no longer its value."""
+    cell, x = loops.cell_of("GRU"), data()
+    mask = torch.tensor([[1.0], [0.5], [0.0]], dtype=torch.float64)
+    with gradflow.record(cell) as recording:
+        h = None
+        for t, x_t in enumerate(x):
+            h = cell(x_t, h)
+            if t == 3:
+                h.mul_(mask)
+        h.pow(2).sum().backward()
+    with gradflow.record(cell) as want:
+        h = None
+        for t, x_t in enumerate(x):
+            h = cell(x_t, h)
+            if t == 3:
+                h = h * mask
+        h.pow(2).sum().backward()
+    track, other = recording["cell"], want["cell"]
+    compare.assert_steps_close(track.grad_h, other.grad_h, track.mask)
+    compare.assert_steps_close(track.h, other.h, track.mask)
+    assert track.cuts.nonzero().tolist() == [[4, 2]]
+    assert track.parity.status == "passed"
+
+
+def test_the_worked_lstm_cell_of_the_lecture_notes() -> None:
+    """Rows in the order (forget, input, output, cell) where PyTorch reads i, f, g, o."""
+    rows = [[0, 100, 0, 10], [0, 100, 0, -10], [1, 0, 0, 0], [0, 0, 100, -10]]
+    x = [[1, 0, 0, 1], [3, 1, 0, 1], [2, 0, 0, 1], [4, 1, 0, 1], [2, 0, 0, 1]]
+    x += [[1, 0, 1, 1], [3, -1, 0, 1], [6, 1, 0, 1], [1, 0, 1, 1]]
+    cell = nn.LSTMCell(4, 1, bias=False)
+    with torch.no_grad():
+        cell.weight_ih.copy_(torch.tensor(rows, dtype=torch.float32))
+        cell.weight_hh.zero_()
+    with gradflow.record(cell) as recording:
+        state, outputs = None, []
+        for row in x:
+            state = cell(torch.tensor([row], dtype=torch.float32), state)
+            outputs.append(state[0])
+        torch.cat(outputs).sum().backward()
+    track = recording["cell"]
+    assert [round(float(h)) for h in track.h] == [0, 0, 0, 0, 0, 1, 0, 0, 1]
+    assert float(track.h[5]) == pytest.approx(0.6420, abs=1e-4)
+    assert float(track.gates["i"].min()) < 0.5 < float(track.gates["i"][0])  # the "forget" row
+    assert float(track.gates["f"][0]) == pytest.approx(0.0, abs=1e-4)
+    assert track.gates["f"].shape == (9, 1, 1)
+
+
+def test_zoneout_and_changed_weights_are_noted() -> None:
+    cell, x = loops.cell_of("GRU"), data(4)
+    with gradflow.record(cell) as recording:
+        found = loops.run(cell, x, lambda t, s, b: (0.5 * s[0] + 0.5 * b[0],))
+        loops.loss_of(found).backward()
+        with torch.no_grad():
+            cell.weight_hh.mul_(2.0)
+        start = (found.returned[-1][0].detach(),)
+        loops.loss_of(loops.run(cell, x, start=start)).backward()
+    (track,) = recording
+    assert any("zoneout" in note for note in track.notes)
+    assert any("weights changed" in note for note in track.notes)
+    assert track.grad_h_last is None
+
+
 def test_layers_picks_cells_by_name() -> None:
     model, x = Stacked(), data()
     with gradflow.record(model, layers="gru*") as recording:

@@ -385,6 +385,25 @@ def record(
         warnings.warn(sentence, GradflowWarning, stacklevel=3)
 
 
+def _notes(track: Track) -> list[str]:
+    """What a reader should know about a track that is a loop of calls."""
+    source = track.source
+    assert isinstance(source, LoopSource)
+    chain = source.loop.chain
+    notes = []
+    reason = source.loop.why_no_operator()
+    if reason:
+        notes.append(f"its step Jacobians and last loss step alone are not known: {reason}")
+    elif any(link is not None and link.around is not None for link in chain.links):
+        notes.append(
+            "between two calls its state is mixed with the one before (zoneout): gains are those of "
+            "the states that enter the calls, and the last loss step alone is not told apart"
+        )
+    if len({tuple(id(weight) for weight in call.weights) for call in chain.calls}) > 1:
+        notes.append("its weights changed within the loop; every step is read with its own")
+    return notes
+
+
 def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
@@ -393,6 +412,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
     )
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
+        track.notes += _notes(track)
     recording.provenance = {
         "model": recording.model_name,
         "gradflow": __version__,
