@@ -513,6 +513,48 @@ def test_users_hooks_do_not_run_in_the_forward_pass() -> None:
     assert calls == [6, 5, 4, 3, 2, 1]
 
 
+class OneKernel(torch.autograd.Function):
+    """An LSTM cell that returns h and c from one node, as on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> State:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, h, c, *weights)
+        return PLAIN_CELL(x, (h, c), *weights)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> State:  # type: ignore[no-untyped-def]
+        with torch.enable_grad():
+            given = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            returned = PLAIN_CELL(given[0], (given[1], given[2]), *given[3:])
+            return torch.autograd.grad(returned, given, grads)
+
+
+PLAIN_CELL = torch._VF.lstm_cell
+
+
+@pytest.mark.parametrize("steps", [None, [STEPS - 1], [3]], ids=str)
+@pytest.mark.parametrize("with_c", [False, True])
+def test_a_kernel_that_returns_h_and_c_together(
+    steps: list[int] | None, with_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reaches its c is not the total: the way through h = o ⊙ tanh c lies inside the kernel."""
+    cell, x = loops.cell_of("LSTM"), data()
+    with gradflow.record(cell) as plain:
+        loops.loss_of(loops.run(cell, x), steps, with_c).backward()
+    cell.zero_grad()
+    together = lambda x, hx, *weights: OneKernel.apply(x, *hx, *weights)  # noqa: E731
+    monkeypatch.setitem(vars(torch._VF), "lstm_cell", together)
+    with gradflow.record(cell) as recording:
+        found = loops.run(cell, x)
+        loops.loss_of(found, steps, with_c).backward()
+    assert found.returned[0][0].grad_fn is found.returned[0][1].grad_fn
+    track, want = recording["cell"], plain["cell"]
+    assert (track.grad_c[0] - found.returned[0][1].grad).abs().max() > 0  # what a hook shows
+    for name in ("grad_h", "grad_c", "grad_h_direct", "grad_h_last", "grad_c_last", "delta"):
+        compare.assert_steps_close(getattr(track, name), getattr(want, name), track.mask, what=name)
+    check_weights(track, cell)
+
+
 # ------------------------------------------------------------------- no gradient, accumulation
 
 
