@@ -114,10 +114,7 @@ def analyze(
 
 
 @gradflow.command()
-@click.option("-o", "folder", metavar="DIR", type=click.Path(path_type=Path),
-              help="Folder for the files; default gradflow-demo.")  # fmt: skip
-@FORCE
-def demo(folder: Path | None, force: bool) -> None:
+def demo() -> None:
     """Train an RNN and an LSTM on the adding task and show where their gradients go.
 
     \b
@@ -126,7 +123,7 @@ def demo(folder: Path | None, force: bool) -> None:
     from gradflow.demo.run import run_demo
 
     with Progress() as progress:
-        text = run_demo(folder, force=force, progress=progress)
+        text = run_demo(progress)
     click.echo(text)
 
 
@@ -176,8 +173,7 @@ def report(run: Path, folder: Path | None, force: bool, as_json: bool, fail_on: 
 @gradflow.command()
 @click.argument("runs", metavar="RUN RUN...", nargs=-1, type=click.Path(path_type=Path))
 @FOLDER
-@FORCE
-def compare(runs: Sequence[Path], folder: Path | None, force: bool) -> None:
+def compare(runs: Sequence[Path], folder: Path | None) -> None:
     """Show saved RUNs on one scale: a table, and a picture with all their layers.
 
     \b
@@ -189,7 +185,7 @@ def compare(runs: Sequence[Path], folder: Path | None, force: bool) -> None:
         )
     from gradflow.comparison import compare_runs
 
-    click.echo(compare_runs(runs, folder, force=force))
+    click.echo(compare_runs(runs, folder))
 
 
 # ------------------------------------------------------------------------------------- helpers
@@ -202,7 +198,7 @@ def _show(analysis: Analysis, folder: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(reporter.summary(analysis), allow_nan=False, indent=2))
         return
-    reporter.print_summary(analysis)
+    reporter.render(analysis)
     click.echo(f"\npage: {folder / 'report.html'}")
     click.echo(f"next: {analysis.provenance.get('next_command') or _next(folder)}")
 

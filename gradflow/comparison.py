@@ -40,15 +40,14 @@ def compare(runs: Mapping[str, Analysis]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def compare_runs(paths: Sequence[Path], folder: Path | None, *, force: bool) -> str:
+def compare_runs(paths: Sequence[Path], folder: Path | None) -> str:
     """Compare saved runs; write comparison.png and comparison.csv; return what to print."""
     folder = folder or reporter.free_folder(Path("reports") / "comparison")
-    reporter.check_folder(folder, force=force)
     runs = {str(path): load(path) for path in paths}
     table = compare(runs)
-    with reporter.whole_folder(folder, force=force) as work:
+    with reporter.whole_folder(folder) as work:
         figure = reporter.plot([run.titled(name) for name, run in runs.items()])
-        reporter.save_figure(figure, work / "comparison.png")
+        (work / "comparison.png").write_bytes(reporter.png(figure))
         table.to_csv(work / "comparison.csv", index=False)
     text = table[COLUMNS].to_string(index=False, float_format="%.4g")
     return f"{text}\n\npicture: {folder / 'comparison.png'}\nnext: gradflow report {paths[0]}"

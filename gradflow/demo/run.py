@@ -22,11 +22,11 @@ torch.save({"input": x, "target": y}, "batch.pt")       # one batch
 gradflow analyze model.pt --model 'your_code:Net(10, 20)' --input batch.pt"""
 
 
-def run_demo(folder: Path | None, *, force: bool, progress: Progress) -> str:
+def run_demo(progress: Progress) -> str:
     """Train, save, analyze and compare; return what to print. The folder appears whole or not."""
-    folder = folder or reporter.free_folder(FOLDER)
+    folder = reporter.free_folder(FOLDER)
     runs, trained = {}, {}
-    with reporter.whole_folder(folder, force=force) as work:
+    with reporter.whole_folder(folder) as work:
         for number, cell in enumerate(CELLS):
 
             def part(what: str, done: float, start: float = number / 2) -> None:
@@ -36,9 +36,9 @@ def run_demo(folder: Path | None, *, force: bool, progress: Progress) -> str:
             part(f"analyzing the {cell}", 0.85)
             runs[cell] = _analyze(cell, trained[cell], work / cell.lower())
         figure = reporter.plot(list(runs.values()))
-        reporter.save_figure(figure, work / "comparison.png")
+        (work / "comparison.png").write_bytes(reporter.png(figure))
     for run in runs.values():
-        reporter.print_summary(run)
+        reporter.render(run)
     return _words(folder, trained)
 
 

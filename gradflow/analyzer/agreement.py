@@ -1,0 +1,60 @@
+"""One verdict from several probes of the same weights: it stands only if all of them agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gradflow.analysis import Analysis, Finding, LayerAnalysis, Rate
+
+LABEL = "depends on the input"
+
+
+def agreed(runs: Sequence[Analysis], probes: Sequence[str]) -> Analysis:
+    """Merge the analyses of one module under several probes, given with their names.
+
+    The last probe is the one shown. Where all verdicts agree, the rate's interval is widened to
+    hold those of all probes; where they do not, the verdict is ``inconclusive`` with the label
+    "depends on the input", and the sentence gives the rate under every probe.
+    """
+    shown = runs[-1]
+    layers = {
+        name: _agreed_layer([run.layers[name] for run in runs], probes) for name in shown.layers
+    }
+    return replace(shown, layers=layers)
+
+
+def _agreed_layer(layers: Sequence[LayerAnalysis], probes: Sequence[str]) -> LayerAnalysis:
+    shown = layers[-1]
+    if len(layers) == 1:
+        return shown
+    low = min(layer.rate.low for layer in layers)
+    high = max(layer.rate.high for layer in layers)
+    if len({layer.verdict for layer in layers}) == 1:
+        return replace(shown, rate=Rate(shown.rate.value, low, high))
+    rates = ", ".join(
+        f"{layer.verdict} ({layer.rate.value:+.3g} per step) under {probe}"
+        for layer, probe in zip(layers, probes, strict=True)
+    )
+    sentence = f"{shown.name} depends on the input: {rates}; give --input for a verdict"
+    finding = Finding(
+        name="depends-on-input",
+        layer=shown.name,
+        message=f"the probes disagree: {rates}",
+        advice="give a batch of your own data; the input decides how the gradient flows",
+        code="gradflow analyze MODEL --model 'pkg.mod:Net(10, 20)' --input batch.pt",
+    )
+    kept = [f for f in shown.findings if all(f.name in _names(layer) for layer in layers)]
+    return replace(
+        shown,
+        verdict="inconclusive",
+        labels=(LABEL, *shown.labels),
+        rate=Rate(shown.rate.value, low, high),
+        findings=(finding, *kept),
+        sentence=sentence,
+        title=f"{shown.name} ({shown.cell}): the verdict depends on the input",
+    )
+
+
+def _names(layer: LayerAnalysis) -> set[str]:
+    return {finding.name for finding in layer.findings}

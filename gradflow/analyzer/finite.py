@@ -1,0 +1,54 @@
+"""Where the first NaN or Inf sits: forward in the states, backward in the gradients.
+
+Letters: T timesteps, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradflow.analyzer.order import in_processing_order
+from gradflow.recording import Track
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One entry that is not finite; indices from 0, the step in input time."""
+
+    name: str  # of the state
+    step: int
+    sequence: int
+    unit: int
+    value: str  # "NaN", "inf", "-inf"
+
+    @property
+    def where(self) -> str:
+        """Its place in words, counted from 1."""
+        return f"step {self.step + 1}, sequence {self.sequence + 1}, unit {self.unit + 1}"
+
+
+def first_not_finite(
+    track: Track, tensors: Mapping[str, Tensor], *, backward: bool = False
+) -> Bad | None:
+    """The first entry on a real step that is NaN or Inf; backward, the one processed last."""
+    real = torch.arange(track.steps)[:, None] < track.lengths.cpu()
+    for name, values in tensors.items():
+        bad = in_processing_order(track, ~torch.isfinite(values)) & real[..., None]
+        hits = bad.nonzero()
+        if len(hits) == 0:
+            continue
+        place = int(hits[:, 0].max() if backward else hits[:, 0].min())
+        sequence, unit = (int(n) for n in hits[hits[:, 0] == place][0, 1:])
+        step = int(track.lengths[sequence]) - 1 - place if track.reverse else place
+        value = f"{float(values[step, sequence, unit]):g}".replace("nan", "NaN")
+        return Bad(name, step, sequence, unit, value)
+    return None
+
+
+def bad_gradient(track: Track) -> Bad | None:
+    """The first NaN or Inf of the backward pass, None without one."""
+    return first_not_finite(track, track.grads, backward=True) if track.has_gradient else None

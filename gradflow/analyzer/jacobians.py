@@ -1,0 +1,165 @@
+"""Dense step Jacobians A_t = ∂s_t/∂s_{t−1}, and an operator over a stack of them.
+
+Letters: T timesteps, B sequences, S the width of the carried state, t a step in processing order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradflow.errors import InputError, must_be
+from gradflow.recording import Operator, Track
+
+MEMORY_BUDGET = 4 * 2**30  # bytes of one dense stack
+CHUNK = 64 * 2**20  # bytes of pushed rows at a time
+
+
+class DenseOperator:
+    """Step Jacobians held as one stack: push is V A_tᵀ, pull is V A_t.
+
+    Args:
+        jacobians: (T, B, S, S), A_t of every sequence in processing order.
+
+    Raises:
+        InputError: the stack does not have that shape or is not floating point.
+
+    >>> operator = DenseOperator(torch.full((3, 1, 1, 1), 0.5))
+    >>> operator.push(0, torch.ones(1, 1, 1)).item()
+    0.5
+    """
+
+    def __init__(self, jacobians: Tensor) -> None:
+        self.jacobians = checked_stack(jacobians)
+        self.length, self.batch, self.size = jacobians.shape[:3]
+        self.dtype = jacobians.dtype
+
+    def push(self, t: int, block: Tensor) -> Tensor:
+        """Map every row v of block (B, m, S) to A_t v."""
+        return block @ self.jacobians[t].mT
+
+    def pull(self, t: int, block: Tensor) -> Tensor:
+        """Map every row u of block (B, m, S) to A_tᵀ u."""
+        return block @ self.jacobians[t]
+
+
+def checked_stack(jacobians: Tensor) -> Tensor:
+    """Return the stack if it is a floating point (T, B, S, S) tensor, else raise the sentence."""
+    advice = "stack A_t over steps first, then sequences"
+    if not isinstance(jacobians, Tensor):
+        kind = type(jacobians).__name__
+        raise InputError(must_be("jacobians", "a torch tensor (T, B, S, S)", kind, advice))
+    shape = tuple(jacobians.shape)
+    if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
+        raise InputError(must_be("jacobians", "of shape (T, B, S, S)", shape, advice))
+    if not jacobians.is_floating_point():
+        raise InputError(
+            must_be("jacobians", "floating point", jacobians.dtype, "convert with .double()")
+        )
+    return jacobians.detach()
+
+
+def transposed_step(operator: Operator, t: int) -> Tensor:
+    """A_tᵀ of every sequence, (B, S, S): the rows into which A_t sends the unit vectors."""
+    eye = torch.eye(operator.size, dtype=operator.dtype)
+    return operator.push(t, eye.expand(operator.batch, -1, -1))
+
+
+@dataclass(frozen=True)
+class HostOperator:
+    """A track's operator whose blocks come from and go to the CPU, up to `length` steps."""
+
+    inner: Operator
+    length: int
+    device: torch.device
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.inner.batch
+
+    @property
+    def size(self) -> int:
+        """S."""
+        return self.inner.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its blocks."""
+        return self.inner.dtype
+
+    def push(self, t: int, block: Tensor) -> Tensor:
+        """Map every row v of block (B, m, S) to A_t v."""
+        return self.inner.push(t, block.to(self.device)).cpu()
+
+    def pull(self, t: int, block: Tensor) -> Tensor:
+        """Map every row u of block (B, m, S) to A_tᵀ u."""
+        return self.inner.pull(t, block.to(self.device)).cpu()
+
+
+def operator_of(
+    track: Track,
+    dtype: torch.dtype = torch.float64,
+    sequences: Sequence[int] | None = None,
+) -> HostOperator:
+    """The step Jacobians of some sequences, up to the last real step of the longest of them."""
+    chosen = torch.arange(track.batch) if sequences is None else torch.as_tensor(sequences)
+    length = int(track.lengths.cpu()[chosen].max())
+    device = track.weights["weight_hh"].device
+    return HostOperator(track.operator(dtype, chosen), length, device)
+
+
+def state_size(track: Track) -> int:
+    """S, the width of the full carried state."""
+    return sum(int(value.shape[-1]) for value in track.states.values())
+
+
+def step_jacobians(track: Track) -> Tensor:
+    """Dense step Jacobians of a track, A_t = ∂s_t/∂s_{t−1}, in processing order.
+
+    The state is joint, (h, c) for an LSTM: the product of one block of A_t alone is not ∂h_t'/∂h_t.
+
+    Args:
+        track: one layer in one direction.
+
+    Returns:
+        (T, B, S, S) float64 on the CPU; A at index 0 is with respect to the initial state, steps
+        past a sequence's length are NaN matrices.
+
+    Raises:
+        InputError: the stack would not fit 4 GiB.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
+    >>> with gradflow.record(rnn) as recording:
+    ...     _ = rnn(torch.zeros(2, 1, 1))
+    >>> step_jacobians(recording["l0"]).flatten().tolist()
+    [0.5, 0.5]
+    """
+    operator = operator_of(track)
+    steps, batch, size = track.steps, track.batch, operator.size
+    needed = steps * batch * size**2 * 8
+    if needed > MEMORY_BUDGET:
+        raise InputError(
+            must_be(
+                "T·B·S² float64 numbers",
+                f"at most {MEMORY_BUDGET / 2**30:g} GiB",
+                f"{needed / 2**30:.1f} GiB (T={steps}, B={batch}, S={size})",
+                "record fewer sequences or shorter ones, or use gradflow.analyze, "
+                "which never holds them all",
+            )
+        )
+    stack = torch.full((steps, batch, size, size), torch.nan, dtype=torch.float64)
+    rows = max(1, min(size, CHUNK // (8 * batch * size)))
+    eye = torch.eye(size, dtype=torch.float64)
+    lengths = track.lengths.cpu()
+    for t in range(operator.length):
+        real = lengths > t
+        for start in range(0, size, rows):
+            columns = operator.push(t, eye[start : start + rows].expand(batch, -1, -1)).mT
+            stack[t, real, :, start : start + rows] = columns[real].to("cpu", torch.float64)
+    return stack

@@ -1,0 +1,146 @@
+"""Lyapunov exponents by QR: the growth rates of directions along the visited states.
+
+Letters: T timesteps, B sequences, S the state's width, k exponents, L a sequence's real steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradflow.analyzer.jacobians import DenseOperator, checked_stack
+from gradflow.errors import InputError, must_be
+from gradflow.recording import Operator
+
+SHORT = 10  # sequences of fewer steps are used whole, their transient included
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Growth:
+    """ln |R_jj| of every step: what the QR iteration yields before any average."""
+
+    log_growth: Tensor  # (T, B, k) nats; −inf for an exact zero, NaN where a step does not count
+    counted: Tensor  # (T, B) true on steps past the burn-in that are real and no cut
+
+    @property
+    def exponents(self) -> Tensor:
+        """Mean over the counted steps of every sequence, (B, k) nats per step."""
+        counted = self.counted[..., None]
+        total = torch.where(counted, self.log_growth, torch.zeros_like(self.log_growth)).sum(0)
+        # 0/0 is NaN: a sequence none of whose steps counts has no rate
+        return total / self.counted.sum(0)[:, None]
+
+
+def burn_in(steps: int) -> int:
+    """Steps left out at the front of a sequence: ⌈T/5⌉, none when T < 10.
+
+    >>> burn_in(100), burn_in(11), burn_in(9)
+    (20, 3, 0)
+    """
+    return math.ceil(steps / 5) if steps >= SHORT else 0
+
+
+def lyapunov_spectrum(jacobians: Tensor, k: int | None = None) -> Tensor:
+    """Largest k Lyapunov exponents of every sequence, λ_j = mean over t of ln |R_t,jj|.
+
+    A_t Q_{t−1} = Q_t R_t (Benettin et al. 1980; Shimada & Nagashima 1979), from a seeded random
+    basis, leaving out the first ⌈T/5⌉ steps (none when T < 10), up to a sequence's first NaN.
+
+    Args:
+        jacobians: (T, B, S, S), A_t of any map, floating point.
+        k: how many, S by default.
+
+    Returns:
+        (B, k) float64 nats per step, largest first; −inf where exact zeros leave nothing.
+
+    Raises:
+        InputError: another shape, or k out of 1 … S.
+
+    >>> doubling = torch.full((50, 1, 1, 1), 2.0, dtype=torch.float64)
+    >>> round(lyapunov_spectrum(doubling).item(), 9) == round(math.log(2), 9)
+    True
+    """
+    stack = checked_stack(jacobians)
+    size = stack.shape[-1]
+    if k is None:
+        k = size
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= size:
+        raise InputError(must_be("k", f"a whole number from 1 to {size}", repr(k), "lower it"))
+    if stack.dtype not in (torch.float32, torch.float64):
+        stack = stack.float()
+    bad = stack.isnan().flatten(2).any(-1)  # (T, B)
+    lengths = torch.where(bad.any(0), bad.int().argmax(0), len(stack))
+    growth = log_growth(DenseOperator(stack), lengths, k)
+    return growth.exponents.sort(dim=1, descending=True).values
+
+
+def log_growth(
+    operator: Operator,
+    lengths: Tensor,
+    k: int,
+    *,
+    cuts: Tensor | None = None,
+    seed: int = SEED,
+    progress: Callable[[float], None] | None = None,
+) -> Growth:
+    """Run the QR iteration over all sequences at once, step by step.
+
+    Every sequence starts from the same random basis, so identical sequences give identical rates.
+    At a cut (T, B), in processing order, nothing of the past arrives: the step is left out.
+    """
+    steps, batch, size = operator.length, operator.batch, operator.size
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(k, size, generator=generator, dtype=torch.float64)
+    rows = torch.linalg.qr(first.T)[0].T.to(operator.dtype).expand(batch, -1, -1).contiguous()
+    lengths = lengths.cpu()
+    # sequence b skips its own ⌈L/5⌉ steps
+    skipped = torch.tensor([burn_in(int(length)) for length in lengths])
+    when = torch.arange(steps)[:, None]
+    live = when < lengths
+    if cuts is not None:
+        live = live & ~cuts
+    growth = torch.full((steps, batch, k), torch.nan, dtype=torch.float64)
+    for t in range(steps):
+        usable = live[t]
+        if not bool(usable.any()):
+            continue
+        pushed = operator.push(t, rows)
+        logs, turned = _factor(pushed, rows, usable)
+        growth[t, usable] = logs[usable]
+        rows = torch.where(usable[:, None, None], turned, rows)
+        if progress is not None:
+            progress((t + 1) / steps)
+    return Growth(growth, live & (when >= skipped))
+
+
+def _factor(pushed: Tensor, old: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """ln |diag R| (B, k) and the rows of Q (B, k, S); a vanished direction is −inf and stays."""
+    finite = torch.isfinite(pushed).all(-1).all(-1)
+    peak = pushed.abs().amax(-1).amax(-1)
+    scale = torch.where(finite & (peak > 0), peak, torch.ones_like(peak))
+    safe = torch.where(finite[:, None, None], pushed, old) / scale[:, None, None]
+    if pushed.shape[1] == 1:
+        lengths = torch.linalg.vector_norm(safe, dim=-1)
+        divisor = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+        # a direction that was cut keeps its zero, so that it cannot come back
+        turned = safe / divisor[..., None]
+    else:
+        basis, triangle = torch.linalg.qr(safe.mT)
+        lengths = triangle.diagonal(dim1=-2, dim2=-1).abs()
+        lengths = _without_rounding(lengths, safe)
+        turned = torch.where((lengths > 0)[..., None], basis.mT, torch.zeros_like(safe))
+    logs = lengths.double().log() + scale.double().log()[:, None]
+    logs = torch.where(finite[:, None], logs, torch.full_like(logs, torch.nan))
+    return logs, turned
+
+
+def _without_rounding(lengths: Tensor, rows: Tensor) -> Tensor:
+    """Zero the entries of R's diagonal that are nothing but rounding: an exact zero upstream."""
+    own = torch.linalg.vector_norm(rows, dim=-1)
+    noise = 4 * torch.finfo(rows.dtype).eps * rows.shape[-1] ** 0.5
+    return torch.where(lengths > noise * own, lengths, torch.zeros_like(lengths))

@@ -1,0 +1,194 @@
+"""Rates with their intervals, and the verdict: an equivalence test.
+
+Letters: T steps, B sequences, span the distance of interest. A rate is the growth of ln gain per
+step, in nats; the band is ±ln(10)/span, less than one decade over the span.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from gradflow.analysis import Rate
+
+CONFIDENCE = 0.95
+BATCHES = 20  # batch means of one sequence
+TIMES = 60  # integrated autocorrelation times that one sequence must hold
+ROUNDING = 1e-10  # nats per step; what float64 rounding alone makes of a rate
+MOST = 10**6  # sequences or steps above which saying how many helps nobody
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of the equivalence test, and what would decide it if it is open."""
+
+    name: str  # one of gradflow.analysis.VERDICTS
+    needed: str = ""  # "about 12 sequences", only for an inconclusive one
+
+
+def band(span: int) -> float:
+    """δ = ln(10)/span, the rate that makes one decade over the span.
+
+    >>> round(band(100), 6)
+    0.023026
+    """
+    return math.log(10) / span
+
+
+def rate_over_sequences(rates: np.ndarray) -> Rate:
+    """Mean of one rate per sequence with its t-interval over sequences.
+
+    Args:
+        rates: (B,) nats per step; NaN is left out. −inf (a dead sequence) is left out as long as
+            fewer than half are dead, else the rate is −inf.
+
+    >>> rate = rate_over_sequences(np.array([-0.1, -0.2, -0.3]))
+    >>> round(rate.value, 3), round(rate.low, 3), round(rate.high, 3)
+    (-0.2, -0.448, 0.048)
+    """
+    known = rates[~np.isnan(rates)]
+    if len(known) == 0 or np.isposinf(known).any():
+        return Rate(math.nan, math.nan, math.nan)
+    dead = np.isneginf(known)
+    if dead.mean() >= 0.5:
+        return Rate(-math.inf, -math.inf, -math.inf)
+    return _interval(known[~dead])
+
+
+def _interval(values: np.ndarray) -> Rate:
+    mean = float(np.mean(values))
+    if len(values) > 1 and float(np.ptp(values)) <= ROUNDING:
+        return Rate(mean, mean, mean)  # identical sequences: a point, not an error
+    if len(values) < 2:
+        return Rate(mean, math.nan, math.nan)
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+    return Rate(mean, mean - half, mean + half)
+
+
+def rate_of_one(growth: np.ndarray) -> Rate:
+    """Rate of one sequence by batch means, where it is long enough to know its own spread.
+
+    Args:
+        growth: (T,) ln growth of each counted step.
+
+    Returns:
+        The mean with a t-interval over 20 batch means if T is at least 60 integrated
+        autocorrelation times, a point if every step is the same, else bounds NaN.
+    """
+    if len(growth) == 0 or np.isnan(growth).any() or np.isposinf(growth).any():
+        return Rate(math.nan, math.nan, math.nan)
+    if np.isneginf(growth).any():
+        return Rate(-math.inf, -math.inf, -math.inf)
+    mean = float(np.mean(growth))
+    if float(np.ptp(growth)) <= ROUNDING * max(1.0, abs(mean)):
+        return Rate(mean, mean, mean)
+    if len(growth) < TIMES * correlation_time(growth):
+        return Rate(mean, math.nan, math.nan)
+    length = len(growth) // BATCHES
+    means = growth[len(growth) - length * BATCHES :].reshape(BATCHES, length).mean(1)
+    spread = _interval(means)
+    return Rate(mean, spread.low + mean - spread.value, spread.high + mean - spread.value)
+
+
+def correlation_time(series: np.ndarray) -> float:
+    """Integrated autocorrelation time τ = 1 + 2 Σ ρ(k), summed up to k ≥ 5 τ (Sokal 1997).
+
+    >>> correlation_time(np.array([1.0, -1.0] * 50))
+    1.0
+    """
+    centred = series - series.mean()
+    count = len(series)
+    padded = np.fft.rfft(centred, 2 * count)
+    covariance = np.fft.irfft(np.abs(padded) ** 2)[:count]
+    if covariance[0] <= 0:
+        return 1.0
+    times = 1 + 2 * np.cumsum(covariance[1:] / covariance[0])
+    for window, time in enumerate(times, start=1):
+        if window >= 5 * time:
+            return max(1.0, float(time))
+    return float(count)
+
+
+def judge(rate: Rate, span: int, sequences: int, steps: int) -> Verdict:
+    """Vanishing, exploding or stable if the whole interval says so; else inconclusive.
+
+    Args:
+        rate: with its interval.
+        span: steps of interest.
+        sequences: how many the interval rests on.
+        steps: counted steps of one sequence.
+
+    >>> judge(Rate(-0.1, -0.12, -0.08), 100, 8, 80).name
+    'vanishing'
+    >>> judge(Rate(-0.02, -0.03, -0.01), 100, 8, 80)
+    Verdict(name='inconclusive', needed='about 61 sequences')
+    """
+    if math.isnan(rate.value):
+        return Verdict("inconclusive")
+    if rate.value == -math.inf:
+        return Verdict("dead")
+    delta = band(span)
+    if math.isnan(rate.low):
+        return Verdict("inconclusive", "a second sequence (better ten)")
+    if rate.high < -delta:
+        return Verdict("vanishing")
+    if rate.low > delta:
+        return Verdict("exploding")
+    if rate.low > -delta and rate.high < delta:
+        return Verdict("stable")
+    return Verdict("inconclusive", _needed(rate, delta, sequences, steps))
+
+
+def _needed(rate: Rate, delta: float, sequences: int, steps: int) -> str:
+    half = (rate.high - rate.low) / 2
+    room = min(abs(rate.value - delta), abs(rate.value + delta))
+    if sequences < 2:
+        count = math.ceil(steps * (half / room) ** 2) if room > 0 else MOST
+        return f"about {count} steps, or ten sequences" if count < MOST else "ten sequences"
+    factor = float(stats.t.ppf((1 + CONFIDENCE) / 2, sequences - 1))
+    spread = half / factor * math.sqrt(sequences)
+    if room <= 0 or (spread / room) ** 2 > MOST:
+        return "a span further from one decade: the rate lies on the edge of the band"
+    count = max(sequences + 1, math.ceil((1.96 * spread / room) ** 2))
+    while stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * spread / math.sqrt(count) >= room:
+        count += max(1, count // 100)
+    return f"about {count} sequences"
+
+
+def decays_as_power(curves: np.ndarray) -> bool:
+    """Whether a − α ln(1+k) predicts held-out sequences better than a + r k.
+
+    Args:
+        curves: (B, K) ln growth along one direction up to lags 1 … K, NaN past a sequence's end.
+            One sequence alone is held out by its later half.
+
+    A curve that moves less than a decade, or in fewer than 10 steps, has no shape to tell.
+    """
+    usable = curves[np.isfinite(curves[:, :1]).ravel()]
+    length = int(np.isfinite(usable).all(0).argmin()) if len(usable) else 0
+    if len(usable) and np.isfinite(usable).all():
+        length = usable.shape[1]
+    usable = usable[:, :length]
+    if length < 10 or float(np.ptp(usable.mean(0))) < math.log(10):
+        return False
+    lags = np.arange(1, length + 1)
+    line, power = lags.astype(float), np.log1p(lags)
+    return _missed(usable, power) < 0.8 * _missed(usable, line)
+
+
+def _missed(curves: np.ndarray, shape: np.ndarray) -> float:
+    """Squared error on what was held out."""
+    if len(curves) == 1:
+        half = len(shape) // 2
+        fit = np.polynomial.Polynomial.fit(shape[:half], curves[0, :half], 1)
+        return float(np.sum((curves[0, half:] - fit(shape[half:])) ** 2))
+    total = 0.0
+    for held in (0, 1):
+        inside, outside = curves[1 - held :: 2].mean(0), curves[held::2].mean(0)
+        fit = np.polynomial.Polynomial.fit(shape, inside, 1)
+        total += float(np.sum((outside - fit(shape)) ** 2))
+    return total

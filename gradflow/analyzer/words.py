@@ -1,0 +1,182 @@
+"""One sentence and one title for each layer; text counts steps from 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from gradflow.analyzer.evidence import Evidence, counted, number
+from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
+
+# ------------------------------------------------------------------------------------- sentence
+
+
+def sentence(evidence: Evidence) -> str:
+    """The verdict on a layer in words with its numbers."""
+    return f"{evidence.track.name} {_SENTENCES[evidence.verdict.name](evidence)}"
+
+
+def _vanishing(e: Evidence) -> str:
+    gone = e.curve.horizon
+    if gone is None:
+        end = f"though not below 10⁻³ within the {counted(e.curve.searched, 'step')} measured"
+    elif gone < e.span:
+        end = f"and is gone after {gone} of your {counted(e.span, 'step')}"
+    else:
+        end = f"and is gone after {counted(gone, 'step')}"
+    return f"vanishes: {_halving(e)} {end}"
+
+
+def _halving(e: Evidence) -> str:
+    if not math.isfinite(e.half_life):
+        return f"the gradient loses {number(-e.decades)} decades over {counted(e.span, 'step')}"
+    if "not exponential" in e.labels:
+        return f"the gradient has halved after {number(e.half_life)} steps, slowing down since,"
+    if e.half_life < 0.95:
+        return f"the gradient shrinks {number(math.exp(-e.rate.value))}-fold at every step"
+    steps = "step" if number(e.half_life) == "1" else f"{number(e.half_life)} steps"
+    return f"the gradient halves every {steps}"
+
+
+def _exploding(e: Evidence) -> str:
+    tenfold = number(math.log(10) / e.rate.value)
+    every = "step" if tenfold == "1" else f"{tenfold} steps"
+    return (
+        f"explodes: the gradient grows tenfold every {every}, by {number(e.decades)} decades over "
+        f"your {counted(e.span, 'step')}"
+    )
+
+
+def _stable(e: Evidence) -> str:
+    if e.channels is None:
+        return (
+            f"is stable: the gradient changes by {number(e.decades)} decades over {_steps(e.span)}"
+        )
+    if e.channels == 0:
+        return (
+            f"is stable in its rate ({number(e.rate.value)} per step), yet no direction of {e.size} "
+            f"survives {_steps(e.reach)}"
+        )
+    return f"is stable: {_surviving(e)}"
+
+
+def _surviving(e: Evidence) -> str:
+    verb = "survives" if e.channels == 1 else "survive"
+    every = "the only direction" if e.size == 1 else f"{e.channels} of {e.size} directions"
+    if e.channels == e.size and e.size > 1:
+        every = f"all {e.size} directions"
+    return f"{every} {verb} {_steps(e.reach)}"
+
+
+def _dead(e: Evidence) -> str:
+    return f"is dead: exact zeros cut every path{_within(e)}, so nothing earlier can be learned"
+
+
+def _within(e: Evidence) -> str:
+    zero = next((k for k, value in enumerate(e.curve.median) if k and value == -math.inf), None)
+    return "" if zero is None else f" within {counted(zero, 'step')}"
+
+
+def _inconclusive(e: Evidence) -> str:
+    if "no recurrence" in e.labels:
+        return "ran for one step only: no recurrence is exercised, so there is nothing to measure"
+    if "not finite" in e.labels:
+        return "holds NaN or Inf: no rate can be given until its values are finite"
+    if math.isnan(e.rate.value):
+        return "has no step without a cut to measure: no rate can be given"
+    if math.isnan(e.rate.low):
+        return (
+            f"is inconclusive: one sequence gives a rate of {number(e.rate.value)} per step but no "
+            f"interval; {e.verdict.needed} would decide"
+        )
+    return (
+        f"is inconclusive: the rate {number(e.rate.value)} "
+        f"[{number(e.rate.low)}, {number(e.rate.high)}] per step straddles the edge of one decade "
+        f"over {counted(e.span, 'step')} (±{number(e.band)}); {e.verdict.needed} would decide"
+    )
+
+
+_SENTENCES: dict[str, Callable[[Evidence], str]] = {
+    "vanishing": _vanishing,
+    "exploding": _exploding,
+    "stable": _stable,
+    "dead": _dead,
+    "inconclusive": _inconclusive,
+}
+
+# ---------------------------------------------------------------------------------------- title
+
+
+def title(evidence: Evidence) -> str:
+    """The headline of a layer in the overview: what became of the loss's gradient, else the gain."""
+    subject = evidence.kind if evidence.alone else f"{evidence.track.name} ({evidence.kind})"
+    return f"{subject}: {_headline(evidence)}"
+
+
+def _headline(e: Evidence) -> str:
+    if "no recurrence" in e.labels:
+        return "one step only, so no recurrence to measure"
+    if "not finite" in e.labels:
+        return "NaN or Inf, so nothing can be measured"
+    if e.verdict.name == "dead":
+        return f"exact zeros cut every path{_within(e)}"
+    profile = e.main_profile
+    if not np.isfinite(profile).any():
+        return _by_gain(e)
+    if np.isnan(profile[:, 1:]).all():
+        return _by_gain(e)  # the loss reads the first step alone, or a cut lies right before it
+    if np.isposinf(profile).any():
+        back = int(np.flatnonzero(np.isposinf(profile).any(0))[0])
+        return f"the gradient is infinite {counted(back, 'step')} before the loss"
+    return _by_loss(e, profile)
+
+
+def _by_loss(e: Evidence, profile: np.ndarray) -> str:
+    unit = "cell" if e.main_state == "c" else "unit"
+    gone = steps_until_gone(profile)
+    if gone is not None:
+        return f"the gradient is gone {counted(gone, 'step')} before the loss"
+    level = rms_over_units(profile)
+    known = np.flatnonzero(~np.isnan(level))
+    back = int(known[-1])
+    if e.verdict.name == "exploding" or level[back] > 3:
+        return _grown(float(level[back]), back)
+    carrying, units = carriers(profile)
+    return _carried(carrying, units, unit, len(known))
+
+
+def _grown(decades: float, back: int) -> str:
+    over = f"over the {counted(back, 'step')} before the loss"
+    if back == 1:
+        over = "over the last step before the loss"
+    if decades < 1:
+        return f"the gradient comes to {number(10**decades)} times its level {over}"
+    return f"the gradient grows by {number(decades)} decades {over}"
+
+
+def _carried(carrying: int, units: int, unit: str, steps: int) -> str:
+    way = f"all {counted(steps, 'step')}"
+    if carrying == 0:
+        return f"the gradient reaches back {way}, though no single {unit} carries it throughout"
+    if carrying == units:
+        every = f"its only {unit} carries" if units == 1 else f"all {units} {unit}s carry"
+        return f"{every} the gradient {way}"
+    if carrying == 1:
+        return f"one {unit} of {units} carries the gradient {way}"
+    return f"{carrying} {unit}s of {units} carry the gradient {way}"
+
+
+def _by_gain(e: Evidence) -> str:
+    if e.verdict.name == "exploding":
+        return f"a direction grows by {number(e.decades)} decades over {counted(e.span, 'step')}"
+    if e.curve.horizon is not None:
+        return f"no direction survives {_steps(e.curve.horizon)}"
+    if e.channels:
+        return _surviving(e)
+    return f"the gain stays above 10⁻³ for {_steps(e.curve.searched)}"
+
+
+def _steps(count: int) -> str:
+    return counted(count, "step")

@@ -1,0 +1,103 @@
+"""What terminal, page and JSON all say: the findings in one order, and the machine-readable summary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from gradflow._version import __version__
+from gradflow.analysis import SCHEMA, Analysis, Finding, LayerAnalysis
+
+SHOWN = 3  # findings a reader sees first
+
+
+def top_findings(analysis: Analysis, most: int = SHOWN) -> list[Finding]:
+    """The findings to show first: of the worst layers, one of each name before a second of any."""
+    first: list[Finding] = []
+    again: list[Finding] = []
+    seen: set[str] = set()
+    for finding in analysis.findings:
+        (again if finding.name in seen else first).append(finding)
+        seen.add(finding.name)
+    return (first + again)[:most]
+
+
+def other_findings(analysis: Analysis, most: int = SHOWN) -> list[Finding]:
+    """All the findings that `top_findings` leaves out."""
+    return top_findings(analysis, len(analysis.findings))[most:]
+
+
+def summary(analysis: Analysis) -> dict[str, Any]:
+    """Everything a script wants to know, ready for strict JSON: NaN and infinity become null.
+
+    A half-life or horizon that is never reached is ``{"value": null, "never": true}``; a rate of −∞
+    (exact zeros) is null beside ``"zero": true``. ``schema`` rises when a reader would be misled.
+    """
+    made = {
+        "schema": SCHEMA,
+        "gradflow": __version__,
+        "title": analysis.title,
+        "verdicts": {layer.name: layer.verdict for layer in analysis},
+        "layers": [_layer(layer) for layer in analysis],
+        "findings": [asdict(finding) for finding in top_findings(analysis, len(analysis.findings))],
+        "warnings": list(analysis.warnings),
+        "provenance": dict(analysis.provenance),
+    }
+    return strict(made)
+
+
+def _layer(layer: LayerAnalysis) -> dict[str, Any]:
+    rate = layer.rate
+    return {
+        "name": layer.name,
+        "cell": layer.cell,
+        "reverse": layer.reverse,
+        "hidden": layer.hidden,
+        "state_size": layer.size,
+        "steps": layer.steps,
+        "sequences": layer.sequences,
+        "span": layer.span,
+        "verdict": layer.verdict,
+        "labels": list(layer.labels),
+        "rate": {
+            "value": rate.value,
+            "low": rate.low,
+            "high": rate.high,
+            "zero": rate.value == -math.inf,
+        },
+        "decades_over_span": rate.value * layer.span / math.log(10),
+        "half_life": {"value": layer.half_life, "never": layer.half_life == math.inf},
+        "horizon": {
+            "value": layer.horizon,
+            "never": layer.horizon is None,
+            "searched": layer.searched,
+        },
+        "channels": layer.channels,
+        "lyapunov": None if layer.lyapunov is None else layer.lyapunov.tolist(),
+        "parity": asdict(layer.parity),
+        "gradient_note": layer.gradient_note,
+        "method": layer.method,
+        "title": layer.title,
+        "sentence": layer.sentence,
+        "findings": [finding.name for finding in layer.findings],
+    }
+
+
+def strict(value: Any) -> Any:
+    """The same value in the types strict JSON knows.
+
+    >>> strict({"rate": float("-inf"), "steps": (1, 2)})
+    {'rate': None, 'steps': [1, 2]}
+    """
+    if isinstance(value, dict):
+        return {str(key): strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [strict(part) for part in value]
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        return strict(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return strict(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -1,0 +1,231 @@
+"""The folder of a report: written whole beside its place, then moved there, or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradflow.analysis import FRAMES, Analysis
+from gradflow.errors import FileError, InputError, must_be
+from gradflow.reporter.digest import summary
+from gradflow.reporter.figures import plot
+from gradflow.reporter.kinds import KINDS
+from gradflow.reporter.page import TOP, FigureKey, page
+from gradflow.reporter.picture import png
+
+FORMATS = ("html", "json", "csv", "png", "nc")
+MARKS = ("run.nc", "summary.json", "report.html", "layers.csv")  # one of them in every report
+# what a report may hold: a folder with anything else in it is never replaced
+OURS = {"report.html", "summary.json", "run.nc", "figures", *(f"{kind}.csv" for kind in FRAMES)}
+
+
+def report(
+    analysis: Analysis,
+    folder: str | Path,
+    *,
+    formats: Iterable[str] = FORMATS,
+    force: bool = False,
+) -> dict[str, Path]:
+    """Write page, summary, tables, pictures and run into a folder; name in the folder → path.
+
+    The folder appears whole or not at all. An existing one is not touched, unless ``force`` is given
+    and it holds nothing but an earlier report, which is then replaced as a whole.
+
+    Raises:
+        InputError: a format is unknown, or there are no layers to report on.
+        FileError: the folder exists, or cannot be written.
+
+    >>> import tempfile, torch, gradflow
+    >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     sorted(report(run, f"{place}/run", formats=["json", "nc"]))
+    ['run.nc', 'summary.json']
+    """
+    chosen = _chosen(formats)
+    if not len(analysis):
+        advice = "record a model that has a recurrent layer"
+        raise InputError(must_be("the analysis", "one with layers", "none", advice))
+    folder = Path(folder)
+    check_folder(folder, force=force)
+    with whole_folder(folder, force=force) as new:
+        pictures = draw(analysis) if {"html", "png"} & chosen else {}
+        for name in FORMATS:
+            if name in chosen:
+                _WRITERS[name](analysis, new, pictures)
+        names = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
+    return {name.as_posix(): folder / name for name in names}
+
+
+def free_folder(base: str | Path) -> Path:
+    """The first of base, base-2, base-3, … that does not exist."""
+    base = Path(base)
+    number, folder = 1, base
+    while folder.exists() or folder.is_symlink():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
+    """Every picture of an analysis as PNG bytes, by (kind, layer name)."""
+    worst = [layer.name for layer in analysis.worst_first]
+    pictures = {("overview", "top"): png(plot(_part(analysis, worst[:TOP])))}
+    if len(worst) > TOP:
+        pictures["overview", ""] = png(plot(analysis))
+    for layer in analysis:
+        for kind in KINDS:
+            if kind == "overview" or (kind == "gates" and not layer.data.sizes["gate"]):
+                continue
+            pictures[kind, layer.name] = png(plot(_part(analysis, [layer.name]), kind))
+    return pictures
+
+
+def _part(analysis: Analysis, names: list[str]) -> Analysis:
+    """The analysis of some layers only, in the order they ran."""
+    layers = {name: layer for name, layer in analysis.layers.items() if name in names}
+    return Analysis(analysis.title, layers, analysis.warnings, analysis.provenance)
+
+
+# ------------------------------------------------------------------------------------- the writers
+
+
+def _write_page(analysis: Analysis, folder: Path, pictures: dict[FigureKey, bytes]) -> None:
+    text = page(analysis, pictures)
+    (folder / "report.html").write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_summary(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) -> None:
+    text = json.dumps(summary(analysis), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def _write_tables(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) -> None:
+    for kind in FRAMES:
+        analysis.frame(kind).to_csv(folder / f"{kind}.csv", index=False, lineterminator="\n")
+
+
+def _write_figures(analysis: Analysis, folder: Path, pictures: dict[FigureKey, bytes]) -> None:
+    place = folder / "figures"
+    place.mkdir()
+    names = file_names(list(analysis.layers))
+    # the overview of all layers; that of the worst only where there are more
+    whole = ("overview", "") if ("overview", "") in pictures else ("overview", "top")
+    (place / "overview.png").write_bytes(pictures[whole])
+    for (kind, name), picture in pictures.items():
+        if name in names:
+            (place / f"{names[name]}-{kind}.png").write_bytes(picture)
+
+
+def _write_run(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) -> None:
+    analysis.save(folder / "run.nc")
+
+
+_WRITERS: dict[str, Callable[[Analysis, Path, dict[FigureKey, bytes]], None]] = {
+    "html": _write_page,
+    "json": _write_summary,
+    "csv": _write_tables,
+    "png": _write_figures,
+    "nc": _write_run,
+}
+
+
+def file_names(names: list[str]) -> dict[str, str]:
+    """Layer name → a name that is safe in any file system, unique also where case is ignored.
+
+    >>> file_names(["rnn.l0", "a/b", "A?b"])
+    {'rnn.l0': 'rnn.l0', 'a/b': 'a_b', 'A?b': 'A_b-2'}
+    """
+    safe: dict[str, str] = {}
+    taken = {"overview"}
+    for name in names:
+        stem = re.sub(r"[^A-Za-z0-9._@-]+", "_", name).strip("._-")[:80] or "layer"
+        made, number = stem, 1
+        while made.lower() in taken:
+            number += 1
+            made = f"{stem}-{number}"
+        taken.add(made.lower())
+        safe[name] = made
+    return safe
+
+
+# ---------------------------------------------------------------------------------- whole or not
+
+
+def _chosen(formats: Iterable[str]) -> set[str]:
+    chosen = {formats} if isinstance(formats, str) else set(formats)
+    wrong = sorted(str(name) for name in chosen - set(FORMATS))
+    if wrong or not chosen:
+        advice = "leave it out for all of them"
+        expected = f"one or more of {', '.join(FORMATS)}"
+        raise InputError(must_be("formats", expected, ", ".join(wrong) or "none", advice))
+    return chosen
+
+
+def check_folder(folder: Path, *, force: bool = False) -> None:
+    """Refuse a place that must not be written to."""
+    if folder.is_symlink():
+        raise FileError(f"{folder} is a link and is left alone; give the folder it points to")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileError(f"{folder} is a file, and a report needs a folder; give another name")
+    if not force:
+        raise FileError(
+            f"{folder} exists and is left alone; give another folder, or --force (force=True) "
+            "to replace the report in it"
+        )
+    if not any(folder.iterdir()):
+        return
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in OURS)
+    if strange or not any((folder / mark).is_file() for mark in MARKS):
+        what = f" (it holds {', '.join(strange[:3])})" if strange else ""
+        raise FileError(
+            f"{folder} does not look like a gradflow report{what} and is left alone; "
+            "give another folder"
+        )
+
+
+@contextmanager
+def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
+    """A new folder that takes its place when all is written, and is removed when anything fails."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        yield new
+        new.chmod(0o755)
+        _move(new, folder, force)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _move(new: Path, folder: Path, force: bool) -> None:
+    check_folder(folder, force=force)  # someone may have made it in the meantime
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    try:
+        folder.rename(old / "report")
+        new.rename(folder)
+    except BaseException:
+        if (old / "report").exists():
+            (old / "report").rename(folder)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> FileError:
+    return FileError(
+        f"cannot write the report to {folder}: {error.strerror or error}; give another folder"
+    )

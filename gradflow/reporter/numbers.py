@@ -1,0 +1,80 @@
+"""Numbers as people read them, the same in the terminal and on the page."""
+
+from __future__ import annotations
+
+import math
+
+from gradflow.analysis import LayerAnalysis, Rate
+
+
+def rate_words(rate: Rate) -> str:
+    """A rate in nats per step with half the width of its 95 % interval.
+
+    >>> rate_words(Rate(-0.98, -1.01, -0.95)), rate_words(Rate(0.1, 0.1, 0.1))
+    ('−0.98 ± 0.03', '+0.100')
+    """
+    if math.isnan(rate.value):
+        return "none"
+    if math.isinf(rate.value):
+        return "−∞" if rate.value < 0 else "+∞"
+    half = (rate.high - rate.low) / 2
+    if not math.isfinite(half) or half < 1e-5:
+        return _signed(rate.value, rate.value / 100)
+    # an interval that is not symmetric is said in full, never averaged
+    if abs(rate.high + rate.low - 2 * rate.value) > 0.1 * half:
+        low, high = _signed(rate.low, half), _signed(rate.high, half)
+        return f"{_signed(rate.value, half)} [{low}, {high}]"
+    return f"{_signed(rate.value, half)} ± {_plain(half, half)}"
+
+
+def _plain(value: float, unit: float) -> str:
+    """The size of a number, with as many decimals as ``unit`` needs for one digit."""
+    digits = 1 if unit == 0 else max(1, min(5, -math.floor(math.log10(abs(unit)))))
+    return f"{abs(value):.{digits}f}"
+
+
+def _signed(value: float, unit: float) -> str:
+    """The same with a true minus, or a plus."""
+    rounded = _plain(value, unit)
+    return rounded if float(rounded) == 0 else ("−" if value < 0 else "+") + rounded
+
+
+def steps_words(value: float | int | None) -> str:
+    """A number of steps, or never.
+
+    >>> steps_words(6.578), steps_words(3), steps_words(None)
+    ('6.6', '3', 'never')
+    """
+    if value is None or value == math.inf:
+        return "never"
+    if math.isnan(value):
+        return "none"
+    if isinstance(value, int) or value >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}"
+
+
+def channel_words(layer: LayerAnalysis) -> str:
+    """How many directions survive the span."""
+    return "unknown" if layer.channels is None else f"{layer.channels} of {layer.size}"
+
+
+def cell_words(layer: LayerAnalysis) -> str:
+    """The kind of cell and its width.
+
+    A plain RNN says its nonlinearity only where it is not tanh.
+    """
+    kind = {"RNN_TANH": "RNN", "RNN_RELU": "RNN relu"}.get(layer.cell, layer.cell)
+    return f"{kind} {layer.hidden}"
+
+
+def half_life_words(layer: LayerAnalysis) -> str:
+    """The half-life; nothing was measured where the rate is not a number."""
+    return "none" if math.isnan(layer.rate.value) else steps_words(layer.half_life)
+
+
+def gone_words(layer: LayerAnalysis) -> str:
+    """After how many steps the gain is below 10⁻³; never, as far as was searched."""
+    if layer.horizon is None and math.isnan(layer.rate.value):
+        return "none"
+    return steps_words(layer.horizon)

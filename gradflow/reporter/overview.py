@@ -1,0 +1,195 @@
+"""The overview: one row per layer and direction, how far back the gradient reaches.
+
+Left, three times as wide: units × steps of the gradient of the last loss step. Right: the largest
+gain against the distance. Colours and axes are shared by all rows, so rows can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from gradflow.analysis import LayerAnalysis
+from gradflow.reporter import panels, prepare
+from gradflow.reporter.picture import INK, SOFT, Picture
+from gradflow.reporter.prepare import Heat, LagLine
+from gradflow.reporter.scale import BAD, UNDEFINED, VERDICT_COLOURS, WRONG, ZERO
+
+WIDTH, LEFT, HEAT, GAP, CURVE = 8.8, 0.5, 5.55, 0.32, 1.85  # inches
+HEAD, TICKS, LABEL = 0.45, 0.34, 0.17  # above a row's panels; below them; its axis labels
+# rows in the figure -> height of a row's panels; more rows are lower
+HEIGHTS = {1: 2.3, 2: 1.7, 3: 1.35, 4: 1.15, 6: 0.95, 12: 0.8}
+LOWEST = 0.62
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A layer to draw, with the name of its analysis where there are several."""
+
+    group: str
+    layer: LayerAnalysis
+
+    @property
+    def title(self) -> str:
+        """The finding, as a headline."""
+        return f"{self.group} — {self.layer.title}" if self.group else self.layer.title
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return f"{self.group} — {self.layer.name}" if self.group else self.layer.name
+
+
+def draw_overview(entries: Sequence[Entry]) -> Figure:
+    """The overview figure of these layers."""
+    heats = [prepare.heat(entry.layer) for entry in entries]
+    lines = [prepare.lag_line(entry.layer) for entry in entries]
+    reach = curve_reach(lines, [entry.layer for entry in entries])
+    top = curve_top(lines)
+    height = panel_height(len(entries))
+    specials = special_colours([(heat.values, heat.bad) for heat in heats if not heat.note])
+    labelled = labelled_rows(heats)
+    places, place = [], 0.08
+    for number in range(len(entries)):
+        places.append(place)
+        place += HEAD + height + TICKS + (LABEL if number in labelled else 0)
+    figure = Picture(WIDTH, place + footer_height(specials))
+    for number, (entry, heat, line) in enumerate(zip(entries, heats, lines, strict=True)):
+        label = number in labelled
+        _head(figure, entry, heat, line, places[number])
+        left = figure.inches(LEFT, places[number] + HEAD, HEAT, height)
+        panels.draw_heat(left, heat, label=label)
+        right = figure.inches(LEFT + HEAT + GAP, places[number] + HEAD, CURVE, height)
+        right.yaxis.tick_right()
+        panels.draw_lag(right, line, entry.layer, reach, top, label=label)
+    footer(figure, specials, LEFT, place + 0.04, HEAT, "as at the loss")
+    _legend(figure, place + 0.04)
+    return figure
+
+
+def labelled_rows(heats: Sequence[Heat]) -> set[int]:
+    """Rows that say what their axes are: all of a few, else the last, and the last with a picture."""
+    rows = set(range(len(heats))) if len(heats) <= 3 else {len(heats) - 1}
+    return rows | {max((n for n, heat in enumerate(heats) if not heat.note), default=0)}
+
+
+def panel_height(rows: int) -> float:
+    """Inches per row's panels: fewer when there are many rows.
+
+    >>> panel_height(1) > panel_height(12) > panel_height(40)
+    True
+    """
+    return next((height for most, height in HEIGHTS.items() if rows <= most), LOWEST)
+
+
+def curve_reach(lines: Sequence[LagLine], layers: Sequence[LayerAnalysis]) -> float:
+    """The largest distance on the axis: four times as far as the gradient reaches, shared by rows."""
+    needed = [1.0]
+    for line, layer in zip(lines, layers, strict=True):
+        last = float(line.lag[-1]) if len(line.lag) else 1.0
+        needed.append(last if layer.horizon is None else min(last, max(4.0 * layer.horizon, 10.0)))
+    return max(needed)
+
+
+def curve_top(lines: Sequence[LagLine]) -> float:
+    """The highest power of ten on the axis: 10², or 10⁸ where something explodes."""
+    peaks = [line.median[np.isfinite(line.median)] for line in lines]
+    high = max((float(peak.max()) for peak in peaks if len(peak)), default=0.0)
+    return 8.0 if high > panels.CURVE_TOP else panels.CURVE_TOP
+
+
+def describe(entry: Entry, heat: Heat) -> str:
+    """One line under the headline: which layer, and what is drawn."""
+    unit = "cell" if heat.state == "c" else "unit"
+    parts = [
+        f"{entry.layer.name}  ·  |∂L/∂{heat.state}| of each {unit} ÷ its size at the loss, "
+        "longest memory on top"
+    ]
+    pooled = []
+    if heat.step_pool > 1:
+        pooled.append(f"{heat.step_pool} steps")
+    if heat.unit_pool > 1:
+        pooled.append(f"{heat.unit_pool} {unit}s")
+    if pooled:
+        parts.append(f"largest of {' × '.join(pooled)}")
+    return "  ·  ".join(parts)
+
+
+def _head(figure: Picture, entry: Entry, heat: Heat, line: LagLine, place: float) -> None:
+    title = figure.words(LEFT, place, entry.title, fontsize=10.5, fontweight="bold", color=INK)
+    figure.fit(title, WIDTH - LEFT - 0.1, 8.0)
+    below = figure.words(LEFT, place + 0.23, describe(entry, heat), fontsize=8, color=SOFT)
+    if heat.broken:
+        said = figure.words(
+            LEFT + HEAT, place + 0.23, heat.broken, fontsize=8, color=WRONG, ha="right",
+            fontweight="bold",
+        )  # fmt: skip
+        below.set_text(f"{entry.layer.name}  ·  |∂L/∂{heat.state}| ÷ its size at the loss")
+        figure.fit(below, HEAT - figure.width_of(said) - 0.2, 6.5)
+    figure.fit(below, HEAT, 6.5)
+    if line.words:
+        dot = figure.words(LEFT + HEAT + GAP, place + 0.23, "●" if line.dot else "—", fontsize=8)
+        dot.set(color=VERDICT_COLOURS[entry.layer.verdict], fontweight="bold")
+        said = figure.words(LEFT + HEAT + GAP + 0.14, place + 0.23, line.words, fontsize=8)
+        figure.fit(said, CURVE, 6.5)
+
+
+def footer(
+    figure: Picture, specials: Mapping[str, str], left: float, top: float, width: float, middle: str
+) -> None:
+    """The colour bar in words, and the colours outside it that occur."""
+    panels.draw_scale(figure.inches(left, top, width, 0.11), middle, short=width < 5)
+    for number, (colour, words) in enumerate(specials.items()):
+        place = left + number * 1.3
+        ax = figure.inches(place, top + 0.37, 0.11, 0.11)
+        ax.set(xticks=[], yticks=[], facecolor=colour)
+        figure.words(place + 0.16, top + 0.355, words, fontsize=8)
+
+
+def footer_height(specials: Mapping[str, str]) -> float:
+    """Inches below the rows: the colour bar, and a line for colours outside it."""
+    return 0.62 if specials else 0.5
+
+
+def special_colours(
+    images: Sequence[tuple[np.ndarray, np.ndarray]], undefined: str = "undefined"
+) -> dict[str, str]:
+    """Colour -> its meaning, for those outside the scale in these (values, bad) images."""
+    found = {}
+    if any(np.isneginf(values).any() for values, _ in images):
+        found[ZERO] = "exactly zero"
+    if any((np.isnan(values) & ~bad).any() for values, bad in images):
+        found[UNDEFINED] = undefined
+    if any(bad.any() for _, bad in images):
+        found[BAD] = "NaN or Inf"
+    return found
+
+
+def _legend(figure: Picture, top: float) -> None:
+    left = LEFT + HEAT + GAP
+    said = "largest gain from step t to t′"
+    figure.fit(figure.words(left, top - 0.05, said, fontsize=8, color=SOFT), CURVE + 0.4)
+    handles = [
+        Line2D([], [], color=SOFT, lw=1.8, label="median"),
+        Patch(color=SOFT, alpha=0.3, lw=0, label="10–90 %"),
+        Line2D([], [], color=INK, lw=0.8, ls=(0, (2, 2)), label="rate"),
+    ]
+    wide, high = figure.get_size_inches()
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        frameon=False,
+        borderaxespad=0,
+        borderpad=0,
+        bbox_to_anchor=(left / wide, 1 - (top + 0.15) / high),
+        handlelength=1.3,
+        ncols=3,
+        columnspacing=0.8,
+        handletextpad=0.35,
+        fontsize=7.5,
+    )

@@ -1,0 +1,180 @@
+"""The page: one HTML file that reads offline, escaped, without JavaScript, at most a megabyte.
+
+Its order: a sentence per layer, the overview, what to try, the maps, the rest folded, provenance.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from gradflow._version import __version__
+from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.reporter import prepare
+from gradflow.reporter.digest import other_findings, strict, top_findings
+from gradflow.reporter.kinds import KINDS
+from gradflow.reporter.numbers import (
+    cell_words,
+    channel_words,
+    gone_words,
+    half_life_words,
+    rate_words,
+)
+
+BUDGET = 1_000_000  # bytes of a page, and what leaves room for its words
+TOP = 3  # layers said at the top of the page; the others follow below
+WORDS = ("snippet", "next_command")  # provenance shown in a box of its own
+
+FigureKey = tuple[str, str]  # (kind, layer name); "" for all layers, "top" for the worst
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture on the page."""
+
+    source: str  # data: URI
+    alt: str
+    wide: int  # pixels as drawn, for the page to keep the place
+    high: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the page says of one layer."""
+
+    layer: LayerAnalysis
+    share: float  # how much of the span the gradient reaches, in percent
+    reach: str
+    short: str
+    cell: str
+    rate: str
+    half_life: str
+    gone: str
+    channels: str
+
+
+def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
+    """Build the page from an analysis and its pictures, PNG bytes by (kind, layer name).
+
+    The picture ``("overview", "top")`` heads the page, ``("overview", "")`` is the overview of all
+    layers where there are more. Pictures that would take the page above a megabyte are left out,
+    the least important first, and the page says so.
+    """
+    rows = [_row(layer) for layer in analysis.worst_first]
+    pictures, left_out = embed(analysis, figures)
+    return _template().render(
+        analysis=analysis,
+        top=rows[:TOP],
+        others=rows[TOP:],
+        rows=[_row(layer) for layer in analysis],
+        findings=top_findings(analysis),
+        more_findings=other_findings(analysis),
+        pictures=pictures,
+        left_out=left_out,
+        kinds=[kind for kind in KINDS if kind not in ("overview", "gain-map", "total-vs-direct")],
+        provenance=provenance_rows(analysis.provenance),
+        snippet=analysis.provenance.get("snippet", ""),
+        next_command=analysis.provenance.get("next_command", ""),
+        version=__version__,
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gradflow.reporter", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
+
+
+def _row(layer: LayerAnalysis) -> Row:
+    share = prepare.span_share(layer)
+    return Row(
+        layer=layer,
+        share=round(100 * share, 1),
+        reach=reach_words(layer),
+        short=reach_words(layer, short=True),
+        cell=cell_words(layer),
+        rate=rate_words(layer.rate),
+        half_life=half_life_words(layer),
+        gone=gone_words(layer),
+        channels=channel_words(layer),
+    )
+
+
+def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
+    """What the bar of span against horizon shows, in words."""
+    if gone_words(layer) == "none":
+        return "not measured"
+    reach = layer.searched if layer.horizon is None else layer.horizon
+    of_span = f"{reach} of {layer.span} steps"
+    if short:
+        whole = layer.horizon is None and layer.searched >= layer.span - 1
+        return f"all {layer.span} steps" if whole else of_span
+    if layer.horizon is None:
+        return f"above 10⁻³ at every distance measured, up to {of_span}"
+    return f"below 10⁻³ after {of_span}"
+
+
+def embed(
+    analysis: Analysis, figures: Mapping[FigureKey, bytes]
+) -> tuple[dict[FigureKey, Shown], list[str]]:
+    """The pictures that fit on the page, by importance, and the names of those that do not."""
+    room = BUDGET - 90_000 - 1_500 * len(analysis)
+    shown, left_out = {}, []
+    for key in sorted(figures, key=functools.partial(_importance, analysis)):
+        png = figures[key]
+        size = 4 * -(-len(png) // 3)
+        if size > room:
+            left_out.append(" ".join(part for part in key if part))
+            continue
+        room -= size
+        source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+        wide, high = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+        shown[key] = Shown(source, alternative(analysis, key), wide, high)
+    return shown, left_out
+
+
+def _importance(analysis: Analysis, key: FigureKey) -> tuple[int, int, int]:
+    kind, name = key
+    worst = [layer.name for layer in analysis.worst_first]
+    place = worst.index(name) if name in worst else -1
+    order = list(KINDS).index(kind)
+    # the head of the page, then the maps of the worst layer, then the next layer
+    return (0 if kind == "overview" else 1, place, order)
+
+
+def alternative(analysis: Analysis, key: FigureKey) -> str:
+    """The words that stand for a picture where it cannot be seen."""
+    kind, name = key
+    if name in analysis.layers:
+        layer = analysis.layers[name]
+        words = prepare.parts(layer).words if kind == "total-vs-direct" else layer.sentence
+        return f"{kind} of {name}. {words or layer.gradient_note}"
+    titles = "; ".join(layer.title for layer in analysis.worst_first[:4])
+    return f"{kind}: gradient of every unit over the steps, and gain over the distance. {titles}"
+
+
+def provenance_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Provenance as plain rows of name and value, what has a box of its own left out."""
+    return [
+        (str(name).replace("_", " "), value if isinstance(value, str) else _said(value))
+        for name, value in provenance.items()
+        if name not in WORDS
+    ]
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list | tuple) and all(isinstance(part, str | int) for part in value):
+        return ", ".join(map(str, value))
+    return json.dumps(strict(value), ensure_ascii=False).strip('"')

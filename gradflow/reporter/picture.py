@@ -1,0 +1,132 @@
+"""A matplotlib figure of its own: no pyplot, no display, the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from gradflow.reporter.scale import palette
+
+INK, SOFT, FAINT = "#222222", "#595959", "#9a9a9a"
+
+_LOOK = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "axes.labelsize": 8.5,
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "text.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "xtick.major.width": 0.8,
+    "ytick.major.width": 0.8,
+    "legend.fontsize": 8,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """matplotlib's defaults and gradflow's fonts, while drawing only; the user's style comes back."""
+    style = seaborn.axes_style("ticks") | _LOOK
+    with matplotlib.style.context(["default", style]):
+        yield
+
+
+class Picture(Figure):
+    """A figure that pyplot does not know of, and that a notebook shows all the same."""
+
+    def __init__(self, width: float, height: float) -> None:
+        super().__init__(figsize=(width, height), dpi=100)
+        FigureCanvasAgg(self)
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+    def inches(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Axes at a place in inches, measured from the top left corner."""
+        wide, high = self.get_size_inches()
+        box = (left / wide, 1 - (top + height) / high, width / wide, height / high)
+        return self.add_axes(box)
+
+    def words(self, left: float, top: float, text: str, **style: Any) -> Text:
+        """Text whose upper left corner is at a place in inches; what you see, not mathtext."""
+        wide, high = self.get_size_inches()
+        place: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False} | style
+        return self.text(left / wide, 1 - top / high, text, **place)
+
+    def width_of(self, text: Text) -> float:
+        """The drawn width of a text, in inches."""
+        return text.get_window_extent(FigureCanvasAgg(self).get_renderer()).width / self.dpi
+
+    def fit(self, text: Text, width: float, smallest: float = 7.0) -> Text:
+        """Make a text fit a width in inches: smaller letters first, then an ellipsis."""
+        size = float(text.get_fontsize())
+        while self.width_of(text) > width and size > smallest:
+            size -= 0.5
+            text.set_fontsize(size)
+        words = text.get_text()
+        while self.width_of(text) > width and len(words) > 8:
+            words = words[: -max(1, len(words) // 20)].rstrip()
+            text.set_text(words + " …")
+        return text
+
+
+def png(figure: Figure, dpi: int = 180) -> bytes:
+    """A figure as PNG in gradflow's own 256 colours; the same figure gives the same bytes."""
+    image = Image.fromarray(_nearest(_drawn(figure, dpi)))
+    image.putpalette(palette())
+    packed = io.BytesIO()
+    image.save(packed, format="PNG", optimize=True)
+    return packed.getvalue()
+
+
+def _drawn(figure: Figure, dpi: int) -> np.ndarray:
+    """The figure's pixels, (height, width, 3); its own resolution and canvas come back."""
+    found_dpi, found_canvas = figure.dpi, figure.canvas
+    try:
+        figure.dpi = dpi
+        canvas = FigureCanvasAgg(figure)
+        with look():
+            canvas.draw()
+        return np.array(canvas.buffer_rgba())[..., :3]
+    finally:
+        figure.dpi = found_dpi
+        figure.set_canvas(found_canvas)
+
+
+def _nearest(pixels: np.ndarray) -> np.ndarray:
+    """The place in the palette of every pixel; a colour that is in it stays exactly that."""
+    known = np.array(palette(), dtype=np.int32).reshape(-1, 3)
+    codes = pixels.astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
+    # a table over all colours is faster than sorting the pixels
+    seen = np.zeros(1 << 24, dtype=bool)
+    seen[codes] = True
+    used = np.flatnonzero(seen)
+    colours = np.stack([used >> 16, (used >> 8) & 255, used & 255], axis=1).astype(np.int32)
+    place = np.zeros(1 << 24, dtype=np.uint8)
+    for some, rgb in zip(_chunks(used), _chunks(colours), strict=True):
+        place[some] = np.square(rgb[:, None] - known).sum(axis=2).argmin(axis=1)
+    return place[codes]
+
+
+def _chunks(values: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(values, max(1, len(values) // 2048))

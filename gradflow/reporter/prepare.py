@@ -1,0 +1,325 @@
+"""What the figures draw, made ready: pure functions from a `LayerAnalysis` to small arrays.
+
+Drawing functions compute nothing, so tests look at these. Everything is in powers of ten.
+Letters as in `gradflow.recording`: T timesteps, H units; k = t' − t is the lag.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradflow.analysis import LayerAnalysis
+
+LN10 = math.log(10)
+GONE = -3.0  # a gain of 10⁻³ counts as gone
+GREW = 3.0  # and one of 10³ as exploded
+MAP_CELLS = 128  # a gain map has at most 128 × 128
+HEAT_ROWS, HEAT_COLUMNS = 128, 400
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Units × steps of log10 of a gradient, the longest memory on top, the loss on the right."""
+
+    state: str
+    values: np.ndarray  # (rows, columns) log10; NaN undefined, -inf exactly zero
+    bad: np.ndarray  # (rows, columns) true where the gradient is NaN or Inf
+    units: int
+    steps: int
+    unit_pool: int  # units in a row of the picture; the largest is shown
+    step_pool: int  # steps in a column of the picture; the largest is shown
+    note: str  # words that stand in place of the picture, or ""
+    broken: str  # where NaN or Inf begin, or ""
+
+
+@dataclass(frozen=True)
+class LagLine:
+    """The lag curve of a layer, in powers of ten over the lag."""
+
+    lag: np.ndarray  # (K,)
+    median: np.ndarray  # (K,) NaN where exactly zero
+    low: np.ndarray  # (K,) 10 % quantile
+    high: np.ndarray  # (K,) 90 % quantile
+    fit: np.ndarray  # (K,)
+    slope: np.ndarray  # (K,) local slope, nats per step
+    dot: tuple[float, float] | None  # where it is gone, or has grown a thousandfold
+    words: str  # "gone after 7 steps"
+    zero_from: int | None  # first lag at which half of the gains are exactly zero
+    note: str  # words that stand in place of the curve, or ""
+
+
+@dataclass(frozen=True)
+class GainMap:
+    """ln gain of one sequence as powers of ten: target t' down, source t across."""
+
+    values: np.ndarray  # (targets, sources) log10; NaN where t' < t
+    first: float  # the step, counted from 1, at the first edge
+    last: float
+    sequence: int  # index in the user's batch
+    norm: str
+    pool: int  # steps in a cell of the picture; the largest is shown
+    contour: bool  # whether some gains lie above and some below 10⁻³
+    reverse: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Norms of total and direct gradient over the steps, log10; -inf is exactly zero."""
+
+    state: str
+    step: np.ndarray  # (T,) counted from 1
+    total: np.ndarray  # (T,)
+    direct: np.ndarray  # (T,)
+    last: np.ndarray  # (T,) of the last loss step alone
+    words: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Gates:
+    """How the gates stand over the steps."""
+
+    names: tuple[str, ...]
+    step: np.ndarray  # (T,) counted from 1
+    mean: np.ndarray  # (G, T)
+    closed: np.ndarray  # (G, T) share of units and sequences below 0.05
+    open: np.ndarray  # (G, T) share above 0.95
+    words: str
+    note: str
+
+
+def gates(layer: LayerAnalysis) -> Gates:
+    """Mean activation and the shares closed and open of every gate, input-time order."""
+    names = tuple(str(gate) for gate in layer.data["gate"].values)
+    mean, closed, opened = (
+        layer.data[f"gate_{what}"].transpose("gate", "step").values
+        for what in ("mean", "closed", "open")
+    )
+    return Gates(
+        names=names,
+        step=np.arange(1, layer.data.sizes["step"] + 1),
+        mean=mean,
+        closed=closed,
+        open=opened,
+        words="" if not names else "Averages over units and sequences, at every step.",
+        note="" if names else f"{layer.cell} has no gates.",
+    )
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
+
+
+def _pooled(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The largest of every rows × columns block; NaN only where a whole block is NaN."""
+    height = -(-values.shape[0] // rows) * rows
+    width = -(-values.shape[1] // columns) * columns
+    padded = np.full((height, width), np.nan)
+    padded[: values.shape[0], : values.shape[1]] = values
+    blocks = padded.reshape(height // rows, rows, width // columns, columns)
+    # fmax skips NaN without the warning nanmax gives for an empty block
+    return np.fmax.reduce(np.fmax.reduce(blocks, axis=3), axis=1)
+
+
+def heat(layer: LayerAnalysis, state: str | None = None) -> Heat:
+    """Units × steps of log10 |∂L/∂s| of the last loss step, ÷ the layer's own rms value there.
+
+    Columns run from the earliest step to the loss. Where there are more units or steps than a
+    picture can show, neighbours are pooled by their largest, so that no survivor is lost.
+    """
+    state = state or layer.main_state
+    order = layer.data["unit_order"].sel(state=state).values
+    order = order[order >= 0].astype(int)
+    raw = layer.data["log10_grad"].sel(state=state).values[order]  # (units, back)
+    bad = np.isposinf(raw)
+    if "not finite" in layer.labels and not layer.gradient_note:
+        bad |= np.isnan(raw)
+    units, steps = raw.shape
+    unit_pool = max(1, math.ceil(units / HEAT_ROWS))
+    step_pool = max(1, math.ceil(steps / HEAT_COLUMNS))
+    values = _pooled(np.where(bad, np.nan, raw), unit_pool, step_pool)[:, ::-1]
+    pooled_bad = (_pooled(bad.astype(float), unit_pool, step_pool) > 0)[:, ::-1]
+    return Heat(
+        state=state,
+        values=values,
+        bad=pooled_bad,
+        units=units,
+        steps=steps,
+        unit_pool=unit_pool,
+        step_pool=step_pool,
+        note=_missing(layer, raw, bad),
+        broken=_broken(layer, bad),
+    )
+
+
+def _missing(layer: LayerAnalysis, raw: np.ndarray, bad: np.ndarray) -> str:
+    if layer.gradient_note:
+        return layer.gradient_note
+    if raw.size == 0 or (np.isnan(raw).all() and not bad.any()):
+        return (
+            "The gradient of the last loss step alone was not measured for this layer; "
+            "record a backward, for cells of your own with record(model, jacobians=True)."
+        )
+    return ""
+
+
+def _broken(layer: LayerAnalysis, bad: np.ndarray) -> str:
+    """Where NaN or Inf begin, named as a step where all sequences end at the same one."""
+    backs = np.flatnonzero(bad.any(axis=0))
+    if not len(backs):
+        return ""
+    back = int(backs[0])
+    words = "at the loss itself" if back == 0 else f"{_steps(back)} back from the loss"
+    lengths = layer.data["length"].values
+    if len(np.unique(lengths)) != 1:
+        return f"NaN or Inf {words}"
+    step = 1 + back if layer.reverse else int(lengths[0]) - back
+    return f"NaN or Inf at step {step}, {words}"
+
+
+def lag_line(layer: LayerAnalysis) -> LagLine:
+    """The median spectral gain against the lag, its 10–90 % band, the fit, and what to say of it."""
+    data = layer.data
+    lag = data["lag"].values.astype(float)
+    raw = data["lag_median"].values / LN10
+    zeros = np.flatnonzero(np.isneginf(raw))
+    zero_from = int(lag[zeros[0]]) if len(zeros) else None
+    median = np.where(np.isfinite(raw), raw, np.nan)
+    dot, words = _reading(layer, lag, median, zero_from)
+    nothing = not np.isfinite(median[lag >= 1]).any() and zero_from is None
+    return LagLine(
+        lag=lag,
+        median=median,
+        low=_floor(data["lag_low"].values / LN10),
+        high=_floor(data["lag_high"].values / LN10),
+        fit=data["lag_fit"].values / LN10,
+        slope=data["lag_slope"].values,
+        dot=dot,
+        words=words,
+        zero_from=zero_from,
+        note=("one step: no distance to measure" if layer.steps <= 1 else "no finite gain to show")
+        if nothing
+        else "",
+    )
+
+
+def _floor(values: np.ndarray) -> np.ndarray:
+    """A band may reach down to an exact zero; far below every axis stands for it in a drawing."""
+    return np.where(np.isneginf(values), -400.0, values)
+
+
+def _reading(
+    layer: LayerAnalysis, lag: np.ndarray, median: np.ndarray, zero_from: int | None
+) -> tuple[tuple[float, float] | None, str]:
+    grown = np.flatnonzero(median >= GREW)
+    if layer.horizon is not None:
+        exactly = zero_from == layer.horizon
+        words = f"{'exactly 0' if exactly else 'gone'} after {_steps(layer.horizon)}"
+        return (_crossing(lag, median, layer.horizon, GONE), GONE), words
+    if len(grown):
+        at = int(lag[grown[0]])
+        return (_crossing(lag, median, at, GREW), GREW), f"1000 × after {_steps(at)}"
+    below = np.isfinite(median[1:]) & (median[1:] < GONE)
+    return None, "" if below.any() or not np.isfinite(layer.rate.value) else "never below 10⁻³"
+
+
+def _crossing(lag: np.ndarray, median: np.ndarray, at: int, level: float) -> float:
+    """Where, between lag at − 1 and at, the straight line between the two medians meets a level."""
+    here = np.flatnonzero(lag == at)
+    if not len(here) or here[0] == 0:
+        return float(at)
+    before, after = median[here[0] - 1], median[here[0]]
+    if not np.isfinite([before, after]).all() or before == after:
+        return float(at)
+    share = min(1.0, max(0.0, (level - before) / (after - before)))
+    return float(lag[here[0] - 1] + share * (at - lag[here[0] - 1]))
+
+
+def gain_map(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
+    """The gain of every pair t' ≥ t of the first mapped sequence, at most 128 × 128 cells."""
+    data = layer.data["log_gain"]
+    if not data.sizes["sequence"] or not data.sizes["source"]:
+        return GainMap(np.empty((0, 0)), 0, 0, -1, norm, 1, False, layer.reverse, "no map was made")
+    first = data.sel(norm=norm).isel(sequence=0).transpose("target", "source")
+    values = first.values / LN10
+    count = values.shape[0]
+    pool = max(1, math.ceil(count / MAP_CELLS))
+    steps = first["source"].values + 1.0
+    stride = float(steps[1] - steps[0]) if count > 1 else 1.0
+    pooled = _pooled(values, pool, pool)
+    known = pooled[~np.isnan(pooled)]
+    start = float(steps[0]) - stride / 2
+    return GainMap(
+        values=pooled,
+        first=start,
+        last=start + pooled.shape[0] * pool * stride,
+        sequence=int(data["sequence"].values[0]),
+        norm=norm,
+        pool=pool * round(stride),
+        contour=bool(len(known) and known.min() < GONE < known.max() and count > 2),
+        reverse=layer.reverse,
+        note=_no_map(layer, known),
+    )
+
+
+def _no_map(layer: LayerAnalysis, known: np.ndarray) -> str:
+    if layer.steps <= 1:
+        return "one step: no pair of steps to show"
+    return "" if len(known) else "no finite gain to show"
+
+
+def parts(layer: LayerAnalysis) -> Parts:
+    """Total gradient at h against the part that a hook on the layer's output would have shown."""
+    states = [str(state) for state in layer.data["state"].values]
+    state = "h" if "h" in states else states[0]
+    norms = layer.data["grad_norm"].sel(state=state)
+    with np.errstate(divide="ignore"):
+        total, direct, last = (
+            np.log10(norms.sel(kind=kind).values) for kind in ("total", "direct", "last")
+        )
+    note = layer.gradient_note
+    if not note and np.isnan(total).all():
+        note = "No gradient of the loss was recorded for this layer."
+    return Parts(
+        state=state,
+        step=np.arange(1, len(total) + 1),
+        total=total,
+        direct=direct,
+        last=last,
+        words="" if note else _hooked(total, direct),
+        note=note,
+    )
+
+
+def _hooked(total: np.ndarray, direct: np.ndarray) -> str:
+    """What a hook on the layer's output would have missed, in words."""
+    known = ~np.isnan(total) & ~np.isnan(direct)
+    missed = np.isneginf(direct[known]) & ~np.isneginf(total[known])
+    if not known.any():
+        return "The direct part was not recorded."
+    where = f"{int(missed.sum())} of {int(known.sum())} steps"
+    if missed.any():
+        return f"A hook on the layer's output shows exactly 0 at {where}; the total there is not 0."
+    pair = np.isfinite(total) & np.isfinite(direct)
+    if not pair.any():
+        return "Total and direct gradient are exactly 0 at every step."
+    apart = float(np.max(np.abs(total[pair] - direct[pair])))
+    if apart < 0.005:
+        return (
+            "A hook on the layer's output shows the whole gradient: none comes through recurrence."
+        )
+    return f"A hook on the layer's output is off by up to a factor of {10 ** min(apart, 300):.2g}."
+
+
+def span_share(layer: LayerAnalysis) -> float:
+    """How much of the span the gradient reaches, 0 to 1: the bar on the page."""
+    if layer.verdict == "inconclusive" and not math.isfinite(layer.rate.value):
+        return 0.0
+    reach = layer.searched if layer.horizon is None else layer.horizon
+    if layer.horizon is None and layer.searched >= layer.span - 1:
+        return 1.0
+    return min(1.0, reach / max(1, layer.span))

@@ -1,0 +1,87 @@
+"""The one colour scale of gradflow: fixed for every model, ± six powers of ten.
+
+Navy has vanished, pale yellow is as at the loss, dark red has exploded. Undefined is grey, an exact
+zero black, NaN or Inf magenta. Pictures of two models can therefore be laid side by side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
+
+DECADES = 6  # the scale ends at 10⁻⁶ and 10⁶
+STEPS = 10  # colours per decade
+
+ANCHORS = ("#0b2858", "#1f5699", "#5ba3d0", "#fdf3b8", "#f3945c", "#c3263a", "#560012")
+UNDEFINED = "#c9c9c9"
+ZERO = "#000000"
+BAD = "#ff00ff"
+WRONG = "#b800b8"  # the same, dark enough for words
+DIRECT = "#d97000"  # the part of a gradient that a hook shows
+
+VERDICT_COLOURS = {
+    "vanishing": "#1f5699",
+    "exploding": "#c3263a",
+    "stable": "#1d7a4f",
+    "dead": "#000000",
+    "inconclusive": "#8a6100",
+}
+
+_PLACES = np.linspace(0, 1, 2 * DECADES * STEPS + 1)
+_RAMP = LinearSegmentedColormap.from_list("gradflow", ANCHORS, N=len(_PLACES))(_PLACES)[
+    :, :3
+]  # (colours, 3)
+COLOURS = ListedColormap(_RAMP, name="gradflow")
+
+
+def paint(log10: np.ndarray, bad: np.ndarray | None = None) -> np.ndarray:
+    """Turn log10 of a ratio into colours, (rows, columns) → (rows, columns, 3) uint8.
+
+    NaN is undefined (grey), −inf an exact zero (black), ``bad`` marks NaN or Inf (magenta).
+
+    >>> import numpy as np
+    >>> paint(np.array([[-np.inf, np.nan]])).tolist()
+    [[[0, 0, 0], [201, 201, 201]]]
+    """
+    place = np.nan_to_num(log10, nan=0.0, neginf=-DECADES, posinf=DECADES)
+    place = np.clip(np.rint((place + DECADES) * STEPS), 0, 2 * DECADES * STEPS).astype(int)
+    rgb = np.rint(COLOURS(place)[..., :3] * 255).astype(np.uint8)
+    rgb[np.isnan(log10)] = _bytes(UNDEFINED)
+    rgb[np.isneginf(log10)] = _bytes(ZERO)
+    if bad is not None:
+        rgb[bad] = _bytes(BAD)
+    return rgb
+
+
+def palette() -> list[int]:
+    """The 256 colours every picture is stored with: the scale, greys, accents and their tints."""
+    colours = [tuple(row) for row in np.rint(_RAMP * 255).astype(int).tolist()]
+    colours += [_bytes(UNDEFINED), _bytes(ZERO), _bytes(BAD)]
+    for accent in (*VERDICT_COLOURS.values(), DIRECT, WRONG):
+        rgb = np.array(_bytes(accent))
+        tints = (0.0, 0.12, 0.25, 0.37, 0.5, 0.62, 0.75, 0.8, 0.85, 0.92)
+        colours += [tuple(np.rint(rgb + (255 - rgb) * tint).astype(int).tolist()) for tint in tints]
+    unique = list(dict.fromkeys(colours))
+    greys = np.linspace(255, 0, 256 - len(unique)).round().astype(int)
+    unique += [(grey, grey, grey) for grey in greys.tolist()]
+    return [value for colour in unique for value in colour]
+
+
+def _bytes(colour: str) -> tuple[int, int, int]:
+    red, green, blue = (round(255 * part) for part in to_rgb(colour))
+    return red, green, blue
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def power(decades: float) -> str:
+    """A power of ten in words a reader knows.
+
+    >>> power(-3), power(0)
+    ('10⁻³', '1')
+    """
+    whole = math.floor(decades + 0.5)
+    return "1" if whole == 0 else "10" + str(whole).translate(_RAISED)

@@ -1,0 +1,149 @@
+"""The terminal: a table of verdicts, a sentence per layer, at most three findings, the warnings."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gradflow.analysis import Analysis, Finding, LayerAnalysis
+from gradflow.reporter.digest import other_findings, top_findings
+from gradflow.reporter.numbers import (
+    cell_words,
+    channel_words,
+    gone_words,
+    half_life_words,
+    rate_words,
+)
+
+STYLES = {
+    "vanishing": "bold blue",
+    "exploding": "bold red",
+    "stable": "green",
+    "dead": "bold reverse",
+    "inconclusive": "yellow",
+}
+WIDEST = 100  # longer lines are hard to read
+# the same look as box.SIMPLE_HEAD where only ASCII can be written
+ASCII_HEAD = box.Box("    \n    \n -- \n" + "    \n" * 5, ascii=True)
+SENTENCES = 5  # the worst layers; the table holds all
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table; on a narrow console it is left out."""
+
+    heading: str
+    value: Callable[[LayerAnalysis], str]
+    from_width: int = 0
+    words: bool = False
+    may_fold: bool = False
+
+
+COLUMNS = (
+    Column("layer", lambda layer: layer.name, words=True, may_fold=True),
+    Column("cell", cell_words, from_width=76, words=True),
+    Column("verdict", lambda layer: layer.verdict, words=True),
+    Column("rate ± 95 %\nper step", lambda layer: rate_words(layer.rate), may_fold=True),
+    Column("half-\nlife", half_life_words, from_width=70),
+    Column("gone\nafter", gone_words),
+    Column("channels", channel_words, from_width=50),
+)
+
+_PLAIN = str.maketrans(
+    {"−": "-", "∞": "inf", "∂": "d", "′": "'", "·": ".", "×": "x", "≤": "<=", "≥": ">=", "–": "-",
+     "—": "-", "…": "...", "→": "->", "‖": "|", "δ": "delta", "λ": "lambda", "÷": "/", "±": "+-",
+     "⁻": "^-", "³": "3", "⁶": "6", "½": "1/2", "σ": "sigma", "“": '"', "”": '"', "’": "'"}
+)  # fmt: skip
+
+
+def render(analysis: Analysis, console: Console | None = None) -> None:
+    """Print an analysis; honours the console's width, colours and encoding.
+
+    Where the console cannot encode a character it is spelled in ASCII, so a pipe never fails.
+    """
+    console = console or Console()
+    _print(console, Text(f"gradflow: {analysis.title}", style="bold"))
+    _print(console, Text(""))
+    console.print(_table(analysis, console))
+    _print(console, Text(""))
+    _sentences(console, analysis)
+    for number, finding in enumerate(top_findings(analysis), start=1):
+        _finding(console, number, finding)
+    if left := len(other_findings(analysis)):
+        words = f"{left} more {'finding' if left == 1 else 'findings'} on the page."
+        _print(console, Text(words, style="dim"))
+    if analysis.warnings:
+        _print(console, Text(""))
+    for warning in analysis.warnings:
+        _print(console, Text(f"note: {warning}", style="yellow"), hang=6)
+
+
+def _table(analysis: Analysis, console: Console) -> Table:
+    columns = [column for column in COLUMNS if console.width >= column.from_width]
+    look = ASCII_HEAD if _is_plain(console) else box.SIMPLE_HEAD
+    table = Table(box=look, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for column in columns:
+        table.add_column(
+            _encoded(Text(column.heading), console),
+            justify="left" if column.words else "right",
+            overflow="fold",
+            no_wrap=not column.may_fold,
+        )
+    for layer in analysis:
+        cells = [Text(column.value(layer)) for column in columns]
+        cells[[column.heading for column in columns].index("verdict")].style = STYLES[layer.verdict]
+        table.add_row(*(_encoded(cell, console) for cell in cells))
+    return table
+
+
+def _sentences(console: Console, analysis: Analysis) -> None:
+    layers = analysis.worst_first
+    for layer in layers[:SENTENCES]:
+        _print(console, Text(layer.sentence), hang=2)
+    if len(layers) > SENTENCES:
+        left = len(layers) - SENTENCES
+        _print(console, Text(f"{left} more in the table above.", style="dim"))
+
+
+def _finding(console: Console, number: int, finding: Finding) -> None:
+    where = f" ({finding.where})" if finding.where else ""
+    _print(console, Text(""))
+    said = Text(f"{number}. {finding.layer}: {finding.message}{where}", style="bold")
+    _print(console, said, hang=3)
+    source = f" [{finding.source}]" if finding.source else ""
+    if finding.advice:
+        _print(console, Text(f"   {finding.advice}{source}"), hang=3)
+    for line in finding.code.splitlines():
+        _print(console, Text(f"   {line}", style="cyan"))
+
+
+def _print(console: Console, text: Text, hang: int | None = None) -> None:
+    """Print one paragraph; with ``hang`` wrapped, its later lines indented, else as it is."""
+    text = _encoded(text, console)
+    if hang is not None:
+        width = max(20, min(console.width, WIDEST))
+        lines = textwrap.wrap(
+            text.plain, width, subsequent_indent=" " * hang, break_on_hyphens=False
+        )
+        text = Text("\n".join(lines), style=text.style)
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def _is_plain(console: Console) -> bool:
+    return not str(console.encoding).lower().startswith("utf")
+
+
+def _encoded(text: Text, console: Console) -> Text:
+    """The same text in what the console can encode, control characters taken out."""
+    plain = "".join(char for char in text.plain if char == "\n" or char.isprintable())
+    if _is_plain(console):
+        plain = plain.translate(_PLAIN).encode("ascii", "replace").decode("ascii")
+    if plain == text.plain:
+        return text
+    return Text(plain, style=text.style)

@@ -1,0 +1,288 @@
+"""Analyses made up from formulas, so that the reporter can be tested without running a model.
+
+Every layer's gain is exp(rate · lag) times noise, its gradient the same with a spread over units.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from gradflow.analysis import Analysis, Finding, LayerAnalysis, Rate
+from gradflow.recording import Parity
+
+GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
+BAND = math.log(10)
+
+
+def dataset(
+    cell: str, rate: float, steps: int, hidden: int, *, seed: int = 0, carrying: int = 0
+) -> xr.Dataset:
+    """The arrays of one layer; ``carrying`` units keep their gradient whatever the rate."""
+    random = np.random.default_rng(seed)
+    states = ["h", "c"] if cell == "LSTM" else ["h"]
+    gates = list(GATES.get(cell, ()))
+    sequences, stride = 8, max(1, steps // 250)
+    lag = np.arange(steps)
+    walk = np.cumsum(random.normal(0, 0.05, (sequences, steps)), axis=1)
+    curve = (0 if carrying else rate) * lag
+    back = np.arange(steps)
+    decades = np.empty((len(states), hidden, steps))
+    for index in range(len(states)):
+        spread = np.sort(random.normal(0, 0.35, hidden))[::-1, None]
+        unit_rate = np.full((hidden, 1), rate)
+        unit_rate[:carrying] = 0.0
+        noise = random.normal(0, 0.25, (hidden, steps))
+        decades[index] = spread + unit_rate * back / math.log(10) + noise
+    shuffle = random.permutation(hidden)
+    decades[:, shuffle] = decades.copy()
+    order = np.stack([np.argsort(-decades[i].mean(axis=1)) for i in range(len(states))])
+    points = np.arange(0, steps, stride)
+    gap = points[None, :] - points[:, None]  # [source, target]
+    gain = np.where(gap >= 0, np.interp(np.maximum(gap, 0), lag, curve), np.nan)
+    gain = gain + np.where(gap > 0, 0.15 * np.sin(points / 7.0)[None, :], 0.0)
+    norms = np.exp(np.clip(curve[::-1], -700, 700))
+    direct = np.zeros(steps)
+    direct[-1] = 1.0
+    grad_norm = np.full((3, len(states), steps), np.nan)
+    grad_norm[0], grad_norm[1, 0], grad_norm[2] = norms, direct, norms
+    return xr.Dataset(
+        {
+            "log_gain": (
+                ("norm", "sequence", "source", "target"),
+                np.stack([gain, gain - 0.5 * np.log(2)])[:, None],
+            ),
+            "log_singular": (("sequence", "index"), np.sort(-random.random((1, 4)))[:, ::-1]),
+            "lag_median": (("lag",), curve),
+            "lag_low": (("lag",), curve + np.quantile(walk, 0.1, axis=0)),
+            "lag_high": (("lag",), curve + np.quantile(walk, 0.9, axis=0)),
+            "lag_count": (("lag",), steps - lag),
+            "lag_zero_share": (("lag",), np.zeros(steps)),
+            "lag_slope": (("lag",), np.concatenate([[np.nan], np.diff(curve)])),
+            "lag_fit": (("lag",), (0 if carrying else rate) * lag),
+            "sequence_rate": (("batch",), np.full(sequences, rate)),
+            "length": (("batch",), np.full(sequences, steps)),
+            "log10_grad": (("state", "unit", "back"), decades),
+            "unit_order": (("state", "unit"), order),
+            "grad_norm": (("kind", "state", "step"), grad_norm),
+            "gate_mean": (("gate", "step"), np.full((len(gates), steps), 0.5)),
+            "gate_closed": (("gate", "step"), np.full((len(gates), steps), 0.1)),
+            "gate_open": (("gate", "step"), np.full((len(gates), steps), 0.05)),
+            "state_norm": (("state", "step"), np.full((len(states), steps), 0.4)),
+            "memory_steps": (("state", "unit"), np.full((len(states), hidden), 7.0)),
+        },
+        coords={
+            "norm": ["spectral", "rms"],
+            "sequence": [3],
+            "source": points,
+            "target": points,
+            "lag": lag,
+            "back": back,
+            "step": np.arange(steps),
+            "state": states,
+            "unit": np.arange(hidden),
+            "kind": ["total", "direct", "last"],
+            "gate": np.array(gates, dtype="<U8"),
+        },
+    )
+
+
+def finding(layer: str, name: str = "vanishing", **changes: Any) -> Finding:
+    """A finding with every field filled."""
+    made = Finding(
+        name=name,
+        layer=layer,
+        message="the gradient loses 38.3 decades over 90 steps: rate −0.980 [−1.010, −0.950] per "
+        "step, below −0.0256",
+        where="8 sequences",
+        value=-0.98,
+        low=-1.01,
+        high=-0.95,
+        threshold=-0.0256,
+        source="Jozefowicz et al. 2015; Tallec & Ollivier 2018",
+        severity=-38.3,
+        advice="raise the forget gate's bias by 1 (its mean is 0.50), or use chrono initialisation "
+        "from the range of the task",
+        code="model.rnn.bias_ih_l0.data[32:64] += 1.0  # the forget gate's block",
+    )
+    return replace(made, **changes)
+
+
+def layer(
+    name: str = "rnn.l0",
+    cell: str = "RNN_TANH",
+    rate: float = -0.98,
+    steps: int = 100,
+    hidden: int = 32,
+    **changes: Any,
+) -> LayerAnalysis:
+    """One layer whose verdict follows from its rate; ``changes`` replace any field."""
+    carrying = changes.pop("carrying", 0)
+    data = dataset(cell, rate, steps, hidden, seed=len(name), carrying=carrying)
+    shown = 0.0 if carrying else rate
+    band = BAND / steps
+    verdict = "stable" if abs(shown) < band else "vanishing" if shown < 0 else "exploding"
+    horizon = next((k for k in range(1, steps) if shown * k < math.log(1e-3)), None)
+    kind = cell.split("_")[0]
+    if carrying:
+        title = f"{kind}: one cell of {hidden} carries the gradient all {steps} steps"
+    elif horizon is None:
+        title = f"{kind}: the gradient reaches back all {steps} steps"
+    else:
+        title = f"{kind}: the gradient is gone {horizon} steps before the loss"
+    made = LayerAnalysis(
+        name=name,
+        cell=cell,
+        reverse=name.endswith("_reverse"),
+        hidden=hidden,
+        size=2 * hidden if cell == "LSTM" else hidden,
+        steps=steps,
+        sequences=8,
+        span=steps,
+        verdict=verdict,
+        labels=(),
+        rate=Rate(shown, shown - 0.003, shown + 0.003),
+        half_life=math.log(2) / -shown if shown < 0 else math.inf,
+        horizon=horizon,
+        searched=steps - 1,
+        channels=carrying or (0 if verdict == "vanishing" else hidden),
+        lyapunov=np.array([shown, shown - 0.1]),
+        findings=() if verdict == "stable" else (finding(name),),
+        parity=Parity("passed", 3e-7, "weight_hh rebuilt from δ_t equals the recorded gradient"),
+        sentence=f"{name} ({kind}, {hidden} units): {title.split(': ')[1]}, "
+        f"{verdict} at {shown:+.3f} nats per step.",
+        title=title,
+        gradient_note="",
+        method="exact",
+        data=data,
+    )
+    return replace(made, **changes)
+
+
+def analysis(*layers: LayerAnalysis, **changes: Any) -> Analysis:
+    """An analysis of these layers."""
+    made = Analysis(
+        title="Net",
+        layers={one.name: one for one in layers},
+        warnings=(),
+        provenance={"gradflow": "0.1", "torch": "2.13.0", "method": "exact", "seed": 0},
+    )
+    return replace(made, **changes)
+
+
+def vanishing(steps: int = 100) -> Analysis:
+    """A plain RNN at rate −0.98."""
+    return analysis(layer(steps=steps), title="RNN net")
+
+
+def carrying() -> Analysis:
+    """A trained LSTM in which one cell keeps the gradient."""
+    return analysis(layer("lstm.l0", "LSTM", -0.14, carrying=1), title="LSTM net")
+
+
+def exploding() -> Analysis:
+    """A GRU whose gain grows by a factor of 1.35 per step."""
+    return analysis(layer("gru.l0", "GRU", 0.3, hidden=16), title="GRU net")
+
+
+def zero(one: LayerAnalysis) -> LayerAnalysis:
+    """The same layer, cut by exact zeros from eight steps on."""
+    data = one.data.copy(deep=True)
+    data["log10_grad"] = data["log10_grad"].where(data["back"] < 8, -np.inf)
+    for name in ("lag_median", "lag_low", "lag_high"):
+        data[name] = data[name].where(data["lag"] < 8, -np.inf)
+    data["lag_zero_share"] = (data["lag"] >= 8).astype(float)
+    gap = data["target"] - data["source"]
+    data["log_gain"] = data["log_gain"].where(gap < 8, -np.inf)
+    data["log_gain"] = data["log_gain"].where(gap >= 0)
+    nothing = Rate(-math.inf, -math.inf, -math.inf)
+    title = f"{one.cell.split('_')[0]}: exact zeros cut every path 8 steps before the loss"
+    return replace(
+        one, data=data, verdict="dead", rate=nothing, horizon=8, half_life=1.0, channels=0,
+        title=title, sentence=f"{one.name}: exact zeros cut every path after 8 steps.",
+    )  # fmt: skip
+
+
+def broken(one: LayerAnalysis) -> LayerAnalysis:
+    """The same layer, whose gradient is infinite from 27 steps back."""
+    data = one.data.copy(deep=True)
+    data["log10_grad"] = data["log10_grad"].where(data["back"] < 27, np.inf)
+    nothing = Rate(math.nan, math.nan, math.nan)
+    return replace(
+        one, data=data, verdict="inconclusive", labels=("not finite",), rate=nothing,
+        half_life=math.inf, horizon=None, channels=None, lyapunov=None,
+        title="RNN: NaN or Inf from step 73 backwards",
+        sentence=f"{one.name}: NaN or Inf from step 73 backwards.",
+    )  # fmt: skip
+
+
+def without_gradient(one: LayerAnalysis) -> LayerAnalysis:
+    """The same layer, which no backward reached."""
+    data = one.data.copy(deep=True)
+    data["log10_grad"] = data["log10_grad"] * np.nan
+    data["grad_norm"] = data["grad_norm"] * np.nan
+    note = (
+        f"{one.name} has no gradient: the backward did not reach this layer; "
+        "its output is not used by the loss, or it was detached"
+    )
+    return replace(one, data=data, gradient_note=note)
+
+
+def single_step() -> Analysis:
+    """T = 1: no recurrence is exercised."""
+    nothing = Rate(math.nan, math.nan, math.nan)
+    one = layer(steps=1)
+    one = replace(
+        one, verdict="inconclusive", labels=("no recurrence", "short"), rate=nothing, channels=None,
+        half_life=math.inf, horizon=None, lyapunov=None, findings=(),
+        title="RNN: one step only, so no recurrence to measure",
+        sentence="rnn.l0: with T = 1 no recurrence is exercised.",
+    )  # fmt: skip
+    return analysis(one)
+
+
+def bidirectional() -> Analysis:
+    """Two layers, two directions."""
+    names = ["l0", "l0_reverse", "l1", "l1_reverse"]
+    return analysis(*(layer(f"rnn.{name}", "GRU", -0.09) for name in names), title="BiGRU")
+
+
+def twelve() -> Analysis:
+    """Twelve layers, from vanishing to exploding."""
+    rates = np.linspace(-0.9, 0.25, 12)
+    many = [layer(f"stack.l{i}", "LSTM", float(rate)) for i, rate in enumerate(rates)]
+    return analysis(*many, title="Deep stack")
+
+
+def everything() -> Analysis:
+    """One analysis with a layer of every kind."""
+    return analysis(
+        layer(),
+        layer("lstm.l0", "LSTM", -0.14, carrying=1),
+        zero(layer("relu.l0", "RNN_RELU", -0.3)),
+        broken(layer("bad.l0")),
+        without_gradient(layer("frozen.l0", "GRU", -0.05)),
+        title="Everything",
+        warnings=(
+            "Gradients are perhaps still scaled: a GradScaler was seen.",
+            "the loss reads rnn.l0 at nearly every step: its total gradient need not fade even "
+            "where nothing flows; read the profile of the last loss step alone",
+        ),
+    )
+
+
+CASES = {
+    "vanishing": vanishing,
+    "carrying": carrying,
+    "exploding": exploding,
+    "single_step": single_step,
+    "bidirectional": bidirectional,
+    "twelve": twelve,
+    "everything": everything,
+    "long": lambda: vanishing(steps=1000),
+    "short": lambda: vanishing(steps=10),
+}

@@ -1,0 +1,347 @@
+"""The command line as a user meets it: every file kind, every refusal, exit codes, whole folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gradflow import cli, workflow
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FILES = {
+    "report.html", "summary.json", "layers.csv", "steps.csv", "lags.csv", "units.csv",
+    "findings.csv", "run.nc", "figures",
+}  # fmt: skip
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, inputs=10, hidden=20, fail=False):
+        super().__init__()
+        self.rnn = nn.LSTM(inputs, hidden, 2, batch_first=True)
+        self.head = nn.Linear(hidden, 1)
+        self.fail = fail
+
+    def forward(self, x):
+        if self.fail:
+            raise RuntimeError("the tensors do not fit")
+        out, _ = self.rnn(x)
+        return self.head(out[:, -1, :])
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with a user's module in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user_net.py").write_text(NET)
+    return tmp_path
+
+
+def stacked() -> nn.Module:
+    """The stacked classifier of many a tutorial."""
+    model = nn.Module()
+    model.rnn = nn.LSTM(10, 20, 2, batch_first=True)
+    model.head = nn.Linear(20, 1)
+    return model
+
+
+def run(*arguments: str) -> int:
+    """The exit code of one command."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def save_state_dict(path: Path) -> None:
+    torch.save(stacked().state_dict(), path)
+
+
+def save_checkpoint(path: Path) -> None:
+    model = stacked()
+    optimizer = torch.optim.Adam(model.parameters())
+    torch.save(
+        {"epoch": 3, "model_state_dict": model.state_dict(), "optimizer": optimizer.state_dict()},
+        path,
+    )
+
+
+def save_lightning(path: Path) -> None:
+    weights = {f"model.{key}": value for key, value in stacked().state_dict().items()}
+    torch.save({"pytorch-lightning_version": "2.4.0", "state_dict": weights, "epoch": 1}, path)
+
+
+def save_safetensors(path: Path) -> None:
+    save_file(stacked().state_dict(), path)
+
+
+def save_pickle(path: Path) -> None:
+    torch.save(nn.Sequential(nn.Linear(10, 10), nn.LSTM(10, 20, 2, batch_first=True)), path)
+
+
+def save_compiled(path: Path) -> None:
+    weights = {f"module._orig_mod.{key}": value for key, value in stacked().state_dict().items()}
+    torch.save(weights, path)
+
+
+KINDS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "state_dict": ("model.pt", save_state_dict),
+    "checkpoint": ("checkpoint.pth", save_checkpoint),
+    "lightning": ("last.ckpt", save_lightning),
+    "safetensors": ("model.safetensors", save_safetensors),
+    "pickle": ("module.pt", save_pickle),
+    "prefixes": ("wrapped.pt", save_compiled),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_kind_is_analyzed_from_its_weights(
+    kind: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, save = KINDS[kind]
+    save(here / name)
+    assert run("analyze", name, "--seq-len", "20") == 0
+    folder = here / "reports" / Path(name).stem
+    assert {path.name for path in folder.iterdir()} == FILES
+    out = capsys.readouterr().out
+    assert "l0" in out and "l1" in out
+    last = out.strip().splitlines()[-2:]
+    assert last[0] == f"page: reports/{Path(name).stem}/report.html"
+    assert last[1].startswith("next: gradflow ")
+    assert run("inspect", name) == 0
+    assert "LSTM(10 → 20, 2 layers)" in capsys.readouterr().out
+
+
+def test_a_state_dict_page_shows_how_to_save_a_batch(here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    assert run("analyze", "model.pt", "--seq-len", "12") == 0
+    page = (here / "reports/model/report.html").read_text()
+    assert "torch.save" in page
+    assert "--input batch.pt" in page
+
+
+def save_batch(here: Path, name: str) -> None:
+    x, y = torch.randn(5, 7, 10), torch.randn(5, 1)
+    if name.endswith(".npz"):
+        np.savez(here / name, input=x.numpy(), target=y.numpy())
+    elif name.endswith(".safetensors"):
+        save_file({"input": x, "target": y}, here / name)
+    else:
+        torch.save((x, y) if "pair" in name else {"input": x, "target": y}, here / name)
+
+
+@pytest.mark.parametrize("batch", ["batch.pt", "pair.pt", "batch.npz", "batch.safetensors"])
+def test_a_users_class_on_a_users_batch(batch: str, here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    save_batch(here, batch)
+    arguments = ("analyze", "model.pt", "--model", "user_net:Net(10, 20)", "--input", batch)
+    assert run(*arguments, "--loss", "mse", "-o", "out") == 0
+    summary = json.loads((here / "out/summary.json").read_text())
+    assert [layer["name"] for layer in summary["layers"]] == ["rnn.l0", "rnn.l1"]
+    assert {layer["parity"]["status"] for layer in summary["layers"]} == {"passed"}
+
+
+def test_json_is_one_object_and_nothing_else(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_state_dict(here / "model.pt")
+    assert run("analyze", "model.pt", "--json", "--seq-len", "20") == 0
+    out = capsys.readouterr().out
+    summary = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
+    assert summary == json.loads((here / "reports/model/summary.json").read_text())
+
+
+def test_the_same_input_gives_the_same_bytes(here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    for folder in ("one", "two"):
+        assert run("analyze", "model.pt", "--seq-len", "20", "-o", folder) == 0
+    for file in sorted((here / "one").rglob("*")):
+        if file.is_file():
+            twin = here / "two" / file.relative_to(here / "one")
+            assert file.read_bytes() == twin.read_bytes(), file
+
+
+def test_reports_are_numbered_and_not_overwritten(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_state_dict(here / "model.pt")
+    assert run("analyze", "model.pt", "--seq-len", "12") == 0
+    assert run("analyze", "model.pt", "--seq-len", "12") == 0
+    assert (here / "reports/model-2/report.html").exists()
+    capsys.readouterr()
+    assert run("analyze", "model.pt", "--seq-len", "12", "-o", "reports/model") == 2
+    assert "--force" in capsys.readouterr().err
+    assert run("analyze", "model.pt", "--seq-len", "12", "-o", "reports/model", "--force") == 0
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"), [("vanishing", 1), ("exploding", 0), ("horizon<99", 1)]
+)
+def test_fail_on(condition: str, code: int, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(nn.RNN(4, 16).state_dict(), here / "rnn.pt")
+    assert run("analyze", "rnn.pt", "--fail-on", condition) == code
+    assert (condition in capsys.readouterr().err) == bool(code)
+
+
+@pytest.mark.parametrize("condition", ["vanish", "horizon", "horizon<many", "", "vanishing,,"])
+def test_a_condition_that_is_none_is_refused_at_once(
+    condition: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("analyze", "missing.pt", "--fail-on", condition) == 2
+    assert "--fail-on must be" in capsys.readouterr().err
+
+
+def test_report_and_compare_of_saved_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, cell in (("rnn", nn.RNN), ("gru", nn.GRU)):
+        torch.save(cell(4, 8).state_dict(), here / f"{name}.pt")
+        assert run("analyze", f"{name}.pt", "--seq-len", "30") == 0
+    assert run("report", "reports/rnn", "-o", "again") == 0
+    assert (here / "again/summary.json").read_text() == (
+        here / "reports/rnn/summary.json"
+    ).read_text()
+    assert run("report", "reports/rnn/run.nc", "-o", "from-file") == 0
+    capsys.readouterr()
+    assert run("compare", "reports/rnn", "reports/gru") == 0
+    out = capsys.readouterr().out
+    assert "reports/rnn" in out and "reports/gru" in out
+    assert (here / "reports/comparison/comparison.png").stat().st_size > 10_000
+    assert run("compare", "reports/rnn") == 2
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def bad_files(here: Path) -> dict[str, str]:
+    """File name -> a word the refusal must hold."""
+    (here / "empty.pt").write_bytes(b"")
+    (here / "notes.pt").write_text("these are only notes\n")
+    (here / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    np.save(here / "array.npy", np.zeros(3))
+    torch.save(stacked().state_dict(), here / "whole.pt")
+    (here / "cut.pt").write_bytes((here / "whole.pt").read_bytes()[:3000])
+    torch.save(nn.Linear(3, 3).state_dict(), here / "linear.pt")
+    torch.save({"loss": [1.0, 2.0]}, here / "losses.pt")
+    (here / "folder.pt").mkdir()
+    return {
+        "empty.pt": "empty", "notes.pt": "text", "picture.png": "", "array.npy": "array",
+        "cut.pt": "", "linear.pt": "recurrent", "losses.pt": "", "folder.pt": "folder",
+        "missing.pt": "missing.pt",
+    }  # fmt: skip
+
+
+def test_files_that_are_no_models_are_refused_in_one_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, word in bad_files(here).items():
+        assert run("analyze", name) == 2, name
+        error = capsys.readouterr().err
+        assert error.startswith("Error: ") and error.count("\n") == 1, error
+        assert "Traceback" not in error
+        assert word in error and name in error, error
+    assert not (here / "reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "user_net:Nope(1)"], ["Nope", "Net"]),
+        (["--model", "no_such_module:Net()"], ["no_such_module"]),
+        (["--model", "user_net:Net(10, 21)"], ["rnn.weight_hh_l0"]),
+        (["--model", "user_net:Net(print(1))"], ["literal"]),
+        (["--input", "batch.pt"], ["--model"]),
+        (
+            ["--model", "user_net:Net(10, 20, True)", "--input", "batch.pt"],
+            ["the tensors do not fit"],
+        ),
+        (["--model", "user_net:Net()", "--input", "gone.pt"], ["gone.pt"]),
+        (["--model", "user_net:Net()", "--input", "wide.npy"], ["raised", "11"]),
+        (["--model", "user_net:Net()", "--input", "batch.pt", "--loss", "huber"], ["huber", "mse"]),
+        (["--model", "user_net:Net()", "--input", "batch.pt", "--output", "logits"], ["logits"]),
+        (["--loss", "mse"], ["--input"]),
+        (["--seq-len", "0"], ["--seq-len", "at least 1"]),
+        (["--batch", "-3"], ["--batch"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["-o", "user_net.py/report"], ["user_net.py"]),
+    ],
+)
+def test_bad_options_are_refused_in_one_sentence(
+    arguments: list[str], words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_state_dict(here / "model.pt")
+    save_batch(here, "batch.pt")
+    np.save(here / "wide.npy", np.zeros((5, 7, 11), dtype=np.float32))
+    assert run("analyze", "model.pt", *arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.count("\n") == 1, error
+    for word in words:
+        assert word in error, error
+    assert not (here / "reports").exists()
+
+
+@pytest.mark.parametrize("steps", ["1", "2", "3", "9"])
+def test_very_short_sequences(steps: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_state_dict(here / "model.pt")
+    assert run("analyze", "model.pt", "--seq-len", steps) == 0
+    if steps == "1":
+        assert "T = 1" in capsys.readouterr().out
+
+
+def test_one_sequence(here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    assert run("analyze", "model.pt", "--batch", "1") == 0
+
+
+def test_weights_that_are_not_numbers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = stacked()
+    with torch.no_grad():
+        model.rnn.weight_hh_l0[3, 3] = float("nan")
+    torch.save(model.state_dict(), here / "model.pt")
+    assert run("analyze", "model.pt", "--seq-len", "20") == 0
+    assert "not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["analyze", "report"])
+def test_an_interrupt_leaves_nothing_behind(
+    when: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gradflow import reporter
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    save_state_dict(here / "model.pt")
+    target = workflow if when == "analyze" else reporter.files
+    monkeypatch.setattr(target, "analyze" if when == "analyze" else "page", interrupted)
+    assert run("analyze", "model.pt", "--seq-len", "12") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in (here / "reports").glob("*")] == []
+
+
+def test_a_fault_of_our_own_says_so(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    save_state_dict(here / "model.pt")
+    monkeypatch.setattr(workflow, "analyze", broken)
+    assert run("analyze", "model.pt") == 3
+    error = capsys.readouterr().err
+    assert "ZeroDivisionError: ours" in error
+    assert "fault of gradflow" in error
+
+
+def test_help_shows_an_example_for_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.gradflow.commands:
+        assert run(name, "--help") == 0
+        assert f"gradflow {name}" in capsys.readouterr().out.split("Options:")[0].partition("\n")[2]

@@ -1,0 +1,173 @@
+"""Figures: every kind of every case, on one scale, leaving matplotlib as found."""
+
+from __future__ import annotations
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import synthetic
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gradflow.errors import InputError
+from gradflow.reporter import KINDS, plot
+from gradflow.reporter.picture import Picture, png
+
+
+def overlapping(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of words in a figure whose boxes overlap, and words that leave the figure."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    texts = list(figure.texts)
+    for ax in figure.axes:
+        if not ax.get_visible():
+            continue
+        texts += [*ax.texts, ax.xaxis.label, ax.yaxis.label]
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = axis.get_major_ticks()
+            inside = [tick for tick in ticks if low - 1e-9 <= tick.get_loc() <= high + 1e-9]
+            texts += [label for tick in inside for label in (tick.label1, tick.label2)]
+    shown = [
+        (text.get_text(), text.get_window_extent(renderer))
+        for text in texts
+        if text.get_text() and text.get_visible()
+    ]
+    shown = [(words, box) for words, box in shown if box.width > 1]
+    outside = [
+        (words, "the edge")
+        for words, box in shown
+        if box.x0 < -1 or box.y0 < -1 or box.x1 > figure.bbox.x1 + 1 or box.y1 > figure.bbox.y1 + 1
+    ]
+    return outside + [
+        (one, other)
+        for i, (one, a) in enumerate(shown)
+        for other, b in shown[i + 1 :]
+        if min(a.x1, b.x1) - max(a.x0, b.x0) > 1.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1.5
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in synthetic.CASES if name != "twelve"])
+def test_no_words_overlap_or_leave_the_figure(name: str, kind: str) -> None:
+    assert overlapping(plot(synthetic.CASES[name](), kind)) == []
+
+
+def test_twelve_layers_do_not_overlap() -> None:
+    assert overlapping(plot(synthetic.twelve())) == []
+
+
+def test_the_overlap_check_can_fail() -> None:
+    figure = Picture(2, 1)
+    figure.words(0.1, 0.1, "one on")
+    figure.words(0.2, 0.15, "the other")
+    assert overlapping(figure) == [("one on", "the other")]
+
+
+def test_long_titles_are_made_to_fit() -> None:
+    name = "encoder.blocks.3.temporal." * 6 + "lstm.l0_reverse"
+    layer = synthetic.layer(name, "LSTM", title="LSTM: " + "a very long finding " * 12)
+    figure = plot(
+        [synthetic.analysis(layer, title="A model with a long name"), synthetic.carrying()]
+    )
+    assert overlapping(figure) == []
+
+
+def test_names_with_dollars_are_words_and_not_mathematics() -> None:
+    odd = synthetic.analysis(synthetic.layer("a$x_1$</script><b>", title="$\\frac$ {% x %}"))
+    for kind in KINDS:
+        assert len(png(plot(odd, kind))) > 1000
+
+
+def test_several_analyses_share_one_scale() -> None:
+    figure = plot([synthetic.vanishing(), synthetic.carrying()])
+    _, first, _, second, _ = figure.axes
+    assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
+    words = [text.get_text() for text in figure.texts]
+    assert "RNN net — RNN: the gradient is gone 8 steps before the loss" in words
+    assert "gone after 8 steps" in words and "never below 10⁻³" in words
+
+
+def test_the_left_panel_is_three_times_as_wide() -> None:
+    left, right, *_ = plot(synthetic.vanishing()).axes
+    assert left.get_position().width / right.get_position().width == pytest.approx(3, rel=1e-6)
+
+
+def test_a_layer_is_picked_by_name() -> None:
+    figure = plot(synthetic.bidirectional(), layer="rnn.l1_reverse")
+    assert any("rnn.l1_reverse" in text.get_text() for text in figure.texts)
+    assert len(figure.axes) == 3
+    with pytest.raises(InputError, match=r"there is no layer 'nope'; this analysis has rnn\.l0, "):
+        plot(synthetic.bidirectional(), layer="nope")
+
+
+def test_a_wrong_kind_gets_the_list() -> None:
+    with pytest.raises(InputError, match=r"kind must be one of overview, gain-map, .* got 'heat'"):
+        plot(synthetic.vanishing(), "heat")
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "run", [1]])
+def test_only_analyses_are_plotted(wrong: object) -> None:
+    with pytest.raises(InputError, match="must be an Analysis or a list of Analyses, got"):
+        plot(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("empty", [[], synthetic.analysis()])
+def test_nothing_to_plot_is_said(empty: object) -> None:
+    with pytest.raises(InputError, match="must be an analysis with layers, got none"):
+        plot(empty)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_axes_of_the_users_own_are_drawn_into(kind: str) -> None:
+    figure = Figure()
+    ax = figure.add_subplot()
+    assert plot(synthetic.carrying(), kind, ax=ax) is figure
+    assert ax.get_title(loc="left") and figure.axes == [ax]
+
+
+def test_axes_take_one_layer_only() -> None:
+    ax = Figure().add_subplot()
+    with pytest.raises(InputError, match=r"ax must be given for one layer, got 4 .*; give layer="):
+        plot(synthetic.bidirectional(), ax=ax)
+
+
+def test_matplotlib_is_left_as_found() -> None:
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"font.size": 40.0, "axes.facecolor": "red"}):
+        mine = dict(matplotlib.rcParams)
+        picture = png(plot(synthetic.vanishing()))
+        assert dict(matplotlib.rcParams) == mine
+    assert dict(matplotlib.rcParams) == before
+    assert plt.get_fignums() == []
+    assert picture == png(plot(synthetic.vanishing()))  # and no style of the user's leaks in
+
+
+def test_the_same_input_gives_the_same_bytes() -> None:
+    for kind in KINDS:
+        assert png(plot(synthetic.carrying(), kind)) == png(plot(synthetic.carrying(), kind))
+
+
+def test_a_notebook_shows_a_figure() -> None:
+    figure = plot(synthetic.vanishing())
+    assert isinstance(figure, Picture)
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_undefined_gains_draw_without_a_warning() -> None:
+    layer = synthetic.layer()
+    data = layer.data.copy(deep=True)
+    for name in (
+        "log_gain",
+        "lag_median",
+        "lag_low",
+        "lag_high",
+        "lag_fit",
+        "log10_grad",
+        "grad_norm",
+    ):
+        data[name] = data[name] * np.nan
+    nothing = synthetic.layer(data=data, horizon=None)
+    for kind in KINDS:
+        assert overlapping(plot(synthetic.analysis(nothing), kind)) == []

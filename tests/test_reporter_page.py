@@ -1,0 +1,191 @@
+"""The page: what it says and in which order, escaped, offline, small, the same every time."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import ClassVar
+
+import pytest
+import synthetic
+
+from gradflow.analysis import Analysis
+from gradflow.reporter.digest import summary, top_findings
+from gradflow.reporter.files import draw
+from gradflow.reporter.page import BUDGET, page
+
+EVIL = "</script><b>x"
+
+
+class Outline(HTMLParser):
+    """Tags, their balance, their attributes, and the words between."""
+
+    VOID: ClassVar = {"meta", "img", "br", "!doctype"}
+    OPTIONAL: ClassVar = {"td", "th"}  # HTML lets their end tags go
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.urls: list[str] = []
+        self.alts: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID | self.OPTIONAL:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href") and value:
+                self.urls.append(value)
+            if name == "alt":
+                self.alts.append(value or "")
+            assert not name.startswith("on"), f"{tag} has a script in {name}"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.OPTIONAL:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+
+def made(analysis: Analysis) -> str:
+    return page(analysis, draw(analysis))
+
+
+@pytest.fixture(scope="module", params=["vanishing", "everything", "single_step", "bidirectional"])
+def case(request: pytest.FixtureRequest) -> tuple[Analysis, str]:
+    analysis = synthetic.CASES[request.param]()
+    return analysis, made(analysis)
+
+
+def test_page_is_well_formed_offline_and_small(case: tuple[Analysis, str]) -> None:
+    _, text = case
+    outline = Outline(text)
+    assert outline.open == []
+    assert "script" not in outline.tags and "link" not in outline.tags
+    assert all(url.startswith(("data:image/png;base64,", "#")) for url in outline.urls)
+    assert "url(" not in text and "@import" not in text
+    assert len(text.encode()) <= BUDGET
+
+
+def test_every_picture_has_words(case: tuple[Analysis, str]) -> None:
+    outline = Outline(case[1])
+    assert outline.tags.count("img") == len(outline.alts) >= 4
+    assert all(len(alt) > 30 for alt in outline.alts)
+
+
+def test_page_has_every_sentence_worst_first(case: tuple[Analysis, str]) -> None:
+    analysis, _ = case
+    words = " ".join(Outline(case[1]).words)
+    places = [words.index(layer.sentence) for layer in analysis.worst_first]
+    assert places == sorted(places)
+    for warning in analysis.warnings:
+        assert warning in words
+
+
+def test_page_order(case: tuple[Analysis, str]) -> None:
+    _, text = case
+    marks = ['aria-label="verdicts"', 'aria-label="overview"', 'aria-label="findings"',
+             "every pair of steps", "Everything else", "Provenance and parity"]  # fmt: skip
+    places = [text.index(mark) for mark in marks]
+    assert places == sorted(places)
+
+
+def test_names_cannot_break_out() -> None:
+    layer = synthetic.layer(
+        EVIL, findings=(synthetic.finding(EVIL, message=f"<img src=x onerror=1>{EVIL}", code=EVIL),),
+        sentence=f"{EVIL} has vanished.", title=EVIL, labels=(EVIL,), gradient_note=EVIL,
+    )  # fmt: skip
+    text = made(
+        synthetic.analysis(
+            layer, title=EVIL, warnings=(EVIL,), provenance={EVIL: EVIL, "snippet": EVIL}
+        )
+    )
+    outline = Outline(text)
+    assert "script" not in outline.tags and "b" not in outline.tags
+    assert "<b>" not in text and text.lower().count("</script") == 0
+    assert f"{EVIL} has vanished." in " ".join(outline.words)
+
+
+def test_same_input_same_bytes() -> None:
+    assert made(synthetic.vanishing()) == made(synthetic.vanishing())
+
+
+def test_terminal_json_and_page_share_the_findings() -> None:
+    analysis = synthetic.everything()
+    words = " ".join(Outline(made(analysis)).words)
+    names = [finding["layer"] for finding in summary(analysis)["findings"]]
+    assert names[:3] == [finding.layer for finding in top_findings(analysis)]
+    for finding in top_findings(analysis):
+        assert finding.message in words and finding.code in words
+
+
+def test_one_finding_of_each_name_comes_before_a_second_of_any() -> None:
+    first = synthetic.layer("a", findings=(synthetic.finding("a"), synthetic.finding("a")))
+    second = synthetic.layer("b", rate=-0.5, findings=(synthetic.finding("b", "saturated"),))
+    shown = top_findings(synthetic.analysis(first, second))
+    assert [(one.layer, one.name) for one in shown] == [
+        ("a", "vanishing"), ("b", "saturated"), ("a", "vanishing")
+    ]  # fmt: skip
+
+
+def test_a_healthy_model_has_no_findings() -> None:
+    words = " ".join(Outline(made(synthetic.carrying())).words)
+    assert "No findings" in words and "Nothing here needs a remedy." in words
+
+
+def test_snippet_and_next_command_get_a_box() -> None:
+    provenance = {
+        "snippet": "torch.save(\n  batch)",
+        "next_command": "gradflow analyze m.pt",
+        "x": 1,
+    }
+    text = made(synthetic.analysis(synthetic.layer(), provenance=provenance))
+    assert "<pre><code>torch.save(\n  batch)</code></pre>" in text
+    assert "<pre><code>gradflow analyze m.pt</code></pre>" in text
+    assert "<dt>snippet" not in text
+
+
+def test_a_page_with_too_many_pictures_leaves_the_least_important_out() -> None:
+    analysis = synthetic.bidirectional()
+    pictures = draw(analysis)
+    heavy = {key: png + bytes(60_000) for key, png in pictures.items()}
+    text = page(analysis, heavy)
+    assert len(text.encode()) <= BUDGET
+    left_out = re.search(r"Left out to keep this page below a megabyte, .*: ([^.]*)", text)
+    assert left_out and "overview" not in left_out[1]
+
+
+def test_dark_and_print_are_thought_of() -> None:
+    text = made(synthetic.vanishing())
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    assert "figure { margin: 0 0 8px; padding: 6px; background: #ffffff" in text
+
+
+def test_summary_is_strict_json() -> None:
+    for name, build in synthetic.CASES.items():
+        text = json.dumps(summary(build()), allow_nan=False)
+        assert json.loads(text)["schema"] == 1, name
+
+
+def test_summary_says_never_instead_of_infinity() -> None:
+    (layer,) = summary(synthetic.carrying())["layers"]
+    assert layer["half_life"] == {"value": None, "never": True}
+    assert layer["horizon"] == {"value": None, "never": True, "searched": 99}
+    by_name = {layer["name"]: layer for layer in summary(synthetic.everything())["layers"]}
+    zero = {"value": None, "low": None, "high": None, "zero": True}
+    assert by_name["relu.l0"]["rate"] == zero
+    assert by_name["bad.l0"]["rate"] == zero | {"zero": False}
+    assert by_name["rnn.l0"]["rate"]["value"] == -0.98
+
+
+def test_a_layer_that_was_not_measured_is_not_said_to_last() -> None:
+    broken = replace(synthetic.broken(synthetic.layer()), horizon=None)
+    words = " ".join(Outline(made(synthetic.analysis(broken))).words)
+    assert "not measured" in words

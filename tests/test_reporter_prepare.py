@@ -1,0 +1,192 @@
+"""What is handed to the pictures: numbers, words and colours, not pixels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import synthetic
+
+from gradflow.analysis import Rate
+from gradflow.reporter import overview, prepare
+from gradflow.reporter.numbers import rate_words
+from gradflow.reporter.picture import _nearest
+from gradflow.reporter.scale import BAD, COLOURS, UNDEFINED, ZERO, paint, palette
+
+
+def hexes(rgb: np.ndarray) -> list[str]:
+    return ["#" + bytes(pixel).hex() for pixel in rgb.reshape(-1, 3)]
+
+
+def test_colours_are_fixed_and_say_what_is_special() -> None:
+    values = np.array([[-np.inf, np.nan, 0.0, -9.0, 9.0, 0.0]])
+    bad = np.array([[False, False, False, False, False, True]])
+    zero, undefined, middle, low, high, wrong = hexes(paint(values, bad))
+    assert (zero, undefined, wrong) == (ZERO, UNDEFINED, BAD)
+    assert (middle, low, high) == ("#fdf3b8", "#0b2858", "#560012")
+    assert np.ptp(values[np.isfinite(values)]) > 12 and COLOURS.N == 121
+
+
+def test_the_stored_palette_keeps_every_colour_of_the_scale() -> None:
+    every = paint(np.linspace(-6, 6, 121)[None], np.zeros((1, 121), bool))
+    special = paint(np.array([[-np.inf, np.nan, 0.0]]), np.array([[False, False, True]]))
+    pixels = np.concatenate([every, special], axis=1)
+    known = np.array(palette(), dtype=np.uint8).reshape(256, 3)
+    np.testing.assert_array_equal(known[_nearest(pixels)], pixels)
+
+
+def test_heat_puts_the_longest_memory_on_top_and_the_loss_on_the_right() -> None:
+    layer = synthetic.carrying()["lstm.l0"]
+    heat = prepare.heat(layer)
+    order = layer.data["unit_order"].sel(state="c").values
+    raw = layer.data["log10_grad"].sel(state="c").values
+    assert heat.state == "c"
+    np.testing.assert_array_equal(heat.values[0], raw[order[0]][::-1])
+    np.testing.assert_array_equal(heat.values[-1], raw[order[-1]][::-1])
+    assert heat.values[0, 0] > heat.values[1, 0] + 3  # one cell carries
+
+
+def test_heat_pools_by_the_largest_so_that_no_survivor_is_lost() -> None:
+    layer = synthetic.layer(steps=1000, hidden=300)
+    data = layer.data.copy(deep=True)
+    unit = int(data["unit_order"].sel(state="h").values[7])
+    data["log10_grad"][0, unit, 901] = 2.5
+    heat = prepare.heat(replace(layer, data=data))
+    assert heat.values.shape == (100, 334) and (heat.unit_pool, heat.step_pool) == (3, 3)
+    column = heat.values.shape[1] - 1 - 901 // 3
+    assert heat.values[7 // 3, column] == 2.5
+    assert overview.describe(overview.Entry("", layer), heat).endswith(
+        "largest of 3 steps × 3 units"
+    )
+
+
+def test_pooling_never_hides_nan_or_inf() -> None:
+    layer = synthetic.layer(steps=1000)
+    data = layer.data.copy(deep=True)
+    data["log10_grad"][0, 3, 500] = np.inf
+    heat = prepare.heat(replace(layer, data=data))
+    assert heat.bad.sum() == 1
+    assert heat.broken == "NaN or Inf at step 500, 500 steps back from the loss"
+
+
+@pytest.mark.parametrize(
+    ("reverse", "words"),
+    [
+        (False, "NaN or Inf at step 73, 27 steps back"),
+        (True, "NaN or Inf at step 28, 27 steps back"),
+    ],
+)
+def test_nan_names_its_step_in_either_direction(reverse: bool, words: str) -> None:
+    layer = replace(synthetic.broken(synthetic.layer()), reverse=reverse)
+    assert prepare.heat(layer).broken.startswith(words)
+
+
+def test_nan_names_no_step_where_sequences_end_at_different_ones() -> None:
+    layer = synthetic.broken(synthetic.layer())
+    data = layer.data.copy(deep=True)
+    data["length"][0] = 50
+    assert (
+        prepare.heat(replace(layer, data=data)).broken == "NaN or Inf 27 steps back from the loss"
+    )
+
+
+def test_without_a_gradient_the_row_says_why() -> None:
+    layer = synthetic.without_gradient(synthetic.layer("frozen.l0"))
+    assert "the backward did not reach this layer" in prepare.heat(layer).note
+    assert "the backward did not reach this layer" in prepare.parts(layer).note
+    unsaid = replace(layer, gradient_note="")
+    assert "record(model, jacobians=True)" in prepare.heat(unsaid).note
+
+
+def test_gone_after_and_its_dot_lie_on_the_line() -> None:
+    line = prepare.lag_line(synthetic.vanishing()["rnn.l0"])
+    assert line.words == "gone after 8 steps"
+    assert line.dot == pytest.approx((math.log(1e3) / 0.98, -3.0), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("carrying", "never below 10⁻³"), ("exploding", "1000 × after 24 steps"), ("single_step", "")],
+)
+def test_words_of_the_lag_curve(name: str, words: str) -> None:
+    (layer,) = synthetic.CASES[name]()
+    assert prepare.lag_line(layer).words == words
+
+
+def test_exact_zeros_are_said_and_never_drawn_as_a_floor() -> None:
+    layer = synthetic.zero(synthetic.layer("relu.l0", "RNN_RELU", -0.3))
+    line = prepare.lag_line(layer)
+    assert line.words == "exactly 0 after 8 steps" and line.zero_from == 8
+    assert np.isnan(line.median[8:]).all() and np.isfinite(line.median[:8]).all()
+    assert np.isneginf(prepare.heat(layer).values[:, :-8]).all()
+
+
+def test_the_lag_axis_is_shared_and_reaches_past_where_the_gradient_is_gone() -> None:
+    short, long = synthetic.layer(steps=1000), synthetic.layer("lstm.l0", "LSTM", -0.1, carrying=1)
+    lines = [prepare.lag_line(short), prepare.lag_line(long)]
+    assert overview.curve_reach(lines[:1], [short]) == 32
+    assert overview.curve_reach(lines, [short, long]) == 99
+
+
+@pytest.mark.parametrize("steps", [2, 10, 100, 128, 129, 1000])
+def test_gain_map_has_at_most_128_cells_and_its_undefined_half(steps: int) -> None:
+    gain = prepare.gain_map(synthetic.layer(steps=steps))
+    rows, columns = gain.values.shape
+    assert rows == columns <= 128
+    assert np.isnan(gain.values[np.triu_indices(rows, 1)]).all()
+    assert np.isfinite(gain.values[np.tril_indices(rows)]).all()
+    assert gain.first == pytest.approx(0.5 if steps < 256 else 1 - gain.pool / 2, abs=2)
+    assert gain.last > steps - 4
+
+
+def test_gain_map_rows_are_targets() -> None:
+    layer = synthetic.layer(steps=20)
+    gain = prepare.gain_map(layer)
+    want = layer.data["log_gain"].sel(norm="spectral").isel(sequence=0).sel(source=3, target=11)
+    assert gain.values[11, 3] == pytest.approx(float(want) / math.log(10), rel=1e-12)
+    assert gain.sequence == 3 and gain.contour
+
+
+def test_a_hook_on_the_output_shows_zero_at_all_but_the_last_step() -> None:
+    parts = prepare.parts(synthetic.vanishing()["rnn.l0"])
+    assert parts.words == (
+        "A hook on the layer's output shows exactly 0 at 99 of 100 steps; the total there is not 0."
+    )
+    assert np.isneginf(parts.direct[:-1]).all() and parts.direct[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [
+        (Rate(-0.98, -1.01, -0.95), "−0.98 ± 0.03"),
+        (Rate(-0.0025, -0.0029, -0.0021), "−0.0025 ± 0.0004"),
+        (Rate(0.5, 0.1, 0.6), "+0.5 [+0.1, +0.6]"),
+        (Rate(-math.inf, -math.inf, -math.inf), "−∞"),
+        (Rate(math.nan, math.nan, math.nan), "none"),
+        (Rate(-0.1053605, -0.1053605, -0.1053605), "−0.105"),
+        (Rate(0.0, 0.0, 0.0), "0.0"),
+    ],
+)
+def test_rates_in_words(rate: Rate, words: str) -> None:
+    assert rate_words(rate) == words
+
+
+def test_a_hook_that_shows_everything_is_not_blamed() -> None:
+    layer = synthetic.layer()
+    data = layer.data.copy(deep=True)
+    data["grad_norm"].loc[{"kind": "direct", "state": "h"}] = 2.0
+    data["grad_norm"].loc[{"kind": "total", "state": "h"}] = 2.0
+    words = prepare.parts(replace(layer, data=data)).words
+    assert words == (
+        "A hook on the layer's output shows the whole gradient: none comes through recurrence."
+    )
+    data["grad_norm"].loc[{"kind": "total", "state": "h"}] = 20.0
+    assert "off by up to a factor of 10." in prepare.parts(replace(layer, data=data)).words
+
+
+def test_bar_of_span_against_horizon() -> None:
+    assert prepare.span_share(synthetic.layer()) == 0.08
+    assert prepare.span_share(synthetic.layer(carrying=1)) == 1.0
+    assert prepare.span_share(synthetic.broken(synthetic.layer())) == 0.0

@@ -1,0 +1,85 @@
+"""The terminal report: readable at 80 columns, in a pipe, in ASCII, without colours."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import synthetic
+from rich.cells import cell_len
+from rich.console import Console
+
+from gradflow.analysis import Analysis
+from gradflow.reporter import render
+
+
+def rendered(analysis: Analysis, width: int = 80, **options: object) -> str:
+    file = io.StringIO()
+    render(analysis, Console(file=file, width=width, **options))  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [48, 60, 80, 100, 160])
+@pytest.mark.parametrize("name", synthetic.CASES)
+def test_nothing_is_wider_than_the_console(name: str, width: int) -> None:
+    text = rendered(synthetic.CASES[name](), width)
+    lines = [line.rstrip() for line in text.splitlines() if "+= 1.0" not in line]  # code to paste
+    assert max(map(cell_len, lines)) <= width
+
+
+def test_at_80_columns_every_layer_is_one_line() -> None:
+    text = rendered(synthetic.everything())
+    for layer in synthetic.everything():
+        (row,) = re.findall(rf"^{re.escape(layer.name)}  .*{layer.verdict} .*$", text, re.MULTILINE)
+        assert layer.verdict in row
+    assert "−0.980 ± 0.003   0.71      8   0 of 32" in text
+    assert "1 of 64" in text
+
+
+def test_it_says_sentences_findings_and_warnings() -> None:
+    analysis = synthetic.everything()
+    raw = rendered(analysis)
+    text = " ".join(raw.split())
+    for layer in analysis:
+        assert layer.sentence in text
+    assert "1. relu.l0: the gradient loses 38.3 decades" in text
+    assert "model.rnn.bias_ih_l0.data[32:64] += 1.0  # the forget gate's block" in raw
+    assert "1 more finding on the page." in text
+    assert "note: Gradients are perhaps still scaled: a GradScaler was seen." in text
+
+
+def test_a_line_of_code_is_never_wrapped() -> None:
+    code = "model.rnn.weight_hh_l0.data.copy_(torch.linalg.qr(model.rnn.weight_hh_l0.data).Q)" * 2
+    layer = synthetic.layer(findings=(synthetic.finding("rnn.l0", code=code),))
+    assert code in rendered(synthetic.analysis(layer))
+
+
+def test_a_pipe_that_knows_only_ascii_gets_ascii() -> None:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii", newline="\n")
+    render(synthetic.everything(), Console(file=file, width=80))
+    file.flush()
+    text = raw.getvalue().decode("ascii")
+    assert "-0.980 +- 0.003" in text and "?" not in text
+
+
+def test_colours_only_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\x1b[" in rendered(synthetic.vanishing(), force_terminal=True, color_system="standard")
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = rendered(synthetic.vanishing(), force_terminal=True, color_system="standard")
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", text)
+    assert "\x1b" not in rendered(synthetic.vanishing())
+
+
+def test_names_with_markup_or_escapes_are_printed_as_they_are() -> None:
+    layer = synthetic.layer("[bold]a[/x]", sentence="\x1b[31mred [red]x", findings=())
+    text = rendered(synthetic.analysis(layer, title="[b]t[/nope]"))
+    assert "[b]t[/nope]" in text and "[bold]a[/x]" in text
+    assert "\x1b" not in text
+
+
+def test_many_layers_are_said_by_the_table() -> None:
+    text = rendered(synthetic.twelve())
+    assert "7 more in the table above." in text
+    assert text.count("stack.l11 ") >= 1
