@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-SMALL = 160  # states of at most this width are faster on one thread, and far faster on a busy machine
+SMALL = (
+    160  # states of at most this width are faster on one thread, and far faster on a busy machine
+)
 
 
 @contextmanager

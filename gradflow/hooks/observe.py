@@ -44,7 +44,7 @@ class Recorder:
         self.handles: list[RemovableHandle] = []
         self.runs: Counter[str] = Counter()
         self.stitcher = Stitcher()
-        self._copies: dict[int, Tensor] = {}
+        self._copies: dict[object, Tensor] = {}  # by id, or by owner and place
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
         self._holders = {
             id(parameter): clean(name).rpartition(".")[0]
@@ -132,7 +132,7 @@ class Recorder:
             unsorted=seen.unsorted,
             h0=copied(seen.initial[0]),
             c0=copied(seen.initial[1]) if len(seen.initial) == 2 else None,
-            weights=tuple(self._weight(weight) for weight in seen.weights),
+            weights=self._weights(owner, seen.weights),
             weight_keys=tuple(self.uses.key(weight, self.scale) for weight in seen.weights),
             has_biases=seen.has_biases,
             layers=seen.layers,
@@ -168,7 +168,7 @@ class Recorder:
             unsorted=None,
             h0=copied(seen.initial[0]).unsqueeze(0),
             c0=copied(seen.initial[1]).unsqueeze(0) if len(seen.initial) == 2 else None,
-            weights=tuple(self._weight(weight) for weight in seen.weights),
+            weights=self._weights(owner, seen.weights),
             weight_keys=tuple(self.uses.key(weight, self.scale) for weight in seen.weights),
             has_biases=len(seen.weights) > 2,
             layers=1,
@@ -187,13 +187,18 @@ class Recorder:
             c_is_total=c is not None and h.grad_fn is not c.grad_fn,
         )
 
-    def _weight(self, weight: Tensor) -> Tensor:
-        """A copy of the weight as it is now; one copy serves all calls that saw the same values."""
-        known = self._copies.get(id(weight))
-        if known is None or known.shape != weight.shape or not torch.equal(known, weight):
-            known = copied(weight)
-            self._copies[id(weight)] = known
-        return known
+    def _weights(self, owner: str, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Copies of the weights as they are now; one copy serves all calls that saw the same values.
+
+        A weight is known by itself or, where it is computed anew for every call, by its place.
+        """
+        found = []
+        for place, weight in enumerate(weights):
+            known = [self._copies.get(id(weight)), self._copies.get((owner, place))]
+            same = [k for k in known if k is not None and _equal(k, weight)]
+            found.append(same[0] if same else copied(weight))
+            self._copies[id(weight)] = self._copies[owner, place] = found[-1]
+        return tuple(found)
 
     def _check_cell_lengths(self, seen: CellCall) -> None:
         lengths = self._loop_lengths()
@@ -317,6 +322,10 @@ def _goes_around(chain: Chain) -> bool:
 
 def _autocast(device: str) -> tuple[str, bool, torch.dtype]:
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def copied(tensor: Tensor) -> Tensor:
