@@ -88,7 +88,7 @@ class Source(Protocol):
 
 @dataclass(eq=False)
 class Track:
-    """One recurrent layer in one direction, at every timestep of one call.
+    """One recurrent layer in one direction, at every timestep of one call or loop of calls.
 
     >>> import torch, gradflow
     >>> lstm = torch.nn.LSTM(3, 5)
@@ -98,7 +98,7 @@ class Track:
     torch.Size([7, 2, 5])
     """
 
-    name: str  # "rnn.l0", "encoder.lstm.l1_reverse"
+    name: str  # "rnn.l0", "encoder.lstm.l1_reverse"; a cell: its module's own path
     cell: str  # "LSTM", "GRU", "RNN_TANH", "RNN_RELU"
     reverse: bool  # true: the past of a step is the larger t
     lengths: Tensor  # (B,) real steps of each sequence
@@ -203,7 +203,11 @@ class Track:
 
     @property
     def grad_h_direct(self) -> Tensor:
-        """The part of ∂L/∂h_t that does not come through this layer's own recurrence, (T, B, P)."""
+        """The part of ∂L/∂h_t that does not come through this layer's own recurrence, (T, B, P).
+
+        Between two calls of a loop it is a difference: entries of at most 64 units of rounding of
+        the terms of their step and sequence are exact zeros.
+        """
         return self._backward().direct
 
     @property

@@ -60,3 +60,31 @@ def test_a_compiled_model_is_recorded_and_not_disturbed() -> None:
     assert plain[0] == seen[0]
     assert torch.equal(plain[1], seen[1])
     assert torch.equal(plain[2], seen[2])
+
+
+def test_a_compiled_loop_over_a_cell_is_one_track() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTMCell(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = None
+            for x_t in x:
+                state = self.cell(x_t, state)
+            assert state is not None
+            return state[0]
+
+    model, x = Loop(), torch.randn(3, 2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled = torch.compile(model, backend="aot_eager")
+        before = compiled(x)
+        with gradflow.record(compiled) as recording:
+            during = compiled(x)
+            during.sum().backward()
+        after = compiled(x)
+    assert torch.equal(before, during)
+    assert torch.equal(before, after)
+    (track,) = recording
+    assert (track.name, track.steps, track.parity.status) == ("cell", 3, "passed")

@@ -102,13 +102,27 @@ class Steps:
         """Map every row u of block (B, m, S) to A_tᵀ u."""
         raise NotImplementedError
 
-    def scan(self, direct: Tensor, final_c: Tensor | None, last: Tensor) -> Scan:
+    def scan(
+        self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
+    ) -> Scan:
         """Total gradients of all steps from the direct ones, backward in time.
 
         direct (T, B, P) is the gradient that reaches h_t from outside this layer's recurrence,
         final_c (B, H) the gradient at c of each sequence's last step, whose index is last (B,).
+        With c_is_total, for T = 1, final_c holds what comes through h = o ⊙ tanh c already.
         """
         raise NotImplementedError
+
+    def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
+        """What step t hands to the state before it: state name -> (B, width).
+
+        A_tᵀ applied to the gradient at step t, from a scan's totals and δ.
+        """
+        return {"h": scan.delta_hh[t] @ self.weight_hh}
+
+    def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
+        """The same with every term's absolute value: what rounding errors are measured by."""
+        return {"h": scan.delta_hh[t].abs() @ self.weight_hh.abs()}
 
 
 class Cell(Protocol):
@@ -117,10 +131,16 @@ class Cell(Protocol):
     def linearise(
         self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None
     ) -> Steps:
-        """Linearise all steps at the known states: x (T, B, I), h (T, B, P), h0 (B, P), c0 (B, H)."""
+        """Linearise all steps at the known states: x (T, B, I), h (T, B, P), h0 (B, P), c0 (B, H).
+
+        h0 and c0 may also be (T, B, ·): then they are what each step really started from, which in
+        a user's loop need not be what the step before returned.
+        """
         ...
 
 
 def previous(h: Tensor, h0: Tensor) -> Tensor:
-    """h_{t−1} for every t: the initial state, then all states but the last, (T, B, P)."""
+    """h_{t−1} for every t, (T, B, P): as given, or the initial state, then all states but the last."""
+    if h0.dim() == h.dim():
+        return h0
     return torch.cat([h0.unsqueeze(0), h[:-1]])

@@ -39,7 +39,17 @@ class GRUSteps(Steps):
         factor = self.factor[t]
         return torch.cat([factor[:, :2], (factor[:, 2] * self.reset[t]).unsqueeze(1)], dim=1)
 
-    def scan(self, direct: Tensor, final_c: Tensor | None, last: Tensor) -> Scan:
+    def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
+        through = scan.delta_hh[t] @ self.weight_hh
+        return {"h": torch.addcmul(through, scan.grads["h"][t], self.keep[t])}
+
+    def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
+        through = scan.delta_hh[t].abs() @ self.weight_hh.abs()
+        return {"h": torch.addcmul(through, scan.grads["h"][t].abs(), self.keep[t])}
+
+    def scan(
+        self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
+    ) -> Scan:
         grad_h = direct.clone()
         delta = torch.empty_like(self.factor)
         delta_hh = torch.empty_like(self.factor)

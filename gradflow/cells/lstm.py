@@ -44,14 +44,27 @@ class LSTMSteps(Steps):
         delta = torch.stack([dc, dc, dc, dm], dim=2).mul_(self.factor[t].unsqueeze(1))
         return torch.cat([delta.flatten(2) @ self.weight_hh, dc * self.keep[t].unsqueeze(1)], dim=2)
 
-    def scan(self, direct: Tensor, final_c: Tensor | None, last: Tensor) -> Scan:
+    def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
+        return super().before(scan, t) | {"c": scan.grads["c"][t] * self.keep[t]}
+
+    def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
+        return super().before_size(scan, t) | {"c": scan.grads["c"][t].abs() * self.keep[t]}
+
+    def through_h(self, grad_h: Tensor) -> Tensor:
+        """What a gradient at h brings to c through h = o ⊙ tanh c, all steps at once, (T, B, H)."""
+        dm = grad_h if self.weight_hr is None else grad_h @ self.weight_hr
+        return self.through * dm
+
+    def scan(
+        self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
+    ) -> Scan:
         grad_h, grad_c = direct.clone(), torch.zeros_like(self.keep)
         delta = torch.empty_like(self.factor)
         if final_c is not None:
             grad_c[last, torch.arange(self.batch, device=last.device)] = final_c
         for t in reversed(range(self.length)):
             dm = grad_h[t] if self.weight_hr is None else grad_h[t] @ self.weight_hr
-            dc = grad_c[t].addcmul_(self.through[t], dm)
+            dc = grad_c[t] if c_is_total else grad_c[t].addcmul_(self.through[t], dm)
             torch.mul(self.factor[t, :, :3], dc.unsqueeze(1), out=delta[t, :, :3])
             torch.mul(self.factor[t, :, 3], dm, out=delta[t, :, 3])
             if t:
@@ -73,10 +86,14 @@ class LSTMCell:
         i, f, g, o = pre.chunk(4, dim=2)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         c = i * g
-        before = torch.empty_like(c)  # c_{t−1}
-        for t in range(c.shape[0]):
-            before[t] = c[t - 1] if t else c0
-            c[t].addcmul_(f[t], before[t])
+        if c0.dim() == c.dim():
+            before = c0
+            c.addcmul_(f, before)
+        else:
+            before = torch.empty_like(c)  # c_{t−1}
+            for t in range(c.shape[0]):
+                before[t] = c[t - 1] if t else c0
+                c[t].addcmul_(f[t], before[t])
         squashed = c.tanh()
         factor = torch.stack(
             [

@@ -26,7 +26,9 @@ class RNNSteps(Steps):
     def pull(self, t: int, block: Tensor) -> Tensor:
         return (block * self.slope[t].unsqueeze(1)) @ self.weight_hh
 
-    def scan(self, direct: Tensor, final_c: Tensor | None, last: Tensor) -> Scan:
+    def scan(
+        self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
+    ) -> Scan:
         grad_h, delta = direct.clone(), torch.empty_like(self.slope)
         for t in reversed(range(self.length)):
             torch.mul(grad_h[t], self.slope[t], out=delta[t])

@@ -1,4 +1,4 @@
-"""One fused call as it was seen: copies, and the gradients that reach what it returned."""
+"""One recurrent call as it was seen: copies, and the gradients that reach what it returned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 @dataclass(eq=False)
 class Call:
-    """One fused call, copied, with the gradients that reached what it returned."""
+    """One fused call, copied, with the gradients that reached what it returned.
+
+    A call of a single-step function is one of T = 1: its h stands as output and as h_n, and the
+    gradients that reached h stand at output.
+    """
 
     cell: str
     owner: str  # path of the module that holds the weights
@@ -38,6 +42,10 @@ class Call:
     grads: dict[str, Tensor] = field(default_factory=dict)  # output, h_n, c_n: summed
     graph_tasks: set[int] = field(default_factory=set)  # one entry per backward that came by
     second_order: bool = False  # a backward with create_graph=True came by
+    single: bool = False  # of a single-step function
+    c_is_total: bool = False  # what reaches c_n has come through h = o ⊙ tanh c already
+    within: int | None = None  # the backward that a reentrant checkpoint made the call again in
+    entering: dict[str, Tensor] = field(default_factory=dict)  # h0, c0: gradients that reach them
 
     def listen(
         self, name: str, tensor: Tensor, scale: Callable[[], float]
@@ -52,11 +60,31 @@ class Call:
             return []
         return [node.register_prehook(lambda grads: self._caught(name, grads[place], scale()))]
 
+    def listen_at_entry(
+        self, name: str, tensor: Tensor, scale: Callable[[], float]
+    ) -> list[RemovableHandle]:
+        """The same for an initial state the call was given."""
+        node, place = tensor.grad_fn, tensor.output_nr
+        if node is None:
+            return []
+        return [node.register_prehook(lambda grads: self._entered(name, grads[place], scale()))]
+
     def _caught(self, name: str, grad: Tensor | None, scale: float) -> None:
         """Add a gradient that reached one of the returned tensors."""
         if grad is None:
             return
         self.second_order |= torch.is_grad_enabled()
-        self.graph_tasks.add(torch._C._current_graph_task_id())
-        grad = grad.detach() / scale if scale != 1.0 else grad.detach().clone()
-        self.grads[name] = self.grads[name] + grad if name in self.grads else grad
+        task = torch._C._current_graph_task_id() if self.within is None else self.within
+        self.graph_tasks.add(task)
+        if self.single:
+            grad = grad.unsqueeze(0)
+        _add(self.grads, name, grad, scale)
+
+    def _entered(self, name: str, grad: Tensor | None, scale: float) -> None:
+        if grad is not None:
+            _add(self.entering, name, grad.unsqueeze(0) if self.single else grad, scale)
+
+
+def _add(grads: dict[str, Tensor], name: str, grad: Tensor, scale: float) -> None:
+    grad = grad.detach() / scale if scale != 1.0 else grad.detach().clone()
+    grads[name] = grads[name] + grad if name in grads else grad

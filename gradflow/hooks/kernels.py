@@ -47,11 +47,13 @@ def initial(call: Call, number: int) -> tuple[Tensor, ...]:
     return tuple(state[rows] for state in (call.h0, call.c0) if state is not None)
 
 
-def weight_gradients(call: Call) -> dict[int, Tensor]:
+def weight_gradients(call: Call, at_c: Tensor | None = None) -> dict[int, Tensor]:
     """Gradients of the weights by torch's own backward, from the gradients that were caught.
 
-    Place in the flat list of weights -> gradient.
+    Place in the flat list of weights -> gradient. at_c takes the place of what was caught at c_n,
+    where that was more than what came from outside the call.
     """
+    caught = call.grads if at_c is None else call.grads | {"c_n": at_c.to(call.h0.dtype)}
     with torch.enable_grad(), as_recorded(call):
         weights = [weight.detach().clone().requires_grad_() for weight in call.weights]
         state = tuple(state for state in (call.h0, call.c0) if state is not None)
@@ -60,9 +62,9 @@ def weight_gradients(call: Call) -> dict[int, Tensor]:
         )
         named = dict(zip(call.returned, results, strict=True))
         grads = torch.autograd.grad(
-            [named[name] for name in call.grads],
+            [named[name] for name in caught],
             weights,
-            list(call.grads.values()),
+            list(caught.values()),
             allow_unused=True,
         )
     return {place: grad for place, grad in enumerate(grads) if grad is not None}

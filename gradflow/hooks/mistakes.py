@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from gradflow.hooks.source import LayerSource
+from gradflow.hooks.call import Call
+from gradflow.hooks.source import LoopSource
 from gradflow.recording import Recording, Track
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+MANY = 64  # tracks of one layer in one block
+FEW = 8  # names in one sentence
 
 
 def gradient_marks(model: nn.Module) -> list[tuple[int, int] | None]:
@@ -65,26 +69,17 @@ def why_no_track(
         for name, module in model.named_modules()
         if isinstance(module, RECURRENT)
     }
-    fused = [
-        f"{name} ({type(module).__name__})"
-        for name, module in recurrent.items()
-        if isinstance(module, nn.RNNBase)
-    ]
-    if fused:
-        return (
-            f"no recurrent layer ran: {', '.join(fused)} was not called inside the block{did}; "
-            "run the model's forward pass inside `with gradflow.record(model):`"
-        )
     if recurrent:
-        cells = ", ".join(f"{name} ({type(m).__name__})" for name, m in recurrent.items())
+        names = ", ".join(f"{name} ({type(m).__name__})" for name, m in recurrent.items())
         return (
-            f"no recurrent layer ran: {cells} is a single-step cell, and gradflow records nn.RNN, "
-            f"nn.LSTM and nn.GRU so far{did}; run the same weights through nn.LSTM, nn.GRU or nn.RNN"
+            f"no recurrent layer ran: {names} was not called inside the block{did}; "
+            "run the model's forward pass inside `with gradflow.record(model):`"
         )
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
     return (
         f"no recurrent layer ran: {type(model).__name__} consists of {', '.join(kinds)}, none of them "
-        f"nn.RNN, nn.LSTM or nn.GRU{did}; give the model that holds the recurrent layer"
+        f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}; give the model that holds the "
+        "recurrent layer"
     )
 
 
@@ -92,35 +87,71 @@ def found(recording: Recording) -> list[str]:
     """The sentences to say when a block ends."""
     if not recording.tracks:
         return [recording._empty_reason]
-    sentences = []
-    single = [track.name for track in recording if track.steps == 1]
-    if single:
-        sentences.append(
-            f"{', '.join(single)} ran on T = 1 step, so no recurrence is exercised; "
-            "give sequences of two steps or more"
-        )
+    sentences = [*_too_short(recording), *_many_starts(recording)]
     reasons: dict[str, list[str]] = {}
     for track in recording:
         reason = _reason(track)
         if reason:
             reasons.setdefault(reason, []).append(track.name)
-    sentences += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    sentences += [f"{_listed(names)}: {reason}" for reason, names in reasons.items()]
     return sentences
+
+
+def _too_short(recording: Recording) -> list[str]:
+    """Tracks of one step, which exercise no recurrence."""
+    short = [track for track in recording if track.steps == 1]
+    cells = [track.name for track in short if _calls(track)[0].single]
+    layers = [track.name for track in short if not _calls(track)[0].single]
+    sentences = []
+    if cells:
+        sentences.append(
+            f"{_listed(cells)} was called once, so no state came back and no recurrence is "
+            "exercised; run it in a loop that gives each call the state of the one before"
+        )
+    if layers:
+        sentences.append(
+            f"{_listed(layers)} ran on T = 1 step, so no recurrence is exercised; give sequences of "
+            "two steps or more, or give each call the state that the one before returned"
+        )
+    return sentences
+
+
+def _many_starts(recording: Recording) -> list[str]:
+    """One layer that started afresh so often that its states were hardly meant to."""
+    counts = Counter(track.name.partition("@")[0] for track in recording)
+    return [
+        f"{name} started afresh {count} times in this block, each time as a track of its own; if the "
+        "state was meant to go on, give each call the state that the one before returned, and "
+        "otherwise record fewer sequences in a block"
+        for name, count in counts.items()
+        if count > MANY
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    """The names, or the first few of many."""
+    if len(names) <= FEW:
+        return ", ".join(names)
+    return f"{', '.join(names[:FEW])} and {len(names) - FEW} more"
+
+
+def _calls(track: Track) -> list[Call]:
+    source = track.source
+    assert isinstance(source, LoopSource)
+    return source.calls
 
 
 def _reason(track: Track) -> str:
     """What went wrong with one track, or nothing."""
-    source = track.source
-    assert isinstance(source, LayerSource)
-    call = source.replay.call
-    if not call.grads or call.second_order:
-        return source.why_no_gradient()
-    if not bool(torch.isfinite(call.returned["output"]).all()):
+    calls = _calls(track)
+    if not any(call.grads for call in calls) or any(call.second_order for call in calls):
+        return track.why_no_gradient
+    if not all(bool(torch.isfinite(call.returned["output"]).all()) for call in calls):
         return (
             "its states are not finite (NaN or infinity), so neither are its gradients; "
             "look for the first such step in recording[...].h"
         )
-    if not all(bool(torch.isfinite(grad).all()) for grad in call.grads.values()):
+    if not all(bool(torch.isfinite(grad).all()) for call in calls for grad in call.grads.values()):
         return (
             "the gradient that reaches it is not finite: the loss was NaN or infinite, or its own "
             "derivative is; look at the loss before the gradient"

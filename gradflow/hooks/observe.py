@@ -1,4 +1,4 @@
-"""Observe: note what every fused call was given and returned, and the gradients that reach it."""
+"""Observe: note what every recurrent call was given and returned, and the gradients that reach it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gradflow._version import __version__
 from gradflow.errors import GradflowWarning, InputError, must_be
 from gradflow.hooks import mistakes
 from gradflow.hooks.call import Call
+from gradflow.hooks.loop import Loop
 from gradflow.hooks.parity import WeightUses
-from gradflow.hooks.patch import FusedCall, observing
-from gradflow.hooks.replay import Replay
-from gradflow.hooks.scans import Scans
-from gradflow.hooks.source import LayerSource
+from gradflow.hooks.patch import CellCall, FusedCall, observing
+from gradflow.hooks.source import LoopSource
+from gradflow.hooks.stitch import Chain, Stitcher
 from gradflow.recording import Recording, Track, matches_any
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
@@ -43,7 +43,8 @@ class Recorder:
         self.calls: list[Call] = []
         self.handles: list[RemovableHandle] = []
         self.runs: Counter[str] = Counter()
-        self._copies: dict[int, Tensor] = {}
+        self.stitcher = Stitcher()
+        self._copies: dict[object, Tensor] = {}  # by id, or by owner and place
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
         self._holders = {
             id(parameter): clean(name).rpartition(".")[0]
@@ -67,22 +68,39 @@ class Recorder:
     def saw(self, seen: FusedCall) -> None:
         """Copy one fused call and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
-        if owner is None:
+        if owner is not None:
+            self._admit(self._copy(seen, owner), seen.initial, seen.results)
+
+    def saw_cell(self, seen: CellCall) -> None:
+        """Copy one call of a single-step function and listen for its gradients."""
+        owner = self._owner(seen.weights, seen.module)
+        if owner is not None:
+            self._admit(self._copy_cell(seen, owner), seen.initial, seen.results)
+
+    def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != -1:
+            known = self._recomputed(call)
+            if known is None:
+                return  # a non-reentrant checkpoint: the first call's own tensors get the gradients
+            kept = {name: getattr(known, name) for name in ("grads", "graph_tasks", "entering")}
+            vars(known).update(vars(call) | kept | {"within": task})
+            self.stitcher.made_again(known, initial, results)
+            self._listen(known, results)
             return
-        in_backward = torch._C._current_graph_task_id() != -1
-        call = self._copy(seen, owner)
-        replaced = self._recomputed(call) if in_backward else None
-        if in_backward and replaced is None:
-            return  # a non-reentrant checkpoint: the first call's own tensors get the gradients
-        for name, tensor in zip(("output", "h_n", "c_n"), seen.results, strict=False):
-            self.handles += call.listen(name, tensor, self.scale)
-        if replaced is not None:
-            vars(replaced).update(vars(call))
-            for name in ("grads", "graph_tasks"):
-                setattr(call, name, getattr(replaced, name))
-            return
+        self._listen(call, results)
         self.calls.append(call)
-        self._add_tracks(call)
+        chain, new = self.stitcher.place(call, initial, results)
+        if new:
+            self._add_tracks(chain)
+        elif _goes_around(chain):
+            for name, tensor in zip("hc", initial, strict=False):
+                self.handles += call.listen_at_entry(name, tensor, self.scale)
+
+    def _listen(self, call: Call, results: tuple[Tensor, ...]) -> None:
+        names = ("output", "c_n") if call.single else ("output", "h_n", "c_n")
+        for name, tensor in zip(names, results, strict=False):
+            self.handles += call.listen(name, tensor, self.scale)
 
     def scale(self) -> float:
         """What losses are multiplied by at this moment: the scaler's scale, or 1."""
@@ -95,7 +113,9 @@ class Recorder:
                 known.owner == call.owner
                 and not known.differentiable
                 and known.data.shape == call.data.shape
+                and known.h0.shape == call.h0.shape
                 and torch.equal(known.data, call.data)
+                and torch.equal(known.h0, call.h0)
             ):
                 return known
         return None
@@ -112,7 +132,7 @@ class Recorder:
             unsorted=seen.unsorted,
             h0=copied(seen.initial[0]),
             c0=copied(seen.initial[1]) if len(seen.initial) == 2 else None,
-            weights=tuple(self._weight(weight) for weight in seen.weights),
+            weights=self._weights(owner, seen.weights),
             weight_keys=tuple(self.uses.key(weight, self.scale) for weight in seen.weights),
             has_biases=seen.has_biases,
             layers=seen.layers,
@@ -121,11 +141,7 @@ class Recorder:
             bidirectional=seen.bidirectional,
             batch_first=seen.batch_first,
             rng=seen.rng,
-            autocast=(
-                device,
-                torch.is_autocast_enabled(device),
-                torch.get_autocast_dtype(device),
-            ),
+            autocast=_autocast(device),
             returned={
                 name: copied(tensor)
                 for name, tensor in zip(("output", "h_n", "c_n"), seen.results, strict=False)
@@ -135,13 +151,76 @@ class Recorder:
             lengths=self._given_lengths(seen),
         )
 
-    def _weight(self, weight: Tensor) -> Tensor:
-        """A copy of the weight as it is now; one copy serves all calls that saw the same values."""
-        known = self._copies.get(id(weight))
-        if known is None or known.shape != weight.shape or not torch.equal(known, weight):
-            known = copied(weight)
-            self._copies[id(weight)] = known
-        return known
+    def _copy_cell(self, seen: CellCall, owner: str) -> Call:
+        """A single step as a fused call of one layer and T = 1."""
+        h = seen.results[0]
+        c = seen.results[1] if len(seen.results) == 2 else None
+        output = copied(h).unsqueeze(0)
+        returned = {"output": output, "h_n": output}
+        if c is not None:
+            returned["c_n"] = copied(c).unsqueeze(0)
+        self._check_cell_lengths(seen)
+        return Call(
+            cell=seen.cell,
+            owner=owner,
+            data=copied(seen.data).unsqueeze(0),
+            batch_sizes=None,
+            unsorted=None,
+            h0=copied(seen.initial[0]).unsqueeze(0),
+            c0=copied(seen.initial[1]).unsqueeze(0) if len(seen.initial) == 2 else None,
+            weights=self._weights(owner, seen.weights),
+            weight_keys=tuple(self.uses.key(weight, self.scale) for weight in seen.weights),
+            has_biases=len(seen.weights) > 2,
+            layers=1,
+            dropout=0.0,
+            training=seen.training,
+            bidirectional=False,
+            batch_first=False,
+            rng=None,
+            autocast=_autocast(seen.data.device.type),
+            returned=returned,
+            grad_enabled=torch.is_grad_enabled(),
+            differentiable=any(tensor.requires_grad for tensor in seen.results),
+            lengths=None,
+            single=True,
+            # nn.LSTMCell on a CPU computes h from c's own tensor; one kernel for both does not
+            c_is_total=c is not None and h.grad_fn is not c.grad_fn,
+        )
+
+    def _weights(self, owner: str, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Copies of the weights as they are now; one copy serves all calls that saw the same values.
+
+        A weight is known by itself or, where it is computed anew for every call, by its place.
+        """
+        found = []
+        for place, weight in enumerate(weights):
+            known = [self._copies.get(id(weight)), self._copies.get((owner, place))]
+            same = [k for k in known if k is not None and _equal(k, weight)]
+            found.append(same[0] if same else copied(weight))
+            self._copies[id(weight)] = self._copies[owner, place] = found[-1]
+        return tuple(found)
+
+    def _check_cell_lengths(self, seen: CellCall) -> None:
+        lengths = self._loop_lengths()
+        batch = seen.data.shape[0]
+        if lengths is not None and (lengths.shape != (batch,) or bool((lengths < 1).any())):
+            raise InputError(
+                must_be(
+                    "lengths",
+                    f"{batch} whole numbers of at least 1",
+                    lengths.tolist(),
+                    "give one length per sequence of the batch",
+                )
+            )
+
+    def _loop_lengths(self) -> Tensor | None:
+        """The user's lengths for a loop over a cell: real steps of the whole loop."""
+        if self.lengths is None or callable(self.lengths):
+            return None
+        try:
+            return torch.as_tensor(self.lengths).cpu().long()
+        except (TypeError, ValueError, RuntimeError):
+            return torch.empty(0, dtype=torch.long)
 
     def _given_lengths(self, seen: FusedCall) -> Tensor | None:
         if self.lengths is None or seen.batch_sizes is not None:
@@ -168,25 +247,26 @@ class Recorder:
 
     # -- tracks ------------------------------------------------------------------------------
 
-    def _add_tracks(self, call: Call) -> None:
-        replay = Replay(call)
-        scans = Scans(replay)
-        picked = []
-        for layer in range(call.layers):
-            for direction in range(1 + call.bidirectional):
-                suffix = f"l{layer}{'_reverse' if direction else ''}"
-                base = f"{call.owner}.{suffix}" if call.owner else suffix
-                if self.layers is None or matches_any(base, self.layers):
-                    picked.append((layer, direction, base))
+    def _add_tracks(self, chain: Chain) -> None:
+        call = chain.calls[0]
+        picked = [
+            (layer, direction, name)
+            for layer, direction, name in _names(call)
+            if self.layers is None or matches_any(name, self.layers)
+        ]
         if not picked:
             return
+        if call.single:
+            chain.lengths = self._loop_lengths()
+        loop = Loop(chain)
+        replay = loop.groups[0].replay
         self.runs[call.owner] += 1
+        run = self.runs[call.owner]
         for layer, direction, base in picked:
-            run = self.runs[call.owner]
             name = base if run == 1 else f"{base}@{run}"
-            source = LayerSource(replay, scans, layer, direction, self.uses)
+            source = LoopSource(loop, layer, direction, self.uses)
             self.uses.note(source)
-            self.recording._tracks[name] = Track(
+            track = Track(
                 name=name,
                 cell=call.cell,
                 reverse=bool(direction),
@@ -198,6 +278,8 @@ class Recorder:
                 training=call.training,
                 batch_first=call.batch_first,
             )
+            chain.tracks.append(track)
+            self.recording._tracks[name] = track
 
     def close(self) -> None:
         """Stop listening; the recording keeps what it has."""
@@ -205,6 +287,7 @@ class Recorder:
             handle.remove()
         self.handles.clear()
         self.uses.close()
+        self.stitcher.close()
         self._copies.clear()
 
 
@@ -217,6 +300,32 @@ def _patterns(layers: object) -> list[str] | None:
         return list(patterns)
     expected = "a name, a glob or a list of them"
     raise InputError(must_be("layers", expected, repr(layers), "names look like 'rnn.l0'"))
+
+
+def _names(call: Call) -> list[tuple[int, int, str]]:
+    """(layer, direction, name) of every track of a call."""
+    if call.single:
+        return [(0, 0, call.owner or "cell")]
+    found = []
+    for layer in range(call.layers):
+        for direction in range(1 + call.bidirectional):
+            suffix = f"l{layer}{'_reverse' if direction else ''}"
+            found.append((layer, direction, f"{call.owner}.{suffix}" if call.owner else suffix))
+    return found
+
+
+def _goes_around(chain: Chain) -> bool:
+    """Whether the last call's initial state holds some of that of the call before (zoneout)."""
+    link = chain.links[-1]
+    return link is not None and link.around is not None
+
+
+def _autocast(device: str) -> tuple[str, bool, torch.dtype]:
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -238,13 +347,13 @@ def record(
     jacobians: bool | None = None,
     scaler: Any = None,
 ) -> Iterator[Recording]:
-    """Record every fused recurrent layer of an unmodified model while the block runs.
+    """Record every recurrent layer and cell of an unmodified model while the block runs.
 
     The model's outputs, loss, parameter gradients and random numbers are bit-identical with and
     without a recording. Read the result after the backward pass: ``recording["rnn.l0"].grad_c``.
 
     Args:
-        model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM` or `nn.GRU`.
+        model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM`, `nn.GRU` or one of their cells.
         layers: names or globs of the tracks to keep; all by default.
         lengths: (B,) real steps of each sequence of a padded batch, or a callable of the layer's
             input that gives them. Packed input needs none.
@@ -285,6 +394,25 @@ def record(
         warnings.warn(sentence, GradflowWarning, stacklevel=3)
 
 
+def _notes(track: Track) -> list[str]:
+    """What a reader should know about a track that is a loop of calls."""
+    source = track.source
+    assert isinstance(source, LoopSource)
+    chain = source.loop.chain
+    notes = []
+    reason = source.loop.why_no_operator()
+    if reason:
+        notes.append(f"its step Jacobians and last loss step alone are not known: {reason}")
+    elif any(link is not None and link.around is not None for link in chain.links):
+        notes.append(
+            "between two calls its state is mixed with the one before (zoneout): gains are those of "
+            "the states that enter the calls, and the last loss step alone is not told apart"
+        )
+    if len({tuple(id(weight) for weight in call.weights) for call in chain.calls}) > 1:
+        notes.append("its weights changed within the loop; every step is read with its own")
+    return notes
+
+
 def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
@@ -293,6 +421,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
     )
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
+        track.notes += _notes(track)
     recording.provenance = {
         "model": recording.model_name,
         "gradflow": __version__,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,8 +20,14 @@ from gradflow.recording import Parity
 BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
+class LoopUser(Protocol):
+    """A layer and direction of a loop of calls."""
+
+    def parts(self) -> Sequence[WeightUser]: ...
+
+
 class WeightUser(Protocol):
-    """A layer and direction of one call."""
+    """A layer and direction of one call, or of several with the same weights."""
 
     def weight_keys(self) -> dict[str, int]: ...
     def rebuilt(self) -> dict[str, Tensor] | None: ...
@@ -37,7 +43,7 @@ class WeightUses:
         self._frozen: set[int] = set()
         self._dtypes: dict[int, torch.dtype] = {}
         self._handles: list[RemovableHandle] = []
-        self._users: list[WeightUser] = []
+        self._users: list[LoopUser] = []
         names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._tied = {known for known, count in names.items() if count > 1}
         self._tied_keys: set[int] = set()
@@ -65,7 +71,7 @@ class WeightUses:
 
         return add
 
-    def note(self, user: WeightUser) -> None:
+    def note(self, user: LoopUser) -> None:
         """Remember a layer whose δ_t will be asked for."""
         self._users.append(user)
 
@@ -105,7 +111,7 @@ class WeightUses:
 
     def _distance(self, keys: dict[str, int], caught: dict[str, Tensor], how: str) -> float | None:
         totals: dict[str, Tensor] = {}
-        for user in self._users:
+        for user in (part for loop in self._users for part in loop.parts()):
             theirs = user.weight_keys()
             shared = [n for n in keys if n in theirs and theirs[n] == keys[n]]
             parts = getattr(user, how)() if shared else None

@@ -1,6 +1,7 @@
-"""Watch the fused recurrent functions of torch while a recording is open, without changing a bit.
+"""Watch the recurrent functions of torch while a recording is open, without changing a bit.
 
-``torch._VF`` and ``torch`` hold the four functions every fused layer ends in. While at least one
+``torch._VF`` and ``torch`` hold the four functions every fused layer ends in, and the four that
+nn.LSTMCell, nn.GRUCell and nn.RNNCell end in. While at least one
 recording is open they are replaced by wrappers that call the original and then tell the observers of
 the calling thread. A TorchFunctionMode would see the same calls, but moves torch off its fast paths.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
 FUSED = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU"}
+SINGLE = {f"{name}_cell": cell for name, cell in FUSED.items()}
 _SPACES: tuple[Any, ...] = (torch._VF, torch)
 _ABSENT = object()
 _FRAMES = 8  # how far up a module's forward may be from the function it calls
@@ -48,13 +50,27 @@ class FusedCall:
     module_input: Any  # what the module's forward was given
 
 
+@dataclass(frozen=True)
+class CellCall:
+    """The arguments of one call of a single-step function, and what it returned."""
+
+    cell: str
+    data: Tensor  # (B, I)
+    initial: tuple[Tensor, ...]  # h, or h and c: (B, H)
+    weights: tuple[Tensor, ...]  # weight_ih, weight_hh, then the biases if there are any
+    results: tuple[Tensor, ...]  # h, or h and c: (B, H)
+    training: bool
+    module: nn.Module | None
+
+
 class Observer(Protocol):
-    """Whoever wants to hear of fused calls."""
+    """Whoever wants to hear of recurrent calls."""
 
     thread: int
 
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool: ...
     def saw(self, call: FusedCall) -> None: ...
+    def saw_cell(self, call: CellCall) -> None: ...
 
 
 _lock = threading.RLock()
@@ -64,7 +80,7 @@ _replaced: list[tuple[Any, str, object]] = []
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Tell the observer of every fused call of its thread; put everything back at the end."""
+    """Tell the observer of every recurrent call of its thread; put everything back at the end."""
     with _lock:
         _observers.append(observer)
         if len(_observers) == 1:
@@ -80,10 +96,11 @@ def observing(observer: Observer) -> Iterator[None]:
 
 def _install() -> None:
     for space in _SPACES:
-        for name, cell in FUSED.items():
-            original = getattr(space, name)
-            _replaced.append((space, name, space.__dict__.get(name, _ABSENT)))
-            setattr(space, name, _watched(original, cell))
+        for tell, functions in ((_tell, FUSED), (_tell_cell, SINGLE)):
+            for name, cell in functions.items():
+                original = getattr(space, name)
+                _replaced.append((space, name, space.__dict__.get(name, _ABSENT)))
+                setattr(space, name, _watched(original, cell, tell))
 
 
 def _restore() -> None:
@@ -95,13 +112,15 @@ def _restore() -> None:
             setattr(space, name, before)
 
 
-def _watched(original: Callable[..., Any], cell: str) -> Callable[..., Any]:
+def _watched(
+    original: Callable[..., Any], cell: str, tell: Callable[..., Any]
+) -> Callable[..., Any]:
     def watched(*args: Any, **kwargs: Any) -> Any:
         thread = threading.get_ident()
         mine = [observer for observer in _observers if observer.thread == thread]
         if not mine or kwargs:  # torch itself passes everything by position
             return original(*args, **kwargs)
-        return _tell(mine, original, cell, args)
+        return tell(mine, original, cell, args)
 
     return _untraced(functools.wraps(original, updated=())(watched))
 
@@ -155,6 +174,30 @@ def _tell(observers: list[Observer], original: Callable[..., Any], cell: str, ar
     return results
 
 
+def _tell_cell(
+    observers: list[Observer], original: Callable[..., Any], cell: str, args: Any
+) -> Any:
+    data, hidden = args[:2]
+    weights = tuple(weight for weight in args[2:] if weight is not None)
+    module, _ = _calling_module()
+    interested = [observer for observer in observers if observer.wants(weights, module)]
+    results = original(*args)
+    if not interested:
+        return results
+    call = CellCall(
+        cell=cell,
+        data=data,
+        initial=tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,),
+        weights=weights,
+        results=tuple(results) if isinstance(results, (tuple, list)) else (results,),
+        training=module is None or module.training,
+        module=module,
+    )
+    for observer in interested:
+        observer.saw_cell(call)
+    return results
+
+
 def _calling_module() -> tuple[nn.Module | None, dict[str, Any]]:
     """The recurrent module whose forward is calling, and that forward's variables.
 
@@ -166,6 +209,6 @@ def _calling_module() -> tuple[nn.Module | None, dict[str, Any]]:
         if frame is None:
             break
         module = frame.f_locals.get("self")
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             return module, dict(frame.f_locals)
     return None, {}

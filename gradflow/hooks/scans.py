@@ -39,14 +39,14 @@ class Scans:
         result = None
         if self.replay.call.grads and not self.replay.call.second_order:
             with torch.no_grad():
-                arrived = self._arrived()
+                arrived = self.arrived()
                 if which != "total":
                     arrived = self._only_one_step(*arrived, from_end=which == "from the end")
                 result = self._scan(*arrived)
         self._known[which] = (self.version, result)
         return result
 
-    def _arrived(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def arrived(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The gradients at output (T, B, P·D), at h_n and at c_n (layers·D, B, ·), user's order."""
         call, dtype = self.replay.call, self.replay.work_dtype
         found = {
@@ -103,7 +103,12 @@ class Scans:
                 place = number * directions + direction
                 direct = layer.turned(part).clone()
                 direct[last, sequences] += h_n[place]
-                scan = steps.scan(direct, None if c_n is None else c_n[place], last)
+                scan = steps.scan(
+                    direct,
+                    None if c_n is None else c_n[place],
+                    last,
+                    c_is_total=self.replay.call.c_is_total,
+                )
                 row.append((direct, scan))
                 if number:
                     below = below + layer.turned(

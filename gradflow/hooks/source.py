@@ -1,29 +1,35 @@
-"""What a `Track` reads its numbers from: one layer and direction of a replayed call."""
+"""What a `Track` reads its numbers from: one layer and direction of a call, or of a loop of calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gradflow.cells import Scan
+from gradflow.hooks.call import Call
 from gradflow.hooks.kernels import weight_gradients
-from gradflow.hooks.parity import WeightUses
+from gradflow.hooks.last import last_step
+from gradflow.hooks.loop import Loop, trimmed
+from gradflow.hooks.parity import WeightUser, WeightUses
 from gradflow.hooks.replay import Replay, masked, take_steps
 from gradflow.hooks.scans import Scans
 from gradflow.recording import Backward, Forward, Operator, Parity
 
+SEVERITY = ("not applicable", "passed", "failed")
+
 
 @dataclass(eq=False)
 class LayerSource:
-    """What a `Track` reads its numbers from: one layer and direction of a replay."""
+    """One layer and direction of a replay."""
 
     replay: Replay
     scans: Scans
     layer: int
     direction: int
     uses: WeightUses
-    ran_backward: bool = False  # some backward ran in the block, perhaps not through here
 
     @property
     def version(self) -> int:
@@ -88,10 +94,6 @@ class LayerSource:
                 steps = steps.each_step(lambda array: take_steps(array, index))
             return steps.each_step(lambda array: masked(array, valid, 0.0))
 
-    def parity(self) -> Parity:
-        """See `WeightUses.check`."""
-        return self.uses.check(self)
-
     def weight_keys(self) -> dict[str, int]:
         """Weight name -> key in `WeightUses`."""
         return self.replay.weight_keys(self.layer, self.direction)
@@ -122,23 +124,160 @@ class LayerSource:
         """Weight name -> gradient by torch's own backward on the recorded call."""
         if not self.replay.call.grads:
             return None
-        grads = weight_gradients(self.replay.call)
+        grads = weight_gradients(self.replay.call, self._outside_h())
         places = self.replay.by_name(
             tuple(range(len(self.replay.call.weights))), self.layer, self.direction
         )
         return {name: grads[place] for name, place in places.items() if place in grads}
 
+    def _outside_h(self) -> Tensor | None:
+        """For a call whose c was listened to as a total: what reaches c not through h, (1, B, H)."""
+        call = self.replay.call
+        scanned = self.scans.scanned("total")
+        if not call.c_is_total or scanned is None:
+            return None
+        scan = scanned[0][0][1]
+        return scan.grads["c"] - self.replay.steps(0, 0).through_h(scan.grads["h"])  # type: ignore[attr-defined]
+
+
+@dataclass(eq=False)
+class LoopSource:
+    """One layer and direction of a loop of calls; most loops are of a single call."""
+
+    loop: Loop
+    layer: int
+    direction: int
+    uses: WeightUses
+    ran_backward: bool = False  # some backward ran in the block, perhaps not through here
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls it is made of, in time order."""
+        return self.loop.chain.calls
+
+    @property
+    def version(self) -> int:
+        """How many backwards reached the calls."""
+        return self.loop.chain.version
+
+    def parts(self) -> Sequence[WeightUser]:
+        """What the gradients of the weights are rebuilt from: itself, or each group of calls."""
+        layers = self._layers()
+        return [self] if len(layers) == 1 else layers
+
+    def weight_keys(self) -> dict[str, int]:
+        """Weight name -> key in `WeightUses`, of the first calls."""
+        return self._layers()[0].weight_keys()
+
+    def rebuilt(self) -> dict[str, Tensor] | None:
+        """Weight name -> gradient rebuilt from δ_t, of the first calls; None without a backward."""
+        return self._layers()[0].rebuilt()
+
+    def from_kernel(self) -> dict[str, Tensor] | None:
+        """Weight name -> gradient by torch's own backward, of the first calls."""
+        return self._layers()[0].from_kernel()
+
+    def _layers(self) -> list[LayerSource]:
+        """The layer in each group of calls that are replayed at once."""
+        return [
+            LayerSource(group.replay, group.scans, self.layer, self.direction, self.uses)
+            for group in self.loop.groups
+        ]
+
+    def _single(self) -> LayerSource | None:
+        plain = len(self.calls) == 1 and self.loop.chain.lengths is None
+        return self._layers()[0] if plain else None
+
+    def _in_time(self, arrays: list[Tensor]) -> Tensor:
+        return self._trimmed(self.loop.in_time(arrays))
+
+    def _trimmed(self, array: Tensor) -> Tensor:
+        dtype = self.calls[0].returned["output"].dtype
+        return trimmed(array.to(dtype), self.loop.chain.lengths)
+
+    def forward(self) -> Forward:
+        """States, gates and inputs."""
+        parts = [part.forward() for part in self._layers()]
+        if self._single() is not None:
+            return parts[0]
+        first = self.loop.groups[0]
+        return Forward(
+            states={n: self._in_time([p.states[n] for p in parts]) for n in parts[0].states},
+            initial={n: state[first.columns(0)] for n, state in parts[0].initial.items()},
+            gates={n: self._in_time([p.gates[n] for p in parts]) for n in parts[0].gates},
+            inputs=self._in_time([p.inputs for p in parts]),
+        )
+
+    def backward(self) -> Backward | None:
+        """Total gradients; None without a backward."""
+        single = self._single()
+        if single is not None:
+            return single.backward()
+        with torch.no_grad():
+            scans = self.loop.scans(self.layer)
+            if scans is None:
+                return None
+            return self._gathered(
+                self.loop.direct(self.layer),
+                lambda part: self.loop.in_time([part(scan) for _, scan in scans]),
+            )
+
+    def last(self) -> Backward | None:
+        """Total gradients of the last loss step alone; last in processing order."""
+        single = self._single()
+        if single is not None:
+            return single.last()
+        result = self.loop.once("last", lambda: last_step(self.loop))
+        if result is None:
+            return None
+        rows = [row[self.layer] for row in result]
+        return self._gathered(
+            torch.cat([direct for direct, _ in rows]),
+            lambda part: torch.cat([part(scan) for _, scan in rows]),
+        )
+
+    def _gathered(
+        self, direct: Tensor, gather: Callable[[Callable[[Scan], Tensor]], Tensor]
+    ) -> Backward:
+        grads = {"h": gather(lambda scan: scan.grads["h"])}
+        if self.calls[0].c0 is not None:
+            grads["c"] = gather(lambda scan: scan.grads["c"])
+        return Backward(
+            grads={name: self._trimmed(grad) for name, grad in grads.items()},
+            direct=self._trimmed(direct),
+            delta=self._trimmed(gather(lambda scan: scan.delta)),
+            delta_hh=self._trimmed(gather(lambda scan: scan.delta_hh)),
+        )
+
+    def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
+        """Step Jacobians in processing order, starting at each sequence's first real step."""
+        single = self._single()
+        if single is not None:
+            return single.operator(dtype, sequences)
+        with torch.no_grad():
+            sequences = sequences.to(self.calls[0].h0.device)
+            return self.loop.operator(self.layer, dtype, sequences)
+
+    def parity(self) -> Parity:
+        """See `WeightUses.check`; the worst of all groups of calls."""
+        checked, found = [], []
+        for part in self.parts():
+            keys = part.weight_keys()
+            if keys not in checked:
+                checked.append(keys)
+                found.append(self.uses.check(part))
+        return max(found, key=lambda parity: (SEVERITY.index(parity.status), parity.error or 0.0))
+
     def why_no_gradient(self) -> str:
         """Why there is no gradient here, and what to do."""
-        call = self.replay.call
-        if call.second_order:
+        if any(call.second_order for call in self.calls):
             return (
                 "a backward with create_graph=True came through it, and what it brings is not a total; "
                 "record a backward of the loss alone"
             )
-        if not call.grad_enabled:
+        if not any(call.grad_enabled for call in self.calls):
             return "it ran inside torch.no_grad(); run it with gradients enabled"
-        if not call.differentiable:
+        if not any(call.differentiable for call in self.calls):
             return (
                 "its weights are frozen and its input needs no gradient; "
                 "call requires_grad_() on the weights or on the input"

@@ -1,0 +1,129 @@
+"""The piece of the user's graph between two calls, pulled through without running a hook.
+
+A few nodes lie between the state a call returned and the one the next call starts from: a mask, a
+dropout, a slice. ``torch.autograd.grad`` would run the user's own hooks on them during the forward
+pass; here the nodes are called by themselves, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Edge = tuple[Any, int]  # a node of the graph and which of its outputs
+
+DEPTH, NODES = 16, 400  # how far from the new state, and how many nodes are looked at
+
+
+class NotReadable(Exception):
+    """The nodes between two calls cannot be called by themselves."""
+
+
+def edge_of(tensor: Tensor) -> Edge | None:
+    """Where a tensor sits in the graph; None outside any."""
+    if not tensor.requires_grad:
+        return None
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+class Between:
+    """All paths from some edges back to the nodes of others; the others' nodes are not passed."""
+
+    def __init__(self, roots: list[Edge], ends: set[Any]) -> None:
+        self.ends = ends
+        children = self._collect([node for node, _ in roots])
+        self.on_path = self._leading_to_ends(children)
+        self.order = self._sorted(roots, children)
+        self.reached = {node for node in self.order if node in ends}
+
+    def _collect(self, roots: list[Any]) -> dict[Any, list[Any]]:
+        children: dict[Any, list[Any]] = {}
+        queue = deque((node, 0) for node in roots)
+        while queue and len(children) < NODES:
+            node, depth = queue.popleft()
+            if node in children:
+                continue
+            stop = node in self.ends or depth >= DEPTH
+            children[node] = [] if stop else [n for n, _ in node.next_functions if n is not None]
+            queue.extend((child, depth + 1) for child in children[node])
+        return children
+
+    def _leading_to_ends(self, children: dict[Any, list[Any]]) -> set[Any]:
+        parents: dict[Any, list[Any]] = {}
+        for node, below in children.items():
+            for child in below:
+                parents.setdefault(child, []).append(node)
+        found = {node for node in children if node in self.ends}
+        stack = list(found)
+        while stack:
+            for parent in parents.get(stack.pop(), []):
+                if parent not in found:
+                    found.add(parent)
+                    stack.append(parent)
+        return found
+
+    def _sorted(self, roots: list[Edge], children: dict[Any, list[Any]]) -> list[Any]:
+        """The nodes on the paths, every node after all that lead to it."""
+        below = {n: [c for c in children[n] if c in self.on_path] for n in self.on_path}
+        waiting = dict.fromkeys(self.on_path, 0)
+        for node in self.on_path:
+            for child in below[node]:
+                waiting[child] += 1
+        ready = [node for node, count in waiting.items() if not count]
+        order = []
+        while ready:
+            node = ready.pop()
+            order.append(node)
+            for child in below[node]:
+                waiting[child] -= 1
+                if not waiting[child]:
+                    ready.append(child)
+        return order
+
+    def pull(self, seeds: list[tuple[Edge, Tensor]]) -> dict[Edge, Tensor]:
+        """The vector-Jacobian product: what the seeds at the roots bring to the ends' edges.
+
+        Raises:
+            NotReadable: a node is the user's own, or its saved tensors are gone or hooked.
+        """
+        arrived: dict[Edge, Tensor] = {}
+        for edge, seed in seeds:
+            if edge[0] in self.on_path:
+                arrived[edge] = arrived[edge] + seed if edge in arrived else seed
+        with torch.no_grad():
+            for node in self.order:
+                if node in self.ends:
+                    continue
+                given = [arrived.get((node, place)) for place in range(_outputs(node))]
+                if all(grad is None for grad in given):
+                    continue
+                for edge, grad in zip(node.next_functions, _called(node, given), strict=False):
+                    if edge[0] in self.on_path and grad is not None:
+                        arrived[edge] = arrived[edge] + grad if edge in arrived else grad
+        return {edge: grad for edge, grad in arrived.items() if edge[0] in self.ends}
+
+
+def _outputs(node: Any) -> int:
+    return len(node._input_metadata)
+
+
+def _called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        raise NotReadable("an autograd.Function of your own")
+    if _saved_tensors_are_hooked() and any(name.startswith("_raw_saved") for name in dir(node)):
+        raise NotReadable("what a checkpoint recomputes")
+    try:
+        found = node(*grads)
+    except RuntimeError as error:  # freed by a backward, or a node that only the engine can run
+        raise NotReadable(f"{type(node).__name__}, which could not be read ({error})") from error
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _saved_tensors_are_hooked() -> bool:
+    """Whether unpacking a saved tensor now would run somebody's code, a checkpoint's for one."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(False) is not None

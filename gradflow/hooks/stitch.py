@@ -1,0 +1,166 @@
+"""Stitch: which calls are steps of one loop.
+
+A call that starts from what an earlier call of the same module returned goes on with that call's
+`Chain`; any other call begins a chain of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradflow.hooks import links
+from gradflow.hooks.call import Call
+from gradflow.hooks.graph import edge_of
+from gradflow.hooks.links import End, Link
+from gradflow.hooks.steps import Group, grouped
+from gradflow.recording import Track
+
+OPEN = 8  # loops over one module that may be under way at the same moment
+
+
+@dataclass(eq=False)
+class Chain:
+    """Calls in time order; links[k] leads from call k − 1 into call k, links[0] is None."""
+
+    calls: list[Call]
+    links: list[Link | None]
+    tracks: list[Track] = field(default_factory=list)
+    lengths: Tensor | None = None  # the user's own, over the whole loop
+    changes: int = 0
+    _groups: tuple[int, list[Group]] = (-1, [])
+
+    @property
+    def version(self) -> int:
+        """How many backwards reached the chain."""
+        return len(set().union(*(call.graph_tasks for call in self.calls)))
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of steps of every call."""
+        return [_extent(call) for call in self.calls]
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return int(self.calls[0].h0.shape[1])
+
+    def groups(self) -> list[Group]:
+        """The calls side by side, with all gradients that came so far."""
+        if self._groups[0] != self.changes:
+            self._groups = (self.changes, grouped(self.calls))
+        for group in self._groups[1]:
+            group.refresh()
+        return self._groups[1]
+
+    def add(self, call: Call, link: Link) -> None:
+        """Go on with one more call."""
+        self.calls.append(call)
+        self.links.append(link)
+        self.changes += 1
+        steps = _extent(call)
+        cuts = torch.zeros(steps, self.batch, dtype=torch.bool, device=call.h0.device)
+        cuts[0] = link.cut
+        for track in self.tracks:
+            track.cuts = torch.cat([track.cuts, cuts])
+            total = track.cuts.shape[0]
+            longest = torch.full_like(track.lengths, total)
+            track.lengths = (
+                longest
+                if self.lengths is None
+                else torch.minimum(longest, self.lengths.to(longest.device))
+            )
+            track.mask = torch.arange(total, device=longest.device).unsqueeze(1) < track.lengths
+            track._cache.clear()
+
+    def replace_link(self, place: int, link: Link) -> None:
+        """What a checkpoint's second run shows of a link that its first run hid."""
+        self.links[place] = link
+        self.changes += 1
+        first = sum(self.sizes[:place])
+        for track in self.tracks:
+            track.cuts[first] = link.cut
+            track._cache.clear()
+
+
+def _extent(call: Call) -> int:
+    if call.batch_sizes is not None:
+        return len(call.batch_sizes)
+    return int(call.data.shape[1 if call.batch_first else 0])
+
+
+class Stitcher:
+    """The open ends of all chains of one recording."""
+
+    def __init__(self) -> None:
+        self._ends: dict[str, list[tuple[End, Chain]]] = {}
+        self._again: dict[str, End] = {}  # the last call a checkpoint made again
+        self._chains: dict[int, tuple[Chain, int]] = {}  # id of a call -> its chain and place
+
+    def place(
+        self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
+    ) -> tuple[Chain, bool]:
+        """The chain this call belongs to, and whether it is a new one."""
+        end = _end(call, initial, results)
+        if not _can_go_on(call):
+            return Chain([call], [None]), True
+        ends = self._ends.setdefault(call.owner, [])
+        for number in reversed(range(len(ends))):
+            known, chain = ends[number]
+            if not _same_kind(known.call, call):
+                continue
+            link = links.find(known, dict(zip("hc", initial, strict=False)), call)
+            if link is None:
+                continue
+            del ends[number]
+            chain.add(call, link)
+            ends.append((end, chain))
+            self._chains[id(call)] = (chain, len(chain.calls) - 1)
+            return chain, False
+        chain = Chain([call], [None])
+        self._chains[id(call)] = (chain, 0)
+        ends.append((end, chain))
+        del ends[:-OPEN]
+        return chain, True
+
+    def made_again(
+        self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
+    ) -> None:
+        """Look at a link again, now that a checkpoint makes its two calls with a graph."""
+        chain, place = self._chains.get(id(call), (None, 0))
+        if chain is None:
+            return
+        last = self._again.get(call.owner)
+        if last is not None and place and last.call is chain.calls[place - 1]:
+            link = links.find(last, dict(zip("hc", initial, strict=False)), call)
+            if link is not None:
+                chain.replace_link(place, link)
+        self._again[call.owner] = _end(call, initial, results)
+
+    def close(self) -> None:
+        """Let go of the user's tensors."""
+        self._ends.clear()
+        self._again.clear()
+        self._chains.clear()
+
+
+def _end(call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> End:
+    names = ("h_n", "c_n") if call.single else ("output", "h_n", "c_n")
+    entry = {name: edge_of(tensor) for name, tensor in zip("hc", initial, strict=False)}
+    return End(call, dict(zip(names, results, strict=False)), entry)
+
+
+def _can_go_on(call: Call) -> bool:
+    return not call.bidirectional and call.batch_sizes is None and call.lengths is None
+
+
+def _same_kind(one: Call, other: Call) -> bool:
+    return (
+        one.cell == other.cell
+        and one.single == other.single
+        and one.layers == other.layers
+        and one.batch_first == other.batch_first
+        and [w.shape for w in one.weights] == [w.shape for w in other.weights]
+    )
