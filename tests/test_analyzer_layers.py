@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import Analysis, LayerAnalysis
-from gradflow.analyzer import analyze, log_gain_map, step_jacobians
+from gradflow.analyzer import analyze, assemble, log_gain_map, plan, step_jacobians
 from gradflow.errors import GradflowWarning, InputError, RecordingError
 from gradflow.recording import Recording
 from tests import cases
@@ -69,13 +69,12 @@ def scalar(weight: float, cell: type[nn.RNN] = nn.RNN, **options: object) -> nn.
 
 
 def forgetting(bias: float, hidden: int = 4) -> nn.LSTM:
-    """W_hh = 0: cells decay by f = σ(bias) per step, whatever the input."""
+    """All weights 0 but the forget bias: cells decay by f = σ(bias) per step."""
     lstm = nn.LSTM(2, hidden, dtype=torch.float64)
     with torch.no_grad():
-        lstm.weight_hh_l0.zero_()
-        lstm.weight_ih_l0[hidden : 2 * hidden].zero_()
+        for weight in lstm.parameters():
+            weight.zero_()
         lstm.bias_ih_l0[hidden : 2 * hidden] = bias
-        lstm.bias_hh_l0[hidden : 2 * hidden] = 0.0
     return lstm
 
 
@@ -93,7 +92,8 @@ def test_step_jacobians_equal_autograd(case: cases.Case) -> None:
     for name, expected in cases.oracle_jacobians(case).items():
         actual = step_jacobians(recording[name])
         mask = torch.arange(len(actual))[:, None] < recording[name].lengths
-        assert_jacobians_close(actual, expected, mask, what=name)
+        bound = 1e-12 if case.dtype == "float64" else 1e-5  # states were recorded in that dtype
+        assert_jacobians_close(actual, expected, mask, what=name, bound=bound)
         assert actual[~mask].isnan().all()
 
 
@@ -134,7 +134,8 @@ def test_critical_tanh_is_not_exponential() -> None:
     gains = layer.data["log_gain"].sel(norm="spectral", sequence=layer.data["sequence"][0])
     assert float(gains.sel(source=0, target=100)) == pytest.approx(-5.5898493, abs=1e-6)
     assert float(gains.sel(source=0, target=1000)) == pytest.approx(-9.0038035, abs=1e-6)
-    assert layer.half_life < 20  # read from the curve, not from a rate near zero
+    halved = int((layer.data["lag_median"].values <= -math.log(2)).argmax())
+    assert halved - 1 <= layer.half_life <= halved  # of the curve, not ln 2 over a rate near 0
 
 
 @pytest.mark.parametrize(
@@ -142,8 +143,8 @@ def test_critical_tanh_is_not_exponential() -> None:
 )
 def test_lstm_without_recurrence_decays_by_its_forget_gate(bias: float, half_life: float) -> None:
     layer = only(analyze(record(forgetting(bias), 60)))
-    assert layer.half_life == pytest.approx(half_life, rel=1e-3)
-    assert layer.rate.value == pytest.approx(-math.log(2) / half_life, rel=1e-3)
+    assert layer.half_life == pytest.approx(half_life, rel=1e-4)
+    assert layer.rate.value == pytest.approx(-math.log(2) / half_life, rel=1e-4)
 
 
 def test_open_forget_gates_are_memory_not_a_fault() -> None:
@@ -160,12 +161,12 @@ def test_open_forget_gates_are_memory_not_a_fault() -> None:
 
 def test_chrono_initialisation() -> None:
     units = 2000
-    f = 1 - 1 / (1 + torch.linspace(1, 99, units, dtype=torch.float64))
+    u = 1 + 98 * (torch.arange(units, dtype=torch.float64) + 0.5) / units
+    f = u / (1 + u)
     expected = {1: 0.9600814, 10: 0.7325894, 50: 0.3302039, 100: 0.1496476}
     for lag, gain in expected.items():
         assert (f**lag).mean().item() == pytest.approx(gain, abs=1e-4)
-    stack = f[::40].diag_embed() if f.dim() > 1 else torch.diag(f[::40])
-    gains = log_gain_map(stack.expand(30, 1, -1, -1))[0, 0]
+    gains = log_gain_map(torch.diag(f[::40]).expand(30, 1, -1, -1))[0, 0]
     assert gains[-1].item() == pytest.approx(29 * f[::40].max().log().item(), rel=1e-9)
 
 
@@ -337,7 +338,8 @@ def test_dead_relu() -> None:
     assert layer.findings[0].name == "dead"
     assert "6 of 6 ReLU units are 0 at every step" in layer.findings[0].message
     assert layer.title == "RNN: exact zeros cut every path within 1 step"
-    assert layer.gradient_note == "the gradient that reached this layer is zero everywhere"
+    silent = only(analyze(record(rnn, 20, loss=lambda output: output.square().sum())))
+    assert silent.gradient_note == "the gradient that reached this layer is zero everywhere"
 
 
 def test_one_step(analyses: dict[str, Analysis]) -> None:
@@ -393,6 +395,8 @@ def test_identical_sequences_make_a_point() -> None:
 def test_a_healthy_layer_has_no_findings() -> None:
     rnn = nn.RNN(2, 8)
     nn.init.orthogonal_(rnn.weight_hh_l0)
+    nn.init.zeros_(rnn.bias_ih_l0)
+    nn.init.zeros_(rnn.bias_hh_l0)
     layer = only(analyze(record(rnn, 40, 8, inputs=1e-3)))
     assert layer.verdict == "stable"
     assert layer.findings == ()
@@ -463,10 +467,23 @@ def test_method_and_stride_are_kept_and_said(method: str) -> None:
     assert layer.data["log_gain"].values == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 
-def test_auto_says_what_the_exact_map_would_have_taken() -> None:
-    layer = only(analyze(record(nn.RNN(1, 192), 240, 2)))
+def test_auto_says_what_the_exact_map_would_have_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = record(nn.RNN(1, 40), 60, 2)
+    assert only(analyze(recording)).method == "exact, every step a source"
+    monkeypatch.setattr(assemble, "MAP_SECONDS", 0.05)
+    layer = only(analyze(recording))
     assert layer.method.startswith("sketch, every")
-    assert "the exact map would take about" in layer.method
+    assert "the exact map would take about 1 s" in layer.method
+    stride = int(layer.data["source"].values[1]) if layer.data.sizes["source"] > 1 else 64
+    assert stride > 1
+
+
+def test_a_map_dearer_than_foretold_gets_fewer_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assemble, "MAP_SECONDS", 0.04)
+    monkeypatch.setattr(plan, "_foretold", lambda pilots, stride: 0.0)
+    layer = only(analyze(record(nn.RNN(1, 40), 60, 2)))
+    assert layer.data.sizes["source"] <= 15
+    assert np.isfinite(layer.data["lag_median"].values).all()
 
 
 @pytest.mark.parametrize(
@@ -502,3 +519,58 @@ def test_progress_is_told() -> None:
     analyze(record(nn.RNN(2, 3), 12), progress=lambda phase, share: told.append((phase, share)))
     assert told[-1] == ("l0", 1.0)
     assert all(0 <= share <= 1 for _, share in told)
+
+
+# --------------------------------------------------------------------------------- cuts and words
+
+
+def cut_at(recording: Recording, step: int) -> Recording:
+    """The same recording, its only track cut off from its past at one input step."""
+    (track,) = recording
+    cuts = track.cuts.clone()
+    cuts[step] = True
+    recording._tracks[track.name] = dataclasses.replace(track, cuts=cuts)
+    return recording
+
+
+@pytest.mark.parametrize("name", ["l0", "l0_reverse"])
+def test_nothing_crosses_a_cut(name: str) -> None:
+    module = nn.GRU(2, 4, bidirectional=name.endswith("reverse"))
+    recording = record(module, 30, loss=lambda output: output.square().sum())
+    track = recording[name]
+    recording._tracks = {name: track}
+    whole = only(analyze(recording))
+    step = 19 if track.reverse else 10  # processed eleventh, either way
+    layer = only(analyze(cut_at(recording, step)))
+    gains = layer.data["log_gain"].values
+    assert np.isnan(gains[:, :, :10, 10:]).all()
+    assert np.isfinite(gains[:, :, :10, :10][..., np.triu(np.ones((10, 10), bool))]).all()
+    assert layer.searched == 19
+    assert layer.rate.value == pytest.approx(whole.rate.value, abs=0.1)
+    profile = layer.data["log10_grad"].values[0]
+    assert np.isfinite(profile[:, :20]).all()
+    assert np.isnan(profile[:, 20:]).all()
+    (finding,) = [finding for finding in layer.findings if finding.name == "cut"]
+    assert finding.where == f"step {step + 1}"
+
+
+def test_one_direction_survives_in_the_singular() -> None:
+    lstm = forgetting(-3.0)
+    with torch.no_grad():
+        lstm.bias_ih_l0[4] = 100.0
+    layer = only(analyze(record(lstm, 60)))
+    assert layer.sentence == "l0 is stable: 1 of 8 directions survives 59 steps"
+
+
+def test_an_inconclusive_rate_says_how_many_sequences_would_decide() -> None:
+    recording = record(nn.RNN(2, 3), 200, 3)
+    layer = only(analyze(recording, span=4))
+    assert layer.verdict == "inconclusive"
+    assert "straddles the edge of one decade over 4 steps (±0.576)" in layer.sentence
+    assert layer.sentence.endswith("would decide")
+
+
+def test_without_a_gradient_the_title_is_about_the_gain(analyses: dict[str, Analysis]) -> None:
+    title = only(analyses["no gradient"]).title
+    assert title.startswith("GRU: ")
+    assert "loss" not in title

@@ -53,7 +53,8 @@ def test_one_short_or_correlated_sequence_has_no_interval() -> None:
 
 
 def test_equal_steps_or_sequences_make_a_point() -> None:
-    assert rate_of_one(np.full(20, -0.1)) == Rate(-0.1, -0.1, -0.1)
+    one = rate_of_one(np.full(20, -0.125))
+    assert one == Rate(-0.125, -0.125, -0.125)
     rate = rate_over_sequences(np.full(5, -0.1))
     assert rate.low == rate.value == rate.high
     assert judge(rate, 100, 5, 80).name == "vanishing"

@@ -35,7 +35,7 @@ from gradflow.analyzer.rates import (
 from gradflow.analyzer.singular import log_singular_values, survivors
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.analyzer.words import sentence, title
-from gradflow.errors import InputError, must_be
+from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.recording import Recording, Track
 
 METHODS = ("auto", "exact", "sketch")
@@ -110,16 +110,28 @@ def analyze(
         )
     recording.require_tracks()
     settings = _checked(recording, span, sequences, maps, method, stride, seed, progress)
-    layers = {}
-    for track in recording:
-        with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
-            layers[track.name] = _layer(track, settings)
+    layers, refused = _layers(recording, settings)
     return Analysis(
         title=recording.model_name,
         layers=layers,
-        warnings=_warnings(recording, layers),
+        warnings=(*refused, *_warnings(recording, layers)),
         provenance=dict(recording.provenance) | _provenance(layers, settings),
     )
+
+
+def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAnalysis], list[str]]:
+    """All layers that can be measured, and a sentence on each that cannot."""
+    layers: dict[str, LayerAnalysis] = {}
+    refused: list[RecordingError] = []
+    for track in recording:
+        try:
+            with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
+                layers[track.name] = _layer(track, settings)
+        except RecordingError as error:  # its Jacobians or its replay are not to be had
+            refused.append(error)
+    if not layers:
+        raise refused[0]
+    return layers, [str(error) for error in refused]
 
 
 def _checked(
@@ -187,7 +199,7 @@ def _whole(name: str, value: object, least: int, advice: str) -> None:
 
 def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     """Measure one layer in one direction, then judge it and put it into words."""
-    span = settings.span or max(1, round(float(track.lengths.cpu().double().median())))
+    span = settings.span or max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
     finite = _finite_sequences(track)
 
     # how fast it grows or fades, every sequence on its own
@@ -489,7 +501,8 @@ def _dataset(
 
 def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[str, ...]:
     notes = list(recording.notes)
-    for track in recording:
+    known = [track for track in recording if track.name in layers]
+    for track in known:
         layer = layers[track.name]
         notes += track.notes
         longest = int(track.lengths.max())
@@ -504,7 +517,7 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
                 f"gains of {track.name} leave the range of {name}: the model's own gradient "
                 "over- or underflows there"
             )
-    every = [track.name for track in recording if _loss_at_every_step(layers[track.name])]
+    every = [track.name for track in known if _loss_at_every_step(layers[track.name])]
     if every:
         notes.append(
             f"the loss reaches {', '.join(every)} from many steps at once: the total gradient need "
