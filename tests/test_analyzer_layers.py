@@ -554,7 +554,7 @@ def test_nothing_crosses_a_cut(name: str) -> None:
     assert finding.where == f"step {step + 1}"
 
 
-def test_one_direction_survives_in_the_singular() -> None:
+def test_one_direction_survives() -> None:
     lstm = forgetting(-3.0)
     with torch.no_grad():
         lstm.bias_ih_l0[4] = 100.0
@@ -562,11 +562,15 @@ def test_one_direction_survives_in_the_singular() -> None:
     assert layer.sentence == "l0 is stable: 1 of 8 directions survives 59 steps"
 
 
-def test_an_inconclusive_rate_says_how_many_sequences_would_decide() -> None:
-    recording = record(nn.RNN(2, 3), 200, 3)
-    layer = only(analyze(recording, span=4))
+def test_an_inconclusive_rate_says_what_would_decide() -> None:
+    rnn = nn.RNN(2, 16)
+    nn.init.orthogonal_(rnn.weight_hh_l0, gain=1.7)  # at the edge of chaos sequences differ
+    recording = record(rnn, 40, 3, inputs=0.1)
+    rate = only(analyze(recording)).rate
+    span = round(math.log(10) / abs(rate.value))  # one decade at just about this rate
+    layer = only(analyze(recording, span=span))
     assert layer.verdict == "inconclusive"
-    assert "straddles the edge of one decade over 4 steps (±0.576)" in layer.sentence
+    assert f"straddles the edge of one decade over {span} steps (±" in layer.sentence
     assert layer.sentence.endswith("would decide")
 
 

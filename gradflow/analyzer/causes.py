@@ -16,7 +16,7 @@ from gradflow.analysis import Finding
 from gradflow.analyzer.activity import CANDIDATES, CLOSED, OPEN, over_all, sigmoid_and_other
 from gradflow.analyzer.evidence import Evidence, counted, number, parameter
 from gradflow.analyzer.finite import bad_gradient, first_not_finite
-from gradflow.analyzer.order import in_processing_order
+from gradflow.analyzer.order import cuts_before, input_time
 
 MOST = 0.5  # share of units from which on saturation is called a cause
 SATURATED = 0.95  # |tanh| above this passes on less than a tenth of the gradient
@@ -81,10 +81,10 @@ def parity_failed(e: Evidence) -> Iterator[Finding]:
 
 def cut(e: Evidence) -> Iterator[Finding]:
     """Steps at which nothing of the previous state arrives."""
-    cuts = in_processing_order(e.track, e.track.cuts).clone()
-    cuts[0] = False
-    cuts &= torch.arange(e.track.steps)[:, None] < e.track.lengths.cpu()
-    steps = cuts.any(1).nonzero().flatten().tolist()
+    inside = cuts_before(e.track).diff(dim=0, prepend=torch.zeros(1, e.track.batch).int()) > 0
+    inside &= torch.arange(e.track.steps)[:, None] < e.track.lengths.cpu()
+    where = input_time(e.track)[inside]
+    steps = sorted(set(where.tolist()))
     if not steps:
         return
     shown = ", ".join(str(t + 1) for t in steps[:5]) + (", …" if len(steps) > 5 else "")

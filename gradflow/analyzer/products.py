@@ -22,9 +22,9 @@ from gradflow.recording import Operator
 
 NORMS = ("spectral", "rms")
 TRUNCATION = 1e-3  # of a block's Frobenius norm, the most one truncation drops
-LADDER = 0.5  # each rank a sketch may have, as a share of the one above
+LADDER = 0.7  # each rank a sketch may have, as a share of the one above
 CHUNK = 768 * 2**20  # bytes of blocks at a time
-SPEED = {torch.float64: 25e9, torch.float32: 80e9}  # operations a second on two cores
+SPEED = {torch.float64: 30e9, torch.float32: 100e9}  # operations a second on two cores
 FIRST = 4  # lag of the first truncation
 CALLS = 2e-4  # seconds that the calls for one step of one rank take, however small
 SEED = 0
