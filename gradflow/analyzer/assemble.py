@@ -39,9 +39,9 @@ from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.recording import Recording, Track
 
 METHODS = ("auto", "exact", "sketch")
-MAP_SECONDS = 10.0  # predicted, for the maps of all layers together
+MAP_SECONDS = 8.0  # predicted, for the maps of all layers together
 RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
-CHANNEL_WORK = 4e11  # operations for the singular values of all layers together
+CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
 
 Progress = Callable[[str, float], None]
 
