@@ -147,10 +147,7 @@ def _reason(track: Track) -> str:
     if not any(call.grads for call in calls) or any(call.second_order for call in calls):
         return track.why_no_gradient
     if not all(bool(torch.isfinite(call.returned["output"]).all()) for call in calls):
-        return (
-            "its states are not finite (NaN or infinity), so neither are its gradients; "
-            "look for the first such step in recording[...].h"
-        )
+        return "its states are not finite (NaN or infinity), so neither are its gradients"
     if not all(bool(torch.isfinite(grad).all()) for call in calls for grad in call.grads.values()):
         return (
             "the gradient that reaches it is not finite: the loss was NaN or infinite, or its own "

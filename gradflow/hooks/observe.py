@@ -378,6 +378,9 @@ def record(
             must_be("model", "a torch.nn.Module", type(model).__name__, "pass the model itself")
         )
     patterns = _patterns(layers)
+    if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+        kind = type(scaler).__name__
+        raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))
     recorder = Recorder(model, patterns, lengths, scaler)
     recording = recorder.recording
     before, ran = mistakes.gradient_marks(model), mistakes.Ran(model)
