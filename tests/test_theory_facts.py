@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -405,8 +406,9 @@ def test_gaussian_powers_grow_though_the_rate_is_zero() -> None:
     k = np.arange(1, 4)
     close(gains, np.sqrt((k + 1.0) ** (k + 1) / k**k), 0.1)
     close(gains, [2, 2.598, 3.079], 0.1)
-    rate = float(lyapunov_spectrum(constant(weight.float(), 400), k=1))
-    assert abs(rate) < 0.05
+    radius = float(torch.linalg.eigvals(weight).abs().max().log())  # 0 as N → ∞
+    rate = float(lyapunov_spectrum(constant(weight.float(), 600), k=1))
+    assert abs(radius) < 0.1 and abs(rate - radius) < 0.01
 
 
 @pytest.mark.parametrize(("w", "rate"), [(2.0, -LN2), (4.0, 0.0), (8.0, LN2)])
@@ -750,6 +752,17 @@ def test_a_wall_in_the_middle_is_not_smeared() -> None:
         logs_close(gains, plain_map(stack, norm)[0])
 
 
+@pytest.mark.parametrize("size", [64, 72])
+def test_walls_and_dead_directions_of_wide_states(size: int) -> None:
+    stack = random_stack(7, size, gain=0.8)
+    stack[4] = 0
+    gains = log_gain_map(stack)[0]
+    assert torch.isneginf(gains[:4, 4:]).all() and gains[4:, 4:].isfinite().sum() == 6
+    shift = constant(np.eye(size, k=size // 3), 6)  # gone after three steps
+    expected = np.where(np.arange(6) * (size // 3) < size, 0.0, -np.inf)
+    logs_close(by_lag(log_gain_map(shift)), expected, 1e-4 if size > 64 else 1e-9)
+
+
 def test_median_length_is_the_span_and_padding_is_no_data() -> None:
     lengths = [12, 30, 20]
     logs = np.random.default_rng(4).normal(-0.1, 0.3, (30, 3))
@@ -759,6 +772,14 @@ def test_median_length_is_the_span_and_padding_is_no_data() -> None:
     close(layer.data["sequence_rate"], rates, 1e-9)
     expected = [sum(max(0, n - k) for n in lengths) for k in range(30)]
     np.testing.assert_array_equal(layer.data["lag_count"], expected)
+
+
+def test_a_sequence_of_one_step_has_no_rate_in_a_batch_either() -> None:
+    logs = np.random.default_rng(0).normal(-0.2, 0.1, (30, 4))
+    layer = prescribed(logs, [30, 20, 1, 25])
+    known = layer.data["sequence_rate"].values[[0, 1, 3]]
+    assert math.isnan(layer.data["sequence_rate"][2])
+    close(layer.rate.value, known.mean(), 1e-12)
 
 
 def test_statistics_never_cross_a_cut() -> None:
@@ -836,6 +857,24 @@ def test_verdict(name: str) -> None:
         assert "sequences" in layer.sentence
     if expected == "stable":
         assert layer.findings == ()
+
+
+def test_the_number_of_sequences_said_would_decide() -> None:
+    rates = -0.02 + 0.01 * SPREAD
+    layer = prescribed(rows(rates, 30), span=100)
+    assert layer.verdict == "inconclusive"
+    said = re.search(r"(\d+) sequences", layer.sentence)
+    assert said is not None
+    room, spread = DECADE / 100 - 0.02, np.std(rates, ddof=1)
+    enough = [n for n in range(2, 500) if stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) < room]
+    assert enough[0] <= int(said[1]) <= 1.2 * enough[0]
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_exponential_random_walks_are_seldom_called_power_laws(sequences: int) -> None:
+    logs = walks(30, sequences, 60, 0.0)
+    called = ["not exponential" in prescribed(one.T).labels for one in logs]
+    assert np.mean(called) <= 0.1
 
 
 def test_half_life_of_an_exponential() -> None:
@@ -1060,6 +1099,15 @@ def test_small_exponents_are_no_exact_zeros() -> None:
     logs_close(lyapunov_spectrum(stack), [[0.0, math.log(1e-20)]], 1e-6)
 
 
+@pytest.mark.parametrize("when", [slice(None), slice(50, 51)], ids=["always", "once"])
+def test_a_dead_unit_leaves_one_exponent_of_minus_infinity(when: slice) -> None:
+    for _ in range(5):
+        stack = (torch.randn(4, 4) / 2).repeat(100, 1, 1, 1)
+        stack[when, :, 2] = 0  # φ' of unit 2 is 0, so is the determinant
+        exponents = lyapunov_spectrum(stack)[0]
+        assert torch.isneginf(exponents).tolist() == [False, False, False, True]
+
+
 # -------------------------------------------------------------------------- traps (section 5)
 
 
@@ -1184,6 +1232,38 @@ def test_clipping_comes_after() -> None:
         nn.utils.clip_grad_norm_(module.parameters(), 1e-6)
     near(recording["l0"].grad_h, plain, 1e-12)
     assert recording["l0"].parity.status == "passed"
+
+
+def test_amp_scale_is_divided_out() -> None:
+    module, x = nn.GRU(2, 4), torch.randn(15, 3, 2)
+    plain = observe(module, x)["l0"].grad_h
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def scaled(output: Tensor) -> Tensor:
+        return scaler.scale(last(output))
+
+    with gradflow.record(module, scaler=scaler) as told:
+        scaled(module(x)[0]).backward()
+    near(told["l0"].grad_h, plain, 1e-12)
+
+
+def test_the_spectral_radius_is_no_test() -> None:
+    # ρ(W) = 1.5, yet saturation makes it vanish; ρ(W) = 0, yet a driven pair of steps explodes
+    module = linear_rnn([[1.5]])
+    nn.init.ones_(module.weight_ih_l0)
+    layer = gradflow.analyze(observe(module, torch.full((60, 2, 1), 2.0)))["l0"]
+    assert layer.verdict == "vanishing"
+    weight = torch.tensor([[2.0, 2.0], [-2.0, -2.0]])
+    aim = torch.tensor([[40.0, 0.0], [0.0, 40.0]]).repeat(30, 1)  # pre-activations: one unit at 1
+    before = torch.cat([torch.zeros(1, 2), aim.tanh()[:-1]])
+    module = nn.RNN(2, 2, bias=False)
+    with torch.no_grad():
+        module.weight_ih_l0.copy_(torch.eye(2))
+        module.weight_hh_l0.copy_(weight)
+    layer = gradflow.analyze(observe(module, (aim - before @ weight.T)[:, None].repeat(1, 2, 1)))
+    assert float(torch.linalg.eigvals(weight).abs().max()) < 1e-6
+    assert layer["l0"].verdict == "exploding"
+    close(layer["l0"].rate.value, LN2, 1e-9)
 
 
 def test_initial_states_count() -> None:

@@ -205,7 +205,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     # how fast it grows or fades, every sequence on its own
     growth = _growth(track, settings)
     rates = growth.exponents[:, 0].numpy().copy()
-    rates[~finite] = np.nan
+    rates[~finite | (track.lengths.cpu() == 1).numpy()] = np.nan  # one step has no recurrence
     rate = _rate(track, growth, rates, finite)
     verdict = judge(rate, span, track.batch, int(growth.counted.sum(0).max()))
 
