@@ -203,7 +203,7 @@ def _from_weights(
 def _run_probe(module: loading.RecurrentModule, probe: loading.Probe) -> Recording:
     """Record the module alone, under the path it has in the whole model."""
     model: nn.Module = module.module
-    for part in reversed(module.name.split(".") if module.name else []):
+    for part in reversed(module.path_parts):
         outer = nn.Module()
         outer.add_module(part, model)
         model = outer
