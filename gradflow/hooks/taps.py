@@ -130,7 +130,7 @@ class _End:
     number: int  # of the graph nodes made so far
     since: int  # number of the oldest node of the tap before
     older: set[Any] = field(default_factory=set)  # nodes of all taps before
-    frames: tuple[FrameType, ...] = ()
+    frames: tuple[FrameType | None, ...] = ()  # the one that tapped, and its caller's
 
 
 class Taps:
@@ -170,9 +170,7 @@ class Taps:
             end.older.clear()
         end.states, end.place, end.number = states, place, _newest()
         # where a state is outside the graph, only the place of the loop tells that it goes on
-        plain = len(place.edges) < len(states)
-        above = frame.f_back
-        end.frames = () if not plain else (frame,) if above is None else (frame, above)
+        end.frames = (frame, frame.f_back)
 
     def _begin(self, name: str, states: dict[str, Tensor], place: Place, mark: Mark) -> _End:
         batch, device = len(place.like), place.like.device
@@ -306,11 +304,10 @@ def _by_value(
         return True
     if _among([*states.values()], end, before):
         return True
-    above = frame.f_back
-    if not end.frames:
-        return False
-    called_from_loop = end.frames[1:] == (above,) and frame.f_code is end.frames[0].f_code
-    return frame is end.frames[0] or called_from_loop
+    known, above = end.frames
+    assert known is not None
+    by_a_helper = frame.f_back is not None and frame.f_back is above
+    return frame is known or (by_a_helper and frame.f_code is known.f_code)
 
 
 def _among(tensors: list[Tensor], end: _End, before: dict[str, Tensor]) -> bool:
