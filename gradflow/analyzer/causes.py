@@ -55,13 +55,18 @@ def not_finite(e: Evidence) -> Iterator[Finding]:
 def no_recurrence(e: Evidence) -> Iterator[Finding]:
     """One step: no recurrence is exercised."""
     if "no recurrence" in e.labels:
+        tapped = e.kind == "tap"
         yield Finding(
             name="no-recurrence",
             layer=e.track.name,
             message="every sequence has one step, so the recurrent weights carry no gradient",
             value=1.0,
-            advice="give longer sequences; perhaps the time and the batch axis are swapped",
-            code="nn.LSTM(..., batch_first=True)  # where the input is (batch, time, features)",
+            advice="mark the states inside the loop, once per step"
+            if tapped
+            else "give longer sequences; perhaps the time and the batch axis are swapped",
+            code="h, c = gradflow.tap(h=h, c=c)"
+            if tapped
+            else "nn.LSTM(..., batch_first=True)  # where the input is (batch, time, features)",
         )
 
 

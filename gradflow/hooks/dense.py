@@ -23,6 +23,7 @@ MOVES = ("View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", 
          "Slice", "Select", "Split", "Unbind", "Cat", "Stack", "Transpose", "Permute",
          "ToCopy", "AsStrided")  # fmt: skip
 SUMS = ("Add", "Sub", *MOVES)
+TOGETHER = 128  # units whose products are taken at once
 
 
 @dataclass(eq=False)
@@ -81,17 +82,15 @@ class Place:
             if name in self.edges
         ]
 
-    def gathered(self, found: dict[Edge, Tensor]) -> tuple[Tensor, bool]:
-        """(B, S) of the gradients at its edges, and whether any came by elsewhere."""
-        names = {edge: name for name, edge in self.edges.items()}
-        result, beside = torch.zeros_like(self.like), False
-        for edge, grad in found.items():
-            if edge in names:
-                part = result[:, self.parts[names[edge]]]
-                part += grad.reshape(part.shape).to(result.dtype)
-            else:
-                beside |= bool((grad != 0).any())
-        return result, beside
+    def gathered(self, found: dict[Edge, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """(B, S) of the gradients at its edges, and those that came by elsewhere."""
+        columns = []
+        for name, part in self.parts.items():
+            zero = self.like[:, part]
+            grad = found.get(self.edges[name]) if name in self.edges else None
+            columns.append(zero if grad is None else grad.reshape(zero.shape).to(zero.dtype))
+        known = set(self.edges.values())
+        return torch.cat(columns, dim=1), [g for edge, g in found.items() if edge not in known]
 
 
 @dataclass(eq=False)
@@ -125,13 +124,15 @@ class Step:
             )
         return Step(before, now, between)
 
-    def pull(self, seed: Tensor, names: list[str] | None = None) -> Tensor:
+    def pull(self, seed: Tensor) -> Tensor:
         """The vector-Jacobian product of a seed (B, S)."""
-        device = self.now.like.device.type
-        with torch.autocast(device, enabled=False):
-            found = self.between.pull(self.now.seeds(seed, names or list(self.now.parts)))
-        result, beside = self.before.gathered(found)
-        if beside:
+        with torch.autocast(self.now.like.device.type, enabled=False):
+            found = self.between.pull(self.now.seeds(seed, list(self.now.parts)))
+        return self._complete(*self.before.gathered(found))
+
+    @staticmethod
+    def _complete(result: Tensor, beside: list[Tensor]) -> Tensor:
+        if any(bool((grad != 0).any()) for grad in beside):
             raise NotReadable(
                 "a tensor made by the same operation as a marked state, and carried along with it; "
                 "mark it as well"
@@ -145,13 +146,11 @@ class Step:
             NotReadable: an operation is not to be read, or sequences are mixed (batch
                 normalisation), so that no sequence has a Jacobian of its own.
         """
-        rows = []
-        for name, part in self.now.parts.items():
-            for unit in range(part.start, part.stop):
-                seed = torch.zeros_like(self.now.like)
-                seed[:, unit] = 1.0
-                rows.append(self.pull(seed, [name]))
-        found = torch.stack(rows, dim=1)
+        rows = [
+            self._complete(*unit_rows(self.now, self.before, self.between, name))
+            for name in self.now.parts
+        ]
+        found = torch.cat(rows, dim=1)
         if len(found) > 1 and bool(found.isfinite().all()):
             probe = probe_of(self.now.like)
             again = (probe.unsqueeze(1) @ found).squeeze(1)
@@ -296,13 +295,31 @@ def _block(place: Place, made: Place, between: Between, name: str) -> Tensor:
             elementwise = elementwise and not bool(theirs.any())
             continue
         result[:, :, columns] = torch.diag_embed(mine)
-    if elementwise:
-        return result
-    for unit in range(width):
-        seed = torch.zeros_like(place.like)
-        seed[:, part.start + unit] = 1.0
-        result[:, unit] = pull(seed)
-    return result
+    return result if elementwise else unit_rows(place, made, between, name)[0]
+
+
+def unit_rows(
+    now: Place, before: Place, between: Between, name: str
+) -> tuple[Tensor, list[Tensor]]:
+    """The vector-Jacobian products of every unit of one state, (B, width, S), and what came beside.
+
+    All units go at once where every operation on the way can be batched, else one by one.
+    """
+    part, batch = now.parts[name], len(now.like)
+    seeds = torch.eye(now.like.shape[1], dtype=now.like.dtype, device=now.like.device)[part]
+    seeds = seeds.unsqueeze(1).expand(-1, batch, -1)
+
+    def one(seed: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return before.gathered(between.pull(now.seeds(seed, [name])))
+
+    with torch.autocast(now.like.device.type, enabled=False):
+        try:
+            rows, beside = torch.vmap(one, chunk_size=TOGETHER)(seeds)
+        except (NotReadable, RuntimeError):
+            each = [one(seed) for seed in seeds]
+            rows = torch.stack([row for row, _ in each])
+            beside = [grad for _, grads in each for grad in grads]
+    return rows.transpose(0, 1), beside
 
 
 @dataclass(frozen=True)

@@ -315,7 +315,9 @@ def _among(tensors: list[Tensor], end: _End, before: dict[str, Tensor]) -> bool:
     for tensor in tensors:
         for name, state in end.states.items():
             row = before[name]
-            if tensor.device != state.device or tensor.numel() != state.numel():
+            if tensor.layout != torch.strided or tensor.device != state.device:
+                continue
+            if tensor.numel() != state.numel():
                 continue
             if tensor.untyped_storage().data_ptr() == state.untyped_storage().data_ptr():
                 return True
