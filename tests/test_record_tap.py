@@ -690,11 +690,38 @@ def test_a_forgotten_state_is_named_as_the_reason() -> None:
             state["h"] = gradflow.tap(h=state["h"])
         state["h"].sum().backward()
     assert bool((recording["loop"].grad_h[0] != 0).any())
-    with pytest.raises(RecordingError, match="the loop carries more from step to step"):
+    with pytest.raises(RecordingError, match="the loop carries more than its marked states"):
         gradflow.analyze(recording)
     assert recording["loop"].last_grads is None
     with pytest.raises(RecordingError, match="no direct part of the gradient"):
         _ = recording["loop"].grad_h_direct
+
+
+def test_a_state_made_together_with_one_that_is_not_marked() -> None:
+    u = weights(2 * HIDDEN, 2 * HIDDEN)
+    with gradflow.record(nn.Module()) as recording:
+        h = other = torch.ones(BATCH, HIDDEN, dtype=F64)
+        for _ in range(5):
+            h, other = torch.tanh(torch.cat([h, other], dim=1) @ u.T).chunk(2, dim=1)
+            h = gradflow.tap(h=h)
+        h.sum().backward()
+    with pytest.raises(RecordingError, match="another result of what made those before it"):
+        recording["loop"].operator()
+
+
+def test_a_fused_layer_of_one_step_inside_a_tapped_loop() -> None:
+    module, x = nn.LSTM(INPUTS, HIDDEN).double(), torch.randn(STEPS, BATCH, INPUTS, dtype=F64)
+    with gradflow.record(module) as recording:
+        state = None
+        for x_t in x:
+            _, state = module(x_t.unsqueeze(0), state)
+            h, c = gradflow.tap("tapped", h=state[0][0], c=state[1][0])
+            state = h.unsqueeze(0), c.unsqueeze(0)
+        h.sum().backward()
+    mine, theirs = recording["tapped"], recording["l0"]
+    stacks = [gradflow.analyzer.step_jacobians(track)[1:] for track in (mine, theirs)]
+    assert_jacobians_close(*stacks, mine.mask[1:])
+    assert_steps_close(mine.grad_h, theirs.grad_h, mine.mask)
 
 
 def test_sequences_that_are_mixed_have_no_jacobian() -> None:

@@ -7,6 +7,7 @@ so ∂s_t/∂c_{t−1} does not hold what goes through h_{t−1}. That is the st
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,16 @@ MOVES = ("View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", 
          "ToCopy", "AsStrided")  # fmt: skip
 SUMS = ("Add", "Sub", *MOVES)
 TOGETHER = 128  # units whose products are taken at once
+
+
+class Incomplete(NotReadable):
+    """The loop carries more from step to step than was marked."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}, so the loop carries more than its marked states; mark every state that it "
+            "carries, where it enters the next step"
+        )
 
 
 @dataclass(eq=False)
@@ -109,7 +120,7 @@ class Step:
         of those two steps back.
 
         Raises:
-            NotReadable: the new states depend on more of the past than on the states before.
+            Incomplete: the new states depend on more of the past than on the states before.
         """
         if not before.edges or not now.edges:
             return None
@@ -118,10 +129,7 @@ class Step:
         if not between.reached:
             return None
         if between.seen & (older - before.nodes):
-            raise NotReadable(
-                "a path that goes past the marked states: the loop carries more from step to step "
-                "than was marked, and every state that it carries must be"
-            )
+            raise Incomplete("a state that depends on more of the past than the states before it")
         return Step(before, now, between)
 
     def pull(self, seed: Tensor) -> Tensor:
@@ -133,10 +141,7 @@ class Step:
     @staticmethod
     def _complete(result: Tensor, beside: list[Tensor]) -> Tensor:
         if any(bool((grad != 0).any()) for grad in beside):
-            raise NotReadable(
-                "a tensor made by the same operation as a marked state, and carried along with it; "
-                "mark it as well"
-            )
+            raise Incomplete("a state that depends on another result of what made those before it")
         return result
 
     def jacobian(self) -> Tensor:
@@ -314,7 +319,10 @@ def unit_rows(
 
     with torch.autocast(now.like.device.type, enabled=False):
         try:
-            rows, beside = torch.vmap(one, chunk_size=TOGETHER)(seeds)
+            with warnings.catch_warnings():
+                # torch says that an operation is batched by a loop: no slower than one by one
+                warnings.simplefilter("ignore")
+                rows, beside = torch.vmap(one, chunk_size=TOGETHER)(seeds)
         except (NotReadable, RuntimeError):
             each = [one(seed) for seed in seeds]
             rows = torch.stack([row for row, _ in each])

@@ -41,6 +41,7 @@ class TapSource:
     """All marks of one loop."""
 
     scale: Callable[[], float]
+    name: str = "loop"  # of the track
     lengths: Tensor | None = None
     marks: list[Mark] = field(default_factory=list)
     graph_tasks: set[int] = field(default_factory=set)
@@ -186,8 +187,7 @@ class TapSource:
         reason = self.why_no_operator()
         if reason:
             raise RecordingError(
-                f"step Jacobians of a hand-written loop must be read when its state comes back, "
-                f"got {reason}"
+                f"step Jacobians of {self.name} must be read when its state comes back, got {reason}"
             )
         device = self.marks[0].cut.device
         chosen = sequences.to(device)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.errors import InputError, must_be
 from gradflow.hooks import patch
-from gradflow.hooks.dense import Place, Step, within
+from gradflow.hooks.dense import Incomplete, Place, Step, within
 from gradflow.hooks.graph import Between, NotReadable, saved_tensors_are_hooked
 from gradflow.hooks.links import probe_of
 from gradflow.hooks.tapped import WIDEST, Mark, TapSource
@@ -175,7 +175,7 @@ class Taps:
     def _begin(self, name: str, states: dict[str, Tensor], place: Place, mark: Mark) -> _End:
         batch, device = len(place.like), place.like.device
         lengths = self.owner.lengths_of(batch)
-        source = TapSource(self.owner.scale, lengths, [mark])
+        source = TapSource(self.owner.scale, name, lengths, [mark])
         self.sources.append(source)
         track = Track(
             name=name,
@@ -189,6 +189,7 @@ class Taps:
             training=self.owner.training,
         )
         self.owner.add_track(name, track)
+        source.name = track.name
         self._ends[name] = _End(source, track, states, place, _newest(), 0)
         return self._ends[name]
 
@@ -239,10 +240,11 @@ class Taps:
         try:
             if self._by_graph(end, place, mark):
                 return True
+        except Incomplete as error:
+            mark.unknown = str(error)
+            return True
         except NotReadable as error:
-            mark.unknown = f"{error}; mark every carried state where it enters the next step"
-            if "past the marked" not in mark.unknown and "carried along" not in mark.unknown:
-                mark.unknown = f"{error} between two taps"
+            mark.unknown = f"{error} between two taps"
             return True
         if not _by_value(end, states, place, mark, frame):
             return False
