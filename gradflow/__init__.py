@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gradflow.analysis import Analysis, Finding, LayerAnalysis, load
     from gradflow.analyzer import analyze
     from gradflow.errors import GradflowError, GradflowWarning
-    from gradflow.hooks import record
+    from gradflow.hooks import record, tap
     from gradflow.recording import Recording, Track
     from gradflow.reporter import report
     from gradflow.workflow import diagnose, plot
@@ -36,6 +36,7 @@ _HOMES = {
     "plot": "gradflow.workflow",
     "record": "gradflow.hooks",
     "report": "gradflow.reporter",
+    "tap": "gradflow.hooks",
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "plot",
     "record",
     "report",
+    "tap",
 ]
 
 

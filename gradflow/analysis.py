@@ -122,8 +122,9 @@ class LayerAnalysis:
 
     @property
     def main_state(self) -> str:
-        """The state the overview shows: c where there is one, else h."""
-        return "c" if "c" in self.data["state"].values else "h"
+        """The state the overview shows: c where there is one, else h, else the first."""
+        names = [str(name) for name in self.data["state"].values]
+        return next((name for name in ("c", "h") if name in names), names[0])
 
 
 @dataclass(frozen=True)

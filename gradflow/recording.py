@@ -49,9 +49,9 @@ class Forward:
     """What a replay of the forward pass yields; every array (T, B, ·), input-time order."""
 
     states: dict[str, Tensor]  # state name -> (T, B, P or H)
-    initial: dict[str, Tensor]  # state name -> (B, P or H)
+    initial: dict[str, Tensor]  # state name -> (B, P or H); empty where they were not seen
     gates: dict[str, Tensor]  # gate name -> (T, B, H)
-    inputs: Tensor  # (T, B, I)
+    inputs: Tensor | None  # (T, B, I); None where they were not seen
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Backward:
     """What a replay of the backward pass yields; every array (T, B, ·), input-time order."""
 
     grads: dict[str, Tensor]  # state name -> total gradient
-    direct: Tensor  # (T, B, P): what reaches h_t not through this layer's own recurrence
-    delta: Tensor  # (T, B, G*H): gradient at the input side of the pre-activations
-    delta_hh: Tensor  # (T, B, G*H): the same at the recurrent side
+    direct: Tensor | None  # (T, B, P): what reaches h_t not through this layer's own recurrence
+    delta: Tensor | None  # (T, B, G*H): gradient at the input side of the pre-activations
+    delta_hh: Tensor | None  # (T, B, G*H): the same at the recurrent side
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ class Track:
     """
 
     name: str  # "rnn.l0", "encoder.lstm.l1_reverse"; a cell: its module's own path
-    cell: str  # "LSTM", "GRU", "RNN_TANH", "RNN_RELU"
+    cell: str  # "LSTM", "GRU", "RNN_TANH", "RNN_RELU"; "tap" for a loop that marks its states
     reverse: bool  # true: the past of a step is the larger t
     lengths: Tensor  # (B,) real steps of each sequence
     mask: Tensor  # (T, B) true on real steps
     cuts: Tensor  # (T, B) true where no previous state arrives
-    weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies
+    weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies; none of a tap
     source: Source = field(repr=False)
     training: bool = True
     batch_first: bool = False  # how the layer itself was given its input
@@ -159,7 +159,24 @@ class Track:
     @property
     def inputs(self) -> Tensor:
         """What the layer read: x_t, or the layer below after its dropout, (T, B, I)."""
-        return self._forward().inputs
+        return self._seen(self._forward().inputs, "inputs")
+
+    def _seen(self, value: Tensor | None, what: str) -> Tensor:
+        if value is None:
+            raise RecordingError(
+                f"{self.name} has no {what}: its states were marked with gradflow.tap, and nothing "
+                "but the states of such a loop is seen"
+            )
+        return value
+
+    def _state(self, values: dict[str, Tensor], name: str) -> Tensor:
+        if name not in values:
+            known = ", ".join(self.states)
+            raise RecordingError(
+                f"{self.name} has no state named {name}; its states are {known}: read .states and "
+                ".grads by these names"
+            )
+        return values[name]
 
     @property
     def gates(self) -> dict[str, Tensor]:
@@ -167,9 +184,15 @@ class Track:
         return self._forward().gates
 
     @property
+    def main_state(self) -> str:
+        """The state that is shown where one is: c where there is one, else h, else the first."""
+        names = list(self.states)
+        return next((name for name in ("c", "h") if name in names), names[0])
+
+    @property
     def h(self) -> Tensor:
         """h_t, (T, B, P)."""
-        return self.states["h"]
+        return self._state(self.states, "h")
 
     @property
     def c(self) -> Tensor | None:
@@ -179,7 +202,7 @@ class Track:
     @property
     def h0(self) -> Tensor:
         """The state h before the first processed step, (B, P)."""
-        return self.initial["h"]
+        return self._seen(self.initial.get("h"), "h0")
 
     @property
     def c0(self) -> Tensor | None:
@@ -194,7 +217,7 @@ class Track:
     @property
     def grad_h(self) -> Tensor:
         """Total ∂L/∂h_t, (T, B, P), summed over the backwards that reached the layer."""
-        return self.grads["h"]
+        return self._state(self.grads, "h")
 
     @property
     def grad_c(self) -> Tensor | None:
@@ -208,7 +231,19 @@ class Track:
         Between two calls of a loop it is a difference: entries of at most 64 units of rounding of
         the terms of their step and sequence are exact zeros.
         """
-        return self._backward().direct
+        self._state(self.grads, "h")
+        direct = self._backward().direct
+        if direct is None:
+            raise RecordingError(
+                f"{self.name} has no direct part of the gradient: without step Jacobians it cannot "
+                "be told from the total; see the notes of this track"
+            )
+        return direct
+
+    @property
+    def has_direct(self) -> bool:
+        """Whether the direct part of ∂L/∂h_t is known."""
+        return self.has_gradient and self._backward().direct is not None
 
     @property
     def last_grads(self) -> dict[str, Tensor] | None:
@@ -219,7 +254,7 @@ class Track:
     @property
     def grad_h_last(self) -> Tensor | None:
         """∂L/∂h_t of the last loss step alone, (T, B, P), or None."""
-        return None if self.last_grads is None else self.last_grads["h"]
+        return None if self.last_grads is None else self._state(self.last_grads, "h")
 
     @property
     def grad_c_last(self) -> Tensor | None:
@@ -229,12 +264,12 @@ class Track:
     @property
     def delta(self) -> Tensor:
         """Pre-activation gradients δ_t, (T, B, G·H): ∂L/∂W_ih = Σ_t δ_t x_tᵀ."""
-        return self._backward().delta
+        return self._seen(self._backward().delta, "δ (delta)")
 
     @property
     def delta_hh(self) -> Tensor:
         """δ_t on the recurrent side, (T, B, G·H): ∂L/∂W_hh = Σ_t δʰ_t h_{t−1}ᵀ (GRU: r ⊙ δ in n)."""
-        return self._backward().delta_hh
+        return self._seen(self._backward().delta_hh, "δ (delta_hh)")
 
     @property
     def parity(self) -> Parity:
@@ -263,7 +298,9 @@ class Track:
 
     @property
     def hidden(self) -> int:
-        """H, the number of hidden units."""
+        """H, the number of hidden units; of a tapped loop the width of its main state."""
+        if self.cell not in GATES:
+            return int(self.states[self.main_state].shape[2])
         return int(self.weights["weight_hh"].shape[0]) // GATES[self.cell]
 
     def __repr__(self) -> str:

@@ -305,7 +305,7 @@ def _loss(
     lengths = loading.output_lengths(result, settings.output)
     lengths = batch.lengths if lengths is None else lengths
     loss = loading.make_loss(
-        settings.loss_name, batch.target is not None, _time_axis(model, recording)
+        settings.loss_name, batch.target is not None, _time_axis(model, recording, output)
     )
     if loss.note:
         recording.notes.append(loss.note)
@@ -314,10 +314,17 @@ def _loss(
     return value, f"{loss.name} of {where}"
 
 
-def _time_axis(model: nn.Module, recording: Recording) -> int:
+def _time_axis(model: nn.Module, recording: Recording, output: object) -> int:
     """Where time is in the model's output: where the layer that ran last had it."""
     tracks = list(recording)
-    return int(tracks[-1].batch_first) if tracks else loading.time_axis(model)
+    if tracks and tracks[-1].cell != "tap":
+        return int(tracks[-1].batch_first)
+    if tracks and isinstance(output, Tensor) and output.ndim >= 2:  # a loop by hand does not say
+        steps, batch = tracks[-1].steps, tracks[-1].batch
+        fits = [(steps, batch), (batch, steps)]
+        if steps != batch and tuple(output.shape[:2]) in fits:
+            return fits.index((output.shape[0], output.shape[1]))
+    return loading.time_axis(model)
 
 
 def _with_notes(provenance: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:

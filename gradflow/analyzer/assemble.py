@@ -294,6 +294,7 @@ def _growth(track: Track, settings: Settings) -> Growth:
     wide = _qr_seconds(length, batch, size, 1) > 2 * allowed
     operator = operator_of(track, torch.float32 if wide else torch.float64)
     cuts = cuts_before(track).diff(dim=0, prepend=torch.zeros(1, batch, dtype=torch.int)) > 0
+    cuts[0] |= not track.initial  # what leads into the first state was not seen
     return log_growth(
         operator,
         track.lengths,
@@ -436,7 +437,7 @@ def _curves(growth: Growth) -> np.ndarray:
 
 def _leaves_range(track: Track, maps: plan.Maps) -> bool:
     """Whether gains leave what the track's own dtype can hold."""
-    limits = torch.finfo(track.h.dtype)
+    limits = torch.finfo(track.states[track.main_state].dtype)
     low, high = finite_extremes(maps.log_gain["spectral"])
     return low < math.log(limits.tiny) or high > math.log(limits.max)
 
@@ -512,7 +513,7 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
                 "include the transient"
             )
         if "range-limited" in layer.labels:
-            name = str(track.h.dtype).removeprefix("torch.")
+            name = str(track.states[track.main_state].dtype).removeprefix("torch.")
             notes.append(
                 f"gains of {track.name} leave the range of {name}: the model's own gradient "
                 "over- or underflows there"
@@ -528,7 +529,8 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
 
 def _loss_at_every_step(layer: LayerAnalysis) -> bool:
     """Whether the last loss step alone falls short of the total at most steps."""
-    norms = layer.data["grad_norm"].sel(state="h")
+    states = list(layer.data["state"].values)
+    norms = layer.data["grad_norm"].sel(state="h" if "h" in states else layer.main_state)
     total, last = norms.sel(kind="total").values, norms.sel(kind="last").values
     known = np.isfinite(total) & np.isfinite(last) & (total > 0)
     more = np.abs(total[known] - last[known]) > 0.01 * total[known]

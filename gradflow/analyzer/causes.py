@@ -68,13 +68,18 @@ def not_finite(e: Evidence) -> Iterator[Finding]:
 def no_recurrence(e: Evidence) -> Iterator[Finding]:
     """One step: no recurrence is exercised."""
     if "no recurrence" in e.labels:
+        tapped = e.kind == "tap"
         yield Finding(
             name="no-recurrence",
             layer=e.track.name,
             message="every sequence has one step, so the recurrent weights carry no gradient",
             value=1.0,
-            advice="give longer sequences; perhaps the time and the batch axis are swapped",
-            code=f"nn.{e.kind}(..., batch_first=True)  # where the input is (batch, time, features)",
+            advice="mark the states inside the loop, once per step"
+            if tapped
+            else "give longer sequences; perhaps the time and the batch axis are swapped",
+            code="h, c = gradflow.tap(h=h, c=c)"
+            if tapped
+            else f"nn.{e.kind}(..., batch_first=True)  # where the input is (batch, time, features)",
         )
 
 
@@ -98,7 +103,7 @@ def cut(e: Evidence) -> Iterator[Finding]:
     inside &= torch.arange(e.track.steps)[:, None] < e.track.lengths.cpu()
     where = input_time(e.track)[inside]
     steps = sorted(set(where.tolist()))
-    if not steps:
+    if not steps or (e.kind == "tap" and steps == [1]):  # a constant start, said in a note
         return
     shown = ", ".join(str(t + 1) for t in steps[:5]) + (", …" if len(steps) > 5 else "")
     noun = "step" if len(steps) == 1 else "steps"
@@ -153,7 +158,7 @@ def vanishing(e: Evidence) -> Iterator[Finding]:
     """The rate lies below the band, with the remedy for this kind of cell."""
     if e.verdict.name != "vanishing":
         return
-    advice, source, code = _REMEDIES[e.kind](e)
+    advice, source, code = _REMEDIES.get(e.kind, _any_remedy)(e)
     yield Finding(
         name="vanishing",
         layer=e.track.name,
@@ -220,6 +225,15 @@ def _chrono_code(e: Evidence) -> str:
     if e.kind == "LSTM":
         lines.append(f"{bias}.data[:{hidden}] = -{bias}.data[{hidden}:{2 * hidden}]")
     return "\n".join(lines)
+
+
+def _any_remedy(_: Evidence) -> tuple[str, str, str]:
+    return (
+        "give the state a path that adds to it instead of overwriting it: a forget gate that starts "
+        "open, or recurrent weights that start orthogonal",
+        "Jozefowicz et al. 2015; Arjovsky et al. 2016",
+        "",
+    )
 
 
 _REMEDIES: dict[str, Callable[[Evidence], tuple[str, str, str]]] = {
@@ -351,7 +365,7 @@ def update_gates(e: Evidence) -> Iterator[Finding]:
 
 def saturated(e: Evidence) -> Iterator[Finding]:
     """Activations at their flat ends in most units."""
-    if not e.fades or e.track.cell == "RNN_RELU":
+    if not e.fades or e.track.cell in ("RNN_RELU", "tap"):  # what a tap marks may have no limits
         return
     tensors = sigmoid_and_other(e.track) or {"h": e.track.h.detach().cpu().double()}
     for name, values in tensors.items():

@@ -36,13 +36,13 @@ class Evidence:
 
     @property
     def kind(self) -> str:
-        """RNN, LSTM, GRU."""
+        """RNN, LSTM, GRU, tap."""
         return self.track.cell.split("_")[0]
 
     @property
     def main_state(self) -> str:
-        """c where there is one, else h."""
-        return "c" if "c" in self.track.states else "h"
+        """c where there is one, else h, else the first."""
+        return self.track.main_state
 
     @property
     def main_profile(self) -> np.ndarray:

@@ -108,7 +108,7 @@ def operator_of(
     """The step Jacobians of some sequences, up to the last real step of the longest of them."""
     chosen = torch.arange(track.batch) if sequences is None else torch.as_tensor(sequences)
     length = int(track.lengths.cpu()[chosen].max())
-    device = track.weights["weight_hh"].device
+    device = track.mask.device
     return HostOperator(track.operator(dtype, chosen), length, device)
 
 

@@ -145,7 +145,7 @@ def grad_norms(track: Track, withheld: bool) -> np.ndarray:
         return result
     kinds: dict[str, dict[str, Tensor]] = {
         "total": track.grads,
-        "direct": {"h": track.grad_h_direct},
+        "direct": {"h": track.grad_h_direct} if track.has_direct else {},
         "last": track.last_grads or {},
     }
     for i, kind in enumerate(KINDS):

@@ -112,6 +112,8 @@ _SENTENCES: dict[str, Callable[[Evidence], str]] = {
 def title(evidence: Evidence) -> str:
     """The headline of a layer in the overview: what became of the loss's gradient, else the gain."""
     subject = evidence.kind if evidence.alone else f"{evidence.track.name} ({evidence.kind})"
+    if evidence.kind == "tap":
+        subject = evidence.track.name
     return f"{subject}: {_headline(evidence)}"
 
 

@@ -1,5 +1,6 @@
 """Hooks: observe the calls of an unmodified model, then replay them."""
 
 from gradflow.hooks.observe import record
+from gradflow.hooks.taps import tap
 
-__all__ = ["record"]
+__all__ = ["record", "tap"]

@@ -16,10 +16,11 @@ from torch import Tensor
 Edge = tuple[Any, int]  # a node of the graph and which of its outputs
 
 DEPTH, NODES = 16, 400  # how far from the new state, and how many nodes are looked at
+MOST = 100_000  # nodes of one step of a hand-written loop
 
 
 class NotReadable(Exception):
-    """The nodes between two calls cannot be called by themselves."""
+    """The nodes between two states cannot be called by themselves."""
 
 
 def edge_of(tensor: Tensor) -> Edge | None:
@@ -31,11 +32,17 @@ def edge_of(tensor: Tensor) -> Edge | None:
 
 
 class Between:
-    """All paths from some edges back to the nodes of others; the others' nodes are not passed."""
+    """All paths from some edges back to the nodes of others; the others' nodes are not passed.
 
-    def __init__(self, roots: list[Edge], ends: set[Any]) -> None:
+    Given `since`, the walk has no limit in depth but passes no node older than that number: nodes
+    are numbered as they are made, and what lies on a path is younger than where the path ends.
+    """
+
+    def __init__(self, roots: list[Edge], ends: set[Any], since: int | None = None) -> None:
         self.ends = ends
+        self.since = since
         children = self._collect([node for node, _ in roots])
+        self.seen = children.keys()
         self.on_path = self._leading_to_ends(children)
         self.order = self._sorted(roots, children)
         self.reached = {node for node in self.order if node in ends}
@@ -43,11 +50,14 @@ class Between:
     def _collect(self, roots: list[Any]) -> dict[Any, list[Any]]:
         children: dict[Any, list[Any]] = {}
         queue = deque((node, 0) for node in roots)
-        while queue and len(children) < NODES:
+        while queue and (self.since is not None or len(children) < NODES):
             node, depth = queue.popleft()
             if node in children:
                 continue
-            stop = node in self.ends or depth >= DEPTH
+            if len(children) >= MOST:
+                raise NotReadable(f"more than {MOST} operations")
+            far = depth >= DEPTH if self.since is None else node._sequence_nr() < self.since
+            stop = node in self.ends or far
             children[node] = [] if stop else [n for n, _ in node.next_functions if n is not None]
             queue.extend((child, depth + 1) for child in children[node])
         return children
@@ -98,23 +108,25 @@ class Between:
             for node in self.order:
                 if node in self.ends:
                     continue
-                given = [arrived.get((node, place)) for place in range(_outputs(node))]
+                given = [arrived.get((node, place)) for place in range(outputs(node))]
                 if all(grad is None for grad in given):
                     continue
-                for edge, grad in zip(node.next_functions, _called(node, given), strict=False):
+                for edge, grad in zip(node.next_functions, called(node, given), strict=False):
                     if edge[0] in self.on_path and grad is not None:
                         arrived[edge] = arrived[edge] + grad if edge in arrived else grad
         return {edge: grad for edge, grad in arrived.items() if edge[0] in self.ends}
 
 
-def _outputs(node: Any) -> int:
+def outputs(node: Any) -> int:
+    """How many outputs a node has."""
     return len(node._input_metadata)
 
 
-def _called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What one node makes of the gradients at its outputs."""
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         raise NotReadable("an autograd.Function of your own")
-    if _saved_tensors_are_hooked() and any(name.startswith("_raw_saved") for name in dir(node)):
+    if saved_tensors_are_hooked() and any(name.startswith("_raw_saved") for name in dir(node)):
         raise NotReadable("what a checkpoint recomputes")
     try:
         found = node(*grads)
@@ -123,7 +135,7 @@ def _called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _saved_tensors_are_hooked() -> bool:
+def saved_tensors_are_hooked() -> bool:
     """Whether unpacking a saved tensor now would run somebody's code, a checkpoint's for one."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(False) is not None

@@ -132,12 +132,12 @@ class _Pull:
         """into and around, each elementwise, dense, or the reason why it is neither."""
         states = [self.call.h0] + ([] if self.call.c0 is None else [self.call.c0])
         like = torch.cat(states, dim=2)
-        probe = _probe(like)
+        probe = probe_of(like)
         ones, probed = self(torch.ones_like(like)), self(probe)
         found: list[Factor | str] = []
         dense: tuple[Tensor, Tensor] | None = None
         for place in (0, 1):
-            if _close(probed[place], probe * ones[place], ones[place] * probe):
+            if close_to(probed[place], probe * ones[place], ones[place] * probe):
                 found.append(ones[place])
                 continue
             dense = self._dense(like) if dense is None and like.shape[2] <= DENSE else dense
@@ -165,18 +165,18 @@ def _checked(dense: Tensor | None, probe: Tensor, probed: Tensor) -> Tensor | st
         )
     again = (probe.unsqueeze(2) @ dense).squeeze(2)
     size = (probe.abs().unsqueeze(2) @ dense.abs()).squeeze(2)
-    if not _close(probed, again, size):
+    if not close_to(probed, again, size):
         return "sequences or layers are mixed between two of its calls"
     return dense
 
 
-def _probe(like: Tensor) -> Tensor:
+def probe_of(like: Tensor) -> Tensor:
     """Numbers between 1/2 and 3/2 without a pattern, and without touching a random generator."""
     numbers = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
     return (numbers * 0.6180339887498949).frac().add(0.5).view(like.shape).to(like.dtype)
 
 
-def _close(mine: Tensor, theirs: Tensor, size: Tensor) -> bool:
+def close_to(mine: Tensor, theirs: Tensor, size: Tensor) -> bool:
     """Equal up to the rounding of a few operations, per sequence."""
     bound = 256 * torch.finfo(mine.dtype).eps * size.abs().amax(dim=-1, keepdim=True)
     return bool(((mine - theirs).abs() <= bound).all())

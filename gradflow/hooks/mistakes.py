@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from gradflow.hooks.call import Call
 from gradflow.hooks.source import LoopSource
+from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.recording import Recording, Track
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -79,7 +80,8 @@ def why_no_track(
     return (
         f"no recurrent layer ran: {type(model).__name__} consists of {', '.join(kinds)}, none of them "
         f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}; give the model that holds the "
-        "recurrent layer"
+        "recurrent layer or, if the model loops by hand, mark its states: "
+        "h, c = gradflow.tap(h=h, c=c) inside the loop"
     )
 
 
@@ -99,10 +101,17 @@ def found(recording: Recording) -> list[str]:
 
 def _too_short(recording: Recording) -> list[str]:
     """Tracks of one step, which exercise no recurrence."""
-    short = [track for track in recording if track.steps == 1]
+    once = [track for track in recording if track.steps == 1]
+    tapped = [track.name for track in once if isinstance(track.source, TapSource)]
+    short = [track for track in once if track.name not in tapped]
     cells = [track.name for track in short if _calls(track)[0].single]
     layers = [track.name for track in short if not _calls(track)[0].single]
     sentences = []
+    if tapped:
+        sentences.append(
+            f"{_listed(tapped)} was tapped once, so no state came back and no recurrence is "
+            "exercised; call tap inside the loop, once per step"
+        )
     if cells:
         sentences.append(
             f"{_listed(cells)} was called once, so no state came back and no recurrence is "
@@ -143,12 +152,19 @@ def _calls(track: Track) -> list[Call]:
 
 def _reason(track: Track) -> str:
     """What went wrong with one track, or nothing."""
-    calls = _calls(track)
-    if not any(call.grads for call in calls) or any(call.second_order for call in calls):
+    seen: Sequence[Call | Mark]
+    if isinstance(track.source, TapSource):
+        seen, second_order = track.source.marks, track.source.second_order
+        states = [state for mark in track.source.marks for state in mark.states.values()]
+    else:
+        seen = calls = _calls(track)
+        second_order = any(call.second_order for call in calls)
+        states = [call.returned["output"] for call in calls]
+    if not any(one.grads for one in seen) or second_order:
         return track.why_no_gradient
-    if not all(bool(torch.isfinite(call.returned["output"]).all()) for call in calls):
+    if not all(bool(torch.isfinite(state).all()) for state in states):
         return "its states are not finite (NaN or infinity), so neither are its gradients"
-    if not all(bool(torch.isfinite(grad).all()) for call in calls for grad in call.grads.values()):
+    if not all(bool(torch.isfinite(grad).all()) for one in seen for grad in one.grads.values()):
         return (
             "the gradient that reaches it is not finite: the loss was NaN or infinite, or its own "
             "derivative is; look at the loss before the gradient"

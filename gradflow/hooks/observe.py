@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.patch import CellCall, FusedCall, observing
 from gradflow.hooks.source import LoopSource
 from gradflow.hooks.stitch import Chain, Stitcher
+from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.taps import Taps
 from gradflow.recording import Recording, Track, matches_any
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
@@ -31,19 +34,27 @@ class Recorder:
     """The observer behind one ``with record(model)`` block."""
 
     def __init__(
-        self, model: nn.Module, layers: list[str] | None, lengths: Lengths, scaler: Any
+        self,
+        model: nn.Module,
+        layers: list[str] | None,
+        lengths: Lengths,
+        scaler: Any,
+        jacobians: bool | None = None,
     ) -> None:
         self.thread = threading.get_ident()
         self.model = model
         self.layers = layers
         self.lengths = lengths
         self.scaler = scaler
+        self.jacobians = jacobians
+        self.training = model.training
         self.recording = Recording(type(model).__name__)
         self.uses = WeightUses(model)
         self.calls: list[Call] = []
         self.handles: list[RemovableHandle] = []
         self.runs: Counter[str] = Counter()
         self.stitcher = Stitcher()
+        self.taps = Taps(self)
         self._copies: dict[object, Tensor] = {}  # by id, or by owner and place
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
         self._holders = {
@@ -76,6 +87,22 @@ class Recorder:
         owner = self._owner(seen.weights, seen.module)
         if owner is not None:
             self._admit(self._copy_cell(seen, owner), seen.initial, seen.results)
+
+    def saw_tap(
+        self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
+    ) -> None:
+        """Copy the states that a hand-written loop marks; every recording of the thread does."""
+        self.taps.saw(name, states, rows, frame)
+
+    def wants_track(self, name: str) -> bool:
+        """Whether a tap of this name is picked."""
+        return self.layers is None or matches_any(name, self.layers)
+
+    def add_track(self, base: str, track: Track) -> None:
+        """Take up a new tapped loop, under a name of its own."""
+        self.runs[base] += 1
+        track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
+        self.recording._tracks[track.name] = track
 
     def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
         task = torch._C._current_graph_task_id()
@@ -159,7 +186,7 @@ class Recorder:
         returned = {"output": output, "h_n": output}
         if c is not None:
             returned["c_n"] = copied(c).unsqueeze(0)
-        self._check_cell_lengths(seen)
+        self.lengths_of(seen.data.shape[0])
         return Call(
             cell=seen.cell,
             owner=owner,
@@ -200,9 +227,9 @@ class Recorder:
             self._copies[id(weight)] = self._copies[owner, place] = found[-1]
         return tuple(found)
 
-    def _check_cell_lengths(self, seen: CellCall) -> None:
+    def lengths_of(self, batch: int) -> Tensor | None:
+        """The user's lengths for a loop over a batch of this size, checked."""
         lengths = self._loop_lengths()
-        batch = seen.data.shape[0]
         if lengths is not None and (lengths.shape != (batch,) or bool((lengths < 1).any())):
             raise InputError(
                 must_be(
@@ -212,6 +239,7 @@ class Recorder:
                     "give one length per sequence of the batch",
                 )
             )
+        return lengths
 
     def _loop_lengths(self) -> Tensor | None:
         """The user's lengths for a loop over a cell: real steps of the whole loop."""
@@ -288,6 +316,7 @@ class Recorder:
         self.handles.clear()
         self.uses.close()
         self.stitcher.close()
+        self.taps.close()
         self._copies.clear()
 
 
@@ -357,8 +386,9 @@ def record(
         layers: names or globs of the tracks to keep; all by default.
         lengths: (B,) real steps of each sequence of a padded batch, or a callable of the layer's
             input that gives them. Packed input needs none.
-        jacobians: step Jacobians of user-written cells; stock layers have theirs in closed form and
-            need no such request.
+        jacobians: step Jacobians of loops that mark their states with `gradflow.tap`, at one backward
+            of the step per unit: by default up to 64 units, with True at any width, with False never.
+            Stock layers have theirs in closed form and need no such request.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
 
     Raises:
@@ -377,11 +407,14 @@ def record(
         raise InputError(
             must_be("model", "a torch.nn.Module", type(model).__name__, "pass the model itself")
         )
+    if jacobians is not None and not isinstance(jacobians, bool):
+        expected = "True, False or left out"
+        raise InputError(must_be("jacobians", expected, repr(jacobians), "leave it out"))
     patterns = _patterns(layers)
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         kind = type(scaler).__name__
         raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))
-    recorder = Recorder(model, patterns, lengths, scaler)
+    recorder = Recorder(model, patterns, lengths, scaler, jacobians)
     recording = recorder.recording
     before, ran = mistakes.gradient_marks(model), mistakes.Ran(model)
     try:
@@ -391,7 +424,9 @@ def record(
         recorder.close()
         ran.close()
         marks_changed = mistakes.gradient_marks(model) != before
-        seen = any(call.graph_tasks for call in recorder.calls)
+        seen = any(call.graph_tasks for call in recorder.calls) or any(
+            source.graph_tasks for source in recorder.taps.sources
+        )
         _describe(recorder, list(ran.names), ran_backward=marks_changed or seen)
     for sentence in mistakes.found(recorder.recording):
         warnings.warn(sentence, GradflowWarning, stacklevel=3)
@@ -400,6 +435,8 @@ def record(
 def _notes(track: Track) -> list[str]:
     """What a reader should know about a track that is a loop of calls."""
     source = track.source
+    if isinstance(source, TapSource):
+        return source.notes()
     assert isinstance(source, LoopSource)
     chain = source.loop.chain
     notes = []
@@ -419,9 +456,12 @@ def _notes(track: Track) -> list[str]:
 def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
-    recording._empty_reason = mistakes.why_no_track(
-        recorder.model, recorder.layers, bool(calls), ran
-    )
+    ran_some = bool(calls) or recorder.taps.seen
+    recording._empty_reason = mistakes.why_no_track(recorder.model, recorder.layers, ran_some, ran)
+    training = [call.training for call in calls] or [recorder.training]
+    tensors = [call.weights[0] for call in calls] + [
+        state for source in recorder.taps.sources for state in source.marks[0].states.values()
+    ]
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
         track.notes += _notes(track)
@@ -429,7 +469,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
         "model": recording.model_name,
         "gradflow": __version__,
         "torch": str(torch.__version__),
-        "mode": "training" if any(call.training for call in calls) else "evaluation",
-        "device": sorted({call.data.device.type for call in calls}),
-        "dtype": sorted({str(call.weights[0].dtype).removeprefix("torch.") for call in calls}),
+        "mode": "training" if any(training) else "evaluation",
+        "device": sorted({tensor.device.type for tensor in tensors}),
+        "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
     }

@@ -71,6 +71,9 @@ class Observer(Protocol):
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool: ...
     def saw(self, call: FusedCall) -> None: ...
     def saw_cell(self, call: CellCall) -> None: ...
+    def saw_tap(
+        self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
+    ) -> None: ...
 
 
 _lock = threading.RLock()
@@ -92,6 +95,17 @@ def observing(observer: Observer) -> Iterator[None]:
             _observers.remove(observer)
             if not _observers:
                 _restore()
+
+
+def is_observed() -> bool:
+    """Whether any recording is open, in any thread."""
+    return bool(_observers)
+
+
+def observers_here() -> list[Observer]:
+    """The observers of the calling thread."""
+    thread = threading.get_ident()
+    return [observer for observer in _observers if observer.thread == thread]
 
 
 def _install() -> None:
@@ -116,16 +130,15 @@ def _watched(
     original: Callable[..., Any], cell: str, tell: Callable[..., Any]
 ) -> Callable[..., Any]:
     def watched(*args: Any, **kwargs: Any) -> Any:
-        thread = threading.get_ident()
-        mine = [observer for observer in _observers if observer.thread == thread]
+        mine = observers_here()
         if not mine or kwargs:  # torch itself passes everything by position
             return original(*args, **kwargs)
         return tell(mine, original, cell, args)
 
-    return _untraced(functools.wraps(original, updated=())(watched))
+    return untraced(functools.wraps(original, updated=())(watched))
 
 
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with all it calls, kept away from torch.compile.
 
     Where torch._dynamo is not loaded, its second of import is saved: the marks that

@@ -205,7 +205,7 @@ class LoopSource:
             states={n: self._in_time([p.states[n] for p in parts]) for n in parts[0].states},
             initial={n: state[first.columns(0)] for n, state in parts[0].initial.items()},
             gates={n: self._in_time([p.gates[n] for p in parts]) for n in parts[0].gates},
-            inputs=self._in_time([p.inputs for p in parts]),
+            inputs=self._in_time([p.inputs for p in parts if p.inputs is not None]),
         )
 
     def backward(self) -> Backward | None:

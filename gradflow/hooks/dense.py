@@ -1,0 +1,361 @@
+"""Dense step Jacobians of a hand-written loop, read from the user's own graph.
+
+Letters: B sequences, S the width of all states side by side. The states of one step are independent
+arguments: a path from one step's states ends at the first state of the step before that it meets,
+so ∂s_t/∂c_{t−1} does not hold what goes through h_{t−1}. That is the state Jacobian, which composes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradflow.hooks.graph import Between, Edge, NotReadable, called, edge_of, outputs
+from gradflow.hooks.links import close_to, probe_of
+
+# operations that multiply a state by zero, or put a zero in its place
+MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill")
+# operations that only move entries
+MOVES = ("View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", "Expand",
+         "Slice", "Select", "Split", "Unbind", "Cat", "Stack", "Transpose", "Permute",
+         "ToCopy", "AsStrided")  # fmt: skip
+SUMS = ("Add", "Sub", *MOVES)
+TOGETHER = 128  # units whose products are taken at once
+
+
+class Incomplete(NotReadable):
+    """The loop carries more from step to step than was marked."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}, so the loop carries more than its marked states; mark every state that it "
+            "carries, where it enters the next step"
+        )
+
+
+@dataclass(eq=False)
+class Place:
+    """Where the states of one step sit in the graph, and how they lie side by side."""
+
+    edges: dict[str, Edge]  # of those that need a gradient
+    parts: dict[str, slice]  # state name -> its columns of (B, S)
+    shapes: dict[str, torch.Size]
+    dtypes: dict[str, torch.dtype]
+    like: Tensor  # (B, S) zeros in the dtype that holds all of them
+
+    @staticmethod
+    def of(states: dict[str, Tensor], rows: dict[str, Tensor]) -> Place:
+        """The place of some states, given as the user's own tensors and as copies (B, width)."""
+        dtype = rows[next(iter(rows))].dtype
+        for row in rows.values():
+            dtype = torch.promote_types(dtype, row.dtype)
+        parts, start = {}, 0
+        for name, row in rows.items():
+            parts[name] = slice(start, start + row.shape[1])
+            start += row.shape[1]
+        first = next(iter(rows.values()))
+        return Place(
+            edges={name: edge for name, state in states.items() if (edge := edge_of(state))},
+            parts=parts,
+            shapes={name: state.shape for name, state in states.items()},
+            dtypes={name: state.dtype for name, state in states.items()},
+            like=torch.zeros(len(first), start, dtype=dtype, device=first.device),
+        )
+
+    @property
+    def nodes(self) -> set[Any]:
+        """The nodes of the states."""
+        return {node for node, _ in self.edges.values()}
+
+    @property
+    def since(self) -> int:
+        """The number of the oldest of its nodes; 0 where one is a leaf, which has no number."""
+        numbers = [node._sequence_nr() for node in self.nodes]
+        return 0 if not numbers or max(numbers) >= 2**63 else min(numbers)
+
+    @property
+    def twice(self) -> bool:
+        """Whether two of its states are one and the same tensor of the graph."""
+        return len(set(self.edges.values())) < len(self.edges)
+
+    def seeds(self, seed: Tensor, names: list[str]) -> list[tuple[Edge, Tensor]]:
+        """Columns of a seed (B, S) at the edges of the named states."""
+        return [
+            (
+                self.edges[name],
+                seed[:, self.parts[name]].to(self.dtypes[name]).reshape(self.shapes[name]),
+            )
+            for name in names
+            if name in self.edges
+        ]
+
+    def gathered(self, found: dict[Edge, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """(B, S) of the gradients at its edges, and those that came by elsewhere."""
+        columns = []
+        for name, part in self.parts.items():
+            zero = self.like[:, part]
+            grad = found.get(self.edges[name]) if name in self.edges else None
+            columns.append(zero if grad is None else grad.reshape(zero.shape).to(zero.dtype))
+        known = set(self.edges.values())
+        return torch.cat(columns, dim=1), [g for edge, g in found.items() if edge not in known]
+
+
+@dataclass(eq=False)
+class Step:
+    """The way from one step's states back to those of the step before."""
+
+    before: Place
+    now: Place
+    between: Between
+
+    @staticmethod
+    def find(before: Place, now: Place, older: set[Any], since: int) -> Step | None:
+        """The step, or None where no path leads back.
+
+        older are the nodes of the states two steps back and more, since is the number of the oldest
+        of those two steps back.
+
+        Raises:
+            Incomplete: the new states depend on more of the past than on the states before.
+        """
+        if not before.edges or not now.edges:
+            return None
+        roots = list(now.edges.values())
+        between = Between(roots, before.nodes, min(since, before.since))
+        if not between.reached:
+            return None
+        if between.seen & (older - before.nodes):
+            raise Incomplete("a state that depends on more of the past than the states before it")
+        return Step(before, now, between)
+
+    def pull(self, seed: Tensor) -> Tensor:
+        """The vector-Jacobian product of a seed (B, S)."""
+        with torch.autocast(self.now.like.device.type, enabled=False):
+            found = self.between.pull(self.now.seeds(seed, list(self.now.parts)))
+        return self._complete(*self.before.gathered(found))
+
+    @staticmethod
+    def _complete(result: Tensor, beside: list[Tensor]) -> Tensor:
+        if any(bool((grad != 0).any()) for grad in beside):
+            raise Incomplete("a state that depends on another result of what made those before it")
+        return result
+
+    def jacobian(self) -> Tensor:
+        """∂s_t/∂s_{t−1}, (B, S, S), one product per unit with all sequences at once.
+
+        Raises:
+            NotReadable: an operation is not to be read, or sequences are mixed (batch
+                normalisation), so that no sequence has a Jacobian of its own.
+        """
+        rows = [
+            self._complete(*unit_rows(self.now, self.before, self.between, name))
+            for name in self.now.parts
+        ]
+        found = torch.cat(rows, dim=1)
+        if len(found) > 1 and bool(found.isfinite().all()):
+            probe = probe_of(self.now.like)
+            again = (probe.unsqueeze(1) @ found).squeeze(1)
+            size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
+            if not close_to(self.pull(probe), again, size):
+                raise NotReadable(
+                    "an operation that mixes the sequences of a batch (batch normalisation in "
+                    "training, perhaps), so that no sequence has a Jacobian of its own"
+                )
+        return found
+
+    # -- cuts --------------------------------------------------------------------------------
+
+    def cut(self, flows: Tensor) -> Tensor:
+        """(B,) where the state was multiplied by zero on its way into the step or out of it.
+
+        flows (B,) is true where anything gets through. Exact zeros of the step itself are no cut:
+        a gate that shuts, units that are all dead.
+        """
+        if bool(flows.all()):
+            return ~flows
+        return ~flows & (self._shut(self._entries()) | self._shut(self._exits()))
+
+    def _parents(self) -> dict[Any, list[Any]]:
+        parents: dict[Any, list[Any]] = {}
+        for node in self.between.order:
+            if node in self.between.ends:
+                continue
+            for child, _ in node.next_functions:
+                if child in self.between.on_path:
+                    parents.setdefault(child, []).append(node)
+        return parents
+
+    def _entries(self) -> list[Any]:
+        """The first operations on the states before, [] where one is a summand of the new state."""
+        parents, summed = self._parents(), self._summed()
+        found, seen = [], set()
+        stack = [node for node in self.between.ends if node in self.between.on_path]
+        while stack:
+            for node in parents.get(stack.pop(), []):
+                if node in seen:
+                    continue
+                seen.add(node)
+                if _is(node, MOVES):
+                    stack.append(node)
+                    continue
+                above = parents.get(node, [])
+                gate = node in self.now.nodes or all(n in summed and _is(n, SUMS) for n in above)
+                if gate:
+                    return []
+                found.append(node)
+        return found
+
+    def _summed(self) -> set[Any]:
+        """What the new states are sums of."""
+        found: set[Any] = set()
+        stack = [node for node in self.now.nodes if node in self.between.on_path]
+        while stack:
+            node = stack.pop()
+            if node in found:
+                continue
+            found.add(node)
+            if _is(node, SUMS) and node not in self.between.ends:
+                stack += [n for n, _ in node.next_functions if n in self.between.on_path]
+        return found
+
+    def _exits(self) -> list[Any]:
+        """The last operations that made the new states, [] where one of them is also the first."""
+        nodes = [node for node in self.now.nodes if node in self.between.on_path]
+        ends = self.between.ends
+        if any(child in ends for node in nodes for child, _ in node.next_functions):
+            return []
+        return nodes
+
+    def _shut(self, doors: list[Any]) -> Tensor:
+        """(B,) where every one of these operations passes on exact zeros only."""
+        batch, device = len(self.now.like), self.now.like.device
+        shut = torch.full((batch,), bool(doors), device=device)
+        for node in doors:
+            if not _is(node, MASKS):
+                return torch.zeros_like(shut)
+            ones: list[Tensor | None] = [
+                torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device)
+                for m in node._input_metadata[: outputs(node)]
+            ]
+            with torch.no_grad():
+                grads = called(node, ones)
+            for (child, _), grad in zip(node.next_functions, grads, strict=False):
+                if child not in self.between.on_path or grad is None:
+                    continue
+                one = batch == 1
+                if not one and (not grad.dim() or grad.shape[0] != batch):
+                    return torch.zeros_like(shut)
+                shut &= (grad.reshape(batch, -1) == 0).all(1)
+        return shut
+
+
+def _is(node: Any, names: tuple[str, ...]) -> bool:
+    return type(node).__name__.startswith(names)
+
+
+def within(place: Place) -> Tensor | None:
+    """∂(a state)/∂(another state of the same step), (B, S, S); None where none is made from another.
+
+    A path ends at the first other state that it meets, so (I − Mᵀ) turns gradients of the graph,
+    where h_t moves with c_t, into those of independent states.
+    """
+    blocks = []
+    for name, root in place.edges.items():
+        others = {n: e for n, e in place.edges.items() if n != name and e[0] is not root[0]}
+        if not others:
+            continue
+        made = Place(others, place.parts, place.shapes, place.dtypes, place.like)
+        between = Between([root], made.nodes, made.since)
+        if between.reached:
+            blocks.append((place.parts[name], _block(place, made, between, name)))
+    if not blocks:
+        return None
+    result = place.like.unsqueeze(1).expand(-1, place.like.shape[1], -1).clone()
+    for part, block in blocks:
+        result[:, part] = block
+    return result
+
+
+def _block(place: Place, made: Place, between: Between, name: str) -> Tensor:
+    """(B, width, S): one state by the others; two products where it is elementwise."""
+    part, device = place.parts[name], place.like.device.type
+    width = part.stop - part.start
+
+    def pull(seed: Tensor) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return made.gathered(between.pull(place.seeds(seed, [name])))[0]
+
+    probe, ones = probe_of(place.like), pull(torch.ones_like(place.like))
+    probed = pull(probe)
+    result = place.like.unsqueeze(1).expand(-1, width, -1).clone()
+    elementwise = True
+    for other in made.edges:
+        columns = place.parts[other]
+        mine, theirs = ones[:, columns], probed[:, columns]
+        if mine.shape[1] != width or not close_to(theirs, probe[:, part] * mine, mine):
+            elementwise = elementwise and not bool(theirs.any())
+            continue
+        result[:, :, columns] = torch.diag_embed(mine)
+    return result if elementwise else unit_rows(place, made, between, name)[0]
+
+
+def unit_rows(
+    now: Place, before: Place, between: Between, name: str
+) -> tuple[Tensor, list[Tensor]]:
+    """The vector-Jacobian products of every unit of one state, (B, width, S), and what came beside.
+
+    All units go at once where every operation on the way can be batched, else one by one.
+    """
+    part, batch = now.parts[name], len(now.like)
+    seeds = torch.eye(now.like.shape[1], dtype=now.like.dtype, device=now.like.device)[part]
+    seeds = seeds.unsqueeze(1).expand(-1, batch, -1)
+
+    def one(seed: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return before.gathered(between.pull(now.seeds(seed, [name])))
+
+    with torch.autocast(now.like.device.type, enabled=False):
+        try:
+            with warnings.catch_warnings():
+                # torch says that an operation is batched by a loop: no slower than one by one
+                warnings.simplefilter("ignore")
+                rows, beside = torch.vmap(one, chunk_size=TOGETHER)(seeds)
+        except (NotReadable, RuntimeError):
+            each = [one(seed) for seed in seeds]
+            rows = torch.stack([row for row, _ in each])
+            beside = [grad for _, grads in each for grad in grads]
+    return rows.transpose(0, 1), beside
+
+
+@dataclass(frozen=True)
+class Dense:
+    """An `Operator` over dense matrices, one (B, S, S) per step, converted as they are used."""
+
+    matrices: list[Tensor]
+    dtype: torch.dtype
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return len(self.matrices)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return int(self.matrices[0].shape[0])
+
+    @property
+    def size(self) -> int:
+        """S."""
+        return int(self.matrices[0].shape[1])
+
+    def push(self, t: int, block: Tensor) -> Tensor:
+        """Map every row v of block (B, m, S) to A_t v."""
+        return block @ self.matrices[t].to(self.dtype).mT
+
+    def pull(self, t: int, block: Tensor) -> Tensor:
+        """Map every row u of block (B, m, S) to A_tᵀ u."""
+        return block @ self.matrices[t].to(self.dtype)

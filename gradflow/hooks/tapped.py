@@ -1,0 +1,286 @@
+"""What a `Track` of a hand-written loop reads its numbers from: the states that `tap` marked.
+
+Letters: T steps, B sequences, S the width of all states side by side, A the step Jacobian, M what
+one state of a step passes to another of the same step, g the total gradients of the graph, a those
+of independent states: a = (I − Mᵀ) g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradflow.errors import RecordingError
+from gradflow.hooks.dense import Dense, Place
+from gradflow.hooks.loop import difference, trimmed
+from gradflow.recording import Backward, Forward, Operator, Parity
+
+WIDEST = 64  # states up to which step Jacobians are taken unasked
+
+
+@dataclass(eq=False)
+class Mark:
+    """One tap: copies of the states, and what could be read of the step that led to them."""
+
+    states: dict[str, Tensor]  # (B, width)
+    grad_enabled: bool
+    differentiable: bool
+    cut: Tensor  # (B,)
+    jacobian: Tensor | None = None  # (B, S, S), None at the first mark and where it is not known
+    within: Tensor | None = None  # M, (B, S, S); None: zero
+    unknown: str = ""  # why there is no Jacobian
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class TapSource:
+    """All marks of one loop."""
+
+    scale: Callable[[], float]
+    name: str = "loop"  # of the track
+    lengths: Tensor | None = None
+    marks: list[Mark] = field(default_factory=list)
+    graph_tasks: set[int] = field(default_factory=set)
+    second_order: bool = False
+    ran_backward: bool = False
+
+    @property
+    def version(self) -> int:
+        """How many backwards reached the loop."""
+        return len(self.graph_tasks)
+
+    # -- what the recorder calls -------------------------------------------------------------
+
+    def listen(self, mark: Mark, place: Place) -> list[RemovableHandle]:
+        """Add up the gradients that reach the marked tensors, after all hooks of the user's own."""
+        return [
+            node.register_prehook(self._catcher(mark, name, output))
+            for name, (node, output) in place.edges.items()
+        ]
+
+    def _catcher(
+        self, mark: Mark, name: str, output: int
+    ) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def catch(grads: tuple[Tensor | None, ...]) -> None:
+            grad = grads[output]
+            if grad is None:
+                return
+            self.second_order |= torch.is_grad_enabled()
+            self.graph_tasks.add(torch._C._current_graph_task_id())
+            grad = grad.detach().reshape(mark.states[name].shape) / self.scale()
+            mark.grads[name] = mark.grads[name] + grad if name in mark.grads else grad
+
+        return catch
+
+    # -- the source of a track ---------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The states."""
+        return list(self.marks[0].states)
+
+    def forward(self) -> Forward:
+        """States; what came before the first tap, gates and inputs were not seen."""
+        states = {
+            name: self._trimmed(torch.stack([mark.states[name] for mark in self.marks]))
+            for name in self.names
+        }
+        return Forward(states=states, initial={}, gates={}, inputs=None)
+
+    def _trimmed(self, array: Tensor) -> Tensor:
+        return trimmed(array, self.lengths)
+
+    def _has_gradient(self) -> bool:
+        return not self.second_order and any(mark.grads for mark in self.marks)
+
+    def backward(self) -> Backward | None:
+        """Total gradients; None without a backward."""
+        if not self._has_gradient():
+            return None
+        grads = {
+            name: self._trimmed(
+                torch.stack(
+                    [m.grads.get(name, torch.zeros_like(m.states[name])) for m in self.marks]
+                )
+            )
+            for name in self.names
+        }
+        direct = None
+        if "h" in grads and not self.why_no_operator():
+            with torch.no_grad():
+                every = [
+                    _with_moving(m, d) for m, d in zip(self.marks, self._direct(), strict=True)
+                ]
+                direct = self._split(torch.stack(every))["h"]
+        return Backward(grads=grads, direct=direct, delta=None, delta_hh=None)
+
+    def last(self) -> Backward | None:
+        """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
+        if not self._has_gradient() or self.why_no_operator():
+            return None
+        with torch.no_grad():
+            direct = torch.stack(self._direct())
+            time = torch.arange(len(direct), device=direct.device).unsqueeze(1)
+            arrives = (direct != 0).any(2)
+            if self.lengths is not None:
+                arrives &= time < self.lengths.to(direct.device)
+            chosen = time == torch.where(arrives, time, -1).max(0).values
+            kept = direct.masked_fill(~chosen.unsqueeze(2), 0.0)
+            carried, rows = torch.zeros_like(kept[0]), []
+            for mark, here in zip(reversed(self.marks), kept.flip(0), strict=True):
+                carried = carried + here
+                rows.append(_with_moving(mark, carried))
+                carried = _pulled(mark.jacobian, carried)
+            grads = self._split(torch.stack(rows[::-1]))
+        return Backward(grads=grads, direct=None, delta=None, delta_hh=None)
+
+    def _split(self, rows: Tensor) -> dict[str, Tensor]:
+        """State name -> (T, B, width) in its own dtype, from (T, B, S)."""
+        found, start = {}, 0
+        for name, state in self.marks[0].states.items():
+            part = rows[..., start : start + state.shape[1]]
+            found[name] = self._trimmed(part.to(state.dtype))
+            start += state.shape[1]
+        return found
+
+    def _direct(self) -> list[Tensor]:
+        """(B, S) per step: what reaches the independent states not through the next step.
+
+        An entry no larger than 64 units of rounding of the largest term of its step, sequence and
+        state counts as an exact 0: less than that the subtraction cannot tell.
+        """
+        dtype = torch.float32
+        for state in self.marks[0].states.values():
+            dtype = torch.promote_types(dtype, state.dtype)
+        widths = [state.shape[1] for state in self.marks[0].states.values()]
+        later: tuple[Tensor, Tensor] | None = None  # a of the step after and the size of its terms
+        found = []
+        for place in reversed(range(len(self.marks))):
+            mark = self.marks[place]
+            total = torch.cat([_grad(mark, name).to(dtype) for name in mark.states], dim=1)
+            value = total - _pulled(mark.within, total)
+            size = total.abs() + _pulled(mark.within, total, absolute=True)
+            came, bound = torch.zeros_like(value), torch.zeros_like(value)
+            if later is not None:
+                following = self.marks[place + 1].jacobian
+                came = _pulled(following, later[0])
+                bound = _pulled(following, later[1], absolute=True)
+            parts = [part.split(widths, dim=1) for part in (value, came, size + bound)]
+            found.append(torch.cat([difference(*p) for p in zip(*parts, strict=True)], dim=1))
+            later = (value, size)
+        return found[::-1]
+
+    def why_no_operator(self) -> str:
+        """Why the step Jacobians are not known, or nothing."""
+        return next((mark.unknown for mark in self.marks if mark.unknown), "")
+
+    def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
+        """Dense step Jacobians; index 0 is the identity, as nothing before the first tap was seen.
+
+        Raises:
+            RecordingError: they were not taken, or could not be.
+        """
+        reason = self.why_no_operator()
+        if reason:
+            raise RecordingError(
+                f"step Jacobians of {self.name} must be read when its state comes back, got {reason}"
+            )
+        device = self.marks[0].cut.device
+        chosen = sequences.to(device)
+        first = self.marks[0]
+        size = sum(state.shape[1] for state in first.states.values())
+        eye = torch.eye(size, dtype=dtype, device=device).expand(len(chosen), -1, -1)
+        matrices = [eye]
+        for t, mark in enumerate(self.marks[1:], start=1):
+            assert mark.jacobian is not None
+            matrix = mark.jacobian if _is_all(chosen, len(mark.cut)) else mark.jacobian[chosen]
+            if self.lengths is not None:
+                padded = t >= self.lengths.to(device)[chosen]
+                matrix = matrix.masked_fill(padded.view(-1, 1, 1), 0.0)
+            matrices.append(matrix)
+        return Dense(matrices, dtype)
+
+    def parity(self) -> Parity:
+        """There is nothing to hold against anything: the weights are the user's own affair."""
+        return Parity(
+            "not applicable",
+            None,
+            "a hand-written loop: its states were marked with tap, its weights were not seen",
+        )
+
+    def why_no_gradient(self) -> str:
+        """Why there is no gradient here, and what to do."""
+        if self.second_order:
+            return (
+                "a backward with create_graph=True came through it, and what it brings is not a total; "
+                "record a backward of the loss alone"
+            )
+        if not any(mark.grad_enabled for mark in self.marks):
+            return "it ran inside torch.no_grad(); run it with gradients enabled"
+        if not any(mark.differentiable for mark in self.marks):
+            return (
+                "its marked states need no gradient; mark the states before any detach(), or call "
+                "requires_grad_() on the weights"
+            )
+        if self.ran_backward:
+            return (
+                "a backward ran but did not reach the marked states: they are detached, or the loss "
+                "ignores them; make the loss depend on them"
+            )
+        return "no backward ran inside the block; call loss.backward() before the block ends"
+
+    def notes(self) -> list[str]:
+        """What a reader should know about the track."""
+        reason = self.why_no_operator()
+        if reason:
+            return [f"its step Jacobians and last loss step alone are not known: {reason}"]
+        if starts_constant(self):
+            return [
+                "the states of its first tap need no gradient, a constant start perhaps: how the "
+                "second depends on them is not measured"
+            ]
+        return []
+
+
+def starts_constant(source: TapSource) -> bool:
+    """Whether the first marked states, but not the second, are outside the graph."""
+    marks = source.marks
+    return len(marks) > 1 and not marks[0].differentiable and marks[1].differentiable
+
+
+def _grad(mark: Mark, name: str) -> Tensor:
+    return mark.grads.get(name, torch.zeros_like(mark.states[name]))
+
+
+def _pulled(matrix: Tensor | None, rows: Tensor, *, absolute: bool = False) -> Tensor:
+    """Matrixᵀ rows, (B, S); zero where there is no matrix."""
+    if matrix is None:
+        return torch.zeros_like(rows)
+    matrix = matrix.to(rows.dtype)
+    if absolute:
+        matrix, rows = matrix.abs(), rows.abs()
+    return (rows.unsqueeze(1) @ matrix).squeeze(1)
+
+
+def _with_moving(mark: Mark, rows: Tensor) -> Tensor:
+    """Gradients of the graph from those of independent states: g = (I − Mᵀ)⁻¹ a.
+
+    No state is made from itself, so the series Σ (Mᵀ)ⁿ ends after as many terms as there are states.
+    """
+    total, term = rows, rows
+    if mark.within is None:
+        return total
+    for _ in mark.states:
+        term = _pulled(mark.within, term)
+        total = total + term
+    return total
+
+
+def _is_all(chosen: Tensor, batch: int) -> bool:
+    return len(chosen) == batch and bool(
+        (chosen == torch.arange(batch, device=chosen.device)).all()
+    )
