@@ -34,15 +34,16 @@ def _agreed_layer(layers: Sequence[LayerAnalysis], probes: Sequence[str]) -> Lay
         findings = tuple(_under(finding, probes[-1]) for finding in shown.findings)
         return replace(shown, rate=Rate(shown.rate.value, low, high), findings=findings)
     rates = ", ".join(
-        f"{layer.verdict} ({layer.rate.value:+.3g} per step) under {probe}"
+        f"{layer.verdict} ({layer.rate.value:.3f} per step) under {probe}".replace("(-", "(−")
         for layer, probe in zip(layers, probes, strict=True)
     )
     sentence = f"{shown.name} depends on the input: {rates}; give --input for a verdict"
     finding = Finding(
         name="depends-on-input",
         layer=shown.name,
-        message=f"the probes disagree: {rates}",
-        advice="give a batch of your own data; the input decides how the gradient flows",
+        message="verdicts differ from probe to probe, so none is given; numbers and pictures are "
+        f"those under {probes[-1]}",
+        advice="give a batch of your own data; the input decides how far the gradient flows",
         code="gradflow analyze MODEL --model 'pkg.mod:Net(10, 20)' --input batch.pt",
     )
     kept = [f for f in shown.findings if all(f.name in _names(layer) for layer in layers)]
@@ -53,7 +54,7 @@ def _agreed_layer(layers: Sequence[LayerAnalysis], probes: Sequence[str]) -> Lay
         rate=Rate(shown.rate.value, low, high),
         findings=(finding, *kept),
         sentence=sentence,
-        title=f"{shown.name} ({shown.cell}): the verdict depends on the input",
+        title=f"{shown.name} ({shown.cell.split('_')[0]}): depends on the input, here {probes[-1]}",
     )
 
 

@@ -39,6 +39,7 @@ def run_demo(progress: Progress) -> str:
         (work / "comparison.png").write_bytes(reporter.png(figure))
     for run in runs.values():
         reporter.render(run)
+        print()  # noqa: T201  the tables of a demo are its output
     return _words(folder, trained)
 
 
