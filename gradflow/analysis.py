@@ -111,6 +111,16 @@ class LayerAnalysis:
     data: xr.Dataset = field(repr=False)
 
     @property
+    def never_gone(self) -> bool:
+        """Whether the gain stays above 1e-3 for good, as far as a verdict can say.
+
+        A layer that vanishes, or that is open with a falling gain, is only longer-lived than what
+        was measured: its horizon lies beyond ``searched``.
+        """
+        open_and_falling = self.verdict == "inconclusive" and not self.rate.value >= 0
+        return self.horizon is None and self.verdict != "vanishing" and not open_and_falling
+
+    @property
     def main_state(self) -> str:
         """The state the overview shows: c where there is one, else h, else the first."""
         names = [str(name) for name in self.data["state"].values]
@@ -327,6 +337,9 @@ def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
 
 def load(path: str | os.PathLike[str]) -> Analysis:
     """Read a run back: a ``run.nc`` file, or a report folder that holds one."""
+    if not isinstance(path, str | os.PathLike):
+        kind = type(path).__name__
+        raise InputError(f"path must be a path, got {kind}; give a report folder or its run.nc")
     path = Path(path)
     file = path / "run.nc" if path.is_dir() else path
     if not file.exists():
@@ -341,7 +354,7 @@ def load(path: str | os.PathLike[str]) -> Analysis:
             layers = [_layer_from(group.to_dataset()) for group in groups]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(
-            f"{file} is not a run saved by gradflow ({error}); give a report folder or its run.nc"
+            f"{file} is not a run saved by gradflow; give a report folder or its run.nc"
         ) from error
     if header["schema"] != SCHEMA:
         raise FileError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +108,8 @@ def analyze(
         seq_len=seq_len, batch=batch, seed=seed, trust=trust,
     )  # fmt: skip
     with Progress() as progress:
-        analysis = analyze_file(request, progress)
+        with redirect_stdout(sys.stderr):  # whatever the user's own code prints
+            analysis = analyze_file(request, progress)
         progress("drawing the report", 0.99)
         report(analysis, folder, force=force)
     _show(analysis, folder, as_json)
@@ -272,16 +275,45 @@ def _code(run: Callable[[], Any]) -> int:
         click.echo(f"Error: {error}", err=True)
         return BAD_INPUT
     except BrokenPipeError:
-        # the reader of a pipe has gone; keep Python's exit from complaining about it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _hush()  # the reader of a pipe has gone
         return DONE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            return _own_fault()
+        _hush()
+        click.echo(f"Error: cannot print: {error.strerror}; send the output elsewhere", err=True)
+        return BAD_INPUT
+    except (MemoryError, RuntimeError) as error:
+        if "allocate memory" not in str(error) and not isinstance(error, MemoryError):
+            return _own_fault()
+        text = "this needs more memory than there is; lower --seq-len or --batch, or give fewer sequences"
+        click.echo(f"Error: {text}", err=True)
+        return BAD_INPUT
     except Exception:  # noqa: BLE001  the last line of defence: the traceback is shown in full
-        traceback.print_exc()
-        click.echo(
-            "Error: this is a fault of gradflow; please report it with the lines above", err=True
-        )
-        return OWN_FAULT
+        return _own_fault()
+    return _flushed()
+
+
+def _flushed() -> int:
+    """0 once everything is really printed; a full disk or a closed pipe shows only now."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _hush()
     return DONE
+
+
+def _own_fault() -> int:
+    traceback.print_exc()
+    click.echo(
+        "Error: this is a fault of gradflow; please report it with the lines above", err=True
+    )
+    return OWN_FAULT
+
+
+def _hush() -> None:
+    """Keep Python's exit from complaining about a standard output that takes nothing more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupted() -> int:

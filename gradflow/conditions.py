@@ -18,9 +18,19 @@ VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
-_NEVER = math.inf
+
+
+def _horizon(layer: LayerAnalysis) -> float:
+    """The horizon; where a falling gain outlived what was measured, the one its rate predicts."""
+    if layer.horizon is not None:
+        return layer.horizon
+    if layer.never_gone or not layer.rate.value < 0:
+        return math.inf
+    return max(layer.searched + 1, math.log(1e3) / -layer.rate.value)
+
+
 NUMBERS: dict[str, Callable[[LayerAnalysis], float | None]] = {
-    "horizon": lambda layer: _NEVER if layer.horizon is None else layer.horizon,
+    "horizon": _horizon,
     "half-life": lambda layer: layer.half_life,
     "channels": lambda layer: layer.channels,
     "rate": lambda layer: layer.rate.value,
@@ -70,6 +80,8 @@ def _parse(text: str) -> Condition:
     read, compare = NUMBERS[name], COMPARISONS[match[2]]
 
     def holds(layer: LayerAnalysis) -> bool:
+        if "not finite" in layer.labels:
+            return True  # a model of NaN must not pass for lack of a number
         value = read(layer)
         return value is not None and not math.isnan(value) and compare(value, limit)
 

@@ -313,6 +313,9 @@ class Track:
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # blocks of weight_hh
 
 
+SHOWN = 12  # tracks of a repr that fits a screen
+
+
 class Recording:
     """All tracks that were seen inside one ``with gradflow.record(model) as recording:`` block."""
 
@@ -360,8 +363,10 @@ class Recording:
         lines += [
             f"  {track.name:<{width}}  {track.cell:<8}  T={track.steps}  B={track.batch}  "
             f"H={track.hidden}  backwards={track.backwards}"
-            for track in self._tracks.values()
+            for track in list(self._tracks.values())[:SHOWN]
         ]
+        if len(self._tracks) > SHOWN:
+            lines.append(f"  and {len(self._tracks) - SHOWN} more, see .tracks")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

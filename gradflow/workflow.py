@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def diagnose(
 ) -> Analysis:
     """Record one forward and backward pass of a model and analyze it.
 
-    The model is left as found: its parameter gradients and buffers are put back.
+    The model is left as found: gradients, buffers and the random state are put back.
 
     Args:
         model: any module with recurrent layers; it is called as ``model(*inputs)``.
@@ -202,11 +203,11 @@ def _from_weights(
 def _run_probe(module: loading.RecurrentModule, probe: loading.Probe) -> Recording:
     """Record the module alone, under the path it has in the whole model."""
     model: nn.Module = module.module
-    for part in reversed(module.name.split(".") if module.name else []):
+    for part in reversed(module.path_parts):
         outer = nn.Module()
         outer.add_module(part, model)
         model = outer
-    with _gradients_restored(model), record(model) as recording:
+    with _left_as_found(model), record(model) as recording:
         output = module.module(probe.inputs)[0]
         loading.probe_loss(
             output, probe.r, module.module.batch_first, module.bidirectional
@@ -229,7 +230,12 @@ def _renamed(module: loading.RecurrentModule, layer: LayerAnalysis) -> LayerAnal
         sentence=layer.sentence.replace(layer.name, name),
         title=layer.title.replace(layer.name, name),
         findings=tuple(
-            replace(f, layer=name, message=f.message.replace(layer.name, name))
+            replace(
+                f,
+                layer=name,
+                message=f.message.replace(layer.name, name),
+                code=re.sub(r"((?:weight|bias)_[ih]h)_l0\b", r"\1", f.code),
+            )
             for f in layer.findings
         ),
     )
@@ -260,7 +266,8 @@ def _run(model: nn.Module, batch: loading.Batch, settings: _Settings) -> Recordi
     kwargs = dict(batch.kwargs)
     if batch.lengths is not None and "lengths" in inspect.signature(model.forward).parameters:
         kwargs.setdefault("lengths", batch.lengths)
-    with _gradients_restored(model), record(model, lengths=batch.lengths) as recording:
+    given = [*batch.inputs, *batch.kwargs.values(), batch.target]
+    with _left_as_found(model, given), record(model, lengths=batch.lengths) as recording:
         with _user_code(settings.guard, "the model", "check --input, or save the batch again"):
             result = model(*batch.inputs, **kwargs)
         value, words = _loss(result, model, batch, settings, recording)
@@ -282,8 +289,16 @@ def _loss(
     """The loss and its name in words."""
     if settings.loss is not None:
         arguments = (result,) if batch.target is None else (result, batch.target)
-        with _user_code(settings.guard, "the loss", "check --target"):
+        try:
             value = settings.loss(*arguments)
+        except (TypeError, AttributeError) as error:
+            if isinstance(result, Tensor):
+                raise
+            kind = type(result).__name__
+            raise InputError(
+                f"the loss cannot read the model's output, which is a {kind} ({error}); "
+                "choose its part: loss=lambda output, target: criterion(output[0], target)"
+            ) from error
         name = getattr(settings.loss, "__name__", type(settings.loss).__name__)
         return _scalar(value), name
     output, where = loading.choose_output(result, settings.output)
@@ -342,6 +357,8 @@ def _user_code(guard: bool, what: str, advice: str) -> Iterator[None]:
         yield
     except GradflowError:
         raise
+    except SystemExit as error:
+        raise UserCodeError(f"{what} ended the program (sys.exit); {advice}") from error
     except Exception as error:
         text = " ".join(str(error).split())
         raise UserCodeError(
@@ -350,17 +367,19 @@ def _user_code(guard: bool, what: str, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def _gradients_restored(model: nn.Module) -> Iterator[None]:
-    """Leave parameter gradients and buffers as found."""
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+def _left_as_found(model: nn.Module, inputs: Sequence[Any] = ()) -> Iterator[None]:
+    """Put back gradients, buffers and random state."""
+    tensors = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf)]
+    grads = [(tensor, tensor.grad) for tensor in tensors]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    for parameter, _ in grads:
-        parameter.grad = None
+    for tensor, _ in grads:
+        tensor.grad = None
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     finally:
-        for parameter, grad in grads:
-            parameter.grad = grad
+        for tensor, grad in grads:
+            tensor.grad = grad
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

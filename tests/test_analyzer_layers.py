@@ -7,9 +7,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import cases
 import numpy as np
 import pytest
 import torch
+from compare import assert_jacobians_close
 from torch import Tensor, nn
 
 import gradflow
@@ -17,8 +19,6 @@ from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import analyze, assemble, log_gain_map, plan, step_jacobians
 from gradflow.errors import GradflowWarning, InputError, RecordingError
 from gradflow.recording import Recording
-from tests import cases
-from tests.compare import assert_jacobians_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DIMS = {

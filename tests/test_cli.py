@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +34,11 @@ class Net(nn.Module):
         self.fail = fail
 
     def forward(self, x):
-        if self.fail:
+        if self.fail == "exit":
+            raise SystemExit(9)
+        if self.fail == "print":
+            print("noise")
+        elif self.fail:
             raise RuntimeError("the tensors do not fit")
         out, _ = self.rnn(x)
         return self.head(out[:, -1, :])
@@ -263,6 +269,7 @@ def test_files_that_are_no_models_are_refused_in_one_sentence(
             ["--model", "user_net:Net(10, 20, True)", "--input", "batch.pt"],
             ["the tensors do not fit"],
         ),
+        (["--model", "user_net:Net(10, 20, 'exit')", "--input", "batch.pt"], ["ended the program"]),
         (["--model", "user_net:Net()", "--input", "gone.pt"], ["gone.pt"]),
         (["--model", "user_net:Net()", "--input", "wide.npy"], ["raised", "11"]),
         (["--model", "user_net:Net()", "--input", "batch.pt", "--loss", "huber"], ["huber", "mse"]),
@@ -272,6 +279,7 @@ def test_files_that_are_no_models_are_refused_in_one_sentence(
         (["--batch", "-3"], ["--batch"]),
         (["--seed", "-1"], ["--seed"]),
         (["-o", "user_net.py/report"], ["user_net.py"]),
+        (["-o", "long" * 100], ["cannot write"]),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(
@@ -307,7 +315,10 @@ def test_weights_that_are_not_numbers(here: Path, capsys: pytest.CaptureFixture[
         model.rnn.weight_hh_l0[3, 3] = float("nan")
     torch.save(model.state_dict(), here / "model.pt")
     assert run("analyze", "model.pt", "--seq-len", "20") == 0
-    assert "not finite" in capsys.readouterr().out
+    assert "weight_hh holds one entry that is not finite" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert run("analyze", "model.pt", "--seq-len", "20", "--fail-on", "horizon<5") == 1
 
 
 @pytest.mark.parametrize("when", ["analyze", "report"])
@@ -324,7 +335,7 @@ def test_an_interrupt_leaves_nothing_behind(
     monkeypatch.setattr(target, "analyze" if when == "analyze" else "page", interrupted)
     assert run("analyze", "model.pt", "--seq-len", "12") == 130
     assert "interrupted" in capsys.readouterr().err
-    assert [path.name for path in (here / "reports").glob("*")] == []
+    assert not (here / "reports").exists()
 
 
 def test_a_fault_of_our_own_says_so(
@@ -345,3 +356,64 @@ def test_help_shows_an_example_for_every_command(capsys: pytest.CaptureFixture[s
     for name in cli.gradflow.commands:
         assert run(name, "--help") == 0
         assert f"gradflow {name}" in capsys.readouterr().out.split("Options:")[0].partition("\n")[2]
+
+
+def test_a_gain_that_outlives_the_measurement_is_not_called_never(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(nn.LSTM(3, 8).state_dict(), here / "lstm.pt")
+    assert run("analyze", "lstm.pt", "--seq-len", "12", "--fail-on", "horizon<50") == 1
+    assert "> 11" in capsys.readouterr().out
+    horizon = json.loads((here / "reports/lstm/summary.json").read_text())["layers"][0]["horizon"]
+    assert horizon == {"value": None, "never": False, "searched": 11}
+    assert run("analyze", "lstm.pt", "--seq-len", "12", "--fail-on", "horizon<9") == 0
+
+
+def test_lines_to_paste_are_python_whatever_the_layers_are_called(here: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.GRU(4, 8)))
+    torch.save(model.state_dict(), here / "model.pt")
+    assert run("analyze", "model.pt", "--seq-len", "40") == 0
+    findings = json.loads((here / "reports/model/summary.json").read_text())["findings"]
+    assert findings
+    for finding in findings:
+        exec(finding["code"], {"model": model, "torch": torch, "nn": nn})  # noqa: S102
+
+
+def test_the_line_to_paste_for_a_cell_names_the_cells_own_parameters(here: Path) -> None:
+    torch.save({f"cell1.{k}": v for k, v in nn.LSTMCell(4, 8).state_dict().items()}, here / "m.pt")
+    assert run("analyze", "m.pt", "--seq-len", "40") == 0
+    summary = json.loads((here / "reports/m/summary.json").read_text())
+    assert summary["layers"][0]["name"] == "cell1"
+    assert "model.cell1.bias_ih.data" in summary["findings"][0]["code"]
+
+
+def test_json_stays_pure_when_the_model_prints(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_state_dict(here / "model.pt")
+    save_batch(here, "batch.pt")
+    spec = "user_net:Net(10, 20, 'print')"
+    assert run("analyze", "model.pt", "--model", spec, "--input", "batch.pt", "--json") == 0
+    caught = capsys.readouterr()
+    assert json.loads(caught.out)["title"] == "Net"
+    assert "noise" in caught.err
+
+
+def test_a_closed_pipe_is_no_failure(here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    command = f"{sys.executable} -m gradflow analyze model.pt --seq-len 12 | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_compare_leaves_an_existing_folder_alone(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(nn.GRU(4, 8).state_dict(), here / "gru.pt")
+    assert run("analyze", "gru.pt", "--seq-len", "12") == 0
+    both = ("compare", "reports/gru", "reports/gru", "-o", "both")
+    assert run(*both) == 0
+    assert run(*both) == 2
+    assert "give another folder" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gradflow.errors import FileError, GradflowError, InputError
 from gradflow.loading import Batch, fit_batch, read_batch
+from gradflow.loading.words import reason
 
 X = np.arange(42, dtype=np.float64).reshape(7, 2, 3)
 Y = np.ones((2, 1), dtype=np.float32)
@@ -109,7 +110,7 @@ BAD = {
     "complex": (lambda p: npy(p, X * 1j), InputError, "real numbers"),
     "empty": (lambda p: npy(p, np.ones((0, 2, 3))), InputError, r"non-empty.*\(0, 2, 3\)"),
     "scalar": (lambda p: npy(p, 5.0), InputError, "a time axis, got a single number"),
-    "number": (lambda p: pt(p, 5), InputError, "an array, a pair or a mapping, got a int"),
+    "number": (lambda p: pt(p, 5), InputError, "an array, a pair or a mapping, got an int"),
     "three": (lambda p: pt(p, [torch.ones(1)] * 3), InputError, r"pair \(x, y\).*3 items"),
     "keys": (lambda p: npz(p, x=X, y=Y), InputError, "input, target, lengths, got x, y"),
     "no keys": (lambda p: pt(p, {}), InputError, "got none"),
@@ -147,6 +148,37 @@ def test_damaged_files_get_a_sentence(tmp_path: Path, suffix: str, data: bytes) 
     path.write_bytes(data)
     with pytest.raises(GradflowError, match=r"batch\.pt"):
         read_batch(path)
+
+
+def test_the_bytes_decide_not_the_suffix(tmp_path: Path) -> None:
+    x = torch.as_tensor(X)
+    torch.save({"input": x}, tmp_path / "torch")
+    save_file({"input": x}, tmp_path / "safe")
+    with (tmp_path / "zip").open("wb") as file:
+        np.savez(file, input=X)
+    with (tmp_path / "array").open("wb") as file:
+        np.save(file, X)
+    for content in ("torch", "safe", "zip", "array"):
+        for suffix in (".npy", ".npz", ".pt", ".safetensors"):
+            path = tmp_path / f"{content}{suffix}"
+            path.write_bytes((tmp_path / content).read_bytes())
+            assert torch.equal(read_batch(path).inputs[0], x), path.name
+
+
+def test_a_reason_is_words_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "b.pt"
+    path.write_bytes(b"hello there")  # as a pickle: look up entry 101, which nothing has stored
+    with pytest.raises(FileError, match=r"what its name says \(one part of it refers to") as caught:
+        read_batch(path)
+    assert "101" not in str(caught.value)
+    assert reason(RuntimeError(101)) == reason(OSError()) == ""
+    assert reason(ValueError("two\x07 words\nmore")) == r" (two\x07 words)"
+
+
+def test_a_link_without_its_target(tmp_path: Path) -> None:
+    (tmp_path / "b.pt").symlink_to(tmp_path / "gone.pt")
+    with pytest.raises(FileError, match=r"b.pt is a link whose target is gone: .*gone.pt is not"):
+        read_batch(tmp_path / "b.pt")
 
 
 def test_a_target_file_is_one_array(tmp_path: Path) -> None:

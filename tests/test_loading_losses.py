@@ -20,6 +20,7 @@ from gradflow.loading import (
     probes,
     time_axis,
 )
+from gradflow.loading.probe import physical_memory
 from gradflow.loading.recurrent import from_model, from_tensors
 
 ONE, TWO, WHOLE = torch.ones(2, 3), torch.ones(4), torch.ones(2).long()
@@ -165,6 +166,25 @@ def test_one_target_per_sequence() -> None:
     assert squeezed == 2.0
 
 
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        (torch.ones(7, 2).long(), "cross-entropy, class axis last"),
+        (torch.ones(7, 2, 3), "mean squared error"),
+        (torch.ones(7, 2, 3).long(), "mean squared error"),
+        (torch.ones(7, 2, 3).bool(), "mean squared error"),
+    ],
+)
+def test_a_loss_that_the_target_chose_says_which(target: Tensor, name: str) -> None:
+    loss = make_loss(None, target_present=True)
+    assert loss.note == "no --loss was given: it was chosen by the target"
+    loss(STEPS, target)
+    assert loss.name == name
+    assert make_loss(None, target_present=True).name == "the loss that the target chooses"
+    with pytest.raises(InputError, match="the target must be a tensor, got none"):
+        loss(STEPS)
+
+
 def test_probabilities_as_targets() -> None:
     target = torch.softmax(STEPS, -1)
     actual = make_loss("cross-entropy", True)(STEPS, target)
@@ -286,6 +306,45 @@ BAD_PROBES = {
 def test_bad_probe_sizes_get_a_sentence(options, match: str) -> None:
     with pytest.raises(InputError, match=match):
         probes(recurrent(nn.LSTM(3, 5)), **options)
+
+
+def _never(*_: object, **__: object) -> Tensor:
+    raise AssertionError("memory was asked for")
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"seq_len": 100_000_000}, {"seq_len": 2**62}, {"batch": 10**12, "seq_len": 1}]
+)
+def test_a_probe_larger_than_the_memory_is_refused_before_it_is_made(
+    options, embedded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradflow.loading.probe.physical_memory", lambda: 2**33)
+    more = {"emb.weight": torch.ones(4, 3)} if embedded else {}
+    module = recurrent(nn.LSTM(3, 5, num_layers=2), **more)
+    for name in ("randn", "randint", "zeros"):
+        monkeypatch.setattr(torch, name, _never)
+    with pytest.raises(InputError, match=r"needs about [\d,.]+ GiB .*; lower --seq-len or --batch"):
+        probes(module, **options)
+
+
+def test_the_memory_a_probe_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = recurrent(nn.LSTM(3, 5, num_layers=2, bidirectional=True))
+    # 10 steps of 4 sequences: noise and three inputs, the output of each layer; and r as drawn
+    needed = 10 * 4 * (3 * 8 + 3 * 3 * 4 + 2 * 10 * 4) + 4 * 10 * 8
+    monkeypatch.setattr("gradflow.loading.probe.physical_memory", lambda: 2 * needed)
+    assert len(probes(module, 10, 4)) == 3
+    monkeypatch.setattr("gradflow.loading.probe.physical_memory", lambda: 2 * needed - 1)
+    with pytest.raises(InputError, match="lower --seq-len or --batch"):
+        probes(module, 10, 4)
+    monkeypatch.setattr("gradflow.loading.probe.physical_memory", lambda: None)
+    assert len(probes(module, 10, 4)) == 3
+
+
+def test_a_system_that_does_not_say_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert physical_memory() is None or physical_memory() > 2**20
+    monkeypatch.delattr("os.sysconf", raising=False)
+    assert physical_memory() is None
 
 
 def test_a_direction_that_does_not_fit_gets_a_sentence() -> None:

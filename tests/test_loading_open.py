@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import textwrap
 import warnings
 from collections import OrderedDict, defaultdict
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradflow.errors import FileError, InputError, UserCodeError
-from gradflow.loading import describe, open_model, save_snippet
+from gradflow.loading import describe, open_model, probes, save_snippet
+from gradflow.loading.recurrent import non_finite
 
 MODULES = {
     "lstm": lambda: nn.LSTM(3, 5),
@@ -96,12 +98,12 @@ CELLS = {"LSTM": nn.LSTMCell(3, 5), "GRU": nn.GRUCell(3, 5), "RNN": nn.RNNCell(3
 @pytest.mark.parametrize("kind", CELLS)
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_cell_becomes_one_layer(tmp_path: Path, kind: str, pickled: bool) -> None:
-    cell = CELLS[kind]
+    cell = copy.deepcopy(CELLS[kind]).double()  # rounding is far below the tolerance
     value = cell if pickled else cell.state_dict()
     (found,) = open_model(saved(tmp_path / "cell.pt", value)).recurrent
     assert found.from_cell
     assert found.kind == kind
-    inputs, state = torch.randn(4, 2, 3), None
+    inputs, state = torch.randn(4, 2, 3, dtype=torch.float64), None
     for step in inputs:
         state = cell(step, state)
     last = state[0] if kind == "LSTM" else state
@@ -243,11 +245,64 @@ def test_the_embedding_that_feeds_a_layer(tmp_path: Path) -> None:
     assert open_model(saved(tmp_path / "w.pt", head.state_dict())).recurrent[0].embedding is None
 
 
-@pytest.mark.parametrize(("path", "name"), [("a..b", "a._.b"), ("forward", "forward_"), ("x", "x")])
-def test_every_name_can_be_a_modules_path(tmp_path: Path, path: str, name: str) -> None:
+PATHS = {
+    "a..b": ("a", "_", "b"),
+    "forward": ("forward_",),
+    "x": ("x",),
+    "../../tmp/x": ("_", "_", "/", "_", "/tmp/x"),
+    "a\nb.c": (r"a\nb", "c"),
+    "\x1b[31m": (r"\x1b[31m",),
+}
+
+
+@pytest.mark.parametrize(("path", "parts"), PATHS.items())
+def test_a_name_stays_the_files_and_its_parts_can_nest(
+    tmp_path: Path, path: str, parts: tuple[str, ...]
+) -> None:
     state = {f"{path}.{key}": value for key, value in nn.GRU(3, 5).state_dict().items()}
     (found,) = open_model(saved(tmp_path / "w.pt", state)).recurrent
-    assert found.name == name
+    assert found.name == path
+    assert found.path_parts == parts
+    module: nn.Module = found.module
+    for part in reversed(parts):
+        outer = nn.Module()
+        outer.add_module(part, module)
+        module = outer
+    assert ".".join(parts) in dict(module.named_modules())
+
+
+def test_a_bare_module_has_no_path_parts(tmp_path: Path) -> None:
+    opened = open_model(saved(tmp_path / "w.pt", nn.GRU(3, 5).state_dict()))
+    assert (opened.recurrent[0].name, opened.recurrent[0].path_parts) == ("", ())
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_keys_with_line_ends_are_read_and_shown_on_one_line(tmp_path: Path, normed: bool) -> None:
+    rnn = nn.LSTM(3, 5, num_layers=2)
+    if normed:
+        nn.utils.parametrizations.weight_norm(rnn, "weight_hh_l0")
+    state = {f"a\nb.{key}": value for key, value in rnn.state_dict().items()}
+    state |= {"emb\t.weight": torch.ones(4, 3), "fc\n.weight": torch.ones(2, 5)}
+    path = saved(tmp_path / "w.pt", {**state, "note\n": "text"})
+    (found,) = open_model(path).recurrent
+    assert found.name == "a\nb"
+    text = describe(path).lines()
+    assert all(line.isprintable() for line in text)
+    assert any(r"  a\nb  LSTM(3 → 5, 2 layers)" in line for line in text)
+    assert any(r"emb\t.weight (4, 3)" in line for line in text)
+    assert all(line.isprintable() for line in (*found.ambiguous, *open_model(path).notes))
+    assert probes(found, 2, 2)[0].name == r"uniform random tokens through emb\t.weight"
+
+
+def test_refusals_of_keys_with_line_ends_are_one_line(tmp_path: Path) -> None:
+    for state in (
+        {"a\nb.weight": torch.ones(2, 2)},
+        {"a\nb.weight_hh_l0": torch.ones(2, 2)},
+        {"weight_hh_l0\n": torch.ones(2, 2)},
+    ):
+        with pytest.raises(FileError, match=r"\\n") as caught:
+            open_model(saved(tmp_path / "w.pt", state))
+        assert str(caught.value).isprintable()
 
 
 def test_nan_in_weights_is_not_refused(tmp_path: Path) -> None:
@@ -255,6 +310,55 @@ def test_nan_in_weights_is_not_refused(tmp_path: Path) -> None:
     state["weight_hh_l0"].fill_(float("nan"))
     opened = open_model(saved(tmp_path / "w.pt", state))
     assert opened.recurrent[0].module.weight_hh_l0.isnan().all()
+
+
+def test_weights_that_are_not_finite_are_told(tmp_path: Path) -> None:
+    model = nn.ModuleDict(
+        {"emb": nn.Embedding(4, 3), "rnn": nn.LSTM(3, 5), "cell": nn.GRUCell(3, 5)}
+    )
+    assert describe(saved(tmp_path / "w.pt", model.state_dict())).broken == ()
+    state = model.state_dict()
+    state["rnn.weight_hh_l0"][1, 2] = float("nan")
+    state["rnn.bias_ih_l0"][3:5] = torch.tensor([float("nan"), float("-inf")])
+    state["cell.weight_hh"][0, 0] = float("inf")
+    state["emb.weight"][3, 1:] = float("inf")
+    path = saved(tmp_path / "w.pt", state)
+    by_name = {found.name: found.broken for found in open_model(path).recurrent}
+    table = "emb.weight holds 2 infinite numbers (first at row 4, column 2, counted from 1)"
+    cell = "weight_hh of cell holds 1 infinite number (first at row 1, column 1, counted from 1)"
+    rnn = (
+        "weight_hh_l0 of rnn holds 1 NaN (first at row 2, column 3, counted from 1)",
+        "bias_ih_l0 of rnn holds 1 NaN and 1 infinite number (first at entry 4, counted from 1)",
+    )
+    assert by_name == {"rnn": (*rnn, table), "cell": (cell, table)}
+    text = describe(path).lines()
+    start = text.index("broken:")
+    assert {line.strip() for line in text[start + 1 : start + 5]} == {*rnn, cell, table}
+    bare = nn.LSTM(3, 5).bfloat16()
+    bare.weight_ih_l0.data[0, 0] = float("nan")
+    (found,) = open_model(saved(tmp_path / "b.pt", bare.state_dict())).recurrent
+    assert found.broken == ("weight_ih_l0 holds 1 NaN (first at row 1, column 1, counted from 1)",)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float64"])
+def test_every_type_of_weight_can_be_asked_whether_it_is_finite(kind: str) -> None:
+    weight = torch.tensor([[1.0, torch.nan]]).to(getattr(torch, kind))
+    assert non_finite("w", weight).startswith("w holds 1 NaN (first at row 1, column 2")
+    assert non_finite("w", weight[:, :1]) == ""
+
+
+@pytest.mark.parametrize("name", ["m", "m.pt", "m.bin", "m.ckpt", "m.safetensors", "m.SAFETENSORS"])
+@pytest.mark.parametrize("form", ["torch", "legacy", "safetensors"])
+def test_the_bytes_decide_not_the_suffix(tmp_path: Path, name: str, form: str) -> None:
+    original, path = nn.LSTM(3, 5), tmp_path / "original"
+    if form == "safetensors":
+        save_file(original.state_dict(), path)
+    else:
+        saved(path, original.state_dict(), _use_new_zipfile_serialization=form == "torch")
+    path.rename(tmp_path / name)
+    for trust in (False, True):
+        (found,) = open_model(tmp_path / name, trust=trust).recurrent
+        assert_same_function(found.module, original)
 
 
 # --- --model ---------------------------------------------------------------------------------
@@ -394,7 +498,7 @@ BAD_SPECS = {
     "no class": ("{net}:Nett(3)", InputError, "it defines Net, Broken"),
     "raises": ("{net}:Broken()", UserCodeError, "RuntimeError: no GPU here"),
     "arguments": ("{net}:Net()", UserCodeError, "TypeError"),
-    "no model": ("{net}:wrong()", InputError, "must build a torch.nn.Module, got a int"),
+    "no model": ("{net}:wrong()", InputError, "must build a torch.nn.Module, got an int"),
     "instance called": ("{net}:made(3)", InputError, "is a model already"),
     "not callable": ("{net}:nn", InputError, "a class or function"),
     "shape": (

@@ -166,6 +166,18 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         open_model("a\0b.pt")
 
 
+def test_a_link_whose_target_is_gone_is_not_suggested(tmp_path: Path) -> None:
+    link = tmp_path / "dangling.pt"
+    link.symlink_to("target.pt")
+    with pytest.raises(FileError, match=r"a link whose target is gone: target.pt is not") as caught:
+        open_model(link)
+    assert "did you mean" not in str(caught.value)
+    with pytest.raises(FileError, match="list what is there with: ls"):
+        open_model(tmp_path / "dangling.p")
+    saved(tmp_path / "target.pt", nn.LSTM(3, 5).state_dict())
+    assert open_model(link).recurrent[0].kind == "LSTM"
+
+
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "w.pt", {})
 
@@ -211,7 +223,10 @@ CONTRADICTIONS = {
     "no bias": (lambda: changed(bias_hh_l1=None), "lacks bias_hh_l1"),
     "no first layer": (lambda: changed(weight_hh_l0=None), "but no weight_hh_l0"),
     "far layer": (lambda: changed(weight_hh_l999999999999=torch.ones(20, 5)), "lacks"),
-    "half reverse": (lambda: changed(weight_hh_l0_reverse=torch.ones(20, 5)), "lacks"),
+    "half reverse": (
+        lambda: changed(weight_hh_l0_reverse=torch.ones(20, 5)),
+        "looks like an LSTM .*lacks",
+    ),
     "upper inputs": (lambda: changed(weight_ih_l1=torch.ones(20, 4)), r"must have shape \(20, 5\)"),
     "whole numbers": (lambda: changed(weight_hh_l0=torch.ones(20, 5).int()), "of type int32"),
     "complex": (lambda: changed(weight_hh_l0=torch.ones(20, 5) * 1j), "of type complex64"),

@@ -43,6 +43,41 @@ def test_diagnose_leaves_the_model_as_found() -> None:
         assert torch.equal(grad, value)
 
 
+def test_diagnose_leaves_the_random_state_and_the_input_as_found() -> None:
+    x = torch.randn(12, 4, 3, requires_grad=True)
+    before = torch.get_rng_state()
+    gradflow.diagnose(nn.LSTM(3, 4, 2, dropout=0.5), x)
+    assert torch.equal(torch.get_rng_state(), before) is False  # building the model drew numbers
+    model, before = nn.LSTM(3, 4, 2, dropout=0.5), torch.get_rng_state()
+    gradflow.diagnose(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert x.grad is None
+
+
+def test_a_loss_that_cannot_read_a_tuple_says_what_to_write() -> None:
+    x, y = torch.randn(12, 4, 3), torch.randn(12, 4, 4)
+    with pytest.raises(
+        InputError, match=r"a tuple.*loss=lambda output, target: criterion\(output\[0\]"
+    ):
+        gradflow.diagnose(nn.LSTM(3, 4), x, target=y, loss=nn.MSELoss())
+
+
+@pytest.mark.parametrize("thing", [None, 3, "run"])
+def test_report_takes_an_analysis_only(thing: object, tmp_path: object) -> None:
+    with pytest.raises(InputError, match="the analysis must be an Analysis, got"):
+        gradflow.report(thing, f"{tmp_path}/report")  # type: ignore[arg-type]
+
+
+def test_load_and_record_refuse_what_they_cannot_use() -> None:
+    with pytest.raises(InputError, match="path must be a path, got NoneType"):
+        gradflow.load(None)  # type: ignore[arg-type]
+    with (
+        pytest.raises(InputError, match="scaler must be a GradScaler, got int"),
+        gradflow.record(nn.LSTM(3, 4), scaler=3),
+    ):
+        pass
+
+
 def test_diagnose_takes_a_loss_of_the_output_alone() -> None:
     run = gradflow.diagnose(nn.LSTM(3, 4), torch.randn(12, 4, 3), loss=lambda out: out[0].sum())
     assert run["l0"].parity.status == "passed"

@@ -31,7 +31,8 @@ def _agreed_layer(layers: Sequence[LayerAnalysis], probes: Sequence[str]) -> Lay
     low = min(layer.rate.low for layer in layers)
     high = max(layer.rate.high for layer in layers)
     if len({layer.verdict for layer in layers}) == 1:
-        return replace(shown, rate=Rate(shown.rate.value, low, high))
+        findings = tuple(_under(finding, probes[-1]) for finding in shown.findings)
+        return replace(shown, rate=Rate(shown.rate.value, low, high), findings=findings)
     rates = ", ".join(
         f"{layer.verdict} ({layer.rate.value:+.3g} per step) under {probe}"
         for layer, probe in zip(layers, probes, strict=True)
@@ -53,6 +54,13 @@ def _agreed_layer(layers: Sequence[LayerAnalysis], probes: Sequence[str]) -> Lay
         findings=(finding, *kept),
         sentence=sentence,
         title=f"{shown.name} ({shown.cell}): the verdict depends on the input",
+    )
+
+
+def _under(finding: Finding, probe: str) -> Finding:
+    """The finding with the probe that its numbers belong to; the layer's interval spans them all."""
+    return replace(
+        finding, where=", ".join(part for part in (finding.where, f"under {probe}") if part)
     )
 
 

@@ -39,9 +39,9 @@ from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.recording import Recording, Track
 
 METHODS = ("auto", "exact", "sketch")
-MAP_SECONDS = 10.0  # predicted, for the maps of all layers together
+MAP_SECONDS = 8.0  # predicted, for the maps of all layers together
 RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
-CHANNEL_WORK = 4e11  # operations for the singular values of all layers together
+CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
 
 Progress = Callable[[str, float], None]
 
@@ -205,7 +205,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     # how fast it grows or fades, every sequence on its own
     growth = _growth(track, settings)
     rates = growth.exponents[:, 0].numpy().copy()
-    rates[~finite] = np.nan
+    rates[~finite | (track.lengths.cpu() == 1).numpy()] = np.nan  # one step has no recurrence
     rate = _rate(track, growth, rates, finite)
     verdict = judge(rate, span, track.batch, int(growth.counted.sum(0).max()))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from gradflow.analysis import Finding
 from gradflow.analyzer.activity import CANDIDATES, CLOSED, OPEN, over_all, sigmoid_and_other
 from gradflow.analyzer.evidence import Evidence, counted, number, parameter
-from gradflow.analyzer.finite import bad_gradient, first_not_finite
+from gradflow.analyzer.finite import bad_gradient, bad_input, bad_weight, first_not_finite
 from gradflow.analyzer.order import cuts_before, input_time
 
 MOST = 0.5  # share of units from which on saturation is called a cause
@@ -26,7 +26,8 @@ CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # befo
 
 def findings(evidence: Evidence) -> tuple[Finding, ...]:
     """Every finding on one layer, the most telling first."""
-    return tuple(finding for find in FINDERS for finding in find(evidence))
+    finders = SPOILERS if "not finite" in evidence.labels else FINDERS
+    return tuple(finding for find in finders for finding in find(evidence))
 
 
 # ---------------------------------------------------------------------- what spoils the numbers
@@ -40,6 +41,18 @@ def not_finite(e: Evidence) -> Iterator[Finding]:
     if bad is None:
         return
     symbol = bad.name if direction == "forward" else f"∂L/∂{bad.name}"
+    origin = bad_weight(e.track) or bad_input(e.track)
+    if origin and direction == "forward":
+        yield Finding(
+            name="not-finite",
+            layer=e.track.name,
+            message=f"{origin.what}, and {symbol} is {bad.value} from step {bad.step + 1} on",
+            where=bad.where,
+            value=float(bad.step + 1),
+            advice=origin.advice,
+            code=origin.code,
+        )
+        return
     yield Finding(
         name="not-finite",
         layer=e.track.name,
@@ -66,7 +79,7 @@ def no_recurrence(e: Evidence) -> Iterator[Finding]:
             else "give longer sequences; perhaps the time and the batch axis are swapped",
             code="h, c = gradflow.tap(h=h, c=c)"
             if tapped
-            else "nn.LSTM(..., batch_first=True)  # where the input is (batch, time, features)",
+            else f"nn.{e.kind}(..., batch_first=True)  # where the input is (batch, time, features)",
         )
 
 
@@ -393,10 +406,10 @@ def _sequences(e: Evidence) -> str:
     return "one sequence" if e.track.batch == 1 else f"{e.track.batch} sequences"
 
 
-FINDERS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
-    not_finite,
-    no_recurrence,
-    parity_failed,
+Finder = Callable[[Evidence], Iterator[Finding]]
+SPOILERS: tuple[Finder, ...] = (not_finite, no_recurrence, parity_failed)
+FINDERS: tuple[Finder, ...] = (
+    *SPOILERS,
     dead,
     vanishing,
     exploding,

@@ -73,12 +73,21 @@ def parameter(track_name: str, parameter_name: str) -> str:
     'model.encoder.lstm.bias_ih_l0_reverse'
     >>> parameter("cell", "bias_ih"), parameter("l1@2", "weight_hh"), parameter("lstm1", "bias_hh")
     ('model.bias_ih', 'model.weight_hh_l1', 'model.lstm1.bias_hh')
+    >>> parameter("1.l0", "bias_ih")
+    "model.get_submodule('1').bias_ih_l0"
     """
     name = track_name.split("@")[0]
     head, _, tail = name.rpartition(".")
     if re.fullmatch(r"l\d+(_reverse)?", tail):
-        return ".".join(part for part in ("model", head, f"{parameter_name}_{tail}") if part)
-    return f"model.{parameter_name}" if name == "cell" else f"model.{name}.{parameter_name}"
+        return f"{_module(head)}.{parameter_name}_{tail}"
+    return f"{_module('' if name == 'cell' else name)}.{parameter_name}"
+
+
+def _module(path: str) -> str:
+    """Python for a submodule; a number in an nn.Sequential is no attribute name."""
+    if all(part.isidentifier() for part in path.split(".") if path):
+        return f"model.{path}" if path else "model"
+    return f"model.get_submodule({path!r})"
 
 
 def counted(number: int, noun: str) -> str:

@@ -49,6 +49,46 @@ def first_not_finite(
     return None
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where what is not finite came in from."""
+
+    what: str
+    advice: str
+    code: str
+
+
+def bad_weight(track: Track) -> Origin | None:
+    """The first weight that holds NaN or Inf."""
+    for name, weight in track.weights.items():
+        places = (~torch.isfinite(weight)).nonzero()
+        if len(places):
+            value = f"{float(weight[tuple(places[0])]):g}".replace("nan", "NaN")
+            spot = ", ".join(str(int(n) + 1) for n in places[0])
+            count = "one entry" if len(places) == 1 else f"{len(places)} entries"
+            return Origin(
+                f"{name} holds {count} that {'is' if len(places) == 1 else 'are'} not finite "
+                f"({value} at [{spot}])",
+                "the weights themselves are broken: go back to an earlier checkpoint, and clip the "
+                "gradient or lower the learning rate from there",
+                "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)",
+            )
+    return None
+
+
+def bad_input(track: Track) -> Origin | None:
+    """The first NaN or Inf in what the layer read."""
+    bad = first_not_finite(track, {"the input": track.inputs})
+    if bad is None:
+        return None
+    return Origin(
+        f"the layer's input is {bad.value} at step {bad.step + 1} of sequence {bad.sequence + 1}, "
+        f"feature {bad.unit + 1}",
+        "clean the data, or find the layer before this one that makes it",
+        "assert torch.isfinite(x).all()",
+    )
+
+
 def bad_gradient(track: Track) -> Bad | None:
     """The first NaN or Inf of the backward pass, None without one."""
     return first_not_finite(track, track.grads, backward=True) if track.has_gradient else None

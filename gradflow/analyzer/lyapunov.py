@@ -110,7 +110,7 @@ def log_growth(
         if not bool(usable.any()):
             continue
         pushed = operator.push(t, rows)
-        logs, turned = _factor(pushed, rows, usable)
+        logs, turned = _factor(pushed, rows, spare_rounding=t == 0)
         growth[t, usable] = logs[usable]
         rows = torch.where(usable[:, None, None], turned, rows)
         if progress is not None:
@@ -118,8 +118,12 @@ def log_growth(
     return Growth(growth, live & (when >= skipped))
 
 
-def _factor(pushed: Tensor, old: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-    """ln |diag R| (B, k) and the rows of Q (B, k, S); a vanished direction is −inf and stays."""
+def _factor(pushed: Tensor, old: Tensor, *, spare_rounding: bool = False) -> tuple[Tensor, Tensor]:
+    """ln |diag R| (B, k) and the rows of Q (B, k, S); a vanished direction is −inf and stays.
+
+    One below rounding counts as vanished, but for the first step, when the basis is still random and
+    large growth hides small.
+    """
     finite = torch.isfinite(pushed).all(-1).all(-1)
     peak = pushed.abs().amax(-1).amax(-1)
     scale = torch.where(finite & (peak > 0), peak, torch.ones_like(peak))
@@ -132,8 +136,10 @@ def _factor(pushed: Tensor, old: Tensor, usable: Tensor) -> tuple[Tensor, Tensor
     else:
         basis, triangle = torch.linalg.qr(safe.mT)
         lengths = triangle.diagonal(dim1=-2, dim2=-1).abs()
-        lengths = _without_rounding(lengths, safe)
-        turned = torch.where((lengths > 0)[..., None], basis.mT, torch.zeros_like(safe))
+        real = _without_rounding(lengths, safe)
+        alive = (lengths if spare_rounding else real) > 0
+        turned = torch.where(alive[..., None], basis.mT, torch.zeros_like(safe))
+        lengths = real
     logs = lengths.double().log() + scale.double().log()[:, None]
     logs = torch.where(finite[:, None], logs, torch.full_like(logs, torch.nan))
     return logs, turned

@@ -145,6 +145,8 @@ def _by_loss(e: Evidence, profile: np.ndarray) -> str:
     back = int(known[-1])
     if e.verdict.name == "exploding" or level[back] > 3:
         return _grown(float(level[back]), back)
+    if e.verdict.name == "vanishing":
+        return f"the gradient fades by {number(-float(level[back]))} decades over {_steps(back)}"
     carrying, units = carriers(profile)
     return _carried(carrying, units, unit, len(known))
 

@@ -156,18 +156,14 @@ def _reason(track: Track) -> str:
     if isinstance(track.source, TapSource):
         seen, second_order = track.source.marks, track.source.second_order
         states = [state for mark in track.source.marks for state in mark.states.values()]
-        where = "recording[...].states"
     else:
         seen = calls = _calls(track)
         second_order = any(call.second_order for call in calls)
-        states, where = [call.returned["output"] for call in calls], "recording[...].h"
+        states = [call.returned["output"] for call in calls]
     if not any(one.grads for one in seen) or second_order:
         return track.why_no_gradient
     if not all(bool(torch.isfinite(state).all()) for state in states):
-        return (
-            "its states are not finite (NaN or infinity), so neither are its gradients; "
-            f"look for the first such step in {where}"
-        )
+        return "its states are not finite (NaN or infinity), so neither are its gradients"
     if not all(bool(torch.isfinite(grad).all()) for one in seen for grad in one.grads.values()):
         return (
             "the gradient that reaches it is not finite: the loss was NaN or infinite, or its own "

@@ -411,6 +411,9 @@ def record(
         expected = "True, False or left out"
         raise InputError(must_be("jacobians", expected, repr(jacobians), "leave it out"))
     patterns = _patterns(layers)
+    if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+        kind = type(scaler).__name__
+        raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))
     recorder = Recorder(model, patterns, lengths, scaler, jacobians)
     recording = recorder.recording
     before, ran = mistakes.gradient_marks(model), mistakes.Ran(model)

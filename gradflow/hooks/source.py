@@ -276,7 +276,7 @@ class LoopSource:
                 "record a backward of the loss alone"
             )
         if not any(call.grad_enabled for call in self.calls):
-            return "it ran inside torch.no_grad(); run it with gradients enabled"
+            return "it ran inside torch.no_grad() or torch.inference_mode(); run it with gradients enabled"
         if not any(call.differentiable for call in self.calls):
             return (
                 "its weights are frozen and its input needs no gradient; "

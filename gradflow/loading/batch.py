@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gradflow.errors import FileError, InputError, must_be
-from gradflow.loading.files import READ_ERRORS
+from gradflow.loading.files import READ_ERRORS, about_dangling
+from gradflow.loading.words import article, reason
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 SAVE = 'save it with torch.save({"input": x, "target": y}, "batch.pt")'
@@ -71,25 +73,46 @@ def _read(path: Path) -> object:
             must_be(f"{path}", f"one of {', '.join(SUFFIXES)}", repr(path.suffix), SAVE)
         )
     if not path.is_file():
+        gone = about_dangling(path)
+        if gone:
+            raise FileError(f"the batch {gone}; link it anew, or {SAVE}")
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileError(f"the batch {path} {what}; check the path, or {SAVE}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _readers()[path.suffix.lower()](path)
+            return _readers()[_content(path) or path.suffix.lower()](path)
     except PermissionError as error:
         raise FileError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     except (pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, *READ_ERRORS) as error:
         if "Object arrays" in str(error) or "allow_pickle" in str(error):
-            reason = "object arrays, which can run code when opened; convert it to numbers"
-            raise FileError(f"{path} holds {reason} and {SAVE}") from error
+            held = "object arrays, which can run code when opened; convert it to numbers"
+            raise FileError(f"{path} holds {held} and {SAVE}") from error
         if isinstance(error, pickle.UnpicklingError):
-            reason = (
+            held = (
                 "objects other than tensors, numbers, lists and dicts, or is no file of torch.save"
             )
-            raise FileError(f"{path} holds {reason}; {SAVE}") from error
-        line = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise FileError(f"{path} is damaged or not what its name says ({line}); {SAVE}") from error
+            raise FileError(f"{path} holds {held}; {SAVE}") from error
+        raise FileError(
+            f"{path} is damaged or not what its name says{reason(error)}; {SAVE}"
+        ) from error
+
+
+def _content(path: Path) -> str:
+    """The suffix that a file's bytes deserve, or "" where they do not tell."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head.startswith(b"\x93NUMPY"):
+        return ".npy"
+    if len(head) > 8 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**32:
+        return ".safetensors"
+    if head.startswith(b"PK") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        torch_made = any(name.rpartition("/")[2] == "data.pkl" for name in names)
+        numpy_made = any(name.endswith(".npy") for name in names)
+        return ".pt" if torch_made else ".npz" if numpy_made else ""
+    return ""
 
 
 def _readers() -> dict[str, Any]:
@@ -108,7 +131,8 @@ def _readers() -> dict[str, Any]:
             return found
 
     def torch_file(path: Path) -> object:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # of a path torch.load would trust the suffix
+            return torch.load(file, map_location="cpu", weights_only=True)
 
     return {
         ".npy": array,
@@ -137,7 +161,7 @@ def _as_batch(value: object, label: str) -> Batch:
             must_be(f"a list in {label}", "a pair (x, y) of arrays", f"{len(value)} items", SAVE)
         )
     expected = "an array, a pair or a mapping"
-    raise InputError(must_be(label, expected, f"a {type(value).__name__}", SAVE))
+    raise InputError(must_be(label, expected, article(type(value).__name__), SAVE))
 
 
 def _from_mapping(value: Mapping[str, object], label: str) -> Batch:
@@ -201,7 +225,7 @@ def _from_numpy(value: object, label: str) -> Tensor:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
         raise InputError(
-            must_be(label, "an array of numbers", f"a {type(value).__name__}", SAVE)
+            must_be(label, "an array of numbers", article(type(value).__name__), SAVE)
         ) from error
     if array.dtype.kind not in "biufc":
         got = "object arrays" if array.dtype.kind == "O" else f"dtype {array.dtype}"

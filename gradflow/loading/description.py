@@ -12,6 +12,7 @@ from pathlib import Path
 from gradflow.loading.files import analyze_command
 from gradflow.loading.opened import Opened, no_recurrence, open_any
 from gradflow.loading.recurrent import RecurrentModule
+from gradflow.loading.words import printable
 
 MOST_MODULES = 20
 
@@ -41,9 +42,13 @@ class Description:
     notes: tuple[str, ...] = ()
     problem: str = ""  # why it cannot be analyzed as it is, or ""
     next_command: str = ""
+    broken: tuple[str, ...] = ()  # weights that hold NaN or infinite numbers
 
     def lines(self) -> list[str]:
-        """Plain text, one line each."""
+        """Plain text, one line each; control characters in names are escaped."""
+        return [printable(line) for line in self._lines()]
+
+    def _lines(self) -> list[str]:
         text = [f"{self.path} is {self.kind}."]
         if self.recurrent:
             text.append(f"recurrent ({len(self.recurrent)}):")
@@ -58,7 +63,11 @@ class Description:
             text += [f"  {name or '(top)'}  {count:,} parameters" for name, count in shown]
             if len(self.others) > len(shown):
                 text.append(f"  and {len(self.others) - len(shown)} more")
-        for title, sentences in (("not in the file:", self.ambiguous), ("notes:", self.notes)):
+        for title, sentences in (
+            ("broken:", self.broken),
+            ("not in the file:", self.ambiguous),
+            ("notes:", self.notes),
+        ):
             if sentences:
                 text += [title, *(f"  {sentence}" for sentence in sentences)]
         if self.problem:
@@ -95,6 +104,8 @@ def describe(
         notes=opened.notes,
         problem=no_recurrence(opened) if missing else "",
         next_command=_next(opened),
+        # Modules may share one table of embeddings: what is wrong with it is said once.
+        broken=tuple(dict.fromkeys(s for layer in opened.recurrent for s in layer.broken)),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import os
 import pickle
 import pickletools
 import shlex
@@ -31,6 +32,7 @@ from torch.serialization import safe_globals
 from gradflow.errors import FileError, UserCodeError
 from gradflow.loading.imports import current_folder_importable
 from gradflow.loading.shells import allow_list, is_forbidden
+from gradflow.loading.words import reason
 
 # What torch's and Python's readers raise on a damaged or hostile file; nothing else is expected.
 READ_ERRORS = (
@@ -125,9 +127,12 @@ def _require_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        why = getattr(error, "strerror", None) or error
         if not isinstance(error, FileNotFoundError):
-            raise FileError(f"cannot read {path}: {reason}; check the path") from error
+            raise FileError(f"cannot read {path}: {why}; check the path") from error
+        gone = about_dangling(path)
+        if gone:
+            raise FileError(f"{gone}; link it anew, or give the file itself") from error
         raise FileError(f"there is no file {path}; {_near_names(path)}") from error
     if stat.S_ISDIR(mode):
         raise FileError(_about_folder(path))
@@ -135,9 +140,16 @@ def _require_file(path: Path) -> None:
         raise FileError(f"{path} is not a regular file; give a file of weights")
 
 
+def about_dangling(path: Path) -> str:
+    """What to say of a link whose target is gone, or "" where the path is no such link."""
+    if not path.is_symlink() or path.exists():
+        return ""
+    return f"{path} is a link whose target is gone: {os.readlink(path)} is not there"
+
+
 def _near_names(path: Path) -> str:
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
+        names = [entry.name for entry in path.parent.iterdir() if entry.exists()]
     except OSError:
         return f"nor a readable folder {path.parent}; check the path with ls"
     near = difflib.get_close_matches(path.name, names, n=1)
@@ -176,7 +188,7 @@ def _sniff_zip(path: Path) -> str:
     except READ_ERRORS as error:
         raise FileError(
             f"{path} is a damaged zip archive, most likely cut short by an interrupted save or "
-            f"download ({error}); copy or download it again, or {RESAVE}"
+            f"download{reason(error)}; copy or download it again, or {RESAVE}"
         ) from error
     short = {name.partition("/")[2] or name for name in names} | set(names)
     pickled = "data.pkl" in short
@@ -294,16 +306,21 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path, device="cpu")
     except (SafetensorError, *READ_ERRORS) as error:
         raise FileError(
-            f"{path} is a damaged safetensors file ({error}); download or save it again, then "
+            f"{path} is a damaged safetensors file{reason(error)}; download or save it again, then "
             f"type: {analyze_command(path)}"
         ) from error
 
 
 def _read_weights_only(path: Path, kind: str, names: tuple[str, ...]) -> object:
     try:
-        with safe_globals(allow_list(names)), warnings.catch_warnings():
+        # An open file, for of a path torch.load trusts the suffix: ".safetensors" of a zip.
+        with (
+            path.open("rb") as file,
+            safe_globals(allow_list(names)),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # torch's advice on its own formats, not the user's
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except READ_ERRORS as error:
         forbidden = [name for name in names if is_forbidden(name)]
         if forbidden:
@@ -320,9 +337,8 @@ def _read_weights_only(path: Path, kind: str, names: tuple[str, ...]) -> object:
                 f"file{_naming(names)}; {RESAVE}, or, only if you trust the file's author: "
                 f"{analyze_command(path, '--trust')}"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileError(
-            f"{path} is a damaged file of torch.save ({reason[:160]}); copy or download it again, "
+            f"{path} is a damaged file of torch.save{reason(error)}; copy or download it again, "
             f"or {RESAVE}"
         ) from error
 
@@ -331,15 +347,15 @@ def _read_trusted(path: Path, kind: str) -> object:
     try:
         # What the file prints must not mix with the JSON that goes to standard output.
         with (
+            path.open("rb") as file,
             current_folder_importable(),
             redirect_stdout(sys.stderr),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
             if kind == "pickle":
-                with path.open("rb") as file:
-                    return pickle.load(file)  # noqa: S301 - the user said --trust
-            return torch.load(path, map_location="cpu", weights_only=False)
+                return pickle.load(file)  # noqa: S301 - the user said --trust
+            return torch.load(file, map_location="cpu", weights_only=False)
     except (Exception, SystemExit) as error:  # a trusted pickle runs any code
         raise UserCodeError(
             f"opening {path} with --trust raised {type(error).__name__}: {error}; its classes must "

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from gradflow.errors import InputError, must_be
 from gradflow.loading.batch import check_lengths
+from gradflow.loading.words import article
 
 IGNORED = -100  # target of cross-entropy that counts for nothing, as in PyTorch
 
@@ -51,7 +52,7 @@ def _find(output: object, key: str | None) -> tuple[object, str]:
         tensor = value.data if isinstance(value, PackedSequence) else value
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             return value, place
-    seen = ", ".join(place for _, place in _leaves(output, name)) or f"a {type(output).__name__}"
+    seen = ", ".join(place for _, place in _leaves(output, name)) or article(type(output).__name__)
     what = "the model's output" if key is None else f"the output that --output {key} names"
     raise InputError(
         must_be(what, "a floating-point tensor", f"none among {seen}", _choices(output))
@@ -116,20 +117,28 @@ def time_axis(model: nn.Module) -> int:
     return 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loss:
-    """A loss by name; call it with (output, target, lengths) for a scalar tensor."""
+    """A loss by name; call it with (output, target, lengths) for a scalar tensor.
+
+    Where no ``--loss`` was given the target chooses, so ``name`` says which loss it was only after
+    the call.
+    """
 
     name: str  # for the provenance, in words
     note: str  # a sentence for the report, or ""
     time_axis: int
-    function: Callable[[Tensor, Tensor | None, Tensor | None, int], Tensor]
+    function: Callable[[Tensor, Tensor | None, Tensor | None, int], Tensor] | None
+    # None: the target chooses
 
     def __call__(
         self, output: Tensor, target: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """Compute the scalar loss; raises InputError where shapes or values do not fit."""
-        return self.function(output, target, lengths, self.time_axis)
+        function = self.function
+        if function is None:
+            self.name, _, function = _LOSSES[_by_target(output, target)]
+        return function(output, target, lengths, self.time_axis)
 
 
 def make_loss(name: str | None, target_present: bool, time_axis: int = 0) -> Loss:
@@ -152,7 +161,7 @@ def make_loss(name: str | None, target_present: bool, time_axis: int = 0) -> Los
     if name is not None and key not in NAMES:
         listed = ", ".join(NAMES)
         raise InputError(must_be("--loss", f"one of {listed}", repr(name), "choose one of them"))
-    words, note, function = _LOSSES[key]
+    words, note, function = _CHOSEN_LATER if key == "target" else _LOSSES[key]
     if key != "last" and not target_present:
         raise InputError(
             f"--loss {name} must have a target, got none; give --target FILE, or leave --loss out "
@@ -279,11 +288,14 @@ def _nll(output: Tensor, target: Tensor | None, lengths: Tensor | None, axis: in
     return F.nll_loss(flat, target.reshape(-1), ignore_index=IGNORED)
 
 
-def _by_target(output: Tensor, target: Tensor | None, lengths: Tensor | None, axis: int) -> Tensor:
-    assert target is not None
+def _by_target(output: Tensor, target: Tensor | None) -> str:
+    if target is None:
+        raise InputError(
+            must_be("the target", "a tensor", "none", "give --target FILE, or use --loss last")
+        )
     whole = not target.is_floating_point() and target.dtype != torch.bool
     classes = whole and tuple(target.shape) == tuple(output.shape[:-1])
-    return (_cross_entropy if classes else _mse)(output, target, lengths, axis)
+    return "cross-entropy" if classes else "mse"
 
 
 NAMES = ("mse", "cross-entropy", "bce", "nll", "last")
@@ -301,9 +313,9 @@ _LOSSES = {
         "no target was given: the loss is ½‖output at the last real step‖²",
         _last,
     ),
-    "target": (
-        "mean squared error, or cross-entropy where the target holds class numbers",
-        "no --loss was given: cross-entropy where the target holds class numbers, else mse",
-        _by_target,
-    ),
 }
+_CHOSEN_LATER = (
+    "the loss that the target chooses",
+    "no --loss was given: it was chosen by the target",
+    None,
+)

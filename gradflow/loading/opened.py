@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from gradflow.loading.files import READ_ERRORS, RESAVE, analyze_command, read
 from gradflow.loading.recurrent import RecurrentModule, from_model, from_tensors
 from gradflow.loading.shells import Rebuilder, Shell, foreign_classes, tensors_of
 from gradflow.loading.states import Found, fold, is_recurrent, locate, name_of, renamed
+from gradflow.loading.words import printable, reason
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def no_recurrence(opened: Opened) -> str:
     more = f" and {len(opened.shapes) - 4} more" if len(opened.shapes) > 4 else ""
     holds = f"{len(opened.shapes)} tensors, none a weight_hh ({', '.join(shown)}{more})"
     command = analyze_command(opened.path, "--model 'pkg.mod:Net(...)' --input batch.pt")
-    return (
+    return printable(
         f"{opened.path} is {opened.kind} without recurrent weights: {holds if shown else 'empty'}; "
         f"if the recurrence is in your own code, type: {command}"
     )
@@ -76,11 +77,12 @@ def open_any(path: str | os.PathLike[str], spec: str | None, trust: bool) -> Ope
     if spec is not None:
         specs.parse_spec(spec)  # a typing mistake is said before a large file is read
     try:
-        return _open(path, spec, trust)
+        opened = _open(path, spec, trust)
     except FileError as error:
-        if str(path) in str(error):
-            raise
-        raise FileError(f"{path}: {error}") from error  # every refusal names its file
+        # Every refusal names its file and is one line, whatever the keys in the file are.
+        named = str(path) in str(error)
+        raise FileError(printable(error if named else f"{path}: {error}")) from error
+    return replace(opened, notes=tuple(map(printable, opened.notes)))
 
 
 def _open(path: Path, spec: str | None, trust: bool) -> Opened:
@@ -91,7 +93,7 @@ def _open(path: Path, spec: str | None, trust: bool) -> Opened:
         raise FileError(_not_weights(path, contents.value, str(error), trust)) from error
     except READ_ERRORS as error:
         raise FileError(
-            f"{path} holds objects that contradict themselves ({error}); {RESAVE}"
+            f"{path} holds objects that contradict themselves{reason(error)}; {RESAVE}"
         ) from error
     tensors = _checked(path, _all_tensors(found))
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}

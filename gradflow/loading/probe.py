@@ -5,6 +5,7 @@ The input decides the rate, so a verdict from weights alone is tried under sever
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gradflow.errors import InputError, must_be
 from gradflow.loading.recurrent import RecurrentModule
+from gradflow.loading.words import printable
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def probes(
     """Make the probes of a module: random tokens where an embedding is known, else three noises.
 
     The three are inputs 0, 0.1·N(0, 1) and N(0, 1). The same seed gives the same probes.
-    Raises InputError for a length or batch below 1.
+    Raises InputError for a length or batch below 1, and for ones too large for the memory.
 
     >>> from gradflow.loading.recurrent import from_tensors
     >>> (module,) = from_tensors(torch.nn.LSTM(3, 5).state_dict())
@@ -39,6 +41,7 @@ def probes(
     _require_whole("--seq-len", seq_len, 1)
     _require_whole("--batch", batch, 1)
     _require_whole("--seed", seed, 0)
+    _require_memory(recurrent, seq_len, batch)
     generator = torch.Generator().manual_seed(seed)
     dtype = recurrent.dtype
     # Drawn first and in float64, so that r is the same for every probe, length and dtype.
@@ -46,7 +49,8 @@ def probes(
     if recurrent.embedding is not None:
         size = recurrent.embedding.shape[0]
         tokens = torch.randint(size, (seq_len, batch), generator=generator)
-        name = f"uniform random tokens through {recurrent.embedding_name or 'the embedding'}"
+        table = printable(recurrent.embedding_name or "the embedding")
+        name = f"uniform random tokens through {table}"
         inputs = {name: recurrent.embedding[tokens].to(dtype)}
     else:
         shape = (seq_len, batch, recurrent.input_size)
@@ -66,6 +70,34 @@ def _require_whole(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
         expected = f"a whole number of at least {least}"
         raise InputError(must_be(name, expected, repr(value), "leave it out for the default"))
+
+
+def _require_memory(recurrent: RecurrentModule, seq_len: int, batch: int) -> None:
+    """Refuse, before allocating, what would take more than half of the machine's memory."""
+    memory = physical_memory()
+    if memory is None:
+        return
+    item = recurrent.dtype.itemsize
+    tokens = recurrent.embedding is not None
+    # A step of a sequence: the three inputs and the float64 noise, or tokens and what they embed
+    step = 8 + recurrent.input_size * item if tokens else recurrent.input_size * (8 + 3 * item)
+    step += recurrent.width * recurrent.layers * item  # what every layer puts out
+    needed = batch * (seq_len * step + recurrent.width * 8)
+    if needed > memory / 2:
+        raise InputError(
+            f"the probe needs about {needed / 2**30:,.1f} GiB for --seq-len {seq_len} and --batch "
+            f"{batch}, which must be at most half of the {memory / 2**30:,.1f} GiB of memory here; "
+            "lower --seq-len or --batch"
+        )
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory in this machine, or None where the system does not say."""
+    try:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+    return pages * size if pages > 0 and size > 0 else None
 
 
 def probe_loss(

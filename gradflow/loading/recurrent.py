@@ -16,10 +16,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gradflow.errors import FileError
+from gradflow.loading.words import article, printable
 
 _KEY = re.compile(
     r"(?:(?P<path>.*)\.)?(?P<part>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"
-    r"(?:_l(?P<layer>\d+)(?P<reverse>_reverse)?)?"
+    r"(?:_l(?P<layer>\d+)(?P<reverse>_reverse)?)?",
+    re.DOTALL,
 )
 _KINDS = {4: "LSTM", 3: "GRU", 1: "RNN"}
 _CLASSES: dict[str, Callable[..., nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
@@ -32,7 +34,7 @@ GIVE_MODEL = "give the class that uses it: --model 'pkg.mod:Net(...)'"
 class RecurrentModule:
     """One recurrent module of a file, ready to run alone."""
 
-    name: str  # module path, "" for a bare module
+    name: str  # module path as in the file, "" for a bare module
     module: nn.RNNBase  # fresh, in eval mode, with the file's weights in the file's dtype
     kind: str  # "LSTM", "GRU" or "RNN"
     from_cell: bool = False  # an LSTMCell, GRUCell or RNNCell, run as a one-layer module
@@ -40,6 +42,34 @@ class RecurrentModule:
     embedding: Tensor | None = field(default=None, repr=False)  # (V, I)
     embedding_name: str = ""
     ambiguous: tuple[str, ...] = ()  # sentences: what the weights do not say
+
+    @property
+    def path_parts(self) -> tuple[str, ...]:
+        r"""The parts of ``name`` that nested modules can be added under; () for a bare module.
+
+        They are printable, non-empty, without dots and no attribute of a module. An empty part
+        becomes ``_``, one that a module already has gets an underscore.
+
+        >>> (found,) = from_tensors({f"a..b.{k}": v for k, v in nn.GRU(3, 5).state_dict().items()})
+        >>> found.name, found.path_parts
+        ('a..b', ('a', '_', 'b'))
+        """
+        taken = nn.Module()
+        parts = [printable(part) for part in self.name.split(".")] if self.name else []
+        return tuple(f"{part}_" if not part or hasattr(taken, part) else part for part in parts)
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """A sentence for each weight, and embedding, that holds NaN or infinite numbers."""
+        suffix = "_l0" if self.from_cell else ""
+        owner = f" of {printable(self.name)}" if self.name else ""
+        said = [
+            non_finite(name.removesuffix(suffix) + owner, weight)
+            for name, weight in self.module.named_parameters()
+        ]
+        if self.embedding is not None:
+            said.append(non_finite(printable(self.embedding_name), self.embedding))
+        return tuple(sentence for sentence in said if sentence)
 
     @property
     def input_size(self) -> int:
@@ -94,6 +124,27 @@ class RecurrentModule:
         facts += [] if self.bias else ["no bias"]
         cell = "Cell" if self.from_cell else ""
         return f"{self.kind}{cell}({', '.join(facts)})"
+
+
+def non_finite(label: str, weight: Tensor) -> str:
+    """Say how many NaN and infinite numbers a weight holds, and where the first is; "" if none.
+
+    >>> non_finite("weight_hh_l0", torch.tensor([[1.0, torch.nan], [torch.inf, 2.0]]))
+    'weight_hh_l0 holds 1 NaN and 1 infinite number (first at row 1, column 2, counted from 1)'
+    """
+    values = weight.detach()
+    if values.dtype.itemsize == 1:
+        values = values.float()  # torch cannot ask this of every float8
+    bad = ~torch.isfinite(values)
+    if not bool(bad.any()):
+        return ""
+    nans = int(torch.isnan(values).sum())
+    others = int(bad.sum()) - nans
+    counts = [f"{nans:,} NaN"] if nans else []
+    counts += [f"{others:,} infinite number{'s' if others > 1 else ''}"] if others else []
+    place = [index + 1 for index in bad.nonzero()[0].tolist()]
+    where = f"row {place[0]}, column {place[1]}" if len(place) == 2 else f"entry {place[0]}"
+    return f"{label} holds {' and '.join(counts)} (first at {where}, counted from 1)"
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[RecurrentModule, ...]:
@@ -219,7 +270,7 @@ def _build(
     _check_shapes(label, shape, weights)
     embedding, embedding_name = _embedding(path, shape.input_size, tensors)
     return RecurrentModule(
-        name=_module_name(path),
+        name=path,
         module=_instantiate(path, shape, weights, {}),
         kind=shape.kind,
         from_cell=from_cell,
@@ -228,13 +279,6 @@ def _build(
         embedding_name=embedding_name,
         ambiguous=_ambiguities(shape, from_cell, label, embedding, embedding_name),
     )
-
-
-def _module_name(path: str) -> str:
-    """The path as a name that modules can be added under; odd parts get an underscore."""
-    taken = nn.Module()
-    parts = path.split(".") if path else []
-    return ".".join(f"{part}_" if not part or hasattr(taken, part) else part for part in parts)
 
 
 def _check_tensor(key: str, tensor: Tensor) -> None:
@@ -309,7 +353,7 @@ def _check_shapes(label: str, shape: Shape, weights: Mapping[str, Tensor]) -> No
             f"lacks {', '.join(missing[:4])}" if missing else f"also holds {', '.join(extra[:4])}"
         )
         raise FileError(
-            f"{label} looks like a {shape.kind} with {shape.layers} layer(s) but {what}; "
+            f"{label} looks like {article(shape.kind)} with {shape.layers} layer(s) but {what}; "
             f"save the whole state_dict, or {GIVE_MODEL}"
         )
     for name, size in expected.items():
@@ -404,4 +448,4 @@ def _ambiguities(
             "embedding of its tokens"
         )
     said.append("the weights do not say what feeds this layer, what reads it, or the loss")
-    return tuple(said)
+    return tuple(map(printable, said))

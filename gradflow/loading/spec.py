@@ -25,6 +25,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from gradflow.errors import FileError, InputError, UserCodeError, must_be
 from gradflow.loading.imports import current_folder_importable
 from gradflow.loading.states import fold, is_recurrent, renamed
+from gradflow.loading.words import article
 
 EXAMPLE = "write it like --model 'pkg.mod:Net(10, 20, hidden=5)'"
 
@@ -112,7 +113,7 @@ def build(text: str) -> nn.Module:
             model = target(*spec.args, **spec.kwargs)
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"{text} must build a torch.nn.Module, got a {type(model).__name__}; "
+            f"{text} must build a torch.nn.Module, got {article(type(model).__name__)}; "
             "name the class, or a function that returns the model"
         )
     return model

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradflow.errors import FileError
 from gradflow.loading.shells import Shell
+from gradflow.loading.words import article
 
 PREFERRED = (
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network"),
@@ -22,7 +23,7 @@ PREFERRED = (
 )
 _NOT_WEIGHTS = re.compile(r"optim|sched|callback|loops|scaler|rng|hyper|config|args", re.I)
 _RECURRENT = re.compile(
-    r"(^|\.)(parametrizations\.)?weight_hh(_l\d+)?(_reverse)?(_g|_v|_orig|_raw|\.original\d?)?$"
+    r"(^|\.)(parametrizations\.)?weight_hh(_l\d+)?(_reverse)?(_g|_v|_orig|_raw|\.original\d?)?\Z"
 )
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -87,7 +88,7 @@ def name_of(value: object) -> str:
         keys = ", ".join(str(key)[:40] for key in list(value)[:5])
         return f"a mapping without tensors (keys: {keys})" if keys else "an empty mapping"
     if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of {len(value)} items"
+        return f"{article(type(value).__name__)} of {len(value)} items"
     return f"an object of type {type(value).__name__}"
 
 
@@ -192,7 +193,7 @@ def fold(tensors: Mapping[str, Tensor], notes: list[str] | None = None) -> dict[
             g, v = found.pop(names[0]), found.pop(names[1])
             found[names[2]], axis = _weight_norm(names[2], g, v)
             notes.append(f"{names[2]} is weight-normed, its norm read as over {axis}")
-        raw = re.fullmatch(r"(.*?)(module\.)?(weight_hh_l\d+(?:_reverse)?)_raw", key)
+        raw = re.fullmatch(r"(.*?)(module\.)?(weight_hh_l\d+(?:_reverse)?)_raw", key, re.DOTALL)
         if raw is not None:
             inner = f"{raw[1]}module."
             home = inner if any(name.startswith(inner) for name in found) else raw[1]
@@ -205,12 +206,15 @@ def fold(tensors: Mapping[str, Tensor], notes: list[str] | None = None) -> dict[
 
 def _norm_names(key: str) -> tuple[str, str, str] | None:
     """The keys of g, of v and of the weight, if this key is a weight-norm's g."""
-    old = re.fullmatch(r"((?:.*\.)?(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?)_g", key)
+    old = re.fullmatch(
+        r"((?:.*\.)?(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?)_g", key, re.DOTALL
+    )
     if old is not None:
         return key, f"{old[1]}_v", old[1]
     new = re.fullmatch(
         r"(.*?)parametrizations\.((?:weight|bias)_(?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?)\.original0",
         key,
+        re.DOTALL,
     )
     if new is not None:
         return key, key.removesuffix("0") + "1", new[1] + new[2]

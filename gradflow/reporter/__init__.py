@@ -2,7 +2,8 @@
 
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.figures import plot
-from gradflow.reporter.files import check_folder, free_folder, report, whole_folder
+from gradflow.reporter.files import report
+from gradflow.reporter.folders import check_folder, free_folder, whole_folder
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.picture import png
 from gradflow.reporter.text import render

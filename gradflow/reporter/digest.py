@@ -70,7 +70,7 @@ def _layer(layer: LayerAnalysis) -> dict[str, Any]:
         "half_life": {"value": layer.half_life, "never": layer.half_life == math.inf},
         "horizon": {
             "value": layer.horizon,
-            "never": layer.horizon is None,
+            "never": layer.never_gone,
             "searched": layer.searched,
         },
         "channels": layer.channels,

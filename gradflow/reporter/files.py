@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gradflow.analysis import FRAMES, Analysis
-from gradflow.errors import FileError, InputError, must_be
+from gradflow.errors import InputError, must_be
 from gradflow.reporter.digest import summary
 from gradflow.reporter.figures import plot
+from gradflow.reporter.folders import check_folder, whole_folder
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.page import TOP, FigureKey, page
 from gradflow.reporter.picture import png
 
 FORMATS = ("html", "json", "csv", "png", "nc")
-MARKS = ("run.nc", "summary.json", "report.html", "layers.csv")  # one of them in every report
-# what a report may hold: a folder with anything else in it is never replaced
-OURS = {"report.html", "summary.json", "run.nc", "figures", *(f"{kind}.csv" for kind in FRAMES)}
 
 
 def report(
@@ -46,6 +41,10 @@ def report(
     ...     sorted(report(run, f"{place}/run", formats=["json", "nc"]))
     ['run.nc', 'summary.json']
     """
+    if not isinstance(analysis, Analysis):
+        kind = type(analysis).__name__
+        advice = "give what gradflow.analyze or gradflow.diagnose returns"
+        raise InputError(must_be("the analysis", "an Analysis", kind, advice))
     chosen = _chosen(formats)
     if not len(analysis):
         advice = "record a model that has a recurrent layer"
@@ -59,16 +58,6 @@ def report(
                 _WRITERS[name](analysis, new, pictures)
         names = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
     return {name.as_posix(): folder / name for name in names}
-
-
-def free_folder(base: str | Path) -> Path:
-    """The first of base, base-2, base-3, … that does not exist."""
-    base = Path(base)
-    number, folder = 1, base
-    while folder.exists() or folder.is_symlink():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
 
 
 def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
@@ -164,68 +153,3 @@ def _chosen(formats: Iterable[str]) -> set[str]:
         expected = f"one or more of {', '.join(FORMATS)}"
         raise InputError(must_be("formats", expected, ", ".join(wrong) or "none", advice))
     return chosen
-
-
-def check_folder(folder: Path, *, force: bool = False) -> None:
-    """Refuse a place that must not be written to."""
-    if folder.is_symlink():
-        raise FileError(f"{folder} is a link and is left alone; give the folder it points to")
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileError(f"{folder} is a file, and a report needs a folder; give another name")
-    if not force:
-        raise FileError(
-            f"{folder} exists and is left alone; give another folder, or --force (force=True) "
-            "to replace the report in it"
-        )
-    if not any(folder.iterdir()):
-        return
-    strange = sorted(path.name for path in folder.iterdir() if path.name not in OURS)
-    if strange or not any((folder / mark).is_file() for mark in MARKS):
-        what = f" (it holds {', '.join(strange[:3])})" if strange else ""
-        raise FileError(
-            f"{folder} does not look like a gradflow report{what} and is left alone; "
-            "give another folder"
-        )
-
-
-@contextmanager
-def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
-    """A new folder that takes its place when all is written, and is removed when anything fails."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        yield new
-        new.chmod(0o755)
-        _move(new, folder, force)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _move(new: Path, folder: Path, force: bool) -> None:
-    check_folder(folder, force=force)  # someone may have made it in the meantime
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    try:
-        folder.rename(old / "report")
-        new.rename(folder)
-    except BaseException:
-        if (old / "report").exists():
-            (old / "report").rename(folder)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _unwritable(folder: Path, error: OSError) -> FileError:
-    return FileError(
-        f"cannot write the report to {folder}: {error.strerror or error}; give another folder"
-    )

@@ -74,7 +74,9 @@ def half_life_words(layer: LayerAnalysis) -> str:
 
 
 def gone_words(layer: LayerAnalysis) -> str:
-    """After how many steps the gain is below 10⁻³; never, as far as was searched."""
+    """After how many steps the gain is below 10⁻³; beyond what was searched, or never."""
     if layer.horizon is None and math.isnan(layer.rate.value):
         return "none"
+    if layer.horizon is None and not layer.never_gone:
+        return f"> {layer.searched}"
     return steps_words(layer.horizon)

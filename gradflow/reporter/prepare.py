@@ -224,7 +224,9 @@ def _reading(
         at = int(lag[grown[0]])
         return (_crossing(lag, median, at, GREW), GREW), f"1000 × after {_steps(at)}"
     below = np.isfinite(median[1:]) & (median[1:] < GONE)
-    return None, "" if below.any() or not np.isfinite(layer.rate.value) else "never below 10⁻³"
+    if below.any() or not np.isfinite(layer.rate.value):
+        return None, ""
+    return None, "never below 10⁻³" if layer.never_gone else "not yet below 10⁻³"
 
 
 def _crossing(lag: np.ndarray, median: np.ndarray, at: int, level: float) -> float:

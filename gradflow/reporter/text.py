@@ -62,12 +62,19 @@ _PLAIN = str.maketrans(
 )  # fmt: skip
 
 
+class _Console(Console):
+    """A console that leaves it to the caller what a closed pipe means."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def render(analysis: Analysis, console: Console | None = None) -> None:
     """Print an analysis; honours the console's width, colours and encoding.
 
     Where the console cannot encode a character it is spelled in ASCII, so a pipe never fails.
     """
-    console = console or Console()
+    console = console or _Console()
     _print(console, Text(f"gradflow: {analysis.title}", style="bold"))
     _print(console, Text(""))
     console.print(_table(analysis, console))

@@ -1,0 +1,46 @@
+"""Small parts of sentences: names fit to print, articles, and why a reader gave up."""
+
+from __future__ import annotations
+
+import re
+
+# Letters that are read out by name, so that they take "an".
+_SPELLED = ("lstm", "rnn", "mlp", "ndarray")
+
+
+def printable(text: object) -> str:
+    r"""The text on one line: line ends and control characters are escaped as in ``repr``.
+
+    >>> printable("a\nb.weight")
+    'a\\nb.weight'
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+
+
+def article(word: str) -> str:
+    """The word behind "a" or "an", as it is read aloud.
+
+    >>> article("LSTM"), article("GRU"), article("int")
+    ('an LSTM', 'a GRU', 'an int')
+    """
+    lower = word.lower()
+    an = lower.startswith((*"aeio", *_SPELLED)) or (lower[:1] == "u" and lower[:4] != "uint")
+    return f"{'an' if an else 'a'} {word}"
+
+
+def reason(error: BaseException, most: int = 160) -> str:
+    """Why a reader gave up, in words and in brackets, or "" where the error holds no words.
+
+    >>> reason(EOFError()), reason(ValueError("bad shape")), reason(AssertionError(7))
+    (' (it ends too early)', ' (bad shape)', '')
+    """
+    if isinstance(error, KeyError):  # its text is the bare key
+        return " (one part of it refers to another that is not there)"
+    lines = str(error).splitlines()
+    if lines and len(re.findall(r"[^\W\d_]{2,}", lines[0])) >= 2:
+        return f" ({printable(lines[0][:most])})"
+    if isinstance(error, EOFError):
+        return " (it ends too early)"
+    if isinstance(error, MemoryError):
+        return " (it claims more than fits in memory)"
+    return ""
