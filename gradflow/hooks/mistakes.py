@@ -39,7 +39,7 @@ class Ran:
         self.names: dict[str, None] = {}
         delicate = (nn.MultiheadAttention, torch.jit.ScriptModule)
         self._handles = []
-        if "torch._dynamo" in sys.modules or any(isinstance(m, delicate) for m in model.modules()):
+        if _something_is_compiled() or any(isinstance(m, delicate) for m in model.modules()):
             return
         for name, child in model.named_children():
             note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
@@ -49,6 +49,12 @@ class Ran:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+
+
+def _something_is_compiled() -> bool:
+    """Whether torch.compile was called in this process; merely loading it, as optimizers do, is not."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return bool(getattr(frames, "cached_backends", frames is not None))
 
 
 def _note(names: dict[str, None], name: str, *_: object) -> None:
