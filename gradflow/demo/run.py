@@ -9,7 +9,7 @@ import torch
 
 from gradflow import reporter
 from gradflow.analysis import Analysis
-from gradflow.demo.task import BASELINE, Progress, Trained, adding_batch, train
+from gradflow.demo.task import BASELINE, STEPS, Progress, Trained, adding_batch, train
 from gradflow.workflow import FileRequest, analyze_file
 
 Cell = Literal["RNN", "LSTM"]
@@ -63,7 +63,7 @@ def _analyze(cell: Cell, trained: Trained, folder: Path) -> Analysis:
 def _words(folder: Path, trained: dict[Cell, Trained]) -> str:
     lines = [
         "",
-        f"The adding task: add two numbers up to {100} steps apart; guessing scores {BASELINE:.3f}.",
+        f"The adding task: add two numbers up to {STEPS} steps apart; guessing scores {BASELINE:.3f}.",
     ]
     for cell, result in trained.items():
         lines.append(
