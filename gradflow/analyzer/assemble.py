@@ -11,20 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import xarray as xr
 
 from gradflow._version import __version__
 from gradflow.analysis import Analysis, LayerAnalysis, Rate
 from gradflow.analyzer import plan
-from gradflow.analyzer.activity import gate_statistics, sigmoid_and_other, state_norms
+from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
 from gradflow.analyzer.curve import LagCurve, finite_extremes, lag_curve
 from gradflow.analyzer.evidence import Evidence
 from gradflow.analyzer.jacobians import operator_of, state_size
-from gradflow.analyzer.loss import KINDS, arrives_elsewhere, grad_norms, gradient_note, profile
+from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
 from gradflow.analyzer.lyapunov import SHORT, Growth, burn_in, log_growth
+from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.order import cuts_before
-from gradflow.analyzer.products import NORMS
 from gradflow.analyzer.rates import (
     ROUNDING,
     decays_as_power,
@@ -215,36 +214,43 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     curve = lag_curve(maps.log_gain["spectral"], maps.sources)
     singular, reach = _singular(track, mapped, span, settings)
 
-    # what the loss sees, and why
+    # what the loss sees
     withheld = track.has_gradient and track.parity.status == "failed"
-    labels = _labels(track, curve, growth, finite, maps)
     seen = profile(track, withheld)
-    grows = verdict.name == "exploding" or "transient growth" in labels
-    note = gradient_note(track) or ("" if grows else arrives_elsewhere(seen))
-    evidence = Evidence(
+    measured = Measured(
         track=track,
+        span=span,
+        growth=growth,
+        rate=rate,
+        sequence_rates=rates,
+        mapped=mapped,
+        maps=maps,
+        curve=curve,
+        singular=singular,
+        reach=reach,
+        profile=seen,
+        withheld=withheld,
+    )
+
+    # the verdict, and why
+    labels = _labels(track, curve, growth, finite, maps)
+    grows = verdict.name == "exploding" or "transient growth" in labels
+    evidence = Evidence(
+        **vars(measured),
         alone=settings.layers == 1,
         size=state_size(track),
-        span=span,
-        rate=rate,
         verdict=verdict,
         labels=labels,
         half_life=_half_life(rate, curve, labels),
-        curve=curve,
         channels=_channels(track, singular),
-        reach=reach,
-        sequence_rates=rates,
-        profile=seen,
-        gradient_note=note,
+        gradient_note=gradient_note(track) or ("" if grows else arrives_elsewhere(seen)),
+        data=dataset(measured),
     )
-    data = _dataset(evidence, maps, mapped, singular, withheld)
     settings.progress(track.name, 1.0)
-    return _assembled(evidence, growth, maps, data)
+    return _assembled(evidence)
 
 
-def _assembled(
-    evidence: Evidence, growth: Growth, maps: plan.Maps, data: xr.Dataset
-) -> LayerAnalysis:
+def _assembled(evidence: Evidence) -> LayerAnalysis:
     track = evidence.track
     return LayerAnalysis(
         name=track.name,
@@ -262,14 +268,14 @@ def _assembled(
         horizon=evidence.curve.horizon,
         searched=evidence.curve.searched,
         channels=evidence.channels,
-        lyapunov=_spectrum(evidence, growth),
+        lyapunov=_spectrum(evidence),
         findings=findings(evidence),
         parity=track.parity,
         sentence=sentence(evidence),
         title=title(evidence),
         gradient_note=evidence.gradient_note,
-        method=maps.words,
-        data=data,
+        method=evidence.maps.words,
+        data=evidence.data,
     )
 
 
@@ -392,11 +398,11 @@ def _channels(track: Track, singular: np.ndarray) -> int | None:
     return int(np.median([survivors(row) for row in known]))
 
 
-def _spectrum(evidence: Evidence, growth: Growth) -> np.ndarray | None:
+def _spectrum(evidence: Evidence) -> np.ndarray | None:
     """Mean exponents over sequences, the rate first; None where there is no rate."""
     if math.isnan(evidence.rate.value):
         return None
-    exponents = growth.exponents.numpy()
+    exponents = evidence.growth.exponents.numpy()
     alive = ~np.isneginf(exponents[:, 0]) & ~np.isnan(exponents[:, 0])
     if evidence.rate.value == -math.inf or not alive.any():
         return np.full(exponents.shape[1], -math.inf)
@@ -440,61 +446,6 @@ def _leaves_range(track: Track, maps: plan.Maps) -> bool:
     limits = torch.finfo(track.states[track.main_state].dtype)
     low, high = finite_extremes(maps.log_gain["spectral"])
     return low < math.log(limits.tiny) or high > math.log(limits.max)
-
-
-# ----------------------------------------------------------------------------------- the dataset
-
-
-def _dataset(
-    evidence: Evidence,
-    maps: plan.Maps,
-    mapped: Sequence[int],
-    singular: np.ndarray,
-    withheld: bool,
-) -> xr.Dataset:
-    """All arrays of a layer, as the table in `gradflow.analysis` lists them."""
-    track, curve, profiles = evidence.track, evidence.curve, evidence.profile
-    gain = np.stack([maps.log_gain[norm] for norm in NORMS])
-    gates = gate_statistics(track)
-    state_unit = ("state", "unit")
-    arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        "log_gain": (("norm", "sequence", "source", "target"), gain),
-        "log_singular": (("sequence", "index"), singular),
-        "lag_median": (("lag",), curve.median),
-        "lag_low": (("lag",), curve.low),
-        "lag_high": (("lag",), curve.high),
-        "lag_count": (("lag",), curve.count),
-        "lag_zero_share": (("lag",), curve.zero_share),
-        "lag_slope": (("lag",), curve.slope),
-        "lag_fit": (("lag",), curve.line(evidence.rate.value)),
-        "sequence_rate": (("batch",), evidence.sequence_rates),
-        "length": (("batch",), track.lengths.cpu().numpy()),
-        "log10_grad": ((*state_unit, "back"), profiles.log10_grad),
-        "unit_order": (state_unit, profiles.unit_order),
-        "grad_norm": (("kind", "state", "step"), grad_norms(track, withheld)),
-        **{name: (("gate", "step"), values) for name, values in gates.items()},
-        "state_norm": (("state", "step"), state_norms(track)),
-        "memory_steps": (state_unit, profiles.memory_steps),
-    }
-    steps = np.arange(track.steps)
-    names = np.array(list(sigmoid_and_other(track)), dtype="<U8")
-    coords = {
-        "norm": list(NORMS),
-        "sequence": np.array(mapped),
-        "source": maps.sources,
-        "target": steps,
-        "lag": steps,
-        "index": np.arange(singular.shape[1]),
-        "back": steps,
-        "step": steps,
-        "state": list(track.states),
-        "unit": np.arange(profiles.log10_grad.shape[1]),
-        "kind": list(KINDS),
-        "gate": names,
-        "batch": np.arange(track.batch),
-    }
-    data = {name: (dims, np.asarray(v, dtype=np.float64)) for name, (dims, v) in arrays.items()}
-    return xr.Dataset(data, coords=coords)
 
 
 # --------------------------------------------------------------------------- warnings, provenance

@@ -7,32 +7,24 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+import xarray as xr
 
-from gradflow.analysis import Rate
-from gradflow.analyzer.curve import LagCurve
-from gradflow.analyzer.loss import Profile
+from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.rates import Verdict, band
-from gradflow.recording import Track
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """Everything measured on one track."""
+class Evidence(Measured):
+    """Everything measured on one track, and how it was judged."""
 
-    track: Track
     alone: bool  # the only layer of its recording
     size: int  # S
-    span: int
-    rate: Rate
     verdict: Verdict
     labels: tuple[str, ...]
     half_life: float
-    curve: LagCurve
     channels: int | None
-    reach: int  # steps over which the channels were counted
-    sequence_rates: np.ndarray  # (B,)
-    profile: Profile
     gradient_note: str
+    data: xr.Dataset
 
     @property
     def kind(self) -> str:
