@@ -19,6 +19,14 @@ lag_slope           (lag)                          local slope L(k) − L(k−1)
 lag_fit             (lag)                          straight line with the layer's rate as its slope
 sequence_rate       (batch)                        largest Lyapunov exponent of each sequence
 length              (batch)                        real steps of each sequence
+lyapunov            (index_k)                      every exponent measured, mean over sequences, nats
+                                                   per step: the rate first, then largest first
+lyapunov_low/_high  (index_k)                      their 95 % t-intervals over sequences
+lyapunov_trace      (index_k, step)                running mean of each over the counted steps, in
+                                                   processing order; the first eight, NaN beyond
+sum_rule            (side)                         sum of all exponents as "measured" and "exact", by
+                                                   determinants; NaN where not all were measured or
+                                                   no closed form is known
 log10_grad          (state, unit, back)            |∂L/∂s_t| of the last loss step, rms over sequences
                                                    aligned at that step (back = 0), divided by the
                                                    layer's own rms value there; log10
@@ -101,7 +109,7 @@ class LayerAnalysis:
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span; None where undefined
-    lyapunov: np.ndarray | None  # (k,) nats per step, largest first
+    lyapunov: np.ndarray | None  # (k,) nats per step: the rate, then the others, largest first
     findings: tuple[Finding, ...]
     parity: Parity
     sentence: str  # the verdict in words with numbers

@@ -6,6 +6,7 @@ variables and the coordinates they need.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from gradflow.analyzer.activity import gate_statistics, sigmoid_and_other, state_norms
+from gradflow.analyzer.certificates import SIDES, sum_rule
 from gradflow.analyzer.loss import KINDS, grad_norms
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.products import NORMS
@@ -84,6 +86,24 @@ def _sequences(m: Measured) -> Part:
     )
 
 
+def _exponents(m: Measured) -> Part:
+    """Every exponent with its interval, how it settled, and what all of them must add up to."""
+    found, steps = m.spectrum, m.track.steps
+    trace = np.full((len(found.values), steps), np.nan)
+    trace[: len(found.trace), : found.trace.shape[1]] = found.trace
+    alive = np.isfinite(m.sequence_rates) & math.isfinite(m.rate.value)
+    return Part(
+        {
+            "lyapunov": (("index_k",), found.values),
+            "lyapunov_low": (("index_k",), found.low),
+            "lyapunov_high": (("index_k",), found.high),
+            "lyapunov_trace": (("index_k", "step"), trace),
+            "sum_rule": (("side",), sum_rule(m.track, m.growth, alive)),
+        },
+        {"index_k": np.arange(len(found.values)), "side": list(SIDES)},
+    )
+
+
 def _gradients(m: Measured) -> Part:
     """The profile of the last loss step, the memory of units, the norms at every step."""
     profile = m.profile
@@ -118,4 +138,11 @@ def _activity(m: Measured) -> Part:
     )
 
 
-PARTS: list[Callable[[Measured], Part]] = [_gains, _curve, _sequences, _gradients, _activity]
+PARTS: list[Callable[[Measured], Part]] = [
+    _gains,
+    _curve,
+    _sequences,
+    _exponents,
+    _gradients,
+    _activity,
+]

@@ -26,12 +26,14 @@ from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.rates import (
     ROUNDING,
+    Verdict,
     decays_as_power,
     judge,
     rate_of_one,
     rate_over_sequences,
 )
 from gradflow.analyzer.singular import log_singular_values, survivors
+from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
@@ -206,7 +208,8 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     rates = growth.exponents[:, 0].numpy().copy()
     rates[~finite | (track.lengths.cpu() == 1).numpy()] = np.nan  # one step has no recurrence
     rate = _rate(track, growth, rates, finite)
-    verdict = judge(rate, span, track.batch, int(growth.counted.sum(0).max()))
+    measurable = int(np.isfinite(rates).sum())
+    verdict = judge(rate, span, measurable, int(growth.counted.sum(0).max()))
 
     # every source to every target, for a few sequences
     mapped = _mapped(track, rates, finite, settings)
@@ -223,6 +226,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
         growth=growth,
         rate=rate,
         sequence_rates=rates,
+        spectrum=spectrum(growth, rate, rates),
         mapped=mapped,
         maps=maps,
         curve=curve,
@@ -233,7 +237,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     )
 
     # the verdict, and why
-    labels = _labels(track, curve, growth, finite, maps)
+    labels = _labels(measured, verdict, finite)
     grows = verdict.name == "exploding" or "transient growth" in labels
     evidence = Evidence(
         **vars(measured),
@@ -268,7 +272,7 @@ def _assembled(evidence: Evidence) -> LayerAnalysis:
         horizon=evidence.curve.horizon,
         searched=evidence.curve.searched,
         channels=evidence.channels,
-        lyapunov=_spectrum(evidence),
+        lyapunov=None if math.isnan(evidence.rate.value) else evidence.spectrum.values,
         findings=findings(evidence),
         parity=track.parity,
         sentence=sentence(evidence),
@@ -321,9 +325,10 @@ def _rate(track: Track, growth: Growth, rates: np.ndarray, finite: np.ndarray) -
     nothing = Rate(math.nan, math.nan, math.nan)
     if not finite.all() or track.steps == 1:
         return nothing
-    if track.batch == 1:
-        counted = growth.counted[:, 0]
-        return rate_of_one(growth.log_growth[counted, 0, 0].numpy())
+    known = np.flatnonzero(~np.isnan(rates))
+    if len(known) == 1:
+        b = int(known[0])
+        return rate_of_one(growth.log_growth[growth.counted[:, b], b, 0].numpy())
     return rate_over_sequences(rates)
 
 
@@ -398,17 +403,6 @@ def _channels(track: Track, singular: np.ndarray) -> int | None:
     return int(np.median([survivors(row) for row in known]))
 
 
-def _spectrum(evidence: Evidence) -> np.ndarray | None:
-    """Mean exponents over sequences, the rate first; None where there is no rate."""
-    if math.isnan(evidence.rate.value):
-        return None
-    exponents = evidence.growth.exponents.numpy()
-    alive = ~np.isneginf(exponents[:, 0]) & ~np.isnan(exponents[:, 0])
-    if evidence.rate.value == -math.inf or not alive.any():
-        return np.full(exponents.shape[1], -math.inf)
-    return np.concatenate([[evidence.rate.value], exponents[alive, 1:].mean(0)])
-
-
 def _half_life(rate: Rate, curve: LagCurve, labels: tuple[str, ...]) -> float:
     """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half."""
     if math.isnan(rate.value) and curve.searched == 0:
@@ -419,19 +413,18 @@ def _half_life(rate: Rate, curve: LagCurve, labels: tuple[str, ...]) -> float:
     return curve.half_life
 
 
-def _labels(
-    track: Track, curve: LagCurve, growth: Growth, finite: np.ndarray, maps: plan.Maps
-) -> tuple[str, ...]:
-    longest = int(track.lengths.max())
+def _labels(m: Measured, verdict: Verdict, finite: np.ndarray) -> tuple[str, ...]:
+    longest = int(m.track.lengths.max())
     if longest == 1:
         return ("no recurrence", "short")
     found = {
         "not finite": not finite.all(),
-        "transient growth": curve.transient_growth,
-        "not exponential": decays_as_power(_curves(growth)),
-        "range-limited": _leaves_range(track, maps),
+        # growth that goes on is no transient
+        "transient growth": m.curve.transient_growth and verdict.name != "exploding",
+        "not exponential": decays_as_power(_curves(m.growth)),
+        "range-limited": _leaves_range(m.track, m.maps),
         "short": longest < SHORT,
-        "one sequence": track.batch == 1,
+        "one sequence": int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1,
     }
     return tuple(label for label, holds in found.items() if holds)
 

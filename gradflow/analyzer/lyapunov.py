@@ -51,8 +51,11 @@ def lyapunov_spectrum(jacobians: Tensor, k: int | None = None) -> Tensor:
     A_t Q_{t−1} = Q_t R_t (Benettin et al. 1980; Shimada & Nagashima 1979), from a seeded random
     basis, leaving out the first ⌈T/5⌉ steps (none when T < 10), up to a sequence's first NaN.
 
+    Feed it the tangent maps of a flow and divide by the time of one step. Exponents of a finite
+    product scatter; feed many stretches as sequences, and their spread gives the interval.
+
     Args:
-        jacobians: (T, B, S, S), A_t of any map, floating point.
+        jacobians: (T, B, S, S), A_t of any map, floating point; computed with in float64.
         k: how many, S by default.
 
     Returns:
@@ -65,14 +68,12 @@ def lyapunov_spectrum(jacobians: Tensor, k: int | None = None) -> Tensor:
     >>> round(lyapunov_spectrum(doubling).item(), 9) == round(math.log(2), 9)
     True
     """
-    stack = checked_stack(jacobians)
+    stack = checked_stack(jacobians).double()
     size = stack.shape[-1]
     if k is None:
         k = size
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= size:
         raise InputError(must_be("k", f"a whole number from 1 to {size}", repr(k), "lower it"))
-    if stack.dtype not in (torch.float32, torch.float64):
-        stack = stack.float()
     bad = stack.isnan().flatten(2).any(-1)  # (T, B)
     lengths = torch.where(bad.any(0), bad.int().argmax(0), len(stack))
     growth = log_growth(DenseOperator(stack), lengths, k)

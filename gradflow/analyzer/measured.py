@@ -11,6 +11,7 @@ from gradflow.analyzer.curve import LagCurve
 from gradflow.analyzer.loss import Profile
 from gradflow.analyzer.lyapunov import Growth
 from gradflow.analyzer.plan import Maps
+from gradflow.analyzer.spectrum import Spectrum
 from gradflow.recording import Track
 
 
@@ -23,6 +24,7 @@ class Measured:
     growth: Growth  # of every direction, step by step
     rate: Rate
     sequence_rates: np.ndarray  # (B,)
+    spectrum: Spectrum  # every exponent with its interval
     mapped: tuple[int, ...]  # sequences that have maps
     maps: Maps
     curve: LagCurve
