@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import mpmath
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -455,3 +457,37 @@ def _one_step(layer: UnrolledLayer, a: Tensor, width: int) -> Callable[[Tensor],
         return step.h if step.c is None else torch.cat([step.h, step.c], dim=1)
 
     return advance
+
+
+# ------------------------------------------------------------------------------------ exponents
+
+
+def gram_schmidt_exponents(jacobians: np.ndarray, skip: int) -> np.ndarray:
+    """Lyapunov exponents of one sequence (T, S, S) by modified Gram–Schmidt, largest first, (S,).
+
+    From the unit vectors, in numpy's extended precision, vector by vector, as in Benettin et al.
+    (1980): another starting basis, another factorisation and another precision than gradflow's.
+    """
+    steps, size, _ = jacobians.shape
+    vectors = list(np.eye(size, dtype=np.longdouble))
+    total = np.zeros(size, dtype=np.longdouble)
+    for t in range(steps):
+        matrix = jacobians[t].astype(np.longdouble)
+        vectors = [(matrix * vector).sum(1) for vector in vectors]
+        for j in range(size):
+            for i in range(j):
+                vectors[j] = vectors[j] - (vectors[i] * vectors[j]).sum() * vectors[i]
+            length = np.sqrt((vectors[j] ** 2).sum())
+            vectors[j] = vectors[j] / length
+            total[j] += np.log(length) if t >= skip else 0.0
+    return np.sort((total / (steps - skip)).astype(float))[::-1]
+
+
+def exact_log_singular(jacobians: np.ndarray, digits: int = 200) -> list[float]:
+    """ln of the singular values of A_T … A_1, computed with so many digits that none is lost."""
+    with mpmath.workdps(digits):
+        product = mpmath.eye(jacobians.shape[1])
+        for matrix in jacobians:
+            product = mpmath.matrix(matrix.tolist()) * product
+        values = mpmath.svd_r(product, compute_uv=False)
+        return sorted((float(mpmath.log(value)) for value in values), reverse=True)
