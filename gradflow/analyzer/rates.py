@@ -106,7 +106,9 @@ def rate_of_one(growth: np.ndarray) -> Rate:
 
 
 def correlation_time(series: np.ndarray) -> float:
-    """Integrated autocorrelation time τ = 1 + 2 Σ ρ(k), summed up to k ≥ 5 τ (Sokal 1997).
+    """Integrated autocorrelation time τ = 1 + 2 Σ ρ(k), summed up to W ≥ 5 τ (Sokal 1997).
+
+    Taking out the mean makes it too small by a share (2W + 1)/T, which is put back (Wolff 2004).
 
     >>> correlation_time(np.array([1.0, -1.0] * 50))
     1.0
@@ -120,7 +122,7 @@ def correlation_time(series: np.ndarray) -> float:
     times = 1 + 2 * np.cumsum(covariance[1:] / covariance[0])
     for window, time in enumerate(times, start=1):
         if window >= 5 * time:
-            return max(1.0, float(time))
+            return max(1.0, float(time) * (1 + (2 * window + 1) / count))
     return float(count)
 
 
