@@ -37,6 +37,7 @@ class Row:
     known: float
     rate: Rate
     within: float = 0.0  # how far a limit of large networks may be off at this size
+    source: str = "closed form"
 
     @property
     def holds(self) -> bool:
@@ -54,7 +55,8 @@ def literature() -> Iterator[Row]:
             name = system.name if j == 0 else ""
             if system.time < 1 and j == 0:
                 name += ", per unit of time"
-            yield Row(group, name, known, rate_over_sequences(found[:, j]))
+            rate = rate_over_sequences(found[:, j])
+            yield Row(group, name, known, rate, source=system.source)
 
 
 def sigmoid_loop(w: float) -> nn.Module:
@@ -148,7 +150,9 @@ def networks() -> Iterator[Row]:
         wild = within == 0.03
         drawn = [make().double() for _ in range(6)]
         found = [rate_of_network(one, 250 if wild else 60, wild).value for one in drawn]
-        yield Row(group, name, known, rate_over_sequences(np.array(found)), within)
+        yield Row(
+            group, name, known, rate_over_sequences(np.array(found)), within, "limit of large N"
+        )
 
 
 # ------------------------------------------------------------------------------------ coverage

@@ -132,6 +132,31 @@ def test_the_number_of_sequences_asked_for_does_decide() -> None:
     assert judge(rate_over_sequences(more), 100, needed, 80).name == "vanishing"
 
 
+@pytest.mark.parametrize("sequences", [2, 3, 8])
+@pytest.mark.parametrize("edge", [-1, 1])
+def test_on_the_very_edge_a_verdict_is_given_one_time_in_twenty(sequences: int, edge: int) -> None:
+    random = np.random.default_rng(14)
+    rates = random.normal(edge * band(100), 0.004, (3000, sequences))
+    names = [judge(rate_over_sequences(row), 100, sequences, 80).name for row in rates]
+    wrong = {-1: ("vanishing", "exploding"), 1: ("exploding", "vanishing")}[edge]
+    assert names.count(wrong[1]) == 0
+    assert 0.01 <= names.count(wrong[0]) / 3000 <= 0.04
+    assert names.count("stable") / 3000 <= 0.04
+
+
+def test_the_surer_the_mean_the_sooner_a_verdict() -> None:
+    random = np.random.default_rng(15)
+    for truth, expected in ((-0.05, "vanishing"), (0.0, "stable"), (0.05, "exploding")):
+        shares = []
+        for sequences in (2, 4, 8, 32):
+            rates = random.normal(truth, 0.02, (300, sequences))
+            names = [judge(rate_over_sequences(row), 100, sequences, 80).name for row in rates]
+            wrong = [name for name in names if name not in (expected, "inconclusive")]
+            assert len(wrong) <= 0.025 * 300
+            shares.append(names.count(expected))
+        assert shares == sorted(shares) and shares[-1] == 300
+
+
 def said(verdict: Verdict) -> int:
     """The number in "about 63 sequences"."""
     assert verdict.name == "inconclusive"

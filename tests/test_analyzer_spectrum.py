@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import gradflow
 from gradflow.analysis import LayerAnalysis, Rate
 from gradflow.analyzer import log_gain_map, lyapunov_spectrum, step_jacobians
-from gradflow.analyzer.lyapunov import Growth, burn_in
+from gradflow.analyzer.jacobians import DenseOperator
+from gradflow.analyzer.lyapunov import Growth, burn_in, log_growth
 from gradflow.analyzer.rates import rate_over_sequences
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.recording import Recording
@@ -76,6 +77,15 @@ def test_interval_covers_known_exponents_of_random_products() -> None:
     for known, column in zip(newman(2), found.T, strict=True):
         rates = [rate_over_sequences(row) for row in column.reshape(400, 4)]
         assert 0.92 <= np.mean([rate.low <= known <= rate.high for rate in rates]) <= 0.97
+
+
+def test_small_exponents_are_no_zeros_when_the_first_step_is_cut() -> None:
+    stack = torch.diag(torch.tensor([1.0, 1e-20], dtype=F64)).expand(40, 2, 2, 2)
+    cuts = torch.zeros(40, 2, dtype=torch.bool)
+    cuts[0, 0] = True
+    growth = log_growth(DenseOperator(stack), torch.tensor([40, 40]), 2, cuts=cuts)
+    for row in growth.exponents:
+        assert row.tolist() == pytest.approx([0.0, math.log(1e-20)], abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------- the oracle

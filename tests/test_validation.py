@@ -66,4 +66,4 @@ def test_the_page_is_drawn_and_written_as_a_table() -> None:
     text = validation.table(rows, shares, memory)
     assert text.startswith("Made by `python tests/validation.py`.")
     assert "| slow | 69.0000 | 69.0000 | 688 | > 299 |" in text
-    assert "| logistic | −0.6900 | −0.7000 | −0.7100 … −0.6950 |" in text
+    assert "| logistic | −0.6900 | closed form | −0.7000 | −0.7100 … −0.6950 |" in text

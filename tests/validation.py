@@ -153,14 +153,14 @@ def draw(rows: list[Row], shares: dict[str, list[float]], one: float, straight: 
 
 def table(rows: list[Row], shares: dict[str, list[float]], found: list[Memory]) -> str:
     """The numbers of the figure as text."""
-    lines = ["Made by `python tests/validation.py`.", "", "| exponent of | known | measured | 95 % |",
-             "|---|---|---|---|"]  # fmt: skip
+    lines = ["Made by `python tests/validation.py`.", "", "| exponent of | known | from | measured | 95 % |",
+             "|---|---|---|---|---|"]  # fmt: skip
     name = ""
     for row in rows:
         name = row.name or name
         interval = f"{row.rate.low:.4f} … {row.rate.high:.4f}"
         known = f"{row.known:.4f}" + (f" ± {row.within:g}" if row.within else "")
-        lines.append(f"| {name} | {known} | {row.rate.value:.4f} | {interval} |")
+        lines.append(f"| {name} | {known} | {row.source} | {row.rate.value:.4f} | {interval} |")
     lines += ["", "| coverage, % | " + " | ".join(f"{n} sequences" for n in COUNTS) + " |",
               "|---" * (len(COUNTS) + 1) + "|"]  # fmt: skip
     for kind, covering in shares.items():

@@ -106,24 +106,26 @@ def log_growth(
     if cuts is not None:
         live = live & ~cuts
     growth = torch.full((steps, batch, k), torch.nan, dtype=torch.float64)
+    fresh = torch.ones(batch, dtype=torch.bool)  # whose basis is still the random one
     for t in range(steps):
         usable = live[t]
         if not bool(usable.any()):
             continue
         pushed = operator.push(t, rows)
-        logs, turned = _factor(pushed, rows, spare_rounding=t == 0)
+        logs, turned = _factor(pushed, rows, fresh)
         growth[t, usable] = logs[usable]
+        fresh &= ~usable
         rows = torch.where(usable[:, None, None], turned, rows)
         if progress is not None:
             progress((t + 1) / steps)
     return Growth(growth, live & (when >= skipped))
 
 
-def _factor(pushed: Tensor, old: Tensor, *, spare_rounding: bool = False) -> tuple[Tensor, Tensor]:
+def _factor(pushed: Tensor, old: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
     """ln |diag R| (B, k) and the rows of Q (B, k, S); a vanished direction is −inf and stays.
 
-    One below rounding counts as vanished, but for the first step, when the basis is still random and
-    large growth hides small.
+    One below rounding counts as vanished, but for a sequence's first step, when the basis is still
+    random and large growth hides small.
     """
     finite = torch.isfinite(pushed).all(-1).all(-1)
     peak = pushed.abs().amax(-1).amax(-1)
@@ -138,7 +140,7 @@ def _factor(pushed: Tensor, old: Tensor, *, spare_rounding: bool = False) -> tup
         basis, triangle = torch.linalg.qr(safe.mT)
         lengths = triangle.diagonal(dim1=-2, dim2=-1).abs()
         real = _without_rounding(lengths, safe)
-        alive = (lengths if spare_rounding else real) > 0
+        alive = torch.where(fresh[:, None], lengths, real) > 0
         turned = torch.where(alive[..., None], basis.mT, torch.zeros_like(safe))
         lengths = real
     logs = lengths.double().log() + scale.double().log()[:, None]
