@@ -275,7 +275,7 @@ print(f"clipping was needed at {sum(norm > 1 for norm in clipped)} of {len(clipp
 
 # %% [markdown]
 # Clipping changes the *length* of the whole gradient, never its direction: the norm is taken over all parts
-# together. It is no cure for what makes the gradient large. The rate says so:
+# together. Whether the network itself still makes the gradient grow is told by the rate, not by the clipping:
 
 # %%
 print(gradflow.analyze(healthy)["l0"].sentence)
