@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 import nbformat
-import notebooks
 import pytest
+
+import notebooks
 
 SOURCES = sorted(notebooks.FOLDER.glob("*.py"))
 NAMES = [file.stem for file in SOURCES]
