@@ -17,8 +17,9 @@ from gradflow.analysis import Analysis, LayerAnalysis, Rate
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
+from gradflow.analyzer.certificates import broken
 from gradflow.analyzer.curve import LagCurve, finite_extremes, lag_curve
-from gradflow.analyzer.evidence import Evidence
+from gradflow.analyzer.evidence import Evidence, number
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
 from gradflow.analyzer.lyapunov import SHORT, Growth, burn_in, log_growth
@@ -461,6 +462,12 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
             notes.append(
                 f"gains of {track.name} leave the range of {name}: the model's own gradient "
                 "over- or underflows there"
+            )
+        sides = layer.data["sum_rule"].values
+        if broken(sides):
+            notes.append(
+                f"the Lyapunov exponents of {track.name} add up to {number(sides[0])} per step, its "
+                f"determinants to {number(sides[1])}: the smallest exponents lie below rounding"
             )
     every = [track.name for track in known if _loss_at_every_step(layers[track.name])]
     if every:

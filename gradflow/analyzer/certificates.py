@@ -19,6 +19,7 @@ from gradflow.analyzer.lyapunov import Growth
 from gradflow.recording import Track
 
 SIDES = ("measured", "exact")
+TOLERANCE = 1e-4  # relative; rounding makes 1e-6 of it where gates are saturated
 
 
 @runtime_checkable
@@ -59,3 +60,17 @@ def sum_rule(track: Track, growth: Growth, alive: np.ndarray) -> np.ndarray:
     counted = growth.counted[:, torch.from_numpy(alive)]
     exact = torch.where(counted, volume.cpu()[: len(counted)], 0.0).sum(0) / counted.sum(0)
     return np.array([float(measured.mean()), float(exact.mean())])
+
+
+def broken(sides: np.ndarray) -> bool:
+    """Whether both sides are known and differ by more than rounding.
+
+    >>> broken(np.array([-2.0, -2.0])), broken(np.array([-math.inf, -2.0]))
+    (False, True)
+    >>> broken(np.array([-2.0, math.nan]))
+    False
+    """
+    measured, exact = sides
+    if np.isnan(sides).any() or measured == exact:
+        return False
+    return not abs(measured - exact) <= TOLERANCE * max(1.0, abs(exact))
