@@ -65,12 +65,24 @@ class Backward:
 
 
 @dataclass(frozen=True)
+class Outer:
+    """A sum of R outer products, Σ_r δ_r v_rᵀ: a gradient of a weight as what it is made from."""
+
+    delta: Tensor  # (R, G*H)
+    vectors: Tensor  # (R, P or I)
+
+    def matrix(self) -> Tensor:
+        """The sum itself, (G·H, P or I)."""
+        return self.delta.T @ self.vectors
+
+
+@dataclass(frozen=True)
 class Contributions:
     """∂L/∂W_hh and ∂L/∂W_ih of a layer, taken apart by distance from the loss step; float64."""
 
     work: int  # multiplications that one loss step of one sequence takes at one lag
-    total: Callable[[], dict[str, Tensor]]  # weight name -> ∂L/∂W, all lags together
-    by_lag: Callable[[], Iterator[dict[str, Tensor]]]  # C_0, C_1, … until nothing is left
+    total: Callable[[], dict[str, Outer]]  # weight name -> ∂L/∂W, all lags together
+    by_lag: Callable[[], Iterator[dict[str, Outer]]]  # C_0, C_1, … until nothing is left
 
 
 @dataclass(frozen=True)
@@ -335,7 +347,7 @@ class Track:
         may look back to the start of its chunk only; Williams & Peng 1990.)
 
         Returns:
-            The total, C_0, C_1, … one after the other, weight name -> (G·H, ·), and their price.
+            The total, C_0, C_1, … one after the other, weight name -> `Outer`, and their price.
             None without a gradient, for loops whose weights were not seen, where what happens
             between two calls is not known, and in layers below another bidirectional one: what they
             get from a loss step comes at every step, before it and after it, so there is no lag.
@@ -350,9 +362,9 @@ class Track:
         >>> with gradflow.record(rnn) as recording:
         ...     rnn(torch.ones(3, 1, 1).double())[0][-1].sum().backward()
         >>> found = recording["l0"].contributions()
-        >>> [part["weight_hh"].item() for part in found.by_lag()]      # h: 0, 0.5, 0.75
+        >>> [part["weight_hh"].matrix().item() for part in found.by_lag()]      # h: 0, 0.5, 0.75
         [0.75, 0.25, 0.0]
-        >>> found.total()["weight_hh"].item(), rnn.weight_hh_l0.grad.item()
+        >>> found.total()["weight_hh"].matrix().item(), rnn.weight_hh_l0.grad.item()
         (1.0, 1.0)
         """
         return self.source.contributions(self._places("sequence", sequences, self.batch))

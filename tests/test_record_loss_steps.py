@@ -104,7 +104,7 @@ def check_sum(track: Track) -> None:
 @every_case
 def test_reached_are_the_steps_at_which_something_arrives(case: Case) -> None:
     lengths = cases.build(case).lengths
-    output, h_n, c_n = cases.arriving(case)
+    output = cases.arriving(case)[0]
     want = torch.zeros(case.steps, len(lengths), dtype=torch.bool)
     if output is not None:
         want |= (output != 0).any(2) & (torch.arange(case.steps)[:, None] < lengths)
@@ -160,8 +160,9 @@ def lags(found: Contributions, steps: int) -> dict[str, list[Tensor]]:
     """C_0, C_1, … filled up with zeros."""
     parts = list(found.by_lag())
     assert len(parts) <= steps
-    zero = {name: torch.zeros_like(value) for name, value in parts[0].items()}
-    filled = parts + [zero] * (steps - len(parts))
+    made = [{name: outer.matrix() for name, outer in part.items()} for part in parts]
+    zero = {name: torch.zeros_like(value) for name, value in made[0].items()}
+    filled = made + [zero] * (steps - len(parts))
     return {name: [part[name] for part in filled] for name in zero}
 
 
@@ -193,7 +194,7 @@ def test_lags_against_single_loss_steps(case: Case) -> None:
                 total += part
             grad = cases.seen(case).param_grads[f"{name}_{layer.name}"]
             compare.assert_whole_close(total, grad, what=name)
-            compare.assert_whole_close(found.total()[name], grad, what=name)
+            compare.assert_whole_close(found.total()[name].matrix(), grad, what=name)
 
 
 def truncated(module: nn.RNNBase, x: Tensor, seeds: Tensor, k: int) -> dict[str, Tensor]:
@@ -227,7 +228,8 @@ def test_truncated_gradients_are_those_of_detached_runs(kind: str, layers: int) 
         sums: dict[str, Tensor] = {}
         for k, part in enumerate(found.by_lag()):
             want = truncated(setup.module, setup.x, seeds, k)
-            for name, value in part.items():
+            for name, outer in part.items():
+                value = outer.matrix()
                 sums[name] = sums[name] + value if name in sums else value
                 compare.assert_whole_close(sums[name], want[f"{name}_{track.name}"], what=name)
         assert k == steps - 1
@@ -243,7 +245,7 @@ def test_one_loss_step_costs_one_row() -> None:
     for k, part in enumerate(found.by_lag()):
         t = case.steps - 1 - k
         want = torch.outer(track.delta_hh[t, 1], before[t])
-        compare.assert_whole_close(part["weight_hh"], want)
+        compare.assert_whole_close(part["weight_hh"].matrix(), want)
 
 
 @pytest.mark.parametrize("ways", [1, 2])
@@ -310,7 +312,9 @@ def test_loops_of_cells(kind: str, between: str) -> None:
     assert found is not None
     for name, parts in lags(found, track.steps).items():
         compare.assert_whole_close(torch.stack(parts).sum(0), getattr(cell, name).grad, what=name)
-        compare.assert_whole_close(found.total()[name], getattr(cell, name).grad, what=name)
+        compare.assert_whole_close(
+            found.total()[name].matrix(), getattr(cell, name).grad, what=name
+        )
     if between == "detached":  # stretches of 2, 3 and 2 steps
         assert len(list(found.by_lag())) == 3
 
@@ -334,7 +338,7 @@ def test_lags_of_a_loop_are_those_of_one_call() -> None:
         assert other is not None
         for mine, theirs in zip(other.by_lag(), one.by_lag(), strict=True):
             for name, value in mine.items():
-                compare.assert_whole_close(value, theirs[name], what=name)
+                compare.assert_whole_close(value.matrix(), theirs[name].matrix(), what=name)
         check_sum(track)
         single = track.loss_steps([6, 3], [2, 1])
         want = whole[track.name].loss_steps([6, 3], [2, 1])
@@ -442,7 +446,9 @@ def test_every_pair_by_delta() -> None:
     lag = track.contributions()
     assert lag is not None
     for k, part in enumerate(lag.by_lag()):
-        assert part["weight_hh"].item() == pytest.approx(pairs.diagonal(-k).sum().item(), rel=1e-12)
+        assert part["weight_hh"].matrix().item() == pytest.approx(
+            pairs.diagonal(-k).sum().item(), rel=1e-12
+        )
 
 
 def test_a_state_made_from_another_of_the_same_step() -> None:

@@ -43,7 +43,7 @@ METHODS = ("auto", "exact", "sketch")
 MAP_SECONDS = 8.0  # predicted, for the maps of all layers together
 RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
 TRIANGLE_SECONDS = 1.5  # predicted, for the triangles of all layers together
-LAG_SECONDS = 4.5  # predicted, for the gradients by lag of all layers together
+LAG_SECONDS = 5.5  # predicted, for the gradients by lag of all layers together
 CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
 
 Progress = Callable[[str, float], None]

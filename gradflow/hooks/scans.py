@@ -109,19 +109,36 @@ class Scans:
         """The same of each of the given loss steps alone, as columns: loss step · m + sequence."""
         if self.scanned("total") is None:
             return None
-        count = len(loss_steps)
-        columns, chosen = sequences.repeat(count), loss_steps.repeat_interleave(len(sequences))
-        places = torch.arange(len(sequences), device=sequences.device).repeat(count)
+        columns = sequences.repeat(len(loss_steps))
+        chosen = loss_steps.repeat_interleave(len(sequences))
+        with torch.no_grad():
+            arrived = self._at(self._arrived_as(dtype), chosen, columns)
+            return self._scan(arrived, self._steps_of(sequences, dtype, len(loss_steps)), columns)
+
+    def of_sequences(self, sequences: Tensor, dtype: torch.dtype) -> Stack:
+        """The same of all loss steps together, of the given sequences in the given dtype."""
+        with torch.no_grad():
+            output, h_n, c_n = self._arrived_as(dtype)
+            c_n = None if c_n is None else c_n[:, sequences]
+            arrived = output[:, sequences], h_n[:, sequences], c_n
+            return self._scan(arrived, self._steps_of(sequences, dtype, 1), sequences)
+
+    def _arrived_as(self, dtype: torch.dtype) -> Arrived:
         output, h_n, c_n = self.arrived()
-        arrived = output.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
+        return output.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
+
+    def _steps_of(
+        self, sequences: Tensor, dtype: torch.dtype, count: int
+    ) -> Callable[[int, int], Steps]:
+        """The steps of some sequences, side by side as often as counted."""
+        places = torch.arange(len(sequences), device=sequences.device).repeat(count)
 
         def steps_of(layer: int, direction: int) -> Steps:
             known = self.replay.layers[layer][direction]
             steps = known.linearise(self.replay.call.cell, dtype, sequences)
-            return steps.each_step(lambda array: array[:, places])
+            return steps if count == 1 else steps.each_step(lambda array: array[:, places])
 
-        with torch.no_grad():
-            return self._scan(self._at(arrived, chosen, columns), steps_of, columns)
+        return steps_of
 
     def _scan(
         self,

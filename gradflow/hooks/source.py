@@ -18,7 +18,7 @@ from gradflow.hooks.loop import Loop, trimmed
 from gradflow.hooks.parity import WeightUser, WeightUses
 from gradflow.hooks.replay import Replay, masked, take_steps
 from gradflow.hooks.scans import Scans
-from gradflow.recording import Backward, Contributions, Forward, Operator, Parity
+from gradflow.recording import Backward, Contributions, Forward, Operator, Outer, Parity
 
 SEVERITY = ("not applicable", "passed", "failed")
 
@@ -170,6 +170,14 @@ def _alone(scan: Scan, shaped: Callable[[Tensor], Tensor]) -> Backward:
     return Backward(grads, None, shaped(scan.delta), shaped(scan.delta_hh))
 
 
+def _outer(scan: Scan, before: Tensor, x: Tensor) -> dict[str, Outer]:
+    """∂L/∂W of the rows of a scan (·, ·, G·H), from the h and the x that their steps started from."""
+    return {
+        "weight_hh": Outer(scan.delta_hh.flatten(0, 1), before),
+        "weight_ih": Outer(scan.delta.flatten(0, 1), x),
+    }
+
+
 def by_loss_step(array: Tensor, count: int) -> Tensor:
     """(n, T, m, ·) from (T, n·m, ·)."""
     return array.unflatten(1, (count, -1)).transpose(0, 1)
@@ -313,24 +321,26 @@ class LoopSource:
             assert found is not None
             return found
 
+        def by_lags() -> Iterator[dict[str, Outer]]:
+            with torch.no_grad():
+                passed = by_lag(stack(), len(sequences))
+            while True:
+                with torch.no_grad():  # but not while the caller has the word
+                    step = next(passed, None)
+                if step is None:
+                    return
+                places, scan = step
+                yield _outer(scan, taken(stack()[-1].before, places), taken(stack()[-1].x, places))
+
         @torch.no_grad()
-        def part(places: Tensor, scan: Scan) -> dict[str, Tensor]:
+        def total() -> dict[str, Outer]:
             lowest = stack()[-1]
-            return {
-                "weight_hh": scan.delta_hh[0].T @ taken(lowest.before, places),
-                "weight_ih": scan.delta[0].T @ taken(lowest.x, places),
-            }
-
-        def by_lags() -> Iterator[dict[str, Tensor]]:
-            for places, scan in by_lag(stack(), len(sequences)):
-                yield part(places, scan)
-
-        def total() -> dict[str, Tensor]:
-            sums: dict[str, Tensor] = {}
-            for places, scans in by_time(stack(), len(sequences)):
-                for name, value in part(places, scans[-1]).items():
-                    sums[name] = sums[name] + value if name in sums else value
-            return sums
+            single = self._single()
+            if single is None:
+                passed = [scans[-1] for _, scans in by_time(stack(), len(sequences))]
+                return _outer(gathered(passed), lowest.before, lowest.x)
+            scanned = single.scans.of_sequences(sequences, torch.float64)
+            return _outer(scanned[self.layer][self.direction][1], lowest.before, lowest.x)
 
         replay = self.loop.groups[0].replay
         above = range(self.layer + 1, self.calls[0].layers)
