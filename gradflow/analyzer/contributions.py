@@ -21,7 +21,7 @@ from gradflow.recording import Contributions, Outer, Track
 PARAMETERS = ("weight_hh", "weight_ih")
 TOLERANCES = (0.01, 0.05, 0.1)
 SPEED = 25e9  # operations a second
-PASSES = 4e-9  # seconds for each number that a loss step of a sequence holds at one lag
+PASSES = 4e-9  # seconds for each number that a row (loss step of a sequence) holds at one lag
 MATRIX = 2e-9  # seconds for each entry of the weights at one lag
 CALLS = 5e-4  # seconds of one lag, however little there is to do
 MEMORY = 2**30  # bytes
@@ -111,7 +111,7 @@ def contributions(
     reached = None if withheld else track.reached
     if reached is None or track.contributions() is None:
         return nothing
-    chosen, lags, price = _affordable(track, reached, first, seconds)
+    chosen, lags, price = affordable(track, reached, first, seconds)
     found = track.contributions(chosen)
     assert found is not None
     note = ""
@@ -134,15 +134,19 @@ def _nothing(track: Track) -> Contributed:
     return Contributed(parameters, blank, blank, blank[:, 0])
 
 
-def _affordable(
+def affordable(
     track: Track, reached: Tensor, first: Sequence[int], seconds: float
 ) -> tuple[list[int], int, float]:
-    """Which sequences, how many lags of them, and the predicted seconds of all of it."""
+    """Which sequences, how many lags of them, and the predicted seconds of all of it.
+
+    Counted in operations and never by a clock, so that the same input gives the same numbers.
+    """
     found = track.contributions()
     assert found is not None
-    gates, width = track.weights["weight_hh"].shape
-    held = 4 * gates + 2 * width + track.weights["weight_ih"].shape[1]  # numbers of a row
-    each = 2 * found.work / SPEED + held * PASSES
+    recurrent, into = track.weights["weight_hh"], track.weights["weight_ih"]
+    stacked = found.work / (2 * recurrent.numel() + into.numel())  # with the layers above
+    held = stacked * (4 * recurrent.shape[0] + 2 * recurrent.shape[1] + into.shape[1])
+    each = 2 * found.work / SPEED + held * PASSES  # of one row, `held` numbers, at one lag
     # how many loss steps are at work at every lag: those processed at k or later
     arrives = in_processing_order(track, reached).numpy()
     rows = arrives[::-1].cumsum(0)[::-1]  # (lag, B)
@@ -150,7 +154,7 @@ def _affordable(
     # the sum over all lags is one more pass over the steps
     prices = (rows.sum(0) + track.steps) * each
     order = [*first, *(b for b in range(track.batch) if b not in first)]
-    most = min(len(order), MEMORY // (8 * held * track.steps))
+    most = int(MEMORY / (8 * held * track.steps))
     fits = int((prices[order][:most].cumsum() <= seconds - track.steps * lag).sum())
     whole = track.steps * lag + float(prices.sum())
     if fits:

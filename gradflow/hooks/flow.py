@@ -105,12 +105,12 @@ def _sheet(
     each = torch.arange(batch, device=device)
     part = torch.zeros(steps, batch, dtype=torch.long, device=device)
     index, x, before, factor = torch.zeros_like(part), [], [], []
-    parts, weights_ih = [], []
+    parts, weights_ih, starts = [], [], loop.starts
     for number, group in enumerate(loop.groups):
         made, made_x, made_before = linearised(group, place, dtype, sequences)
         size = group.replay.mask.shape[0]
         for position, member in enumerate(group.members):
-            at = slice(loop.starts[member], loop.starts[member] + size)
+            at = slice(starts[member], starts[member] + size)
             clock = position * size + torch.arange(size, device=device)
             part[at], index[at] = number, clock.unsqueeze(1) * batch + each
         parts.append(_flat(made))

@@ -161,8 +161,8 @@ class TapSource:
     def _alone(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Gradients of what arrives at the chosen steps (m, n) alone, (T, m, n, S)."""
         direct = torch.stack(self._direct())
-        direct = direct[:, sequences].to(dtype or direct.dtype).unsqueeze(2)
         whole = _is_all(sequences, direct.shape[1])
+        direct = direct[:, sequences].to(dtype or direct.dtype).unsqueeze(2)
         carried = direct.new_zeros(*chosen.shape, direct.shape[3])
         rows = []
         for t in reversed(range(len(direct))):
