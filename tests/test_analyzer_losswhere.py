@@ -213,6 +213,20 @@ def test_nothing_to_take_apart() -> None:
     assert (measured(dead()).norm == 0).all()
 
 
+@pytest.mark.parametrize("width", [1, 40])
+def test_a_diverging_layer_is_not_finite_where_it_is_not(width: int) -> None:
+    rnn = nn.RNN(width, width, nonlinearity="relu", bias=False)
+    nn.init.constant_(rnn.weight_hh_l0, 50.0)
+    nn.init.constant_(rnn.weight_ih_l0, 1.0)
+    finite = pytest.warns(UserWarning, match="not finite")
+    with finite, gradflow.record(rnn) as recording:
+        rnn(torch.ones(60, 1, width))[0][-1].pow(2).sum().backward()
+    found = measured(recording["l0"])
+    assert not np.isfinite(found.total).any()
+    assert np.isnan(found.window).all()
+    assert not np.isfinite(triangle(recording["l0"], [0], False, PLENTY).log10_norm).all()
+
+
 def dead() -> Track:
     rnn = nn.RNN(2, 3, nonlinearity="relu", dtype=F64)
     nn.init.constant_(rnn.bias_ih_l0, -100.0)

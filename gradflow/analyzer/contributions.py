@@ -178,7 +178,7 @@ def _measure(
                 left[name].addmm_(part[name].delta.T, part[name].vectors, alpha=-1)
             error[place, lag] = _norm(left[name])
         progress((lag + 1) / lags)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):  # lags that cancel to exactly nothing
         error = error / size[:, None]
     return replace(nothing, norm=norm, error=error, total=size)
 

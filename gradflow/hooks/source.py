@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,13 +11,14 @@ from torch import Tensor
 from gradflow.cells import Scan
 from gradflow.hooks.arrivals import Arrivals, arrivals, arrivals_at_top, reached
 from gradflow.hooks.call import Call
-from gradflow.hooks.flow import Sheet, by_lag, by_time, gathered, sheets, taken
+from gradflow.hooks.flow import Sheet, by_time, gathered, sheets
 from gradflow.hooks.kernels import weight_gradients
+from gradflow.hooks.lags import Lags
 from gradflow.hooks.loop import Loop, trimmed
 from gradflow.hooks.parity import WeightUser, WeightUses
 from gradflow.hooks.replay import Replay, masked, take_steps
 from gradflow.hooks.scans import Scans
-from gradflow.recording import Backward, Contributions, Forward, Operator, Outer, Parity
+from gradflow.recording import Backward, Contributions, Forward, Operator, Parity
 
 SEVERITY = ("not applicable", "passed", "failed")
 
@@ -170,14 +170,6 @@ def _alone(scan: Scan, shaped: Callable[[Tensor], Tensor]) -> Backward:
     return Backward(grads, None, shaped(scan.delta), shaped(scan.delta_hh))
 
 
-def _outer(scan: Scan, before: Tensor, x: Tensor) -> dict[str, Outer]:
-    """∂L/∂W of the rows of a scan (·, ·, G·H), from the h and the x that their steps started from."""
-    return {
-        "weight_hh": Outer(scan.delta_hh.flatten(0, 1), before),
-        "weight_ih": Outer(scan.delta.flatten(0, 1), x),
-    }
-
-
 def by_loss_step(array: Tensor, count: int) -> Tensor:
     """(n, T, m, ·) from (T, n·m, ·)."""
     return array.unflatten(1, (count, -1)).transpose(0, 1)
@@ -310,45 +302,11 @@ class LoopSource:
 
     def contributions(self, sequences: Tensor) -> Contributions | None:
         """∂L/∂W_hh and ∂L/∂W_ih of some sequences by lag; None where there is no lag."""
-        sequences = sequences.to(self.calls[0].h0.device)
-        if not self._has_lags():
+        found = self._arrivals()
+        if found is None or not self._has_lags():
             return None
-
-        @cache
-        @torch.no_grad()
-        def stack() -> list[Sheet]:
-            found = self._sheets(torch.float64, sequences)
-            assert found is not None
-            return found
-
-        def by_lags() -> Iterator[dict[str, Outer]]:
-            with torch.no_grad():
-                passed = by_lag(stack(), len(sequences))
-            while True:
-                with torch.no_grad():  # but not while the caller has the word
-                    step = next(passed, None)
-                if step is None:
-                    return
-                places, scan = step
-                yield _outer(scan, taken(stack()[-1].before, places), taken(stack()[-1].x, places))
-
-        @torch.no_grad()
-        def total() -> dict[str, Outer]:
-            lowest = stack()[-1]
-            single = self._single()
-            if single is None:
-                passed = [scans[-1] for _, scans in by_time(stack(), len(sequences))]
-                return _outer(gathered(passed), lowest.before, lowest.x)
-            scanned = single.scans.of_sequences(sequences, torch.float64)
-            return _outer(scanned[self.layer][self.direction][1], lowest.before, lowest.x)
-
-        replay = self.loop.groups[0].replay
-        above = range(self.layer + 1, self.calls[0].layers)
-        weights = [replay.weights(layer, self.direction) for layer in above]
-        own = replay.weights(self.layer, self.direction)
-        work = sum(w.weight_hh.numel() + w.weight_ih.numel() for w in weights)
-        work += 2 * own.weight_hh.numel() + own.weight_ih.numel()
-        return Contributions(work, total, by_lags)
+        place = self.layer, self.direction
+        return Lags(self.loop, place, found, sequences.to(self.calls[0].h0.device)).contributions()
 
     def _every(self) -> Tensor:
         return torch.arange(self.loop.chain.batch, device=self.calls[0].h0.device)
