@@ -33,6 +33,20 @@ log10_grad          (state, unit, back)            |∂L/∂s_t| of the last los
 unit_order          (state, unit)                  units sorted, longest memory first
 grad_norm           (kind, state, step)            median over sequences of ‖∂L/∂s_t‖₂; kind is
                                                    "total", "direct" (h only) or "last"; input-time order
+log10_triangle      (state, sequence, loss_step,   log10 ‖∂L_t'/∂s_t‖₂ of each loss step t' alone, the loss
+                    step)                          that reaches what the module returned at t'; both in
+                                                   input time, loss_step perhaps strided; NaN where t'
+                                                   cannot reach t
+lag_contribution    (parameter, lag)               ‖C_k‖_F: what all loss steps bring to ∂L/∂W through the
+                                                   step k before them; parameter is "weight_hh" or
+                                                   "weight_ih"; NaN below a bidirectional layer, where
+                                                   a loss step has no distance, and where too dear
+truncation_error    (parameter, lag)               ‖Σ_{j≤k} C_j − ∂L/∂W‖_F / ‖∂L/∂W‖_F: what is lost if
+                                                   every loss step may look back k steps at most
+cancellation        (parameter)                    ‖Σ C_k‖_F / Σ ‖C_k‖_F, from 0 (lags cancel) to 1
+gradient_depth      (parameter)                    Σ k ‖C_k‖_F / Σ ‖C_k‖_F, in steps
+truncation_window   (parameter, tolerance)         fewest steps K from which on the truncated gradient
+                                                   stays within 1, 5, 10 % of the full one, K = k + 1
 gate_mean           (gate, step)                   mean activation of each gate
 gate_closed/_open   (gate, step)                   share of units and sequences < 0.05 / > 0.95
 state_norm          (state, step)                  median over sequences of ‖s_t‖₂/√width

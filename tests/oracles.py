@@ -289,14 +289,13 @@ def returned_grads(unrolled: Unrolled, loss: Tensor) -> Grads:
 def keep_one_step(grads: Grads, lengths: Tensor, bidirectional: bool, *, last: bool) -> Grads:
     """Of the gradients at what the module returned, keep each sequence's last (or first) step.
 
-    What reaches padding of the output goes nowhere and does not count.
-    In input time: h_n and c_n of a forward direction belong to a sequence's last real step, those
-    of a reverse direction to step 0. The step kept is the last (first) one that is not all zero.
+    What reaches padding of the output goes nowhere and does not count. The step kept is the last
+    (first) one that is not all zero.
     """
     output, h_n, c_n = grads
     steps = max(int(lengths.max()), 1) if output is None else output.shape[0]
     batch = lengths.shape[0]
-    ends = [lengths - 1, torch.zeros_like(lengths)] if bidirectional else [lengths - 1]
+    ends = final_steps(lengths, bidirectional)
     reached = torch.zeros(steps, batch, dtype=torch.bool)
     if output is not None:
         reached |= (output != 0).any(dim=2) & (torch.arange(steps)[:, None] < lengths)
@@ -311,7 +310,20 @@ def keep_one_step(grads: Grads, lengths: Tensor, bidirectional: bool, *, last: b
         if last
         else torch.where(reached, clock, steps).amin(dim=0)
     )  # (B,)
+    return keep_steps(grads, kept, lengths, bidirectional)
+
+
+def final_steps(lengths: Tensor, bidirectional: bool) -> list[Tensor]:
+    """Which input step h_n and c_n of each direction belong to: the last real one, or step 0."""
+    return [lengths - 1, torch.zeros_like(lengths)] if bidirectional else [lengths - 1]
+
+
+def keep_steps(grads: Grads, kept: Tensor, lengths: Tensor, bidirectional: bool) -> Grads:
+    """Of the gradients at what the module returned, keep one input step of each sequence, (B,)."""
+    output, h_n, c_n = grads
+    ends = final_steps(lengths, bidirectional)
     if output is not None:
+        clock = torch.arange(output.shape[0])[:, None]
         output = output * (clock == kept)[:, :, None]
     masked: list[Tensor | None] = []
     for state in (h_n, c_n):

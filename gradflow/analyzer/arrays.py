@@ -16,6 +16,7 @@ import xarray as xr
 
 from gradflow.analyzer.activity import gate_statistics, sigmoid_and_other, state_norms
 from gradflow.analyzer.certificates import SIDES, sum_rule
+from gradflow.analyzer.contributions import TOLERANCES
 from gradflow.analyzer.loss import KINDS, grad_norms
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.products import NORMS
@@ -27,16 +28,18 @@ class Part:
 
     variables: dict[str, tuple[tuple[str, ...], Any]]
     coords: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)  # of a variable: what limits it, in words
 
 
 def dataset(measured: Measured) -> xr.Dataset:
     """Everything measured on a layer, in float64."""
-    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]] = {}
     coords: dict[str, Any] = {}
     for make in PARTS:
         part = make(measured)
         for name, (dims, values) in part.variables.items():
-            variables[name] = (dims, np.asarray(values, dtype=np.float64))
+            notes = {"note": part.notes[name]} if part.notes.get(name) else {}
+            variables[name] = (dims, np.asarray(values, dtype=np.float64), notes)
         coords |= part.coords
     return xr.Dataset(variables, coords=coords)
 
@@ -122,6 +125,30 @@ def _gradients(m: Measured) -> Part:
     )
 
 
+def _loss_steps(m: Measured) -> Part:
+    """Where the loss acts: the triangle of loss steps, and the gradient of the weights by lag."""
+    seen = m.contributed
+    return Part(
+        {
+            "log10_triangle": (
+                ("state", "sequence", "loss_step", "step"),
+                m.triangle.log10_norm,
+            ),
+            "lag_contribution": (("parameter", "lag"), seen.norm),
+            "truncation_error": (("parameter", "lag"), seen.error),
+            "cancellation": (("parameter",), seen.cancellation),
+            "gradient_depth": (("parameter",), seen.depth),
+            "truncation_window": (("parameter", "tolerance"), seen.window),
+        },
+        {
+            "loss_step": m.triangle.loss_steps,
+            "parameter": np.array(seen.parameters, dtype="<U9"),
+            "tolerance": list(TOLERANCES),
+        },
+        {"lag_contribution": seen.note},
+    )
+
+
 def _activity(m: Measured) -> Part:
     """Gates and states over the steps."""
     gates = gate_statistics(m.track)
@@ -144,5 +171,6 @@ PARTS: list[Callable[[Measured], Part]] = [
     _sequences,
     _exponents,
     _gradients,
+    _loss_steps,
     _activity,
 ]

@@ -18,6 +18,7 @@ from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
 from gradflow.analyzer.certificates import broken
+from gradflow.analyzer.contributions import contributions
 from gradflow.analyzer.curve import LagCurve, finite_extremes, lag_curve
 from gradflow.analyzer.evidence import Evidence, number
 from gradflow.analyzer.jacobians import operator_of, state_size
@@ -36,6 +37,7 @@ from gradflow.analyzer.rates import (
 from gradflow.analyzer.singular import log_singular_values, survivors
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
+from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.recording import Recording, Track
@@ -43,6 +45,8 @@ from gradflow.recording import Recording, Track
 METHODS = ("auto", "exact", "sketch")
 MAP_SECONDS = 8.0  # predicted, for the maps of all layers together
 RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
+TRIANGLE_SECONDS = 1.5  # predicted, for the triangles of all layers together
+LAG_SECONDS = 5.5  # predicted, for the gradients by lag of all layers together
 CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
 
 Progress = Callable[[str, float], None]
@@ -234,6 +238,14 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
         singular=singular,
         reach=reach,
         profile=seen,
+        triangle=triangle(track, mapped, withheld, TRIANGLE_SECONDS / settings.layers),
+        contributed=contributions(
+            track,
+            mapped,
+            withheld,
+            LAG_SECONDS / settings.layers,
+            lambda share: settings.progress(f"{track.name}: lags", share),
+        ),
         withheld=withheld,
     )
 
@@ -451,6 +463,7 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
     for track in known:
         layer = layers[track.name]
         notes += track.notes
+        notes += [str(v.attrs["note"]) for v in layer.data.values() if "note" in v.attrs]
         longest = int(track.lengths.max())
         if 1 < longest < SHORT:
             notes.append(
