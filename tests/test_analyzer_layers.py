@@ -36,6 +36,14 @@ DIMS = {
     **{f"gate_{name}": ("gate", "step") for name in ("mean", "closed", "open")},
     "state_norm": ("state", "step"),
     "memory_steps": ("state", "unit"),
+    "gate_value": ("gate", "unit", "step"),
+    **{f"gate_unit_{name}": ("gate", "unit") for name in ("closed", "open")},
+    **{name: ("unit",) for name in ("time_scale", "unit_idle")},
+    "unit_saturated": ("state", "unit"),
+    "path_gain": ("path", "step"),
+    **{name: ("step",) for name in ("step_growth", "grad_input_norm")},
+    "rate_factor": ("factor",),
+    "segment_length": ("segment",),
 }
 
 

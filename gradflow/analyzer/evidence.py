@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
+from torch import Tensor
 
+from gradflow.analysis import Rate
 from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.rates import Verdict, band
+from gradflow.analyzer.rates import Verdict, band, rate_over_sequences
+from gradflow.recording import Track
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,33 @@ def parameter(track_name: str, parameter_name: str) -> str:
     >>> parameter("1.l0", "bias_ih")
     "model.get_submodule('1').bias_ih_l0"
     """
+    owner, suffix = _owner(track_name)
+    return f"{_module(owner)}.{parameter_name}{suffix}"
+
+
+def module(track_name: str) -> str:
+    """Where the user finds the module of a track.
+
+    >>> module("encoder.lstm.l0_reverse"), module("l1@2"), module("cell"), module("1.l0")
+    ('model.encoder.lstm', 'model', 'model', "model.get_submodule('1')")
+    """
+    return _module(_owner(track_name)[0])
+
+
+def _owner(track_name: str) -> tuple[str, str]:
+    """The path of a track's module, and the suffix of its parameters' names."""
     name = track_name.split("@")[0]
     head, _, tail = name.rpartition(".")
     if re.fullmatch(r"l\d+(_reverse)?", tail):
-        return f"{_module(head)}.{parameter_name}_{tail}"
-    return f"{_module('' if name == 'cell' else name)}.{parameter_name}"
+        return head, f"_{tail}"
+    return ("" if name == "cell" else name), ""
+
+
+def over_sequences(values: Tensor, track: Track) -> Rate:
+    """Mean over units and real steps of (T, B, width), with its t-interval over sequences."""
+    mask = track.mask.cpu()
+    each = [float(values[mask[:, b], b].double().mean()) for b in range(track.batch)]
+    return rate_over_sequences(np.array(each))
 
 
 def _module(path: str) -> str:

@@ -21,6 +21,7 @@ class Measured:
     track: Track
     span: int
     growth: Growth  # of every direction, step by step
+    factors: np.ndarray  # (B, 2) what weights and activations add to the rate of an RNN
     rate: Rate
     sequence_rates: np.ndarray  # (B,)
     mapped: tuple[int, ...]  # sequences that have maps
@@ -30,3 +31,4 @@ class Measured:
     reach: int  # steps over which the channels are counted
     profile: Profile
     withheld: bool  # parity failed: what rests on the loss is not shown
+    share: float  # of every time budget that this layer may use
