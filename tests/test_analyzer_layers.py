@@ -38,10 +38,10 @@ DIMS = {
     "memory_steps": ("state", "unit"),
     "gate_value": ("gate", "unit", "step"),
     **{f"gate_unit_{name}": ("gate", "unit") for name in ("closed", "open")},
-    **{name: ("unit",) for name in ("time_scale", "unit_idle")},
+    **dict.fromkeys(("time_scale", "unit_idle"), ("unit",)),
     "unit_saturated": ("state", "unit"),
     "path_gain": ("path", "step"),
-    **{name: ("step",) for name in ("step_growth", "grad_input_norm")},
+    **dict.fromkeys(("step_growth", "grad_input_norm"), ("step",)),
     "rate_factor": ("factor",),
     "segment_length": ("segment",),
 }

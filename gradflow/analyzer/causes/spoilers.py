@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from gradflow.analysis import Finding
+from gradflow.analyzer.causes.remedies import CLIP
 from gradflow.analyzer.evidence import Evidence, counted, module, number
 from gradflow.analyzer.finite import (
+    Bad,
     arrives,
     bad_gradient,
     bad_input,
@@ -43,19 +45,37 @@ def not_finite(e: Evidence) -> Iterator[Finding]:
             code=origin.code,
         )
         return
-    came = ""
-    if direction == "backward" and arrives(e.track, bad):
-        came = ", and comes from outside this layer: from the loss or a layer above"
+    came, advice, code = _made_in(e, bad, direction)
     yield Finding(
         name="not-finite",
         layer=e.track.name,
         message=f"{symbol} is {bad.value} first at {bad.where}, in the {direction} pass{came}",
         where=bad.where,
         value=float(bad.step + 1),
-        advice="find the operation that makes it: an overflow, a division by zero, a logarithm of "
-        "zero, a learning rate too large",
-        code="torch.autograd.set_detect_anomaly(True)",
+        advice=advice,
+        code=code,
     )
+
+
+def _made_in(e: Evidence, bad: Bad, direction: str) -> tuple[str, str, str]:
+    """How it came about where weights and inputs are finite; advice, and a line of code."""
+    if direction == "backward":
+        outside = ", and comes from outside this layer: from the loss or a layer above"
+        return (
+            outside if arrives(e.track, bad) else "",
+            "find the operation that makes it: an overflow, a division by zero, a logarithm or a "
+            "square root of zero",
+            "torch.autograd.set_detect_anomaly(True)",
+        )
+    if "inf" in bad.value and e.track.cell in GATES:
+        dtype = str(e.track.states[bad.name].dtype).removeprefix("torch.")
+        return (
+            f": the states outgrow {dtype}",
+            "go back to the last weights that were finite, and clip the norm of the gradient from "
+            "there",
+            CLIP,
+        )
+    return "", "find the operation that makes it: an overflow, a division or logarithm by zero", ""
 
 
 def no_recurrence(e: Evidence) -> Iterator[Finding]:
