@@ -416,7 +416,7 @@ def test_the_earliest_bad_state_is_named_whichever_it_is() -> None:
         lstm(x, start)[0].sum().backward()
     finding = named(analyze(recording)["l0"], "not-finite")
     assert finding.message == (
-        "c is inf first at step 1, sequence 1, unit 1, in the forward pass: the states outgrow float32"
+        "the initial state c is inf in sequence 1, unit 1, and c is inf from step 1 on"
     )
 
 

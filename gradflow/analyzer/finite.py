@@ -97,6 +97,21 @@ def bad_input(track: Track) -> Origin | None:
     )
 
 
+def bad_start(track: Track) -> Origin | None:
+    """The first NaN or Inf in the initial state."""
+    for name, values in track.initial.items():
+        places = (~torch.isfinite(values)).nonzero()
+        if len(places):
+            sequence, unit = (int(n) for n in places[0])
+            value = f"{float(values[sequence, unit]):g}".replace("nan", "NaN")
+            return Origin(
+                f"the initial state {name} is {value} in sequence {sequence + 1}, unit {unit + 1}",
+                "find what made the state that is handed over: the end of the batch before this one?",
+                "",
+            )
+    return None
+
+
 def bad_state(track: Track) -> Bad | None:
     """The first NaN or Inf of the forward pass, None without one; c, which makes h, before h."""
     main = {track.main_state: track.states[track.main_state]}

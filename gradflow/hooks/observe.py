@@ -305,6 +305,7 @@ class Recorder:
                 source=source,
                 training=call.training,
                 batch_first=call.batch_first,
+                owner=call.owner,
                 above=tuple(upper for i, _, upper in picked if i == layer + 1),
             )
             chain.tracks.append(track)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from gradflow.analyzer.activity import over_all, sigmoid_and_other
-from gradflow.analyzer.evidence import Evidence, parameter
+from gradflow.analyzer.evidence import Evidence
 
 BAND = "one decade over the span"  # the band of the verdict's equivalence test
 MAJORITY = "more than half of them"
@@ -16,17 +16,17 @@ NORMALISE = "x = (x - x.mean()) / x.std()"
 
 def orthogonal(e: Evidence) -> str:
     """Start the recurrent weights of a vanilla RNN orthogonal."""
-    return f"torch.nn.init.orthogonal_({parameter(e.track.name, 'weight_hh')})"
+    return f"torch.nn.init.orthogonal_({e.parameter('weight_hh')})"
 
 
 def identity(e: Evidence) -> str:
     """Start the recurrent weights of a vanilla RNN as the identity."""
-    return f"torch.nn.init.eye_({parameter(e.track.name, 'weight_hh')})"
+    return f"torch.nn.init.eye_({e.parameter('weight_hh')})"
 
 
 def shrunk(e: Evidence, factor: float) -> str:
     """Multiply the recurrent weights by a factor."""
-    return f"{parameter(e.track.name, 'weight_hh')}.data *= {factor:.2g}"
+    return f"{e.parameter('weight_hh')}.data *= {factor:.2g}"
 
 
 def raised_bias(e: Evidence) -> str:
@@ -34,17 +34,17 @@ def raised_bias(e: Evidence) -> str:
     if "bias_ih" not in e.track.weights:
         return NO_BIAS
     hidden = e.track.hidden
-    return f"{parameter(e.track.name, 'bias_ih')}.data[{hidden}:{2 * hidden}] += 1.0"
+    return f"{e.parameter('bias_ih')}.data[{hidden}:{2 * hidden}] += 1.0"
 
 
 def chrono(e: Evidence) -> str:
     """Biases log(u), u uniform in [1, span − 1]; the LSTM's input gate gets the opposite."""
     if "bias_ih" not in e.track.weights:
         return NO_BIAS
-    hidden, bias = e.track.hidden, parameter(e.track.name, "bias_ih")
+    hidden, bias = e.track.hidden, e.parameter("bias_ih")
     longest = max(e.span - 1, 2)
     lines = [
-        f"{parameter(e.track.name, 'bias_hh')}.data[:{2 * hidden}] = 0.0",
+        f"{e.parameter('bias_hh')}.data[:{2 * hidden}] = 0.0",
         f"{bias}.data[{hidden}:{2 * hidden}].uniform_(1, {longest}).log_()",
     ]
     if e.kind == "LSTM":

@@ -16,6 +16,7 @@ from gradflow.analyzer.finite import (
     arrives,
     bad_gradient,
     bad_input,
+    bad_start,
     bad_state,
     bad_weight,
 )
@@ -33,7 +34,7 @@ def not_finite(e: Evidence) -> Iterator[Finding]:
     if bad is None:
         return
     symbol = bad.name if direction == "forward" else f"∂L/∂{bad.name}"
-    origin = bad_weight(e.track) or bad_input(e.track)
+    origin = bad_weight(e.track) or bad_input(e.track) or bad_start(e.track)
     if origin and direction == "forward":
         yield Finding(
             name="not-finite",
@@ -82,20 +83,33 @@ def no_recurrence(e: Evidence) -> Iterator[Finding]:
     """One step: no recurrence is exercised."""
     if "no recurrence" not in e.labels:
         return
-    tapped = e.track.cell not in GATES
+    advice, code = _how_to_recur(e)
     yield Finding(
         name="no-recurrence",
         layer=e.track.name,
         message="every sequence has one step, so the recurrent weights carry no gradient",
+        where=counted(e.track.batch, "sequence"),
         value=1.0,
         threshold=2.0,
         basis="a recurrence takes two steps",
-        advice="mark the states inside the loop, once per step"
-        if tapped
-        else "give longer sequences; perhaps the time and the batch axis are swapped",
-        code="h, c = gradflow.tap(h=h, c=c)"
-        if tapped
-        else f"{module(e.track.name)}.batch_first = {not e.track.batch_first}",
+        advice=advice,
+        code=code,
+    )
+
+
+def _how_to_recur(e: Evidence) -> tuple[str, str]:
+    """Advice and code for more than one step."""
+    path = module(e.track.owner)
+    if e.track.cell not in GATES:
+        return "mark the states inside the loop, once per step", "h, c = gradflow.tap(h=h, c=c)"
+    if e.fused:
+        return (
+            "give longer sequences; perhaps the time and the batch axis are swapped",
+            f"{path}.batch_first = {not e.track.batch_first}",
+        )
+    return (
+        "give every call the state that the one before returned",
+        f"state = None\nfor x_t in x: state = {path}(x_t, state)",
     )
 
 

@@ -118,6 +118,7 @@ def few_channels(e: Evidence) -> Iterator[Finding]:
         layer=e.track.name,
         message=f"{e.channels} of {e.size} directions {'survives' if e.channels == 1 else 'survive'} "
         f"{counted(e.reach, 'step')}",
+        where=counted(len(e.mapped), "mapped sequence"),
         value=float(e.channels),
         threshold=float(max(1, e.size // 20)),
         basis="one direction in twenty still at 10⁻³",
