@@ -83,12 +83,18 @@ def last(output: Tensor) -> Tensor:
     return output[-1].sum()
 
 
-def run(module: nn.Module, x: Tensor | None = None, loss: Loss = last, **options: object) -> Visit:
+def every(output: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+def run(module: nn.Module, x: Tensor | None = None, loss: Loss | None = last) -> Visit:
     """One forward and backward pass of a fused module, analyzed."""
     x = noise() if x is None else x
     with gradflow.record(module) as recording:
-        loss(module(x)[0]).backward()
-    return Visit(module, x, gradflow.analyze(recording, **options))
+        output = module(x)[0]
+        if loss is not None:
+            loss(output).backward()
+    return Visit(module, x, gradflow.analyze(recording))
 
 
 def noise(scale: float = 1.0, steps: int = STEPS) -> Tensor:
@@ -291,6 +297,11 @@ HEALTHY = [
     Patient("identity ReLU RNN, always on", always_on),
     Patient("LSTM, forget bias", lambda: run(keeping(nn.LSTM(INPUTS, HIDDEN)))),
     Patient("LSTM, forget gates at 1", lambda: run(keeping(nn.LSTM(INPUTS, HIDDEN), 100.0))),
+    Patient("LSTM, half a decade lost", lambda: run(keeping(nn.LSTM(INPUTS, HIDDEN), 4.2))),
+    Patient(
+        "LSTM, a loss at every step", lambda: run(keeping(nn.LSTM(INPUTS, HIDDEN)), loss=every)
+    ),
+    Patient("LSTM, no backward", lambda: run(keeping(nn.LSTM(INPUTS, HIDDEN)), loss=None)),
     Patient("LSTM, chrono", lambda: run(chrono(STEPS))),
     Patient("LSTM, projection", lambda: run(keeping(nn.LSTM(INPUTS, HIDDEN, proj_size=5)))),
     Patient("LSTM, two layers", lambda: run(keeping(nn.LSTM(INPUTS, HIDDEN, num_layers=2)))),
@@ -347,7 +358,7 @@ SICK = [
         lambda: run(nn.LSTM(INPUTS, HIDDEN, num_layers=2, bidirectional=True)),
         "vanishing forget-gates-closed",
     ),
-    sick("two walls", walled, "vanishing walls", "forget-gates-closed"),
+    sick("two walls", walled, "vanishing walls"),
     sick(
         "expanding RNN",
         lambda: run(rnn(orthogonal(1.5)), noise(1e-12)),

@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 from torch import Tensor
 
 from gradflow.analysis import Finding, Rate
-from gradflow.analyzer.activity import CANDIDATES, CLOSED, over_all, sigmoid_and_other
+from gradflow.analyzer.activity import (
+    CANDIDATES,
+    CLOSED,
+    masked_mean,
+    over_all,
+    sigmoid_and_other,
+)
 from gradflow.analyzer.causes.remedies import BAND, MAJORITY, NORMALISE, chrono
+from gradflow.analyzer.causes.walls import FEW
 from gradflow.analyzer.census import KEEPERS
 from gradflow.analyzer.evidence import Evidence, number, over_sequences
 
@@ -23,7 +31,7 @@ def forget_gates(e: Evidence) -> Iterator[Finding]:
     forget = sigmoid_and_other(e.track)["f"]
     mean, pace = over_all(forget, e.track.mask), over_sequences(forget.log(), e.track)
     # the whole layer forgets faster than one decade over the span through this gate alone
-    if not pace.value < -e.band:
+    if not pace.value < -e.band or not _at_most_steps(forget.log(), e) < -e.band:
         return
     yield Finding(
         name="forget-gates-closed",
@@ -46,7 +54,7 @@ def update_gates(e: Evidence) -> Iterator[Finding]:
         return
     update = sigmoid_and_other(e.track)["z"]
     mean, pace = over_all(update, e.track.mask), over_sequences(update.log(), e.track)
-    if not (pace.value < -e.band and mean < OVERWRITTEN):
+    if not (_at_most_steps(update.log(), e) < -e.band and mean < OVERWRITTEN):
         return
     yield Finding(
         name="update-gates-overwrite",
@@ -61,6 +69,13 @@ def update_gates(e: Evidence) -> Iterator[Finding]:
         "initialisation), so that units keep their state; of the two bias vectors set one to zero",
         code=chrono(e),
     )
+
+
+def _at_most_steps(logs: Tensor, e: Evidence) -> float:
+    """Mean of ln gate without the tenth of the steps that are lowest: those would be walls."""
+    steps = np.sort(masked_mean(logs, e.track.mask))
+    known = steps[~np.isnan(steps)]
+    return float(known[int(FEW * len(known)) :].mean())
 
 
 def _scale(e: Evidence, pace: Rate) -> dict[str, float]:
@@ -87,6 +102,7 @@ def saturated_gates(e: Evidence) -> Iterator[Finding]:
             continue
         closed = e.data["gate_unit_closed"].sel(gate=name)
         most = int((closed > 0.5).sum())
+        advice, code = _open_again(e, name)
         yield Finding(
             name="saturated-gates",
             layer=e.track.name,
@@ -98,10 +114,29 @@ def saturated_gates(e: Evidence) -> Iterator[Finding]:
             high=share.high,
             threshold=0.5,
             basis=MAJORITY,
-            advice="scale the inputs or the weights down, or add layer normalisation",
+            advice=advice,
             source="Ba et al. 2016",
-            code=NORMALISE,
+            code=code,
         )
+
+
+def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
+    """Advice and code for a gate that is shut: by its biases alone, or by what it reads."""
+    block = list(e.track.gates).index(gate)
+    bias = sum(
+        float(e.track.weights[name].detach().double().chunk(len(e.track.gates))[block].mean())
+        for name in ("bias_ih", "bias_hh")
+        if name in e.track.weights
+    )
+    if not bias < math.log(CLOSED / (1 - CLOSED)):
+        return "scale the inputs or the weights down, or add layer normalisation", NORMALISE
+    first, last = block * e.track.hidden, (block + 1) * e.track.hidden
+    return (
+        f"set its biases to 0: they average {number(bias)}, which alone shuts it",
+        "\n".join(
+            f"{e.parameter(name)}.data[{first}:{last}] = 0.0" for name in ("bias_ih", "bias_hh")
+        ),
+    )
 
 
 def _share(which: Tensor, e: Evidence) -> str:

@@ -74,7 +74,7 @@ def _finding(e: Evidence, name: str, weight: Rate, activation: Rate) -> Finding:
         layer=e.track.name,
         message="at every step the weights multiply the leading direction by "
         f"{number(math.exp(weight.value))}, the activations by {number(math.exp(activation.value))}: "
-        f"rate {number(weight.value)} + ({number(activation.value)})",
+        f"rate {_sum(weight.value, activation.value)}",
         where=counted(e.track.batch, "sequence"),
         value=shown.value,
         low=shown.low,
@@ -82,3 +82,13 @@ def _finding(e: Evidence, name: str, weight: Rate, activation: Rate) -> Finding:
         basis=BAND,
         severity=shown.value * e.span / math.log(10),
     )
+
+
+def _sum(weight: float, activation: float) -> str:
+    """The two summands; rounding errors of a vanishing one are no digits.
+
+    >>> _sum(-0.5, -0.25), _sum(1e-9, -2.0), _sum(0.3, 1e-17)
+    ('−0.5 − 0.25', '0 − 2', '0.3 + 0')
+    """
+    weight, activation = (value if abs(value) > 5e-5 else 0.0 for value in (weight, activation))
+    return f"{number(weight)} {'−' if activation < 0 else '+'} {number(abs(activation))}"

@@ -70,6 +70,14 @@ def mean_gate(e: Evidence, gate: str) -> float:
 
 
 def _rnn(e: Evidence) -> tuple[str, str, str]:
+    weight, activation = (float(value) for value in e.data["rate_factor"].values)
+    if activation < weight:  # orthogonal weights would change little
+        return (
+            "bring the activations back to where they are steep: scale the inputs down, or use a "
+            "gated cell (nn.LSTM, nn.GRU)",
+            "Pascanu et al. 2013",
+            NORMALISE,
+        )
     return (
         "start the recurrent weights orthogonal, or use a gated cell (nn.LSTM, nn.GRU)",
         "Arjovsky et al. 2016; Le et al. 2015",

@@ -6,7 +6,14 @@ import math
 from collections.abc import Iterator
 
 from gradflow.analysis import Finding
-from gradflow.analyzer.causes.remedies import BAND, CLIP, against_vanishing, identity, orthogonal
+from gradflow.analyzer.causes.remedies import (
+    BAND,
+    CLIP,
+    NORMALISE,
+    against_vanishing,
+    identity,
+    orthogonal,
+)
 from gradflow.analyzer.evidence import Evidence, counted, number
 
 
@@ -32,7 +39,7 @@ def dead(e: Evidence) -> Iterator[Finding]:
         else "look for gates or activations that saturate to exactly 0: scale inputs and weights down",
         source="Le et al. 2015" if relu else "",
         severity=-math.inf,
-        code=identity(e) if relu else "",
+        code=identity(e) if relu else NORMALISE,
     )
 
 

@@ -23,20 +23,20 @@ def walls(e: Evidence) -> Iterator[Finding]:
     growth = e.data["step_growth"].values
     known = int((~np.isnan(growth)).sum())
     lost = np.where(growth < 0, -growth, 0.0)  # NaN compares false
-    steps = _fewest(lost)
+    steps = _highest(lost)
     if known < LEAST or len(steps) > max(1, int(FEW * known)) or not _late_enough(e, steps):
         return
     within, total = float(lost[steps].sum()), float(lost.sum())
     if within < HALF * math.log(10):
         return
     share = 1.0 if math.isinf(total) else within / total
-    noun = "step" if len(steps) == 1 else "steps"
+    noun, verb = ("step", "accounts") if len(steps) == 1 else ("steps", "account")
     named = ", ".join(str(step + 1) for step in steps[:5]) + (", …" if len(steps) > 5 else "")
     yield Finding(
         name="walls",
         layer=e.track.name,
-        message=f"{counted(len(steps), 'step')} of {known} {'accounts' if noun == 'step' else 'account'} "
-        f"for {share:.0%} of the loss: {_decades(within)}",
+        message=f"{len(steps)} of {counted(known, 'step')} {verb} for {share:.0%} of what is lost: "
+        f"{_decades(within)}",
         where=f"{noun} {named}",
         value=share,
         threshold=HALF,
@@ -48,13 +48,14 @@ def walls(e: Evidence) -> Iterator[Finding]:
     )
 
 
-def _fewest(lost: np.ndarray) -> list[int]:
-    """The fewest steps that lose half of everything, in order of time."""
+def _highest(lost: np.ndarray) -> list[int]:
+    """The fewest steps that lose half of everything, and all that are half as high as these."""
     order = np.argsort(-lost, kind="stable")
     if math.isinf(lost[order[0]]):
-        return sorted(int(step) for step in np.flatnonzero(np.isinf(lost)))
+        return [int(step) for step in np.flatnonzero(np.isinf(lost))]
     reached = np.cumsum(lost[order]) >= HALF * lost.sum()
-    return sorted(int(step) for step in order[: int(reached.argmax()) + 1])
+    least = lost[order[int(reached.argmax())]]
+    return [int(step) for step in np.flatnonzero(lost >= HALF * least)] if least > 0 else []
 
 
 def _late_enough(e: Evidence, steps: list[int]) -> bool:
