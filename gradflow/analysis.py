@@ -51,6 +51,22 @@ gate_mean           (gate, step)                   mean activation of each gate
 gate_closed/_open   (gate, step)                   share of units and sequences < 0.05 / > 0.95
 state_norm          (state, step)                  median over sequences of ‖s_t‖₂/√width
 memory_steps        (state, unit)                  steps back until |∂L/∂s| < 10⁻³ of the layer's level
+path_gain           (path, step)                   LSTM: ‖·‖₂ of the four terms of ∂c_t/∂c_{t−1} and of
+                                                   their sum, median over the mapped sequences; no path
+                                                   for other cells; every n-th step where it is dear
+gate_value          (gate, unit, step)             mean over sequences of a gate's activation
+gate_unit_closed    (gate, unit)                   share of steps and sequences < 0.05; NaN for tanh
+gate_unit_open      (gate, unit)                   share of steps and sequences > 0.95; NaN for tanh
+time_scale          (unit)                         −1/mean ln f (GRU: z) in steps; inf if always open
+unit_saturated      (state, unit)                  share of steps and sequences with |tanh| > 0.95: h of
+                                                   a tanh RNN, tanh c of an LSTM, n of a GRU
+unit_idle           (unit)                         ReLU: share of steps and sequences at exactly 0
+step_growth         (step)                         median over sequences of the leading direction's ln
+                                                   growth, on the steps that count towards the rate
+rate_factor         (factor)                       RNN: the rate's two summands, mean ln ‖W q‖ ("weight")
+                                                   and mean ln (‖D W q‖/‖W q‖) ("activation")
+segment_length      (segment)                      steps of the stretches between cuts, all sequences
+grad_input_norm     (step)                         median over sequences of ‖∂L/∂x_t‖₂ = ‖W_ihᵀ δ_t‖₂
 ==================  =============================  =====================================================
 """
 
@@ -98,10 +114,11 @@ class Finding:
     low: float | None = None
     high: float | None = None
     threshold: float | None = None
-    source: str = ""  # author and year of the threshold or the remedy
+    source: str = ""  # author and year of the remedy, or of what the finding rests on
     severity: float | None = None  # decades over the span; negative = lost
     advice: str = ""  # one sentence
     code: str = ""  # a line to paste
+    basis: str = ""  # where the threshold comes from: author and year, or a definition in words
 
 
 @dataclass(frozen=True)

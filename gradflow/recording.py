@@ -135,6 +135,8 @@ class Track:
     training: bool = True
     batch_first: bool = False  # how the layer itself was given its input
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
+    owner: str = ""  # path of its module in the model, "" for the model itself
+    above: tuple[str, ...] = ()  # names of the tracks of the same stack that read this one
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
 
     def _read(self, what: str) -> object:

@@ -45,6 +45,14 @@ DIMS = {
     **{f"gate_{name}": ("gate", "step") for name in ("mean", "closed", "open")},
     "state_norm": ("state", "step"),
     "memory_steps": ("state", "unit"),
+    "gate_value": ("gate", "unit", "step"),
+    **{f"gate_unit_{name}": ("gate", "unit") for name in ("closed", "open")},
+    **dict.fromkeys(("time_scale", "unit_idle"), ("unit",)),
+    "unit_saturated": ("state", "unit"),
+    "path_gain": ("path", "step"),
+    **dict.fromkeys(("step_growth", "grad_input_norm"), ("step",)),
+    "rate_factor": ("factor",),
+    "segment_length": ("segment",),
 }
 
 

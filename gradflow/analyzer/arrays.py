@@ -15,11 +15,17 @@ import numpy as np
 import xarray as xr
 
 from gradflow.analyzer.activity import gate_statistics, sigmoid_and_other, state_norms
+from gradflow.analyzer.census import gate_census, idleness, saturation, time_scales
 from gradflow.analyzer.certificates import SIDES, sum_rule
 from gradflow.analyzer.contributions import TOLERANCES
+from gradflow.analyzer.flow import input_gradient_norms
+from gradflow.analyzer.leading import FACTORS, step_growth
 from gradflow.analyzer.loss import KINDS, grad_norms
 from gradflow.analyzer.measured import Measured
+from gradflow.analyzer.order import segment_lengths
+from gradflow.analyzer.paths import PATHS, path_gains
 from gradflow.analyzer.products import NORMS
+from gradflow.analyzer.rates import rate_over_sequences
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,52 @@ def _activity(m: Measured) -> Part:
     )
 
 
+def _units(m: Measured) -> Part:
+    """How every unit sits: its gates, its time-scale, how often it is saturated or idle."""
+    units = m.profile.log10_grad.shape[1]
+    gates = gate_census(m.track, units)
+    return Part(
+        {
+            "gate_value": (("gate", "unit", "step"), gates["gate_value"]),
+            "gate_unit_closed": (("gate", "unit"), gates["gate_unit_closed"]),
+            "gate_unit_open": (("gate", "unit"), gates["gate_unit_open"]),
+            "time_scale": (("unit",), time_scales(m.track, units)),
+            "unit_saturated": (("state", "unit"), saturation(m.track, units)),
+            "unit_idle": (("unit",), idleness(m.track, units)),
+        }
+    )
+
+
+def _paths(m: Measured) -> Part:
+    """The four paths of an LSTM's cell state."""
+    gains = path_gains(m.track, m.mapped, m.share)
+    names = np.array(PATHS[: len(gains)], dtype="<U11")
+    return Part({"path_gain": (("path", "step"), gains)}, {"path": names})
+
+
+def _leading(m: Measured) -> Part:
+    """The leading direction step by step, and the factors of an RNN's rate."""
+    factors = [rate_over_sequences(column).value for column in m.factors.T]
+    return Part(
+        {
+            "step_growth": (("step",), step_growth(m.track, m.growth)),
+            "rate_factor": (("factor",), np.array(factors)),
+        },
+        {"factor": list(FACTORS)},
+    )
+
+
+def _flow(m: Measured) -> Part:
+    """What is passed down, and the stretches between cuts."""
+    lengths = [length for sequence in segment_lengths(m.track) for length in sequence]
+    return Part(
+        {
+            "segment_length": (("segment",), np.array(lengths)),
+            "grad_input_norm": (("step",), input_gradient_norms(m.track, m.withheld)),
+        }
+    )
+
+
 PARTS: list[Callable[[Measured], Part]] = [
     _gains,
     _curve,
@@ -173,4 +225,8 @@ PARTS: list[Callable[[Measured], Part]] = [
     _gradients,
     _loss_steps,
     _activity,
+    _units,
+    _paths,
+    _leading,
+    _flow,
 ]

@@ -21,7 +21,9 @@ from gradflow.analyzer.certificates import broken
 from gradflow.analyzer.contributions import contributions
 from gradflow.analyzer.curve import LagCurve, finite_extremes, lag_curve
 from gradflow.analyzer.evidence import Evidence, number
+from gradflow.analyzer.flow import with_flow
 from gradflow.analyzer.jacobians import operator_of, state_size
+from gradflow.analyzer.leading import WeightGrowth, rate_factors, watcher
 from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
 from gradflow.analyzer.lyapunov import SHORT, Growth, burn_in, log_growth
 from gradflow.analyzer.measured import Measured
@@ -137,7 +139,7 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
             refused.append(error)
     if not layers:
         raise refused[0]
-    return layers, [str(error) for error in refused]
+    return with_flow(recording, layers), [str(error) for error in refused]
 
 
 def _checked(
@@ -209,7 +211,8 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     finite = _finite_sequences(track)
 
     # how fast it grows or fades, every sequence on its own
-    growth = _growth(track, settings)
+    weight = watcher(track)
+    growth = _growth(track, settings, weight)
     rates = growth.exponents[:, 0].numpy().copy()
     rates[~finite | (track.lengths.cpu() == 1).numpy()] = np.nan  # one step has no recurrence
     rate = _rate(track, growth, rates, finite)
@@ -229,6 +232,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
         track=track,
         span=span,
         growth=growth,
+        factors=rate_factors(growth, weight),
         rate=rate,
         sequence_rates=rates,
         spectrum=spectrum(growth, rate, rates),
@@ -247,6 +251,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
             lambda share: settings.progress(f"{track.name}: lags", share),
         ),
         withheld=withheld,
+        share=1 / settings.layers,
     )
 
     # the verdict, and why
@@ -307,7 +312,7 @@ def _finite_sequences(track: Track) -> np.ndarray:
     return finite.numpy()
 
 
-def _growth(track: Track, settings: Settings) -> Growth:
+def _growth(track: Track, settings: Settings, watch: WeightGrowth | None) -> Growth:
     """The QR iteration over all sequences, with as many exponents as the budget allows."""
     length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
     allowed = RATE_SECONDS / settings.layers
@@ -325,6 +330,7 @@ def _growth(track: Track, settings: Settings) -> Growth:
         cuts=cuts[:length],
         seed=settings.seed,
         progress=lambda share: settings.progress(f"{track.name}: rates", share),
+        watch=watch,
     )
 
 

@@ -88,11 +88,13 @@ def log_growth(
     cuts: Tensor | None = None,
     seed: int = SEED,
     progress: Callable[[float], None] | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Growth:
     """Run the QR iteration over all sequences at once, step by step.
 
     Every sequence starts from the same random basis, so identical sequences give identical rates.
     At a cut (T, B), in processing order, nothing of the past arrives: the step is left out.
+    `watch` is shown the step and the leading direction (B, S) that it is about to push.
     """
     steps, batch, size = operator.length, operator.batch, operator.size
     generator = torch.Generator().manual_seed(seed)
@@ -111,6 +113,8 @@ def log_growth(
         usable = live[t]
         if not bool(usable.any()):
             continue
+        if watch is not None:
+            watch(t, rows[:, 0])
         pushed = operator.push(t, rows)
         logs, turned = _factor(pushed, rows, fresh)
         growth[t, usable] = logs[usable]

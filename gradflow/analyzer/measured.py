@@ -24,6 +24,7 @@ class Measured:
     track: Track
     span: int
     growth: Growth  # of every direction, step by step
+    factors: np.ndarray  # (B, 2) what weights and activations add to the rate of an RNN
     rate: Rate
     sequence_rates: np.ndarray  # (B,)
     spectrum: Spectrum  # every exponent with its interval
@@ -36,3 +37,4 @@ class Measured:
     triangle: Triangle  # how each loss step is felt at each step
     contributed: Contributed  # the gradient of the weights by lag
     withheld: bool  # parity failed: what rests on the loss is not shown
+    share: float  # of every time budget that this layer may use
