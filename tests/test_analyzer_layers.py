@@ -23,7 +23,10 @@ from gradflow.recording import Recording
 pytestmark = pytest.mark.usefixtures("one_thread")
 DIMS = {
     "log_gain": ("norm", "sequence", "source", "target"),
+    "log_block_gain": ("block", "sequence", "source", "target"),
+    "log_cell_path": ("sequence", "source", "target"),
     "log_singular": ("sequence", "index"),
+    **{f"rank_{name}": ("rank_lag",) for name in ("stable", "effective", "surviving")},
     **{
         f"lag_{name}": ("lag",)
         for name in ("median", "low", "high", "count", "zero_share", "slope", "fit")
@@ -233,7 +236,7 @@ def test_every_dataset_has_every_variable_with_its_dims(analyses: dict[str, Anal
         for layer in analysis:
             assert {name: array.dims for name, array in layer.data.items()} == DIMS
             assert all(array.dtype == np.float64 for array in layer.data.values())
-            assert layer.data["norm"].values.tolist() == ["spectral", "rms"]
+            assert layer.data["norm"].values.tolist() == ["spectral", "rms", "loss"]
             assert layer.data["kind"].values.tolist() == ["total", "direct", "last"]
             assert layer.data.sizes["target"] == layer.steps
 

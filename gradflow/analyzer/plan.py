@@ -13,23 +13,36 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gradflow.analyzer.cellpath import log_cell_path
+from gradflow.analyzer.direction import loss_map
 from gradflow.analyzer.jacobians import operator_of, state_size
-from gradflow.analyzer.products import CALLS, NORMS, SPEED, TRUNCATION, log_gains, spectral_work
+from gradflow.analyzer.products import NORMS, log_gains, spectral_work
+from gradflow.analyzer.sweep import CALLS, SPEED
+from gradflow.analyzer.truncation import SPOILED, TRUNCATION
 from gradflow.recording import Track
 
 WIDE = 384  # states wider than this are sketched in float32
+MEMORY = 256 * 2**20  # bytes of the maps of one layer
 
 
 @dataclass(frozen=True)
 class Maps:
-    """ln gain of the mapped sequences: norm -> (sequence, source, target), and how it was made."""
+    """ln gain of the mapped sequences from every source to every target, and how it was made."""
 
-    log_gain: dict[str, np.ndarray]
+    log_gain: dict[str, np.ndarray]  # norm -> (sequence, source, target)
+    blocks: np.ndarray  # (block, sequence, source, target), rms gains from state to state
+    block_names: tuple[str, ...]  # rows first: "hc" is ∂h_t'/∂c_t; none of a single state
+    cell_path: np.ndarray  # (sequence, source, target)
     sources: np.ndarray
     method: str  # "exact" or "sketch"
     stride: int
     dtype: torch.dtype
     words: str
+
+    @property
+    def planes(self) -> list[np.ndarray]:
+        """Every (sequence, source, target) array."""
+        return [*self.log_gain.values(), *self.blocks, self.cell_path]
 
 
 def make_maps(
@@ -40,9 +53,14 @@ def make_maps(
     stride: int | None,
     seed: int,
     seconds: float,
+    withheld: bool,
     progress: Callable[[float], None],
 ) -> Maps:
-    """ln gain from every chosen source to every later step of the mapped sequences."""
+    """ln gain from every chosen source to every later step of the mapped sequences.
+
+    With method "auto" the stride of the sources is also the least at which the maps fit 256 MiB.
+    The direction of the loss is left out, NaN, where it is withheld.
+    """
     lengths = [int(track.lengths[b]) for b in sequences]
     size = state_size(track)
     predicted = sum(exact_seconds(size, length) for length in lengths)
@@ -51,18 +69,28 @@ def make_maps(
         chosen = "exact" if predicted <= seconds else "sketch"
     dtype = torch.float32 if chosen == "sketch" and size > WIDE else torch.float64
     making = _Making(track, sequences, chosen == "sketch", dtype, seed)
-    if method == "auto" and stride is None and chosen == "sketch":
-        stride = making.fit(seconds, progress)
-    else:
-        stride = stride or 1
-        making.add(range(0, max(lengths), stride))
+    auto = method == "auto" and stride is None
+    if auto:
+        least = making.least_stride()
+        stride = making.fit(seconds, least, progress) if chosen == "sketch" else least
+    if not (auto and chosen == "sketch"):
+        making.add(stride or 1)
+    stride = stride or 1
+    sources = np.arange(0, track.steps, stride)
+    loss, every = loss_map(
+        track, sequences, sources, dtype, seconds / 4 if auto else math.inf, withheld
+    )
+    names = list(track.states)
     return Maps(
-        {norm: values[:, ::stride] for norm, values in making.log_gain.items()},
-        np.arange(0, track.steps, stride),
+        {norm: making.gains[norm] for norm in NORMS} | {"loss": loss},
+        making.gains.get("blocks", np.zeros((0, *loss.shape))),
+        tuple(row + column for row in names for column in names) if len(names) > 1 else (),
+        log_cell_path(track, sequences, sources),
+        sources,
         chosen,
         stride,
         dtype,
-        _words(chosen, stride, dtype, size, predicted if method == "auto" else None),
+        _words(chosen, stride, every, dtype, size, predicted if method == "auto" else None),
     )
 
 
@@ -83,26 +111,44 @@ class _Making:
     def __init__(
         self, track: Track, sequences: Sequence[int], sketch: bool, dtype: torch.dtype, seed: int
     ) -> None:
-        self.track, self.sequences = track, sequences
-        self.sketch, self.seed = sketch, seed
+        self.steps, self.sketch, self.seed = track.steps, sketch, seed
         self.operators = [operator_of(track, dtype, [b]) for b in sequences]
+        widths = [int(state.shape[-1]) for state in track.states.values()]
+        self.widths = tuple(widths) if len(widths) > 1 else ()
         self.spent: list[float] = []  # predicted seconds of each step so far
         self.limit = math.inf
         self.tell: Callable[[float], None] = lambda share: None
-        shape = (len(sequences), track.steps, track.steps)
-        self.log_gain = {norm: np.full(shape, np.nan) for norm in NORMS}
+        self.gains: dict[str, np.ndarray] = {}  # norm -> (..., sequence, source, target)
 
-    def add(self, sources: range) -> None:
-        """Fill in these sources."""
-        for place, operator in enumerate(self.operators):
-            inside = [t for t in sources if t < operator.length]
-            if not inside:
-                continue
-            gains = log_gains(
-                operator, inside, sketch=self.sketch, seed=self.seed, spend=self._spend
+    def least_stride(self) -> int:
+        """The least power of two at which the maps fit the memory."""
+        planes = len(NORMS) + len(self.widths) ** 2 + 2  # and the loss direction, the cell path
+        row = 8.0 * planes * len(self.operators) * self.steps
+        stride = 1
+        while row * math.ceil(self.steps / stride) > MEMORY:
+            stride *= 2
+        return stride
+
+    def add(self, stride: int) -> None:
+        """Make the maps of every stride-th source."""
+        places = np.arange(0, self.steps, stride)
+        shape = (len(self.operators), len(places), self.steps)
+        self.gains = {norm: np.full(shape, np.nan) for norm in NORMS}
+        if self.widths:
+            self.gains["blocks"] = np.full((len(self.widths) ** 2, *shape), np.nan)
+        for number, operator in enumerate(self.operators):
+            inside = places[places < operator.length]
+            found = log_gains(
+                operator,
+                inside,
+                widths=self.widths,
+                sketch=self.sketch,
+                seed=self.seed,
+                spend=self._spend,
             )
-            for norm, values in gains.items():
-                self.log_gain[norm][place, inside, : operator.length] = values[0].numpy()
+            for name, values in found.items():
+                rows = self.gains[name][..., number, : len(inside), : operator.length]
+                rows[...] = values.squeeze(-3).numpy()
 
     def _spend(self, seconds: float) -> None:
         self.spent.append(seconds)
@@ -111,28 +157,28 @@ class _Making:
         if total > self.limit:
             raise _OverBudget
 
-    def fit(self, seconds: float, progress: Callable[[float], None]) -> int:
+    def fit(self, seconds: float, least: int, progress: Callable[[float], None]) -> int:
         """Follow the first step as a pilot, and choose the stride that its cost by lag allows."""
         longest = max(operator.length for operator in self.operators)
         pilots = []
         for operator in self.operators:
             self.spent = []
-            log_gains(operator, [0], sketch=self.sketch, seed=self.seed, spend=self._spend)
+            log_gains(
+                operator, [0], widths=self.widths, sketch=True, seed=self.seed, spend=self._spend
+            )
             pilots.append(np.array(self.spent))
         piloted = float(sum(pilot.sum() for pilot in pilots))
-        stride = 1
+        stride = least
         while stride < longest and _foretold(pilots, stride) > seconds - piloted:
             stride *= 2
         self.tell = progress
         while True:
             self.spent, self.limit = [], 1.5 * seconds if stride < longest else math.inf
             try:
-                self.add(range(0, longest, stride))
+                self.add(stride)
             except _OverBudget:
                 # ranks that fell along the pilot stay high later on
                 stride = min(4 * stride, 1 << longest.bit_length())
-                for values in self.log_gain.values():
-                    values.fill(np.nan)
                 continue
             return stride
 
@@ -148,11 +194,17 @@ def _foretold(pilots: list[np.ndarray], stride: int) -> float:
     return total
 
 
-def _words(method: str, stride: int, dtype: torch.dtype, size: int, predicted: float | None) -> str:
-    every = "every step a source" if stride == 1 else f"every {ordinal(stride)} step a source"
-    words = f"{method}, {every}"
+def _words(
+    method: str, stride: int, every: int, dtype: torch.dtype, size: int, predicted: float | None
+) -> str:
+    words = f"{method}, {_every(stride)} a source"
+    if every > 1:
+        words += f", {_every(every)} a target of the loss direction"
     if method == "sketch":
-        words += f", at most {TRUNCATION:g} of a block dropped at a time"
+        words += (
+            f", at most {TRUNCATION:g} of a block dropped at a time; gains of which more than "
+            f"{SPOILED:g} may be missing are left out"
+        )
     if size > 64:
         words += ", spectral norms iterated to 1e-4"
     if dtype == torch.float32:
@@ -160,6 +212,10 @@ def _words(method: str, stride: int, dtype: torch.dtype, size: int, predicted: f
     if method == "sketch" and predicted is not None:
         words += f": the exact map would take about {_rounded(predicted)} s"
     return words
+
+
+def _every(stride: int) -> str:
+    return "every step" if stride == 1 else f"every {ordinal(stride)} step"
 
 
 def _rounded(seconds: float) -> str:
