@@ -213,11 +213,9 @@ class Blocks:
 
     def _mixed_parts(self) -> Tensor:
         """‖Q_a V_b‖_F² = tr(Q_aᵀQ_a V_b V_bᵀ): what truncated rows still say of each state."""
-        aligned, found = self._aligned(), []
-        for part in aligned.split(self.widths, -1):
-            square = (self.gram * (part @ part.mT)[:, :, None]).sum((-2, -1))  # (B, n, k)
-            found.append(square.clamp_min(0).sqrt().double().log())
-        return torch.stack(found, -1) + self.top[..., None, None] * math.log(2)
+        squares = [(part @ part.mT).flatten(-2) for part in self._aligned().split(self.widths, -1)]
+        traces = self.gram.flatten(-2) @ torch.stack(squares, -1)  # (B, n, k source, k target)
+        return traces.clamp_min(0).sqrt().double().log() + self.top[..., None, None] * math.log(2)
 
     def align(self) -> None:
         """Give all rows of a block the same power of two, after `rescale`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from gradflow.analyzer.blocks import Blocks
 from gradflow.analyzer.jacobians import operator_of
 from gradflow.analyzer.order import in_processing_order
-from gradflow.analyzer.sweep import CALLS, SPEED
+from gradflow.analyzer.sweep import SPEED
 from gradflow.recording import Operator, Track
 
 
@@ -50,9 +50,9 @@ def loss_map(
 
 
 def _seconds(operator: Operator, stride: int) -> float:
-    """Predicted: the pulls of all targets, and the calls of each step."""
+    """Predicted for the pulls of all targets; what the calls of a step take is the same for any."""
     pulls = operator.batch * operator.length * (operator.length / stride) / 2
-    return 2.0 * pulls * operator.size**2 / SPEED[operator.dtype] + 2 * CALLS * operator.length
+    return 2.0 * pulls * operator.size**2 / SPEED[operator.dtype]
 
 
 def loss_vectors(track: Track, sequences: Sequence[int]) -> Tensor | None:

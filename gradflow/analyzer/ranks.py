@@ -35,7 +35,8 @@ class Ranks:
 def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: float) -> Ranks:
     """Singular values of the mapped sequences within a number of operations, NaN beyond it.
 
-    The first start of a sequence may use its whole share; the later ones get what is left.
+    The first start of a sequence may use its whole share; the later ones together a quarter of what
+    it leaves.
     """
     size = state_size(track)
     stretches = [_longest_stretch(track, b) for b in mapped]
@@ -53,10 +54,11 @@ def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: flo
         for start in _starts(first, last):
             steps = range(start + 1, min(start + reach, last) + 1)
             values, work = log_singular_along(operator, steps, lags, most_work=left)
-            if start == first:
-                singular.append(values[-1])
             found.append(values)
             left -= work
+            if start == first:
+                singular.append(values[-1])
+                left /= 4
     every = np.stack(found)  # (M·starts, K, S)
     return Ranks(
         np.stack(singular),
