@@ -96,11 +96,14 @@ def log_loss_gains(
     for t in reversed(range(length)):
         if t in wanted:
             _begin(level, _unit(vectors[t]), t)
-        if t in places and level.count:
-            result[:, places[t], level.start] = level.rescale()
+        if level.count == 0:
+            continue
+        gains = level.rescale()
+        if t in places:
+            result[:, places[t], level.start] = gains
             if t in wanted:  # 0 exactly, but NaN where there is no direction
                 result[:, places[t], t] *= 0.0
-        if t and level.count:
+        if t:
             level.replace(operator.pull(t, level.rows))
     return result
 

@@ -21,7 +21,7 @@ def row_norms(rows: Tensor) -> Tensor:
     """‖v‖₂ of rows (..., S), also where the squares leave the dtype's range."""
     norm = torch.linalg.vector_norm(rows, dim=-1)
     tiny = math.sqrt(torch.finfo(rows.dtype).tiny) * 1e3
-    doubtful = ~torch.isfinite(norm) | (norm < tiny)
+    doubtful = ~((norm >= tiny) & (norm < math.inf))  # NaN too
     if bool(doubtful.any()):
         hard = rows[doubtful]
         peak = hard.abs().amax(dim=-1)
