@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import gradflow
 from gradflow.analyzer import analyze, assemble, plan, products, step_jacobians
+from gradflow.analyzer.blocks import Blocks
 from gradflow.analyzer.cellpath import log_diagonal_gains
 from gradflow.analyzer.direction import log_loss_gains, loss_vectors
 from gradflow.analyzer.jacobians import DenseOperator, operator_of
@@ -487,6 +488,25 @@ def test_4096_steps_by_strided_sources_fit_the_memory(monkeypatch: pytest.Monkey
     for place, source in enumerate(maps.sources):
         expected = f[source + 1 :].cumsum(0)
         assert_logs_close(maps.log_gain["rms"][0, place, source + 1 :], expected, 1e-9)
+
+
+@pytest.mark.parametrize("sketch", [False, True])
+def test_blocks_stay_within_the_memory(monkeypatch: pytest.MonkeyPatch, sketch: bool) -> None:
+    jacobians = orthogonal(12).expand(40, 1, -1, -1)  # no rank is lost
+    whole = log_gains(DenseOperator(jacobians), range(40), sketch=sketch)
+    most: list[int] = []
+    plain = Sweep.live.fget  # type: ignore[attr-defined]
+
+    def watched(sweep: Sweep) -> list[Blocks]:
+        most.append(sum(level.bytes for level in plain(sweep)))
+        return list(plain(sweep))
+
+    monkeypatch.setattr(products, "CHUNK", 8 * 12 * 12 * 16)
+    monkeypatch.setattr(Sweep, "live", property(watched))
+    parts = log_gains(DenseOperator(jacobians), range(40), sketch=sketch)
+    assert max(most) <= 2 * products.CHUNK  # a buffer doubles before it is found too large
+    for norm, values in whole.items():
+        assert_logs_close(parts[norm], values, 1e-9)
 
 
 # -------------------------------------------------------------------------------------- ranks

@@ -82,7 +82,8 @@ def log_gains(
     is then too small by at most (0.05)²/2 in ln, a block's by at most 5 %, both as estimated by two
     random vectors a start.
 
-    `spend` is told the predicted seconds of each step.
+    Blocks take at most 768 MiB at a time, or those of one start. `spend` is told the predicted
+    seconds of each step.
     """
     starts = torch.as_tensor(list(sources), dtype=torch.long)
     shape = (operator.batch, len(starts), operator.length)
@@ -91,8 +92,9 @@ def log_gains(
         gains["blocks"] = torch.full((len(widths) ** 2, *shape), torch.nan, dtype=torch.float64)
     each = operator.batch * operator.size**2 * torch.finfo(operator.dtype).bits // 8 * 2
     many = len(starts) if sketch else max(1, CHUNK // each)
-    for first in range(0, len(starts), many):
-        chosen = slice(first, first + many)
+    waiting = [slice(first, first + many) for first in range(0, len(starts), many)]
+    while waiting:
+        chosen = waiting.pop()
         sweep = Sweep(
             operator,
             starts[chosen],
@@ -101,11 +103,14 @@ def log_gains(
             {name: values[..., chosen, :] for name, values in gains.items()},
             tuple(widths),
         )
-        _run(sweep, spend)
+        if not _run(sweep, spend):  # blocks that keep their rank: fewer starts at a time
+            middle = chosen.start + (len(starts[chosen]) + 1) // 2
+            waiting += [slice(chosen.start, middle), slice(middle, chosen.stop)]
     return gains
 
 
-def _run(sweep: Sweep, spend: Callable[[float], None] | None) -> None:
+def _run(sweep: Sweep, spend: Callable[[float], None] | None) -> bool:
+    """Fill in the gains; False, and only some of them, where the blocks outgrow the memory."""
     operator, sources = sweep.operator, sweep.sources
     places = {int(t): place for place, t in enumerate(sources)}
     for t in range(int(sources[0]), operator.length):
@@ -120,6 +125,9 @@ def _run(sweep: Sweep, spend: Callable[[float], None] | None) -> None:
             truncate(sweep, t)
         if spend is not None:
             spend(sweep.spent - before)
+        if len(sources) > 1 and sum(level.bytes for level in sweep.live) > CHUNK:
+            return False
+    return True
 
 
 def _advance(sweep: Sweep, t: int, begun: int | None) -> None:
