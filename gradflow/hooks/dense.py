@@ -28,13 +28,7 @@ TOGETHER = 128  # units whose products are taken at once
 
 
 class Incomplete(NotReadable):
-    """The loop carries more from step to step than was marked."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"{what}, so the loop carries more than its marked states; mark every state that it "
-            "carries, where it enters the next step"
-        )
+    """The loop carries more from step to step than its known states."""
 
 
 @dataclass(eq=False)
@@ -50,6 +44,17 @@ class Place:
     @staticmethod
     def of(states: dict[str, Tensor], rows: dict[str, Tensor]) -> Place:
         """The place of some states, given as the user's own tensors and as copies (B, width)."""
+        return Place.at(
+            {name: edge for name, state in states.items() if (edge := edge_of(state))},
+            {name: state.shape for name, state in states.items()},
+            rows,
+        )
+
+    @staticmethod
+    def at(
+        edges: dict[str, Edge], shapes: dict[str, torch.Size], rows: dict[str, Tensor]
+    ) -> Place:
+        """The same, given where the states sit and how they were shaped."""
         dtype = rows[next(iter(rows))].dtype
         for row in rows.values():
             dtype = torch.promote_types(dtype, row.dtype)
@@ -59,10 +64,10 @@ class Place:
             start += row.shape[1]
         first = next(iter(rows.values()))
         return Place(
-            edges={name: edge for name, state in states.items() if (edge := edge_of(state))},
+            edges=edges,
             parts=parts,
-            shapes={name: state.shape for name, state in states.items()},
-            dtypes={name: state.dtype for name, state in states.items()},
+            shapes=shapes,
+            dtypes={name: row.dtype for name, row in rows.items()},
             like=torch.zeros(len(first), start, dtype=dtype, device=first.device),
         )
 
