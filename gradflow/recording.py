@@ -163,7 +163,9 @@ class Track:
 
     def _seen(self, value: Tensor | None, what: str) -> Tensor:
         if value is None:
-            how = "were marked with gradflow.tap" if self.cell == "tap" else "came back to your cell"
+            how = (
+                "were marked with gradflow.tap" if self.cell == "tap" else "came back to your cell"
+            )
             raise RecordingError(
                 f"{self.name} has no {what}: its states {how}, and nothing but the states of such a "
                 "loop is seen"

@@ -213,9 +213,7 @@ def positional(make: Callable[[], nn.Module]) -> Case:
 
 
 def one(make: Callable[[], nn.Module], name: str, take: Callable[[Any], Tensor]) -> Case:
-    return Case(
-        make, lambda m, x, s: m(x, s[name]), lambda r: {name: take(r)}, (name,), (HIDDEN,)
-    )
+    return Case(make, lambda m, x, s: m(x, s[name]), lambda r: {name: take(r)}, (name,), (HIDDEN,))
 
 
 CELLS = {

@@ -41,18 +41,22 @@ class Output:
 
 
 def came_back(inputs: dict[Path, Tensor], outputs: dict[Path, Output]) -> dict[Path, Path]:
-    """Output -> the argument it came back as: the nearest, of equally near ones the later."""
+    """Output -> the argument it came back as.
+
+    The nearest; of equally near ones that of the same name or place in its container, or the later.
+    """
     ends: dict[Edge, Path] = {out.edge: path for path, out in outputs.items() if out.edge}
-    nearest: dict[Path, tuple[int, Path]] = {}
-    for where, tensor in inputs.items():
+    nearest: dict[Path, tuple[tuple[int, bool, int], Path]] = {}
+    for place, (where, tensor) in enumerate(inputs.items()):
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
             continue
         edge = edge_of(tensor)
         hits = _walk(edge, ends) if edge is not None and ends else {}
         hits = hits or {path: 0 for path, out in outputs.items() if _is_equal(tensor, out)}
         for path, distance in hits.items():
-            if path not in nearest or distance <= nearest[path][0]:
-                nearest[path] = (distance, where)
+            order = (distance, path[-1:] != where[-1:], -place)
+            if path not in nearest or order < nearest[path][0]:
+                nearest[path] = (order, where)
     return {path: nearest[path][1] for path in outputs if path in nearest}
 
 

@@ -51,9 +51,7 @@ class Place:
         )
 
     @staticmethod
-    def at(
-        edges: dict[str, Edge], shapes: dict[str, torch.Size], rows: dict[str, Tensor]
-    ) -> Place:
+    def at(edges: dict[str, Edge], shapes: dict[str, torch.Size], rows: dict[str, Tensor]) -> Place:
         """The same, given where the states sit and how they were shaped."""
         dtype = rows[next(iter(rows))].dtype
         for row in rows.values():

@@ -27,7 +27,10 @@ def edge_of(tensor: Tensor) -> Edge | None:
     """Where a tensor sits in the graph; None outside any."""
     if not tensor.requires_grad:
         return None
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    try:
+        edge = torch.autograd.graph.get_gradient_edge(tensor)
+    except AssertionError:  # a view made within an autograd.Function, a checkpoint for one
+        return None
     return edge.node, edge.output_nr
 
 

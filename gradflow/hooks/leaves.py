@@ -66,9 +66,7 @@ def named(places: list[Path]) -> list[str]:
     own = [_own_name(place) for place in places]
     twice = {name for name in own if name is not None and own.count(name) > 1}
     full = ["_".join(str(key) for key in place) for place in places]
-    names = [
-        name if name is None or name not in twice else full[i] for i, name in enumerate(own)
-    ]
+    names = [name if name is None or name not in twice else full[i] for i, name in enumerate(own)]
     if len(set(names) - {None}) < len([name for name in names if name is not None]):
         names = [None] * len(names)
     nameless = names.count(None)

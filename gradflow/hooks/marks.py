@@ -64,9 +64,7 @@ class Marks:
             cut=torch.zeros(len(place.like), dtype=torch.bool, device=place.like.device),
         )
 
-    def begin(
-        self, name: str, source: TapSource, states: dict[str, Tensor], place: Place
-    ) -> End:
+    def begin(self, name: str, source: TapSource, states: dict[str, Tensor], place: Place) -> End:
         """A loop whose first mark is the only one of the source."""
         mark = source.marks[0]
         batch, device = len(place.like), place.like.device

@@ -58,7 +58,10 @@ class Ran:
 def something_is_compiled() -> bool:
     """Whether torch.compile was called in this process; merely loading it, as optimizers do, is not."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    return bool(getattr(frames, "cached_backends", frames is not None))
+    known = getattr(frames, "cached_backends", None)
+    if known is None:
+        return frames is not None
+    return any(backend is not None for backend in known.values())  # None: compilation disabled
 
 
 def _note(names: dict[str, None], name: str, *_: object) -> None:
@@ -142,9 +145,7 @@ def _too_short(recording: Recording) -> list[str]:
             "exercised; call tap inside the loop, once per step"
         )
     if cells:
-        sentences.append(
-            f"{_listed(cells)} {ONCE}"
-        )
+        sentences.append(f"{_listed(cells)} {ONCE}")
     if layers:
         sentences.append(
             f"{_listed(layers)} ran on T = 1 step, so no recurrence is exercised; give sequences of "

@@ -44,8 +44,7 @@ class _First:
     outputs: dict[Path, Output]
     made_by: dict[Path, set[str]]  # inner modules whose results the outputs are
     handles: list[RemovableHandle]
-    inputs: dict[Path, torch.Size]
-    since: int
+    place: Place  # of those that may be states by their shapes
 
 
 @dataclass(eq=False)
@@ -187,26 +186,25 @@ class OwnCells:
         outputs = {p: Output(edge_of(t), _row(t), t.shape) for p, t in tensors.items()}
         rows = {_key(path): out.row for path, out in outputs.items()}
         edges = {_key(path): out.edge for path, out in outputs.items() if out.edge is not None}
-        one = next(iter(rows.values()))
-        place = Place(edges, {}, {}, {}, one)
+        place = _likely(call, outputs)
         mark = Marks.new(place, rows)
         source = TapSource(self.owner.scale, cell=_cell_name(call.cell.module), marks=[mark])
-        shapes = {path: tensor.shape for path, tensor in call.inputs.items()}
-        self._note_likeness(call, outputs, shapes)
+        self._note_likeness(call, outputs)
+        if len(place.parts) > 1 and self.marks.wanted(place):
+            Marks.read_within(
+                source, place, mark
+            )  # a backward may free the graph before it is known
         return _First(
             source=source,
             outputs=outputs,
             made_by={p: handed_on(outputs[p].edge, t, call.inner) for p, t in tensors.items()},
             handles=source.listen(mark, edges),
-            inputs=shapes,
-            since=0,
+            place=place,
         )
 
-    def _note_likeness(
-        self, call: _Call, outputs: dict[Path, Output], inputs: dict[Path, torch.Size]
-    ) -> None:
+    def _note_likeness(self, call: _Call, outputs: dict[Path, Output]) -> None:
         """Whether a tensor was returned that has the shape of an argument other than the first."""
-        later = list(inputs.values())[1:]
+        later = [tensor.shape for tensor in call.inputs.values()][1:]
         if any(out.shape in later for out in outputs.values()):
             self._like_cells.append(call.cell)
 
@@ -232,7 +230,7 @@ class OwnCells:
         if not self.owner.wants_track(cell.path):
             cell.ignored = True
             return None
-        self._hide_inner(call, first, came)
+        self._hide_inner(call)
         loop = self._begin(cell, first, states, set(places))
         return loop if self._goes_on(loop, returned) else None
 
@@ -242,11 +240,10 @@ class OwnCells:
         known.add(STOCK)
         return all(first.made_by[path] & known for path in came)
 
-    def _hide_inner(self, call: _Call, first: _First, came: dict[Path, Path]) -> None:
-        """Of nested cells the outer one is kept, but for those whose states it returns unchanged."""
-        kept = set().union(*(first.made_by[path] for path in came))
+    def _hide_inner(self, call: _Call) -> None:
+        """Of nested cells the outer one is kept: it carries all that those inside it do."""
         for cell in self._cells.values():
-            if cell.path in call.inner and (cell.path not in kept or _is_plain(cell)):
+            if cell.path in call.inner:
                 cell.ignored = True
                 self.owner.drop_tracks(cell.tracks)
                 cell.tracks.clear()
@@ -263,6 +260,13 @@ class OwnCells:
         place = Place.at(edges, {name: out.shape for name, out in outputs.items()}, rows)
         mark = Marks.new(place, rows)
         mark.grad_enabled = guess.grad_enabled
+        mark.differentiable = guess.differentiable
+        if guess.within_known and set(first.place.parts) == {_key(p) for p in states.values()}:
+            mark.within_known, mark.within = True, guess.within
+            if guess.within is not None:
+                parts = [first.place.parts[_key(path)] for path in states.values()]
+                order = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+                mark.within = guess.within[:, order][:, :, order]
         mark.grads = {
             name: guess.grads[_key(path)]
             for name, path in states.items()
@@ -396,6 +400,19 @@ def _of_one_batch(came: dict[Path, Path], first: _First) -> dict[Path, Path]:
     sizes = [first.outputs[path].row.shape[0] for path in came]
     most = max(sizes, key=sizes.count, default=0)
     return {path: w for path, w in came.items() if first.outputs[path].row.shape[0] == most}
+
+
+def _likely(call: _Call, outputs: dict[Path, Output]) -> Place:
+    """The place of the outputs that have the shape of some argument, by their paths."""
+    shapes = [tensor.shape for tensor in call.inputs.values()]
+    found = {path: out for path, out in outputs.items() if out.shape in shapes} or outputs
+    batch = len(next(iter(found.values())).row)
+    found = {_key(path): out for path, out in found.items() if len(out.row) == batch}
+    return Place.at(
+        {key: out.edge for key, out in found.items() if out.edge is not None},
+        {key: out.shape for key, out in found.items()},
+        {key: out.row for key, out in found.items()},
+    )
 
 
 def _key(path: Path) -> str:
