@@ -140,17 +140,20 @@ def test_states_and_totals_are_those_of_autograd(kind: str) -> None:
 @pytest.mark.parametrize("kind", CELLS)
 def test_step_jacobians_are_those_of_independent_states(kind: str) -> None:
     found = run(kind)
-    got = gradflow.analyzer.step_jacobians(found.track)[1:]
-    want = torch.stack([step_jacobian(found, t, nothing) for t in range(1, STEPS)])
-    assert_jacobians_close(got, want, found.track.mask[1:])
+    got = gradflow.analyzer.step_jacobians(found.track)
+    want = torch.stack([step_jacobian(found, t, nothing) for t in range(STEPS)])
+    assert_jacobians_close(got, want, found.track.mask)
+    assert found.track.notes == []
+    for name, initial in found.track.initial.items():
+        assert torch.equal(initial, found.entered[0][name].reshape(BATCH, -1))
 
 
 def test_a_wrong_jacobian_would_be_seen() -> None:
     found = run("from scratch")
     want = torch.stack([step_jacobian(found, t, nothing) for t in range(1, STEPS)])
     want[3, 1, 0, 0] *= 1 + 1e-6
+    got = gradflow.analyzer.step_jacobians(found.track)[1:]
     with pytest.raises(AssertionError, match="1 of"):
-        got = gradflow.analyzer.step_jacobians(found.track)[1:]
         assert_jacobians_close(got, want, found.track.mask[1:])
 
 
@@ -406,6 +409,64 @@ def test_without_gradient_states_alone() -> None:
         track.operator()
 
 
+# ------------------------------------------------------------------ the step from the initial state
+
+
+class Uncopied(MinimalGated):
+    """Cannot be copied, or gives something else each time."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.times = how, 0
+        self.held = torch.ones(1, requires_grad=True) * 2 if how == "holds a result" else None
+        self.double()
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        self.times += 1
+        return super().forward(x, h) * (self.times if self.how == "counts" else 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("holds a result", "cannot be run on a copy"), ("counts", "gives other numbers")],
+)
+def test_a_cell_that_does_not_repeat_itself_keeps_the_identity_and_says_so(
+    how: str, reason: str
+) -> None:
+    cell = Uncopied(how)
+    with gradflow.record(cell) as recording:
+        h = torch.zeros(BATCH, HIDDEN, dtype=F64)
+        for x_t in x():
+            h = cell(x_t, h)
+        h.sum().backward()
+    assert cell.times == STEPS
+    track = recording["cell"]
+    assert reason in " ".join(track.notes)
+    eye = torch.eye(HIDDEN, dtype=F64).expand(BATCH, -1, -1)
+    assert torch.equal(gradflow.analyzer.step_jacobians(track)[0], eye)
+
+
+def test_the_first_call_is_run_again_with_its_own_dropout_and_without_hooks() -> None:
+    torch.manual_seed(4)
+    cell, drop = MinimalGated().double(), nn.Dropout(0.5)
+    cell.candidate = nn.Sequential(cell.candidate, drop)
+    fired: list[int] = []
+    cell.candidate.register_forward_hook(lambda *_: fired.append(1))
+    h0 = torch.randn(BATCH, HIDDEN, dtype=F64, requires_grad=True)
+    with gradflow.record(cell) as recording:
+        h = first = cell(x(1)[0], h0)
+        for x_t in x(3):
+            h = cell(x_t, h)
+        want = [
+            torch.autograd.grad(first[0, i], h0, retain_graph=True)[0][0] for i in range(HIDDEN)
+        ]
+        h.sum().backward()
+    assert len(fired) == 4
+    got = gradflow.analyzer.step_jacobians(recording["cell"])[0, 0]
+    assert torch.allclose(got, torch.stack(want), rtol=1e-14, atol=0)
+    assert torch.equal(recording["cell"].h0, h0)
+
+
 # -------------------------------------------------------------------------------- no false positives
 
 
@@ -652,7 +713,7 @@ def test_copies_and_pickles_made_inside_the_block_are_plain() -> None:
         y = model(data)
         names = [name for name, _ in model.named_modules()]
         copied = copy.deepcopy(model)
-        pickled = pickle.loads(pickle.dumps(model))
+        pickled = pickle.loads(pickle.dumps(model))  # noqa: S301
         buffer = io.BytesIO()
         torch.save(model, buffer)
         y.sum().backward()
@@ -674,7 +735,7 @@ def test_a_forward_of_one_modules_own_is_seen_copied_and_put_back() -> None:
         for x_t in x():
             h = cell(x_t, h)
         copied = copy.deepcopy(cell)
-        pickled = pickle.loads(pickle.dumps(cell))
+        pickled = pickle.loads(pickle.dumps(cell))  # noqa: S301
         h.sum().backward()
     assert recording["cell"].steps == STEPS
     assert vars(cell)["forward"] is plain
@@ -691,16 +752,19 @@ def test_an_exception_inside_forward_restores() -> None:
             return super().forward(x, h)
 
     cell, before = Raises(), Raises.forward
-    h = torch.zeros(BATCH, HIDDEN)
-    with (
-        pytest.raises(ValueError, match="of the user's own"),
-        gradflow.record(cell) as recording,
-    ):
-        h = cell(torch.zeros(BATCH, INPUTS), h)
-        h = cell(torch.zeros(BATCH, INPUTS), h)
-        cell(torch.ones(BATCH, INPUTS), h)
+    seen: list[gradflow.Recording] = []
+
+    def raising() -> None:
+        h = torch.zeros(BATCH, HIDDEN)
+        with gradflow.record(cell) as recording:
+            seen.append(recording)
+            for t in range(3):
+                h = cell(torch.full((BATCH, INPUTS), float(t == 2)), h)
+
+    with pytest.raises(ValueError, match="of the user's own"):
+        raising()
     assert Raises.forward is before
-    assert recording["cell"].steps == 2
+    assert seen[0]["cell"].steps == 2
 
 
 def test_an_exception_that_the_user_catches_is_no_step() -> None:

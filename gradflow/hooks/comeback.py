@@ -16,19 +16,20 @@ from torch import Tensor
 from gradflow.hooks.graph import DEPTH, NODES, Edge, edge_of
 from gradflow.hooks.leaves import Path
 
-MOVES = frozenset(
+_MOVES = (
     "Alias AsStrided Cat Chunk Clone Contiguous Copy CopySlices Detach Diagonal Expand Flatten "
     "Gather Index IndexSelect Narrow Permute Repeat ReshapeAlias Reshape Select Slice Split "
     "SplitWithSizes Squeeze Stack Swapaxes T Take ToCopy Transpose Unbind Unflatten UnsafeSplit "
-    "UnsafeView Unsqueeze View".split()
-)  # fmt: skip
-ELEMENTWISE = frozenset(
+    "UnsafeView Unsqueeze View"
+)
+_ELEMENTWISE = (
     "Abs Add Addcdiv Addcmul Atan Clamp ClampMax ClampMin Cos Cosh Div Elu Erf Exp Expm1 Fmax Fmin "
     "FusedDropout Gelu Hardshrink Hardsigmoid Hardswish Hardtanh IndexCopy IndexFill IndexPut "
     "LeakyRelu Lerp Log Log1P LogSigmoid Logit MaskedFill MaskedScatter Maximum Minimum Mish Mul "
     "NanToNum NativeDropout Neg Pow Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Sinh SliceScatter "
-    "SelectScatter Softplus Softshrink Softsign Sqrt Sub Tan Tanh Threshold Where".split()
+    "SelectScatter Softplus Softshrink Softsign Sqrt Sub Tan Tanh Threshold Where"
 )
+MOVES, ELEMENTWISE = frozenset(_MOVES.split()), frozenset(_ELEMENTWISE.split())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -44,12 +45,35 @@ def _parts(value: Any) -> list[tuple[str | int, Any]]:
     return []
 
 
-def arguments(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
-    """Parameter or keyword -> argument; arguments beyond the names go by their place."""
-    given: dict[Any, Any] = {
-        names[place] if place < len(names) else place: value for place, value in enumerate(args)
+def replaced(value: Any, tensors: Mapping[Path, Tensor], path: Path = ()) -> Any:
+    """The same containers with other tensors in them, by path."""
+    if isinstance(value, Tensor):
+        return tensors.get(path, value)
+    parts = {} if len(path) >= DEEPEST else dict(_parts(value))
+    if not any(found[: len(path)] == path for found in tensors) or not parts:
+        return value
+    new = {key: replaced(part, tensors, (*path, key)) for key, part in parts.items()}
+    if isinstance(value, tuple):
+        return type(value)(*new.values()) if hasattr(value, "_fields") else tuple(new.values())
+    if isinstance(value, list):
+        return list(new.values())
+    copied = copy.copy(value)
+    if isinstance(value, Mapping):
+        for key in value:
+            copied[key] = new[str(key)]
+        return copied
+    for key, part in new.items():
+        object.__setattr__(copied, str(key), part)
+    return copied
+
+
+def arguments(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Parameter or keyword -> argument; arguments beyond the names go by their place, as "*2"."""
+    given = {
+        names[place] if place < len(names) else f"*{place}": value
+        for place, value in enumerate(args)
     }
-    return {**{k if isinstance(k, str) else f"*{k}": v for k, v in given.items()}, **kwargs}
+    return {**given, **kwargs}
 
 
 def named(places: list[Path]) -> list[str]:

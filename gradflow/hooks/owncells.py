@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks import forwards
+from gradflow.hooks.again import Given, first_jacobian
 from gradflow.hooks.comeback import Output, came_back, handed_on
 from gradflow.hooks.dense import Place
-from gradflow.hooks.graph import edge_of
+from gradflow.hooks.graph import NotReadable, edge_of
 from gradflow.hooks.leaves import Path, arguments, leaves, named
 from gradflow.hooks.marks import End, Marks, Owner
-from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.returned import LARGEST, key_of, likely_states, possible_states, row_of
+from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.recording import GATES, Track
 
 OPEN = 4  # calls of one module, or loops over it, that may be gone on with at the same moment
-LARGEST = 2**20  # entries of a tensor that may be a state
 STOCK = ""  # in the place of a module's path: torch's own recurrent functions
 
 
@@ -45,6 +46,7 @@ class _First:
     made_by: dict[Path, set[str]]  # inner modules whose results the outputs are
     handles: list[RemovableHandle]
     place: Place  # of those that may be states by their shapes
+    given: Given | None  # None where it would keep much alive
 
 
 @dataclass(eq=False)
@@ -75,11 +77,9 @@ class _Call:
     """A call under way."""
 
     cell: _Cell
-    inputs: dict[Path, Tensor]
-    unchanged: dict[int, int | None]  # id of an argument -> its version
+    given: Given
     origin: _First | _Loop | None
     came: dict[Path, Path]
-    empty: bool  # whether an argument is None: a state that is left out, perhaps
     inner: dict[str, list[Tensor]] = field(default_factory=dict)  # last results inside, by path
 
 
@@ -106,19 +106,11 @@ class OwnCells:
             return None
         if any(call.cell is cell for call in self._under_way):
             return None
-        given = arguments(cell.parameters, args, kwargs)
-        inputs = leaves(given)
-        call = _Call(
-            cell=cell,
-            inputs=inputs,
-            unchanged={id(tensor): _version(tensor) for tensor in inputs.values()},
-            origin=None,
-            came={},
-            empty=any(value is None for value in given.values()),
-        )
+        given = Given.of(args, kwargs, arguments(cell.parameters, args, kwargs))
+        call = _Call(cell, given, None, {})
         cell.calls += 1
         for end in reversed(cell.ends):
-            came = came_back(inputs, end.outputs)
+            came = came_back(given.tensors, end.outputs)
             if came and (isinstance(end, _First) or set(came.values()) & end.entry):
                 call.origin, call.came = end, came
                 break
@@ -180,13 +172,16 @@ class OwnCells:
 
     def _first(self, call: _Call, returned: dict[Path, Tensor]) -> _First | None:
         """A call that may be the first step of a loop, listened to before it is known."""
-        tensors = _eligible(call, returned)
+        given = call.given.tensors
+        tensors = possible_states(
+            returned, given.values(), call.given.unchanged(), open_end=call.given.leaves_out()
+        )
         if not tensors:
             return None
-        outputs = {p: Output(edge_of(t), _row(t), t.shape) for p, t in tensors.items()}
-        rows = {_key(path): out.row for path, out in outputs.items()}
-        edges = {_key(path): out.edge for path, out in outputs.items() if out.edge is not None}
-        place = _likely(call, outputs)
+        outputs = {p: Output(edge_of(t), row_of(t), t.shape) for p, t in tensors.items()}
+        rows = {key_of(path): out.row for path, out in outputs.items()}
+        edges = {key_of(path): out.edge for path, out in outputs.items() if out.edge is not None}
+        place = likely_states(outputs, given.values())
         mark = Marks.new(place, rows)
         source = TapSource(self.owner.scale, cell=_cell_name(call.cell.module), marks=[mark])
         self._note_likeness(call, outputs)
@@ -200,11 +195,12 @@ class OwnCells:
             made_by={p: handed_on(outputs[p].edge, t, call.inner) for p, t in tensors.items()},
             handles=source.listen(mark, edges),
             place=place,
+            given=call.given if sum(t.numel() for t in given.values()) <= LARGEST else None,
         )
 
     def _note_likeness(self, call: _Call, outputs: dict[Path, Output]) -> None:
         """Whether a tensor was returned that has the shape of an argument other than the first."""
-        later = [tensor.shape for tensor in call.inputs.values()][1:]
+        later = [tensor.shape for tensor in call.given.tensors.values()][1:]
         if any(out.shape in later for out in outputs.values()):
             self._like_cells.append(call.cell)
 
@@ -222,7 +218,7 @@ class OwnCells:
             for end in cell.ends:
                 _let_go(end)
             return None
-        order = sorted(came, key=lambda path: list(call.inputs).index(came[path]))
+        order = sorted(came, key=lambda path: list(call.given.tensors).index(came[path]))
         places = [came[path] for path in order]
         names = named(places if len(set(places)) == len(places) else order)
         states = dict(zip(names, order, strict=True))
@@ -231,7 +227,7 @@ class OwnCells:
             cell.ignored = True
             return None
         self._hide_inner(call)
-        loop = self._begin(cell, first, states, set(places))
+        loop = self._begin(cell, first, states, dict(zip(names, places, strict=True)))
         return loop if self._goes_on(loop, returned) else None
 
     def _hands_on(self, first: _First, came: dict[Path, Path]) -> bool:
@@ -249,7 +245,7 @@ class OwnCells:
                 cell.tracks.clear()
 
     def _begin(
-        self, cell: _Cell, first: _First, states: dict[str, Path], entry: set[Path]
+        self, cell: _Cell, first: _First, states: dict[str, Path], entry: dict[str, Path]
     ) -> _Loop:
         for handle in first.handles:
             handle.remove()
@@ -261,22 +257,46 @@ class OwnCells:
         mark = Marks.new(place, rows)
         mark.grad_enabled = guess.grad_enabled
         mark.differentiable = guess.differentiable
-        if guess.within_known and set(first.place.parts) == {_key(p) for p in states.values()}:
+        if guess.within_known and set(first.place.parts) == {key_of(p) for p in states.values()}:
             mark.within_known, mark.within = True, guess.within
             if guess.within is not None:
-                parts = [first.place.parts[_key(path)] for path in states.values()]
+                parts = [first.place.parts[key_of(path)] for path in states.values()]
                 order = torch.cat([torch.arange(part.start, part.stop) for part in parts])
                 mark.within = guess.within[:, order][:, :, order]
         mark.grads = {
-            name: guess.grads[_key(path)]
+            name: guess.grads[key_of(path)]
             for name, path in states.items()
-            if _key(path) in guess.grads
+            if key_of(path) in guess.grads
         }
         source.marks = [mark]
+        self._look_back(cell.module, first, entry, states, place, mark)
         end = self.marks.begin(cell.path, source, {}, place)
         cell.tracks.append(end.track)
         self.marks.settle(end, {}, place, mark)
-        return _Loop(end, states, entry, first.outputs)
+        return _Loop(end, states, set(entry.values()), first.outputs)
+
+    def _look_back(
+        self,
+        module: nn.Module,
+        first: _First,
+        entry: dict[str, Path],
+        states: dict[str, Path],
+        place: Place,
+        mark: Mark,
+    ) -> None:
+        """The initial states, and how the first step depends on them."""
+        source, given = first.source, first.given
+        try:
+            if given is None or len(set(entry.values())) < len(entry):
+                raise NotReadable("arguments that do not give the initial states one by one")
+            source.initial = {name: row_of(given.still(path)) for name, path in entry.items()}
+            if self.marks.wanted(place) and mark.differentiable:
+                mark.jacobian = first_jacobian(module, given, entry, states, mark.states)
+        except NotReadable as error:
+            source.remarks.append(
+                "how its first step depends on the initial states is not known, and the identity "
+                f"stands for it: {error}"
+            )
 
     def _goes_on(self, loop: _Loop, returned: dict[Path, Tensor]) -> bool:
         """One more step, if the module returned the states as it did before."""
@@ -285,7 +305,7 @@ class OwnCells:
         states = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         if len(states) < len(tensors):
             return False
-        rows = {name: _row(tensor) for name, tensor in states.items()}
+        rows = {name: row_of(tensor) for name, tensor in states.items()}
         if any(rows[name].shape != known[name].shape for name in rows):
             return False
         place = Place.of(states, rows)
@@ -345,75 +365,8 @@ def _let_go(end: _First | _Loop | None) -> None:
             handle.remove()
 
 
-# ------------------------------------------------------------------------------------ the tensors
-
-
-def _eligible(call: _Call, returned: dict[Path, Tensor]) -> dict[Path, Tensor]:
-    """What may be a state: each tensor once, arguments that were returned as they are left out."""
-    found: dict[Path, Tensor] = {}
-    given = {edge for tensor in call.inputs.values() if (edge := edge_of(tensor)) is not None}
-    shapes = [tensor.shape for tensor in call.inputs.values()]
-    known: set[object] = set()
-    for path, tensor in returned.items():
-        edge = edge_of(tensor)
-        same = edge in given if edge is not None else _is_as_given(tensor, call)
-        key = edge if edge is not None else id(tensor)
-        if same or key in known or not _can_be_marked(tensor):
-            continue
-        flat = tensor.dim() <= 2 or (tensor.dim() == 3 and tensor.shape[0] == 1)
-        if flat or tensor.shape in shapes or call.empty:
-            known.add(key)
-            found[path] = tensor
-    return found
-
-
-def _can_be_marked(tensor: Tensor) -> bool:
-    return (
-        tensor.is_floating_point()
-        and tensor.layout == torch.strided
-        and 0 < tensor.numel() <= LARGEST
-        and tensor.dim() > 0
-    )
-
-
-def _is_as_given(tensor: Tensor, call: _Call) -> bool:
-    return id(tensor) in call.unchanged and call.unchanged[id(tensor)] == _version(tensor)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _row(tensor: Tensor) -> Tensor:
-    """A copy (B, width) of (B, ...), of (1, B, width) or, without a batch, of (width,)."""
-    if tensor.dim() == 1:
-        rows = tensor.detach().unsqueeze(0)
-    elif tensor.dim() == 3 and tensor.shape[0] == 1:
-        rows = tensor.detach()[0]
-    else:
-        rows = tensor.detach().flatten(1)
-    return rows.clone(memory_format=torch.contiguous_format)
-
-
 def _of_one_batch(came: dict[Path, Path], first: _First) -> dict[Path, Path]:
     """Those of the most common batch size, (B, ·) and (width,) apart."""
     sizes = [first.outputs[path].row.shape[0] for path in came]
     most = max(sizes, key=sizes.count, default=0)
     return {path: w for path, w in came.items() if first.outputs[path].row.shape[0] == most}
-
-
-def _likely(call: _Call, outputs: dict[Path, Output]) -> Place:
-    """The place of the outputs that have the shape of some argument, by their paths."""
-    shapes = [tensor.shape for tensor in call.inputs.values()]
-    found = {path: out for path, out in outputs.items() if out.shape in shapes} or outputs
-    batch = len(next(iter(found.values())).row)
-    found = {_key(path): out for path, out in found.items() if len(out.row) == batch}
-    return Place.at(
-        {key: out.edge for key, out in found.items() if out.edge is not None},
-        {key: out.shape for key, out in found.items()},
-        {key: out.row for key, out in found.items()},
-    )
-
-
-def _key(path: Path) -> str:
-    return repr(path)

@@ -76,6 +76,7 @@ class TapSource:
     cell: str = "tap"
     lengths: Tensor | None = None
     marks: list[Mark] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     initial: dict[str, Tensor] = field(default_factory=dict)  # state name -> (B, width), if seen
     graph_tasks: set[int] = field(default_factory=set)
     second_order: bool = False
@@ -286,7 +287,7 @@ class TapSource:
                 "the states of its first tap need no gradient, a constant start perhaps: how the "
                 "second depends on them is not measured"
             ]
-        return []
+        return self.remarks
 
 
 def starts_constant(source: TapSource) -> bool:
