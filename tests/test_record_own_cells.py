@@ -227,6 +227,41 @@ def test_dropout_between_two_calls_is_part_of_the_step() -> None:
         assert_jacobians_close(got[t : t + 1], want[None], found.track.mask[:1])
 
 
+def test_attention_between_two_calls_is_part_of_the_step() -> None:
+    """The input of a step is read off the state before it, with broadcast and softmax."""
+    cell = MinimalGated().double()
+    memory, project = torch.randn(6, BATCH, HIDDEN, dtype=F64), nn.Linear(HIDDEN, INPUTS).double()
+
+    def attended(h: Tensor) -> Tensor:
+        weight = (memory * h).sum(-1, keepdim=True).softmax(0)
+        return project((weight * memory).sum(0))
+
+    states = [torch.randn(BATCH, HIDDEN, dtype=F64)]
+    with gradflow.record(cell) as recording:
+        for _ in range(STEPS):
+            states.append(cell(attended(states[-1]), states[-1]))
+        states[-1].sum().backward()
+    got = gradflow.analyzer.step_jacobians(recording["cell"])
+    for t in range(1, STEPS):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda h: cell(attended(h), h), states[t].detach()
+        )
+        want = torch.stack([jacobian[b, :, b] for b in range(BATCH)])
+        assert_jacobians_close(got[t : t + 1], want[None], recording["cell"].mask[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_is_part_of_the_step(dtype: torch.dtype) -> None:
+    cell = MinimalGated()
+    with gradflow.record(cell) as recording, torch.autocast("cpu", dtype, dtype != torch.float32):
+        h = torch.zeros(BATCH, HIDDEN)
+        for x_t in x().float():
+            h = cell(x_t, h)
+        h.float().sum().backward()
+    assert recording["cell"].notes == []
+    assert bool(gradflow.analyzer.step_jacobians(recording["cell"]).isfinite().all())
+
+
 # ------------------------------------------------------------------------ which modules are tracks
 
 

@@ -18,7 +18,7 @@ from gradflow.hooks.graph import Between, Edge, NotReadable, called, edge_of, ou
 from gradflow.hooks.links import close_to, probe_of
 
 # operations that multiply a state by zero, or put a zero in its place
-MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill")
+MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill", "CopySlices")
 # operations that only move entries
 MOVES = ("View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", "Expand",
          "Slice", "Select", "Split", "Unbind", "Cat", "Stack", "Transpose", "Permute",
@@ -163,12 +163,19 @@ class Step:
             probe = probe_of(self.now.like)
             again = (probe.unsqueeze(1) @ found).squeeze(1)
             size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
-            if not close_to(self.pull(probe), again, size):
+            if not close_to(self.pull(probe).to(self._coarsest()), again, size):
                 raise NotReadable(
                     "an operation that mixes the sequences of a batch (batch normalisation in "
                     "training, perhaps), so that no sequence has a Jacobian of its own"
                 )
         return found
+
+    def _coarsest(self) -> torch.dtype:
+        """The least exact dtype on the way: under autocast it is not that of the states."""
+        dtypes = {self.now.like.dtype}
+        for node in self.between.order:
+            dtypes |= {m.dtype for m in node._input_metadata if m.dtype.is_floating_point}
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     # -- cuts --------------------------------------------------------------------------------
 

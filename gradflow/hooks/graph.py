@@ -116,8 +116,15 @@ class Between:
                     continue
                 for edge, grad in zip(node.next_functions, called(node, given), strict=False):
                     if edge[0] in self.on_path and grad is not None:
+                        grad = _fitted(grad, edge)
                         arrived[edge] = arrived[edge] + grad if edge in arrived else grad
         return {edge: grad for edge, grad in arrived.items() if edge[0] in self.ends}
+
+
+def _fitted(grad: Tensor, edge: Edge) -> Tensor:
+    """What torch's engine does on the way: a broadcast operand's gradient is summed to its shape."""
+    shape = tuple(edge[0]._input_metadata[edge[1]].shape)
+    return grad if tuple(grad.shape) == shape else grad.sum_to_size(shape)
 
 
 def outputs(node: Any) -> int:

@@ -407,12 +407,14 @@ def record(
     without a recording. Read the result after the backward pass: ``recording["rnn.l0"].grad_c``.
 
     Args:
-        model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM`, `nn.GRU` or one of their cells.
+        model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM`, `nn.GRU`, one of their cells, or a
+            cell of your own: a module with weights that is given again what it returned before.
         layers: names or globs of the tracks to keep; all by default.
         lengths: (B,) real steps of each sequence of a padded batch, or a callable of the layer's
             input that gives them. Packed input needs none.
-        jacobians: step Jacobians of loops that mark their states with `gradflow.tap`, at one backward
-            of the step per unit: by default up to 64 units, with True at any width, with False never.
+        jacobians: step Jacobians of cells of your own and of loops that mark their states with
+            `gradflow.tap`, at one backward of the step per unit: by default up to 64 units, with True
+            at any width, with False never.
             Stock layers have theirs in closed form and need no such request.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
 

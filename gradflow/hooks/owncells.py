@@ -289,7 +289,10 @@ class OwnCells:
         try:
             if given is None or len(set(entry.values())) < len(entry):
                 raise NotReadable("arguments that do not give the initial states one by one")
-            source.initial = {name: row_of(given.still(path)) for name, path in entry.items()}
+            initial = {name: row_of(given.still(path)) for name, path in entry.items()}
+            if any(row.shape != mark.states[name].shape for name, row in initial.items()):
+                raise NotReadable("arguments that hold more or less than the initial states")
+            source.initial = initial
             if self.marks.wanted(place) and mark.differentiable:
                 mark.jacobian = first_jacobian(module, given, entry, states, mark.states)
         except NotReadable as error:
