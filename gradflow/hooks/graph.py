@@ -122,9 +122,11 @@ class Between:
 
 
 def _fitted(grad: Tensor, edge: Edge) -> Tensor:
-    """What torch's engine does on the way: a broadcast operand's gradient is summed to its shape."""
-    shape = tuple(edge[0]._input_metadata[edge[1]].shape)
-    return grad if tuple(grad.shape) == shape else grad.sum_to_size(shape)
+    """What torch's engine does on the way: a gradient is given the shape and dtype of its tensor."""
+    known = edge[0]._input_metadata[edge[1]]
+    shape = tuple(known.shape)
+    grad = grad if tuple(grad.shape) == shape else grad.sum_to_size(shape)
+    return grad if grad.dtype == known.dtype else grad.to(known.dtype)
 
 
 def outputs(node: Any) -> int:
