@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -18,6 +18,10 @@ from gradflow.recording import Recording, Track
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 MANY = 64  # tracks of one layer in one block
 FEW = 8  # names in one sentence
+ONCE = (
+    "was called once, so no state came back and no recurrence is exercised; run it in a loop that "
+    "gives each call the state of the one before"
+)
 
 
 def gradient_marks(model: nn.Module) -> list[tuple[int, int] | None]:
@@ -39,7 +43,7 @@ class Ran:
         self.names: dict[str, None] = {}
         delicate = (nn.MultiheadAttention, torch.jit.ScriptModule)
         self._handles = []
-        if _something_is_compiled() or any(isinstance(m, delicate) for m in model.modules()):
+        if something_is_compiled() or any(isinstance(m, delicate) for m in model.modules()):
             return
         for name, child in model.named_children():
             note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
@@ -51,10 +55,13 @@ class Ran:
             handle.remove()
 
 
-def _something_is_compiled() -> bool:
+def something_is_compiled() -> bool:
     """Whether torch.compile was called in this process; merely loading it, as optimizers do, is not."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    return bool(getattr(frames, "cached_backends", frames is not None))
+    known = getattr(frames, "cached_backends", None)
+    if known is None:
+        return frames is not None
+    return any(backend is not None for backend in known.values())  # None: compilation disabled
 
 
 def _note(names: dict[str, None], name: str, *_: object) -> None:
@@ -62,7 +69,11 @@ def _note(names: dict[str, None], name: str, *_: object) -> None:
 
 
 def why_no_track(
-    model: nn.Module, picked: list[str] | None, called: bool, ran: Iterable[str]
+    model: nn.Module,
+    picked: list[str] | None,
+    called: bool,
+    ran: Iterable[str],
+    own: Mapping[str, int],
 ) -> str:
     """Why a recording is empty, and what to do."""
     did = f"; what ran: {', '.join(ran)}" if ran else ""
@@ -70,6 +81,16 @@ def why_no_track(
         return (
             f"no recurrent layer fits layers={picked}; leave layers out to record all of them, "
             "names look like 'rnn.l0'"
+        )
+    once = [name for name, calls in own.items() if calls == 1]
+    if once:
+        return f"{_listed(once)} {ONCE}"
+    if own:
+        often = [f"{name} was called {calls} times" for name, calls in own.items()]
+        return (
+            f"no state came back: {_listed(often)}, but nothing that it returned was its argument "
+            "again; give each call the state that the one before returned or, if the state takes "
+            "another way, mark it: h, c = gradflow.tap(h=h, c=c) inside the loop"
         )
     recurrent = {
         name or type(module).__name__: module
@@ -82,10 +103,15 @@ def why_no_track(
             f"no recurrent layer ran: {names} was not called inside the block{did}; "
             "run the model's forward pass inside `with gradflow.record(model):`"
         )
+    unseen = (
+        "; cells of your own are not looked for where torch.compile was used"
+        if something_is_compiled()
+        else ""
+    )
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
     return (
         f"no recurrent layer ran: {type(model).__name__} consists of {', '.join(kinds)}, none of them "
-        f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}; give the model that holds the "
+        f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}{unseen}; give the model that holds the "
         "recurrent layer or, if the model loops by hand, mark its states: "
         "h, c = gradflow.tap(h=h, c=c) inside the loop"
     )
@@ -119,10 +145,7 @@ def _too_short(recording: Recording) -> list[str]:
             "exercised; call tap inside the loop, once per step"
         )
     if cells:
-        sentences.append(
-            f"{_listed(cells)} was called once, so no state came back and no recurrence is "
-            "exercised; run it in a loop that gives each call the state of the one before"
-        )
+        sentences.append(f"{_listed(cells)} {ONCE}")
     if layers:
         sentences.append(
             f"{_listed(layers)} ran on T = 1 step, so no recurrence is exercised; give sequences of "
