@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow._version import __version__
 from gradflow.errors import GradflowWarning, InputError, must_be
-from gradflow.hooks import mistakes
+from gradflow.hooks import circumstances, mistakes
+from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
 from gradflow.hooks.loop import Loop
 from gradflow.hooks.parity import WeightUses
@@ -53,6 +54,8 @@ class Recorder:
         self.calls: list[Call] = []
         self.handles: list[RemovableHandle] = []
         self.runs: Counter[str] = Counter()
+        self.strangers: dict[str, None] = {}  # recurrent calls that are not the model's, in words
+        self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
         self.stitcher = Stitcher()
         self.taps = Taps(self)
         self._copies: dict[object, Tensor] = {}  # by id, or by owner and place
@@ -66,7 +69,13 @@ class Recorder:
 
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool:
         """A call belongs to this recording if its module or its weights are the model's."""
-        return self._owner(weights, module) is not None
+        mine = self._owner(weights, module) is not None
+        if not mine:
+            kind = (
+                "a function of torch" if module is None else f"a module ({type(module).__name__})"
+            )
+            self.strangers[kind] = None
+        return mine
 
     def _owner(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> str | None:
         if module is not None and id(module) in self._paths:
@@ -74,7 +83,7 @@ class Recorder:
         for weight in weights:
             if id(weight) in self._holders:
                 return self._holders[id(weight)]
-        return None
+        return holder_of(weights, self._holders)
 
     def saw(self, seen: FusedCall) -> None:
         """Copy one fused call and listen for its gradients."""
@@ -93,6 +102,11 @@ class Recorder:
     ) -> None:
         """Copy the states that a hand-written loop marks; every recording of the thread does."""
         self.taps.saw(name, states, rows, frame)
+
+    def saw_scaler(self, scaler: Any) -> None:
+        """Note that a loss was multiplied by somebody's scale."""
+        if self.scaler is None and scaler.is_enabled():
+            self.scalers_scale = scaler.get_scale
 
     def wants_track(self, name: str) -> bool:
         """Whether a tap of this name is picked."""
@@ -362,11 +376,6 @@ def copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def clean(name: str) -> str:
-    """A module path without what DataParallel and torch.compile put in front of it."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
 @contextmanager
 def record(
     model: nn.Module,
@@ -428,7 +437,7 @@ def record(
             source.graph_tasks for source in recorder.taps.sources
         )
         _describe(recorder, list(ran.names), ran_backward=marks_changed or seen)
-    for sentence in mistakes.found(recorder.recording):
+    for sentence in [*mistakes.found(recorder.recording), *_misleading(recorder)]:
         warnings.warn(sentence, GradflowWarning, stacklevel=3)
 
 
@@ -453,11 +462,25 @@ def _notes(track: Track) -> list[str]:
     return notes
 
 
+def _misleading(recorder: Recorder) -> list[str]:
+    """What makes the numbers other than they seem, or leaves some out: warned of, and in the report."""
+    found = []
+    if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
+        found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
+    seen = {call.owner for call in recorder.calls}
+    unseen = circumstances.unseen_in_graphs(recorder.model, seen)
+    if unseen and len(recorder.recording):
+        found.append(circumstances.not_seen(unseen))
+    return found
+
+
 def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
     ran_some = bool(calls) or recorder.taps.seen
-    recording._empty_reason = mistakes.why_no_track(recorder.model, recorder.layers, ran_some, ran)
+    recording._empty_reason = mistakes.why_no_track(
+        recorder.model, recorder.layers, ran_some, ran, recorder.strangers
+    )
     training = [call.training for call in calls] or [recorder.training]
     tensors = [call.weights[0] for call in calls] + [
         state for source in recorder.taps.sources for state in source.marks[0].states.values()
@@ -465,6 +488,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
         track.notes += _notes(track)
+    recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
     recording.provenance = {
         "model": recording.model_name,
         "gradflow": __version__,
