@@ -29,6 +29,10 @@ from gradflow.hooks.taps import Taps
 from gradflow.recording import Recording, Track, matches_any
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
+ASKED_OF_SEQUENCES = (
+    "lengths= was a function, which is asked of whole sequences and not of single steps: all steps "
+    "count as real; give the lengths themselves"
+)
 
 
 class Recorder:
@@ -267,10 +271,13 @@ class Recorder:
     def _given_lengths(self, seen: FusedCall) -> Tensor | None:
         if self.lengths is None or seen.batch_sizes is not None:
             return None
-        given = seen.data if seen.module_input is None else seen.module_input
-        lengths = self.lengths(given) if callable(self.lengths) else self.lengths
         batch, steps = (0, 1) if seen.batch_first else (1, 0)
         batch, steps = seen.data.shape[batch], seen.data.shape[steps]
+        if steps == 1:  # a step of a loop, whose real steps they are
+            self.lengths_of(batch)
+            return None
+        given = seen.data if seen.module_input is None else seen.module_input
+        lengths = self.lengths(given) if callable(self.lengths) else self.lengths
         try:
             found = torch.as_tensor(lengths).cpu()
         except (TypeError, ValueError, RuntimeError):
@@ -298,8 +305,10 @@ class Recorder:
         ]
         if not picked:
             return
-        if call.single:
+        notes = []
+        if chain.sizes == [1] and call.batch_sizes is None:
             chain.lengths = self._loop_lengths()
+            notes += [ASKED_OF_SEQUENCES] if callable(self.lengths) else []
         loop = Loop(chain)
         replay = loop.groups[0].replay
         self.runs[call.owner] += 1
@@ -319,6 +328,7 @@ class Recorder:
                 source=source,
                 training=call.training,
                 batch_first=call.batch_first,
+                notes=list(notes),
             )
             chain.tracks.append(track)
             self.recording._tracks[name] = track
@@ -394,7 +404,8 @@ def record(
         model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM`, `nn.GRU` or one of their cells.
         layers: names or globs of the tracks to keep; all by default.
         lengths: (B,) real steps of each sequence of a padded batch, or a callable of the layer's
-            input that gives them. Packed input needs none.
+            input that gives them. Packed input needs none. Of a loop over single steps they are
+            the real steps of the loop; a callable is not asked there.
         jacobians: step Jacobians of loops that mark their states with `gradflow.tap`, at one backward
             of the step per unit: by default up to 64 units, with True at any width, with False never.
             Stock layers have theirs in closed form and need no such request.

@@ -139,7 +139,7 @@ def _restore() -> None:
             setattr(space, name, before)
 
 
-@functools.cache  # one wrapper for all recordings: compiled code is guarded by its identity
+@functools.lru_cache(maxsize=64)  # one wrapper for all recordings: compiled code is guarded by its identity
 def _watched(
     original: Callable[..., Any], cell: str, tell: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -165,7 +165,7 @@ def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any], *, fused: bool) -> 
     return args + tuple(kwargs[name] for name in names[len(args) :] if name in kwargs)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _watched_scale(original: Callable[..., Any]) -> Callable[..., Any]:
     @untraced
     def heard(scaler: torch.amp.GradScaler) -> None:
