@@ -190,9 +190,7 @@ def check_cuts_and_operator(
             dense = loops.dense_map(advance, began[t])
         else:
             before, earlier = returned[t - 1], began[t - 1]
-            link = loops.dense_map(
-                lambda *s, t=t, b=earlier: twin.between(layer, t, s, b), before
-            )
+            link = loops.dense_map(lambda *s, t=t, b=earlier: twin.between(layer, t, s, b), before)
             cuts[t] = (link == 0).all(2).all(1)
             dense = loops.dense_map(step, began[t]) @ link
         pushed = operator.push(t, eye).transpose(1, 2)

@@ -139,7 +139,9 @@ def _restore() -> None:
             setattr(space, name, before)
 
 
-@functools.lru_cache(maxsize=64)  # one wrapper for all recordings: compiled code is guarded by its identity
+@functools.lru_cache(
+    maxsize=64
+)  # one wrapper for all recordings: compiled code is guarded by its identity
 def _watched(
     original: Callable[..., Any], cell: str, tell: Callable[..., Any]
 ) -> Callable[..., Any]:
