@@ -247,6 +247,6 @@ def test_the_comparison_fails_where_one_mask_is_forgotten(monkeypatch: pytest.Mo
     tracks, _, _ = seen(case)
     monkeypatch.setattr(Stack, "between", lambda self, layer, t, state, before: state)
     _, unmasked, _ = seen(case)
+    want = unmasked[0].grad("returned", 0)
     with pytest.raises(AssertionError, match="grad_h"):
-        want = unmasked[0].grad("returned", 0)
         compare.assert_steps_close(tracks[0].grad_h, want, tracks[0].mask, what="grad_h")

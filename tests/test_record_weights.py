@@ -1,6 +1,6 @@
 """Calls with any weights: by hand through torch's functions, computed, normed, dropped, parametrized."""
 
-# ruff: noqa: PT031, SIM117  (what is awaited comes as the recording's block ends)
+# ruff: noqa: SIM117  (what is awaited comes as the recording's block ends)
 
 from __future__ import annotations
 
