@@ -114,6 +114,29 @@ def every_loop() -> Recording:
     return recorded(model, run)
 
 
+class Leaky(nn.Module):
+    """A cell of one's own."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3 + width, width)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return 0.9 * h + 0.1 * torch.tanh(self.mix(torch.cat([x, h], 1)))
+
+
+def own_cell() -> Recording:
+    cell = Leaky()
+
+    def run() -> Tensor:
+        h = torch.zeros(2, 4)
+        for x_t in data():
+            h = cell(x_t, h)
+        return h
+
+    return recorded(cell, run)
+
+
 def truncated() -> Recording:
     cell, optimizer_steps = nn.GRUCell(3, 4), 0
     optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
@@ -190,6 +213,12 @@ SUPPORTED = [
         "over `nn.LSTMCell`, `nn.GRUCell`, `nn.RNNCell`, and over layers that carry their state on, "
         "each as one track; detached, masked, dropped out or zoned out between two steps",
         every_loop,
+    ),
+    Supported(
+        "cells of your own",
+        "found by the state that they return and take again (peephole, coupled gates, layer norm, any "
+        "signature)",
+        own_cell,
     ),
     Supported("loops by hand", "that mark their states with `gradflow.tap`", tapped),
     Supported(
@@ -296,17 +325,16 @@ def other_dropout() -> str:
     return said(lambda: recording["l0"].h)
 
 
-def wide_tap() -> str:
-    weight = nn.Linear(65, 65)
+def wide_cell() -> str:
+    cell = Leaky(65)
 
     def run() -> Tensor:
-        h = torch.ones(2, 65)
-        for _ in range(3):
-            h = gradflow.tap(h=torch.tanh(weight(h)))
+        h = torch.zeros(2, 65)
+        for x_t in data():
+            h = cell(x_t, h)
         return h
 
-    track = recorded(weight, run)["loop"]
-    return said(track.operator)
+    return said(recorded(cell, run)["cell"].operator)
 
 
 def batch_normed() -> str:
@@ -376,13 +404,13 @@ REFUSED = [
         other_dropout,
     ),
     Refused(
-        "a tapped loop wider than 64, without `jacobians=True`",
+        "a cell of your own or a tapped loop wider than 64, without `jacobians=True`",
         "states, totals",
         "above 64 they are taken only on request",
-        wide_tap,
+        wide_cell,
     ),
     Refused(
-        "a tapped loop whose step mixes sequences (batch normalisation)",
+        "the same whose step mixes sequences (batch normalisation)",
         "states, totals",
         "an operation that mixes the sequences of a batch",
         batch_normed,

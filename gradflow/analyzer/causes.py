@@ -17,6 +17,7 @@ from gradflow.analyzer.activity import CANDIDATES, CLOSED, OPEN, over_all, sigmo
 from gradflow.analyzer.evidence import Evidence, counted, number, parameter
 from gradflow.analyzer.finite import bad_gradient, bad_input, bad_weight, first_not_finite
 from gradflow.analyzer.order import cuts_before, input_time
+from gradflow.recording import GATES
 
 MOST = 0.5  # share of units from which on saturation is called a cause
 SATURATED = 0.95  # |tanh| above this passes on less than a tenth of the gradient
@@ -68,17 +69,17 @@ def not_finite(e: Evidence) -> Iterator[Finding]:
 def no_recurrence(e: Evidence) -> Iterator[Finding]:
     """One step: no recurrence is exercised."""
     if "no recurrence" in e.labels:
-        tapped = e.kind == "tap"
+        by_hand = e.track.cell not in GATES
         yield Finding(
             name="no-recurrence",
             layer=e.track.name,
             message="every sequence has one step, so the recurrent weights carry no gradient",
             value=1.0,
             advice="mark the states inside the loop, once per step"
-            if tapped
+            if by_hand
             else "give longer sequences; perhaps the time and the batch axis are swapped",
             code="h, c = gradflow.tap(h=h, c=c)"
-            if tapped
+            if by_hand
             else f"nn.{e.kind}(..., batch_first=True)  # where the input is (batch, time, features)",
         )
 
@@ -365,8 +366,8 @@ def update_gates(e: Evidence) -> Iterator[Finding]:
 
 def saturated(e: Evidence) -> Iterator[Finding]:
     """Activations at their flat ends in most units."""
-    if not e.fades or e.track.cell in ("RNN_RELU", "tap"):  # what a tap marks may have no limits
-        return
+    if not e.fades or e.track.cell not in GATES or e.track.cell == "RNN_RELU":
+        return  # other states may have no limits
     tensors = sigmoid_and_other(e.track) or {"h": e.track.h.detach().cpu().double()}
     for name, values in tensors.items():
         if name in ("f", "z"):

@@ -11,6 +11,7 @@ import xarray as xr
 
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.rates import Verdict, band
+from gradflow.recording import GATES
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Evidence(Measured):
 
     @property
     def kind(self) -> str:
-        """RNN, LSTM, GRU, tap."""
-        return self.track.cell.split("_")[0]
+        """RNN, LSTM, GRU, tap, or the class name of a user's cell."""
+        cell = self.track.cell
+        return cell.split("_")[0] if cell in GATES else cell
 
     @property
     def main_state(self) -> str:

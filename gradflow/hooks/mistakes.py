@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -19,6 +19,10 @@ from gradflow.recording import Recording, Track
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 MANY = 64  # tracks of one layer in one block
 FEW = 8  # names in one sentence
+ONCE = (
+    "was called once, so no state came back and no recurrence is exercised; run it in a loop that "
+    "gives each call the state of the one before"
+)
 
 
 def gradient_marks(model: nn.Module) -> list[tuple[int, int] | None]:
@@ -55,7 +59,10 @@ class Ran:
 def something_is_compiled() -> bool:
     """Whether torch.compile was called in this process; merely loading it, as optimizers do, is not."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    return bool(getattr(frames, "cached_backends", frames is not None))
+    known = getattr(frames, "cached_backends", None)
+    if known is None:
+        return frames is not None
+    return any(backend is not None for backend in known.values())  # None: compilation disabled
 
 
 def _note(names: dict[str, None], name: str, *_: object) -> None:
@@ -67,6 +74,7 @@ def why_no_track(
     picked: list[str] | None,
     called: bool,
     ran: Iterable[str],
+    own: Mapping[str, int],
     strangers: Collection[str],
 ) -> str:
     """Why a recording is empty, and what to do."""
@@ -77,6 +85,16 @@ def why_no_track(
         return (
             f"no recurrent layer fits layers={picked}; leave layers out to record all of them, "
             "names look like 'rnn.l0'"
+        )
+    once = [name for name, calls in own.items() if calls == 1]
+    if once:
+        return f"{listed(once)} {ONCE}"
+    if own:
+        often = [f"{name} was called {calls} times" for name, calls in own.items()]
+        return (
+            f"no state came back: {listed(often)}, but nothing that it returned was its argument "
+            "again; give each call the state that the one before returned or, if the state takes "
+            "another way, mark it: h, c = gradflow.tap(h=h, c=c) inside the loop"
         )
     recurrent = {
         clean(name) or type(module).__name__: module
@@ -91,10 +109,15 @@ def why_no_track(
             f"no recurrent layer ran: {names} was not called inside the block{unseen}{did}; run the "
             f"{'uncompiled ' if graph else ''}model's forward pass inside `with gradflow.record(model):`"
         )
+    unseen = (
+        "; cells of your own are not looked for where torch.compile was used"
+        if something_is_compiled()
+        else ""
+    )
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
     return (
         f"no recurrent layer ran: {type(model).__name__} consists of {', '.join(kinds)}, none of them "
-        f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}; give the model that holds the "
+        f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}{unseen}; give the model that holds the "
         "recurrent layer or, if the model loops by hand, mark its states: "
         "h, c = gradflow.tap(h=h, c=c) inside the loop"
     )
@@ -138,10 +161,7 @@ def _too_short(recording: Recording) -> list[str]:
             "exercised; call tap inside the loop, once per step"
         )
     if cells:
-        sentences.append(
-            f"{listed(cells)} was called once, so no state came back and no recurrence is "
-            "exercised; run it in a loop that gives each call the state of the one before"
-        )
+        sentences.append(f"{listed(cells)} {ONCE}")
     if layers:
         sentences.append(
             f"{listed(layers)} ran on T = 1 step, so no recurrence is exercised; give sequences of "

@@ -19,7 +19,9 @@ from gradflow.errors import GradflowWarning, InputError, must_be
 from gradflow.hooks import circumstances, mistakes
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
+from gradflow.hooks.forwards import watching
 from gradflow.hooks.loop import Loop
+from gradflow.hooks.owncells import OwnCells
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.patch import CellCall, FusedCall, observing
 from gradflow.hooks.source import LoopSource
@@ -64,6 +66,7 @@ class Recorder:
         self.taps = Taps(self)
         self._copies: dict[object, Tensor] = {}  # by id, or by owner and place
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
+        self.own = OwnCells(self, model, self._paths)
         self._holders = {
             id(parameter): clean(name).rpartition(".")[0]
             for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -94,12 +97,14 @@ class Recorder:
         owner = self._owner(seen.weights, seen.module)
         if owner is not None:
             self._admit(self._copy(seen, owner), seen.initial, seen.results)
+            self.own.saw_stock(seen.results)
 
     def saw_cell(self, seen: CellCall) -> None:
         """Copy one call of a single-step function and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
         if owner is not None:
             self._admit(self._copy_cell(seen, owner), seen.initial, seen.results)
+            self.own.saw_stock(seen.results)
 
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
@@ -112,15 +117,29 @@ class Recorder:
         if self.scaler is None and scaler.is_enabled():
             self.scalers_scale = scaler.get_scale
 
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module that may be a cell of the user's own is called."""
+        return self.own.entered(module, args, kwargs)
+
+    def left(self, call: Any, result: Any) -> None:
+        """That call is over; result is None where it raised."""
+        self.own.left(call, result)
+
     def wants_track(self, name: str) -> bool:
-        """Whether a tap of this name is picked."""
+        """Whether a tap or a cell of this name is picked."""
         return self.layers is None or matches_any(name, self.layers)
 
     def add_track(self, base: str, track: Track) -> None:
-        """Take up a new tapped loop, under a name of its own."""
+        """Take up a new loop, tapped or over a cell, under a name of its own."""
         self.runs[base] += 1
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
         self.recording._tracks[track.name] = track
+
+    def drop_tracks(self, tracks: list[Track]) -> None:
+        """Forget loops over one cell that turned out to be part of another."""
+        for track in tracks:
+            del self.recording._tracks[track.name]
+            self.runs[track.name.partition("@")[0]] -= 1
 
     def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
         task = torch._C._current_graph_task_id()
@@ -333,6 +352,11 @@ class Recorder:
             chain.tracks.append(track)
             self.recording._tracks[name] = track
 
+    @property
+    def marked(self) -> list[TapSource]:
+        """All loops that were tapped or run over a cell of the user's own."""
+        return [t.source for t in self.recording if isinstance(t.source, TapSource)]
+
     def close(self) -> None:
         """Stop listening; the recording keeps what it has."""
         for handle in self.handles:
@@ -341,6 +365,7 @@ class Recorder:
         self.uses.close()
         self.stitcher.close()
         self.taps.close()
+        self.own.close()
         self._copies.clear()
 
 
@@ -401,13 +426,15 @@ def record(
     without a recording. Read the result after the backward pass: ``recording["rnn.l0"].grad_c``.
 
     Args:
-        model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM`, `nn.GRU` or one of their cells.
+        model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM`, `nn.GRU`, one of their cells, or a
+            cell of your own: a module with weights that is given again what it returned before.
         layers: names or globs of the tracks to keep; all by default.
         lengths: (B,) real steps of each sequence of a padded batch, or a callable of the layer's
             input that gives them. Packed input needs none. Of a loop over single steps they are
             the real steps of the loop; a callable is not asked there.
-        jacobians: step Jacobians of loops that mark their states with `gradflow.tap`, at one backward
-            of the step per unit: by default up to 64 units, with True at any width, with False never.
+        jacobians: step Jacobians of cells of your own and of loops that mark their states with
+            `gradflow.tap`, at one backward of the step per unit: by default up to 64 units, with True
+            at any width, with False never.
             Stock layers have theirs in closed form and need no such request.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
 
@@ -437,15 +464,16 @@ def record(
     recorder = Recorder(model, patterns, lengths, scaler, jacobians)
     recording = recorder.recording
     before, ran = mistakes.gradient_marks(model), mistakes.Ran(model)
+    watched = [] if mistakes.something_is_compiled() else recorder.own.modules
     try:
-        with observing(recorder):
+        with observing(recorder), watching(watched):
             yield recording
     finally:
         recorder.close()
         ran.close()
         marks_changed = mistakes.gradient_marks(model) != before
         seen = any(call.graph_tasks for call in recorder.calls) or any(
-            source.graph_tasks for source in recorder.taps.sources
+            source.graph_tasks for source in recorder.marked
         )
         _describe(recorder, list(ran.names), ran_backward=marks_changed or seen)
     for sentence in [*mistakes.found(recorder.recording), *_misleading(recorder)]:
@@ -488,13 +516,18 @@ def _misleading(recorder: Recorder) -> list[str]:
 def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
-    ran_some = bool(calls) or recorder.taps.seen
+    ran_some = bool(calls) or recorder.taps.seen or recorder.own.seen
     recording._empty_reason = mistakes.why_no_track(
-        recorder.model, recorder.layers, ran_some, ran, recorder.strangers
+        recorder.model,
+        recorder.layers,
+        ran_some,
+        ran,
+        recorder.own.without_state,
+        recorder.strangers,
     )
     training = [call.training for call in calls] or [recorder.training]
     tensors = [call.weights[0] for call in calls] + [
-        state for source in recorder.taps.sources for state in source.marks[0].states.values()
+        state for source in recorder.marked for state in source.marks[0].states.values()
     ]
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]

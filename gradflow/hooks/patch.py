@@ -84,9 +84,12 @@ class Observer(Protocol):
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
     ) -> None: ...
     def saw_scaler(self, scaler: torch.amp.GradScaler) -> None: ...
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def left(self, call: Any, result: Any) -> None: ...
 
 
 _lock = threading.RLock()
+_paused: set[int] = set()  # threads in which gradflow itself is running the user's code
 _observers: list[Observer] = []
 _replaced: list[tuple[Any, str, object]] = []
 
@@ -115,7 +118,20 @@ def is_observed() -> bool:
 def observers_here() -> list[Observer]:
     """The observers of the calling thread."""
     thread = threading.get_ident()
+    if thread in _paused:
+        return []
     return [observer for observer in _observers if observer.thread == thread]
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Tell nobody of what runs in this thread."""
+    thread = threading.get_ident()
+    _paused.add(thread)
+    try:
+        yield
+    finally:
+        _paused.discard(thread)
 
 
 def _install() -> None:
