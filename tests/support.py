@@ -284,6 +284,7 @@ def compiled_cells() -> str:
     def run() -> None:
         model["decoder"].compile(backend="aot_eager")
         recorded(model, lambda: model["rnn"](x)[0] + model["decoder"](x))
+        torch._dynamo.reset()
 
     return said(run)
 

@@ -97,14 +97,14 @@ class Recorder:
         owner = self._owner(seen.weights, seen.module)
         if owner is not None:
             self._admit(self._copy(seen, owner), seen.initial, seen.results)
-            self.own.saw_stock(seen.results)
+            self.own.saw_stock(owner, seen.results)
 
     def saw_cell(self, seen: CellCall) -> None:
         """Copy one call of a single-step function and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
         if owner is not None:
             self._admit(self._copy_cell(seen, owner), seen.initial, seen.results)
-            self.own.saw_stock(seen.results)
+            self.own.saw_stock(owner, seen.results)
 
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
