@@ -227,6 +227,65 @@ def test_dropout_between_two_calls_is_part_of_the_step() -> None:
         assert_jacobians_close(got[t : t + 1], want[None], found.track.mask[:1])
 
 
+@pytest.mark.parametrize("start", ["zeros", "random", "learned"])
+@pytest.mark.parametrize("kind", ["from scratch", "minimal gated", "leaky"])
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_states_that_go_around_the_cell_compose_as_they_enter(
+    kind: str, start: str, first: int
+) -> None:
+    """A padded step keeps its state: ∂e_{t+1}/∂e_t with e what enters, the last ∂r_T/∂e_T."""
+    case = CELLS[kind]
+    module = case.make().double()
+    keep = torch.rand(STEPS, BATCH, HIDDEN, dtype=F64)
+    keep[:, 1] = (keep[:, 1] > 0.4).double()
+    state = {
+        n: s + 0.3 * torch.randn_like(s) * (start != "zeros") for n, s in case.initial().items()
+    }
+    state = {n: s.requires_grad_(start == "learned") for n, s in state.items()}
+    data, entered, returned = x(), [], []
+    with gradflow.record(module) as recording:
+        for t, x_t in enumerate(data):
+            entered.append(state)
+            new = case.take(case.call(module, x_t, state))
+            new = {n: new[n] for n in case.names}
+            for s in new.values():
+                s.retain_grad()
+            returned.append(new)
+            k = keep[t]
+            state = {n: k * new[n] + (1 - k) * s for n, s in state.items()} if t >= first else new
+        sum((s**3 + s).sum() for s in state.values()).backward()
+    track = recording["cell"]
+    got = gradflow.analyzer.step_jacobians(track)
+    for name in case.names:
+        grads = torch.stack([or_zero(s[name]) for s in returned])
+        assert_steps_close(track.grads[name], grads, track.mask, what=name)
+
+    def step(t: int, states: States, b: int) -> Tensor:
+        new = case.take(case.call(module, data[t], states))
+        k = keep[t]
+        if first <= t < STEPS - 1:
+            new = {n: k * new[n] + (1 - k) * states[n] for n in case.names}
+        return torch.cat([new[n][b] for n in case.names])
+
+    want = []
+    for t in range(STEPS):
+        for b in range(BATCH):
+
+            def one(v: Tensor, t: int = t, b: int = b) -> Tensor:
+                own = torch.arange(BATCH).unsqueeze(1) == b
+                parts = dict(zip(case.names, v.split(case.widths), strict=True))
+                mixed = {n: torch.where(own, parts[n], s.detach()) for n, s in entered[t].items()}
+                return step(t, mixed, b)
+
+            flat = torch.cat([entered[t][n][b].detach() for n in case.names])
+            want.append(torch.autograd.functional.jacobian(one, flat))
+    stack = torch.stack(want).view(STEPS, BATCH, *want[0].shape)
+    assert_jacobians_close(got, stack, track.mask)
+    assert "mixed with the one before" in " ".join(track.notes)
+    assert track.last_grads is None
+    assert not track.has_direct
+
+
 def test_attention_between_two_calls_is_part_of_the_step() -> None:
     """The input of a step is read off the state before it, with broadcast and softmax."""
     cell = MinimalGated().double()

@@ -18,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks import forwards
 from gradflow.hooks.again import Given, first_jacobian
+from gradflow.hooks.around import Around
 from gradflow.hooks.comeback import Output, came_back, handed_on
-from gradflow.hooks.dense import Place
+from gradflow.hooks.dense import Incomplete, Place
 from gradflow.hooks.graph import NotReadable, edge_of
 from gradflow.hooks.leaves import Path, arguments, leaves, named
 from gradflow.hooks.marks import End, Marks, Owner
@@ -55,7 +56,8 @@ class _Loop:
 
     end: End
     states: dict[str, Path]  # state name -> where among what the cell returns
-    entry: set[Path]  # where they are among the arguments
+    entry: dict[str, Path]  # where they are among the arguments
+    around: Around
     outputs: dict[Path, Output]
 
 
@@ -111,7 +113,7 @@ class OwnCells:
         cell.calls += 1
         for end in reversed(cell.ends):
             came = came_back(given.tensors, end.outputs)
-            if came and (isinstance(end, _First) or set(came.values()) & end.entry):
+            if came and (isinstance(end, _First) or set(came.values()) & set(end.entry.values())):
                 call.origin, call.came = end, came
                 break
         self._under_way.append(call)
@@ -125,7 +127,7 @@ class OwnCells:
         returned = leaves(result)
         self._tell_outer(call.cell.path, list(returned.values()))
         cell, origin = call.cell, call.origin
-        if isinstance(origin, _Loop) and self._goes_on(origin, returned):
+        if isinstance(origin, _Loop) and self._goes_on(origin, call.given, returned):
             cell.ends.remove(origin)
             cell.ends.append(origin)
             return
@@ -228,7 +230,7 @@ class OwnCells:
             return None
         self._hide_inner(call)
         loop = self._begin(cell, first, states, dict(zip(names, places, strict=True)))
-        return loop if self._goes_on(loop, returned) else None
+        return loop if self._goes_on(loop, call.given, returned) else None
 
     def _hands_on(self, first: _First, came: dict[Path, Path]) -> bool:
         """Whether all the states are those of tracks inside this module."""
@@ -275,7 +277,9 @@ class OwnCells:
         end = self.marks.begin(cell.path, source, {}, place)
         cell.tracks.append(end.track)
         self.marks.settle(end, {}, place, mark)
-        return _Loop(end, states, set(entry.values()), first.outputs)
+        entered, values = _entering(first.given, entry, rows)
+        around = Around(entered, place, values=values)
+        return _Loop(end, states, entry, around, first.outputs)
 
     def _look_back(
         self,
@@ -303,7 +307,7 @@ class OwnCells:
                 f"stands for it: {error}"
             )
 
-    def _goes_on(self, loop: _Loop, returned: dict[Path, Tensor]) -> bool:
+    def _goes_on(self, loop: _Loop, given: Given, returned: dict[Path, Tensor]) -> bool:
         """One more step, if the module returned the states as it did before."""
         tensors = {name: returned.get(path) for name, path in loop.states.items()}
         known = loop.end.source.marks[-1].states
@@ -315,8 +319,13 @@ class OwnCells:
             return False
         place = Place.of(states, rows)
         mark = Marks.new(place, rows)
-        if not self.marks.by_graph(loop.end, place, mark):
+        entering, values = _entering(given, loop.entry, rows)
+        mixed = loop.around.mixed or loop.around.goes_around(entering)
+        if mixed and entering is not None and entering.edges and self.marks.wanted(place):
+            self._goes_around(loop, entering, place, mark)
+        elif not self.marks.by_graph(loop.end, place, mark):
             self.marks.without_graph(loop.end, place, mark)
+        loop.around = loop.around.next(entering, values, place)
         Marks.extend(loop.end, mark)
         self.marks.settle(loop.end, {}, place, mark)
         loop.outputs = {
@@ -324,6 +333,29 @@ class OwnCells:
             for name, path in loop.states.items()
         }
         return True
+
+    @staticmethod
+    def _goes_around(loop: _Loop, entering: Place, place: Place, mark: Mark) -> None:
+        source = loop.end.source
+        try:
+            loop.around.read(source, entering, place, mark)
+        except Incomplete as error:
+            mark.unknown = f"{error}, so {source.words.more}"
+        except NotReadable as error:
+            mark.unknown = f"{error} between two calls"
+
+
+def _entering(
+    given: Given | None, entry: dict[str, Path], rows: dict[str, Tensor]
+) -> tuple[Place | None, Tensor | None]:
+    """Where the states that enter a call sit, if they are given one by one, and their values."""
+    if given is None or len(set(entry.values())) < len(entry):
+        return None, None
+    tensors = {name: given.tensors[path] for name, path in entry.items() if path in given.tensors}
+    values = {name: row_of(tensor) for name, tensor in tensors.items()}
+    if any(name not in values or values[name].shape != row.shape for name, row in rows.items()):
+        return None, None
+    return Place.of(tensors, values), torch.cat(list(values.values()), dim=1)
 
 
 # ------------------------------------------------------------------------------------ the modules

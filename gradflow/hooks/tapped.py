@@ -76,6 +76,7 @@ class TapSource:
     cell: str = "tap"
     lengths: Tensor | None = None
     marks: list[Mark] = field(default_factory=list)
+    mixed: bool = False  # some states go around the calls, see `around`
     remarks: list[str] = field(default_factory=list)
     initial: dict[str, Tensor] = field(default_factory=dict)  # state name -> (B, width), if seen
     graph_tasks: set[int] = field(default_factory=set)
@@ -149,7 +150,7 @@ class TapSource:
             for name in self.names
         }
         direct = None
-        if "h" in grads and not self.why_no_operator():
+        if "h" in grads and not self.why_no_operator() and not self.mixed:
             with torch.no_grad():
                 every = [
                     _with_moving(m, d) for m, d in zip(self.marks, self._direct(), strict=True)
@@ -159,7 +160,7 @@ class TapSource:
 
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
-        if not self._has_gradient() or self.why_no_operator():
+        if not self._has_gradient() or self.why_no_operator() or self.mixed:
             return None
         with torch.no_grad():
             direct = torch.stack(self._direct())
@@ -286,6 +287,13 @@ class TapSource:
             return [
                 "the states of its first tap need no gradient, a constant start perhaps: how the "
                 "second depends on them is not measured"
+            ]
+        if self.mixed:
+            return [
+                *self.remarks,
+                "between two calls its state is mixed with the one before (zoneout, a mask): gains are "
+                "those of the states that enter the calls, and the last loss step alone and the "
+                "direct part are not told apart",
             ]
         return self.remarks
 
