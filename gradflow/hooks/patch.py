@@ -155,12 +155,12 @@ def _restore() -> None:
             setattr(space, name, before)
 
 
-@functools.lru_cache(
-    maxsize=64
-)  # one wrapper for all recordings: compiled code is guarded by its identity
+@functools.lru_cache(maxsize=64)
 def _watched(
     original: Callable[..., Any], cell: str, tell: Callable[..., Any]
 ) -> Callable[..., Any]:
+    """One wrapper for all recordings: compiled code is guarded by its identity."""
+
     @untraced
     def heard(args: Any, kwargs: dict[str, Any]) -> Any:
         mine = observers_here()
