@@ -199,6 +199,23 @@ def test_a_cell_in_a_compiled_part_is_named_beside_what_is_seen(how: str) -> Non
         assert list(recording.tracks) == ["rnn.l0", "loop.cell"]
 
 
+def test_a_cell_in_a_compiled_function_is_noted() -> None:
+    """Nothing on the model tells that it was compiled, so that it is a note and no warning."""
+    model, x = Both(), torch.randn(2, 2, 3)
+
+    @torch.compile(backend="aot_eager")
+    def decode(x: Tensor) -> Tensor:
+        return model.loop(x)
+
+    with gradflow.record(model) as recording:
+        (decode(x).sum() + model.rnn(x)[0].sum()).backward()
+    assert list(recording.tracks) == ["rnn.l0"]
+    assert recording.notes == [
+        "loop.cell (LSTMCell) was not called, or ran inside a graph of torch.compile, where nothing is "
+        "seen"
+    ]
+
+
 def test_what_torch_compile_learns_during_a_recording_is_true_after_it() -> None:
     """Its table of functions, made when first asked for, must hold torch's own, not the wrappers."""
     from torch._dynamo import trace_rules

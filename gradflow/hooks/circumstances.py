@@ -35,21 +35,23 @@ def per_rank(model: nn.Module) -> list[str]:
     ]
 
 
-def unseen_in_graphs(model: nn.Module, seen: Collection[str]) -> list[str]:
-    """The cells, in words, that are in a part compiled with torch.compile and were not seen.
+def unseen_cells(model: nn.Module, seen: Collection[str]) -> tuple[list[str], list[str]]:
+    """The cells, in words, that were not seen where torch.compile was used: in a compiled part, others.
 
-    seen are the paths of the modules that were.
+    seen are the paths of the modules that were. The others were not called, or ran in the graph of a
+    compiled function that nothing on the model tells of.
     """
+    inside: list[str] = []
+    others: list[str] = []
     if not mistakes.something_is_compiled():
-        return []
+        return inside, others
     compiled = [name for name, module in model.named_modules() if _is_compiled(module)]
-    found = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.RNNCellBase) or clean(name) in seen:
             continue
-        if any(not part or name == part or name.startswith(f"{part}.") for part in compiled):
-            found.append(f"{clean(name) or 'cell'} ({type(module).__name__})")
-    return found
+        within = any(not part or name == part or name.startswith(f"{part}.") for part in compiled)
+        (inside if within else others).append(f"{clean(name) or 'cell'} ({type(module).__name__})")
+    return inside, others
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -61,4 +63,12 @@ def not_seen(cells: list[str]) -> str:
     return (
         f"cell loops inside a compiled graph are not seen: {mistakes.listed(cells)} is in a part compiled "
         "with torch.compile; record the uncompiled model"
+    )
+
+
+def perhaps_not_seen(cells: list[str]) -> str:
+    """What to know about cells of which no call was seen."""
+    return (
+        f"{mistakes.listed(cells)} was not called, or ran inside a graph of torch.compile, where nothing "
+        "is seen"
     )

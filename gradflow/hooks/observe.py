@@ -506,11 +506,15 @@ def _misleading(recorder: Recorder) -> list[str]:
     found = []
     if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
         found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
-    seen = {call.owner for call in recorder.calls}
-    unseen = circumstances.unseen_in_graphs(recorder.model, seen)
-    if unseen and len(recorder.recording):
-        found.append(circumstances.not_seen(unseen))
-    return found
+    unseen, _ = _unseen(recorder)
+    return found + ([circumstances.not_seen(unseen)] if unseen else [])
+
+
+def _unseen(recorder: Recorder) -> tuple[list[str], list[str]]:
+    """See `circumstances.unseen_cells`; nothing where there is no track at all, which says enough."""
+    if not len(recorder.recording):
+        return [], []
+    return circumstances.unseen_cells(recorder.model, {call.owner for call in recorder.calls})
 
 
 def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
@@ -533,6 +537,8 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
+    _, perhaps = _unseen(recorder)
+    recording.notes += [circumstances.perhaps_not_seen(perhaps)] if perhaps else []
     recording.provenance = {
         "model": recording.model_name,
         "gradflow": __version__,
