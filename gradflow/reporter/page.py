@@ -17,7 +17,7 @@ import jinja2
 from gradflow._version import __version__
 from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.reporter import prepare
-from gradflow.reporter.digest import other_findings, strict, top_findings
+from gradflow.reporter.digest import other_findings, predicted, predictions, strict, top_findings
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import (
     cell_words,
@@ -75,6 +75,8 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         rows=[_row(layer) for layer in analysis],
         findings=top_findings(analysis),
         more_findings=other_findings(analysis),
+        predictions=predictions,
+        predicted=predicted,
         pictures=pictures,
         left_out=left_out,
         kinds=[kind for kind in KINDS if kind not in ("overview", "gain-map", "total-vs-direct")],
