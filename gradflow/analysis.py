@@ -88,6 +88,7 @@ class Prediction:
 
     remedy: str  # an argument of `gradflow.what_if`: "forget_bias" or "scale_hh"
     value: float
+    words: str  # the remedy as people write it: "forget bias + 1"
     verdict: str
     rate: Rate
     half_life: float  # steps; inf if the gain never halves

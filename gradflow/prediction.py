@@ -41,6 +41,7 @@ QUICK = 4  # of the budgets of `analyze` that `what_if` may use for one measurem
 SHARE = 16  # of the budgets of `analyze` that a prediction for a report may use, as 1/SHARE
 PATIENCE = 5.0  # predicted seconds, of all predictions for a report together
 LEAST = 0.05  # decades that are worth saying
+STEEPEST = 10.0  # nats per step that a factor is asked to make up for
 ALIKE = 0.02  # two factors that differ by less are one
 
 
@@ -138,7 +139,7 @@ def with_predictions(
         known = list(analysis.provenance.get("notes", []))
         return replace(analysis, provenance={**analysis.provenance, "notes": [*known, note]})
     if len(ill) > 1:
-        batch += f", the {len(ill)} layers that need it changed together"
+        batch += f", {len(ill)} layers changed together"
     tried: dict[str, list[Prediction]] = {layer.name: [] for layer in ill}
     trials = {layer.name: _first_trial(layer) for layer in ill}
     for _ in range(MOST):
@@ -165,14 +166,14 @@ def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
 def _first_trial(layer: LayerAnalysis) -> tuple[str, float]:
     if layer.verdict == "vanishing" and layer.cell in KEEPING:
         return "forget_bias", 1.0
-    return "scale_hh", _rounded(math.exp(-layer.rate.value))
+    return "scale_hh", _rounded(math.exp(min(-layer.rate.value, STEEPEST)))
 
 
 def _next_trial(remedy: str, value: float, after: Brief) -> tuple[str, float]:
     if remedy == "forget_bias":
         return remedy, value + 1
     left = after.rate.value if math.isfinite(after.rate.value) else 0.0
-    return remedy, _rounded(value * math.exp(-left))
+    return remedy, _rounded(value * math.exp(min(-left, STEEPEST)))
 
 
 def _rounded(value: float) -> float:
@@ -189,9 +190,11 @@ def _predicted(
         parts.append(f"gone after {_gone(before)} → {_gone(after)} steps")
     if before.channels != after.channels and after.channels is not None:
         parts.append(f"{before.channels} → {after.channels} of {before.size} channels")
+    words = _words(before.cell, remedy, value)
     return Prediction(
         remedy=remedy,
         value=value,
+        words=words,
         verdict=after.verdict,
         rate=after.rate,
         half_life=after.half_life,
@@ -200,7 +203,7 @@ def _predicted(
         channels=after.channels,
         helps=_helps(before, after),
         batch=batch,
-        message=f"{_words(before.cell, remedy, value)}: {outcome}, {', '.join(parts)}",
+        message=f"{words}: {outcome}, {', '.join(parts)}",
     )
 
 

@@ -542,4 +542,4 @@ def test_weights_alone_are_told_under_which_probe(tmp_path: Path) -> None:
     for layer in run:
         assert layer.verdict == "vanishing"
         first = layer.predictions[0]
-        assert first.batch == "inputs N(0, 1), the 2 layers that need it changed together"
+        assert first.batch == "inputs N(0, 1), 2 layers changed together"

@@ -37,7 +37,7 @@ def predictions(analysis: Analysis, finding: Finding) -> tuple[Prediction, ...]:
 
 def predicted(prediction: Prediction) -> str:
     """The heading of predictions, in words."""
-    return f"Prediction for the present weights and {prediction.batch}, without training:"
+    return f"Prediction without training, for the present weights and {prediction.batch}:"
 
 
 def summary(analysis: Analysis) -> dict[str, Any]:
