@@ -144,12 +144,13 @@ def with_predictions(
     trials = {layer.name: _first_trial(layer) for layer in ill}
     for _ in range(MOST):
         changes = {name: Change(**{remedy: value}) for name, (remedy, value) in trials.items()}
-        again = rerun(recording, changes).recording
-        for name in again.tracks:
-            before = analysis.layers[name]
-            after = _measured(again, name, before.span, share, seed)
+        again = rerun(recording, changes)
+        for name in again.recording.tracks:
+            before, note = analysis.layers[name], again.notes[name]
+            after = _measured(again.recording, name, before.span, share, seed)
             if isinstance(after, Brief):
-                tried[name].append(_predicted(before, after, *trials[name], batch))
+                on = f"{batch} ({note})" if note else batch
+                tried[name].append(_predicted(before, after, *trials[name], on))
                 trials[name] = _next_trial(*trials[name], after)
     layers = {layer.name: replace(layer, predictions=_best(tried[layer.name])) for layer in ill}
     return replace(analysis, layers={**analysis.layers, **layers})
@@ -323,11 +324,14 @@ def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Ro
         if isinstance(known, str):
             yield row
             continue
-        error = _truncation_error(layers[name], keep)
+        error, said = _truncation_error(layers[name], keep)
         if math.isnan(error):
-            note = "the error it makes in ∂L/∂W_hh is not known: there is no gradient to truncate"
+            note = "how far that takes ∂L/∂W_hh off is not known"
+            if not recording[name].has_gradient:
+                note += ": there is no gradient to truncate"
         else:
             note = f"∂L/∂W_hh is off by {number(100 * error)} % if nothing goes back {keep} steps"
+            note += f" ({said})" if said else ""
         reaches = known.horizon is None or known.horizon > keep
         after = replace(
             known,
@@ -339,15 +343,18 @@ def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Ro
         yield (row | _after(known, after) | {"helps": cut, "truncation_error": error, "note": note})
 
 
-def _truncation_error(layer: LayerAnalysis, keep: int) -> float:
-    """‖truncated − full‖/‖full‖ of ∂L/∂W_hh where lags 0 … K − 1 are kept; NaN if not known."""
+def _truncation_error(layer: LayerAnalysis, keep: int) -> tuple[float, str]:
+    """‖truncated − full‖/‖full‖ of ∂L/∂W_hh where lags 0 … K − 1 are kept, and what it rests on.
+
+    NaN where it is not known.
+    """
     if "truncation_error" not in layer.data:
-        return math.nan
+        return math.nan, ""
     errors = layer.data["truncation_error"]
     if "weight_hh" not in errors["parameter"].values:
-        return math.nan
+        return math.nan, ""
     values = errors.sel(parameter="weight_hh").values
-    return float(values[min(keep, len(values)) - 1])
+    return float(values[min(keep, len(values)) - 1]), str(errors.attrs.get("note", ""))
 
 
 def _clip(recording: Recording, before: Before, value: float) -> Iterator[Row]:

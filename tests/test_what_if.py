@@ -501,6 +501,22 @@ def test_layers_that_need_it_are_changed_together_and_the_others_are_left() -> N
     assert run["l0"].predictions[0].batch == "this batch"
 
 
+def test_a_prediction_for_a_loop_says_what_it_takes_as_recorded() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRUCell(4, 4)
+
+        def forward(self, h: Tensor) -> Tensor:
+            for _ in range(20):
+                h = self.cell(h, h)
+            return h
+
+    layer = gradflow.diagnose(Decoder(), torch.randn(6, 4))["cell"]
+    note = "every call of the loop reads its input as it was recorded"
+    assert layer.predictions[0].batch == f"this batch ({note})"
+
+
 def test_a_stable_model_gets_none() -> None:
     model = nn.RNN(3, 6).double()
     nn.init.orthogonal_(model.weight_hh_l0)

@@ -18,7 +18,7 @@ from gradflow.analyzer.curve import lag_curve
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.plan import exact_seconds
 from gradflow.analyzer.products import SPEED
-from gradflow.analyzer.rates import judge
+from gradflow.analyzer.rates import decays_as_power, judge
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.recording import Track
 
@@ -74,7 +74,7 @@ def _measured(track: Track, settings: assemble.Settings) -> Brief:
     maps = assemble._maps(track, mapped, settings)
     curve = lag_curve(maps.log_gain["spectral"], maps.sources)
     singular, _ = assemble._singular(track, mapped, span, settings)
-    labels = assemble._labels(track, curve, growth, finite, maps)
+    labels = ("not exponential",) if decays_as_power(assemble._curves(growth)) else ()
     return Brief(
         span=span,
         verdict=judge(rate, span, track.batch, int(growth.counted.sum(0).max())).name,
