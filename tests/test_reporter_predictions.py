@@ -6,13 +6,13 @@ import io
 import json
 import math
 import re
-from dataclasses import replace
 from html import unescape
 from typing import Any
 
 import pytest
 import synthetic
 from rich.console import Console
+from synthetic import prediction as predicted
 
 from gradflow.analysis import Analysis, Prediction, Rate
 from gradflow.reporter import render
@@ -20,24 +20,6 @@ from gradflow.reporter.digest import summary
 from gradflow.reporter.page import page
 
 HEADING = "Prediction without training, for the present weights and this batch:"
-
-
-def predicted(**changes: Any) -> Prediction:
-    made = Prediction(
-        remedy="forget_bias",
-        value=1.0,
-        words="forget bias + 1",
-        verdict="vanishing",
-        rate=Rate(-0.31, -0.33, -0.29),
-        half_life=2.24,
-        horizon=22,
-        searched=99,
-        channels=3,
-        helps=29.1,
-        batch="this batch",
-        message="forget bias + 1: still vanishing, rate −0.98 → −0.31 per step",
-    )
-    return replace(made, **changes)
 
 
 def with_predictions(*made: Prediction, **changes: Any) -> Analysis:
@@ -74,6 +56,17 @@ def test_predictions_stand_below_the_verdict_alone() -> None:
     assert text.count(HEADING) == 1
 
 
+def test_the_first_prediction_is_open_and_the_others_are_folded() -> None:
+    spoiled = synthetic.finding("rnn.l0", name="not-finite")
+    first = synthetic.layer(
+        predictions=(predicted(),), findings=(spoiled, synthetic.finding("rnn.l0"))
+    )
+    second = synthetic.layer("rnn.l1", predictions=(predicted(),))
+    text = page(synthetic.analysis(first, second), {})
+    marks = re.findall(r'<details class="outlook"( open)?>', text)
+    assert marks == [" open", ""]
+
+
 def test_what_a_prediction_says_is_escaped() -> None:
     evil = "</table><script>x"
     text = page(with_predictions(predicted(words=evil, batch=evil)), {})
@@ -82,7 +75,8 @@ def test_what_a_prediction_says_is_escaped() -> None:
 
 
 def test_the_terminal_says_it_under_the_advice() -> None:
-    text = printed(with_predictions(predicted(), predicted(message="forget bias + 2: stable")))
+    first = predicted(message="forget bias + 1: still vanishing, rate −0.98 → −0.31 per step")
+    text = printed(with_predictions(first, predicted(message="forget bias + 2: stable")))
     lines = [line.strip() for line in text.splitlines()]
     at = lines.index(HEADING)
     assert lines[at - 1].startswith("model.rnn.bias_ih_l0.data[32:64] += 1.0")

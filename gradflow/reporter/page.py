@@ -87,6 +87,8 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         rows=[_row(layer) for layer in analysis],
         findings=top_findings(analysis),
         more_findings=other_findings(analysis),
+        # one shown, the others folded: the first screen holds all findings
+        opened=next((f for f in top_findings(analysis) if predictions(analysis, f)), None),
         outlooks=functools.partial(outlooks, analysis),
         pictures=pictures,
         left_out=left_out,
