@@ -66,7 +66,7 @@ def _measured(track: Track, settings: assemble.Settings) -> Brief:
     lengths = track.lengths.cpu()
     span = settings.span or max(1, round(float(lengths.double().quantile(0.5))))
     finite = assemble._finite_sequences(track)
-    growth = assemble._growth(track, settings)
+    growth = assemble._growth(track, settings, None)
     rates = growth.exponents[:, 0].numpy().copy()
     rates[~finite | (lengths == 1).numpy()] = np.nan
     rate = assemble._rate(track, growth, rates, finite)
