@@ -320,6 +320,27 @@ def test_the_error_of_truncation_is_that_of_the_window(monkeypatch: pytest.Monke
     assert gradflow.what_if(recording, truncate=99).iloc[0].truncation_error == 0.0
 
 
+@pytest.mark.parametrize("keep", [1, 4, 11, 20])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_the_error_of_truncation_is_that_of_a_detached_past(
+    kind: type[nn.RNNBase], keep: int
+) -> None:
+    torch.manual_seed(0)
+    model, x = kind(3, 4).double(), torch.randn(20, 3, 3).double()
+    with gradflow.record(model) as recording:
+        model(x)[0][-1].pow(2).sum().backward()
+    full = model.weight_hh_l0.grad.clone()
+    model.zero_grad()
+    state = None
+    if keep < 20:
+        with torch.no_grad():
+            state = model(x[:-keep])[1]
+    model(x[-keep:], state)[0][-1].pow(2).sum().backward()
+    error = float((model.weight_hh_l0.grad - full).norm() / full.norm())
+    row = gradflow.what_if(recording, truncate=keep).iloc[0]
+    assert row.truncation_error == pytest.approx(error, rel=1e-9, abs=1e-12)
+
+
 def test_clipping_shortens_the_norm_that_torch_measures() -> None:
     model = nn.ModuleList([nn.LSTM(3, 4, 2), nn.GRU(4, 4), nn.Linear(4, 1)])
     x = torch.randn(20, 3, 3)
