@@ -90,7 +90,7 @@ def dataset(
         },
     )
     return made.assign(
-        **_where_the_loss_acts(made, 0 if carrying else rate), **_why(made, cell, rate, random)
+        **_where_the_loss_acts(made, 0 if carrying else rate), **_why(made, cell, 0 if carrying else rate, random)
     )
 
 
@@ -326,6 +326,9 @@ def without_gradient(one: LayerAnalysis) -> LayerAnalysis:
     data = one.data.copy(deep=True)
     data["log10_grad"] = data["log10_grad"] * np.nan
     data["grad_norm"] = data["grad_norm"] * np.nan
+    for name in ("log10_triangle", "lag_contribution", "truncation_error", "truncation_window",
+                 "cancellation", "gradient_depth", "grad_input_norm"):  # fmt: skip
+        data[name] = data[name] * np.nan
     note = (
         f"{one.name} has no gradient: the backward did not reach this layer; "
         "its output is not used by the loss, or it was detached"

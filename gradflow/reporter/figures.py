@@ -143,7 +143,7 @@ def _draw_blocks(kind: Kind, entries: list[Entry]) -> Figure:
     for start in range(0, len(blocks), columns):
         tops.append(tops[-1] + max(tall[start : start + columns]))
     charts = [block.chart for block in blocks if not block.chart.note]
-    scale = kind.scale if charts else None
+    scale = kind.scale if kind.scale and any(map(kind.scale.used, charts)) else None
     specials = scale.specials(charts) if scale else {}
     figure.set_size_inches(
         columns * step, tops[-1] + (footer_height(specials) if scale else 0)
@@ -166,7 +166,7 @@ def _draw_blocks(kind: Kind, entries: list[Entry]) -> Figure:
 
 def _height(kind: Kind, block: Block, lines: int) -> float:
     heights = EMPTY if block.chart.note else kind.heights(block.chart)
-    gaps = kind.gap * (len(heights) - 1)
+    gaps = sum(kind.gap(block.chart, panel) for panel in range(1, len(heights)))
     foot = 0.3 if block.chart.note else FOOT
     return LINE * lines + BELOW + ABOVE + sum(heights) + gaps + foot
 
@@ -193,11 +193,12 @@ def _draw_panels(figure: Picture, kind: Kind, chart: Chart, left: float, top: fl
     """The panels of a block, one below the other; where they end."""
     heights = EMPTY if chart.note else kind.heights(chart)
     axes, place = [], top
-    for height in heights:
+    for panel, height in enumerate(heights):
+        place += kind.gap(chart, panel) if panel else 0
         axes.append(figure.inches(left, place, kind.width, height))
-        place += height + kind.gap
+        place += height
     if chart.note:
         panels.say(axes[0], chart.note, width=int(kind.width / 0.075))
     else:
         kind.draw(axes, chart)
-    return place - kind.gap
+    return place

@@ -35,6 +35,7 @@ class Scale:
 
     draw: Callable[[Axes, bool], None]  # into axes; whether they are short
     specials: Callable[[Sequence[Any]], dict[str, str]]  # of these charts: colour -> meaning
+    used: Callable[[Any], bool] = lambda chart: True  # whether a chart has colours at all
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Kind:
     heights: Callable[[Any], tuple[float, ...]]  # of the panels of a chart, inches
     width: float = 7.2  # inches
     left: float = 0.75  # inches for the labels of the y axis
-    gap: float = 0.16  # inches between panels
+    gap: Callable[[Any, int], float] = lambda chart, panel: 0.16  # inches above a panel
     scale: Scale | None = None  # the colour bar below, if any
     columns: int = 1  # blocks side by side, at most
     together: bool = False  # one block for all layers of an analysis
@@ -143,7 +144,7 @@ KINDS: dict[str, Kind | None] = {
         heights=_layer_heights,
         left=1.3,
         width=6.6,
-        gap=0.56,
+        gap=lambda chart, panel: 0.56,
         scale=Scale(
             _ratios("as at the top"),
             lambda charts: _plain(
@@ -164,7 +165,7 @@ KINDS: dict[str, Kind | None] = {
         prepare=lyapunov.prepare,
         draw=lyapunov.draw,
         heights=lambda chart: (1.7, 1.0) if chart.trace.size else (1.7,),
-        gap=0.5,
+        gap=lambda chart, panel: 0.5,
     ),
     "paths": Kind(
         what="the ways from c(t−1) to c(t): largest gain of each",
@@ -189,8 +190,8 @@ KINDS: dict[str, Kind | None] = {
         prepare=saturation.prepare,
         draw=saturation.draw,
         heights=_saturation_heights,
-        gap=0.26,
-        scale=Scale(saturation.draw_bar, _gate_specials),
+        gap=lambda chart, panel: 0.26 if panel < len(chart.gates) else 0.72,
+        scale=Scale(saturation.draw_bar, _gate_specials, lambda chart: bool(chart.gates)),
     ),
     "time-scales": Kind(
         what="how long each unit's own gate lets it remember, −1 ÷ mean ln of the gate",

@@ -39,6 +39,8 @@ class LagGradient(Chart):
 def prepare(layer: LayerAnalysis) -> LagGradient:
     """Contribution of every lag to the parameter gradient, and the truncation window."""
     array = measured(layer, "lag_contribution")
+    if layer.steps <= 1:
+        return _empty("one step: nothing of the gradient goes further back")
     if array is None or not (array.values > 0).any():
         why = no_gradient(layer, "The parameter gradient by lag cannot be had for this layer.")
         if array is not None:

@@ -119,8 +119,9 @@ def _message(order: Sequence[LayerAnalysis], totals: np.ndarray) -> str:
         return f"the gradient at {first} is exactly 0"
     if abs(ratio) < math.log10(2):
         return f"the gradient keeps its size from {first} down to {last}: × {ratio_words(ratio)}"
-    what = "shrinks" if ratio < 0 else "grows"
-    return f"the gradient {what} × {ratio_words(ratio)} from {first} down to {last}"
+    if ratio < 0:
+        return f"from {first} down to {last} the gradient shrinks to {ratio_words(ratio)} of its size"
+    return f"from {first} down to {last} the gradient grows × {ratio_words(ratio)}"
 
 
 def draw(axes: Sequence[Axes], chart: Layers) -> None:

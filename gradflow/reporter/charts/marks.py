@@ -88,9 +88,11 @@ def log_limits(
         return -1.0, 1.0
     high = float(known.max())
     low = max(float(known.min()), high - decades)
+    if high - low < 0.7:  # a flat line is not to look like a slope, nor its ticks like noise
+        low, high = (low + high) / 2 - 0.35, (low + high) / 2 + 0.35
     margin = max(0.05, 0.06 * (high - low))
     below = max(0.12, 0.1 * (high - low)) if zeros else margin
-    return round(low - below - (0.1 if high == low else 0), 6), round(high + margin, 6)
+    return round(low - below, 6), round(high + margin, 6)
 
 
 def power_ticks(low: float, high: float, most: int = 5) -> tuple[list[float], list[str]]:

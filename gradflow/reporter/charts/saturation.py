@@ -164,7 +164,15 @@ def _message(layer: LayerAnalysis, limits: Sequence[tuple[str, np.ndarray]]) -> 
         many = "unit has" if units == 1 else "units have"
         return f"{count} of {units} {many} {words} more than {STUCK:.0%} of the time".replace("%", " %")
     count, mean, units, words = max(stuck, key=lambda one: one[1])
-    return f"no unit is stuck: {words} {percent_words(mean)} of the time at most"
+    return f"no unit is stuck; most often {_is(words)}, {percent_words(mean)} of the time"
+
+
+def _is(words: str) -> str:
+    """The same as a clause: gate f is closed, h is beyond ± 0.95."""
+    if words == "exactly 0":
+        return "a unit is exactly 0"
+    kind = words.rsplit(" ", 3 if words.endswith("0.95") else 1)
+    return f"{kind[0]} is {' '.join(kind[1:])}"
 
 
 def draw(axes: Sequence[Axes], chart: Saturation) -> None:
