@@ -1,0 +1,609 @@
+"""The systems of the five lecture notes that gradflow was asked to explain, a test for each of them.
+
+The rows are numbered as in the notebooks' tables of terms; every number is pinned, the notes' own slips too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradflow
+from gradflow.errors import GradflowWarning
+
+F64 = torch.float64
+
+
+def scalar_map(step: Callable[[Tensor], Tensor], start: float, steps: int) -> gradflow.Recording:
+    """A tapped loop of one unit."""
+    with gradflow.record(nn.Identity()) as recording:
+        h = torch.full((1, 1), start, dtype=F64, requires_grad=True)
+        for _ in range(steps):
+            h = gradflow.tap(h=step(h))
+        h.sum().backward()
+    return recording
+
+
+def rate(step: Callable[[Tensor], Tensor], start: float = 0.5, steps: int = 400) -> float:
+    """Growth of ln gain per step."""
+    layer = gradflow.analyze(scalar_map(step, start, steps), stride=steps)["loop"]
+    return float(layer.data["sequence_rate"][0])
+
+
+def spectral(layer: gradflow.LayerAnalysis) -> np.ndarray:
+    """ln gain of the first mapped sequence, (source, target)."""
+    return layer.data["log_gain"].sel(norm="spectral")[0].values
+
+
+# ------------------------------------------------------------------------- 1: one unit, no input
+
+
+@pytest.mark.parametrize(("w", "expected"), [(4, -2.575), (8, -5.919), (-8, -0.427)])
+def test_row_1_no_weight_makes_a_sigmoid_explode(w: float, expected: float) -> None:
+    assert rate(lambda h: torch.sigmoid(w * h)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_row_1_every_weight_from_minus_20_to_20_vanishes_or_stays() -> None:
+    w = torch.linspace(-20, 20, 81, dtype=F64).unsqueeze(1)
+    with gradflow.record(nn.Identity()) as recording:
+        h = torch.full_like(w, 0.5, requires_grad=True)
+        for _ in range(300):
+            h = gradflow.tap(h=torch.sigmoid(w * h))
+        h.sum().backward()
+    rates = gradflow.analyze(recording, stride=300)["loop"].data["sequence_rate"].values
+    assert (rates[w[:, 0].numpy() != 0] < 1e-3).all()
+
+
+def test_row_1_the_two_parts_multiply_to_the_gain() -> None:
+    w, steps = 2.0, 12
+    recording = scalar_map(lambda h: torch.sigmoid(w * h), 0.5, steps)
+    h = recording["loop"].h[:, 0, 0]
+    slopes = (h * (1 - h)).log()  # ln σ'(w h_{t−1}), read at h_t
+    parts = (steps - 1) * math.log(w) + float(slopes[1:].sum())
+    assert spectral(gradflow.analyze(recording)["loop"])[0, -1] == pytest.approx(parts, rel=1e-12)
+
+
+@pytest.mark.parametrize(("w", "expected"), [(2, -math.log(2)), (4, 0.0), (8, math.log(2))])
+def test_row_1_four_is_the_border_of_the_centred_map_at_one_half(w: float, expected: float) -> None:
+    assert rate(lambda h: torch.sigmoid(w * h - w / 2)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("w", [0.5, 0.9, 1.0, 1.1])
+def test_row_1_one_is_the_border_of_a_linear_map(w: float) -> None:
+    assert rate(lambda h: w * h, 1.0) == pytest.approx(math.log(w), abs=1e-12)
+
+
+@pytest.mark.parametrize("w", [0.3, 0.9])
+def test_row_1_tanh_below_one(w: float) -> None:
+    assert rate(lambda h: torch.tanh(w * h), 1.0) == pytest.approx(math.log(w), abs=1e-3)
+
+
+@pytest.mark.parametrize(("w", "slope"), [(1.5, 0.3943130), (2.0, 0.1663721), (3.0, 0.0305128)])
+def test_row_1_tanh_beyond_one_vanishes_again(w: float, slope: float) -> None:
+    assert math.exp(rate(lambda h: torch.tanh(w * h), 1.0)) == pytest.approx(slope, rel=1e-5)
+
+
+def test_row_1_tanh_at_one_is_a_power_law() -> None:
+    layer = gradflow.analyze(scalar_map(torch.tanh, 1.0, 1001), stride=1001)["loop"]
+    gain = spectral(layer)[0]
+    assert gain[100] == pytest.approx(-5.5898493, abs=1e-6)
+    assert gain[1000] == pytest.approx(-9.0038035, abs=1e-6)
+
+
+def test_row_1_a_chaotic_network_explodes() -> None:
+    torch.manual_seed(1)
+    network = nn.RNN(1, 120, bias=False).double()
+    with torch.no_grad():
+        network.weight_hh_l0.normal_(0, 3 / math.sqrt(120))
+    silence, start = torch.zeros(120, 4, 1, dtype=F64), torch.randn(1, 4, 120, dtype=F64)
+    with gradflow.record(network) as recording:
+        network(silence, start)[0][-1].sum().backward()
+    layer = gradflow.analyze(recording, stride=60)["l0"]
+    assert layer.verdict == "exploding"
+    assert 0.15 < layer.rate.value < 0.45
+
+
+# -------------------------------------------------------- 2: the gradient of a weight, pair by pair
+
+
+def contributions(
+    f: Callable[[float], float],
+    slope: Callable[[float], float],
+    *,
+    recurrent: float | None = None,
+    last: Callable[[list[float], list[float], int], float] | None = None,
+) -> np.ndarray:
+    """∂L/∂w_h of L = Σ ½ y_t² as a table over (t', t), by the formula; the arguments are the slips."""
+    wi, wh, wo = 0.7, 1.3, 0.9
+    h, a = [0.4], []
+    for x in (1.0, -0.5, 0.8):
+        a.append(wi * x + wh * h[-1])
+        h.append(f(a[-1]))
+    table = np.zeros((3, 3))
+    for target in range(3):
+        y = f(wo * h[target + 1])
+        carried = y * slope(wo * h[target + 1]) * wo
+        for t in range(target, -1, -1):
+            direct = slope(a[t]) * h[t] if last is None else last(a, h, t)
+            table[target, t] = carried * direct
+            carried *= slope(a[t]) * (wh if recurrent is None else recurrent)
+    return table
+
+
+def logistic(v: float) -> float:
+    return 1 / (1 + math.exp(-v))
+
+
+FUNCTIONS = {
+    "sigmoid": (logistic, lambda v: logistic(v) * (1 - logistic(v)), torch.sigmoid),
+    "tanh": (math.tanh, lambda v: 1 - math.tanh(v) ** 2, torch.tanh),
+}
+
+
+def three_steps(name: str) -> tuple[gradflow.Recording, Tensor]:
+    """The same in torch, its state tapped; the recording, and ∂L/∂w_h by autograd."""
+    f = FUNCTIONS[name][2]
+    wh = torch.tensor(1.3, dtype=F64, requires_grad=True)
+    with gradflow.record(nn.Identity()) as recording:
+        h, loss = torch.full((1, 1), 0.4, dtype=F64), torch.zeros(())
+        for x in (1.0, -0.5, 0.8):
+            h = gradflow.tap(h=f(0.7 * x + wh * h))
+            loss = loss + (f(0.9 * h) ** 2 / 2).sum()
+        loss.backward()
+    assert wh.grad is not None
+    return recording, wh.grad
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_row_2_the_pairs_sum_to_autograd(name: str) -> None:
+    f, slope, _ = FUNCTIONS[name]
+    recording, gradient = three_steps(name)
+    table = contributions(f, slope)
+    assert table.sum() == pytest.approx(float(gradient), rel=1e-12)
+    # the same column by column from the recorded totals: ∂L/∂w_h = Σ_t ∂L/∂h_t f'(a_t) h_{t−1}
+    h = [0.4, *recording["loop"].h[:, 0, 0].tolist()]
+    a = [0.7 * x + 1.3 * h[t] for t, x in enumerate((1.0, -0.5, 0.8))]
+    totals = recording["loop"].grad_h[:, 0, 0]
+    columns = [float(totals[t]) * slope(a[t]) * h[t] for t in range(3)]
+    np.testing.assert_allclose(columns, table.sum(0), rtol=1e-12)
+
+
+def test_row_2_the_slips_and_their_size() -> None:
+    f, slope, _ = FUNCTIONS["sigmoid"]
+    right = contributions(f, slope).sum()
+    assert right == pytest.approx(0.054295934553, rel=1e-9)
+    # "∂h_k/∂h_{k−1} = f'·w_i"
+    assert contributions(f, slope, recurrent=0.7).sum() == pytest.approx(0.050449096915, rel=1e-9)
+    # "h_t for ∂⁺h_t/∂w"
+    wrong = contributions(f, slope, last=lambda a, h, t: h[t + 1]).sum()
+    assert wrong == pytest.approx(0.351691583570, rel=1e-9)
+
+
+# --------------------------------------------------------------------- 3: an RNN language model
+
+
+def language_model() -> tuple[nn.RNN, nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    rnn, head = nn.RNN(7, 6).double(), nn.Linear(6, 7).double()
+    tokens = torch.randint(7, (5, 1))
+    return rnn, head, nn.functional.one_hot(tokens, 7).to(F64), torch.randint(7, (5, 1))
+
+
+def test_row_3_delta_and_the_gradient_of_v() -> None:
+    rnn, head, x, target = language_model()
+    with gradflow.record(rnn) as recording:
+        output, _ = rnn(x)
+        losses = nn.functional.cross_entropy(head(output)[:, 0], target[:, 0], reduction="none")
+        losses[2].backward()  # E_3 alone
+    track = recording["l0"]
+    probabilities = head(output)[2, 0].softmax(0).detach()
+    wanted = torch.outer(probabilities - nn.functional.one_hot(target[2, 0], 7), output[2, 0])
+    torch.testing.assert_close(head.weight.grad, wanted.detach(), rtol=1e-12, atol=0)
+    # δ_2^(3) = ∂E_3/∂z_2 = (Wᵀ δ_3) ⊙ (1 − s_2²)
+    step = (rnn.weight_hh_l0.T @ track.delta[2, 0]) * (1 - track.h[1, 0] ** 2)
+    torch.testing.assert_close(track.delta[1, 0], step.detach(), rtol=1e-12, atol=0)
+
+
+def test_row_3_the_norm_of_one_step_is_not_at_most_one() -> None:
+    torch.manual_seed(0)
+    rnn = nn.RNN(4, 256)
+    with gradflow.record(rnn) as recording:
+        rnn(torch.zeros(50, 2, 4))[0][-1].sum().backward()
+    layer = gradflow.analyze(recording, stride=25)["l0"]
+    jacobian = gradflow.analyzer.step_jacobians(recording["l0"])[-1, 0]
+    norm = float(torch.linalg.matrix_norm(jacobian, 2))
+    bound = float(torch.linalg.matrix_norm(rnn.weight_hh_l0.detach().double(), 2))
+    assert 1 < norm <= bound, "max φ' is 1"
+    assert norm == pytest.approx(1.155, abs=0.06)
+    assert layer.verdict == "vanishing"
+
+
+# ------------------------------------------------------------- 5, 6: truncation, norm clipping
+
+
+def test_row_5_where_it_is_cut_and_what_the_cut_costs() -> None:
+    torch.manual_seed(0)
+    rnn = nn.RNN(2, 4).double()
+    x = torch.randn(12, 3, 2, dtype=F64)
+
+    def gradient(chunk: int) -> tuple[Tensor, gradflow.Recording]:
+        rnn.zero_grad()
+        with gradflow.record(rnn) as recording:
+            state = torch.zeros(1, 3, 4, dtype=F64)
+            for part in x.split(chunk):
+                output, state = rnn(part, state.detach())
+            output[-1].square().sum().backward()
+        assert rnn.weight_hh_l0.grad is not None
+        return rnn.weight_hh_l0.grad.clone(), recording
+
+    whole, _ = gradient(12)
+    cut, recording = gradient(4)
+    assert recording["l0"].steps == 12, "three chunks are one track"
+    assert recording["l0"].cuts.all(1).nonzero()[:, 0].tolist() == [4, 8]
+    assert not bool(recording["l0"].grad_h[:8].any()), "nothing crosses a cut"
+    # the cost, by hand: only the last chunk's steps count
+    h = torch.cat([torch.zeros(1, 3, 4, dtype=F64), recording["l0"].h])
+    by_hand = sum(recording["l0"].delta_hh[t].T @ h[t] for t in range(8, 12))
+    torch.testing.assert_close(cut, by_hand, rtol=1e-10, atol=0)
+    assert 0.001 < float((cut - whole).norm() / whole.norm()) < 1
+
+
+def test_row_6_the_norm_before_and_after_clipping() -> None:
+    torch.manual_seed(0)
+    rnn = nn.RNN(2, 4)
+    with gradflow.record(rnn) as recording:
+        rnn(torch.randn(9, 3, 2))[0].square().sum().backward()
+        before = nn.utils.clip_grad_norm_(rnn.parameters(), 0.1)
+    after = torch.cat([p.grad.flatten() for p in rnn.parameters() if p.grad is not None]).norm()
+    assert float(before) > 0.1 and float(after) == pytest.approx(0.1, rel=1e-5)
+    # what was recorded is the gradient itself, before anybody clipped it
+    assert recording["l0"].parity.status == "passed"
+
+
+# --------------------------------------------------------------------------- 7: the LSTM equations
+
+
+def test_row_7_the_backward_equations_of_the_lstm() -> None:
+    torch.manual_seed(0)
+    lstm, head = nn.LSTM(3, 4).double(), nn.Linear(4, 2).double()
+    with gradflow.record(lstm) as recording:
+        output, _ = lstm(torch.randn(6, 2, 3, dtype=F64))
+        scores = head(output)
+        scores.retain_grad()
+        scores.square().sum().backward()
+    track = recording["l0"]
+    c, o = track.c, track.gates["o"]
+    assert c is not None and track.grad_c is not None and scores.grad is not None
+    # ∂L/∂H_t = ∂L_t/∂Z_t W_yᵀ + carried
+    direct = scores.grad @ head.weight.detach()
+    torch.testing.assert_close(track.grad_h_direct, direct, rtol=1e-12, atol=0)
+    carried = track.delta_hh[1:] @ lstm.weight_hh_l0.detach()
+    torch.testing.assert_close(track.grad_h[:-1], direct[:-1] + carried, rtol=1e-9, atol=0)
+    # ∂L/∂c_t = O_t ⊙ tanh'(c_t) ⊙ ∂L/∂H_t + carried, with the total ∂L/∂H_t
+    through_h = o * (1 - c.tanh() ** 2) * track.grad_h
+    kept = track.gates["f"][1:] * track.grad_c[1:]
+    torch.testing.assert_close(track.grad_c[:-1], through_h[:-1] + kept, rtol=1e-9, atol=0)
+    # the notes' slip, the direct part alone, is far off
+    slip = (o * (1 - c.tanh() ** 2) * track.grad_h_direct)[:-1] + kept
+    assert float((slip - track.grad_c[:-1]).norm() / track.grad_c[:-1].norm()) > 0.02
+    # ∂L/∂O_t = ∂L/∂H_t ⊙ tanh c_t, seen in δ of the output gate
+    delta_o = track.grad_h * c.tanh() * o * (1 - o)
+    torch.testing.assert_close(track.delta[..., 12:], delta_o, rtol=1e-9, atol=0)
+    # ∂L/∂W_y = Σ H_tᵀ ∂L_t/∂Z_t, ∂L/∂b_y its sum
+    wanted = torch.einsum("tbz,tbh->zh", scores.grad, track.h)
+    torch.testing.assert_close(head.weight.grad, wanted, rtol=1e-12, atol=0)
+
+
+# --------------------------------------------------------- 9: a program that trains one step a time
+
+
+class SimpleLSTM(nn.Module):
+    """The notes' model as printed."""
+
+    def __init__(self, input_size: int = 1, hidden_size: int = 100, output_size: int = 1) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.lstm = nn.LSTM(input_size, hidden_size)
+        self.linear = nn.Linear(hidden_size, output_size)
+        self.hidden_cell = (torch.zeros(1, 1, hidden_size), torch.zeros(1, 1, hidden_size))
+
+    def forward(self, seq: Tensor) -> Tensor:
+        out, self.hidden_cell = self.lstm(seq.view(len(seq), 1, 1), self.hidden_cell)
+        return self.linear(out.view(len(seq), -1))[-1]
+
+
+def trained_point_by_point(model: SimpleLSTM, series: Tensor) -> gradflow.Recording:
+    """Three updates on one point each, the target equal to the input, recorded together."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with gradflow.record(model) as recording:
+        for value in series[:3]:
+            optimizer.zero_grad()
+            zero = torch.zeros(1, 1, 100)
+            model.hidden_cell = (zero, zero)
+            nn.functional.mse_loss(model(value.view(1)), value.view(1)).backward()
+            optimizer.step()
+    return recording
+
+
+def evaluated(model: SimpleLSTM, series: Tensor) -> gradflow.Recording:
+    """The notes' evaluation: it resets an attribute that nobody reads."""
+    with gradflow.record(model) as recording, torch.no_grad():
+        for value in series:
+            model.hidden = (torch.zeros(1, 1, 100), torch.zeros(1, 1, 100))
+            model(value.view(1))
+    return recording
+
+
+def test_row_9_training_point_by_point_exercises_no_recurrence() -> None:
+    torch.manual_seed(0)
+    model, series = SimpleLSTM(), torch.sin(0.2 * torch.arange(100.0)) + 0.5 * torch.rand(100)
+    with pytest.warns(GradflowWarning, match="no recurrence is exercised"):
+        recording = trained_point_by_point(model, series)
+    layer = gradflow.analyze(recording)["lstm.l0"]
+    assert layer.verdict == "inconclusive" and "no recurrence" in layer.labels
+    assert [finding.name for finding in layer.findings] == ["no-recurrence"]
+    assert not bool(model.lstm.weight_hh_l0.grad.any()), "the recurrence is never trained"
+
+
+def test_row_9_the_evaluation_carries_its_state_on() -> None:
+    series = torch.sin(0.2 * torch.arange(100.0))
+    with pytest.warns(GradflowWarning, match="no_grad"):
+        recording = evaluated(SimpleLSTM(), series)
+    assert list(recording.tracks) == ["lstm.l0"]
+    assert recording["lstm.l0"].steps == 100 and not recording["lstm.l0"].has_gradient
+
+
+# ------------------------------------------------------------------- 10, 11, 12: the LSTM by hand
+
+WORKED = [
+    (1, 0, 0, 1),
+    (3, 1, 0, 1),
+    (2, 0, 0, 1),
+    (4, 1, 0, 1),
+    (2, 0, 0, 1),
+    (1, 0, 1, 1),
+    (3, -1, 0, 1),
+    (6, 1, 0, 1),
+    (1, 0, 1, 1),
+]
+CANDIDATE, INPUT, FORGET, OUTPUT = (
+    (1, 0, 0, 0),
+    (0, 100, 0, -10),
+    (0, 100, 0, 10),
+    (0, 0, 100, -10),
+)
+
+
+def test_row_10_by_hand() -> None:
+    x = np.array(WORKED)
+    memory, before, outputs = 0, [], []
+    for step in x:
+        before.append(memory)
+        memory = (step @ FORGET > 0) * memory + (step @ INPUT > 0) * (step @ CANDIDATE)
+        outputs.append((step @ OUTPUT > 0) * memory)
+    assert before == [0, 0, 3, 3, 7, 7, 7, 0, 6]
+    assert outputs == [0, 0, 0, 0, 0, 7, 0, 0, 6]
+
+
+def test_row_10_the_gradient_of_the_memory_has_one_wall() -> None:
+    x = torch.tensor(WORKED, dtype=F64)
+    rows = {name: torch.tensor(row, dtype=F64) for name, row in (("f", FORGET), ("i", INPUT))}
+    with gradflow.record(nn.Identity()) as recording:
+        c = torch.zeros(1, 1, dtype=F64, requires_grad=True)
+        for step in x:
+            forget, write = ((step @ rows[name] > 0).to(F64) for name in "fi")
+            c = gradflow.tap("memory", c=c * forget + write * step[0])
+        c.sum().backward()
+    assert recording["memory"].states["c"].flatten().tolist() == [0, 3, 3, 7, 7, 7, 0, 6, 6]
+    gain = spectral(gradflow.analyze(recording)["memory"])
+    for source in range(9):
+        for target in range(source, 9):
+            walled = source < 6 <= target  # the forget gate of the seventh step is shut
+            assert gain[source, target] == (-math.inf if walled else 0.0)
+
+
+def by_rows(module: nn.Module, rows: list[tuple[int, ...]]) -> nn.Module:
+    suffix = "_l0" if isinstance(module, nn.LSTM) else ""
+    with torch.no_grad():
+        getattr(module, f"weight_ih{suffix}").copy_(torch.tensor(rows))
+        getattr(module, f"weight_hh{suffix}").zero_()
+    return module
+
+
+AS_WRITTEN = [FORGET, INPUT, CANDIDATE, OUTPUT]
+IN_ORDER = [INPUT, FORGET, CANDIDATE, OUTPUT]
+
+
+def cell_outputs(rows: list[tuple[int, ...]]) -> tuple[Tensor, gradflow.Recording]:
+    cell = by_rows(nn.LSTMCell(4, 1, bias=False).double(), rows)
+    with gradflow.record(cell) as recording:
+        state, outputs = None, []
+        for step in torch.tensor(WORKED, dtype=F64):
+            state = cell(step.unsqueeze(0), state)
+            outputs.append(state[0])
+        torch.cat(outputs).sum().backward()
+    return torch.cat(outputs).detach().flatten(), recording
+
+
+def test_row_11_the_slip_in_the_order_of_the_gates() -> None:
+    outputs, recording = cell_outputs(AS_WRITTEN)
+    assert outputs.round().tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 1]
+    assert outputs[[5, 8]].tolist() == pytest.approx([0.6420, 0.6420], abs=5e-5)
+    right, _ = cell_outputs(IN_ORDER)
+    assert right[[5, 8]].tolist() == pytest.approx([0.9636, 0.7616], abs=5e-5)
+    gates = recording["cell"].gates
+    # the row meant to forget is the input gate: open at every step but the seventh
+    assert (gates["i"].flatten() > 0.5).tolist() == [True] * 6 + [False] + [True] * 2
+    assert (gates["f"].flatten() > 0.5).tolist() == [t in (1, 3, 7) for t in range(9)]
+
+
+def test_row_12_the_fused_layer_is_the_same() -> None:
+    outputs, by_cell = cell_outputs(AS_WRITTEN)
+    fused = by_rows(nn.LSTM(4, 1, bias=False).double(), AS_WRITTEN)
+    with gradflow.record(fused) as recording:
+        output, _ = fused(torch.tensor(WORKED, dtype=F64).unsqueeze(1))
+        output.sum().backward()
+    torch.testing.assert_close(output.detach().flatten(), outputs, rtol=1e-14, atol=0)
+    inside, cell = recording["l0"], by_cell["cell"]
+    torch.testing.assert_close(inside.grad_c, cell.grad_c, rtol=1e-12, atol=0)
+    torch.testing.assert_close(inside.grad_h, cell.grad_h, rtol=1e-12, atol=0)
+
+
+# ------------------------------------------------------------------------- 14: a stacked classifier
+
+
+class Classifier(nn.Module):
+    """Two layers from zero states, and a head on the last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(10, 20, 2, batch_first=True)
+        self.fc = nn.Linear(20, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        zero = torch.zeros(2, len(x), 20)
+        out, _ = self.lstm(x, (zero, zero))
+        return self.fc(out[:, -1, :])
+
+
+def test_row_14_both_layers_of_the_classifier() -> None:
+    torch.manual_seed(0)
+    run = gradflow.diagnose(Classifier(), torch.randn(5, 7, 10))
+    assert list(run.layers) == ["lstm.l0", "lstm.l1"]
+    assert all((layer.steps, layer.sequences, layer.hidden) == (7, 5, 20) for layer in run)
+
+
+# ------------------------------------------------------- 17, 18, 20: GRU, ReLU, covering and adding
+
+
+def test_row_17_a_gru_fused_and_as_a_cell() -> None:
+    torch.manual_seed(0)
+    fused, x = nn.GRU(3, 5).double(), torch.randn(6, 2, 3, dtype=F64)
+    cell = nn.GRUCell(3, 5).double()
+    cell.load_state_dict({name.removesuffix("_l0"): p for name, p in fused.state_dict().items()})
+    with gradflow.record(fused) as one:
+        fused(x)[0][-1].square().sum().backward()
+    with gradflow.record(cell) as other:
+        h = torch.zeros(2, 5, dtype=F64)
+        for step in x:
+            h = cell(step, h)
+        h.square().sum().backward()
+    assert one["l0"].grad_c is None
+    torch.testing.assert_close(one["l0"].grad_h, other["cell"].grad_h, rtol=1e-10, atol=0)
+
+
+def test_row_18_relu_does_not_cure_it() -> None:
+    torch.manual_seed(5)
+    verdicts = {}
+    for scale in (1.0, 3.0):
+        relu = nn.RNN(4, 64, nonlinearity="relu")
+        with torch.no_grad():
+            relu.weight_hh_l0.mul_(scale)
+        verdicts[scale] = gradflow.diagnose(relu, torch.randn(100, 4, 4))["l0"].verdict
+    assert verdicts == {1.0: "vanishing", 3.0: "exploding"}
+
+
+@pytest.mark.parametrize("steps", [60, 200])
+def test_row_19_an_untrained_horizon_does_not_depend_on_the_length(steps: int) -> None:
+    torch.manual_seed(3)
+    lstm = nn.LSTM(4, 16)
+    with gradflow.record(lstm) as recording:
+        lstm(torch.randn(steps, 4, 4))[0][-1].sum().backward()
+    horizon = gradflow.analyze(recording, stride=steps // 6)["l0"].horizon
+    assert horizon is not None and 15 <= horizon <= 24
+
+
+def test_row_19_a_forget_bias_of_five_spans_three_hundred_steps() -> None:
+    torch.manual_seed(3)
+    lstm = nn.LSTM(4, 16)
+    with torch.no_grad():
+        lstm.bias_hh_l0[16:32] = 0
+        lstm.bias_ih_l0[16:32] = 5
+    with gradflow.record(lstm) as recording:
+        lstm(torch.randn(300, 2, 4))[0][-1].sum().backward()
+    layer = gradflow.analyze(recording, stride=150)["l0"]
+    assert layer.horizon is None and layer.channels is not None and layer.channels > 8
+
+
+def test_row_20_adding_keeps_the_gradient_and_covering_does_not() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 4, 3, dtype=F64)
+    weights, recurrent = torch.randn(3, 3, dtype=F64), 0.3 * torch.randn(3, 3, dtype=F64)
+
+    def run(step: Callable[[Tensor, Tensor], Tensor]) -> gradflow.LayerAnalysis:
+        with gradflow.record(nn.Identity()) as recording:
+            s = torch.zeros(4, 3, dtype=F64, requires_grad=True)
+            for value in x:
+                s = gradflow.tap(s=step(s, value))
+            s.sum().backward()
+        return gradflow.analyze(recording)["loop"]
+
+    adding = run(lambda s, value: s + torch.tanh(value @ weights))
+    gains = spectral(adding)
+    assert (gains[~np.isnan(gains)] == 0.0).all(), "exactly 1 at every lag"
+    covering = run(lambda s, value: torch.tanh(value @ weights + s @ recurrent))
+    between = run(lambda s, value: s + 0.1 * torch.tanh(value @ weights - s))
+    assert covering.rate.value < between.rate.value < adding.rate.value
+    assert adding.rate.value == pytest.approx(0, abs=1e-14)
+    assert covering.verdict == "vanishing" and adding.verdict == "stable"
+
+
+# -------------------------------------------------------------------- 22, 23: saturation, explosion
+
+
+def test_row_22_saturated_units_pass_nothing_on() -> None:
+    torch.manual_seed(0)
+    rnn = nn.RNN(8, 32)
+    with torch.no_grad():
+        rnn.weight_ih_l0.mul_(30)
+    layer = gradflow.diagnose(rnn, torch.randn(60, 16, 8))["l0"]
+    names = [finding.name for finding in layer.findings]
+    assert "vanishing" in names and "saturated-activations" in names
+    assert layer.horizon is not None and layer.horizon < 10
+
+
+def diverging(clip: float | None) -> tuple[int, gradflow.Recording]:
+    """Train a ReLU RNN until its loss is not finite; the updates done, and the last recording."""
+    torch.manual_seed(0)
+    rnn, head = nn.RNN(2, 24, nonlinearity="relu"), nn.Linear(24, 1)
+    with torch.no_grad():
+        rnn.weight_hh_l0.copy_(1.03 * torch.eye(24))
+    parameters = [*rnn.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    done = 0
+    for update in range(1, 9):
+        x = torch.rand(40, 16, 2)
+        optimizer.zero_grad()
+        with gradflow.record(rnn) as recording:
+            loss = nn.functional.mse_loss(head(rnn(x)[0][-1])[:, 0], x[:, :, 0].sum(0))
+            loss.backward()
+        if not math.isfinite(loss.item()):
+            break
+        nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+        optimizer.step()
+        done = update
+    return done, recording
+
+
+@pytest.mark.filterwarnings("ignore::gradflow.errors.GradflowWarning")
+def test_row_23_the_first_value_that_is_not_finite() -> None:
+    update, recording = diverging(clip=None)
+    assert update == 1, "the second one's loss is not finite"
+    finding = gradflow.analyze(recording).findings[0]
+    assert finding.name == "not-finite"
+    h = recording["l0"].h
+    first = (~torch.isfinite(h)).any(2).any(1).nonzero()[0, 0]
+    sequence, unit = (~torch.isfinite(h[first])).nonzero()[0].tolist()
+    assert finding.where == f"step {first + 1}, sequence {sequence + 1}, unit {unit + 1}"
+    assert "forward" in finding.message
+
+
+def test_row_23_norm_clipping_cures_the_crash() -> None:
+    update, recording = diverging(clip=1.0)
+    assert update == 8
+    assert "not finite" not in gradflow.analyze(recording)["l0"].labels
