@@ -45,6 +45,9 @@ def dataset(
     gap = points[None, :] - points[:, None]  # [source, target]
     gain = np.where(gap >= 0, np.interp(np.maximum(gap, 0), lag, curve), np.nan)
     gain = gain + np.where(gap > 0, 0.15 * np.sin(points / 7.0)[None, :], 0.0)
+    blocks = ["hh", "hc", "ch", "cc"] if cell == "LSTM" else []
+    reach = max(1, steps - 1)
+    rank_lag = np.array([1 << n for n in range(reach.bit_length()) if 1 << n < reach] + [reach])
     norms = np.exp(np.clip(curve[::-1], -700, 700))
     direct = np.zeros(steps)
     direct[-1] = 1.0
@@ -54,8 +57,21 @@ def dataset(
         {
             "log_gain": (
                 ("norm", "sequence", "source", "target"),
-                np.stack([gain, gain - 0.5 * np.log(2)])[:, None],
+                np.stack([gain, gain - 0.5 * np.log(2), gain - 1.0])[:, None],
             ),
+            "log_block_gain": (
+                ("block", "sequence", "source", "target"),
+                np.stack([gain - 0.3 * place for place in range(len(blocks))] or [gain])[:, None][
+                    : len(blocks)
+                ],
+            ),
+            "log_cell_path": (
+                ("sequence", "source", "target"),
+                (gain - 1.5 if blocks else gain * np.nan)[None],
+            ),
+            "rank_stable": (("rank_lag",), 1 + (hidden / 4 - 1) / rank_lag),
+            "rank_effective": (("rank_lag",), 1 + (hidden / 2 - 1) / rank_lag),
+            "rank_surviving": (("rank_lag",), np.floor(hidden * np.exp(-rank_lag / 20))),
             "log_singular": (("sequence", "index"), np.sort(-random.random((1, 4)))[:, ::-1]),
             "lag_median": (("lag",), curve),
             "lag_low": (("lag",), curve + np.quantile(walk, 0.1, axis=0)),
@@ -76,7 +92,9 @@ def dataset(
             "memory_steps": (("state", "unit"), np.full((len(states), hidden), 7.0)),
         },
         coords={
-            "norm": ["spectral", "rms"],
+            "norm": ["spectral", "rms", "loss"],
+            "block": np.array(blocks, dtype="<U8"),
+            "rank_lag": rank_lag,
             "sequence": [3],
             "source": points,
             "target": points,
