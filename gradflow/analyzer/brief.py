@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from gradflow.analysis import Rate
-from gradflow.analyzer import assemble
-from gradflow.analyzer.curve import lag_curve
+from gradflow.analyzer import core
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.plan import exact_seconds
 from gradflow.analyzer.products import SPEED
-from gradflow.analyzer.rates import decays_as_power, judge
+from gradflow.analyzer.rates import decays_as_power
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.recording import Track
 
@@ -57,32 +55,22 @@ def brief(track: Track, *, span: int | None = None, share: int = 1, seed: int = 
     >>> found.verdict, round(found.half_life, 4), found.horizon, found.channels
     ('vanishing', 6.5788, 66, 0)
     """
-    settings = assemble.Settings(span, None, 1, "auto", None, seed, share, lambda phase, done: None)
+    settings = core.Settings(span, None, 1, "auto", None, seed, share, lambda phase, done: None)
     with fitting_threads(state_size(track)):
         return _measured(track, settings)
 
 
-def _measured(track: Track, settings: assemble.Settings) -> Brief:
-    lengths = track.lengths.cpu()
-    span = settings.span or max(1, round(float(lengths.double().quantile(0.5))))
-    finite = assemble._finite_sequences(track)
-    growth = assemble._growth(track, settings, None)
-    rates = growth.exponents[:, 0].numpy().copy()
-    rates[~finite | (lengths == 1).numpy()] = np.nan
-    rate = assemble._rate(track, growth, rates, finite)
-    mapped = assemble._mapped(track, rates, finite, settings)
-    maps = assemble._maps(track, mapped, settings)
-    curve = lag_curve(maps.log_gain["spectral"], maps.sources)
-    singular, _ = assemble._singular(track, mapped, span, settings)
-    labels = ("not exponential",) if decays_as_power(assemble._curves(growth)) else ()
+def _measured(track: Track, settings: core.Settings) -> Brief:
+    found = core.measure(track, settings, withheld=True)
+    labels = ("not exponential",) if decays_as_power(found.log_curves) else ()
     return Brief(
-        span=span,
-        verdict=judge(rate, span, track.batch, int(growth.counted.sum(0).max())).name,
-        rate=rate,
-        half_life=assemble._half_life(rate, curve, labels),
-        horizon=curve.horizon,
-        searched=curve.searched,
-        channels=assemble._channels(track, singular),
+        span=found.span,
+        verdict=found.verdict.name,
+        rate=found.rate,
+        half_life=core.half_life(found.rate, found.curve, labels),
+        horizon=found.curve.horizon,
+        searched=found.curve.searched,
+        channels=core.channels(track, found.ranks.singular),
     )
 
 
@@ -92,9 +80,9 @@ def brief_seconds(track: Track, span: int, share: int) -> float:
     weights = sum(weight.numel() for weight in track.weights.values())
     speed = SPEED[torch.float64]
     again = 8.0 * length * batch * weights / speed  # forward, gates, the same in float64
-    rate = assemble._qr_seconds(length, batch, size, 1)
+    rate = core.qr_seconds(length, batch, size, 1)
     # a map that does not fit its budget still follows one source to its end
     pilot = 2.0 * length * size**3 / speed
-    maps = min(exact_seconds(size, length), assemble.MAP_SECONDS / share + pilot)
-    work = min(4.0 * size**3 * span, assemble.CHANNEL_WORK / share)
+    maps = min(exact_seconds(size, length), core.MAP_SECONDS / share + pilot)
+    work = min(4.0 * size**3 * span, core.CHANNEL_WORK / share)
     return again + rate + maps + work / speed

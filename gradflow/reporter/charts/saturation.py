@@ -154,7 +154,9 @@ def _message(layer: LayerAnalysis, limits: Sequence[tuple[str, np.ndarray]]) -> 
             shares = _shares(layer, gate, end)
             if shares is not None:
                 words = f"gate {gate} {end}"
-                stuck.append((int((shares > STUCK).sum()), float(shares.mean()), len(shares), words))
+                stuck.append(
+                    (int((shares > STUCK).sum()), float(shares.mean()), len(shares), words)
+                )
     for name, shares in limits:
         stuck.append((int((shares > STUCK).sum()), float(shares.mean()), len(shares), name))
     if not stuck:
@@ -162,7 +164,9 @@ def _message(layer: LayerAnalysis, limits: Sequence[tuple[str, np.ndarray]]) -> 
     count, mean, units, words = max(stuck)
     if count:
         many = "unit has" if units == 1 else "units have"
-        return f"{count} of {units} {many} {words} more than {STUCK:.0%} of the time".replace("%", " %")
+        return f"{count} of {units} {many} {words} more than {STUCK:.0%} of the time".replace(
+            "%", " %"
+        )
     count, mean, units, words = max(stuck, key=lambda one: one[1])
     return f"no unit is stuck; most often {_is(words)}, {percent_words(mean)} of the time"
 
