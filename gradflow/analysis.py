@@ -19,16 +19,54 @@ lag_slope           (lag)                          local slope L(k) − L(k−1)
 lag_fit             (lag)                          straight line with the layer's rate as its slope
 sequence_rate       (batch)                        largest Lyapunov exponent of each sequence
 length              (batch)                        real steps of each sequence
+lyapunov            (index_k)                      every exponent measured, mean over sequences, nats
+                                                   per step: the rate first, then largest first
+lyapunov_low/_high  (index_k)                      their 95 % t-intervals over sequences
+lyapunov_trace      (index_k, step)                running mean of each over the counted steps, in
+                                                   processing order; the first eight, NaN beyond
+sum_rule            (side)                         sum of all exponents as "measured" and "exact", by
+                                                   determinants; NaN where not all were measured or
+                                                   no closed form is known
 log10_grad          (state, unit, back)            |∂L/∂s_t| of the last loss step, rms over sequences
                                                    aligned at that step (back = 0), divided by the
                                                    layer's own rms value there; log10
 unit_order          (state, unit)                  units sorted, longest memory first
 grad_norm           (kind, state, step)            median over sequences of ‖∂L/∂s_t‖₂; kind is
                                                    "total", "direct" (h only) or "last"; input-time order
+log10_triangle      (state, sequence, loss_step,   log10 ‖∂L_t'/∂s_t‖₂ of each loss step t' alone, the loss
+                    step)                          that reaches what the module returned at t'; both in
+                                                   input time, loss_step perhaps strided; NaN where t'
+                                                   cannot reach t
+lag_contribution    (parameter, lag)               ‖C_k‖_F: what all loss steps bring to ∂L/∂W through the
+                                                   step k before them; parameter is "weight_hh" or
+                                                   "weight_ih"; NaN below a bidirectional layer, where
+                                                   a loss step has no distance, and where too dear
+truncation_error    (parameter, lag)               ‖Σ_{j≤k} C_j − ∂L/∂W‖_F / ‖∂L/∂W‖_F: what is lost if
+                                                   every loss step may look back k steps at most
+cancellation        (parameter)                    ‖Σ C_k‖_F / Σ ‖C_k‖_F, from 0 (lags cancel) to 1
+gradient_depth      (parameter)                    Σ k ‖C_k‖_F / Σ ‖C_k‖_F, in steps
+truncation_window   (parameter, tolerance)         fewest steps K from which on the truncated gradient
+                                                   stays within 1, 5, 10 % of the full one, K = k + 1
 gate_mean           (gate, step)                   mean activation of each gate
 gate_closed/_open   (gate, step)                   share of units and sequences < 0.05 / > 0.95
 state_norm          (state, step)                  median over sequences of ‖s_t‖₂/√width
 memory_steps        (state, unit)                  steps back until |∂L/∂s| < 10⁻³ of the layer's level
+path_gain           (path, step)                   LSTM: ‖·‖₂ of the four terms of ∂c_t/∂c_{t−1} and of
+                                                   their sum, median over the mapped sequences; no path
+                                                   for other cells; every n-th step where it is dear
+gate_value          (gate, unit, step)             mean over sequences of a gate's activation
+gate_unit_closed    (gate, unit)                   share of steps and sequences < 0.05; NaN for tanh
+gate_unit_open      (gate, unit)                   share of steps and sequences > 0.95; NaN for tanh
+time_scale          (unit)                         −1/mean ln f (GRU: z) in steps; inf if always open
+unit_saturated      (state, unit)                  share of steps and sequences with |tanh| > 0.95: h of
+                                                   a tanh RNN, tanh c of an LSTM, n of a GRU
+unit_idle           (unit)                         ReLU: share of steps and sequences at exactly 0
+step_growth         (step)                         median over sequences of the leading direction's ln
+                                                   growth, on the steps that count towards the rate
+rate_factor         (factor)                       RNN: the rate's two summands, mean ln ‖W q‖ ("weight")
+                                                   and mean ln (‖D W q‖/‖W q‖) ("activation")
+segment_length      (segment)                      steps of the stretches between cuts, all sequences
+grad_input_norm     (step)                         median over sequences of ‖∂L/∂x_t‖₂ = ‖W_ihᵀ δ_t‖₂
 ==================  =============================  =====================================================
 """
 
@@ -76,10 +114,11 @@ class Finding:
     low: float | None = None
     high: float | None = None
     threshold: float | None = None
-    source: str = ""  # author and year of the threshold or the remedy
+    source: str = ""  # author and year of the remedy, or of what the finding rests on
     severity: float | None = None  # decades over the span; negative = lost
     advice: str = ""  # one sentence
     code: str = ""  # a line to paste
+    basis: str = ""  # where the threshold comes from: author and year, or a definition in words
 
 
 @dataclass(frozen=True)
@@ -101,7 +140,7 @@ class LayerAnalysis:
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span; None where undefined
-    lyapunov: np.ndarray | None  # (k,) nats per step, largest first
+    lyapunov: np.ndarray | None  # (k,) nats per step: the rate, then the others, largest first
     findings: tuple[Finding, ...]
     parity: Parity
     sentence: str  # the verdict in words with numbers

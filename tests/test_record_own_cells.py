@@ -168,6 +168,53 @@ def test_the_last_loss_step_alone(kind: str) -> None:
         assert_steps_close(values, alone.grads[name], both.mask, what=name)
 
 
+class PeepholeOnForget(nn.Module):
+    """U = 0: c' = σ(p c + b) c + i."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.b = (nn.Parameter(torch.tensor(v, dtype=F64)) for v in (1.3, 0.2))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return torch.sigmoid(self.p * c + self.b) * c + x
+
+
+def test_a_peephole_opens_a_path_of_its_own() -> None:
+    cell = PeepholeOnForget()
+    with gradflow.record(cell) as recording:
+        c = torch.full((1, 1), 0.7, dtype=F64)
+        for _ in range(2):
+            c = cell(torch.zeros(1, 1, dtype=F64), c)
+        c.sum().backward()
+    found = gradflow.analyzer.step_jacobians(recording["cell"])[0].item()
+    assert found == pytest.approx(0.9217812, abs=5e-8)
+
+
+class CoupledAlone(nn.Module):
+    """U = 0: c' = f c + (1 − f) g."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.tensor(1.0, dtype=F64))
+
+    def forward(self, g: Tensor, *, c: Tensor) -> Tensor:
+        f = torch.sigmoid(self.b)
+        return f * c + (1 - f) * g
+
+
+def test_the_path_of_coupled_gates_is_a_power_of_the_forget_gate() -> None:
+    cell = CoupledAlone()
+    with gradflow.record(cell) as recording:
+        c = torch.zeros(1, 2, dtype=F64)
+        for _ in range(20):
+            c = cell(torch.ones(1, 2, dtype=F64), c=c)
+        c.sum().backward()
+    gains = gradflow.analyzer.log_gain_map(gradflow.analyzer.step_jacobians(recording["cell"]))
+    want = torch.arange(20) * torch.nn.functional.logsigmoid(torch.ones((), dtype=F64))
+    assert torch.allclose(gains[0, 0], want, rtol=1e-12, atol=1e-14)
+    assert gradflow.analyze(recording)["cell"].half_life == pytest.approx(2.2127, abs=5e-5)
+
+
 # --------------------------------------------------------------------- what lies between two calls
 
 

@@ -102,6 +102,10 @@ class Steps:
         """Map every row u of block (B, m, S) to A_tᵀ u."""
         raise NotImplementedError
 
+    def log_volume(self) -> Tensor | None:
+        """ln |det A_t| of every step in closed form, (T, B); None where there is none."""
+        return None
+
     def scan(
         self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
     ) -> Scan:

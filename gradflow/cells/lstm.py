@@ -44,6 +44,19 @@ class LSTMSteps(Steps):
         delta = torch.stack([dc, dc, dc, dm], dim=2).mul_(self.factor[t].unsqueeze(1))
         return torch.cat([delta.flatten(2) @ self.weight_hh, dc * self.keep[t].unsqueeze(1)], dim=2)
 
+    def log_volume(self) -> Tensor:
+        """Σ ln f + ln |det(W_hr diag(tanh c_t ⊙ o (1 − o)) U_o)|, W_hr only with a projection.
+
+        Of the joint state: det A = det(cc) det(hh − hc cc⁻¹ ch), and what is subtracted leaves of
+        hh only the path through the output gate.
+        """
+        o, u_o = self.gates["o"], self.weight_hh.chunk(4)[3]
+        reach = self.states["c"].tanh() * o * (1 - o)
+        forgotten = self.gates["f"].log().sum(-1)
+        if self.weight_hr is None:
+            return forgotten + reach.abs().log().sum(-1) + torch.linalg.slogdet(u_o)[1]
+        return forgotten + torch.linalg.slogdet((self.weight_hr * reach.unsqueeze(2)) @ u_o)[1]
+
     def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
         return super().before(scan, t) | {"c": scan.grads["c"][t] * self.keep[t]}
 

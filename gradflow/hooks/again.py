@@ -100,11 +100,7 @@ def first_jacobian(
     fresh = {path: given.still(path).detach() for path in given.tensors}
     initial = {name: fresh[path].clone().requires_grad_() for name, path in entry.items()}
     fresh.update({path: initial[name] for name, path in entry.items()})
-    named = replaced(given.named, fresh)
-    keys = list(named)
-    args = tuple(named[key] for key in keys[: len(given.args)])
-    kwargs = {key: named[key] for key in given.kwargs}
-    returned = leaves(_run(module, given, args, kwargs))
+    returned = leaves(_run(module, given, fresh))
     again = {name: returned[path] for name, path in states.items() if path in returned}
     if any(
         name not in again or not torch.equal(row_of(again[name]), row) for name, row in rows.items()
@@ -123,10 +119,14 @@ def _is_watched() -> bool:
     return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
 
 
-def _run(module: nn.Module, given: Given, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> Any:
+    """What a copy of the module returns for these tensors in place of those that were given."""
     devices = {t.device for t in given.tensors.values() if t.device.type == "cuda"}
     device, enabled, dtype = given.autocast
     try:
+        named = replaced(given.named, tensors)
+        args = [named[key] for key in list(named)[: len(given.args)]]
+        kwargs = {key: named[key] for key in given.kwargs}
         copied = copy.deepcopy(module)
         for part in copied.modules():
             for hooks in HOOKS:

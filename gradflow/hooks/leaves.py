@@ -26,7 +26,8 @@ def leaves(value: Any) -> dict[Path, Tensor]:
 
 def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(value, Tensor):
-        yield path, value
+        if not value.is_nested:  # it has no shape to speak of
+            yield path, value
         return
     if len(path) < DEEPEST:
         for key, part in _parts(value):

@@ -332,8 +332,8 @@ class Recorder:
         replay = loop.groups[0].replay
         self.runs[call.owner] += 1
         run = self.runs[call.owner]
-        for layer, direction, base in picked:
-            name = base if run == 1 else f"{base}@{run}"
+        picked = [(i, j, base if run == 1 else f"{base}@{run}") for i, j, base in picked]
+        for layer, direction, name in picked:
             source = LoopSource(loop, layer, direction, self.uses)
             self.uses.note(source)
             track = Track(
@@ -348,6 +348,8 @@ class Recorder:
                 training=call.training,
                 batch_first=call.batch_first,
                 notes=list(notes),
+                owner=call.owner,
+                above=tuple(upper for i, _, upper in picked if i == layer + 1),
             )
             chain.tracks.append(track)
             self.recording._tracks[name] = track

@@ -66,12 +66,17 @@ class _Cell:
     """One module that may be a cell."""
 
     module: nn.Module
-    path: str
+    owner: str  # its path in the model, "" for the model itself
     parameters: list[str]  # of its forward
     ignored: bool = False  # what it returns are states of another track
     calls: int = 0
     ends: list[_First | _Loop] = field(default_factory=list)
     tracks: list[Track] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        """The name of its tracks."""
+        return self.owner or "cell"
 
 
 @dataclass(eq=False)
@@ -92,9 +97,7 @@ class OwnCells:
         self.owner = owner
         self.marks = Marks(owner)
         self.modules = [m for m in model.modules() if _may_be(m)]
-        self._cells = {
-            id(m): _Cell(m, paths[id(m)] or "cell", _parameters(m)) for m in self.modules
-        }
+        self._cells = {id(m): _Cell(m, paths[id(m)], _parameters(m)) for m in self.modules}
         self._under_way: list[_Call] = []
         self.seen = False  # also where no track was wanted
         self._like_cells: list[_Cell] = []
@@ -275,6 +278,7 @@ class OwnCells:
         source.marks = [mark]
         self._look_back(cell.module, first, entry, states, place, mark)
         end = self.marks.begin(cell.path, source, {}, place)
+        end.track.owner = cell.owner
         cell.tracks.append(end.track)
         self.marks.settle(end, {}, place, mark)
         entered, values = _entering(first.given, entry, rows)

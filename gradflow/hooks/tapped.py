@@ -158,25 +158,63 @@ class TapSource:
                 direct = self._split(torch.stack(every))["h"]
         return Backward(grads=grads, direct=direct, delta=None, delta_hh=None)
 
-    def last(self) -> Backward | None:
-        """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
-        if not self._has_gradient() or self.why_no_operator() or self.mixed:
+    def _direct_is_known(self) -> bool:
+        return self._has_gradient() and not self.mixed and not self.why_no_operator()
+
+    def reached(self) -> Tensor | None:
+        """(T, B): where the loss reaches the marked states; None without step Jacobians."""
+        if not self._direct_is_known():
             return None
         with torch.no_grad():
-            direct = torch.stack(self._direct())
-            time = torch.arange(len(direct), device=direct.device).unsqueeze(1)
-            arrives = (direct != 0).any(2)
-            if self.lengths is not None:
-                arrives &= time < self.lengths.to(direct.device)
-            chosen = time == torch.where(arrives, time, -1).max(0).values
-            kept = direct.masked_fill(~chosen.unsqueeze(2), 0.0)
-            carried, rows = torch.zeros_like(kept[0]), []
-            for mark, here in zip(reversed(self.marks), kept.flip(0), strict=True):
-                carried = carried + here
-                rows.append(_with_moving(mark, carried))
-                carried = _pulled(mark.jacobian, carried)
-            grads = self._split(torch.stack(rows[::-1]))
-        return Backward(grads=grads, direct=None, delta=None, delta_hh=None)
+            return (torch.stack(self._direct()) != 0).any(2)
+
+    def last(self) -> Backward | None:
+        """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
+        arrives = self.reached()
+        if arrives is None:
+            return None
+        time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
+        if self.lengths is not None:
+            arrives &= time < self.lengths.to(arrives.device)
+        chosen = torch.where(arrives, time, -1).max(0).values
+        every = torch.arange(arrives.shape[1], device=arrives.device)
+        rows = self._alone(every, chosen.unsqueeze(1), None).squeeze(2)
+        return Backward(grads=self._split(rows), direct=None, delta=None, delta_hh=None)
+
+    def loss_steps(
+        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    ) -> Backward | None:
+        """Total gradients of single loss steps, (n, T, m, ·); None without step Jacobians."""
+        if not self._direct_is_known():
+            return None
+        device = self.marks[0].cut.device
+        sequences, loss_steps = sequences.to(device), loss_steps.to(device)
+        chosen = loss_steps.expand(len(sequences), -1)
+        rows = self._alone(sequences, chosen, dtype)
+        if self.lengths is not None:
+            rows = trimmed(rows, self.lengths.to(device)[sequences])
+        widths = [state.shape[1] for state in self.marks[0].states.values()]
+        parts = rows.permute(2, 0, 1, 3).split(widths, dim=3)
+        return Backward(dict(zip(self.names, parts, strict=True)), None, None, None)
+
+    def contributions(self, sequences: Tensor) -> None:
+        """The weights of a hand-written loop were not seen."""
+
+    @torch.no_grad()
+    def _alone(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Gradients of what arrives at the chosen steps (m, n) alone, (T, m, n, S)."""
+        direct = torch.stack(self._direct())
+        whole = _is_all(sequences, direct.shape[1])
+        direct = direct[:, sequences].to(dtype or direct.dtype).unsqueeze(2)
+        carried = direct.new_zeros(*chosen.shape, direct.shape[3])
+        rows = []
+        for t in reversed(range(len(direct))):
+            mark = self.marks[t]
+            carried = carried + direct[t].masked_fill((chosen != t).unsqueeze(2), 0.0)
+            rows.append(_with_moving(mark, carried, None if whole else sequences))
+            matrix = mark.jacobian
+            carried = _pulled(matrix if matrix is None or whole else matrix[sequences], carried)
+        return torch.stack(rows[::-1])
 
     def _split(self, rows: Tensor) -> dict[str, Tensor]:
         """State name -> (T, B, width) in its own dtype, from (T, B, S)."""
@@ -309,16 +347,16 @@ def _grad(mark: Mark, name: str) -> Tensor:
 
 
 def _pulled(matrix: Tensor | None, rows: Tensor, *, absolute: bool = False) -> Tensor:
-    """Matrixᵀ rows, (B, S); zero where there is no matrix."""
+    """Matrixᵀ rows, (B, S) or (B, n, S); zero where there is no matrix."""
     if matrix is None:
         return torch.zeros_like(rows)
     matrix = matrix.to(rows.dtype)
     if absolute:
         matrix, rows = matrix.abs(), rows.abs()
-    return (rows.unsqueeze(1) @ matrix).squeeze(1)
+    return rows @ matrix if rows.dim() == 3 else (rows.unsqueeze(1) @ matrix).squeeze(1)
 
 
-def _with_moving(mark: Mark, rows: Tensor) -> Tensor:
+def _with_moving(mark: Mark, rows: Tensor, sequences: Tensor | None = None) -> Tensor:
     """Gradients of the graph from those of independent states: g = (I − Mᵀ)⁻¹ a.
 
     No state is made from itself, so the series Σ (Mᵀ)ⁿ ends after as many terms as there are states.
@@ -326,8 +364,9 @@ def _with_moving(mark: Mark, rows: Tensor) -> Tensor:
     total, term = rows, rows
     if mark.within is None:
         return total
+    within = mark.within if sequences is None else mark.within[sequences]
     for _ in mark.states:
-        term = _pulled(mark.within, term)
+        term = _pulled(within, term)
         total = total + term
     return total
 
