@@ -180,9 +180,7 @@ def test_a_hook_that_shows_everything_is_not_blamed() -> None:
     data["grad_norm"].loc[{"kind": "direct", "state": "h"}] = 2.0
     data["grad_norm"].loc[{"kind": "total", "state": "h"}] = 2.0
     words = parts.prepare(replace(layer, data=data)).message
-    assert words == (
-        "a hook on the output shows the whole gradient: none comes through recurrence"
-    )
+    assert words == ("a hook on the output shows the whole gradient: none comes through recurrence")
     data["grad_norm"].loc[{"kind": "total", "state": "h"}] = 20.0
     assert "off by up to a factor of 10" in parts.prepare(replace(layer, data=data)).message
 

@@ -145,9 +145,7 @@ def _draw_blocks(kind: Kind, entries: list[Entry]) -> Figure:
     charts = [block.chart for block in blocks if not block.chart.note]
     scale = kind.scale if kind.scale and any(map(kind.scale.used, charts)) else None
     specials = scale.specials(charts) if scale else {}
-    figure.set_size_inches(
-        columns * step, tops[-1] + (footer_height(specials) if scale else 0)
-    )
+    figure.set_size_inches(columns * step, tops[-1] + (footer_height(specials) if scale else 0))
     for number, block in enumerate(blocks):
         left, top = number % columns * step, tops[number // columns]
         _draw_head(figure, kind, block, titles[number], left, top)
@@ -185,7 +183,9 @@ def _draw_head(
             left + 0.3, top + LINE * number, line, fontsize=10, fontweight="bold", color=INK
         )
         figure.fit(said, width)
-    what = figure.words(left + 0.3, top + LINE * len(title) + 0.02, kind.what, fontsize=8, color=SOFT)
+    what = figure.words(
+        left + 0.3, top + LINE * len(title) + 0.02, kind.what, fontsize=8, color=SOFT
+    )
     figure.fit(what, width, 6.5)
 
 

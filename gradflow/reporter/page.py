@@ -170,7 +170,9 @@ def _names(keys: Sequence[FigureKey]) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for kind, name in keys:
         kinds.setdefault(name, []).append(kind)
-    return [f"{name} ({', '.join(some)})" if name else ", ".join(some) for name, some in kinds.items()]
+    return [
+        f"{name} ({', '.join(some)})" if name else ", ".join(some) for name, some in kinds.items()
+    ]
 
 
 def _importance(analysis: Analysis, key: FigureKey) -> tuple[int, int, int]:

@@ -50,9 +50,7 @@ def prepare(layer: LayerAnalysis) -> Gates:
     )
 
 
-def _message(
-    names: Sequence[str], mean: np.ndarray, closed: np.ndarray, opened: np.ndarray
-) -> str:
+def _message(names: Sequence[str], mean: np.ndarray, closed: np.ndarray, opened: np.ndarray) -> str:
     """How the gate that forgets stands: f of an LSTM, z of a GRU, else the first."""
     place = next((names.index(name) for name in ("f", "z") if name in names), 0)
     kind = {"f": "forget gate", "z": "update gate"}.get(names[place], f"gate {names[place]}")

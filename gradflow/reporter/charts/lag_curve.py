@@ -55,9 +55,7 @@ def _message(layer: LayerAnalysis, line: LagLine) -> str:
 
 def draw(axes: Sequence[Axes], curve: LagCurve) -> None:
     """The curve; below it, where there is room, its slope."""
-    panels.draw_lag(
-        axes[0], curve.line, curve.layer, curve.reach, curve.top, label=len(axes) == 1
-    )
+    panels.draw_lag(axes[0], curve.line, curve.layer, curve.reach, curve.top, label=len(axes) == 1)
     axes[0].set_ylabel("gain", labelpad=2)
     if len(axes) > 1:
         axes[0].tick_params(labelbottom=False)

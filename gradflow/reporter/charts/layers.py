@@ -109,7 +109,11 @@ def _total(rows: np.ndarray) -> np.ndarray:
 def _message(order: Sequence[LayerAnalysis], totals: np.ndarray) -> str:
     known = np.flatnonzero(~np.isnan(totals))
     if len(known) < 2:
-        return f"only {order[known[0]].name} has a gradient" if len(known) else "no layer has a gradient"
+        return (
+            f"only {order[known[0]].name} has a gradient"
+            if len(known)
+            else "no layer has a gradient"
+        )
     top, bottom = known[0], known[-1]
     ratio = totals[bottom] - totals[top]
     first, last = short_name(order[top].name), short_name(order[bottom].name)
@@ -120,7 +124,9 @@ def _message(order: Sequence[LayerAnalysis], totals: np.ndarray) -> str:
     if abs(ratio) < math.log10(2):
         return f"the gradient keeps its size from {first} down to {last}: × {ratio_words(ratio)}"
     if ratio < 0:
-        return f"from {first} down to {last} the gradient shrinks to {ratio_words(ratio)} of its size"
+        return (
+            f"from {first} down to {last} the gradient shrinks to {ratio_words(ratio)} of its size"
+        )
     return f"from {first} down to {last} the gradient grows × {ratio_words(ratio)}"
 
 

@@ -68,7 +68,11 @@ def _message(layer: LayerAnalysis, mean: np.ndarray, band: float) -> str:
     first = layer.rate if math.isfinite(layer.rate.value) else Rate(mean[0], mean[0], mean[0])
     largest = f"the largest exponent is {rate_words(first)} per step"
     kept = int((mean >= -band).sum())
-    share = f"{kept} of the {len(mean)} measured" if len(mean) < layer.size else f"{kept} of {len(mean)}"
+    share = (
+        f"{kept} of the {len(mean)} measured"
+        if len(mean) < layer.size
+        else f"{kept} of {len(mean)}"
+    )
     if kept == 0:
         return f"{largest}: every direction fades"
     return f"{largest}; {share} keep a tenth or more over {layer.span} steps"
@@ -83,7 +87,9 @@ def _reading(layer: LayerAnalysis, band: float) -> str:
     rule = measured(layer, "sum_rule")
     if rule is not None and np.isfinite(rule.values).all():
         got, exact = (float(rule.sel(side=side)) for side in ("measured", "exact"))
-        words += f" All exponents add up to {number_words(got)}; ln|det| says {number_words(exact)}."
+        words += (
+            f" All exponents add up to {number_words(got)}; ln|det| says {number_words(exact)}."
+        )
     return words
 
 

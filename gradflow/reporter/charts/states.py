@@ -28,7 +28,9 @@ def prepare(layer: LayerAnalysis) -> States:
     notes = [one.note for one in heats]
     reading = "Units are sorted, longest memory on top; the colours are powers of ten."
     shown = [one for one in heats if not one.note]
-    pools = [(one.step_pool, one.unit_pool) for one in shown if (one.step_pool, one.unit_pool) != (1, 1)]
+    pools = [
+        (one.step_pool, one.unit_pool) for one in shown if (one.step_pool, one.unit_pool) != (1, 1)
+    ]
     if pools:
         steps, units = pools[0]
         reading += f" A cell is the largest of {count_words(steps, 'step')} × {count_words(units, 'unit')}."
