@@ -7,8 +7,21 @@ are float64 numpy. Gains are natural logarithms unless a name says log10. ``sour
 Variables of `LayerAnalysis.data` (dims in brackets; NaN where undefined, -inf for an exact zero):
 
 ==================  =============================  =====================================================
-log_gain            (norm, sequence, source,       ln ‖P(t'←t)‖; norm is "spectral" or "rms"; sequence
-                    target)                        is the index in the user's batch; processing order
+log_gain            (norm, sequence, source,       ln ‖P(t'←t)‖; norm is "spectral", "rms" or "loss":
+                    target)                        ln (‖P(t'←t)ᵀ a_t'‖/‖a_t'‖) along the state-partial
+                                                   gradient a_t' of the loss; sequence is the index in
+                                                   the user's batch; processing order
+log_block_gain      (block, sequence, source,      ln (‖P_block‖_F/√columns) of the blocks of the joint
+                    target)                        product, rows first: "hc" is ∂h_t'/∂c_t; none for a
+                                                   single state
+log_cell_path       (sequence, source, target)     ln (‖diag(f_t' ⊙ … ⊙ f_{t+1})‖_F/√H) of an LSTM: the
+                                                   share of the cell path is its exp over that of block
+                                                   "cc"
+rank_stable         (rank_lag)                     ‖P‖_F²/‖P‖₂², median over sources and mapped sequences
+rank_effective      (rank_lag)                     exp of the entropy of the normalised singular values,
+                                                   median over a few starts and the mapped sequences
+rank_surviving      (rank_lag)                     how many singular values are at least 10⁻³, median
+                                                   likewise
 log_singular        (sequence, index)              ln of the singular values of P over the span
 lag_median          (lag)                          L(k): median over mapped sequences and sources of
                                                    the spectral ln gain

@@ -105,6 +105,7 @@ class Source(Protocol):
         self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
     ) -> Backward | None: ...
     def contributions(self, sequences: Tensor) -> Contributions | None: ...
+    def partial(self) -> dict[str, Tensor] | None: ...
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator: ...
     def parity(self) -> Parity: ...
     def why_no_gradient(self) -> str: ...
@@ -275,6 +276,17 @@ class Track:
     def has_direct(self) -> bool:
         """Whether the direct part of ∂L/∂h_t is known."""
         return self.has_gradient and self._backward().direct is not None
+
+    @property
+    def partial_grads(self) -> dict[str, Tensor] | None:
+        """State name -> state-partial ∂L/∂state_t, (T, B, width), or None where it cannot be told.
+
+        The other states of the same step are held fixed: for an LSTM
+        (∂L/∂h_t, ∂L/∂c_t − o_t ⊙ (1 − tanh² c_t) ⊙ W_hrᵀ ∂L/∂h_t). It is what the transposed step
+        Jacobians act on.
+        """
+        result = self._read("partial")
+        return result if isinstance(result, dict) else None
 
     @property
     def last_grads(self) -> dict[str, Tensor] | None:

@@ -24,7 +24,7 @@ from gradflow.analyzer.loss import KINDS, grad_norms
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.order import segment_lengths
 from gradflow.analyzer.paths import PATHS, path_gains
-from gradflow.analyzer.products import NORMS
+from gradflow.analyzer.ranks import stable_rank
 from gradflow.analyzer.rates import rate_over_sequences
 
 
@@ -52,19 +52,32 @@ def dataset(measured: Measured) -> xr.Dataset:
 
 def _gains(m: Measured) -> Part:
     """The maps and the singular values of the mapped sequences."""
-    gain = np.stack([m.maps.log_gain[norm] for norm in NORMS])
+    maps, pair = m.maps, ("sequence", "source", "target")
     return Part(
         {
-            "log_gain": (("norm", "sequence", "source", "target"), gain),
+            "log_gain": (("norm", *pair), np.stack(list(maps.log_gain.values()))),
+            "log_block_gain": (("block", *pair), maps.blocks),
+            "log_cell_path": (pair, maps.cell_path),
             "log_singular": (("sequence", "index"), m.singular),
         },
         {
-            "norm": list(NORMS),
+            "norm": list(maps.log_gain),
+            "block": np.array(maps.block_names, dtype="<U8"),
             "sequence": np.array(m.mapped),
-            "source": m.maps.sources,
+            "source": maps.sources,
             "target": np.arange(m.track.steps),
             "index": np.arange(m.singular.shape[1]),
         },
+    )
+
+
+def _ranks(m: Measured) -> Part:
+    """How many directions are left against the lag."""
+    stable = stable_rank(m.maps, m.ranks.lags, m.singular.shape[1])
+    ranks = {"stable": stable, "effective": m.ranks.effective, "surviving": m.ranks.surviving}
+    return Part(
+        {f"rank_{name}": (("rank_lag",), values) for name, values in ranks.items()},
+        {"rank_lag": m.ranks.lags.astype(int)},
     )
 
 
@@ -229,4 +242,5 @@ PARTS: list[Callable[[Measured], Part]] = [
     _paths,
     _leading,
     _flow,
+    _ranks,
 ]

@@ -28,6 +28,7 @@ from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
 from gradflow.analyzer.lyapunov import SHORT, Growth, burn_in, log_growth
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.order import cuts_before
+from gradflow.analyzer.ranks import measure_ranks
 from gradflow.analyzer.rates import (
     ROUNDING,
     Verdict,
@@ -36,7 +37,7 @@ from gradflow.analyzer.rates import (
     rate_of_one,
     rate_over_sequences,
 )
-from gradflow.analyzer.singular import log_singular_values, survivors
+from gradflow.analyzer.singular import survivors
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.analyzer.triangle import triangle
@@ -221,12 +222,12 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
 
     # every source to every target, for a few sequences
     mapped = _mapped(track, rates, finite, settings)
-    maps = _maps(track, mapped, settings)
+    withheld = track.has_gradient and track.parity.status == "failed"
+    maps = _maps(track, mapped, withheld, settings)
     curve = lag_curve(maps.log_gain["spectral"], maps.sources)
-    singular, reach = _singular(track, mapped, span, settings)
+    ranks = measure_ranks(track, mapped, span, CHANNEL_WORK / settings.layers)
 
     # what the loss sees
-    withheld = track.has_gradient and track.parity.status == "failed"
     seen = profile(track, withheld)
     measured = Measured(
         track=track,
@@ -239,8 +240,9 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
         mapped=mapped,
         maps=maps,
         curve=curve,
-        singular=singular,
-        reach=reach,
+        ranks=ranks,
+        singular=ranks.singular,
+        reach=ranks.reach,
         profile=seen,
         triangle=triangle(track, mapped, withheld, TRIANGLE_SECONDS / settings.layers),
         contributed=contributions(
@@ -264,7 +266,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
         verdict=verdict,
         labels=labels,
         half_life=_half_life(rate, curve, labels),
-        channels=_channels(track, singular),
+        channels=_channels(track, ranks.singular),
         gradient_note=gradient_note(track) or ("" if grows else arrives_elsewhere(seen)),
         data=dataset(measured),
     )
@@ -367,7 +369,7 @@ def _mapped(
     return tuple(known[place] for place in order[: settings.maps])
 
 
-def _maps(track: Track, mapped: Sequence[int], settings: Settings) -> plan.Maps:
+def _maps(track: Track, mapped: Sequence[int], withheld: bool, settings: Settings) -> plan.Maps:
     maps = plan.make_maps(
         track,
         mapped,
@@ -375,43 +377,14 @@ def _maps(track: Track, mapped: Sequence[int], settings: Settings) -> plan.Maps:
         stride=settings.stride,
         seed=settings.seed,
         seconds=MAP_SECONDS / settings.layers,
+        withheld=withheld,
         progress=lambda share: settings.progress(f"{track.name}: gains", share),
     )
     segments = cuts_before(track)[:, list(mapped)].T.numpy()  # (M, T)
     crossing = segments[:, maps.sources, None] != segments[:, None, :]
-    for values in maps.log_gain.values():
+    for values in maps.planes:
         values[crossing] = np.nan
     return maps
-
-
-def _singular(
-    track: Track, mapped: Sequence[int], span: int, settings: Settings
-) -> tuple[np.ndarray, int]:
-    """ln of the singular values over the span, (M, S), and the steps they really cover."""
-    dtype = torch.float64
-    size = state_size(track)
-    stretches = [_longest_stretch(track, b) for b in mapped]
-    reach = min(span, *(last - first for first, last in stretches))
-    if reach < 1:
-        return np.full((len(mapped), size), np.nan), 0
-    most = CHANNEL_WORK / settings.layers / len(mapped)
-    if 2.0 * size**3 * reach > most / 4:
-        dtype, most = torch.float32, most * 2
-    rows = []
-    for b, (first, _) in zip(mapped, stretches, strict=True):
-        operator = operator_of(track, dtype, [b])
-        steps = range(first + 1, first + reach + 1)
-        rows.append(log_singular_values(operator, steps, most_work=most))
-    return np.stack(rows), reach
-
-
-def _longest_stretch(track: Track, sequence: int) -> tuple[int, int]:
-    """First and last processed step of the longest run of steps without a cut."""
-    segments = cuts_before(track)[: int(track.lengths[sequence]), sequence]
-    counts = torch.unique_consecutive(segments, return_counts=True)[1]
-    longest = int(counts.argmax())
-    first = int(counts[:longest].sum())
-    return first, first + int(counts[longest]) - 1
 
 
 def _channels(track: Track, singular: np.ndarray) -> int | None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.norms import frobenius
+from gradflow.analyzer.norms import row_norms
 from gradflow.analyzer.order import in_processing_order
 from gradflow.recording import Contributions, Outer, Track
 
@@ -193,7 +193,7 @@ def _outer_norm(outer: Outer) -> float:
 
 
 def _norm(matrix: Tensor) -> float:
-    return float(frobenius(matrix.unsqueeze(0))[0])
+    return float(row_norms(matrix.reshape(1, -1))[0])
 
 
 def _rounded(seconds: float) -> str:

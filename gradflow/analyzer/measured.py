@@ -12,6 +12,7 @@ from gradflow.analyzer.curve import LagCurve
 from gradflow.analyzer.loss import Profile
 from gradflow.analyzer.lyapunov import Growth
 from gradflow.analyzer.plan import Maps
+from gradflow.analyzer.ranks import Ranks
 from gradflow.analyzer.spectrum import Spectrum
 from gradflow.analyzer.triangle import Triangle
 from gradflow.recording import Track
@@ -31,6 +32,7 @@ class Measured:
     mapped: tuple[int, ...]  # sequences that have maps
     maps: Maps
     curve: LagCurve
+    ranks: Ranks
     singular: np.ndarray  # (sequence, S) ln of the singular values over `reach` steps
     reach: int  # steps over which the channels are counted
     profile: Profile

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradflow.analyzer.norms import frobenius
+from gradflow.analyzer.norms import row_norms
 from gradflow.analyzer.order import cuts_before, input_time
 from gradflow.recording import Backward, Track
 
@@ -103,7 +103,7 @@ def _logs(
         found = track.loss_steps(steps[chunk].tolist(), list(mapped))
         assert isinstance(found, Backward)
         for number, state in enumerate(track.states):
-            norms = frobenius(found.grads[state].unsqueeze(3)).log10()  # (n, T, m)
+            norms = row_norms(found.grads[state]).log10()  # (n, T, m)
             logs[number][:, chunk] = norms.permute(2, 0, 1).cpu().numpy()
     return logs
 

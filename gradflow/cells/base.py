@@ -117,6 +117,14 @@ class Steps:
         """
         raise NotImplementedError
 
+    def partial(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """State-partial gradients from the totals of all steps, (T, B, width).
+
+        The total gradient of a state holds what goes through the other states of the same step; the
+        state-partial one holds them fixed, and is what Aᵀ acts on.
+        """
+        return grads
+
     def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
         """What step t hands to the state before it: state name -> (B, width).
 

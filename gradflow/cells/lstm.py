@@ -14,6 +14,8 @@ from torch import Tensor
 
 from gradflow.cells.base import Scan, Steps, Weights, previous
 
+ROUNDING = 4  # units of rounding of what was subtracted, below which a difference counts as 0
+
 
 @dataclass(frozen=True)
 class LSTMSteps(Steps):
@@ -62,6 +64,15 @@ class LSTMSteps(Steps):
 
     def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
         return super().before_size(scan, t) | {"c": scan.grads["c"][t].abs() * self.keep[t]}
+
+    def partial(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        total, through = grads["c"], self.through_h(grads["h"])
+        left = total - through
+        terms = total.abs() + through.abs()
+        if self.weight_hr is not None:  # the sum over h may have cancelled
+            terms = total.abs() + self.through * (grads["h"].abs() @ self.weight_hr.abs())
+        bound = ROUNDING * torch.finfo(total.dtype).eps * terms
+        return grads | {"c": left.masked_fill(left.abs() <= bound, 0.0)}
 
     def through_h(self, grad_h: Tensor) -> Tensor:
         """What a gradient at h brings to c through h = o ⊙ tanh c, all steps at once, (T, B, H)."""

@@ -66,6 +66,15 @@ class LayerSource:
         """Total gradients of the last loss step alone; last in processing order."""
         return self._read("from the start" if self.direction else "from the end")
 
+    def partial(self) -> dict[str, Tensor] | None:
+        """State-partial gradients; None without a backward."""
+        scans = self.scans.scanned("total")
+        if scans is None:
+            return None
+        scan = scans[self.layer][self.direction][1]
+        with torch.no_grad():
+            return self._named(self.replay.steps(self.layer, self.direction).partial(scan.grads))
+
     def _read(self, which: str) -> Backward | None:
         scans = self.scans.scanned(which)
         if scans is None:
@@ -343,6 +352,28 @@ class LoopSource:
                 return None
             passed = [scans[-1] for _, scans in by_time(stack, len(sequences), loss_steps)]
             return _alone(gathered(passed), shaped)
+
+    def partial(self) -> dict[str, Tensor] | None:
+        """State-partial gradients; None without a backward.
+
+        None also where a state goes around a call: the states that compose are then not those that
+        the calls return.
+        """
+        single = self._single()
+        if single is not None:
+            return single.partial()
+        with torch.no_grad():
+            scans = self.loop.scans(self.layer)
+            around = any(
+                link is not None and link.around is not None for link in self.loop.chain.links
+            )
+            if scans is None or around:
+                return None
+            parts = [
+                group.replay.steps(self.layer, 0).partial(scan.grads)
+                for group, (_, scan) in zip(self.loop.groups, scans, strict=True)
+            ]
+            return {name: self._in_time([part[name] for part in parts]) for name in parts[0]}
 
     def _gathered(
         self, direct: Tensor, gather: Callable[[Callable[[Scan], Tensor]], Tensor]

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.errors import RecordingError
 from gradflow.hooks.dense import Dense
 from gradflow.hooks.graph import Edge
-from gradflow.hooks.loop import difference, trimmed
+from gradflow.hooks.loop import ROUNDING, difference, trimmed
 from gradflow.recording import Backward, Forward, Operator, Parity
 
 WIDEST = 64  # states up to which step Jacobians are taken unasked
@@ -161,6 +161,23 @@ class TapSource:
     def _direct_is_known(self) -> bool:
         return self._has_gradient() and not self.mixed and not self.why_no_operator()
 
+    def partial(self) -> dict[str, Tensor] | None:
+        """State-partial gradients; None without a backward, or without what leads between states."""
+        if not self._has_gradient() or self.mixed:
+            return None
+        if len(self.names) > 1 and self.why_no_operator():
+            return None
+        with torch.no_grad():
+            rows = []
+            for mark in self.marks:
+                total = self._total(mark)
+                came = _pulled(mark.within, total)
+                size = total.abs() + _pulled(mark.within, total, absolute=True)
+                bound = ROUNDING * torch.finfo(total.dtype).eps * size
+                left = total - came
+                rows.append(left.masked_fill(left.abs() <= bound, 0.0))
+            return self._split(torch.stack(rows))
+
     def reached(self) -> Tensor | None:
         """(T, B): where the loss reaches the marked states; None without step Jacobians."""
         if not self._direct_is_known():
@@ -231,15 +248,12 @@ class TapSource:
         An entry no larger than 64 units of rounding of the largest term of its step, sequence and
         state counts as an exact 0: less than that the subtraction cannot tell.
         """
-        dtype = torch.float32
-        for state in self.marks[0].states.values():
-            dtype = torch.promote_types(dtype, state.dtype)
         widths = [state.shape[1] for state in self.marks[0].states.values()]
         later: tuple[Tensor, Tensor] | None = None  # a of the step after and the size of its terms
         found = []
         for place in reversed(range(len(self.marks))):
             mark = self.marks[place]
-            total = torch.cat([_grad(mark, name).to(dtype) for name in mark.states], dim=1)
+            total = self._total(mark)
             value = total - _pulled(mark.within, total)
             size = total.abs() + _pulled(mark.within, total, absolute=True)
             came, bound = torch.zeros_like(value), torch.zeros_like(value)
@@ -251,6 +265,13 @@ class TapSource:
             found.append(torch.cat([difference(*p) for p in zip(*parts, strict=True)], dim=1))
             later = (value, size)
         return found[::-1]
+
+    def _total(self, mark: Mark) -> Tensor:
+        """(B, S): the total gradients of one step, states side by side."""
+        dtype = torch.float32
+        for state in mark.states.values():
+            dtype = torch.promote_types(dtype, state.dtype)
+        return torch.cat([_grad(mark, name).to(dtype) for name in mark.states], dim=1)
 
     def why_no_operator(self) -> str:
         """Why the step Jacobians are not known, or nothing."""
