@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow._version import __version__
 from gradflow.errors import GradflowWarning, InputError, must_be
-from gradflow.hooks import mistakes
+from gradflow.hooks import circumstances, mistakes
+from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
 from gradflow.hooks.forwards import watching
 from gradflow.hooks.loop import Loop
@@ -30,6 +31,10 @@ from gradflow.hooks.taps import Taps
 from gradflow.recording import Recording, Track, matches_any
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
+ASKED_OF_SEQUENCES = (
+    "lengths= was a function, which is asked of whole sequences and not of single steps: all steps "
+    "count as real; give the lengths themselves"
+)
 
 
 class Recorder:
@@ -55,6 +60,8 @@ class Recorder:
         self.calls: list[Call] = []
         self.handles: list[RemovableHandle] = []
         self.runs: Counter[str] = Counter()
+        self.strangers: dict[str, None] = {}  # recurrent calls that are not the model's, in words
+        self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
         self.stitcher = Stitcher()
         self.taps = Taps(self)
         self._copies: dict[object, Tensor] = {}  # by id, or by owner and place
@@ -69,7 +76,13 @@ class Recorder:
 
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool:
         """A call belongs to this recording if its module or its weights are the model's."""
-        return self._owner(weights, module) is not None
+        mine = self._owner(weights, module) is not None
+        if not mine:
+            kind = (
+                "a function of torch" if module is None else f"a module ({type(module).__name__})"
+            )
+            self.strangers[kind] = None
+        return mine
 
     def _owner(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> str | None:
         if module is not None and id(module) in self._paths:
@@ -77,27 +90,32 @@ class Recorder:
         for weight in weights:
             if id(weight) in self._holders:
                 return self._holders[id(weight)]
-        return None
+        return holder_of(weights, self._holders)
 
     def saw(self, seen: FusedCall) -> None:
         """Copy one fused call and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
         if owner is not None:
             self._admit(self._copy(seen, owner), seen.initial, seen.results)
-            self.own.saw_stock(seen.results)
+            self.own.saw_stock(owner, seen.results)
 
     def saw_cell(self, seen: CellCall) -> None:
         """Copy one call of a single-step function and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
         if owner is not None:
             self._admit(self._copy_cell(seen, owner), seen.initial, seen.results)
-            self.own.saw_stock(seen.results)
+            self.own.saw_stock(owner, seen.results)
 
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
     ) -> None:
         """Copy the states that a hand-written loop marks; every recording of the thread does."""
         self.taps.saw(name, states, rows, frame)
+
+    def saw_scaler(self, scaler: Any) -> None:
+        """Note that a loss was multiplied by somebody's scale."""
+        if self.scaler is None and scaler.is_enabled():
+            self.scalers_scale = scaler.get_scale
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that may be a cell of the user's own is called."""
@@ -272,10 +290,13 @@ class Recorder:
     def _given_lengths(self, seen: FusedCall) -> Tensor | None:
         if self.lengths is None or seen.batch_sizes is not None:
             return None
-        given = seen.data if seen.module_input is None else seen.module_input
-        lengths = self.lengths(given) if callable(self.lengths) else self.lengths
         batch, steps = (0, 1) if seen.batch_first else (1, 0)
         batch, steps = seen.data.shape[batch], seen.data.shape[steps]
+        if steps == 1:  # a step of a loop, whose real steps they are
+            self.lengths_of(batch)
+            return None
+        given = seen.data if seen.module_input is None else seen.module_input
+        lengths = self.lengths(given) if callable(self.lengths) else self.lengths
         try:
             found = torch.as_tensor(lengths).cpu()
         except (TypeError, ValueError, RuntimeError):
@@ -303,8 +324,10 @@ class Recorder:
         ]
         if not picked:
             return
-        if call.single:
+        notes = []
+        if chain.sizes == [1] and call.batch_sizes is None:
             chain.lengths = self._loop_lengths()
+            notes += [ASKED_OF_SEQUENCES] if callable(self.lengths) else []
         loop = Loop(chain)
         replay = loop.groups[0].replay
         self.runs[call.owner] += 1
@@ -326,6 +349,7 @@ class Recorder:
                 batch_first=call.batch_first,
                 owner=call.owner,
                 above=tuple(upper for i, _, upper in picked if i == layer + 1),
+                notes=list(notes),
             )
             chain.tracks.append(track)
             self.recording._tracks[name] = track
@@ -389,11 +413,6 @@ def copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def clean(name: str) -> str:
-    """A module path without what DataParallel and torch.compile put in front of it."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
 @contextmanager
 def record(
     model: nn.Module,
@@ -413,7 +432,8 @@ def record(
             cell of your own: a module with weights that is given again what it returned before.
         layers: names or globs of the tracks to keep; all by default.
         lengths: (B,) real steps of each sequence of a padded batch, or a callable of the layer's
-            input that gives them. Packed input needs none.
+            input that gives them. Packed input needs none. Of a loop over single steps they are
+            the real steps of the loop; a callable is not asked there.
         jacobians: step Jacobians of cells of your own and of loops that mark their states with
             `gradflow.tap`, at one backward of the step per unit: by default up to 64 units, with True
             at any width, with False never.
@@ -458,7 +478,7 @@ def record(
             source.graph_tasks for source in recorder.marked
         )
         _describe(recorder, list(ran.names), ran_backward=marks_changed or seen)
-    for sentence in mistakes.found(recorder.recording):
+    for sentence in [*mistakes.found(recorder.recording), *_misleading(recorder)]:
         warnings.warn(sentence, GradflowWarning, stacklevel=3)
 
 
@@ -483,12 +503,33 @@ def _notes(track: Track) -> list[str]:
     return notes
 
 
+def _misleading(recorder: Recorder) -> list[str]:
+    """What makes the numbers other than they seem, or leaves some out: warned of, and in the report."""
+    found = []
+    if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
+        found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
+    unseen, _ = _unseen(recorder)
+    return found + ([circumstances.not_seen(unseen)] if unseen else [])
+
+
+def _unseen(recorder: Recorder) -> tuple[list[str], list[str]]:
+    """See `circumstances.unseen_cells`; nothing where there is no track at all, which says enough."""
+    if not len(recorder.recording):
+        return [], []
+    return circumstances.unseen_cells(recorder.model, {call.owner for call in recorder.calls})
+
+
 def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
     ran_some = bool(calls) or recorder.taps.seen or recorder.own.seen
     recording._empty_reason = mistakes.why_no_track(
-        recorder.model, recorder.layers, ran_some, ran, recorder.own.without_state
+        recorder.model,
+        recorder.layers,
+        ran_some,
+        ran,
+        recorder.own.without_state,
+        recorder.strangers,
     )
     training = [call.training for call in calls] or [recorder.training]
     tensors = [call.weights[0] for call in calls] + [
@@ -497,6 +538,9 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
         track.notes += _notes(track)
+    recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
+    _, perhaps = _unseen(recorder)
+    recording.notes += [circumstances.perhaps_not_seen(perhaps)] if perhaps else []
     recording.provenance = {
         "model": recording.model_name,
         "gradflow": __version__,

@@ -29,7 +29,7 @@ from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.recording import GATES, Track
 
 OPEN = 4  # calls of one module, or loops over it, that may be gone on with at the same moment
-STOCK = ""  # in the place of a module's path: torch's own recurrent functions
+STOCK = ":"  # before a module's path: torch's own recurrent functions with its weights
 
 
 class CellOwner(Owner, Protocol):
@@ -148,9 +148,9 @@ class OwnCells:
         while len(cell.ends) > OPEN:
             _let_go(cell.ends.pop(0))
 
-    def saw_stock(self, results: tuple[Tensor, ...]) -> None:
+    def saw_stock(self, owner: str, results: tuple[Tensor, ...]) -> None:
         """A recurrent function of torch's own ran, perhaps inside some of the modules."""
-        self._tell_outer(STOCK, list(results))
+        self._tell_outer(STOCK + owner, list(results))
 
     def close(self) -> None:
         """Let go of the user's tensors and graph."""
@@ -238,8 +238,10 @@ class OwnCells:
     def _hands_on(self, first: _First, came: dict[Path, Path]) -> bool:
         """Whether all the states are those of tracks inside this module."""
         known = {cell.path for cell in self._cells.values() if cell.tracks and not _is_plain(cell)}
-        known.add(STOCK)
-        return all(first.made_by[path] & known for path in came)
+        return all(
+            any(maker in known or maker.startswith(STOCK) for maker in first.made_by[path])
+            for path in came
+        )
 
     def _hide_inner(self, call: _Call) -> None:
         """Of nested cells the outer one is kept: it carries all that those inside it do."""

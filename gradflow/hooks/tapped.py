@@ -158,11 +158,11 @@ class TapSource:
                 direct = self._split(torch.stack(every))["h"]
         return Backward(grads=grads, direct=direct, delta=None, delta_hh=None)
 
-    def _direct_is_known(self) -> bool:
-        return self._has_gradient() and not self.mixed and not self.why_no_operator()
-
     def partial(self) -> dict[str, Tensor] | None:
-        """State-partial gradients; None without a backward, or without what leads between states."""
+        """State-partial gradients; None without a backward, or without what leads between states.
+
+        None also where a state goes around a call: the states that compose are then other ones.
+        """
         if not self._has_gradient() or self.mixed:
             return None
         if len(self.names) > 1 and self.why_no_operator():
@@ -177,6 +177,9 @@ class TapSource:
                 left = total - came
                 rows.append(left.masked_fill(left.abs() <= bound, 0.0))
             return self._split(torch.stack(rows))
+
+    def _direct_is_known(self) -> bool:
+        return self._has_gradient() and not self.mixed and not self.why_no_operator()
 
     def reached(self) -> Tensor | None:
         """(T, B): where the loss reaches the marked states; None without step Jacobians."""
