@@ -17,8 +17,9 @@ from gradflow.analyzer import assemble
 from gradflow.analyzer.curve import lag_curve
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.plan import exact_seconds
-from gradflow.analyzer.products import SPEED
+from gradflow.analyzer.ranks import measure_ranks
 from gradflow.analyzer.rates import decays_as_power, judge
+from gradflow.analyzer.sweep import SPEED
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.recording import Track
 
@@ -71,9 +72,10 @@ def _measured(track: Track, settings: assemble.Settings) -> Brief:
     rates[~finite | (lengths == 1).numpy()] = np.nan
     rate = assemble._rate(track, growth, rates, finite)
     mapped = assemble._mapped(track, rates, finite, settings)
-    maps = assemble._maps(track, mapped, settings)
+    maps = assemble._maps(track, mapped, True, settings)  # nothing that rests on the loss
     curve = lag_curve(maps.log_gain["spectral"], maps.sources)
-    singular, _ = assemble._singular(track, mapped, span, settings)
+    work = assemble.CHANNEL_WORK / settings.layers
+    singular = measure_ranks(track, mapped, span, work).singular
     labels = ("not exponential",) if decays_as_power(assemble._curves(growth)) else ()
     return Brief(
         span=span,
