@@ -126,12 +126,12 @@ class Track:
     """
 
     name: str  # "rnn.l0", "encoder.lstm.l1_reverse"; a cell: its module's own path
-    cell: str  # "LSTM", "GRU", "RNN_TANH", "RNN_RELU"; "tap" for a loop that marks its states
+    cell: str  # "LSTM", "GRU", "RNN_TANH", "RNN_RELU"; a user's class name; "tap": marked states
     reverse: bool  # true: the past of a step is the larger t
     lengths: Tensor  # (B,) real steps of each sequence
     mask: Tensor  # (T, B) true on real steps
     cuts: Tensor  # (T, B) true where no previous state arrives
-    weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies; none of a tap
+    weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies; stock cells only
     source: Source = field(repr=False)
     training: bool = True
     batch_first: bool = False  # how the layer itself was given its input
@@ -192,9 +192,12 @@ class Track:
 
     def _seen(self, value: Tensor | None, what: str) -> Tensor:
         if value is None:
+            how = (
+                "were marked with gradflow.tap" if self.cell == "tap" else "came back to your cell"
+            )
             raise RecordingError(
-                f"{self.name} has no {what}: its states were marked with gradflow.tap, and nothing "
-                "but the states of such a loop is seen"
+                f"{self.name} has no {what}: its states {how}, and nothing but the states of such a "
+                "loop is seen"
             )
         return value
 
@@ -435,7 +438,7 @@ class Track:
 
     @property
     def hidden(self) -> int:
-        """H, the number of hidden units; of a tapped loop the width of its main state."""
+        """H, the number of hidden units; of a loop of the user's own the width of its main state."""
         if self.cell not in GATES:
             return int(self.states[self.main_state].shape[2])
         return int(self.weights["weight_hh"].shape[0]) // GATES[self.cell]

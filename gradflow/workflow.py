@@ -21,7 +21,7 @@ from gradflow.analyzer.agreement import agreed
 from gradflow.errors import GradflowError, GradflowWarning, InputError, UserCodeError, must_be
 from gradflow.hooks import record
 from gradflow.prediction import with_predictions
-from gradflow.recording import Recording
+from gradflow.recording import GATES, Recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -320,7 +320,7 @@ def _loss(
 def _time_axis(model: nn.Module, recording: Recording, output: object) -> int:
     """Where time is in the model's output: where the layer that ran last had it."""
     tracks = list(recording)
-    if tracks and tracks[-1].cell != "tap":
+    if tracks and tracks[-1].cell in GATES:
         return int(tracks[-1].batch_first)
     if tracks and isinstance(output, Tensor) and output.ndim >= 2:  # a loop by hand does not say
         steps, batch = tracks[-1].steps, tracks[-1].batch

@@ -399,6 +399,9 @@ class LoopSource:
 
     def parity(self) -> Parity:
         """See `WeightUses.check`; the worst of all groups of calls."""
+        if any(call.second_order for call in self.calls):
+            reason = "a backward with create_graph=True came through the layer"
+            return Parity("not applicable", None, reason)
         checked, found = [], []
         for part in self.parts():
             keys = part.weight_keys()

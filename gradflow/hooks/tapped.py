@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.errors import RecordingError
-from gradflow.hooks.dense import Dense, Place
+from gradflow.hooks.dense import Dense
+from gradflow.hooks.graph import Edge
 from gradflow.hooks.loop import ROUNDING, difference, trimmed
 from gradflow.recording import Backward, Forward, Operator, Parity
 
@@ -32,8 +33,38 @@ class Mark:
     cut: Tensor  # (B,)
     jacobian: Tensor | None = None  # (B, S, S), None at the first mark and where it is not known
     within: Tensor | None = None  # M, (B, S, S); None: zero
+    within_known: bool = False
     unknown: str = ""  # why there is no Jacobian
     grads: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a loop is spoken of: one that marks its states, or one over a cell of the user's own."""
+
+    step: str
+    steps: str
+    states: str
+    more: str  # what a loop does that carries more than its known states, and what to do
+    kind: str
+
+
+TAPPED = Words(
+    step="tap",
+    steps="taps",
+    states="marked states",
+    more="the loop carries more than its marked states; mark every state that it carries, where it "
+    "enters the next step",
+    kind="a hand-written loop: its states were marked with tap, its weights were not seen",
+)
+CALLED = Words(
+    step="call",
+    steps="calls",
+    states="states",
+    more="the loop carries more than the states that this cell returns; mark all that it carries "
+    "with h, c = gradflow.tap(h=h, c=c) inside the loop, once per step",
+    kind="a cell of your own: how it uses its weights is not known",
+)
 
 
 @dataclass(eq=False)
@@ -42,11 +73,20 @@ class TapSource:
 
     scale: Callable[[], float]
     name: str = "loop"  # of the track
+    cell: str = "tap"
     lengths: Tensor | None = None
     marks: list[Mark] = field(default_factory=list)
+    mixed: bool = False  # some states go around the calls, see `around`
+    remarks: list[str] = field(default_factory=list)
+    initial: dict[str, Tensor] = field(default_factory=dict)  # state name -> (B, width), if seen
     graph_tasks: set[int] = field(default_factory=set)
     second_order: bool = False
     ran_backward: bool = False
+
+    @property
+    def words(self) -> Words:
+        """How to speak of this loop."""
+        return TAPPED if self.cell == "tap" else CALLED
 
     @property
     def version(self) -> int:
@@ -55,11 +95,11 @@ class TapSource:
 
     # -- what the recorder calls -------------------------------------------------------------
 
-    def listen(self, mark: Mark, place: Place) -> list[RemovableHandle]:
+    def listen(self, mark: Mark, edges: dict[str, Edge]) -> list[RemovableHandle]:
         """Add up the gradients that reach the marked tensors, after all hooks of the user's own."""
         return [
             node.register_prehook(self._catcher(mark, name, output))
-            for name, (node, output) in place.edges.items()
+            for name, (node, output) in edges.items()
         ]
 
     def _catcher(
@@ -84,12 +124,12 @@ class TapSource:
         return list(self.marks[0].states)
 
     def forward(self) -> Forward:
-        """States; what came before the first tap, gates and inputs were not seen."""
+        """States, and those before the first where they were seen; gates and inputs were not."""
         states = {
             name: self._trimmed(torch.stack([mark.states[name] for mark in self.marks]))
             for name in self.names
         }
-        return Forward(states=states, initial={}, gates={}, inputs=None)
+        return Forward(states=states, initial=self.initial, gates={}, inputs=None)
 
     def _trimmed(self, array: Tensor) -> Tensor:
         return trimmed(array, self.lengths)
@@ -110,7 +150,7 @@ class TapSource:
             for name in self.names
         }
         direct = None
-        if "h" in grads and not self.why_no_operator():
+        if "h" in grads and not self.why_no_operator() and not self.mixed:
             with torch.no_grad():
                 every = [
                     _with_moving(m, d) for m, d in zip(self.marks, self._direct(), strict=True)
@@ -119,8 +159,11 @@ class TapSource:
         return Backward(grads=grads, direct=direct, delta=None, delta_hh=None)
 
     def partial(self) -> dict[str, Tensor] | None:
-        """State-partial gradients; None without a backward, or without what leads between states."""
-        if not self._has_gradient():
+        """State-partial gradients; None without a backward, or without what leads between states.
+
+        None also where a state goes around a call: the states that compose are then other ones.
+        """
+        if not self._has_gradient() or self.mixed:
             return None
         if len(self.names) > 1 and self.why_no_operator():
             return None
@@ -135,9 +178,12 @@ class TapSource:
                 rows.append(left.masked_fill(left.abs() <= bound, 0.0))
             return self._split(torch.stack(rows))
 
+    def _direct_is_known(self) -> bool:
+        return self._has_gradient() and not self.mixed and not self.why_no_operator()
+
     def reached(self) -> Tensor | None:
         """(T, B): where the loss reaches the marked states; None without step Jacobians."""
-        if not self._has_gradient() or self.why_no_operator():
+        if not self._direct_is_known():
             return None
         with torch.no_grad():
             return (torch.stack(self._direct()) != 0).any(2)
@@ -159,7 +205,7 @@ class TapSource:
         self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
     ) -> Backward | None:
         """Total gradients of single loss steps, (n, T, m, ·); None without step Jacobians."""
-        if not self._has_gradient() or self.why_no_operator():
+        if not self._direct_is_known():
             return None
         device = self.marks[0].cut.device
         sequences, loss_steps = sequences.to(device), loss_steps.to(device)
@@ -235,7 +281,7 @@ class TapSource:
         return next((mark.unknown for mark in self.marks if mark.unknown), "")
 
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
-        """Dense step Jacobians; index 0 is the identity, as nothing before the first tap was seen.
+        """Dense step Jacobians; index 0 is the identity where nothing before the first was seen.
 
         Raises:
             RecordingError: they were not taken, or could not be.
@@ -250,9 +296,11 @@ class TapSource:
         first = self.marks[0]
         size = sum(state.shape[1] for state in first.states.values())
         eye = torch.eye(size, dtype=dtype, device=device).expand(len(chosen), -1, -1)
-        matrices = [eye]
-        for t, mark in enumerate(self.marks[1:], start=1):
-            assert mark.jacobian is not None
+        matrices = []
+        for t, mark in enumerate(self.marks):
+            if mark.jacobian is None:
+                matrices.append(eye)
+                continue
             matrix = mark.jacobian if _is_all(chosen, len(mark.cut)) else mark.jacobian[chosen]
             if self.lengths is not None:
                 padded = t >= self.lengths.to(device)[chosen]
@@ -265,7 +313,7 @@ class TapSource:
         return Parity(
             "not applicable",
             None,
-            "a hand-written loop: its states were marked with tap, its weights were not seen",
+            self.words.kind,
         )
 
     def why_no_gradient(self) -> str:
@@ -281,11 +329,14 @@ class TapSource:
             return (
                 "its marked states need no gradient; mark the states before any detach(), or call "
                 "requires_grad_() on the weights"
+                if self.words is TAPPED
+                else "its states need no gradient: its weights are frozen; call requires_grad_() on "
+                "them"
             )
         if self.ran_backward:
             return (
-                "a backward ran but did not reach the marked states: they are detached, or the loss "
-                "ignores them; make the loss depend on them"
+                f"a backward ran but did not reach its {self.words.states}: they are detached, or "
+                "the loss ignores them; make the loss depend on them"
             )
         return "no backward ran inside the block; call loss.backward() before the block ends"
 
@@ -294,12 +345,19 @@ class TapSource:
         reason = self.why_no_operator()
         if reason:
             return [f"its step Jacobians and last loss step alone are not known: {reason}"]
-        if starts_constant(self):
+        if self.words is TAPPED and starts_constant(self):
             return [
                 "the states of its first tap need no gradient, a constant start perhaps: how the "
                 "second depends on them is not measured"
             ]
-        return []
+        if self.mixed:
+            return [
+                *self.remarks,
+                "between two calls its state is mixed with the one before (zoneout, a mask): gains are "
+                "those of the states that enter the calls, and the last loss step alone and the "
+                "direct part are not told apart",
+            ]
+        return self.remarks
 
 
 def starts_constant(source: TapSource) -> bool:
