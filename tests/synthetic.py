@@ -108,7 +108,8 @@ def dataset(
         },
     )
     return made.assign(
-        **_where_the_loss_acts(made, 0 if carrying else rate), **_why(made, cell, 0 if carrying else rate, random)
+        **_where_the_loss_acts(made, 0 if carrying else rate),
+        **_why(made, cell, 0 if carrying else rate, random),
     )
 
 
@@ -141,9 +142,7 @@ def _where_the_loss_acts(data: xr.Dataset, rate: float) -> dict[str, Any]:
     }
 
 
-def _why(
-    data: xr.Dataset, cell: str, rate: float, random: np.random.Generator
-) -> dict[str, Any]:
+def _why(data: xr.Dataset, cell: str, rate: float, random: np.random.Generator) -> dict[str, Any]:
     """Ranks, exponents, gates by unit, paths and blocks, as the cell has them."""
     steps, hidden, gates = data.sizes["step"], data.sizes["unit"], list(data["gate"].values)
     lstm, size = cell == "LSTM", hidden * data.sizes["state"]

@@ -69,8 +69,10 @@ def _message(known: np.ndarray, span: int) -> str:
     most = "for good" if np.isinf(middle) else f"for {number_words(middle)} steps"
     many = "unit remembers" if long == 1 else "units remember"
     said = f"{long} of {count_words(len(known), 'unit').split()[0]} {many} as long as the span of {span}"
-    return f"half of the units remember no longer than {most[4:]}; {said}" if not np.isinf(middle) else (
-        f"half of the units or more remember for good; {said}"
+    return (
+        f"half of the units remember no longer than {most[4:]}; {said}"
+        if not np.isinf(middle)
+        else (f"half of the units or more remember for good; {said}")
     )
 
 
@@ -84,7 +86,10 @@ def draw(axes: Sequence[Axes], chart: TimeScales) -> None:
     if chart.never:
         ax.bar(right + width, chart.never, width * 0.92, align="edge", color=SERIES[2])
         places, words = [*places, right + 1.5 * width], [*words, "never"]
-        clear = [place < right + 0.2 * width or word == "never" for place, word in zip(places, words, strict=True)]
+        clear = [
+            place < right + 0.2 * width or word == "never"
+            for place, word in zip(places, words, strict=True)
+        ]
         places = [place for place, fine in zip(places, clear, strict=True) if fine]
         words = [word for word, fine in zip(words, clear, strict=True) if fine]
         right += 2 * width
