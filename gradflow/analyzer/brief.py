@@ -15,14 +15,8 @@ from gradflow.analysis import Rate
 from gradflow.analyzer import core
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.plan import exact_seconds
-<<<<<<< HEAD
-from gradflow.analyzer.products import SPEED
 from gradflow.analyzer.rates import decays_as_power
-=======
-from gradflow.analyzer.ranks import measure_ranks
-from gradflow.analyzer.rates import decays_as_power, judge
 from gradflow.analyzer.sweep import SPEED
->>>>>>> whatif
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.recording import Track
 
@@ -66,26 +60,9 @@ def brief(track: Track, *, span: int | None = None, share: int = 1, seed: int = 
         return _measured(track, settings)
 
 
-<<<<<<< HEAD
 def _measured(track: Track, settings: core.Settings) -> Brief:
     found = core.measure(track, settings, withheld=True)
     labels = ("not exponential",) if decays_as_power(found.log_curves) else ()
-=======
-def _measured(track: Track, settings: assemble.Settings) -> Brief:
-    lengths = track.lengths.cpu()
-    span = settings.span or max(1, round(float(lengths.double().quantile(0.5))))
-    finite = assemble._finite_sequences(track)
-    growth = assemble._growth(track, settings, None)
-    rates = growth.exponents[:, 0].numpy().copy()
-    rates[~finite | (lengths == 1).numpy()] = np.nan
-    rate = assemble._rate(track, growth, rates, finite)
-    mapped = assemble._mapped(track, rates, finite, settings)
-    maps = assemble._maps(track, mapped, True, settings)  # nothing that rests on the loss
-    curve = lag_curve(maps.log_gain["spectral"], maps.sources)
-    work = assemble.CHANNEL_WORK / settings.layers
-    singular = measure_ranks(track, mapped, span, work).singular
-    labels = ("not exponential",) if decays_as_power(assemble._curves(growth)) else ()
->>>>>>> whatif
     return Brief(
         span=found.span,
         verdict=found.verdict.name,
