@@ -365,7 +365,12 @@ SICK = [
         "exploding weights-expand",
     ),
     sick("chaotic RNN", chaotic, "exploding weights-expand"),
-    sick("LSTM drowned by h", drowned_cells, "exploding hidden-paths-drown-cell"),
+    sick(
+        "LSTM drowned by h",  # near the edge of chaos: explodes, or grows and is open
+        drowned_cells,
+        "hidden-paths-drown-cell",
+        "exploding transient-growth",
+    ),
     sick(
         "one direction of many",
         lambda: run(rnn(one_direction), noise(1e-9)),
