@@ -37,8 +37,34 @@ FOLDER = click.option(
 )
 FORCE = click.option("--force", is_flag=True, help="Replace the folder if it is there.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, only.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print a sentence per layer, only.")
+VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Print every finding, not three.")
 FAIL_ON = click.option(
     "--fail-on", metavar="CONDITIONS", help="Exit with 1 if one holds: 'vanishing,horizon<50'."
+)
+
+
+INPUT = click.option(
+    "--input", "input", metavar="FILE", type=click.Path(path_type=Path),
+    help="A batch: .npy, .npz, .pt or .safetensors.",
+)  # fmt: skip
+TARGET = click.option(
+    "--target", metavar="FILE", type=click.Path(path_type=Path), help="The batch's targets."
+)
+LOSS = click.option("--loss", metavar="NAME", help="mse, cross-entropy, bce, nll or last.")
+OUTPUT = click.option(
+    "--output", metavar="KEY", help="Which part of a tuple or dict output to use."
+)
+SEQ_LEN = click.option(
+    "--seq-len", metavar="N", type=int, default=100, show_default=True,
+    help="Steps of a probe, without --input.",
+)  # fmt: skip
+BATCH = click.option(
+    "--batch", metavar="N", type=int, default=16, show_default=True,
+    help="Sequences of a probe, without --input.",
+)  # fmt: skip
+SEED = click.option(
+    "--seed", metavar="N", type=int, default=0, show_default=True, help="Random seed."
 )
 
 
@@ -56,37 +82,29 @@ def gradflow() -> None:
 @gradflow.command()
 @MODEL
 @SPEC
-@click.option("--input", "input_", metavar="FILE", type=click.Path(path_type=Path),
-              help="A batch: .npy, .npz, .pt or .safetensors.")  # fmt: skip
-@click.option("--target", metavar="FILE", type=click.Path(path_type=Path),
-              help="The batch's targets.")  # fmt: skip
-@click.option("--loss", metavar="NAME", help="mse, cross-entropy, bce, nll or last.")
-@click.option("--output", metavar="KEY", help="Which part of a tuple or dict output to use.")
-@click.option("--seq-len", metavar="N", type=int, default=100, show_default=True,
-              help="Steps of a probe, without --input.")  # fmt: skip
-@click.option("--batch", metavar="N", type=int, default=16, show_default=True,
-              help="Sequences of a probe, without --input.")  # fmt: skip
-@click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Random seed.")
+@INPUT
+@TARGET
+@LOSS
+@OUTPUT
+@SEQ_LEN
+@BATCH
+@SEED
 @FOLDER
 @FORCE
 @AS_JSON
+@QUIET
+@VERBOSE
 @FAIL_ON
 @TRUST
 def analyze(
     model: Path,
-    spec: str | None,
-    input_: Path | None,
-    target: Path | None,
-    loss: str | None,
-    output: str | None,
-    seq_len: int,
-    batch: int,
-    seed: int,
     folder: Path | None,
     force: bool,
     as_json: bool,
+    quiet: bool,
+    verbose: bool,
     fail_on: str | None,
-    trust: bool,
+    **options: Any,
 ) -> None:
     """Say where the gradient of MODEL vanishes or explodes, why, and what to change.
 
@@ -99,20 +117,14 @@ def analyze(
     """
     conditions = parse_conditions(fail_on)
     from gradflow.reporter import check_folder, free_folder, report
-    from gradflow.workflow import FileRequest, analyze_file
 
     folder = folder or free_folder(Path("reports") / model.stem)
     check_folder(folder, force=force)
-    request = FileRequest(
-        path=model, spec=spec, input=input_, target=target, loss=loss, output=output,
-        seq_len=seq_len, batch=batch, seed=seed, trust=trust,
-    )  # fmt: skip
     with Progress() as progress:
-        with redirect_stdout(sys.stderr):  # whatever the user's own code prints
-            analysis = analyze_file(request, progress)
+        analysis = _analyzed(model, progress, options)
         progress("drawing the report", 0.99)
         report(analysis, folder, force=force)
-    _show(analysis, folder, as_json)
+    _show(analysis, folder, as_json, quiet, verbose)
     _fail_on(analysis, conditions)
 
 
@@ -151,8 +163,18 @@ def inspect(model: Path, spec: str | None, trust: bool) -> None:
 @FOLDER
 @FORCE
 @AS_JSON
+@QUIET
+@VERBOSE
 @FAIL_ON
-def report(run: Path, folder: Path | None, force: bool, as_json: bool, fail_on: str | None) -> None:
+def report(
+    run: Path,
+    folder: Path | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    fail_on: str | None,
+) -> None:
     """Draw the report of a saved RUN again: a folder written by gradflow, or its run.nc.
 
     \b
@@ -169,39 +191,78 @@ def report(run: Path, folder: Path | None, force: bool, as_json: bool, fail_on: 
     with Progress() as progress:
         progress("drawing the report", 0.5)
         reporter.report(analysis, folder, force=force)
-    _show(analysis, folder, as_json)
+    _show(analysis, folder, as_json, quiet, verbose)
     _fail_on(analysis, conditions)
 
 
 @gradflow.command()
 @click.argument("runs", metavar="RUN RUN...", nargs=-1, type=click.Path(path_type=Path))
+@SPEC
+@INPUT
+@TARGET
+@LOSS
+@OUTPUT
+@SEQ_LEN
+@BATCH
+@SEED
 @FOLDER
-def compare(runs: Sequence[Path], folder: Path | None) -> None:
-    """Show saved RUNs on one scale: a table, and a picture with all their layers.
+@TRUST
+def compare(runs: Sequence[Path], folder: Path | None, **options: Any) -> None:
+    """Show RUNs on one scale, and say what changed and whether it is more than chance.
+
+    A RUN is a folder written by gradflow, its run.nc, or a model file, which is analyzed first;
+    the options are for model files. Every run is compared with the first.
 
     \b
     gradflow compare reports/rnn reports/lstm
+    gradflow compare before.pt after.pt --model 'my_code:Net(10, 20)' --input batch.pt
     """
     if len(runs) < 2:
         raise InputError(
             f"compare needs at least two runs, got {len(runs)}; give two or more folders"
         )
-    from gradflow.comparison import compare_runs
+    from gradflow.comparison import compare_runs, is_run, names_of
 
-    click.echo(compare_runs(runs, folder))
+    found = {}
+    with Progress() as progress:
+        for name, path in zip(names_of(runs), runs, strict=True):
+            found[name] = _loaded(path) if is_run(path) else _analyzed(path, progress, options)
+    click.echo(f"\n{compare_runs(found, folder)}")
+    click.echo(
+        f"next: gradflow report {runs[0]}"
+        if is_run(runs[0])
+        else f"next: gradflow analyze {runs[0]}"
+    )
 
 
 # ------------------------------------------------------------------------------------- helpers
 
 
-def _show(analysis: Analysis, folder: Path, as_json: bool) -> None:
+def _analyzed(path: Path, progress: Progress, options: dict[str, Any]) -> Analysis:
+    """Analyze a model file with the options of the command line."""
+    from gradflow.workflow import FileRequest, analyze_file
+
+    with redirect_stdout(sys.stderr):  # whatever the user's own code prints
+        return analyze_file(FileRequest(path=path, **options), progress)
+
+
+def _loaded(path: Path) -> Analysis:
+    from gradflow.analysis import load
+
+    return load(path)
+
+
+def _show(analysis: Analysis, folder: Path, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Print the summary, the path of the page and the next command."""
     from gradflow import reporter
 
     if as_json:
         click.echo(json.dumps(reporter.summary(analysis), allow_nan=False, indent=2))
         return
-    reporter.render(analysis)
+    if quiet:
+        reporter.render_sentences(analysis)
+        return
+    reporter.render(analysis, verbose=verbose)
     click.echo(f"\npage: {folder / 'report.html'}")
     click.echo(f"next: {analysis.provenance.get('next_command') or _next(folder)}")
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from gradflow.analysis import Analysis, Finding, LayerAnalysis, Rate
+from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction, Rate
 from gradflow.recording import Parity
 
 GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
@@ -108,6 +108,27 @@ def finding(layer: str, name: str = "vanishing", **changes: Any) -> Finding:
         advice="raise the forget gate's bias by 1 (its mean is 0.50), or use chrono initialisation "
         "from the range of the task",
         code="model.rnn.bias_ih_l0.data[32:64] += 1.0  # the forget gate's block",
+    )
+    return replace(made, **changes)
+
+
+def prediction(amount: int = 1, **changes: Any) -> Prediction:
+    """What a larger forget bias would make of a layer."""
+    words = f"forget bias + {amount}"
+    made = Prediction(
+        remedy="forget_bias",
+        value=float(amount),
+        words=words,
+        verdict="vanishing",
+        rate=Rate(-0.31 / amount, -0.33 / amount, -0.29 / amount),
+        half_life=2.24 * amount,
+        horizon=22 * amount,
+        searched=99,
+        channels=3,
+        helps=29.1 * amount,
+        batch="this batch",
+        message=f"{words}: still vanishing, rate −0.98 → −{0.31 / amount:.3g} per step, gone after "
+        f"8 → {22 * amount} steps, 0 → 3 of 32 channels",
     )
     return replace(made, **changes)
 
@@ -258,6 +279,14 @@ def twelve() -> Analysis:
     return analysis(*many, title="Deep stack")
 
 
+def predicted() -> Analysis:
+    """Three layers with remedies that were tried on all of them together."""
+    batch = "this batch, 3 layers changed together"
+    tried = (prediction(2, batch=batch), prediction(1, batch=batch))
+    many = [layer(f"rnn.l{i}", "LSTM", predictions=tried) for i in range(3)]
+    return analysis(*many, title="Tried")
+
+
 def everything() -> Analysis:
     """One analysis with a layer of every kind."""
     return analysis(
@@ -282,6 +311,7 @@ CASES = {
     "single_step": single_step,
     "bidirectional": bidirectional,
     "twelve": twelve,
+    "predicted": predicted,
     "everything": everything,
     "long": lambda: vanishing(steps=1000),
     "short": lambda: vanishing(steps=10),

@@ -219,7 +219,8 @@ def test_report_and_compare_of_saved_runs(here: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert run("compare", "reports/rnn", "reports/gru") == 0
     out = capsys.readouterr().out
-    assert "reports/rnn" in out and "reports/gru" in out
+    assert "rnn " in out and "gru " in out and "rnn → gru: vanishing in both" in out
+    assert (here / "reports/comparison/changes.csv").read_text().startswith("layer,before,after")
     assert (here / "reports/comparison/comparison.png").stat().st_size > 10_000
     assert run("compare", "reports/rnn") == 2
 

@@ -17,8 +17,10 @@ from gradflow.analysis import Analysis, LayerAnalysis, Rate
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
+from gradflow.analyzer.certificates import broken
+from gradflow.analyzer.contributions import contributions
 from gradflow.analyzer.curve import LagCurve, finite_extremes, lag_curve
-from gradflow.analyzer.evidence import Evidence
+from gradflow.analyzer.evidence import Evidence, number
 from gradflow.analyzer.flow import with_flow
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.leading import WeightGrowth, rate_factors, watcher
@@ -26,15 +28,19 @@ from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
 from gradflow.analyzer.lyapunov import SHORT, Growth, burn_in, log_growth
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.order import cuts_before
+from gradflow.analyzer.ranks import measure_ranks
 from gradflow.analyzer.rates import (
     ROUNDING,
+    Verdict,
     decays_as_power,
     judge,
     rate_of_one,
     rate_over_sequences,
 )
-from gradflow.analyzer.singular import log_singular_values, survivors
+from gradflow.analyzer.singular import survivors
+from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
+from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.recording import Recording, Track
@@ -42,6 +48,8 @@ from gradflow.recording import Recording, Track
 METHODS = ("auto", "exact", "sketch")
 MAP_SECONDS = 8.0  # predicted, for the maps of all layers together
 RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
+TRIANGLE_SECONDS = 1.5  # predicted, for the triangles of all layers together
+LAG_SECONDS = 5.5  # predicted, for the gradients by lag of all layers together
 CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
 
 Progress = Callable[[str, float], None]
@@ -209,16 +217,17 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     rates = growth.exponents[:, 0].numpy().copy()
     rates[~finite | (track.lengths.cpu() == 1).numpy()] = np.nan  # one step has no recurrence
     rate = _rate(track, growth, rates, finite)
-    verdict = judge(rate, span, track.batch, int(growth.counted.sum(0).max()))
+    measurable = int(np.isfinite(rates).sum())
+    verdict = judge(rate, span, measurable, int(growth.counted.sum(0).max()))
 
     # every source to every target, for a few sequences
     mapped = _mapped(track, rates, finite, settings)
-    maps = _maps(track, mapped, settings)
+    withheld = track.has_gradient and track.parity.status == "failed"
+    maps = _maps(track, mapped, withheld, settings)
     curve = lag_curve(maps.log_gain["spectral"], maps.sources)
-    singular, reach = _singular(track, mapped, span, settings)
+    ranks = measure_ranks(track, mapped, span, CHANNEL_WORK / settings.layers)
 
     # what the loss sees
-    withheld = track.has_gradient and track.parity.status == "failed"
     seen = profile(track, withheld)
     measured = Measured(
         track=track,
@@ -227,18 +236,28 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
         factors=rate_factors(growth, weight),
         rate=rate,
         sequence_rates=rates,
+        spectrum=spectrum(growth, rate, rates),
         mapped=mapped,
         maps=maps,
         curve=curve,
-        singular=singular,
-        reach=reach,
+        ranks=ranks,
+        singular=ranks.singular,
+        reach=ranks.reach,
         profile=seen,
+        triangle=triangle(track, mapped, withheld, TRIANGLE_SECONDS / settings.layers),
+        contributed=contributions(
+            track,
+            mapped,
+            withheld,
+            LAG_SECONDS / settings.layers,
+            lambda share: settings.progress(f"{track.name}: lags", share),
+        ),
         withheld=withheld,
         share=1 / settings.layers,
     )
 
     # the verdict, and why
-    labels = _labels(track, curve, growth, finite, maps)
+    labels = _labels(measured, verdict, finite)
     grows = verdict.name == "exploding" or "transient growth" in labels
     evidence = Evidence(
         **vars(measured),
@@ -247,7 +266,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
         verdict=verdict,
         labels=labels,
         half_life=_half_life(rate, curve, labels),
-        channels=_channels(track, singular),
+        channels=_channels(track, ranks.singular),
         gradient_note=gradient_note(track) or ("" if grows else arrives_elsewhere(seen)),
         data=dataset(measured),
     )
@@ -273,7 +292,7 @@ def _assembled(evidence: Evidence) -> LayerAnalysis:
         horizon=evidence.curve.horizon,
         searched=evidence.curve.searched,
         channels=evidence.channels,
-        lyapunov=_spectrum(evidence),
+        lyapunov=None if math.isnan(evidence.rate.value) else evidence.spectrum.values,
         findings=findings(evidence),
         parity=track.parity,
         sentence=sentence(evidence),
@@ -327,9 +346,10 @@ def _rate(track: Track, growth: Growth, rates: np.ndarray, finite: np.ndarray) -
     nothing = Rate(math.nan, math.nan, math.nan)
     if not finite.all() or track.steps == 1:
         return nothing
-    if track.batch == 1:
-        counted = growth.counted[:, 0]
-        return rate_of_one(growth.log_growth[counted, 0, 0].numpy())
+    known = np.flatnonzero(~np.isnan(rates))
+    if len(known) == 1:
+        b = int(known[0])
+        return rate_of_one(growth.log_growth[growth.counted[:, b], b, 0].numpy())
     return rate_over_sequences(rates)
 
 
@@ -349,7 +369,7 @@ def _mapped(
     return tuple(known[place] for place in order[: settings.maps])
 
 
-def _maps(track: Track, mapped: Sequence[int], settings: Settings) -> plan.Maps:
+def _maps(track: Track, mapped: Sequence[int], withheld: bool, settings: Settings) -> plan.Maps:
     maps = plan.make_maps(
         track,
         mapped,
@@ -357,43 +377,14 @@ def _maps(track: Track, mapped: Sequence[int], settings: Settings) -> plan.Maps:
         stride=settings.stride,
         seed=settings.seed,
         seconds=MAP_SECONDS / settings.layers,
+        withheld=withheld,
         progress=lambda share: settings.progress(f"{track.name}: gains", share),
     )
     segments = cuts_before(track)[:, list(mapped)].T.numpy()  # (M, T)
     crossing = segments[:, maps.sources, None] != segments[:, None, :]
-    for values in maps.log_gain.values():
+    for values in maps.planes:
         values[crossing] = np.nan
     return maps
-
-
-def _singular(
-    track: Track, mapped: Sequence[int], span: int, settings: Settings
-) -> tuple[np.ndarray, int]:
-    """ln of the singular values over the span, (M, S), and the steps they really cover."""
-    dtype = torch.float64
-    size = state_size(track)
-    stretches = [_longest_stretch(track, b) for b in mapped]
-    reach = min(span, *(last - first for first, last in stretches))
-    if reach < 1:
-        return np.full((len(mapped), size), np.nan), 0
-    most = CHANNEL_WORK / settings.layers / len(mapped)
-    if 2.0 * size**3 * reach > most / 4:
-        dtype, most = torch.float32, most * 2
-    rows = []
-    for b, (first, _) in zip(mapped, stretches, strict=True):
-        operator = operator_of(track, dtype, [b])
-        steps = range(first + 1, first + reach + 1)
-        rows.append(log_singular_values(operator, steps, most_work=most))
-    return np.stack(rows), reach
-
-
-def _longest_stretch(track: Track, sequence: int) -> tuple[int, int]:
-    """First and last processed step of the longest run of steps without a cut."""
-    segments = cuts_before(track)[: int(track.lengths[sequence]), sequence]
-    counts = torch.unique_consecutive(segments, return_counts=True)[1]
-    longest = int(counts.argmax())
-    first = int(counts[:longest].sum())
-    return first, first + int(counts[longest]) - 1
 
 
 def _channels(track: Track, singular: np.ndarray) -> int | None:
@@ -402,17 +393,6 @@ def _channels(track: Track, singular: np.ndarray) -> int | None:
     if not known or track.steps == 1:
         return None
     return int(np.median([survivors(row) for row in known]))
-
-
-def _spectrum(evidence: Evidence) -> np.ndarray | None:
-    """Mean exponents over sequences, the rate first; None where there is no rate."""
-    if math.isnan(evidence.rate.value):
-        return None
-    exponents = evidence.growth.exponents.numpy()
-    alive = ~np.isneginf(exponents[:, 0]) & ~np.isnan(exponents[:, 0])
-    if evidence.rate.value == -math.inf or not alive.any():
-        return np.full(exponents.shape[1], -math.inf)
-    return np.concatenate([[evidence.rate.value], exponents[alive, 1:].mean(0)])
 
 
 def _half_life(rate: Rate, curve: LagCurve, labels: tuple[str, ...]) -> float:
@@ -425,19 +405,18 @@ def _half_life(rate: Rate, curve: LagCurve, labels: tuple[str, ...]) -> float:
     return curve.half_life
 
 
-def _labels(
-    track: Track, curve: LagCurve, growth: Growth, finite: np.ndarray, maps: plan.Maps
-) -> tuple[str, ...]:
-    longest = int(track.lengths.max())
+def _labels(m: Measured, verdict: Verdict, finite: np.ndarray) -> tuple[str, ...]:
+    longest = int(m.track.lengths.max())
     if longest == 1:
         return ("no recurrence", "short")
     found = {
         "not finite": not finite.all(),
-        "transient growth": curve.transient_growth,
-        "not exponential": decays_as_power(_curves(growth)),
-        "range-limited": _leaves_range(track, maps),
+        # growth that goes on is no transient
+        "transient growth": m.curve.transient_growth and verdict.name != "exploding",
+        "not exponential": decays_as_power(_curves(m.growth)),
+        "range-limited": _leaves_range(m.track, m.maps),
         "short": longest < SHORT,
-        "one sequence": track.batch == 1,
+        "one sequence": int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1,
     }
     return tuple(label for label, holds in found.items() if holds)
 
@@ -463,6 +442,7 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
     for track in known:
         layer = layers[track.name]
         notes += track.notes
+        notes += [str(v.attrs["note"]) for v in layer.data.values() if "note" in v.attrs]
         longest = int(track.lengths.max())
         if 1 < longest < SHORT:
             notes.append(
@@ -474,6 +454,12 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
             notes.append(
                 f"gains of {track.name} leave the range of {name}: the model's own gradient "
                 "over- or underflows there"
+            )
+        sides = layer.data["sum_rule"].values
+        if broken(sides):
+            notes.append(
+                f"the Lyapunov exponents of {track.name} add up to {number(sides[0])} per step, its "
+                f"determinants to {number(sides[1])}: the smallest exponents lie below rounding"
             )
     every = [track.name for track in known if _loss_at_every_step(layers[track.name])]
     if every:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradflow.analysis import Rate
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.rates import Verdict, band, rate_over_sequences
-from gradflow.recording import Track
+from gradflow.recording import GATES, Track
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Evidence(Measured):
 
     @property
     def kind(self) -> str:
-        """RNN, LSTM, GRU, tap."""
-        return self.track.cell.split("_")[0]
+        """RNN, LSTM, GRU, tap, or the class name of a user's cell."""
+        cell = self.track.cell
+        return cell.split("_")[0] if cell in GATES else cell
 
     @property
     def fused(self) -> bool:

@@ -5,16 +5,20 @@ from gradflow.reporter.figures import plot
 from gradflow.reporter.files import report
 from gradflow.reporter.folders import check_folder, free_folder, whole_folder
 from gradflow.reporter.kinds import KINDS
+from gradflow.reporter.numbers import gone_words
 from gradflow.reporter.picture import png
-from gradflow.reporter.text import render
+from gradflow.reporter.text import render, render_comparison, render_sentences
 
 __all__ = [
     "KINDS",
     "check_folder",
     "free_folder",
+    "gone_words",
     "plot",
     "png",
     "render",
+    "render_comparison",
+    "render_sentences",
     "report",
     "summary",
     "top_findings",

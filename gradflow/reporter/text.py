@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradflow.analysis import Analysis, Finding, LayerAnalysis
-from gradflow.reporter.digest import other_findings, top_findings
+from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
+from gradflow.reporter.digest import other_findings, predicted, predictions, top_findings
 from gradflow.reporter.numbers import (
     cell_words,
     channel_words,
@@ -69,10 +69,11 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-def render(analysis: Analysis, console: Console | None = None) -> None:
+def render(analysis: Analysis, console: Console | None = None, *, verbose: bool = False) -> None:
     """Print an analysis; honours the console's width, colours and encoding.
 
-    Where the console cannot encode a character it is spelled in ASCII, so a pipe never fails.
+    Every finding is printed if ``verbose``, else the three that tell most. Where the console cannot
+    encode a character it is spelled in ASCII, so a pipe never fails.
     """
     console = console or _Console()
     _print(console, Text(f"gradflow: {analysis.title}", style="bold"))
@@ -80,9 +81,13 @@ def render(analysis: Analysis, console: Console | None = None) -> None:
     console.print(_table(analysis, console))
     _print(console, Text(""))
     _sentences(console, analysis)
-    for number, finding in enumerate(top_findings(analysis), start=1):
+    others = other_findings(analysis)
+    chosen = [*top_findings(analysis), *(others if verbose else [])]
+    for number, finding in enumerate(chosen, start=1):
         _finding(console, number, finding)
-    if left := len(other_findings(analysis)):
+        _predictions(console, predictions(analysis, finding))
+    if others and not verbose:
+        left = len(others)
         words = f"{left} more {'finding' if left == 1 else 'findings'} on the page."
         _print(console, Text(words, style="dim"))
     if analysis.warnings:
@@ -91,22 +96,62 @@ def render(analysis: Analysis, console: Console | None = None) -> None:
         _print(console, Text(f"note: {warning}", style="yellow"), hang=6)
 
 
+def render_sentences(analysis: Analysis, console: Console | None = None) -> None:
+    """Print one sentence per layer, the worst first, each on a line of its own."""
+    console = console or _Console()
+    for layer in analysis.worst_first:
+        _print(console, Text(layer.sentence))
+
+
+def render_comparison(
+    runs: Mapping[str, Analysis], sentences: Sequence[str], console: Console | None = None
+) -> None:
+    """Print several runs in one table, and what changed between them."""
+    console = console or _Console()
+    table = _columns(console, "run")
+    for name, analysis in runs.items():
+        _add_rows(table, analysis, console, name)
+    console.print(table)
+    _print(console, Text(""))
+    for sentence in sentences:
+        _print(console, Text(sentence), hang=2)
+
+
 def _table(analysis: Analysis, console: Console) -> Table:
-    columns = [column for column in COLUMNS if console.width >= column.from_width]
+    table = _columns(console)
+    _add_rows(table, analysis, console)
+    return table
+
+
+def _shown(console: Console) -> list[Column]:
+    return [column for column in COLUMNS if console.width >= column.from_width]
+
+
+def _columns(console: Console, first: str = "") -> Table:
+    """An empty table with as many columns as the console has room for."""
     look = ASCII_HEAD if _is_plain(console) else box.SIMPLE_HEAD
     table = Table(box=look, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    for column in columns:
+    if first:
+        table.add_column(first, overflow="fold")
+    for column in _shown(console):
         table.add_column(
             _encoded(Text(column.heading), console),
             justify="left" if column.words else "right",
             overflow="fold",
             no_wrap=not column.may_fold,
         )
+    return table
+
+
+def _add_rows(table: Table, analysis: Analysis, console: Console, run: str = "") -> None:
+    """A row per layer, under the name of the run where there are several."""
+    columns = _shown(console)
     for layer in analysis:
         cells = [Text(column.value(layer)) for column in columns]
         cells[[column.heading for column in columns].index("verdict")].style = STYLES[layer.verdict]
+        if run:
+            cells.insert(0, Text(run))
         table.add_row(*(_encoded(cell, console) for cell in cells))
-    return table
 
 
 def _sentences(console: Console, analysis: Analysis) -> None:
@@ -128,6 +173,13 @@ def _finding(console: Console, number: int, finding: Finding) -> None:
         _print(console, Text(f"   {finding.advice}{source}"), hang=3)
     for line in finding.code.splitlines():
         _print(console, Text(f"   {line}", style="cyan"))
+
+
+def _predictions(console: Console, made: Sequence[Prediction]) -> None:
+    if made:
+        _print(console, Text(f"   {predicted(made[0])}", style="dim"), hang=3)
+    for prediction in made:
+        _print(console, Text(f"   - {prediction.message}"), hang=5)
 
 
 def _print(console: Console, text: Text, hang: int | None = None) -> None:
