@@ -135,6 +135,29 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a remedy would make of a layer, tried on the recorded batch without training."""
+
+    remedy: str  # an argument of `gradflow.what_if`: "forget_bias" or "scale_hh"
+    value: float
+    words: str  # the remedy as people write it: "forget bias + 1"
+    verdict: str
+    rate: Rate
+    half_life: float  # steps; inf if the gain never halves
+    horizon: int | None  # first lag with gain < 1e-3; None if not reached
+    searched: int  # how many lags the horizon was searched over
+    channels: int | None  # directions that survive the span
+    helps: float  # powers of ten over the span by which the gain comes nearer to 1
+    batch: str  # what it was tried on
+    message: str  # one line, before and after
+
+    @property
+    def never_gone(self) -> bool:
+        """Whether the gain stays above 1e-3 for good; see `LayerAnalysis.never_gone`."""
+        return _never_gone(self)
+
+
+@dataclass(frozen=True)
 class LayerAnalysis:
     """The verdict on one layer in one direction, and the numbers behind it."""
 
@@ -161,6 +184,7 @@ class LayerAnalysis:
     gradient_note: str  # "" or why there is no gradient of the loss here
     method: str  # "exact" or "sketch", and how it was chosen
     data: xr.Dataset = field(repr=False)
+    predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
 
     @property
     def never_gone(self) -> bool:
@@ -169,14 +193,18 @@ class LayerAnalysis:
         A layer that vanishes, or that is open with a falling gain, is only longer-lived than what
         was measured: its horizon lies beyond ``searched``.
         """
-        open_and_falling = self.verdict == "inconclusive" and not self.rate.value >= 0
-        return self.horizon is None and self.verdict != "vanishing" and not open_and_falling
+        return _never_gone(self)
 
     @property
     def main_state(self) -> str:
         """The state the overview shows: c where there is one, else h, else the first."""
         names = [str(name) for name in self.data["state"].values]
         return next((name for name in ("c", "h") if name in names), names[0])
+
+
+def _never_gone(found: LayerAnalysis | Prediction) -> bool:
+    open_and_falling = found.verdict == "inconclusive" and not found.rate.value >= 0
+    return found.horizon is None and found.verdict != "vanishing" and not open_and_falling
 
 
 @dataclass(frozen=True)
@@ -378,12 +406,13 @@ def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
     header = {
         name: getattr(layer, name)
         for name in LayerAnalysis.__dataclass_fields__
-        if name not in ("data", "lyapunov", "rate", "parity", "findings")
+        if name not in ("data", "lyapunov", "rate", "parity", "findings", "predictions")
     }
     header["lyapunov"] = None if layer.lyapunov is None else layer.lyapunov.tolist()
     header["rate"] = asdict(layer.rate)
     header["parity"] = asdict(layer.parity)
     header["findings"] = [asdict(finding) for finding in layer.findings]
+    header["predictions"] = [asdict(prediction) for prediction in layer.predictions]
     return header
 
 
@@ -431,7 +460,12 @@ def _layer_from(data: xr.Dataset) -> LayerAnalysis:
             "rate": Rate(**header["rate"]),
             "parity": Parity(**header["parity"]),
             "findings": tuple(Finding(**finding) for finding in header["findings"]),
+            "predictions": tuple(_prediction_from(p) for p in header.get("predictions", ())),
             "lyapunov": None if lyapunov is None else np.asarray(lyapunov, dtype=float),
             "data": data,
         }
     )
+
+
+def _prediction_from(header: dict[str, Any]) -> Prediction:
+    return Prediction(**header | {"rate": Rate(**header["rate"])})

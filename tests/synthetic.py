@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from gradflow.analysis import Analysis, Finding, LayerAnalysis, Rate
+from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction, Rate
 from gradflow.recording import Parity
 
 GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
@@ -45,17 +45,33 @@ def dataset(
     gap = points[None, :] - points[:, None]  # [source, target]
     gain = np.where(gap >= 0, np.interp(np.maximum(gap, 0), lag, curve), np.nan)
     gain = gain + np.where(gap > 0, 0.15 * np.sin(points / 7.0)[None, :], 0.0)
+    blocks = ["hh", "hc", "ch", "cc"] if cell == "LSTM" else []
+    reach = max(1, steps - 1)
+    rank_lag = np.array([1 << n for n in range(reach.bit_length()) if 1 << n < reach] + [reach])
     norms = np.exp(np.clip(curve[::-1], -700, 700))
     direct = np.zeros(steps)
     direct[-1] = 1.0
     grad_norm = np.full((3, len(states), steps), np.nan)
     grad_norm[0], grad_norm[1, 0], grad_norm[2] = norms, direct, norms
-    return xr.Dataset(
+    made = xr.Dataset(
         {
             "log_gain": (
                 ("norm", "sequence", "source", "target"),
-                np.stack([gain, gain - 0.5 * np.log(2)])[:, None],
+                np.stack([gain, gain - 0.5 * np.log(2), gain - 1.0])[:, None],
             ),
+            "log_block_gain": (
+                ("block", "sequence", "source", "target"),
+                np.stack([gain - 0.3 * place for place in range(len(blocks))] or [gain])[:, None][
+                    : len(blocks)
+                ],
+            ),
+            "log_cell_path": (
+                ("sequence", "source", "target"),
+                (gain - 1.5 if blocks else gain * np.nan)[None],
+            ),
+            "rank_stable": (("rank_lag",), 1 + (hidden / 4 - 1) / rank_lag),
+            "rank_effective": (("rank_lag",), 1 + (hidden / 2 - 1) / rank_lag),
+            "rank_surviving": (("rank_lag",), np.floor(hidden * np.exp(-rank_lag / 20))),
             "log_singular": (("sequence", "index"), np.sort(-random.random((1, 4)))[:, ::-1]),
             "lag_median": (("lag",), curve),
             "lag_low": (("lag",), curve + np.quantile(walk, 0.1, axis=0)),
@@ -76,7 +92,9 @@ def dataset(
             "memory_steps": (("state", "unit"), np.full((len(states), hidden), 7.0)),
         },
         coords={
-            "norm": ["spectral", "rms"],
+            "norm": ["spectral", "rms", "loss"],
+            "block": np.array(blocks, dtype="<U8"),
+            "rank_lag": rank_lag,
             "sequence": [3],
             "source": points,
             "target": points,
@@ -89,6 +107,106 @@ def dataset(
             "gate": np.array(gates, dtype="<U8"),
         },
     )
+    return made.assign(
+        **_where_the_loss_acts(made, 0 if carrying else rate),
+        **_why(made, cell, 0 if carrying else rate, random),
+    )
+
+
+def _where_the_loss_acts(data: xr.Dataset, rate: float) -> dict[str, Any]:
+    """A loss at every step, each pulled back at the layer's rate; the parts of ∂L/∂W by lag."""
+    steps, states = data.sizes["step"], data.sizes["state"]
+    every = np.arange(0, steps, max(1, steps // 250))
+    back = every[:, None] - np.arange(steps)[None, :]  # [loss step, step]
+    triangle = np.where(back >= 0, rate * back / math.log(10) - 0.3, np.nan)
+    parts = np.exp(np.clip(rate * np.arange(steps), -600, 600)) * np.array([[1.0], [0.4]])
+    missing = 1 - np.cumsum(parts, axis=1) / parts.sum(axis=1, keepdims=True)
+    missing = np.maximum(missing, 0)
+    within = [[np.argmax(row <= bound) + 1.0 for bound in (0.01, 0.05, 0.1)] for row in missing]
+    names = ["weight_hh", "weight_ih"]
+    depth = (parts * np.arange(steps)).sum(axis=1) / parts.sum(axis=1)
+    coords = {"parameter": names}
+    return {
+        "log10_triangle": xr.DataArray(
+            np.broadcast_to(triangle, (states, 1, *triangle.shape)).copy(),
+            {"loss_step": every},
+            ("state", "sequence", "loss_step", "step"),
+        ),
+        "lag_contribution": xr.DataArray(parts, coords, ("parameter", "lag")),
+        "truncation_error": xr.DataArray(missing, coords, ("parameter", "lag")),
+        "cancellation": xr.DataArray([0.8, 0.95], coords, ("parameter",)),
+        "gradient_depth": xr.DataArray(depth, coords, ("parameter",)),
+        "truncation_window": xr.DataArray(
+            within, coords | {"tolerance": [0.01, 0.05, 0.1]}, ("parameter", "tolerance")
+        ),
+    }
+
+
+def _why(data: xr.Dataset, cell: str, rate: float, random: np.random.Generator) -> dict[str, Any]:
+    """Ranks, exponents, gates by unit, paths and blocks, as the cell has them."""
+    steps, hidden, gates = data.sizes["step"], data.sizes["unit"], list(data["gate"].values)
+    lstm, size = cell == "LSTM", hidden * data.sizes["state"]
+    lags = sorted({2**n for n in range(12) if 2**n < steps} | {max(1, steps - 1)})
+    share = np.exp(np.clip(rate, -2, 0) * np.array(lags) / 4)
+    gain = data["log_gain"].sel(norm="rms", drop=True)
+    blocks = ["hh", "hc", "ch", "cc"] if lstm else []
+    shift = np.array([-2.0, -1.2, -0.6, 0.0])[: len(blocks)]
+    block = gain.values[None] + shift[:, None, None, None]
+    names = ["forget gate", "through f", "through i", "through g", "total"] if lstm else []
+    wave = 0.1 * np.sin(np.arange(steps) / 5)
+    levels = np.array([0.8, 0.05, 0.1, 0.2, 0.9])[: len(names), None]
+    unit = np.linspace(0.02, 0.99, hidden)[None, :, None]
+    value = np.clip(unit + wave[None, None], 0, 1) * np.ones((len(gates), 1, 1))
+    exponents = rate - 0.1 * np.arange(min(size, 16))
+    trace = exponents[:8, None] + 0.3 / (1 + np.arange(steps))[None]
+    trace = np.pad(trace, ((0, max(0, len(exponents) - 8)), (0, 0)), constant_values=np.nan)
+    scale = np.exp(random.normal(1.5, 1.0, hidden)) if gates else np.full(hidden, np.nan)
+    saturated = np.linspace(0, 0.6, hidden) * np.ones((data.sizes["state"], 1))
+    if cell == "RNN_RELU":
+        saturated = saturated * np.nan
+    idle = np.linspace(0, 1, hidden) * (1.0 if cell == "RNN_RELU" else np.nan)
+    lag_dims = {"rank_lag": lags}
+    rows = {"gate": data["gate"].values}
+    return {
+        "rank_stable": xr.DataArray(1 + (size / 4) * share, lag_dims, ("rank_lag",)),
+        "rank_effective": xr.DataArray(1 + (size - 1) * share, lag_dims, ("rank_lag",)),
+        "rank_surviving": xr.DataArray(np.round(size * share**4), lag_dims, ("rank_lag",)),
+        "log_block_gain": xr.DataArray(
+            block, {"block": np.array(blocks, dtype="<U8")}, ("block", *gain.dims)
+        ),
+        "log_cell_path": (gain - 0.2) * (1.0 if lstm else np.nan),
+        "path_gain": xr.DataArray(
+            levels * np.exp(wave), {"path": np.array(names, dtype="<U16")}, ("path", "step")
+        ),
+        "gate_value": xr.DataArray(value, rows, ("gate", "unit", "step")),
+        "gate_unit_closed": xr.DataArray((value < 0.05).mean(axis=2), rows, ("gate", "unit")),
+        "gate_unit_open": xr.DataArray((value > 0.95).mean(axis=2), rows, ("gate", "unit")),
+        "time_scale": xr.DataArray(scale, dims=("unit",)),
+        "unit_saturated": xr.DataArray(saturated, dims=("state", "unit")),
+        "unit_idle": xr.DataArray(idle, dims=("unit",)),
+        "grad_input_norm": 0.3 * data["grad_norm"].sel(kind="total", state="h", drop=True),
+        "lyapunov": xr.DataArray(exponents, dims=("index_k",)),
+        "lyapunov_low": xr.DataArray(exponents - 0.03, dims=("index_k",)),
+        "lyapunov_high": xr.DataArray(exponents + 0.03, dims=("index_k",)),
+        "lyapunov_trace": xr.DataArray(trace, dims=("index_k", "step")),
+        "sum_rule": xr.DataArray(
+            [exponents.sum(), exponents.sum() + 1e-3], {"side": ["measured", "exact"]}, ("side",)
+        ),
+    }
+
+
+NEW = (
+    "log10_triangle", "lag_contribution", "truncation_error", "cancellation", "gradient_depth",
+    "truncation_window", "rank_stable", "rank_effective", "rank_surviving", "log_block_gain",
+    "log_cell_path", "path_gain", "gate_value", "gate_unit_closed", "gate_unit_open", "time_scale",
+    "unit_saturated", "unit_idle", "grad_input_norm", "lyapunov", "lyapunov_low", "lyapunov_high",
+    "lyapunov_trace", "sum_rule",
+)  # fmt: skip
+
+
+def older(one: LayerAnalysis) -> LayerAnalysis:
+    """The same layer, saved before these variables were measured."""
+    return replace(one, data=one.data.drop_vars(NEW))
 
 
 def finding(layer: str, name: str = "vanishing", **changes: Any) -> Finding:
@@ -108,6 +226,27 @@ def finding(layer: str, name: str = "vanishing", **changes: Any) -> Finding:
         advice="raise the forget gate's bias by 1 (its mean is 0.50), or use chrono initialisation "
         "from the range of the task",
         code="model.rnn.bias_ih_l0.data[32:64] += 1.0  # the forget gate's block",
+    )
+    return replace(made, **changes)
+
+
+def prediction(amount: int = 1, **changes: Any) -> Prediction:
+    """What a larger forget bias would make of a layer."""
+    words = f"forget bias + {amount}"
+    made = Prediction(
+        remedy="forget_bias",
+        value=float(amount),
+        words=words,
+        verdict="vanishing",
+        rate=Rate(-0.31 / amount, -0.33 / amount, -0.29 / amount),
+        half_life=2.24 * amount,
+        horizon=22 * amount,
+        searched=99,
+        channels=3,
+        helps=29.1 * amount,
+        batch="this batch",
+        message=f"{words}: still vanishing, rate −0.98 → −{0.31 / amount:.3g} per step, gone after "
+        f"8 → {22 * amount} steps, 0 → 3 of 32 channels",
     )
     return replace(made, **changes)
 
@@ -225,6 +364,9 @@ def without_gradient(one: LayerAnalysis) -> LayerAnalysis:
     data = one.data.copy(deep=True)
     data["log10_grad"] = data["log10_grad"] * np.nan
     data["grad_norm"] = data["grad_norm"] * np.nan
+    for name in ("log10_triangle", "lag_contribution", "truncation_error", "truncation_window",
+                 "cancellation", "gradient_depth", "grad_input_norm"):  # fmt: skip
+        data[name] = data[name] * np.nan
     note = (
         f"{one.name} has no gradient: the backward did not reach this layer; "
         "its output is not used by the loss, or it was detached"
@@ -258,6 +400,14 @@ def twelve() -> Analysis:
     return analysis(*many, title="Deep stack")
 
 
+def predicted() -> Analysis:
+    """Three layers with remedies that were tried on all of them together."""
+    batch = "this batch, 3 layers changed together"
+    tried = (prediction(2, batch=batch), prediction(1, batch=batch))
+    many = [layer(f"rnn.l{i}", "LSTM", predictions=tried) for i in range(3)]
+    return analysis(*many, title="Tried")
+
+
 def everything() -> Analysis:
     """One analysis with a layer of every kind."""
     return analysis(
@@ -282,6 +432,7 @@ CASES = {
     "single_step": single_step,
     "bidirectional": bidirectional,
     "twelve": twelve,
+    "predicted": predicted,
     "everything": everything,
     "long": lambda: vanishing(steps=1000),
     "short": lambda: vanishing(steps=10),

@@ -11,6 +11,7 @@ import synthetic
 
 from gradflow.analysis import Rate
 from gradflow.reporter import overview, prepare
+from gradflow.reporter.charts import gain_map, parts
 from gradflow.reporter.numbers import rate_words
 from gradflow.reporter.picture import _nearest
 from gradflow.reporter.scale import BAD, COLOURS, UNDEFINED, ZERO, paint, palette
@@ -95,7 +96,7 @@ def test_nan_names_no_step_where_sequences_end_at_different_ones() -> None:
 def test_without_a_gradient_the_row_says_why() -> None:
     layer = synthetic.without_gradient(synthetic.layer("frozen.l0"))
     assert "the backward did not reach this layer" in prepare.heat(layer).note
-    assert "the backward did not reach this layer" in prepare.parts(layer).note
+    assert "the backward did not reach this layer" in parts.prepare(layer).note
     unsaid = replace(layer, gradient_note="")
     assert "record(model, jacobians=True)" in prepare.heat(unsaid).note
 
@@ -132,7 +133,7 @@ def test_the_lag_axis_is_shared_and_reaches_past_where_the_gradient_is_gone() ->
 
 @pytest.mark.parametrize("steps", [2, 10, 100, 128, 129, 1000])
 def test_gain_map_has_at_most_128_cells_and_its_undefined_half(steps: int) -> None:
-    gain = prepare.gain_map(synthetic.layer(steps=steps))
+    gain = gain_map.prepare(synthetic.layer(steps=steps))
     rows, columns = gain.values.shape
     assert rows == columns <= 128
     assert np.isnan(gain.values[np.triu_indices(rows, 1)]).all()
@@ -143,18 +144,18 @@ def test_gain_map_has_at_most_128_cells_and_its_undefined_half(steps: int) -> No
 
 def test_gain_map_rows_are_targets() -> None:
     layer = synthetic.layer(steps=20)
-    gain = prepare.gain_map(layer)
+    gain = gain_map.prepare(layer)
     want = layer.data["log_gain"].sel(norm="spectral").isel(sequence=0).sel(source=3, target=11)
     assert gain.values[11, 3] == pytest.approx(float(want) / math.log(10), rel=1e-12)
     assert gain.sequence == 3 and gain.contour
 
 
 def test_a_hook_on_the_output_shows_zero_at_all_but_the_last_step() -> None:
-    parts = prepare.parts(synthetic.vanishing()["rnn.l0"])
-    assert parts.words == (
-        "A hook on the layer's output shows exactly 0 at 99 of 100 steps; the total there is not 0."
+    made = parts.prepare(synthetic.vanishing()["rnn.l0"])
+    assert made.message == (
+        "a hook on the output shows exactly 0 at 99 of 100 steps; the total is not 0 there"
     )
-    assert np.isneginf(parts.direct[:-1]).all() and parts.direct[-1] == 0
+    assert np.isneginf(made.direct[:-1]).all() and made.direct[-1] == 0
 
 
 @pytest.mark.parametrize(
@@ -178,12 +179,10 @@ def test_a_hook_that_shows_everything_is_not_blamed() -> None:
     data = layer.data.copy(deep=True)
     data["grad_norm"].loc[{"kind": "direct", "state": "h"}] = 2.0
     data["grad_norm"].loc[{"kind": "total", "state": "h"}] = 2.0
-    words = prepare.parts(replace(layer, data=data)).words
-    assert words == (
-        "A hook on the layer's output shows the whole gradient: none comes through recurrence."
-    )
+    words = parts.prepare(replace(layer, data=data)).message
+    assert words == ("a hook on the output shows the whole gradient: none comes through recurrence")
     data["grad_norm"].loc[{"kind": "total", "state": "h"}] = 20.0
-    assert "off by up to a factor of 10." in prepare.parts(replace(layer, data=data)).words
+    assert "off by up to a factor of 10" in parts.prepare(replace(layer, data=data)).message
 
 
 def test_bar_of_span_against_horizon() -> None:

@@ -6,38 +6,30 @@ Letters: T timesteps, B sequences, H units, S the state's width, k lag, t source
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from gradflow._version import __version__
-from gradflow.analysis import Analysis, LayerAnalysis, Rate
+from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
 from gradflow.analyzer.certificates import broken
 from gradflow.analyzer.contributions import contributions
-from gradflow.analyzer.curve import LagCurve, finite_extremes, lag_curve
+from gradflow.analyzer.core import Core, Progress, Settings, channels, half_life, measure
+from gradflow.analyzer.curve import finite_extremes
 from gradflow.analyzer.evidence import Evidence, number
 from gradflow.analyzer.flow import with_flow
-from gradflow.analyzer.jacobians import operator_of, state_size
-from gradflow.analyzer.leading import WeightGrowth, rate_factors, watcher
+from gradflow.analyzer.jacobians import state_size
+from gradflow.analyzer.leading import rate_factors, watcher
 from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
-from gradflow.analyzer.lyapunov import SHORT, Growth, burn_in, log_growth
+from gradflow.analyzer.lyapunov import SHORT, burn_in
 from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.order import cuts_before
-from gradflow.analyzer.ranks import measure_ranks
 from gradflow.analyzer.rates import (
-    ROUNDING,
-    Verdict,
     decays_as_power,
-    judge,
-    rate_of_one,
-    rate_over_sequences,
 )
-from gradflow.analyzer.singular import survivors
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.analyzer.triangle import triangle
@@ -46,27 +38,8 @@ from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.recording import Recording, Track
 
 METHODS = ("auto", "exact", "sketch")
-MAP_SECONDS = 8.0  # predicted, for the maps of all layers together
-RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
 TRIANGLE_SECONDS = 1.5  # predicted, for the triangles of all layers together
 LAG_SECONDS = 5.5  # predicted, for the gradients by lag of all layers together
-CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
-
-Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `analyze` was asked for, checked."""
-
-    span: int | None
-    sequences: tuple[int, ...] | None
-    maps: int
-    method: str
-    stride: int | None
-    seed: int
-    layers: int  # how many share the budgets
-    progress: Progress
 
 
 def analyze(
@@ -208,46 +181,31 @@ def _whole(name: str, value: object, least: int, advice: str) -> None:
 
 def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     """Measure one layer in one direction, then judge it and put it into words."""
-    span = settings.span or max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
-    finite = _finite_sequences(track)
-
-    # how fast it grows or fades, every sequence on its own
-    weight = watcher(track)
-    growth = _growth(track, settings, weight)
-    rates = growth.exponents[:, 0].numpy().copy()
-    rates[~finite | (track.lengths.cpu() == 1).numpy()] = np.nan  # one step has no recurrence
-    rate = _rate(track, growth, rates, finite)
-    measurable = int(np.isfinite(rates).sum())
-    verdict = judge(rate, span, measurable, int(growth.counted.sum(0).max()))
-
-    # every source to every target, for a few sequences
-    mapped = _mapped(track, rates, finite, settings)
     withheld = track.has_gradient and track.parity.status == "failed"
-    maps = _maps(track, mapped, withheld, settings)
-    curve = lag_curve(maps.log_gain["spectral"], maps.sources)
-    ranks = measure_ranks(track, mapped, span, CHANNEL_WORK / settings.layers)
+    weight = watcher(track)
+    core = measure(track, settings, withheld=withheld, watch=weight)
 
     # what the loss sees
     seen = profile(track, withheld)
     measured = Measured(
         track=track,
-        span=span,
-        growth=growth,
-        factors=rate_factors(growth, weight),
-        rate=rate,
-        sequence_rates=rates,
-        spectrum=spectrum(growth, rate, rates),
-        mapped=mapped,
-        maps=maps,
-        curve=curve,
-        ranks=ranks,
-        singular=ranks.singular,
-        reach=ranks.reach,
+        span=core.span,
+        growth=core.growth,
+        factors=rate_factors(core.growth, weight),
+        rate=core.rate,
+        sequence_rates=core.rates,
+        spectrum=spectrum(core.growth, core.rate, core.rates),
+        mapped=core.mapped,
+        maps=core.maps,
+        curve=core.curve,
+        ranks=core.ranks,
+        singular=core.ranks.singular,
+        reach=core.ranks.reach,
         profile=seen,
-        triangle=triangle(track, mapped, withheld, TRIANGLE_SECONDS / settings.layers),
+        triangle=triangle(track, core.mapped, withheld, TRIANGLE_SECONDS / settings.layers),
         contributed=contributions(
             track,
-            mapped,
+            core.mapped,
             withheld,
             LAG_SECONDS / settings.layers,
             lambda share: settings.progress(f"{track.name}: lags", share),
@@ -257,16 +215,16 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     )
 
     # the verdict, and why
-    labels = _labels(measured, verdict, finite)
-    grows = verdict.name == "exploding" or "transient growth" in labels
+    labels = _labels(core, measured)
+    grows = core.verdict.name == "exploding" or "transient growth" in labels
     evidence = Evidence(
         **vars(measured),
         alone=settings.layers == 1,
         size=state_size(track),
-        verdict=verdict,
+        verdict=core.verdict,
         labels=labels,
-        half_life=_half_life(rate, curve, labels),
-        channels=_channels(track, ranks.singular),
+        half_life=half_life(core.rate, core.curve, labels),
+        channels=channels(track, core.ranks.singular),
         gradient_note=gradient_note(track) or ("" if grows else arrives_elsewhere(seen)),
         data=dataset(measured),
     )
@@ -303,127 +261,20 @@ def _assembled(evidence: Evidence) -> LayerAnalysis:
     )
 
 
-def _finite_sequences(track: Track) -> np.ndarray:
-    """(B,) whether every real state of a sequence, its initial one included, is finite."""
-    finite = torch.ones(track.batch, dtype=torch.bool)
-    real = track.mask.cpu()
-    for values in track.states.values():
-        finite &= (torch.isfinite(values.cpu()).all(-1) | ~real).all(0)
-    for values in track.initial.values():
-        finite &= torch.isfinite(values.cpu()).all(-1)
-    return finite.numpy()
-
-
-def _growth(track: Track, settings: Settings, watch: WeightGrowth | None) -> Growth:
-    """The QR iteration over all sequences, with as many exponents as the budget allows."""
-    length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
-    allowed = RATE_SECONDS / settings.layers
-    affordable = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < size] + [size]
-    fitting = [k for k in affordable if _qr_seconds(length, batch, size, k) <= allowed]
-    count = fitting[-1] if fitting else 1
-    wide = _qr_seconds(length, batch, size, 1) > 2 * allowed
-    operator = operator_of(track, torch.float32 if wide else torch.float64)
-    cuts = cuts_before(track).diff(dim=0, prepend=torch.zeros(1, batch, dtype=torch.int)) > 0
-    cuts[0] |= not track.initial  # what leads into the first state was not seen
-    return log_growth(
-        operator,
-        track.lengths,
-        count,
-        cuts=cuts[:length],
-        seed=settings.seed,
-        progress=lambda share: settings.progress(f"{track.name}: rates", share),
-        watch=watch,
-    )
-
-
-def _qr_seconds(length: int, batch: int, size: int, k: int) -> float:
-    """Predicted seconds: the pushes, and for more than one direction a small QR per sequence."""
-    factoring = (8.0 * size * k * k + 3e5) if k > 1 else 4.0 * size
-    return length * (batch * (2.0 * size**2 * k + factoring) / 8e9 + 2e-4)
-
-
-def _rate(track: Track, growth: Growth, rates: np.ndarray, finite: np.ndarray) -> Rate:
-    nothing = Rate(math.nan, math.nan, math.nan)
-    if not finite.all() or track.steps == 1:
-        return nothing
-    known = np.flatnonzero(~np.isnan(rates))
-    if len(known) == 1:
-        b = int(known[0])
-        return rate_of_one(growth.log_growth[growth.counted[:, b], b, 0].numpy())
-    return rate_over_sequences(rates)
-
-
-def _mapped(
-    track: Track, rates: np.ndarray, finite: np.ndarray, settings: Settings
-) -> tuple[int, ...]:
-    """Which sequences are mapped: those nearest to the median rate of all, nearest first."""
-    candidates = settings.sequences or tuple(range(track.batch))
-    known = [b for b in candidates if not math.isnan(rates[b])]
-    if not known:
-        usable = [b for b in candidates if finite[b]] or list(candidates)
-        return tuple(sorted(usable, key=lambda b: -int(track.lengths[b]))[: settings.maps])
-    # the lower median, so that it is some sequence's own
-    middle = np.sort(rates[~np.isnan(rates)])[(int((~np.isnan(rates)).sum()) - 1) // 2]
-    distance = [0.0 if rates[b] == middle else abs(float(rates[b] - middle)) for b in known]
-    order = sorted(range(len(known)), key=lambda place: (distance[place], known[place]))
-    return tuple(known[place] for place in order[: settings.maps])
-
-
-def _maps(track: Track, mapped: Sequence[int], withheld: bool, settings: Settings) -> plan.Maps:
-    maps = plan.make_maps(
-        track,
-        mapped,
-        method=settings.method,
-        stride=settings.stride,
-        seed=settings.seed,
-        seconds=MAP_SECONDS / settings.layers,
-        withheld=withheld,
-        progress=lambda share: settings.progress(f"{track.name}: gains", share),
-    )
-    segments = cuts_before(track)[:, list(mapped)].T.numpy()  # (M, T)
-    crossing = segments[:, maps.sources, None] != segments[:, None, :]
-    for values in maps.planes:
-        values[crossing] = np.nan
-    return maps
-
-
-def _channels(track: Track, singular: np.ndarray) -> int | None:
-    """Median over the mapped sequences of how many directions survive."""
-    known = [row for row in singular if not np.isnan(row).all()]
-    if not known or track.steps == 1:
-        return None
-    return int(np.median([survivors(row) for row in known]))
-
-
-def _half_life(rate: Rate, curve: LagCurve, labels: tuple[str, ...]) -> float:
-    """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half."""
-    if math.isnan(rate.value) and curve.searched == 0:
-        return math.nan
-    exponential = "not exponential" not in labels and math.isfinite(rate.value)
-    if exponential and rate.value < -ROUNDING:
-        return math.log(2) / -rate.value
-    return curve.half_life
-
-
-def _labels(m: Measured, verdict: Verdict, finite: np.ndarray) -> tuple[str, ...]:
+def _labels(core: Core, m: Measured) -> tuple[str, ...]:
     longest = int(m.track.lengths.max())
     if longest == 1:
         return ("no recurrence", "short")
     found = {
-        "not finite": not finite.all(),
+        "not finite": not core.finite.all(),
         # growth that goes on is no transient
-        "transient growth": m.curve.transient_growth and verdict.name != "exploding",
-        "not exponential": decays_as_power(_curves(m.growth)),
+        "transient growth": m.curve.transient_growth and core.verdict.name != "exploding",
+        "not exponential": decays_as_power(core.log_curves),
         "range-limited": _leaves_range(m.track, m.maps),
         "short": longest < SHORT,
         "one sequence": int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1,
     }
     return tuple(label for label, holds in found.items() if holds)
-
-
-def _curves(growth: Growth) -> np.ndarray:
-    """(B, T): ln growth along the leading direction from s_0 on."""
-    return growth.log_growth[1:, :, 0].cumsum(0).T.numpy()
 
 
 def _leaves_range(track: Track, maps: plan.Maps) -> bool:

@@ -46,6 +46,21 @@ def one_layer(call: Call, number: int, data: Tensor) -> Tensor:
     return _run(call, data, initial(call, number), weights, 1, 0.0, batch_first=False)[0]
 
 
+def whole_call(call: Call) -> tuple[Tensor, ...]:
+    """What the call returns, all layers at once: output, h_n and for an LSTM c_n."""
+    states = tuple(state for state in (call.h0, call.c0) if state is not None)
+    with torch.no_grad(), as_recorded(call):
+        return _run(
+            call,
+            call.data,
+            states,
+            call.weights,
+            call.layers,
+            call.dropout,
+            batch_first=call.batch_first,
+        )
+
+
 def initial(call: Call, number: int) -> tuple[Tensor, ...]:
     """The initial states of one layer, (directions, B, width) each."""
     directions = 1 + call.bidirectional

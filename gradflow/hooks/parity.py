@@ -83,6 +83,11 @@ class WeightUses:
         self._handles.clear()
         self._keys.clear()
 
+    def caught(self, users: Sequence[WeightUser]) -> dict[int, Tensor]:
+        """Key -> gradient of every weight these layers used, each weight once."""
+        keys = {key for user in users for key in user.weight_keys().values()}
+        return {key: self._grads[key] for key in sorted(keys) if key in self._grads}
+
     def check(self, user: WeightUser) -> Parity:
         """Hold the rebuilt gradients of this layer's weights against the caught ones."""
         keys = {n: k for n, k in user.weight_keys().items() if k not in self._frozen}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.analysis import Analysis
 from gradflow.errors import InputError, must_be
 from gradflow.reporter import panels, prepare
+from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.kinds import KINDS, Kind
 from gradflow.reporter.overview import Entry, draw_overview, footer, footer_height
 from gradflow.reporter.picture import INK, SOFT, Picture, look
@@ -67,19 +69,44 @@ def _entries(x: Analysis | Sequence[Analysis], layer: str | None) -> list[Entry]
     return entries
 
 
+@dataclass(frozen=True)
+class Block:
+    """One chart with the name above it."""
+
+    name: str
+    chart: Chart
+
+
+def _blocks(kind: Kind, entries: Sequence[Entry]) -> list[Block]:
+    """A block per layer, or one for all layers of an analysis."""
+    if not kind.together:
+        return [Block(entry.name, kind.prepare(entry.layer)) for entry in entries]
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.group, []).append(entry)
+    return [
+        Block(group, kind.prepare([entry.layer for entry in some]))
+        for group, some in groups.items()
+    ]
+
+
 def _draw_into(ax: Axes, kind: str, entries: list[Entry]) -> Figure:
-    if len(entries) > 1:
+    drawn = KINDS[kind]
+    if len(entries) > 1 and not (drawn and drawn.together):
         names = ", ".join(entry.layer.name for entry in entries)
         advice = "give layer= as well, or leave ax out"
         raise InputError(must_be("ax", "given for one layer", f"{len(entries)} ({names})", advice))
-    layer = entries[0].layer
-    drawn = KINDS[kind]
     if drawn is None:
-        panels.draw_heat(ax, prepare.heat(layer))
-        ax.set_title(entries[0].title, loc="left", parse_math=False)
+        panels.draw_heat(ax, prepare.heat(entries[0].layer))
+        title = entries[0].title
     else:
-        drawn.draw([ax], layer)
-        ax.set_title(f"{layer.name}: {drawn.heading(layer)}", loc="left", parse_math=False)
+        block = _blocks(drawn, entries)[0]
+        if block.chart.note:
+            panels.say(ax, block.chart.note)
+        else:
+            drawn.draw([ax], block.chart)
+        title = _title(block) or drawn.what
+    ax.set_title(title, loc="left", parse_math=False)
     figure = ax.get_figure(root=True)
     if figure is None:
         raise InputError(
@@ -88,43 +115,90 @@ def _draw_into(ax: Axes, kind: str, entries: list[Entry]) -> Figure:
     return figure
 
 
-LEFT, RIGHT, HEAD, GAP, FOOT = 0.75, 0.25, 0.58, 0.16, 0.86  # inches around a block's panels
+def _title(block: Block) -> str:
+    """The message as a headline; of a layer with its name."""
+    return ": ".join(part for part in (block.name, block.chart.message) if part)
+
+
+RIGHT, FOOT = 0.25, 0.86  # inches around a block's panels
+LINE, BELOW, ABOVE = 0.19, 0.2, 0.22  # a line of the title; what is drawn; room for a key
+EMPTY = (0.8,)  # the height of a panel that holds words only
 
 
 def _draw_blocks(kind: Kind, entries: list[Entry]) -> Figure:
-    """One block per layer: its name, what is drawn, the panels, a caption; blocks in columns."""
-    columns = min(kind.columns, len(entries))
-    rows = [entries[start : start + columns] for start in range(0, len(entries), columns)]
+    """One block per chart: its message, what is drawn, the panels, a caption; blocks in columns."""
+    blocks = _blocks(kind, entries)
+    columns = min(kind.columns, len(blocks))
+    step = kind.left + kind.width + RIGHT
+    figure = Picture(columns * step, 1)
+    titles = [_fold(figure, _title(block), step - 0.5) for block in blocks]
+    lines = max(len(title) for title in titles)
+    captions = [textwrap.wrap(block.chart.reading, int(kind.width / 0.062)) for block in blocks]
+    tall = [_height(kind, block, lines) for block in blocks]
+    tall = [
+        high + (0 if block.chart.note else 0.145 * max(0, len(caption) - 2))
+        for high, block, caption in zip(tall, blocks, captions, strict=True)
+    ]
     tops = [0.12]
-    for row in rows:
-        tops.append(tops[-1] + max(_height(kind, entry.layer) for entry in row))
-    step = LEFT + kind.width + RIGHT
-    layers = [entry.layer for entry in entries]
-    specials = kind.scale.specials(layers) if kind.scale else {}
-    figure = Picture(columns * step, tops[-1] + (footer_height(specials) if kind.scale else 0))
-    for row, top in zip(rows, tops[:-1], strict=True):
-        for column, entry in enumerate(row):
-            _draw_block(figure, kind, entry, column * step, top)
-    if kind.scale:
-        wide = min(columns * step - LEFT - RIGHT, 5.6)
-        footer(figure, specials, LEFT, tops[-1], wide, kind.scale.middle)
+    for start in range(0, len(blocks), columns):
+        tops.append(tops[-1] + max(tall[start : start + columns]))
+    charts = [block.chart for block in blocks if not block.chart.note]
+    scale = kind.scale if kind.scale and any(map(kind.scale.used, charts)) else None
+    specials = scale.specials(charts) if scale else {}
+    figure.set_size_inches(columns * step, tops[-1] + (footer_height(specials) if scale else 0))
+    for number, block in enumerate(blocks):
+        left, top = number % columns * step, tops[number // columns]
+        _draw_head(figure, kind, block, titles[number], left, top)
+        place = top + LINE * lines + BELOW + ABOVE
+        bottom = _draw_panels(figure, kind, block.chart, left + kind.left, place)
+        if not block.chart.note:
+            figure.words(
+                left + 0.3, bottom + 0.4, "\n".join(captions[number]), fontsize=8, color=SOFT,
+                linespacing=1.3,
+            )  # fmt: skip
+    if scale:
+        wide = min(columns * step - kind.left - RIGHT, 5.6)
+        footer(figure, specials, kind.left, tops[-1], wide, scale.draw)
     return figure
 
 
-def _height(kind: Kind, layer: LayerAnalysis) -> float:
-    heights = kind.heights(layer)
-    return HEAD + sum(heights) + GAP * (len(heights) - 1) + FOOT
+def _height(kind: Kind, block: Block, lines: int) -> float:
+    heights = EMPTY if block.chart.note else kind.heights(block.chart)
+    gaps = sum(kind.gap(block.chart, panel) for panel in range(1, len(heights)))
+    foot = 0.3 if block.chart.note else FOOT
+    return LINE * lines + BELOW + ABOVE + sum(heights) + gaps + foot
 
 
-def _draw_block(figure: Picture, kind: Kind, entry: Entry, left: float, top: float) -> None:
-    name = figure.words(left + 0.3, top, entry.name, fontsize=10, fontweight="bold", color=INK)
-    figure.fit(name, kind.width + 0.4)
-    heading = kind.heading(entry.layer)
-    line = figure.words(left + 0.3, top + 0.2, heading, fontsize=8, color=SOFT)
-    figure.fit(line, kind.width + 0.4, 6.5)
-    axes, place = [], top + HEAD
-    for height in kind.heights(entry.layer):
-        axes.append(figure.inches(left + LEFT, place, kind.width, height))
-        place += height + GAP
-    caption = textwrap.fill(kind.draw(axes, entry.layer), int(kind.width / 0.062))
-    figure.words(left + 0.3, place - GAP + 0.4, caption, fontsize=8, color=SOFT, linespacing=1.3)
+def _fold(figure: Picture, title: str, width: float) -> list[str]:
+    """A headline on one line, or folded on two."""
+    return figure.folded(title, width, fontsize=10, fontweight="bold")
+
+
+def _draw_head(
+    figure: Picture, kind: Kind, block: Block, title: list[str], left: float, top: float
+) -> None:
+    width = kind.left + kind.width + RIGHT - 0.5
+    for number, line in enumerate(title):
+        said = figure.words(
+            left + 0.3, top + LINE * number, line, fontsize=10, fontweight="bold", color=INK
+        )
+        figure.fit(said, width)
+    what = figure.words(
+        left + 0.3, top + LINE * len(title) + 0.02, kind.what, fontsize=8, color=SOFT
+    )
+    figure.fit(what, width, 6.5)
+
+
+def _draw_panels(figure: Picture, kind: Kind, chart: Chart, left: float, top: float) -> float:
+    """The panels of a block, one below the other; where they end."""
+    heights = EMPTY if chart.note else kind.heights(chart)
+    axes, place = [], top
+    for panel, height in enumerate(heights):
+        place += kind.gap(chart, panel) if panel else 0
+        axes.append(figure.inches(left, place, kind.width, height))
+        place += height
+    if chart.note:
+        panels.say(axes[0], chart.note, width=int(kind.width / 0.075))
+    else:
+        kind.draw(axes, chart)
+    return place

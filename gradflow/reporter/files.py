@@ -16,6 +16,7 @@ from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.page import TOP, FigureKey, page
 from gradflow.reporter.picture import png
 
+ALWAYS = ("gain-map", "total-vs-direct", "lag-curve", "states")  # drawn even to say why not
 FORMATS = ("html", "json", "csv", "png", "nc")
 
 
@@ -66,11 +67,15 @@ def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
     pictures = {("overview", "top"): png(plot(_part(analysis, worst[:TOP])))}
     if len(worst) > TOP:
         pictures["overview", ""] = png(plot(analysis))
-    for layer in analysis:
-        for kind in KINDS:
-            if kind == "overview" or (kind == "gates" and not layer.data.sizes["gate"]):
-                continue
-            pictures[kind, layer.name] = png(plot(_part(analysis, [layer.name]), kind))
+    for name, kind in KINDS.items():
+        if kind is not None and kind.together:
+            if not kind.prepare(list(analysis)).note:
+                pictures[name, ""] = png(plot(analysis, name))
+        elif kind is not None:
+            for layer in analysis:
+                # a picture that has only words in its place is said by the page's sentences
+                if name in ALWAYS or not kind.prepare(layer).note:
+                    pictures[name, layer.name] = png(plot(_part(analysis, [layer.name]), name))
     return pictures
 
 
@@ -108,6 +113,8 @@ def _write_figures(analysis: Analysis, folder: Path, pictures: dict[FigureKey, b
     for (kind, name), picture in pictures.items():
         if name in names:
             (place / f"{names[name]}-{kind}.png").write_bytes(picture)
+        elif kind != "overview":  # of all layers together
+            (place / f"{kind}.png").write_bytes(picture)
 
 
 def _write_run(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) -> None:
@@ -130,7 +137,7 @@ def file_names(names: list[str]) -> dict[str, str]:
     {'rnn.l0': 'rnn.l0', 'a/b': 'a_b', 'A?b': 'A_b-2'}
     """
     safe: dict[str, str] = {}
-    taken = {"overview"}
+    taken = {"overview", "layers"}
     for name in names:
         stem = re.sub(r"[^A-Za-z0-9._@-]+", "_", name).strip("._-")[:80] or "layer"
         made, number = stem, 1

@@ -4,133 +4,199 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from gradflow.analysis import LayerAnalysis
-from gradflow.reporter import panels, prepare
-from gradflow.reporter.overview import curve_reach, curve_top, special_colours
+from gradflow.reporter import panels
+from gradflow.reporter.charts import (
+    blocks,
+    gain_map,
+    gates,
+    lag_curve,
+    lag_gradient,
+    layers,
+    lyapunov,
+    parts,
+    paths,
+    rank,
+    saturation,
+    states,
+    time_scales,
+    triangle,
+)
+from gradflow.reporter.overview import special_colours
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the colour bar below a picture has to say."""
+    """The colour bar below a picture, and the colours outside it that occur."""
 
-    middle: str  # what the middle of the scale means
-    specials: Callable[[Sequence[LayerAnalysis]], dict[str, str]]  # colours outside the scale
+    draw: Callable[[Axes, bool], None]  # into axes; whether they are short
+    specials: Callable[[Sequence[Any]], dict[str, str]]  # of these charts: colour -> meaning
+    used: Callable[[Any], bool] = lambda chart: True  # whether a chart has colours at all
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of picture with one block of panels per layer."""
+    """A kind of picture with one block of panels per layer.
 
-    draw: Callable[[Sequence[Axes], LayerAnalysis], str]  # into axes; returns the caption
-    heading: Callable[[LayerAnalysis], str]  # one line saying what is drawn
-    heights: Callable[[LayerAnalysis], tuple[float, ...]]  # of its panels, inches
-    width: float  # inches
+    ``prepare`` makes a `gradflow.reporter.charts.chart.Chart` of a layer, or of all layers
+    ``together``; ``draw`` puts it into axes, the main panel first.
+    """
+
+    what: str  # one line saying what is drawn, the same for every layer
+    prepare: Callable[[Any], Any]
+    draw: Callable[[Sequence[Axes], Any], None]
+    heights: Callable[[Any], tuple[float, ...]]  # of the panels of a chart, inches
+    width: float = 7.2  # inches
+    left: float = 0.75  # inches for the labels of the y axis
+    gap: Callable[[Any, int], float] = lambda chart, panel: 0.16  # inches above a panel
     scale: Scale | None = None  # the colour bar below, if any
     columns: int = 1  # blocks side by side, at most
+    together: bool = False  # one block for all layers of an analysis
 
 
-def _gain(axes: Sequence[Axes], layer: LayerAnalysis) -> str:
-    gain = prepare.gain_map(layer)
-    panels.draw_gain(axes[0], gain)
-    if gain.note:
-        return ""
-    words = "Along a row, leftwards from the diagonal: how far back step t′ still feels."
-    if gain.contour:
-        words += " White line: 10⁻³."
-    if gain.pool > 1:
-        words += f" A cell is the largest of {gain.pool} × {gain.pool} steps."
-    return words
+def _ratios(middle: str) -> Callable[[Axes, bool], None]:
+    """The fixed scale of gradients and gains; what its pale yellow means."""
+    return lambda ax, short: panels.draw_scale(ax, middle, short=short)
 
 
-def _lag(axes: Sequence[Axes], layer: LayerAnalysis) -> str:
-    line = prepare.lag_line(layer)
-    reach, top = curve_reach([line], [layer]), curve_top([line])
-    panels.draw_lag(axes[0], line, layer, reach, top, label=len(axes) == 1)
-    axes[0].set_ylabel("gain", labelpad=2)
-    if len(axes) > 1 and line.note:
-        axes[1].set_visible(False)
-    elif len(axes) > 1:
-        axes[0].tick_params(labelbottom=False)
-        panels.draw_slope(axes[1], line, layer, reach)
-    return (
-        "Above, the median over sequences and starting steps, its 10–90 % band, and dashed the rate. "
-        "Below, the slope from one distance to the next, in nats per step, and the rate's interval."
-    )
+def _plain(values: Sequence[np.ndarray], undefined: str) -> dict[str, str]:
+    return special_colours([(one, np.zeros(one.shape, bool)) for one in values], undefined)
 
 
-def _parts(axes: Sequence[Axes], layer: LayerAnalysis) -> str:
-    parts = prepare.parts(layer)
-    panels.draw_parts(axes[0], parts)
-    return parts.words
+def _heats(charts: Sequence[states.States]) -> dict[str, str]:
+    heats = [heat for chart in charts for heat in chart.heats if not heat.note]
+    return special_colours([(heat.values, heat.bad) for heat in heats])
 
 
-def _states(axes: Sequence[Axes], layer: LayerAnalysis) -> str:
-    states = [str(state) for state in layer.data["state"].values]
-    pairs = list(zip(axes, states[: len(axes)], strict=True))
-    for number, (ax, state) in enumerate(pairs):
-        panels.draw_heat(ax, prepare.heat(layer, state), label=number == len(pairs) - 1)
-        ax.set_ylabel(f"∂L/∂{state}", labelpad=2)
-        ax.tick_params(labelbottom=number == len(pairs) - 1)
-    return "Units are sorted, longest memory on top; the colours are powers of ten."
+def _gate_specials(charts: Sequence[saturation.Saturation]) -> dict[str, str]:
+    return _plain([gate.values for chart in charts for gate in chart.gates], "undefined")
 
 
-def _gates(axes: Sequence[Axes], layer: LayerAnalysis) -> str:
-    gates = prepare.gates(layer)
-    panels.draw_gates(axes, gates)
-    return gates.words
+def _saturation_heights(chart: saturation.Saturation) -> tuple[float, ...]:
+    return (0.95,) * len(chart.gates) + ((1.1,) if chart.limits else ())
 
 
-def _lag_heading(layer: LayerAnalysis) -> str:
-    words = prepare.lag_line(layer).words
-    heading = "largest gain ‖∂s(t′)/∂s(t)‖ against the distance t′ − t"
-    return f"{heading}: {words}" if words else heading
-
-
-def _map_specials(layers: Sequence[LayerAnalysis]) -> dict[str, str]:
-    every = [prepare.gain_map(layer) for layer in layers]
-    maps = [gain.values for gain in every if not gain.note]
-    return special_colours(
-        [(values, np.zeros(values.shape, bool)) for values in maps], "t′ before t"
-    )
-
-
-def _state_specials(layers: Sequence[LayerAnalysis]) -> dict[str, str]:
-    heats = [prepare.heat(one, str(state)) for one in layers for state in one.data["state"].values]
-    return special_colours([(heat.values, heat.bad) for heat in heats if not heat.note])
+def _layer_heights(chart: layers.Layers) -> tuple[float, ...]:
+    high = min(3.0, max(0.6, 0.17 * len(chart.names)))
+    return (high, high, max(high, 0.8))
 
 
 KINDS: dict[str, Kind | None] = {
     "overview": None,  # two panels per row, drawn by `draw_overview`
     "gain-map": Kind(
-        draw=_gain,
-        heading=lambda layer: "largest gain ‖∂s(t′)/∂s(t)‖ of every pair of steps",
-        heights=lambda layer: (3.3,),
+        what="largest gain ‖∂s(t′)/∂s(t)‖ of every pair of steps",
+        prepare=gain_map.prepare,
+        draw=gain_map.draw,
+        heights=lambda chart: (3.3,),
         width=3.3,
-        scale=Scale("1: unchanged", _map_specials),
+        scale=Scale(
+            _ratios("1: unchanged"),
+            lambda charts: _plain([chart.values for chart in charts], "t′ before t"),
+        ),
         columns=2,
     ),
     "total-vs-direct": Kind(
-        draw=_parts,
-        heading=lambda layer: "norm of the gradient at h: all of it, and what a hook sees",
-        heights=lambda layer: (2.1,),
-        width=7.2,
+        what="norm of the gradient at h: all of it, and what a hook sees",
+        prepare=parts.prepare,
+        draw=parts.draw,
+        heights=lambda chart: (2.1,),
     ),
-    "lag-curve": Kind(draw=_lag, heading=_lag_heading, heights=lambda layer: (2.4, 0.9), width=6.0),
+    "lag-curve": Kind(
+        what="largest gain ‖∂s(t′)/∂s(t)‖ against the distance t′ − t",
+        prepare=lag_curve.prepare,
+        draw=lag_curve.draw,
+        heights=lambda chart: (2.4, 0.9),
+        width=6.0,
+    ),
+    "triangle": Kind(
+        what="gradient ‖∂L(t′)/∂s(t)‖ of every loss step ÷ its size at t = t′",
+        prepare=triangle.prepare,
+        draw=triangle.draw,
+        heights=lambda chart: (3.3,),
+        width=3.3,
+        scale=Scale(
+            _ratios("as at t′"),
+            lambda charts: _plain([chart.values for chart in charts], "no loss, or t after t′"),
+        ),
+        columns=2,
+    ),
+    "lag-gradient": Kind(
+        what="parts of the parameter gradient by how many steps back they went",
+        prepare=lag_gradient.prepare,
+        draw=lag_gradient.draw,
+        heights=lambda chart: (1.5, 1.5),
+    ),
     "states": Kind(
-        draw=_states,
-        heading=lambda layer: "gradient of the last loss step at every state, ÷ its size there",
-        heights=lambda layer: (1.5,) * layer.data.sizes["state"],
-        width=7.2,
-        scale=Scale("as at the loss", _state_specials),
+        what="gradient of the last loss step at every state, ÷ its size there",
+        prepare=states.prepare,
+        draw=states.draw,
+        heights=lambda chart: (1.5,) * len(chart.heats),
+        scale=Scale(_ratios("as at the loss"), _heats),
+    ),
+    "layers": Kind(
+        what="norm of the gradient at every layer, median over sequences",
+        prepare=layers.prepare,
+        draw=layers.draw,
+        heights=_layer_heights,
+        left=1.3,
+        width=6.6,
+        gap=lambda chart, panel: 0.56,
+        scale=Scale(
+            _ratios("as at the top"),
+            lambda charts: _plain(
+                [values for chart in charts for values in (chart.at_state, chart.passed)],
+                "not measured",
+            ),
+        ),
+        together=True,
+    ),
+    "rank": Kind(
+        what="how many directions of the state survive, against the distance t′ − t",
+        prepare=rank.prepare,
+        draw=rank.draw,
+        heights=lambda chart: (2.0,),
+    ),
+    "lyapunov": Kind(
+        what="Lyapunov exponents: growth per step of each direction, in nats",
+        prepare=lyapunov.prepare,
+        draw=lyapunov.draw,
+        heights=lambda chart: (1.7, 1.0) if chart.trace.size else (1.7,),
+        gap=lambda chart, panel: 0.5,
+    ),
+    "paths": Kind(
+        what="the ways from c(t−1) to c(t): largest gain of each",
+        prepare=paths.prepare,
+        draw=paths.draw,
+        heights=lambda chart: (2.1,),
+    ),
+    "blocks": Kind(
+        what="gain from one state to another, against the distance t′ − t",
+        prepare=blocks.prepare,
+        draw=blocks.draw,
+        heights=lambda chart: (2.0,) if np.isnan(chart.cell_path).all() else (2.0, 0.8),
     ),
     "gates": Kind(
-        draw=_gates,
-        heading=lambda layer: "gates over the steps: mean, share closed (< 0.05), open (> 0.95)",
-        heights=lambda layer: (1.2, 1.2, 1.2) if layer.data.sizes["gate"] else (0.6,),
-        width=7.2,
+        what="gates over the steps: mean, share closed (< 0.05), open (> 0.95)",
+        prepare=gates.prepare,
+        draw=gates.draw,
+        heights=lambda chart: (1.2, 1.2, 1.2),
+    ),
+    "saturation": Kind(
+        what="where every gate of every unit stands, and which units are stuck",
+        prepare=saturation.prepare,
+        draw=saturation.draw,
+        heights=_saturation_heights,
+        gap=lambda chart, panel: 0.26 if panel < len(chart.gates) else 0.72,
+        scale=Scale(saturation.draw_bar, _gate_specials, lambda chart: bool(chart.gates)),
+    ),
+    "time-scales": Kind(
+        what="how long each unit's own gate lets it remember, −1 ÷ mean ln of the gate",
+        prepare=time_scales.prepare,
+        draw=time_scales.draw,
+        heights=lambda chart: (1.8,),
     ),
 }

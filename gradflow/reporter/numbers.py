@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from gradflow.analysis import LayerAnalysis, Rate
+from gradflow.analysis import LayerAnalysis, Prediction, Rate
+from gradflow.reporter.scale import power
 
 
 def rate_words(rate: Rate) -> str:
@@ -68,15 +69,72 @@ def cell_words(layer: LayerAnalysis) -> str:
     return f"{kind} {layer.hidden}"
 
 
-def half_life_words(layer: LayerAnalysis) -> str:
+def half_life_words(layer: LayerAnalysis | Prediction) -> str:
     """The half-life; nothing was measured where the rate is not a number."""
     return "none" if math.isnan(layer.rate.value) else steps_words(layer.half_life)
 
 
-def gone_words(layer: LayerAnalysis) -> str:
+def gone_words(layer: LayerAnalysis | Prediction) -> str:
     """After how many steps the gain is below 10⁻³; beyond what was searched, or never."""
     if layer.horizon is None and math.isnan(layer.rate.value):
         return "none"
     if layer.horizon is None and not layer.never_gone:
         return f"> {layer.searched}"
     return steps_words(layer.horizon)
+
+
+def number_words(value: float) -> str:
+    """A number with two digits, as a power of ten where it is far from 1.
+
+    >>> number_words(0.527), number_words(1234.0), number_words(3.2e-7), number_words(-0.0)
+    ('0.53', '1234', '3·10⁻⁷', '0')
+    """
+    if not math.isfinite(value):
+        return "none" if math.isnan(value) else ("−∞" if value < 0 else "∞")
+    if value == 0:
+        return "0"
+    sign, size = ("−" if value < 0 else ""), abs(value)
+    if 1e-3 <= size < 1e5:
+        rounded = f"{size:.0f}" if size >= 100 else f"{float(f'{size:.2g}'):g}"
+        return sign + rounded
+    return sign + ratio_words(math.log10(size))
+
+
+def ratio_words(log10: float) -> str:
+    """The same for a number given by its log10, which may be far out of a float's range.
+
+    >>> ratio_words(-0.3), ratio_words(-400.2), ratio_words(-math.inf)
+    ('0.5', '6·10⁻⁴⁰¹', '0')
+    """
+    if math.isnan(log10):
+        return "none"
+    if math.isinf(log10):
+        return "0" if log10 < 0 else "∞"
+    if -3 <= log10 < 5:
+        return number_words(10**log10)
+    whole = math.floor(log10)
+    digit = round(10 ** (log10 - whole))
+    whole, digit = (whole + 1, 1) if digit == 10 else (whole, digit)
+    return ("" if digit == 1 else f"{digit}·") + power(whole)
+
+
+def percent_words(share: float) -> str:
+    """A share as people say it; what is not nothing is not said as 0 %.
+
+    >>> percent_words(0.126), percent_words(0.001), percent_words(0.9999), percent_words(0)
+    ('13 %', 'below 1 %', 'over 99 %', '0 %')
+    """
+    if math.isnan(share):
+        return "none"
+    if 0 < share < 0.005:
+        return "below 1 %"
+    return "over 99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
+
+
+def count_words(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    >>> count_words(1, "step"), count_words(3, "step")
+    ('1 step', '3 steps')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -6,10 +6,11 @@ gain against the distance. Colours and axes are shared by all rows, so rows can 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -69,7 +70,7 @@ def draw_overview(entries: Sequence[Entry]) -> Figure:
         right = figure.inches(LEFT + HEAT + GAP, places[number] + HEAD, CURVE, height)
         right.yaxis.tick_right()
         panels.draw_lag(right, line, entry.layer, reach, top, label=label)
-    footer(figure, specials, LEFT, place + 0.04, HEAT, "as at the loss")
+    footer(figure, specials, LEFT, place + 0.04, HEAT, _bar)
     _legend(figure, place + 0.04)
     return figure
 
@@ -142,15 +143,24 @@ def _head(figure: Picture, entry: Entry, heat: Heat, line: LagLine, place: float
 
 
 def footer(
-    figure: Picture, specials: Mapping[str, str], left: float, top: float, width: float, middle: str
+    figure: Picture,
+    specials: Mapping[str, str],
+    left: float,
+    top: float,
+    width: float,
+    draw: Callable[[Axes, bool], None],
 ) -> None:
     """The colour bar in words, and the colours outside it that occur."""
-    panels.draw_scale(figure.inches(left, top, width, 0.11), middle, short=width < 5)
+    draw(figure.inches(left, top, width, 0.11), width < 5)
     for number, (colour, words) in enumerate(specials.items()):
         place = left + number * 1.3
         ax = figure.inches(place, top + 0.37, 0.11, 0.11)
         ax.set(xticks=[], yticks=[], facecolor=colour)
         figure.words(place + 0.16, top + 0.355, words, fontsize=8)
+
+
+def _bar(ax: Axes, short: bool) -> None:
+    panels.draw_scale(ax, "as at the loss", short=short)
 
 
 def footer_height(specials: Mapping[str, str]) -> float:

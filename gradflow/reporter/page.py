@@ -8,16 +8,16 @@ from __future__ import annotations
 import base64
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
 from gradflow._version import __version__
-from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
 from gradflow.reporter import prepare
-from gradflow.reporter.digest import other_findings, strict, top_findings
+from gradflow.reporter.digest import other_findings, predicted, predictions, strict, top_findings
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import (
     cell_words,
@@ -29,7 +29,22 @@ from gradflow.reporter.numbers import (
 
 BUDGET = 1_000_000  # bytes of a page, and what leaves room for its words
 TOP = 3  # layers said at the top of the page; the others follow below
+TITLES = {  # of folded pictures, where the name of the kind does not say it
+    "triangle": "loss triangle",
+    "lag-gradient": "parameter gradient by lag",
+    "states": "gradient at every unit",
+    "layers": "layers side by side",
+    "rank": "rank against lag",
+    "lyapunov": "Lyapunov spectrum",
+    "paths": "paths of the cell state",
+    "blocks": "blocks of the product",
+    "gates": "gates over the steps",
+    "saturation": "gate saturation",
+    "time-scales": "time-scales of the units",
+}
 WORDS = ("snippet", "next_command")  # provenance shown in a box of its own
+
+FRONT = ("overview", "gain-map", "total-vs-direct")  # kinds that are not folded away
 
 FigureKey = tuple[str, str]  # (kind, layer name); "" for all layers, "top" for the worst
 
@@ -40,6 +55,8 @@ class Shown:
 
     source: str  # data: URI
     alt: str
+    title: str  # the kind of picture, in words
+    message: str  # what it shows
     wide: int  # pixels as drawn, for the page to keep the place
     high: int
 
@@ -59,6 +76,18 @@ class Row:
     channels: str
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """One line of what is, or of what a remedy would make of it."""
+
+    words: str
+    rate: str
+    half_life: str
+    gone: str
+    channels: str
+    verdict: str
+
+
 def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
     """Build the page from an analysis and its pictures, PNG bytes by (kind, layer name).
 
@@ -75,9 +104,12 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         rows=[_row(layer) for layer in analysis],
         findings=top_findings(analysis),
         more_findings=other_findings(analysis),
+        # one shown, the others folded: the first screen holds all findings
+        opened=next((f for f in top_findings(analysis) if predictions(analysis, f)), None),
+        outlooks=functools.partial(outlooks, analysis),
         pictures=pictures,
         left_out=left_out,
-        kinds=[kind for kind in KINDS if kind not in ("overview", "gain-map", "total-vs-direct")],
+        kinds=[kind for kind in KINDS if kind not in FRONT],
         provenance=provenance_rows(analysis.provenance),
         snippet=analysis.provenance.get("snippet", ""),
         next_command=analysis.provenance.get("next_command", ""),
@@ -112,6 +144,35 @@ def _row(layer: LayerAnalysis) -> Row:
     )
 
 
+def outlooks(analysis: Analysis, finding: Finding) -> tuple[str, list[Outlook]]:
+    """The heading and the lines of a finding's predictions, the present numbers first."""
+    made = predictions(analysis, finding)
+    if not made:
+        return "", []
+    layer = analysis.layers[finding.layer]
+    now = Outlook(
+        words="now",
+        rate=rate_words(layer.rate),
+        half_life=half_life_words(layer),
+        gone=gone_words(layer),
+        channels=channel_words(layer),
+        verdict=layer.verdict,
+    )
+    return predicted(made[0]), [now, *(_outlook(prediction, layer) for prediction in made)]
+
+
+def _outlook(prediction: Prediction, layer: LayerAnalysis) -> Outlook:
+    known = prediction.channels is not None
+    return Outlook(
+        words=prediction.words,
+        rate=rate_words(prediction.rate),
+        half_life=half_life_words(prediction),
+        gone=gone_words(prediction),
+        channels=f"{prediction.channels} of {layer.size}" if known else "unknown",
+        verdict=prediction.verdict,
+    )
+
+
 def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
     """What the bar of span against horizon shows, in words."""
     if gone_words(layer) == "none":
@@ -131,18 +192,31 @@ def embed(
 ) -> tuple[dict[FigureKey, Shown], list[str]]:
     """The pictures that fit on the page, by importance, and the names of those that do not."""
     room = BUDGET - 90_000 - 1_500 * len(analysis)
-    shown, left_out = {}, []
+    shown: dict[FigureKey, Shown] = {}
+    left_out: list[FigureKey] = []
     for key in sorted(figures, key=functools.partial(_importance, analysis)):
         png = figures[key]
         size = 4 * -(-len(png) // 3)
         if size > room:
-            left_out.append(" ".join(part for part in key if part))
+            left_out.append(key)
             continue
         room -= size
         source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
         wide, high = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
-        shown[key] = Shown(source, alternative(analysis, key), wide, high)
-    return shown, left_out
+        title = TITLES.get(key[0], key[0].replace("-", " "))
+        alt = alternative(analysis, key)
+        shown[key] = Shown(source, alt, title, _message(analysis, key), wide, high)
+    return shown, _names(left_out)
+
+
+def _names(keys: Sequence[FigureKey]) -> list[str]:
+    """What was left out, by layer, so that a deep stack does not fill the page with names."""
+    kinds: dict[str, list[str]] = {}
+    for kind, name in keys:
+        kinds.setdefault(name, []).append(kind)
+    return [
+        f"{name} ({', '.join(some)})" if name else ", ".join(some) for name, some in kinds.items()
+    ]
 
 
 def _importance(analysis: Analysis, key: FigureKey) -> tuple[int, int, int]:
@@ -150,8 +224,18 @@ def _importance(analysis: Analysis, key: FigureKey) -> tuple[int, int, int]:
     worst = [layer.name for layer in analysis.worst_first]
     place = worst.index(name) if name in worst else -1
     order = list(KINDS).index(kind)
-    # the head of the page, then the maps of the worst layer, then the next layer
+    # the head of the page, then everything of the worst layer, then the next layer
     return (0 if kind == "overview" else 1, place, order)
+
+
+def _message(analysis: Analysis, key: FigureKey) -> str:
+    """What a picture shows, in its own words."""
+    name, kind = key[1], KINDS[key[0]]
+    if kind is None:
+        return ""
+    if kind.together:
+        return str(kind.prepare(list(analysis)).message)
+    return str(kind.prepare(analysis.layers[name]).message)
 
 
 def alternative(analysis: Analysis, key: FigureKey) -> str:
@@ -159,8 +243,10 @@ def alternative(analysis: Analysis, key: FigureKey) -> str:
     kind, name = key
     if name in analysis.layers:
         layer = analysis.layers[name]
-        words = prepare.parts(layer).words if kind == "total-vs-direct" else layer.sentence
-        return f"{kind} of {name}. {words or layer.gradient_note}"
+        words = _message(analysis, key) or layer.gradient_note or layer.sentence
+        return f"{kind} of {name}: {words}"
+    if kind != "overview":
+        return f"{kind} of all {len(analysis)} layers: {_message(analysis, key)}"
     titles = "; ".join(layer.title for layer in analysis.worst_first[:4])
     return f"{kind}: gradient of every unit over the steps, and gain over the distance. {titles}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,9 +10,10 @@ from matplotlib.ticker import MaxNLocator
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter import prepare
+from gradflow.reporter.charts.marks import whole
 from gradflow.reporter.picture import FAINT, INK, SOFT
-from gradflow.reporter.prepare import GainMap, Gates, Heat, LagLine, Parts
-from gradflow.reporter.scale import COLOURS, DIRECT, VERDICT_COLOURS, paint, power
+from gradflow.reporter.prepare import Heat, LagLine
+from gradflow.reporter.scale import COLOURS, VERDICT_COLOURS, paint, power
 
 CURVE_FLOOR, CURVE_TOP = -8.0, 2.0
 SHADE = "#ededed"
@@ -52,16 +52,11 @@ def back_ticks(steps: int) -> list[int]:
     """
     if steps == 1:
         return [0]
-    round_numbers = _whole(6).tick_values(0, steps - 1)
+    round_numbers = whole(6).tick_values(0, steps - 1)
     ticks = [int(tick) for tick in round_numbers if 0 <= tick <= steps - 1]
     if steps - 1 - ticks[-1] > 0.06 * steps:
         ticks.append(steps - 1)
     return ticks
-
-
-def _whole(most: int) -> MaxNLocator:
-    """Round whole numbers as ticks, be it only one."""
-    return MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
 
 
 def draw_lag(
@@ -79,7 +74,7 @@ def draw_lag(
     ax.axhline(0, color=FAINT, lw=0.7, zorder=1)
     ax.axhline(prepare.GONE, color=FAINT, lw=0.7, ls=(0, (4, 3)), zorder=1)
     _draw_line(ax, line, VERDICT_COLOURS[layer.verdict], top)
-    ax.xaxis.set_major_locator(_whole(6))
+    ax.xaxis.set_major_locator(whole(6))
     figure = ax.get_figure(root=True)
     inches = ax.get_window_extent().height / (figure.dpi if figure else 100)
     ticks = gain_ticks(top, inches)
@@ -109,95 +104,6 @@ def _draw_line(ax: Axes, line: LagLine, colour: str, top: float) -> None:
         ax.plot([x], [y], "o", color=colour, ms=5.5, mec="white", mew=0.8, zorder=6, clip_on=False)
 
 
-def draw_gain(ax: Axes, gain: GainMap) -> None:
-    """Source t across, target t′ down; the undefined half is grey; contour at 10⁻³."""
-    if gain.note:
-        say(ax, gain.note, width=36)
-        return
-    extent = (gain.first, gain.last, gain.last, gain.first)
-    ax.imshow(paint(gain.values), extent=extent, interpolation="nearest", aspect="equal")
-    if gain.contour:
-        cell = (gain.last - gain.first) / gain.values.shape[0]
-        centres = gain.first + cell * (np.arange(gain.values.shape[0]) + 0.5)
-        levels = np.ma.masked_invalid(np.where(np.isneginf(gain.values), -400, gain.values))
-        ax.contour(
-            centres,
-            centres,
-            levels,
-            levels=[prepare.GONE],
-            colors=["white"],
-            linewidths=[1.1],
-            linestyles=["solid"],
-        )
-    ax.xaxis.set_major_locator(_whole(5))
-    ax.yaxis.set_major_locator(_whole(5))
-    order = " (processing order)" if gain.reverse else ""
-    ax.set_xlabel(f"source step t{order}", labelpad=2)
-    ax.set_ylabel("target step t′", labelpad=2)
-
-
-def draw_parts(ax: Axes, parts: Parts) -> None:
-    """Total and direct gradient over the steps; exact zeros sit on the lower edge."""
-    if parts.note:
-        say(ax, parts.note)
-        return
-    low, high = parts_limits(parts)
-    lines = (
-        (parts.total, "total ∂L/∂h", VERDICT_COLOURS["vanishing"], 1.8, "-"),
-        (parts.last, "total, last loss step alone", INK, 0.9, (0, (2, 2))),
-        (parts.direct, "direct: what a hook shows", DIRECT, 1.4, "-"),
-    )
-    lone = "." if len(parts.step) < 3 else None
-    for values, name, colour, width, dash in lines:
-        if np.isnan(values).all():
-            continue
-        finite = np.where(np.isfinite(values), values, np.nan)
-        ax.plot(parts.step, finite, color=colour, lw=width, ls=dash, label=name, marker=lone)
-        zeros = np.isneginf(values)
-        ax.plot(
-            parts.step[zeros], np.full(zeros.sum(), low), ".", color=colour, ms=4, clip_on=False
-        )
-        alone = (
-            np.isfinite(values)
-            & ~np.isfinite(np.roll(values, 1))
-            & ~np.isfinite(np.roll(values, -1))
-        )
-        ax.plot(parts.step[alone], values[alone], "o", color=colour, ms=4.5, clip_on=False)
-    ax.set_ylim(low, high)
-    ax.set_xlim(1 - 0.5, len(parts.step) + 0.5)
-    ax.xaxis.set_major_locator(_whole(6))
-    marks = MaxNLocator(nbins=5, integer=True).tick_values(low, high)
-    marks = [int(mark) for mark in marks if low + 0.04 * (high - low) < mark <= high]
-    ax.set_yticks([low, *marks], ["0", *(power(mark) for mark in marks)])
-    ax.set_xlabel("step", labelpad=2)
-    ax.set_ylabel("gradient norm", labelpad=2)
-    _key(ax, 3)
-
-
-def _key(ax: Axes, columns: int) -> None:
-    """A legend on one line above the axes."""
-    ax.legend(
-        frameon=False,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=columns,
-        handlelength=1.5,
-        columnspacing=1.3,
-        borderaxespad=0.1,
-    )
-
-
-def parts_limits(parts: Parts) -> tuple[float, float]:
-    """The powers of ten the axis spans: at most thirty below the largest; zeros sit below all."""
-    known = np.concatenate([parts.total, parts.direct, parts.last])
-    known = known[np.isfinite(known)]
-    if not len(known):
-        return -1.0, 1.0
-    high = float(np.ceil(known.max() + 0.2))
-    low = max(float(np.floor(known.min())), high - 30)
-    return low - max(1.0, 0.08 * (high - low)), high
-
-
 def draw_slope(ax: Axes, line: LagLine, layer: LayerAnalysis, reach: float) -> None:
     """The local slope of the lag curve, and the rate with its interval."""
     colour = VERDICT_COLOURS[layer.verdict]
@@ -212,28 +118,7 @@ def draw_slope(ax: Axes, line: LagLine, layer: LayerAnalysis, reach: float) -> N
     ax.set_ylabel("slope", labelpad=2)
     ax.set_xlabel("distance t′ − t in steps", labelpad=2)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    ax.xaxis.set_major_locator(_whole(6))
-
-
-def draw_gates(axes: Sequence[Axes], gates: Gates) -> None:
-    """Mean, share closed and share open of every gate over the steps."""
-    if gates.note:
-        say(axes[0], gates.note)
-        for ax in axes[1:]:
-            ax.set_visible(False)
-        return
-    rows = (("mean", gates.mean), ("closed", gates.closed), ("open", gates.open))
-    for number, (ax, (name, values)) in enumerate(zip(axes, rows, strict=False)):
-        for gate, line in zip(gates.names, values, strict=True):
-            ax.plot(gates.step, line, lw=1.3, label=gate, marker="." if len(line) < 3 else None)
-        ax.set_ylabel(name, labelpad=2)
-        ax.set_xlim(0.5, len(gates.step) + 0.5)
-        ax.set_ylim(min(0.0, float(np.nanmin([0, *values.ravel()]))) - 0.03, 1.03)
-        ax.xaxis.set_major_locator(_whole(6))
-        if number < len(axes) - 1:
-            ax.set_xticklabels([])
-    axes[-1].set_xlabel("step", labelpad=2)
-    _key(axes[0], len(gates.names))
+    ax.xaxis.set_major_locator(whole(6))
 
 
 def draw_scale(ax: Axes, middle: str, *, short: bool = False) -> None:

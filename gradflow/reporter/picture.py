@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,6 +77,17 @@ class Picture(Figure):
     def width_of(self, text: Text) -> float:
         """The drawn width of a text, in inches."""
         return text.get_window_extent(FigureCanvasAgg(self).get_renderer()).width / self.dpi
+
+    def folded(self, words: str, width: float, **style: Any) -> list[str]:
+        """Words on one line where they fit a width in inches, else on two."""
+        text = self.words(0, 0, words, **style)
+        room = self.width_of(text)
+        text.remove()
+        if room <= width or " " not in words:
+            return [words]
+        # as many letters as fit on average, and a few less: letters are not equally wide
+        first, *rest = textwrap.wrap(words, max(8, int(0.96 * len(words) * width / room)))
+        return [first, " ".join(rest)] if rest else [first]
 
     def fit(self, text: Text, width: float, smallest: float = 7.0) -> Text:
         """Make a text fit a width in inches: smaller letters first, then an ellipsis."""

@@ -51,70 +51,11 @@ class LagLine:
     note: str  # words that stand in place of the curve, or ""
 
 
-@dataclass(frozen=True)
-class GainMap:
-    """ln gain of one sequence as powers of ten: target t' down, source t across."""
-
-    values: np.ndarray  # (targets, sources) log10; NaN where t' < t
-    first: float  # the step, counted from 1, at the first edge
-    last: float
-    sequence: int  # index in the user's batch
-    norm: str
-    pool: int  # steps in a cell of the picture; the largest is shown
-    contour: bool  # whether some gains lie above and some below 10⁻³
-    reverse: bool
-    note: str
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Norms of total and direct gradient over the steps, log10; -inf is exactly zero."""
-
-    state: str
-    step: np.ndarray  # (T,) counted from 1
-    total: np.ndarray  # (T,)
-    direct: np.ndarray  # (T,)
-    last: np.ndarray  # (T,) of the last loss step alone
-    words: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Gates:
-    """How the gates stand over the steps."""
-
-    names: tuple[str, ...]
-    step: np.ndarray  # (T,) counted from 1
-    mean: np.ndarray  # (G, T)
-    closed: np.ndarray  # (G, T) share of units and sequences below 0.05
-    open: np.ndarray  # (G, T) share above 0.95
-    words: str
-    note: str
-
-
-def gates(layer: LayerAnalysis) -> Gates:
-    """Mean activation and the shares closed and open of every gate, input-time order."""
-    names = tuple(str(gate) for gate in layer.data["gate"].values)
-    mean, closed, opened = (
-        layer.data[f"gate_{what}"].transpose("gate", "step").values
-        for what in ("mean", "closed", "open")
-    )
-    return Gates(
-        names=names,
-        step=np.arange(1, layer.data.sizes["step"] + 1),
-        mean=mean,
-        closed=closed,
-        open=opened,
-        words="" if not names else "Averages over units and sequences, at every step.",
-        note="" if names else f"{layer.cell} has no gates.",
-    )
-
-
 def _steps(count: int) -> str:
     return f"{count} step" if count == 1 else f"{count} steps"
 
 
-def _pooled(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
+def pooled(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """The largest of every rows × columns block; NaN only where a whole block is NaN."""
     height = -(-values.shape[0] // rows) * rows
     width = -(-values.shape[1] // columns) * columns
@@ -141,12 +82,12 @@ def heat(layer: LayerAnalysis, state: str | None = None) -> Heat:
     units, steps = raw.shape
     unit_pool = max(1, math.ceil(units / HEAT_ROWS))
     step_pool = max(1, math.ceil(steps / HEAT_COLUMNS))
-    values = _pooled(np.where(bad, np.nan, raw), unit_pool, step_pool)[:, ::-1]
-    pooled_bad = (_pooled(bad.astype(float), unit_pool, step_pool) > 0)[:, ::-1]
+    values = pooled(np.where(bad, np.nan, raw), unit_pool, step_pool)[:, ::-1]
+    bad_blocks = (pooled(bad.astype(float), unit_pool, step_pool) > 0)[:, ::-1]
     return Heat(
         state=state,
         values=values,
-        bad=pooled_bad,
+        bad=bad_blocks,
         units=units,
         steps=steps,
         unit_pool=unit_pool,
@@ -239,82 +180,6 @@ def _crossing(lag: np.ndarray, median: np.ndarray, at: int, level: float) -> flo
         return float(at)
     share = min(1.0, max(0.0, (level - before) / (after - before)))
     return float(lag[here[0] - 1] + share * (at - lag[here[0] - 1]))
-
-
-def gain_map(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
-    """The gain of every pair t' ≥ t of the first mapped sequence, at most 128 × 128 cells."""
-    data = layer.data["log_gain"]
-    if not data.sizes["sequence"] or not data.sizes["source"]:
-        return GainMap(np.empty((0, 0)), 0, 0, -1, norm, 1, False, layer.reverse, "no map was made")
-    first = data.sel(norm=norm).isel(sequence=0).transpose("target", "source")
-    values = first.values / LN10
-    count = values.shape[0]
-    pool = max(1, math.ceil(count / MAP_CELLS))
-    steps = first["source"].values + 1.0
-    stride = float(steps[1] - steps[0]) if count > 1 else 1.0
-    pooled = _pooled(values, pool, pool)
-    known = pooled[~np.isnan(pooled)]
-    start = float(steps[0]) - stride / 2
-    return GainMap(
-        values=pooled,
-        first=start,
-        last=start + pooled.shape[0] * pool * stride,
-        sequence=int(data["sequence"].values[0]),
-        norm=norm,
-        pool=pool * round(stride),
-        contour=bool(len(known) and known.min() < GONE < known.max() and count > 2),
-        reverse=layer.reverse,
-        note=_no_map(layer, known),
-    )
-
-
-def _no_map(layer: LayerAnalysis, known: np.ndarray) -> str:
-    if layer.steps <= 1:
-        return "one step: no pair of steps to show"
-    return "" if len(known) else "no finite gain to show"
-
-
-def parts(layer: LayerAnalysis) -> Parts:
-    """Total gradient at h against the part that a hook on the layer's output would have shown."""
-    states = [str(state) for state in layer.data["state"].values]
-    state = "h" if "h" in states else states[0]
-    norms = layer.data["grad_norm"].sel(state=state)
-    with np.errstate(divide="ignore"):
-        total, direct, last = (
-            np.log10(norms.sel(kind=kind).values) for kind in ("total", "direct", "last")
-        )
-    note = layer.gradient_note
-    if not note and np.isnan(total).all():
-        note = "No gradient of the loss was recorded for this layer."
-    return Parts(
-        state=state,
-        step=np.arange(1, len(total) + 1),
-        total=total,
-        direct=direct,
-        last=last,
-        words="" if note else _hooked(total, direct),
-        note=note,
-    )
-
-
-def _hooked(total: np.ndarray, direct: np.ndarray) -> str:
-    """What a hook on the layer's output would have missed, in words."""
-    known = ~np.isnan(total) & ~np.isnan(direct)
-    missed = np.isneginf(direct[known]) & ~np.isneginf(total[known])
-    if not known.any():
-        return "The direct part was not recorded."
-    where = f"{int(missed.sum())} of {int(known.sum())} steps"
-    if missed.any():
-        return f"A hook on the layer's output shows exactly 0 at {where}; the total there is not 0."
-    pair = np.isfinite(total) & np.isfinite(direct)
-    if not pair.any():
-        return "Total and direct gradient are exactly 0 at every step."
-    apart = float(np.max(np.abs(total[pair] - direct[pair])))
-    if apart < 0.005:
-        return (
-            "A hook on the layer's output shows the whole gradient: none comes through recurrence."
-        )
-    return f"A hook on the layer's output is off by up to a factor of {10 ** min(apart, 300):.2g}."
 
 
 def span_share(layer: LayerAnalysis) -> float:

@@ -20,6 +20,14 @@ ZERO = "#000000"
 BAD = "#ff00ff"
 WRONG = "#b800b8"  # the same, dark enough for words
 DIRECT = "#d97000"  # the part of a gradient that a hook shows
+# lines that are no verdict: gates, paths, blocks, parameters; told apart by their dashes as well
+SERIES = ("#1f5699", "#d97000", "#1d7a4f", "#c3263a", "#8a6100")
+# activations of gates: not a gradient, so in a colour of its own, dark is closed and light is open
+GATE_STEPS = 20
+_GATE_RAMP = LinearSegmentedColormap.from_list(
+    "gates", ("#06302c", "#1d7f74", "#9ad6c8", "#f1faf6"), N=GATE_STEPS + 1
+)(np.linspace(0, 1, GATE_STEPS + 1))[:, :3]  # (colours, 3)
+GATE_COLOURS = ListedColormap(_GATE_RAMP, name="gates")
 
 VERDICT_COLOURS = {
     "vanishing": "#1f5699",
@@ -55,9 +63,22 @@ def paint(log10: np.ndarray, bad: np.ndarray | None = None) -> np.ndarray:
     return rgb
 
 
+def paint_gates(values: np.ndarray) -> np.ndarray:
+    """Turn shares of the way from shut (0) to open (1) into colours; NaN is grey.
+
+    >>> paint_gates(np.array([[0.0, np.nan]])).tolist()
+    [[[6, 48, 44], [201, 201, 201]]]
+    """
+    place = np.clip(np.rint(np.nan_to_num(values) * GATE_STEPS), 0, GATE_STEPS).astype(int)
+    rgb = np.rint(GATE_COLOURS(place)[..., :3] * 255).astype(np.uint8)
+    rgb[np.isnan(values)] = _bytes(UNDEFINED)
+    return rgb
+
+
 def palette() -> list[int]:
     """The 256 colours every picture is stored with: the scale, greys, accents and their tints."""
     colours = [tuple(row) for row in np.rint(_RAMP * 255).astype(int).tolist()]
+    colours += [tuple(row) for row in np.rint(_GATE_RAMP * 255).astype(int).tolist()]
     colours += [_bytes(UNDEFINED), _bytes(ZERO), _bytes(BAD)]
     for accent in (*VERDICT_COLOURS.values(), DIRECT, WRONG):
         rgb = np.array(_bytes(accent))

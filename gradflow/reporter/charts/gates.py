@@ -1,0 +1,78 @@
+"""How the gates stand over the steps, on average."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from gradflow.analysis import LayerAnalysis
+from gradflow.reporter.charts.chart import Chart, measured
+from gradflow.reporter.charts.marks import DASHED, DOTTED, key, whole
+from gradflow.reporter.numbers import number_words, percent_words
+from gradflow.reporter.scale import SERIES
+
+DASHES = ("-", DASHED, DOTTED, (0, (4, 1.5, 1, 1.5)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates(Chart):
+    """Averages over units and sequences."""
+
+    names: tuple[str, ...]
+    step: np.ndarray  # (T,) counted from 1
+    mean: np.ndarray  # (G, T)
+    closed: np.ndarray  # (G, T) share of units and sequences below 0.05
+    open: np.ndarray  # (G, T) share above 0.95
+
+
+def prepare(layer: LayerAnalysis) -> Gates:
+    """Mean activation and the shares closed and open of every gate, input-time order."""
+    names = tuple(str(gate) for gate in layer.data["gate"].values)
+    mean, closed, opened = (
+        layer.data[f"gate_{what}"].transpose("gate", "step").values
+        for what in ("mean", "closed", "open")
+    )
+    note = "" if names else f"{layer.cell} has no gates."
+    if names and measured(layer, "gate_mean") is None:
+        note = "No gate was measured at any step."
+    return Gates(
+        message="" if note else _message(names, mean, closed, opened),
+        reading="Averages over units and sequences, at every step.",
+        note=note,
+        names=names,
+        step=np.arange(1, layer.data.sizes["step"] + 1),
+        mean=mean,
+        closed=closed,
+        open=opened,
+    )
+
+
+def _message(names: Sequence[str], mean: np.ndarray, closed: np.ndarray, opened: np.ndarray) -> str:
+    """How the gate that forgets stands: f of an LSTM, z of a GRU, else the first."""
+    place = next((names.index(name) for name in ("f", "z") if name in names), 0)
+    kind = {"f": "forget gate", "z": "update gate"}.get(names[place], f"gate {names[place]}")
+    shares = [np.nanmean(row[place]) if not np.isnan(row[place]).all() else np.nan
+              for row in (mean, closed, opened)]  # fmt: skip
+    said = f"the {kind} is {number_words(float(shares[0]))} on average"
+    if np.isnan(shares[1:]).any():
+        return said
+    return f"{said}, {percent_words(shares[1])} closed and {percent_words(shares[2])} open"
+
+
+def draw(axes: Sequence[Axes], gates: Gates) -> None:
+    """Mean, share closed and share open of every gate over the steps."""
+    rows = (("mean", gates.mean), ("closed", gates.closed), ("open", gates.open))
+    for number, (ax, (name, values)) in enumerate(zip(axes, rows, strict=False)):
+        for place, (gate, line) in enumerate(zip(gates.names, values, strict=True)):
+            ax.plot(gates.step, line, lw=1.4, label=gate, color=SERIES[place % len(SERIES)],
+                    ls=DASHES[place % len(DASHES)], marker="." if len(line) < 3 else None)  # fmt: skip
+        ax.set_ylabel(name, labelpad=2)
+        ax.set_xlim(0.5, len(gates.step) + 0.5)
+        ax.set_ylim(min(0.0, float(np.nanmin([0, *values.ravel()]))) - 0.03, 1.03)
+        ax.xaxis.set_major_locator(whole(6))
+        ax.tick_params(labelbottom=number == len(axes) - 1)
+    axes[-1].set_xlabel("step", labelpad=2)
+    key(axes[0], len(gates.names))

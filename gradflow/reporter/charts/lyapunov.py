@@ -1,0 +1,128 @@
+"""The Lyapunov spectrum: growth per step of every direction, and whether the numbers have settled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from gradflow.analysis import LayerAnalysis, Rate
+from gradflow.reporter.charts.chart import LN10, Chart, absent, measured
+from gradflow.reporter.charts.marks import whole
+from gradflow.reporter.numbers import number_words, rate_words
+from gradflow.reporter.picture import FAINT
+from gradflow.reporter.scale import VERDICT_COLOURS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lyapunov(Chart):
+    """Exponents with their 95 % intervals over sequences, and their running means."""
+
+    index: np.ndarray  # (K,) counted from 1
+    mean: np.ndarray  # (K,) nats per step
+    low: np.ndarray  # (K,)
+    high: np.ndarray  # (K,)
+    trace: np.ndarray  # (k, N) running means of the first few, over the counted steps
+    band: float  # within ± this a direction counts as stable, nats per step
+    verdict: str
+
+
+def prepare(layer: LayerAnalysis) -> Lyapunov:
+    """The spectrum of a layer; without the newer arrays, the exponents themselves."""
+    array = measured(layer, "lyapunov")
+    mean = layer.lyapunov if array is None else array.values
+    band = LN10 / max(1, layer.span)
+    mean = np.empty(0) if mean is None else np.asarray(mean, float)
+    known = np.isfinite(mean)
+    nothing = np.full(len(mean), np.nan)
+    low, high = (measured(layer, f"lyapunov_{end}") for end in ("low", "high"))
+    trace = measured(layer, "lyapunov_trace")
+    steps = np.empty((0, 0)) if trace is None else trace.transpose("index_k", "step").values
+    steps = steps[~np.isnan(steps).all(axis=1)]
+    steps = steps[:, ~np.isnan(steps).all(axis=0)]
+    return Lyapunov(
+        message=_message(layer, mean, band) if known.any() else "",
+        reading=_reading(layer, band),
+        note="" if known.any() else _why(layer, mean),
+        index=np.arange(1, len(mean) + 1),
+        mean=mean,
+        low=nothing if low is None else low.values,
+        high=nothing if high is None else high.values,
+        trace=steps,
+        band=band,
+        verdict=layer.verdict,
+    )
+
+
+def _why(layer: LayerAnalysis, mean: np.ndarray) -> str:
+    if np.isneginf(mean).any():
+        return "Every exponent is −∞: exact zeros cut every direction."
+    return absent(layer, "lyapunov", "No Lyapunov exponent was measured for this layer.")
+
+
+def _message(layer: LayerAnalysis, mean: np.ndarray, band: float) -> str:
+    first = layer.rate if math.isfinite(layer.rate.value) else Rate(mean[0], mean[0], mean[0])
+    largest = f"the largest exponent is {rate_words(first)} per step"
+    kept = int((mean >= -band).sum())
+    share = (
+        f"{kept} of the {len(mean)} measured"
+        if len(mean) < layer.size
+        else f"{kept} of {len(mean)}"
+    )
+    if kept == 0:
+        return f"{largest}: every direction fades"
+    return f"{largest}; {share} keep a tenth or more over {layer.span} steps"
+
+
+def _reading(layer: LayerAnalysis, band: float) -> str:
+    words = (
+        "Above, growth per step of each direction with its 95 % interval over sequences; in the "
+        f"grey band (± {number_words(band)}) less than a power of ten is lost or won over "
+        f"{layer.span} steps. Below, the running means: flat at the end means settled."
+    )
+    rule = measured(layer, "sum_rule")
+    if rule is not None and np.isfinite(rule.values).all():
+        got, exact = (float(rule.sel(side=side)) for side in ("measured", "exact"))
+        words += (
+            f" All exponents add up to {number_words(got)}; ln|det| says {number_words(exact)}."
+        )
+    return words
+
+
+def draw(axes: Sequence[Axes], chart: Lyapunov) -> None:
+    """Above the exponents with intervals, below the running means."""
+    colour = VERDICT_COLOURS[chart.verdict]
+    ax = axes[0]
+    finite = np.isfinite(chart.mean)
+    ax.axhspan(-chart.band, chart.band, color="#e3e3e3", lw=0, zorder=0)
+    ax.axhline(0, color=FAINT, lw=0.7, zorder=1)
+    ax.vlines(chart.index, chart.low, chart.high, color=colour, lw=1.2, alpha=0.5)
+    size = 4.5 if len(chart.index) <= 40 else 2.5
+    ax.plot(chart.index[finite], chart.mean[finite], "o", color=colour, ms=size)
+    ax.set_xlim(0.4, max(len(chart.index), 1) + 0.6)
+    ax.xaxis.set_major_locator(whole(8))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    ax.set_xlabel("direction, largest exponent first", labelpad=2)
+    ax.set_ylabel("nats per step", labelpad=2)
+    if len(axes) == 1:
+        return
+    below = axes[1]
+    if not chart.trace.size:
+        below.set_visible(False)
+        return
+    steps = np.arange(1, chart.trace.shape[1] + 1)
+    for number, row in enumerate(chart.trace):
+        lone = "." if len(row) < 3 else None
+        shown = np.where(np.isfinite(row), row, np.nan)
+        below.plot(steps, shown, color=colour, lw=1.6 if number == 0 else 0.8, marker=lone,
+                   alpha=1 if number == 0 else 0.6)  # fmt: skip
+    below.axhline(0, color=FAINT, lw=0.7, zorder=1)
+    below.set_xlim(0.5, len(steps) + 0.5)
+    below.xaxis.set_major_locator(whole(8))
+    below.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    below.set_xlabel("steps counted, after the burn-in", labelpad=2)
+    below.set_ylabel("mean so far", labelpad=2)

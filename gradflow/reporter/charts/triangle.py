@@ -1,0 +1,117 @@
+"""The loss triangle: how far back every single loss step is felt.
+
+t' is a loss step, t an earlier one, G[t', t] = ∂L_t'/∂s_t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from gradflow.analysis import LayerAnalysis
+from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient
+from gradflow.reporter.charts.marks import draw_contour, whole
+from gradflow.reporter.numbers import count_words
+from gradflow.reporter.prepare import GONE, MAP_CELLS, pooled
+from gradflow.reporter.scale import paint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triangle(Chart):
+    """log10 of ‖∂L_t'/∂s_t‖ ÷ its size at t = t', for one sequence, input-time order."""
+
+    values: np.ndarray  # (rows, columns): loss step down, step across; NaN undefined, −inf zero
+    rows: tuple[float, float]  # the loss steps at the upper and lower edge, counted from 1
+    columns: tuple[float, float]  # the steps at the left and right edge, counted from 1
+    reach: np.ndarray  # (R,) per loss step, steps back until below 10⁻³; inf if never
+    contour: bool  # whether some entries lie above and some below 10⁻³
+
+
+def prepare(layer: LayerAnalysis) -> Triangle:
+    """The triangle of the first mapped sequence, every loss step against its own size."""
+    array = measured(layer, "log10_triangle")
+    if array is None:
+        why = no_gradient(layer, "The gradient of single loss steps was not measured here.")
+        return _empty(absent(layer, "log10_triangle", why))
+    array = array.sel(state=layer.main_state).isel(sequence=0).transpose("loss_step", "step")
+    at = array["loss_step"].values.astype(int)
+    values = array.values
+    own = values[np.arange(len(at)), at]
+    felt = np.isfinite(own)
+    if felt.sum() <= 1:
+        only = f" (step {at[felt][0] + 1})" if felt.any() else ""
+        return _empty(
+            f"The loss reads no more than one step of this sequence{only}, so there is no triangle "
+            "to draw; the states show that loss step."
+        )
+    relative = np.where(felt[:, None], values - np.where(felt, own, 0.0)[:, None], np.nan)
+    pasts = [_past(row, step, layer.reverse) for row, step in zip(relative, at, strict=True)]
+    reach = np.array([_reach(past) for past in pasts])
+    stride = float(at[1] - at[0])
+    down, across = math.ceil(len(at) / MAP_CELLS), math.ceil(values.shape[1] / MAP_CELLS)
+    shown = pooled(relative, down, across)
+    top = at[0] + 1 - stride / 2
+    known = shown[~np.isnan(shown)]
+    reading = (
+        "A row is one loss step t′, divided by its size at t = t′: read leftwards from the diagonal, "
+        "how far back that loss is felt."
+    )
+    return Triangle(
+        message=_message(reach, [len(past) for past in pasts], values.shape[1]),
+        reading=reading.replace("leftwards", "rightwards") if layer.reverse else reading,
+        values=shown,
+        rows=(top, top + shown.shape[0] * down * stride),
+        columns=(0.5, 0.5 + shown.shape[1] * across),
+        reach=reach,
+        contour=bool(known.min() < GONE < known.max() and min(shown.shape) > 2),
+    )
+
+
+def _empty(note: str) -> Triangle:
+    nothing = np.empty((0, 0))
+    return Triangle(
+        note=note, values=nothing, rows=(0, 0), columns=(0, 0), reach=np.empty(0), contour=False
+    )
+
+
+def _past(row: np.ndarray, step: int, reverse: bool) -> np.ndarray:
+    """A row from its own step on backwards in processing order, as far as it is defined."""
+    past = row[step:] if reverse else row[step::-1]
+    unknown = np.flatnonzero(np.isnan(past))
+    return past[: unknown[0]] if len(unknown) else past
+
+
+def _reach(past: np.ndarray) -> float:
+    gone = np.flatnonzero(past < GONE)
+    return float(gone[0]) if len(gone) else math.inf
+
+
+def _message(reach: np.ndarray, depths: Sequence[int], steps: int) -> str:
+    """The median reach of the loss steps that have at least half of the sequence behind them."""
+    deep = reach[(np.array(depths) > 1) & (np.array(depths) >= steps / 2)]
+    if not len(deep):
+        return "No loss step has half of the sequence behind it"
+    middle = float(np.sort(deep)[(len(deep) - 1) // 2])
+    if math.isinf(middle):
+        still = int(np.isinf(deep).sum())
+        every = "every" if still == len(deep) else f"{still} of {len(deep)}"
+        late = "late loss step" if every == "every" else "late loss steps"
+        return f"{every} {late} is still felt at the far end".replace("steps is", "steps are")
+    return f"a loss step is felt {count_words(int(middle), 'step')} back, then below 10⁻³ (median)"
+
+
+def draw(axes: Sequence[Axes], triangle: Triangle) -> None:
+    """Loss step down, step across, in the fixed colours; a white line at 10⁻³."""
+    ax = axes[0]
+    extent = (*triangle.columns, *triangle.rows[::-1])
+    ax.imshow(paint(triangle.values), extent=extent, interpolation="nearest", aspect="auto")
+    if triangle.contour:
+        draw_contour(ax, triangle.values, triangle.columns, triangle.rows, GONE)
+    ax.xaxis.set_major_locator(whole(5))
+    ax.yaxis.set_major_locator(whole(5))
+    ax.set_xlabel("step t", labelpad=2)
+    ax.set_ylabel("loss step t′", labelpad=2)
