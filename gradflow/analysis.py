@@ -337,6 +337,9 @@ def _steps_frame(analysis: Analysis) -> pd.DataFrame:
         for gate in data["gate"].values:
             for what in ("mean", "closed", "open"):
                 columns[f"gate_{gate}_{what}"] = data[f"gate_{what}"].sel(gate=gate).values
+        for name in ("step_growth", "grad_input_norm"):
+            if name in data:  # older runs do not have it
+                columns[name] = data[name].values
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
@@ -363,8 +366,20 @@ def _units_frame(analysis: Analysis) -> pd.DataFrame:
             table = pd.DataFrame({"layer": layer.name, "state": state, "unit": np.add(units, 1)})
             table["memory_rank"] = [rank[unit] for unit in units]
             table["memory_steps"] = layer.data["memory_steps"].sel(state=state).values[units]
+            for name in ("time_scale", "unit_saturated", "unit_idle"):
+                if name in layer.data:  # older runs do not have it
+                    table[name] = _of_state(layer, name, str(state))[units]
             tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _of_state(layer: LayerAnalysis, name: str, state: str) -> np.ndarray:
+    """A quantity of every unit; one that no state is named for belongs to the main state."""
+    values = layer.data[name]
+    if "state" in values.dims:
+        return np.asarray(values.sel(state=state).values)
+    own = np.asarray(values.values)
+    return own if state == layer.main_state else np.full_like(own, np.nan)
 
 
 def _findings_frame(analysis: Analysis) -> pd.DataFrame:

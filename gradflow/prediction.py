@@ -378,7 +378,7 @@ def _clip(recording: Recording, before: Before, value: float) -> Iterator[Row]:
 
 def _clip_note(total: float, own: float | None, limit: float) -> str:
     if own is None:
-        return "no backward reached its weights, so there is no gradient to clip"
+        return "no gradient of its weights was seen, so there is none to clip"
     if not math.isfinite(total):
         return (
             "the gradient of the recorded recurrent weights is not finite: clipping cannot mend it"

@@ -154,9 +154,9 @@ class Loop(nn.Module):
 
 
 class CellLoop(nn.Module):
-    """A loop over a stock cell, its state detached every `window` steps."""
+    """A loop over a cell, its state detached every `window` steps."""
 
-    def __init__(self, cell: nn.RNNCellBase, window: int = 10**6) -> None:
+    def __init__(self, cell: nn.Module, window: int = 10**6) -> None:
         super().__init__()
         self.cell, self.window = cell, window
 
@@ -170,6 +170,22 @@ class CellLoop(nn.Module):
             state = self.cell(x_t, state)
             outputs.append(state[0] if isinstance(state, tuple) else state)
         return (torch.stack(outputs),)
+
+
+class CoupledCell(nn.Module):
+    """A cell of the user's own: h' = f ⊙ h + (1 − f) ⊙ tanh, its forget gate biased."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.both = nn.Linear(INPUTS + HIDDEN, 2 * HIDDEN)
+        with torch.no_grad():
+            self.both.weight *= 0.3
+            self.both.bias[:HIDDEN] = bias
+
+    def forward(self, x: Tensor, state: Tensor | None) -> Tensor:
+        h = x.new_zeros(len(x), HIDDEN) if state is None else state
+        forget, new = self.both(torch.cat([x, h], 1)).chunk(2, 1)
+        return forget.sigmoid() * h + (1 - forget.sigmoid()) * new.tanh()
 
 
 def trained(module: nn.RNNBase) -> nn.RNNBase:
@@ -314,6 +330,7 @@ HEALTHY = [
     ),
     Patient("GRU, trained", lambda: run(trained(keeping(nn.GRU(INPUTS, HIDDEN), 5.0)))),
     Patient("GRUCell in a loop", lambda: run(CellLoop(keeping(nn.GRUCell(INPUTS, HIDDEN))))),
+    Patient("coupled cell of one's own", lambda: run(CellLoop(CoupledCell(6.0)))),
     Patient("tapped sum", lambda: run(Loop(torch.eye(4)))),
     Patient("tapped rotation", lambda: run(Loop(nn.init.orthogonal_(torch.empty(4, 4))))),
 ]
@@ -365,7 +382,12 @@ SICK = [
         "exploding weights-expand",
     ),
     sick("chaotic RNN", chaotic, "exploding weights-expand"),
-    sick("LSTM drowned by h", drowned_cells, "exploding hidden-paths-drown-cell"),
+    sick(
+        "LSTM drowned by h",  # near the edge of chaos: explodes, or grows and is open
+        drowned_cells,
+        "hidden-paths-drown-cell",
+        "exploding transient-growth",
+    ),
     sick(
         "one direction of many",
         lambda: run(rnn(one_direction), noise(1e-9)),
@@ -403,6 +425,7 @@ SICK = [
         lambda: run(rnn(orthogonal(0.1)), noise(0.1, 80)),
         "vanishing weights-contract",
     ),
+    sick("forgetful cell of one's own", lambda: run(CellLoop(CoupledCell(-1.0))), "vanishing"),
     sick("decaying tap", lambda: run(Loop(0.5 * torch.eye(4))), "vanishing"),
     sick("growing tap", lambda: run(Loop(1.4 * torch.eye(4))), "exploding"),
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import Analysis, LayerAnalysis
-from gradflow.analyzer import analyze, assemble, log_gain_map, plan, step_jacobians
+from gradflow.analyzer import analyze, core, log_gain_map, plan, step_jacobians
 from gradflow.errors import GradflowWarning, InputError, RecordingError
 from gradflow.recording import Recording
 
@@ -497,7 +497,7 @@ def test_auto_takes_fewer_sources_and_says_what_all_would_have_taken(
 ) -> None:
     recording = record(nn.RNN(1, 40), 60, 2)
     assert only(analyze(recording)).method == "exact, every step a source"
-    monkeypatch.setattr(assemble, "MAP_SECONDS", 0.05)
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.05)
     layer = only(analyze(recording))
     assert layer.method.startswith("exact, every 4th step a source")
     assert "the exact map of every step would take about 1 s" in layer.method
@@ -505,7 +505,7 @@ def test_auto_takes_fewer_sources_and_says_what_all_would_have_taken(
 
 
 def test_auto_sketches_where_exact_is_too_dear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assemble, "MAP_SECONDS", 0.5)
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.5)
     monkeypatch.setattr(plan, "exact_seconds", never_exact)
     layer = only(analyze(record(nn.RNN(1, 40), 60, 2)))
     assert layer.method.startswith("sketch, every")
@@ -514,7 +514,7 @@ def test_auto_sketches_where_exact_is_too_dear(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_map_dearer_than_foretold_gets_fewer_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assemble, "MAP_SECONDS", 0.04)
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.04)
     monkeypatch.setattr(plan, "exact_seconds", never_exact)
     monkeypatch.setattr(plan, "_foretold", lambda pilots, stride: 0.0)
     layer = only(analyze(record(nn.RNN(1, 40), 60, 2)))
@@ -525,7 +525,7 @@ def test_a_map_dearer_than_foretold_gets_fewer_sources(monkeypatch: pytest.Monke
 def test_a_sketch_with_no_more_sources_than_exact_is_not_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(assemble, "MAP_SECONDS", 0.05)
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.05)
     monkeypatch.setattr(plan, "_foretold", lambda pilots, stride: math.inf)
     layer = only(analyze(record(nn.RNN(1, 40), 60, 2)))
     assert layer.method.startswith("exact, every 4th step a source")

@@ -15,7 +15,7 @@ from test_analyzer_products import SEEDS, constant, decaying, gaussian, orthogon
 from torch import Tensor, nn
 
 import gradflow
-from gradflow.analyzer import analyze, assemble, plan, products, step_jacobians
+from gradflow.analyzer import analyze, core, plan, products, step_jacobians
 from gradflow.analyzer.blocks import Blocks
 from gradflow.analyzer.cellpath import log_diagonal_gains
 from gradflow.analyzer.direction import log_loss_gains, loss_vectors
@@ -551,7 +551,7 @@ def test_ranks_of_a_dead_layer() -> None:
 
 
 def test_ranks_within_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assemble, "CHANNEL_WORK", 1.0)
+    monkeypatch.setattr(core, "CHANNEL_WORK", 1.0)
     data = analyze(linear(orthogonal(4), 9))["l0"].data
     assert np.isnan(data["rank_effective"]).all()
     assert np.isnan(data["log_singular"]).all()

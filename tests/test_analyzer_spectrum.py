@@ -362,7 +362,7 @@ def test_sum_rule_of_loops_and_where_there_is_none() -> None:
 
 
 def test_no_sum_of_a_part_of_the_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradflow.analyzer.assemble.RATE_SECONDS", 0.03)
+    monkeypatch.setattr("gradflow.analyzer.core.RATE_SECONDS", 0.03)
     layer = layer_of(nn.LSTM(2, 16), torch.randn(60, 4, 2))
     assert layer.lyapunov is not None and 1 <= len(layer.lyapunov) < 32
     assert layer.data["sum_rule"].isnull().all()

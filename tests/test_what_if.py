@@ -373,7 +373,7 @@ def test_without_a_backward_there_is_nothing_to_clip() -> None:
     frame = gradflow.what_if(recording, clip=1.0, truncate=3, forget_bias=1.0)
     assert list(frame["remedy"]) == ["forget_bias", "truncate", "clip"]
     assert "no gradient to truncate" in frame["note"][1]
-    assert "no backward reached its weights" in frame["note"][2]
+    assert "no gradient of its weights was seen" in frame["note"][2]
     assert math.isnan(frame["norm_before"][2]) and not math.isnan(frame["rate_after"][0])
 
 

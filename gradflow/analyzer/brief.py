@@ -15,8 +15,8 @@ from gradflow.analysis import Rate
 from gradflow.analyzer import core
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.plan import exact_seconds
-from gradflow.analyzer.products import SPEED
 from gradflow.analyzer.rates import decays_as_power
+from gradflow.analyzer.sweep import SPEED
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.recording import Track
 

@@ -347,9 +347,9 @@ class Recorder:
                 source=source,
                 training=call.training,
                 batch_first=call.batch_first,
+                notes=list(notes),
                 owner=call.owner,
                 above=tuple(upper for i, _, upper in picked if i == layer + 1),
-                notes=list(notes),
             )
             chain.tracks.append(track)
             self.recording._tracks[name] = track

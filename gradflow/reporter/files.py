@@ -16,7 +16,12 @@ from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.page import TOP, FigureKey, page
 from gradflow.reporter.picture import png
 
-ALWAYS = ("gain-map", "total-vs-direct", "lag-curve", "states")  # drawn even to say why not
+ALWAYS = (
+    "gain-map",
+    "total-vs-direct",
+    "lag-curve",
+    "states",
+)  # of every layer, be it to say why not
 FORMATS = ("html", "json", "csv", "png", "nc")
 
 
@@ -73,8 +78,10 @@ def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
                 pictures[name, ""] = png(plot(analysis, name))
         elif kind is not None:
             for layer in analysis:
-                # a picture that has only words in its place is said by the page's sentences
-                if name in ALWAYS or not kind.prepare(layer).note:
+                # a picture with only words in its place is left out, and so is the detail of all
+                # but the worst layers of a deep stack, which would take minutes and megabytes
+                wanted = layer.name in worst[:TOP] and not kind.prepare(layer).note
+                if name in ALWAYS or wanted:
                     pictures[name, layer.name] = png(plot(_part(analysis, [layer.name]), name))
     return pictures
 

@@ -51,6 +51,9 @@ def prepare(layer: LayerAnalysis) -> LagGradient:
     # the recurrent weight first: its gradient is the one that flows through time
     names.sort(key=lambda name: name != "weight_hh")
     parts = array.sel(parameter=names).values
+    if not np.isfinite(parts[~np.isnan(parts)]).all():
+        return _empty("The parameter gradient is not finite.")
+    parts = parts / np.nanmax(parts)  # shares are asked for, and sums are not to overflow
     whole_sum = np.nansum(parts, axis=1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.log10(parts / whole_sum)

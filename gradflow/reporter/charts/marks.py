@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.ticker import MaxNLocator
 
 from gradflow.reporter.numbers import number_words
@@ -101,24 +100,11 @@ def power_ticks(low: float, high: float, most: int = 5) -> tuple[list[float], li
     >>> power_ticks(-6.5, 0.4)[1], power_ticks(-0.5, 0.1)[1]
     (['10⁻⁶', '10⁻⁴', '10⁻²', '1'], ['0.5', '1'])
     """
-    if high - low > 1.6:
+    if high - low > 2.2:
         apart = next(n for n in (1, 2, 3, 5, 10, 20, 50, 100, 1000) if (high - low) / n <= most)
-        places = [n * apart for n in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
-        return list(map(float, places)), [power(place) for place in places]
-    tens = range(math.floor(low) - 1, math.ceil(high) + 1)
-    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(n / 10 for n in range(10, 100))):
-        every = [float(digit) * 10.0**ten for ten in tens for digit in digits]
-        inside = [value for value in every if low <= math.log10(value) <= high]
-        if len(inside) >= 2:
-            break
-    inside = inside[:: math.ceil(len(inside) / most)]
-    return [math.log10(value) for value in inside], [number_words(value) for value in inside]
-
-
-def log_axis(axis: Axis, low: float, high: float, most: int = 6) -> None:
-    """Ticks of an axis of log10 counts, said as plain numbers: 1, 2, 5, 10, …"""
-    places, words = count_ticks(low, high, most)
-    axis.set_ticks(places, labels=words)
+        powers = [n * apart for n in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
+        return list(map(float, powers)), [power(place) for place in powers]
+    return count_ticks(low, high, most)
 
 
 def count_ticks(low: float, high: float, most: int = 6) -> tuple[list[float], list[str]]:

@@ -163,11 +163,15 @@ def _message(layer: LayerAnalysis, limits: Sequence[tuple[str, np.ndarray]]) -> 
         return "gates over the steps"
     count, mean, units, words = max(stuck)
     if count:
-        many = "unit has" if units == 1 else "units have"
+        be, have = ("is", "has") if units == 1 else ("are", "have")
+        many = f"{'unit' if units == 1 else 'units'} {have if words.startswith('gate') else be}"
+        words = words.replace("h beyond", "beyond") if words.startswith("h ") else words
         return f"{count} of {units} {many} {words} more than {STUCK:.0%} of the time".replace(
             "%", " %"
         )
     count, mean, units, words = max(stuck, key=lambda one: one[1])
+    if mean == 0:
+        return "no unit is ever at a limit"
     return f"no unit is stuck; most often {_is(words)}, {percent_words(mean)} of the time"
 
 
