@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from gradflow._version import __version__
 
 if TYPE_CHECKING:
-    from gradflow.analysis import Analysis, Finding, LayerAnalysis, load
+    from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction, load
     from gradflow.analyzer import analyze
     from gradflow.errors import GradflowError, GradflowWarning
     from gradflow.hooks import record, tap
+    from gradflow.prediction import what_if
     from gradflow.recording import Recording, Track
     from gradflow.reporter import report
     from gradflow.workflow import diagnose, plot
@@ -27,6 +28,7 @@ _HOMES = {
     "GradflowError": "gradflow.errors",
     "GradflowWarning": "gradflow.errors",
     "LayerAnalysis": "gradflow.analysis",
+    "Prediction": "gradflow.analysis",
     "Recording": "gradflow.recording",
     "Track": "gradflow.recording",
     "analyze": "gradflow.analyzer",
@@ -37,6 +39,7 @@ _HOMES = {
     "record": "gradflow.hooks",
     "report": "gradflow.reporter",
     "tap": "gradflow.hooks",
+    "what_if": "gradflow.prediction",
 }
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "GradflowError",
     "GradflowWarning",
     "LayerAnalysis",
+    "Prediction",
     "Recording",
     "Track",
     "__version__",
@@ -56,6 +60,7 @@ __all__ = [
     "record",
     "report",
     "tap",
+    "what_if",
 ]
 
 

@@ -7,8 +7,21 @@ are float64 numpy. Gains are natural logarithms unless a name says log10. ``sour
 Variables of `LayerAnalysis.data` (dims in brackets; NaN where undefined, -inf for an exact zero):
 
 ==================  =============================  =====================================================
-log_gain            (norm, sequence, source,       ln ‖P(t'←t)‖; norm is "spectral" or "rms"; sequence
-                    target)                        is the index in the user's batch; processing order
+log_gain            (norm, sequence, source,       ln ‖P(t'←t)‖; norm is "spectral", "rms" or "loss":
+                    target)                        ln (‖P(t'←t)ᵀ a_t'‖/‖a_t'‖) along the state-partial
+                                                   gradient a_t' of the loss; sequence is the index in
+                                                   the user's batch; processing order
+log_block_gain      (block, sequence, source,      ln (‖P_block‖_F/√columns) of the blocks of the joint
+                    target)                        product, rows first: "hc" is ∂h_t'/∂c_t; none for a
+                                                   single state
+log_cell_path       (sequence, source, target)     ln (‖diag(f_t' ⊙ … ⊙ f_{t+1})‖_F/√H) of an LSTM: the
+                                                   share of the cell path is its exp over that of block
+                                                   "cc"
+rank_stable         (rank_lag)                     ‖P‖_F²/‖P‖₂², median over sources and mapped sequences
+rank_effective      (rank_lag)                     exp of the entropy of the normalised singular values,
+                                                   median over a few starts and the mapped sequences
+rank_surviving      (rank_lag)                     how many singular values are at least 10⁻³, median
+                                                   likewise
 log_singular        (sequence, index)              ln of the singular values of P over the span
 lag_median          (lag)                          L(k): median over mapped sequences and sources of
                                                    the spectral ln gain
@@ -19,16 +32,54 @@ lag_slope           (lag)                          local slope L(k) − L(k−1)
 lag_fit             (lag)                          straight line with the layer's rate as its slope
 sequence_rate       (batch)                        largest Lyapunov exponent of each sequence
 length              (batch)                        real steps of each sequence
+lyapunov            (index_k)                      every exponent measured, mean over sequences, nats
+                                                   per step: the rate first, then largest first
+lyapunov_low/_high  (index_k)                      their 95 % t-intervals over sequences
+lyapunov_trace      (index_k, step)                running mean of each over the counted steps, in
+                                                   processing order; the first eight, NaN beyond
+sum_rule            (side)                         sum of all exponents as "measured" and "exact", by
+                                                   determinants; NaN where not all were measured or
+                                                   no closed form is known
 log10_grad          (state, unit, back)            |∂L/∂s_t| of the last loss step, rms over sequences
                                                    aligned at that step (back = 0), divided by the
                                                    layer's own rms value there; log10
 unit_order          (state, unit)                  units sorted, longest memory first
 grad_norm           (kind, state, step)            median over sequences of ‖∂L/∂s_t‖₂; kind is
                                                    "total", "direct" (h only) or "last"; input-time order
+log10_triangle      (state, sequence, loss_step,   log10 ‖∂L_t'/∂s_t‖₂ of each loss step t' alone, the loss
+                    step)                          that reaches what the module returned at t'; both in
+                                                   input time, loss_step perhaps strided; NaN where t'
+                                                   cannot reach t
+lag_contribution    (parameter, lag)               ‖C_k‖_F: what all loss steps bring to ∂L/∂W through the
+                                                   step k before them; parameter is "weight_hh" or
+                                                   "weight_ih"; NaN below a bidirectional layer, where
+                                                   a loss step has no distance, and where too dear
+truncation_error    (parameter, lag)               ‖Σ_{j≤k} C_j − ∂L/∂W‖_F / ‖∂L/∂W‖_F: what is lost if
+                                                   every loss step may look back k steps at most
+cancellation        (parameter)                    ‖Σ C_k‖_F / Σ ‖C_k‖_F, from 0 (lags cancel) to 1
+gradient_depth      (parameter)                    Σ k ‖C_k‖_F / Σ ‖C_k‖_F, in steps
+truncation_window   (parameter, tolerance)         fewest steps K from which on the truncated gradient
+                                                   stays within 1, 5, 10 % of the full one, K = k + 1
 gate_mean           (gate, step)                   mean activation of each gate
 gate_closed/_open   (gate, step)                   share of units and sequences < 0.05 / > 0.95
 state_norm          (state, step)                  median over sequences of ‖s_t‖₂/√width
 memory_steps        (state, unit)                  steps back until |∂L/∂s| < 10⁻³ of the layer's level
+path_gain           (path, step)                   LSTM: ‖·‖₂ of the four terms of ∂c_t/∂c_{t−1} and of
+                                                   their sum, median over the mapped sequences; no path
+                                                   for other cells; every n-th step where it is dear
+gate_value          (gate, unit, step)             mean over sequences of a gate's activation
+gate_unit_closed    (gate, unit)                   share of steps and sequences < 0.05; NaN for tanh
+gate_unit_open      (gate, unit)                   share of steps and sequences > 0.95; NaN for tanh
+time_scale          (unit)                         −1/mean ln f (GRU: z) in steps; inf if always open
+unit_saturated      (state, unit)                  share of steps and sequences with |tanh| > 0.95: h of
+                                                   a tanh RNN, tanh c of an LSTM, n of a GRU
+unit_idle           (unit)                         ReLU: share of steps and sequences at exactly 0
+step_growth         (step)                         median over sequences of the leading direction's ln
+                                                   growth, on the steps that count towards the rate
+rate_factor         (factor)                       RNN: the rate's two summands, mean ln ‖W q‖ ("weight")
+                                                   and mean ln (‖D W q‖/‖W q‖) ("activation")
+segment_length      (segment)                      steps of the stretches between cuts, all sequences
+grad_input_norm     (step)                         median over sequences of ‖∂L/∂x_t‖₂ = ‖W_ihᵀ δ_t‖₂
 ==================  =============================  =====================================================
 """
 
@@ -76,10 +127,34 @@ class Finding:
     low: float | None = None
     high: float | None = None
     threshold: float | None = None
-    source: str = ""  # author and year of the threshold or the remedy
+    source: str = ""  # author and year of the remedy, or of what the finding rests on
     severity: float | None = None  # decades over the span; negative = lost
     advice: str = ""  # one sentence
     code: str = ""  # a line to paste
+    basis: str = ""  # where the threshold comes from: author and year, or a definition in words
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a remedy would make of a layer, tried on the recorded batch without training."""
+
+    remedy: str  # an argument of `gradflow.what_if`: "forget_bias" or "scale_hh"
+    value: float
+    words: str  # the remedy as people write it: "forget bias + 1"
+    verdict: str
+    rate: Rate
+    half_life: float  # steps; inf if the gain never halves
+    horizon: int | None  # first lag with gain < 1e-3; None if not reached
+    searched: int  # how many lags the horizon was searched over
+    channels: int | None  # directions that survive the span
+    helps: float  # powers of ten over the span by which the gain comes nearer to 1
+    batch: str  # what it was tried on
+    message: str  # one line, before and after
+
+    @property
+    def never_gone(self) -> bool:
+        """Whether the gain stays above 1e-3 for good; see `LayerAnalysis.never_gone`."""
+        return _never_gone(self)
 
 
 @dataclass(frozen=True)
@@ -101,7 +176,7 @@ class LayerAnalysis:
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span; None where undefined
-    lyapunov: np.ndarray | None  # (k,) nats per step, largest first
+    lyapunov: np.ndarray | None  # (k,) nats per step: the rate, then the others, largest first
     findings: tuple[Finding, ...]
     parity: Parity
     sentence: str  # the verdict in words with numbers
@@ -109,6 +184,7 @@ class LayerAnalysis:
     gradient_note: str  # "" or why there is no gradient of the loss here
     method: str  # "exact" or "sketch", and how it was chosen
     data: xr.Dataset = field(repr=False)
+    predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
 
     @property
     def never_gone(self) -> bool:
@@ -117,14 +193,18 @@ class LayerAnalysis:
         A layer that vanishes, or that is open with a falling gain, is only longer-lived than what
         was measured: its horizon lies beyond ``searched``.
         """
-        open_and_falling = self.verdict == "inconclusive" and not self.rate.value >= 0
-        return self.horizon is None and self.verdict != "vanishing" and not open_and_falling
+        return _never_gone(self)
 
     @property
     def main_state(self) -> str:
         """The state the overview shows: c where there is one, else h, else the first."""
         names = [str(name) for name in self.data["state"].values]
         return next((name for name in ("c", "h") if name in names), names[0])
+
+
+def _never_gone(found: LayerAnalysis | Prediction) -> bool:
+    open_and_falling = found.verdict == "inconclusive" and not found.rate.value >= 0
+    return found.horizon is None and found.verdict != "vanishing" and not open_and_falling
 
 
 @dataclass(frozen=True)
@@ -257,6 +337,9 @@ def _steps_frame(analysis: Analysis) -> pd.DataFrame:
         for gate in data["gate"].values:
             for what in ("mean", "closed", "open"):
                 columns[f"gate_{gate}_{what}"] = data[f"gate_{what}"].sel(gate=gate).values
+        for name in ("step_growth", "grad_input_norm"):
+            if name in data:  # older runs do not have it
+                columns[name] = data[name].values
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
@@ -283,8 +366,20 @@ def _units_frame(analysis: Analysis) -> pd.DataFrame:
             table = pd.DataFrame({"layer": layer.name, "state": state, "unit": np.add(units, 1)})
             table["memory_rank"] = [rank[unit] for unit in units]
             table["memory_steps"] = layer.data["memory_steps"].sel(state=state).values[units]
+            for name in ("time_scale", "unit_saturated", "unit_idle"):
+                if name in layer.data:  # older runs do not have it
+                    table[name] = _of_state(layer, name, str(state))[units]
             tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _of_state(layer: LayerAnalysis, name: str, state: str) -> np.ndarray:
+    """A quantity of every unit; one that no state is named for belongs to the main state."""
+    values = layer.data[name]
+    if "state" in values.dims:
+        return np.asarray(values.sel(state=state).values)
+    own = np.asarray(values.values)
+    return own if state == layer.main_state else np.full_like(own, np.nan)
 
 
 def _findings_frame(analysis: Analysis) -> pd.DataFrame:
@@ -326,12 +421,13 @@ def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
     header = {
         name: getattr(layer, name)
         for name in LayerAnalysis.__dataclass_fields__
-        if name not in ("data", "lyapunov", "rate", "parity", "findings")
+        if name not in ("data", "lyapunov", "rate", "parity", "findings", "predictions")
     }
     header["lyapunov"] = None if layer.lyapunov is None else layer.lyapunov.tolist()
     header["rate"] = asdict(layer.rate)
     header["parity"] = asdict(layer.parity)
     header["findings"] = [asdict(finding) for finding in layer.findings]
+    header["predictions"] = [asdict(prediction) for prediction in layer.predictions]
     return header
 
 
@@ -379,7 +475,12 @@ def _layer_from(data: xr.Dataset) -> LayerAnalysis:
             "rate": Rate(**header["rate"]),
             "parity": Parity(**header["parity"]),
             "findings": tuple(Finding(**finding) for finding in header["findings"]),
+            "predictions": tuple(_prediction_from(p) for p in header.get("predictions", ())),
             "lyapunov": None if lyapunov is None else np.asarray(lyapunov, dtype=float),
             "data": data,
         }
     )
+
+
+def _prediction_from(header: dict[str, Any]) -> Prediction:
+    return Prediction(**header | {"rate": Rate(**header["rate"])})

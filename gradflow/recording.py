@@ -8,7 +8,7 @@ sequences in the user's order; steps past a sequence's length hold NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from html import escape
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradflow.errors import RecordingError
+from gradflow.errors import RecordingError, must_be
 
 
 class Operator(Protocol):
@@ -65,6 +65,27 @@ class Backward:
 
 
 @dataclass(frozen=True)
+class Outer:
+    """A sum of R outer products, Σ_r δ_r v_rᵀ: a gradient of a weight as what it is made from."""
+
+    delta: Tensor  # (R, G*H)
+    vectors: Tensor  # (R, P or I)
+
+    def matrix(self) -> Tensor:
+        """The sum itself, (G·H, P or I)."""
+        return self.delta.T @ self.vectors
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """∂L/∂W_hh and ∂L/∂W_ih of a layer, taken apart by distance from the loss step; float64."""
+
+    work: int  # multiplications that one loss step of one sequence takes at one lag
+    total: Callable[[], dict[str, Outer]]  # weight name -> ∂L/∂W, all lags together
+    by_lag: Callable[[], Iterator[dict[str, Outer]]]  # C_0, C_1, … until nothing is left
+
+
+@dataclass(frozen=True)
 class Parity:
     """Parameter gradients rebuilt from δ_t, held against those of this very backward."""
 
@@ -79,6 +100,12 @@ class Source(Protocol):
     def forward(self) -> Forward: ...
     def backward(self) -> Backward | None: ...
     def last(self) -> Backward | None: ...
+    def reached(self) -> Tensor | None: ...
+    def loss_steps(
+        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    ) -> Backward | None: ...
+    def contributions(self, sequences: Tensor) -> Contributions | None: ...
+    def partial(self) -> dict[str, Tensor] | None: ...
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator: ...
     def parity(self) -> Parity: ...
     def why_no_gradient(self) -> str: ...
@@ -99,16 +126,18 @@ class Track:
     """
 
     name: str  # "rnn.l0", "encoder.lstm.l1_reverse"; a cell: its module's own path
-    cell: str  # "LSTM", "GRU", "RNN_TANH", "RNN_RELU"; "tap" for a loop that marks its states
+    cell: str  # "LSTM", "GRU", "RNN_TANH", "RNN_RELU"; a user's class name; "tap": marked states
     reverse: bool  # true: the past of a step is the larger t
     lengths: Tensor  # (B,) real steps of each sequence
     mask: Tensor  # (T, B) true on real steps
     cuts: Tensor  # (T, B) true where no previous state arrives
-    weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies; none of a tap
+    weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies; stock cells only
     source: Source = field(repr=False)
     training: bool = True
     batch_first: bool = False  # how the layer itself was given its input
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
+    owner: str = ""  # path of its module in the model, "" for the model itself
+    above: tuple[str, ...] = ()  # names of the tracks of the same stack that read this one
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
 
     def _read(self, what: str) -> object:
@@ -163,9 +192,12 @@ class Track:
 
     def _seen(self, value: Tensor | None, what: str) -> Tensor:
         if value is None:
+            how = (
+                "were marked with gradflow.tap" if self.cell == "tap" else "came back to your cell"
+            )
             raise RecordingError(
-                f"{self.name} has no {what}: its states were marked with gradflow.tap, and nothing "
-                "but the states of such a loop is seen"
+                f"{self.name} has no {what}: its states {how}, and nothing but the states of such a "
+                "loop is seen"
             )
         return value
 
@@ -246,6 +278,17 @@ class Track:
         return self.has_gradient and self._backward().direct is not None
 
     @property
+    def partial_grads(self) -> dict[str, Tensor] | None:
+        """State name -> state-partial ∂L/∂state_t, (T, B, width), or None where it cannot be told.
+
+        The other states of the same step are held fixed: for an LSTM
+        (∂L/∂h_t, ∂L/∂c_t − o_t ⊙ (1 − tanh² c_t) ⊙ W_hrᵀ ∂L/∂h_t). It is what the transposed step
+        Jacobians act on.
+        """
+        result = self._read("partial")
+        return result if isinstance(result, dict) else None
+
+    @property
     def last_grads(self) -> dict[str, Tensor] | None:
         """State name -> total gradient of the last loss step alone, or None."""
         result = self._read("last")
@@ -260,6 +303,103 @@ class Track:
     def grad_c_last(self) -> Tensor | None:
         """∂L/∂c_t of the last loss step alone, (T, B, H), or None."""
         return None if self.last_grads is None else self.last_grads.get("c")
+
+    @property
+    def reached(self) -> Tensor | None:
+        """(T, B) true where the loss reaches what the module returned: its loss steps; or None.
+
+        None wherever `grad_h_last` is None: without a gradient, without step Jacobians.
+        """
+        result = self._read("reached")
+        return result if isinstance(result, Tensor) else None
+
+    def loss_steps(
+        self,
+        steps: Sequence[int],
+        sequences: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> Backward | None:
+        """∂L_t'/∂state_t of single loss steps t', computed in float64 whatever the model's dtype.
+
+        L_t' is the part of the loss that reaches what the *module* returned at input step t': its
+        output there, and h_n and c_n at the step whose state they are. Of the gradients that arrive
+        only those are kept, and the whole stack is scanned again. Summed over every t' they give
+        the total (Werbos 1990): Σ_t' ∂L_t'/∂h_t = ∂L/∂h_t.
+
+        In a layer whose upper ones are bidirectional t' reaches steps on both its sides, elsewhere
+        only itself and its past. What cannot be reached is an exact 0.
+
+        Args:
+            steps: n loss steps, indices in input time.
+            sequences: m sequences, all by default.
+            dtype: of the computation and of the result.
+
+        Returns:
+            grads, delta and delta_hh as of the track, (n, T, m, ·), NaN on padding; direct is None,
+            so are both δ of a loop that was marked with `tap`. None where `grad_h_last` is.
+
+        Raises:
+            RecordingError: a step or a sequence that is not there.
+
+        >>> import torch, gradflow
+        >>> rnn = torch.nn.RNN(1, 1, nonlinearity="relu", bias=False).double()
+        >>> for weight in rnn.parameters():
+        ...     _ = torch.nn.init.constant_(weight, 0.5)
+        >>> with gradflow.record(rnn) as recording:
+        ...     rnn(torch.ones(3, 1, 1).double())[0].sum().backward()
+        >>> recording["l0"].loss_steps([2, 1]).grads["h"][..., 0, 0].tolist()
+        [[0.25, 0.5, 1.0], [0.5, 1.0, 0.0]]
+        """
+        chosen = self._places("loss step", steps, self.steps)
+        columns = self._places("sequence", sequences, self.batch)
+        return self.source.loss_steps(columns, chosen, dtype)
+
+    def contributions(self, sequences: Sequence[int] | None = None) -> Contributions | None:
+        """∂L/∂W_hh and ∂L/∂W_ih of the chosen sequences, taken apart by lag, in float64.
+
+        C_k = Σ_b Σ_t' δʰ_{t'→t'−k} h_{t'−k−1}ᵀ, and with δ and x_{t'−k} for W_ih: the part that
+        loss step t' brings to the weight through the step k before it in processing order. All C_k
+        together are the gradient; the first k of them are what it would be if every loss step could
+        look back k steps and no further. (Truncation in chunks does less: there a loss step
+        may look back to the start of its chunk only; Williams & Peng 1990.)
+
+        Returns:
+            The total, C_0, C_1, … one after the other, weight name -> `Outer`, and their price.
+            None without a gradient, for loops whose weights were not seen, where what happens
+            between two calls is not known, and in layers below another bidirectional one: what they
+            get from a loss step comes at every step, before it and after it, so there is no lag.
+
+        Raises:
+            RecordingError: a sequence that is not there.
+
+        >>> import torch, gradflow
+        >>> rnn = torch.nn.RNN(1, 1, nonlinearity="relu", bias=False).double()
+        >>> for weight in rnn.parameters():
+        ...     _ = torch.nn.init.constant_(weight, 0.5)
+        >>> with gradflow.record(rnn) as recording:
+        ...     rnn(torch.ones(3, 1, 1).double())[0][-1].sum().backward()
+        >>> found = recording["l0"].contributions()
+        >>> [part["weight_hh"].matrix().item() for part in found.by_lag()]      # h: 0, 0.5, 0.75
+        [0.75, 0.25, 0.0]
+        >>> found.total()["weight_hh"].matrix().item(), rnn.weight_hh_l0.grad.item()
+        (1.0, 1.0)
+        """
+        return self.source.contributions(self._places("sequence", sequences, self.batch))
+
+    def _places(self, what: str, chosen: Sequence[int] | None, count: int) -> Tensor:
+        if chosen is None:
+            return torch.arange(count)
+        found = torch.as_tensor(chosen, dtype=torch.long)
+        if found.dim() != 1 or bool((found < 0).any() | (found >= count).any()):
+            raise RecordingError(
+                must_be(
+                    f"every {what}",
+                    f"a whole number from 0 to {count - 1}",
+                    found.tolist(),
+                    "indices count from 0",
+                )
+            )
+        return found
 
     @property
     def delta(self) -> Tensor:
@@ -298,7 +438,7 @@ class Track:
 
     @property
     def hidden(self) -> int:
-        """H, the number of hidden units; of a tapped loop the width of its main state."""
+        """H, the number of hidden units; of a loop of the user's own the width of its main state."""
         if self.cell not in GATES:
             return int(self.states[self.main_state].shape[2])
         return int(self.weights["weight_hh"].shape[0]) // GATES[self.cell]

@@ -20,7 +20,8 @@ from gradflow.analyzer import analyze
 from gradflow.analyzer.agreement import agreed
 from gradflow.errors import GradflowError, GradflowWarning, InputError, UserCodeError, must_be
 from gradflow.hooks import record
-from gradflow.recording import Recording
+from gradflow.prediction import with_predictions
+from gradflow.recording import GATES, Recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +62,7 @@ def diagnose(
     held = None if lengths is None else torch.as_tensor(lengths)
     batch = loading.Batch(inputs=inputs, target=target, lengths=held)
     recording = _run(model, batch, _Settings(loss=loss))
-    return analyze(recording, span=span)
+    return with_predictions(recording, analyze(recording, span=span))
 
 
 def plot(
@@ -141,7 +142,8 @@ def _from_batch(
         settings = _Settings(loss_name=request.loss, output=request.output, guard=True)
         recording = _run(opened.model, batch, settings)
     recording.provenance |= {"input": request.input.name, "seed": request.seed}
-    return analyze(recording, seed=request.seed, progress=progress)
+    analysis = analyze(recording, seed=request.seed, progress=progress)
+    return with_predictions(recording, analysis, seed=request.seed)
 
 
 def _from_weights(
@@ -177,6 +179,7 @@ def _from_weights(
             )
             runs.append(analyze(recording, seed=request.seed, progress=step))
         run = agreed(runs, [probe.name for probe in probes])
+        run = with_predictions(recording, run, batch=probes[-1].name, seed=request.seed)
         layers |= {
             _probed_name(module, name): _renamed(module, layer)
             for name, layer in run.layers.items()
@@ -317,7 +320,7 @@ def _loss(
 def _time_axis(model: nn.Module, recording: Recording, output: object) -> int:
     """Where time is in the model's output: where the layer that ran last had it."""
     tracks = list(recording)
-    if tracks and tracks[-1].cell != "tap":
+    if tracks and tracks[-1].cell in GATES:
         return int(tracks[-1].batch_first)
     if tracks and isinstance(output, Tensor) and output.ndim >= 2:  # a loop by hand does not say
         steps, batch = tracks[-1].steps, tracks[-1].batch

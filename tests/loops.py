@@ -20,14 +20,14 @@ CELLS = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
 INPUTS, HIDDEN = 3, 4
 
 
-def cell_of(kind: str, bias: bool = True) -> nn.RNNCellBase:
+def cell_of(kind: str, bias: bool = True, inputs: int = INPUTS) -> nn.RNNCellBase:
     """A float64 cell with weights large enough to see errors."""
     options = {"bias": bias, "dtype": torch.float64}
     if kind == "LSTM":
-        return nn.LSTMCell(INPUTS, HIDDEN, **options)
+        return nn.LSTMCell(inputs, HIDDEN, **options)
     if kind == "GRU":
-        return nn.GRUCell(INPUTS, HIDDEN, **options)
-    return nn.RNNCell(INPUTS, HIDDEN, nonlinearity=kind[4:].lower(), **options)
+        return nn.GRUCell(inputs, HIDDEN, **options)
+    return nn.RNNCell(inputs, HIDDEN, nonlinearity=kind[4:].lower(), **options)
 
 
 def as_state(returned: Tensor | State) -> State:

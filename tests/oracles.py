@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import mpmath
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -287,14 +289,13 @@ def returned_grads(unrolled: Unrolled, loss: Tensor) -> Grads:
 def keep_one_step(grads: Grads, lengths: Tensor, bidirectional: bool, *, last: bool) -> Grads:
     """Of the gradients at what the module returned, keep each sequence's last (or first) step.
 
-    What reaches padding of the output goes nowhere and does not count.
-    In input time: h_n and c_n of a forward direction belong to a sequence's last real step, those
-    of a reverse direction to step 0. The step kept is the last (first) one that is not all zero.
+    What reaches padding of the output goes nowhere and does not count. The step kept is the last
+    (first) one that is not all zero.
     """
     output, h_n, c_n = grads
     steps = max(int(lengths.max()), 1) if output is None else output.shape[0]
     batch = lengths.shape[0]
-    ends = [lengths - 1, torch.zeros_like(lengths)] if bidirectional else [lengths - 1]
+    ends = final_steps(lengths, bidirectional)
     reached = torch.zeros(steps, batch, dtype=torch.bool)
     if output is not None:
         reached |= (output != 0).any(dim=2) & (torch.arange(steps)[:, None] < lengths)
@@ -309,7 +310,20 @@ def keep_one_step(grads: Grads, lengths: Tensor, bidirectional: bool, *, last: b
         if last
         else torch.where(reached, clock, steps).amin(dim=0)
     )  # (B,)
+    return keep_steps(grads, kept, lengths, bidirectional)
+
+
+def final_steps(lengths: Tensor, bidirectional: bool) -> list[Tensor]:
+    """Which input step h_n and c_n of each direction belong to: the last real one, or step 0."""
+    return [lengths - 1, torch.zeros_like(lengths)] if bidirectional else [lengths - 1]
+
+
+def keep_steps(grads: Grads, kept: Tensor, lengths: Tensor, bidirectional: bool) -> Grads:
+    """Of the gradients at what the module returned, keep one input step of each sequence, (B,)."""
+    output, h_n, c_n = grads
+    ends = final_steps(lengths, bidirectional)
     if output is not None:
+        clock = torch.arange(output.shape[0])[:, None]
         output = output * (clock == kept)[:, :, None]
     masked: list[Tensor | None] = []
     for state in (h_n, c_n):
@@ -455,3 +469,37 @@ def _one_step(layer: UnrolledLayer, a: Tensor, width: int) -> Callable[[Tensor],
         return step.h if step.c is None else torch.cat([step.h, step.c], dim=1)
 
     return advance
+
+
+# ------------------------------------------------------------------------------------ exponents
+
+
+def gram_schmidt_exponents(jacobians: np.ndarray, skip: int) -> np.ndarray:
+    """Lyapunov exponents of one sequence (T, S, S) by modified Gram–Schmidt, largest first, (S,).
+
+    From the unit vectors, in numpy's extended precision, vector by vector, as in Benettin et al.
+    (1980): another starting basis, another factorisation and another precision than gradflow's.
+    """
+    steps, size, _ = jacobians.shape
+    vectors = list(np.eye(size, dtype=np.longdouble))
+    total = np.zeros(size, dtype=np.longdouble)
+    for t in range(steps):
+        matrix = jacobians[t].astype(np.longdouble)
+        vectors = [(matrix * vector).sum(1) for vector in vectors]
+        for j in range(size):
+            for i in range(j):
+                vectors[j] = vectors[j] - (vectors[i] * vectors[j]).sum() * vectors[i]
+            length = np.sqrt((vectors[j] ** 2).sum())
+            vectors[j] = vectors[j] / length
+            total[j] += np.log(length) if t >= skip else 0.0
+    return np.sort((total / (steps - skip)).astype(float))[::-1]
+
+
+def exact_log_singular(jacobians: np.ndarray, digits: int = 200) -> list[float]:
+    """ln of the singular values of A_T … A_1, computed with so many digits that none is lost."""
+    with mpmath.workdps(digits):
+        product = mpmath.eye(jacobians.shape[1])
+        for matrix in jacobians:
+            product = mpmath.matrix(matrix.tolist()) * product
+        values = mpmath.svd_r(product, compute_uv=False)
+        return sorted((float(mpmath.log(value)) for value in values), reverse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from gradflow.analysis import Analysis, Finding, LayerAnalysis, Rate
+from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction, Rate
 from gradflow.recording import Parity
 
 GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
@@ -45,6 +45,9 @@ def dataset(
     gap = points[None, :] - points[:, None]  # [source, target]
     gain = np.where(gap >= 0, np.interp(np.maximum(gap, 0), lag, curve), np.nan)
     gain = gain + np.where(gap > 0, 0.15 * np.sin(points / 7.0)[None, :], 0.0)
+    blocks = ["hh", "hc", "ch", "cc"] if cell == "LSTM" else []
+    reach = max(1, steps - 1)
+    rank_lag = np.array([1 << n for n in range(reach.bit_length()) if 1 << n < reach] + [reach])
     norms = np.exp(np.clip(curve[::-1], -700, 700))
     direct = np.zeros(steps)
     direct[-1] = 1.0
@@ -54,8 +57,21 @@ def dataset(
         {
             "log_gain": (
                 ("norm", "sequence", "source", "target"),
-                np.stack([gain, gain - 0.5 * np.log(2)])[:, None],
+                np.stack([gain, gain - 0.5 * np.log(2), gain - 1.0])[:, None],
             ),
+            "log_block_gain": (
+                ("block", "sequence", "source", "target"),
+                np.stack([gain - 0.3 * place for place in range(len(blocks))] or [gain])[:, None][
+                    : len(blocks)
+                ],
+            ),
+            "log_cell_path": (
+                ("sequence", "source", "target"),
+                (gain - 1.5 if blocks else gain * np.nan)[None],
+            ),
+            "rank_stable": (("rank_lag",), 1 + (hidden / 4 - 1) / rank_lag),
+            "rank_effective": (("rank_lag",), 1 + (hidden / 2 - 1) / rank_lag),
+            "rank_surviving": (("rank_lag",), np.floor(hidden * np.exp(-rank_lag / 20))),
             "log_singular": (("sequence", "index"), np.sort(-random.random((1, 4)))[:, ::-1]),
             "lag_median": (("lag",), curve),
             "lag_low": (("lag",), curve + np.quantile(walk, 0.1, axis=0)),
@@ -76,7 +92,9 @@ def dataset(
             "memory_steps": (("state", "unit"), np.full((len(states), hidden), 7.0)),
         },
         coords={
-            "norm": ["spectral", "rms"],
+            "norm": ["spectral", "rms", "loss"],
+            "block": np.array(blocks, dtype="<U8"),
+            "rank_lag": rank_lag,
             "sequence": [3],
             "source": points,
             "target": points,
@@ -208,6 +226,27 @@ def finding(layer: str, name: str = "vanishing", **changes: Any) -> Finding:
         advice="raise the forget gate's bias by 1 (its mean is 0.50), or use chrono initialisation "
         "from the range of the task",
         code="model.rnn.bias_ih_l0.data[32:64] += 1.0  # the forget gate's block",
+    )
+    return replace(made, **changes)
+
+
+def prediction(amount: int = 1, **changes: Any) -> Prediction:
+    """What a larger forget bias would make of a layer."""
+    words = f"forget bias + {amount}"
+    made = Prediction(
+        remedy="forget_bias",
+        value=float(amount),
+        words=words,
+        verdict="vanishing",
+        rate=Rate(-0.31 / amount, -0.33 / amount, -0.29 / amount),
+        half_life=2.24 * amount,
+        horizon=22 * amount,
+        searched=99,
+        channels=3,
+        helps=29.1 * amount,
+        batch="this batch",
+        message=f"{words}: still vanishing, rate −0.98 → −{0.31 / amount:.3g} per step, gone after "
+        f"8 → {22 * amount} steps, 0 → 3 of 32 channels",
     )
     return replace(made, **changes)
 
@@ -361,6 +400,14 @@ def twelve() -> Analysis:
     return analysis(*many, title="Deep stack")
 
 
+def predicted() -> Analysis:
+    """Three layers with remedies that were tried on all of them together."""
+    batch = "this batch, 3 layers changed together"
+    tried = (prediction(2, batch=batch), prediction(1, batch=batch))
+    many = [layer(f"rnn.l{i}", "LSTM", predictions=tried) for i in range(3)]
+    return analysis(*many, title="Tried")
+
+
 def everything() -> Analysis:
     """One analysis with a layer of every kind."""
     return analysis(
@@ -385,6 +432,7 @@ CASES = {
     "single_step": single_step,
     "bidirectional": bidirectional,
     "twelve": twelve,
+    "predicted": predicted,
     "everything": everything,
     "long": lambda: vanishing(steps=1000),
     "short": lambda: vanishing(steps=10),

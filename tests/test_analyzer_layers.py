@@ -16,26 +16,46 @@ from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import Analysis, LayerAnalysis
-from gradflow.analyzer import analyze, assemble, log_gain_map, plan, step_jacobians
+from gradflow.analyzer import analyze, core, log_gain_map, plan, step_jacobians
 from gradflow.errors import GradflowWarning, InputError, RecordingError
 from gradflow.recording import Recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DIMS = {
     "log_gain": ("norm", "sequence", "source", "target"),
+    "log_block_gain": ("block", "sequence", "source", "target"),
+    "log_cell_path": ("sequence", "source", "target"),
     "log_singular": ("sequence", "index"),
+    **{f"rank_{name}": ("rank_lag",) for name in ("stable", "effective", "surviving")},
     **{
         f"lag_{name}": ("lag",)
         for name in ("median", "low", "high", "count", "zero_share", "slope", "fit")
     },
     "sequence_rate": ("batch",),
     "length": ("batch",),
+    **{f"lyapunov{end}": ("index_k",) for end in ("", "_low", "_high")},
+    "lyapunov_trace": ("index_k", "step"),
+    "sum_rule": ("side",),
     "log10_grad": ("state", "unit", "back"),
     "unit_order": ("state", "unit"),
     "grad_norm": ("kind", "state", "step"),
+    "log10_triangle": ("state", "sequence", "loss_step", "step"),
+    "lag_contribution": ("parameter", "lag"),
+    "truncation_error": ("parameter", "lag"),
+    "cancellation": ("parameter",),
+    "gradient_depth": ("parameter",),
+    "truncation_window": ("parameter", "tolerance"),
     **{f"gate_{name}": ("gate", "step") for name in ("mean", "closed", "open")},
     "state_norm": ("state", "step"),
     "memory_steps": ("state", "unit"),
+    "gate_value": ("gate", "unit", "step"),
+    **{f"gate_unit_{name}": ("gate", "unit") for name in ("closed", "open")},
+    **dict.fromkeys(("time_scale", "unit_idle"), ("unit",)),
+    "unit_saturated": ("state", "unit"),
+    "path_gain": ("path", "step"),
+    **dict.fromkeys(("step_growth", "grad_input_norm"), ("step",)),
+    "rate_factor": ("factor",),
+    "segment_length": ("segment",),
 }
 
 
@@ -233,7 +253,7 @@ def test_every_dataset_has_every_variable_with_its_dims(analyses: dict[str, Anal
         for layer in analysis:
             assert {name: array.dims for name, array in layer.data.items()} == DIMS
             assert all(array.dtype == np.float64 for array in layer.data.values())
-            assert layer.data["norm"].values.tolist() == ["spectral", "rms"]
+            assert layer.data["norm"].values.tolist() == ["spectral", "rms", "loss"]
             assert layer.data["kind"].values.tolist() == ["total", "direct", "last"]
             assert layer.data.sizes["target"] == layer.steps
 
@@ -467,23 +487,48 @@ def test_method_and_stride_are_kept_and_said(method: str) -> None:
     assert layer.data["log_gain"].values == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 
-def test_auto_says_what_the_exact_map_would_have_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def never_exact(size: int, length: int, stride: int = 1) -> float:
+    """A prediction that no stride makes cheap enough."""
+    return 500.0
+
+
+def test_auto_takes_fewer_sources_and_says_what_all_would_have_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     recording = record(nn.RNN(1, 40), 60, 2)
     assert only(analyze(recording)).method == "exact, every step a source"
-    monkeypatch.setattr(assemble, "MAP_SECONDS", 0.05)
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.05)
     layer = only(analyze(recording))
+    assert layer.method.startswith("exact, every 4th step a source")
+    assert "the exact map of every step would take about 1 s" in layer.method
+    assert layer.data["source"].values.tolist() == list(range(0, 60, 4))
+
+
+def test_auto_sketches_where_exact_is_too_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.5)
+    monkeypatch.setattr(plan, "exact_seconds", never_exact)
+    layer = only(analyze(record(nn.RNN(1, 40), 60, 2)))
     assert layer.method.startswith("sketch, every")
-    assert "the exact map would take about 1 s" in layer.method
-    stride = int(layer.data["source"].values[1]) if layer.data.sizes["source"] > 1 else 64
-    assert stride > 1
+    assert "at most 0.001 of a block dropped at a time" in layer.method
+    assert "the exact map of every step would take about 500 s" in layer.method
 
 
 def test_a_map_dearer_than_foretold_gets_fewer_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assemble, "MAP_SECONDS", 0.04)
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.04)
+    monkeypatch.setattr(plan, "exact_seconds", never_exact)
     monkeypatch.setattr(plan, "_foretold", lambda pilots, stride: 0.0)
     layer = only(analyze(record(nn.RNN(1, 40), 60, 2)))
     assert layer.data.sizes["source"] <= 15
     assert np.isfinite(layer.data["lag_median"].values).all()
+
+
+def test_a_sketch_with_no_more_sources_than_exact_is_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.05)
+    monkeypatch.setattr(plan, "_foretold", lambda pilots, stride: math.inf)
+    layer = only(analyze(record(nn.RNN(1, 40), 60, 2)))
+    assert layer.method.startswith("exact, every 4th step a source")
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def assert_maps_close(actual: Tensor, expected: Tensor, bound: float) -> None:
 
 @pytest.mark.parametrize("norm", ["spectral", "rms"])
 @pytest.mark.parametrize(
-    ("size", "steps", "batch"), [(1, 9, 2), (3, 12, 2), (17, 8, 3), (64, 6, 1)]
+    ("size", "steps", "batch"),
+    [(1, 9, 2), (3, 12, 2), (8, 10, 1), (17, 8, 3), (32, 7, 1), (64, 6, 1)],
 )
 def test_map_equals_one_svd_per_pair(norm: str, size: int, steps: int, batch: int) -> None:
     jacobians = gaussian(steps, size, batch=batch, gain=1.2)

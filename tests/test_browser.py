@@ -39,7 +39,7 @@ const said = JSON.stringify({
   left: document.querySelector(".findings").getBoundingClientRect().left,
   overviewLeft: document.querySelector(".overview").getBoundingClientRect().left,
   broken: [...document.images].filter(one => !one.naturalWidth).length,
-  out: [...document.querySelectorAll("p, li, h1, h2, pre, summary, .span, figure, dd, dt")]
+  out: [...document.querySelectorAll("p, li, h1, h2, pre, summary, .span, figure, dd, dt, .outlook")]
     .filter(one => one.getBoundingClientRect().right > root.clientWidth + 1).length});
 parent.postMessage(said, "*")})</script>"""
 LISTEN = """<script>addEventListener("message", event => {document.title = event.data})</script>"""
@@ -80,7 +80,7 @@ def measured(
     return measures
 
 
-@pytest.fixture(scope="module", params=["vanishing", "everything"])
+@pytest.fixture(scope="module", params=["vanishing", "everything", "predicted"])
 def text(request: pytest.FixtureRequest) -> str:
     analysis = synthetic.CASES[request.param]()
     return page(analysis, draw(analysis))

@@ -249,6 +249,36 @@ def test_stacked_cells_in_one_loop() -> None:
     compare.assert_steps_close(lower.grad_h_direct, from_above, lower.mask, what="from above")
 
 
+def test_a_shared_encoder_of_stacked_cells() -> None:
+    """Siamese: two loops over the same cells in one forward are told apart, and share their parity."""
+
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = Stacked()
+            self.judge = nn.GRU(5, 2, dtype=torch.float64)
+
+        def forward(self, x: Tensor, y: Tensor) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+            return [self.encoder(x), self.encoder(y)]
+
+    model = Siamese()
+    with gradflow.record(model) as recording:
+        pair = model(data(), data(5))
+        for tensor in [t for kept in pair for row in kept for t in row]:
+            tensor.retain_grad()
+        ends = torch.stack([kept[-1][2] for kept in pair])
+        model.judge(ends)[0].pow(2).sum().backward()
+    names = ["encoder.lstm1", "encoder.gru2", "encoder.lstm1@2", "encoder.gru2@2", "judge.l0"]
+    assert list(recording.tracks) == names
+    for kept, end in zip(pair, ("", "@2"), strict=True):
+        for place, name in enumerate(("lstm1", "lstm1", "gru2")):
+            track = recording[f"encoder.{name}{end}"]
+            total = torch.stack([row[place].grad for row in kept])
+            found = track.grads["c" if place == 1 else "h"]
+            compare.assert_steps_close(found, total, track.mask, what=track.name)
+    assert [track.parity.status for track in recording] == ["passed"] * 5
+
+
 def test_two_loops_one_after_the_other_and_interleaved() -> None:
     cell, x = loops.cell_of("GRU"), data()
     with gradflow.record(cell) as recording:

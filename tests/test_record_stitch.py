@@ -454,6 +454,55 @@ def test_a_batch_that_changes_its_size_starts_afresh() -> None:
     assert recording["l0@2"].parity.status == "passed"
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
+def test_lengths_of_a_loop_over_single_steps(kind: type[nn.RNNBase]) -> None:
+    """A padded batch read step by step says what the same batch says in one call."""
+    model, lengths = kind(3, 4, 2, dtype=torch.float64), torch.tensor([6, 2, 4])
+    x = torch.randn(6, 3, 3, dtype=torch.float64)
+    real = (torch.arange(6)[:, None] < lengths).double()[:, :, None]
+    with gradflow.record(model, lengths=lengths) as expected:
+        (model(x)[0] ** 2 * real).sum().backward()
+    with gradflow.record(model, lengths=lengths) as recording:
+        outputs, state = [], None
+        for x_t in x:
+            output, state = model(x_t[None], state)
+            outputs.append(output[0])
+        (torch.stack(outputs) ** 2 * real).sum().backward()
+    assert list(recording.tracks) == ["l0", "l1"]
+    for track, other in zip(recording, expected, strict=True):
+        assert torch.equal(track.lengths, lengths)
+        assert torch.equal(track.mask, other.mask)
+        for name in ("h", "grad_h", "grad_h_direct", "grad_h_last", "delta", "inputs"):
+            found, want = getattr(track, name), getattr(other, name)
+            compare.assert_steps_close(found, want, track.mask, what=name)
+        assert track.parity.status == "passed"
+
+
+def test_a_function_for_lengths_is_not_asked_of_single_steps() -> None:
+    def lengths(x: Tensor) -> list[int]:
+        assert len(x) > 1
+        return [6, 2, 4]
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.GRU(3, 4, dtype=torch.float64)
+            self.decoder = nn.GRUCell(3, 4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.encoder(x)[1][0]
+            for x_t in x:
+                h = self.decoder(x_t, h)
+            return h
+
+    model, x = Both(), torch.randn(6, 3, 3, dtype=torch.float64)
+    with gradflow.record(model, lengths=lengths) as recording:
+        model(x).sum().backward()
+    assert recording["encoder.l0"].lengths.tolist() == [6, 2, 4]
+    assert recording["decoder"].lengths.tolist() == [6, 6, 6]
+    assert "give the lengths themselves" in recording["decoder"].notes[0]
+
+
 @pytest.mark.parametrize("how", ["bidirectional", "packed"])
 def test_calls_that_are_never_stitched(how: str) -> None:
     module, x = lstm(bidirectional=how == "bidirectional"), data()

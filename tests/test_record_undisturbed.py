@@ -78,6 +78,60 @@ def test_five_training_steps_are_bit_identical(record_each: bool, record_all: bo
             assert torch.equal(a, b), f"{what}[{number}] differs"
 
 
+class Behind(nn.Module):
+    """A frozen transformer, which torch runs on a fast path of its own, and recurrences behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.front = nn.TransformerEncoder(layer, 2).requires_grad_(False).eval()
+        self.rnn = nn.LSTM(8, 6, 2, dropout=0.3, batch_first=True)
+        self.cell = nn.GRUCell(6, 5)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 5)
+        for y in self.rnn(self.front(x))[0].unbind(1):
+            h = self.drop(self.cell(y, h))
+        return self.head(h)
+
+
+def train_behind(recorded: bool) -> dict[str, Any]:
+    """Twenty steps with a fused optimizer, a GradScaler and clipping."""
+    torch.manual_seed(4)
+    model = Behind()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.02, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+    seen: dict[str, Any] = {"losses": [], "grads": [], "rng": []}
+    for _ in range(20):
+        x = torch.randn(3, 4, 8)
+        block = gradflow.record(model, scaler=scaler) if recorded else nullcontext()
+        with block as recording:
+            loss = (model(x) ** 2).sum()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        if recording is not None:
+            assert [track.parity.status for track in recording] == ["passed"] * 3
+        seen["losses"].append(loss.detach().clone())
+        seen["grads"] += [p.grad.clone() for p in trained]
+        seen["rng"].append(torch.get_rng_state())
+    seen["weights"] = [p.detach().clone() for p in trained]
+    return seen
+
+
+def test_twenty_steps_behind_a_frozen_transformer_are_bit_identical() -> None:
+    plain, recorded = train_behind(False), train_behind(True)
+    for what, expected in plain.items():
+        for number, (a, b) in enumerate(zip(expected, recorded[what], strict=True)):
+            assert torch.equal(a, b), f"{what}[{number}] differs"
+
+
 def test_the_steps_would_differ_if_one_random_number_were_drawn() -> None:
     """Or the test above could not see a disturbed generator."""
     plain, drawn = train(False, False), train(False, False, draw_one=True)
@@ -237,6 +291,22 @@ def test_a_block_that_raises_leaves_everything_as_found(
     with gradflow.record(model) as recording:
         model(x).sum().backward()
     assert len(recording) == 7
+
+
+def test_a_generator_that_is_closed_leaves_everything_as_found() -> None:
+    model, x = Net(), torch.randn(4, 6, 3)
+
+    def steps() -> Iterator[int]:
+        with gradflow.record(model):
+            for step in range(5):
+                model(x).sum().backward()
+                yield step
+
+    with left_as_found(model):
+        running = steps()
+        assert next(running) == 0
+        assert not torch_is_as_found()
+        running.close()
 
 
 def test_a_normal_exit_leaves_everything_as_found() -> None:

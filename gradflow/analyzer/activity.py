@@ -34,7 +34,7 @@ def gate_statistics(track: Track) -> dict[str, np.ndarray]:
 
 def sigmoid_and_other(track: Track) -> dict[str, Tensor]:
     """Gate name -> (T, B, H) float64 on the CPU; none for a cell whose only gate is its state."""
-    if track.cell.startswith("RNN"):
+    if track.cell in ("RNN_TANH", "RNN_RELU"):
         return {}
     return {name: gate.detach().cpu().double() for name, gate in track.gates.items()}
 

@@ -6,6 +6,7 @@ variables and the coordinates they need.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,17 @@ import numpy as np
 import xarray as xr
 
 from gradflow.analyzer.activity import gate_statistics, sigmoid_and_other, state_norms
+from gradflow.analyzer.census import gate_census, idleness, saturation, time_scales
+from gradflow.analyzer.certificates import SIDES, sum_rule
+from gradflow.analyzer.contributions import TOLERANCES
+from gradflow.analyzer.flow import input_gradient_norms
+from gradflow.analyzer.leading import FACTORS, step_growth
 from gradflow.analyzer.loss import KINDS, grad_norms
 from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.products import NORMS
+from gradflow.analyzer.order import segment_lengths
+from gradflow.analyzer.paths import PATHS, path_gains
+from gradflow.analyzer.ranks import stable_rank
+from gradflow.analyzer.rates import rate_over_sequences
 
 
 @dataclass(frozen=True)
@@ -25,35 +34,50 @@ class Part:
 
     variables: dict[str, tuple[tuple[str, ...], Any]]
     coords: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)  # of a variable: what limits it, in words
 
 
 def dataset(measured: Measured) -> xr.Dataset:
     """Everything measured on a layer, in float64."""
-    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]] = {}
     coords: dict[str, Any] = {}
     for make in PARTS:
         part = make(measured)
         for name, (dims, values) in part.variables.items():
-            variables[name] = (dims, np.asarray(values, dtype=np.float64))
+            notes = {"note": part.notes[name]} if part.notes.get(name) else {}
+            variables[name] = (dims, np.asarray(values, dtype=np.float64), notes)
         coords |= part.coords
     return xr.Dataset(variables, coords=coords)
 
 
 def _gains(m: Measured) -> Part:
     """The maps and the singular values of the mapped sequences."""
-    gain = np.stack([m.maps.log_gain[norm] for norm in NORMS])
+    maps, pair = m.maps, ("sequence", "source", "target")
     return Part(
         {
-            "log_gain": (("norm", "sequence", "source", "target"), gain),
+            "log_gain": (("norm", *pair), np.stack(list(maps.log_gain.values()))),
+            "log_block_gain": (("block", *pair), maps.blocks),
+            "log_cell_path": (pair, maps.cell_path),
             "log_singular": (("sequence", "index"), m.singular),
         },
         {
-            "norm": list(NORMS),
+            "norm": list(maps.log_gain),
+            "block": np.array(maps.block_names, dtype="<U8"),
             "sequence": np.array(m.mapped),
-            "source": m.maps.sources,
+            "source": maps.sources,
             "target": np.arange(m.track.steps),
             "index": np.arange(m.singular.shape[1]),
         },
+    )
+
+
+def _ranks(m: Measured) -> Part:
+    """How many directions are left against the lag."""
+    stable = stable_rank(m.maps, m.ranks.lags, m.singular.shape[1])
+    ranks = {"stable": stable, "effective": m.ranks.effective, "surviving": m.ranks.surviving}
+    return Part(
+        {f"rank_{name}": (("rank_lag",), values) for name, values in ranks.items()},
+        {"rank_lag": m.ranks.lags.astype(int)},
     )
 
 
@@ -84,6 +108,24 @@ def _sequences(m: Measured) -> Part:
     )
 
 
+def _exponents(m: Measured) -> Part:
+    """Every exponent with its interval, how it settled, and what all of them must add up to."""
+    found, steps = m.spectrum, m.track.steps
+    trace = np.full((len(found.values), steps), np.nan)
+    trace[: len(found.trace), : found.trace.shape[1]] = found.trace
+    alive = np.isfinite(m.sequence_rates) & math.isfinite(m.rate.value)
+    return Part(
+        {
+            "lyapunov": (("index_k",), found.values),
+            "lyapunov_low": (("index_k",), found.low),
+            "lyapunov_high": (("index_k",), found.high),
+            "lyapunov_trace": (("index_k", "step"), trace),
+            "sum_rule": (("side",), sum_rule(m.track, m.growth, alive)),
+        },
+        {"index_k": np.arange(len(found.values)), "side": list(SIDES)},
+    )
+
+
 def _gradients(m: Measured) -> Part:
     """The profile of the last loss step, the memory of units, the norms at every step."""
     profile = m.profile
@@ -99,6 +141,30 @@ def _gradients(m: Measured) -> Part:
             "unit": np.arange(profile.log10_grad.shape[1]),
             "kind": list(KINDS),
         },
+    )
+
+
+def _loss_steps(m: Measured) -> Part:
+    """Where the loss acts: the triangle of loss steps, and the gradient of the weights by lag."""
+    seen = m.contributed
+    return Part(
+        {
+            "log10_triangle": (
+                ("state", "sequence", "loss_step", "step"),
+                m.triangle.log10_norm,
+            ),
+            "lag_contribution": (("parameter", "lag"), seen.norm),
+            "truncation_error": (("parameter", "lag"), seen.error),
+            "cancellation": (("parameter",), seen.cancellation),
+            "gradient_depth": (("parameter",), seen.depth),
+            "truncation_window": (("parameter", "tolerance"), seen.window),
+        },
+        {
+            "loss_step": m.triangle.loss_steps,
+            "parameter": np.array(seen.parameters, dtype="<U9"),
+            "tolerance": list(TOLERANCES),
+        },
+        {"lag_contribution": seen.note},
     )
 
 
@@ -118,4 +184,63 @@ def _activity(m: Measured) -> Part:
     )
 
 
-PARTS: list[Callable[[Measured], Part]] = [_gains, _curve, _sequences, _gradients, _activity]
+def _units(m: Measured) -> Part:
+    """How every unit sits: its gates, its time-scale, how often it is saturated or idle."""
+    units = m.profile.log10_grad.shape[1]
+    gates = gate_census(m.track, units)
+    return Part(
+        {
+            "gate_value": (("gate", "unit", "step"), gates["gate_value"]),
+            "gate_unit_closed": (("gate", "unit"), gates["gate_unit_closed"]),
+            "gate_unit_open": (("gate", "unit"), gates["gate_unit_open"]),
+            "time_scale": (("unit",), time_scales(m.track, units)),
+            "unit_saturated": (("state", "unit"), saturation(m.track, units)),
+            "unit_idle": (("unit",), idleness(m.track, units)),
+        }
+    )
+
+
+def _paths(m: Measured) -> Part:
+    """The four paths of an LSTM's cell state."""
+    gains = path_gains(m.track, m.mapped, m.share)
+    names = np.array(PATHS[: len(gains)], dtype="<U11")
+    return Part({"path_gain": (("path", "step"), gains)}, {"path": names})
+
+
+def _leading(m: Measured) -> Part:
+    """The leading direction step by step, and the factors of an RNN's rate."""
+    factors = [rate_over_sequences(column).value for column in m.factors.T]
+    return Part(
+        {
+            "step_growth": (("step",), step_growth(m.track, m.growth)),
+            "rate_factor": (("factor",), np.array(factors)),
+        },
+        {"factor": list(FACTORS)},
+    )
+
+
+def _flow(m: Measured) -> Part:
+    """What is passed down, and the stretches between cuts."""
+    lengths = [length for sequence in segment_lengths(m.track) for length in sequence]
+    return Part(
+        {
+            "segment_length": (("segment",), np.array(lengths)),
+            "grad_input_norm": (("step",), input_gradient_norms(m.track, m.withheld)),
+        }
+    )
+
+
+PARTS: list[Callable[[Measured], Part]] = [
+    _gains,
+    _curve,
+    _sequences,
+    _exponents,
+    _gradients,
+    _loss_steps,
+    _activity,
+    _units,
+    _paths,
+    _leading,
+    _flow,
+    _ranks,
+]

@@ -6,57 +6,40 @@ Letters: T timesteps, B sequences, H units, S the state's width, k lag, t source
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from gradflow._version import __version__
-from gradflow.analysis import Analysis, LayerAnalysis, Rate
+from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
-from gradflow.analyzer.curve import LagCurve, finite_extremes, lag_curve
-from gradflow.analyzer.evidence import Evidence
-from gradflow.analyzer.jacobians import operator_of, state_size
+from gradflow.analyzer.certificates import broken
+from gradflow.analyzer.contributions import contributions
+from gradflow.analyzer.core import Core, Progress, Settings, channels, half_life, measure
+from gradflow.analyzer.curve import finite_extremes
+from gradflow.analyzer.evidence import Evidence, number
+from gradflow.analyzer.flow import with_flow
+from gradflow.analyzer.jacobians import state_size
+from gradflow.analyzer.leading import rate_factors, watcher
 from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
-from gradflow.analyzer.lyapunov import SHORT, Growth, burn_in, log_growth
+from gradflow.analyzer.lyapunov import SHORT, burn_in
 from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.rates import (
-    ROUNDING,
     decays_as_power,
-    judge,
-    rate_of_one,
-    rate_over_sequences,
 )
-from gradflow.analyzer.singular import log_singular_values, survivors
+from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
+from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.recording import Recording, Track
 
 METHODS = ("auto", "exact", "sketch")
-MAP_SECONDS = 8.0  # predicted, for the maps of all layers together
-RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
-CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
-
-Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `analyze` was asked for, checked."""
-
-    span: int | None
-    sequences: tuple[int, ...] | None
-    maps: int
-    method: str
-    stride: int | None
-    seed: int
-    layers: int  # how many share the budgets
-    progress: Progress
+TRIANGLE_SECONDS = 1.5  # predicted, for the triangles of all layers together
+LAG_SECONDS = 5.5  # predicted, for the gradients by lag of all layers together
 
 
 def analyze(
@@ -130,7 +113,7 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
             refused.append(error)
     if not layers:
         raise refused[0]
-    return layers, [str(error) for error in refused]
+    return with_flow(recording, layers), [str(error) for error in refused]
 
 
 def _checked(
@@ -198,51 +181,50 @@ def _whole(name: str, value: object, least: int, advice: str) -> None:
 
 def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     """Measure one layer in one direction, then judge it and put it into words."""
-    span = settings.span or max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
-    finite = _finite_sequences(track)
-
-    # how fast it grows or fades, every sequence on its own
-    growth = _growth(track, settings)
-    rates = growth.exponents[:, 0].numpy().copy()
-    rates[~finite | (track.lengths.cpu() == 1).numpy()] = np.nan  # one step has no recurrence
-    rate = _rate(track, growth, rates, finite)
-    verdict = judge(rate, span, track.batch, int(growth.counted.sum(0).max()))
-
-    # every source to every target, for a few sequences
-    mapped = _mapped(track, rates, finite, settings)
-    maps = _maps(track, mapped, settings)
-    curve = lag_curve(maps.log_gain["spectral"], maps.sources)
-    singular, reach = _singular(track, mapped, span, settings)
+    withheld = track.has_gradient and track.parity.status == "failed"
+    weight = watcher(track)
+    core = measure(track, settings, withheld=withheld, watch=weight)
 
     # what the loss sees
-    withheld = track.has_gradient and track.parity.status == "failed"
     seen = profile(track, withheld)
     measured = Measured(
         track=track,
-        span=span,
-        growth=growth,
-        rate=rate,
-        sequence_rates=rates,
-        mapped=mapped,
-        maps=maps,
-        curve=curve,
-        singular=singular,
-        reach=reach,
+        span=core.span,
+        growth=core.growth,
+        factors=rate_factors(core.growth, weight),
+        rate=core.rate,
+        sequence_rates=core.rates,
+        spectrum=spectrum(core.growth, core.rate, core.rates),
+        mapped=core.mapped,
+        maps=core.maps,
+        curve=core.curve,
+        ranks=core.ranks,
+        singular=core.ranks.singular,
+        reach=core.ranks.reach,
         profile=seen,
+        triangle=triangle(track, core.mapped, withheld, TRIANGLE_SECONDS / settings.layers),
+        contributed=contributions(
+            track,
+            core.mapped,
+            withheld,
+            LAG_SECONDS / settings.layers,
+            lambda share: settings.progress(f"{track.name}: lags", share),
+        ),
         withheld=withheld,
+        share=1 / settings.layers,
     )
 
     # the verdict, and why
-    labels = _labels(track, curve, growth, finite, maps)
-    grows = verdict.name == "exploding" or "transient growth" in labels
+    labels = _labels(core, measured)
+    grows = core.verdict.name == "exploding" or "transient growth" in labels
     evidence = Evidence(
         **vars(measured),
         alone=settings.layers == 1,
         size=state_size(track),
-        verdict=verdict,
+        verdict=core.verdict,
         labels=labels,
-        half_life=_half_life(rate, curve, labels),
-        channels=_channels(track, singular),
+        half_life=half_life(core.rate, core.curve, labels),
+        channels=channels(track, core.ranks.singular),
         gradient_note=gradient_note(track) or ("" if grows else arrives_elsewhere(seen)),
         data=dataset(measured),
     )
@@ -268,7 +250,7 @@ def _assembled(evidence: Evidence) -> LayerAnalysis:
         horizon=evidence.curve.horizon,
         searched=evidence.curve.searched,
         channels=evidence.channels,
-        lyapunov=_spectrum(evidence),
+        lyapunov=None if math.isnan(evidence.rate.value) else evidence.spectrum.values,
         findings=findings(evidence),
         parity=track.parity,
         sentence=sentence(evidence),
@@ -279,166 +261,20 @@ def _assembled(evidence: Evidence) -> LayerAnalysis:
     )
 
 
-def _finite_sequences(track: Track) -> np.ndarray:
-    """(B,) whether every real state of a sequence, its initial one included, is finite."""
-    finite = torch.ones(track.batch, dtype=torch.bool)
-    real = track.mask.cpu()
-    for values in track.states.values():
-        finite &= (torch.isfinite(values.cpu()).all(-1) | ~real).all(0)
-    for values in track.initial.values():
-        finite &= torch.isfinite(values.cpu()).all(-1)
-    return finite.numpy()
-
-
-def _growth(track: Track, settings: Settings) -> Growth:
-    """The QR iteration over all sequences, with as many exponents as the budget allows."""
-    length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
-    allowed = RATE_SECONDS / settings.layers
-    affordable = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < size] + [size]
-    fitting = [k for k in affordable if _qr_seconds(length, batch, size, k) <= allowed]
-    count = fitting[-1] if fitting else 1
-    wide = _qr_seconds(length, batch, size, 1) > 2 * allowed
-    operator = operator_of(track, torch.float32 if wide else torch.float64)
-    cuts = cuts_before(track).diff(dim=0, prepend=torch.zeros(1, batch, dtype=torch.int)) > 0
-    cuts[0] |= not track.initial  # what leads into the first state was not seen
-    return log_growth(
-        operator,
-        track.lengths,
-        count,
-        cuts=cuts[:length],
-        seed=settings.seed,
-        progress=lambda share: settings.progress(f"{track.name}: rates", share),
-    )
-
-
-def _qr_seconds(length: int, batch: int, size: int, k: int) -> float:
-    """Predicted seconds: the pushes, and for more than one direction a small QR per sequence."""
-    factoring = (8.0 * size * k * k + 3e5) if k > 1 else 4.0 * size
-    return length * (batch * (2.0 * size**2 * k + factoring) / 8e9 + 2e-4)
-
-
-def _rate(track: Track, growth: Growth, rates: np.ndarray, finite: np.ndarray) -> Rate:
-    nothing = Rate(math.nan, math.nan, math.nan)
-    if not finite.all() or track.steps == 1:
-        return nothing
-    if track.batch == 1:
-        counted = growth.counted[:, 0]
-        return rate_of_one(growth.log_growth[counted, 0, 0].numpy())
-    return rate_over_sequences(rates)
-
-
-def _mapped(
-    track: Track, rates: np.ndarray, finite: np.ndarray, settings: Settings
-) -> tuple[int, ...]:
-    """Which sequences are mapped: those nearest to the median rate of all, nearest first."""
-    candidates = settings.sequences or tuple(range(track.batch))
-    known = [b for b in candidates if not math.isnan(rates[b])]
-    if not known:
-        usable = [b for b in candidates if finite[b]] or list(candidates)
-        return tuple(sorted(usable, key=lambda b: -int(track.lengths[b]))[: settings.maps])
-    # the lower median, so that it is some sequence's own
-    middle = np.sort(rates[~np.isnan(rates)])[(int((~np.isnan(rates)).sum()) - 1) // 2]
-    distance = [0.0 if rates[b] == middle else abs(float(rates[b] - middle)) for b in known]
-    order = sorted(range(len(known)), key=lambda place: (distance[place], known[place]))
-    return tuple(known[place] for place in order[: settings.maps])
-
-
-def _maps(track: Track, mapped: Sequence[int], settings: Settings) -> plan.Maps:
-    maps = plan.make_maps(
-        track,
-        mapped,
-        method=settings.method,
-        stride=settings.stride,
-        seed=settings.seed,
-        seconds=MAP_SECONDS / settings.layers,
-        progress=lambda share: settings.progress(f"{track.name}: gains", share),
-    )
-    segments = cuts_before(track)[:, list(mapped)].T.numpy()  # (M, T)
-    crossing = segments[:, maps.sources, None] != segments[:, None, :]
-    for values in maps.log_gain.values():
-        values[crossing] = np.nan
-    return maps
-
-
-def _singular(
-    track: Track, mapped: Sequence[int], span: int, settings: Settings
-) -> tuple[np.ndarray, int]:
-    """ln of the singular values over the span, (M, S), and the steps they really cover."""
-    dtype = torch.float64
-    size = state_size(track)
-    stretches = [_longest_stretch(track, b) for b in mapped]
-    reach = min(span, *(last - first for first, last in stretches))
-    if reach < 1:
-        return np.full((len(mapped), size), np.nan), 0
-    most = CHANNEL_WORK / settings.layers / len(mapped)
-    if 2.0 * size**3 * reach > most / 4:
-        dtype, most = torch.float32, most * 2
-    rows = []
-    for b, (first, _) in zip(mapped, stretches, strict=True):
-        operator = operator_of(track, dtype, [b])
-        steps = range(first + 1, first + reach + 1)
-        rows.append(log_singular_values(operator, steps, most_work=most))
-    return np.stack(rows), reach
-
-
-def _longest_stretch(track: Track, sequence: int) -> tuple[int, int]:
-    """First and last processed step of the longest run of steps without a cut."""
-    segments = cuts_before(track)[: int(track.lengths[sequence]), sequence]
-    counts = torch.unique_consecutive(segments, return_counts=True)[1]
-    longest = int(counts.argmax())
-    first = int(counts[:longest].sum())
-    return first, first + int(counts[longest]) - 1
-
-
-def _channels(track: Track, singular: np.ndarray) -> int | None:
-    """Median over the mapped sequences of how many directions survive."""
-    known = [row for row in singular if not np.isnan(row).all()]
-    if not known or track.steps == 1:
-        return None
-    return int(np.median([survivors(row) for row in known]))
-
-
-def _spectrum(evidence: Evidence) -> np.ndarray | None:
-    """Mean exponents over sequences, the rate first; None where there is no rate."""
-    if math.isnan(evidence.rate.value):
-        return None
-    exponents = evidence.growth.exponents.numpy()
-    alive = ~np.isneginf(exponents[:, 0]) & ~np.isnan(exponents[:, 0])
-    if evidence.rate.value == -math.inf or not alive.any():
-        return np.full(exponents.shape[1], -math.inf)
-    return np.concatenate([[evidence.rate.value], exponents[alive, 1:].mean(0)])
-
-
-def _half_life(rate: Rate, curve: LagCurve, labels: tuple[str, ...]) -> float:
-    """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half."""
-    if math.isnan(rate.value) and curve.searched == 0:
-        return math.nan
-    exponential = "not exponential" not in labels and math.isfinite(rate.value)
-    if exponential and rate.value < -ROUNDING:
-        return math.log(2) / -rate.value
-    return curve.half_life
-
-
-def _labels(
-    track: Track, curve: LagCurve, growth: Growth, finite: np.ndarray, maps: plan.Maps
-) -> tuple[str, ...]:
-    longest = int(track.lengths.max())
+def _labels(core: Core, m: Measured) -> tuple[str, ...]:
+    longest = int(m.track.lengths.max())
     if longest == 1:
         return ("no recurrence", "short")
     found = {
-        "not finite": not finite.all(),
-        "transient growth": curve.transient_growth,
-        "not exponential": decays_as_power(_curves(growth)),
-        "range-limited": _leaves_range(track, maps),
+        "not finite": not core.finite.all(),
+        # growth that goes on is no transient
+        "transient growth": m.curve.transient_growth and core.verdict.name != "exploding",
+        "not exponential": decays_as_power(core.log_curves),
+        "range-limited": _leaves_range(m.track, m.maps),
         "short": longest < SHORT,
-        "one sequence": track.batch == 1,
+        "one sequence": int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1,
     }
     return tuple(label for label, holds in found.items() if holds)
-
-
-def _curves(growth: Growth) -> np.ndarray:
-    """(B, T): ln growth along the leading direction from s_0 on."""
-    return growth.log_growth[1:, :, 0].cumsum(0).T.numpy()
 
 
 def _leaves_range(track: Track, maps: plan.Maps) -> bool:
@@ -457,6 +293,7 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
     for track in known:
         layer = layers[track.name]
         notes += track.notes
+        notes += [str(v.attrs["note"]) for v in layer.data.values() if "note" in v.attrs]
         longest = int(track.lengths.max())
         if 1 < longest < SHORT:
             notes.append(
@@ -468,6 +305,12 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
             notes.append(
                 f"gains of {track.name} leave the range of {name}: the model's own gradient "
                 "over- or underflows there"
+            )
+        sides = layer.data["sum_rule"].values
+        if broken(sides):
+            notes.append(
+                f"the Lyapunov exponents of {track.name} add up to {number(sides[0])} per step, its "
+                f"determinants to {number(sides[1])}: the smallest exponents lie below rounding"
             )
     every = [track.name for track in known if _loss_at_every_step(layers[track.name])]
     if every:

@@ -1,12 +1,14 @@
-"""Blocks of pushed vectors, all of one rank, carried as (matrix, log-scale).
+"""Blocks of pushed vectors, all of one rank, carried as (matrix, log-scale of every row).
 
-Letters: B sequences, n starts, r rows (the rank kept), S columns. The rows of a block span what its
-start can still send on: singular values of the block are those of the product P(t'←t).
+Letters: B sequences, n starts, r rows (the rank kept), S columns, k states with their own columns.
+The rows of a block span what its start can still send on: singular values of the block are those of
+the product P(t'←t), and as long as nothing was truncated row i is P e_i, for the source's unit i.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,32 +16,59 @@ from torch import Tensor
 from gradflow.analyzer.norms import (
     EXACT_ROWS,
     WIDTH,
-    frobenius,
+    row_norms,
     spectral_by_gram,
     spectral_by_iteration,
 )
 
-ROOM = {torch.float64: 32, torch.float32: 8}  # powers of two a norm may leave 1 before rescaling
+ROOM = {torch.float64: 32, torch.float32: 8}  # powers of two a row may leave 1 before rescaling
+DEEPEST = 2000  # powers of two below the largest row at which a row counts for nothing in a sum
 
 
 class Blocks:
     """Every start whose block has the same rank, in one buffer so that a step is one product."""
 
-    def __init__(self, batch: int, rank: int, size: int, dtype: torch.dtype, capacity: int) -> None:
+    def __init__(
+        self,
+        batch: int,
+        rank: int,
+        size: int,
+        dtype: torch.dtype,
+        capacity: int,
+        widths: Sequence[int] = (),
+    ) -> None:
         self.rank, self.size = rank, size
+        self.widths = list(widths) or [size]  # of the states, side by side in the columns
         self.count = 0
         self._now = torch.empty(batch, capacity, rank, size, dtype=dtype)
         self._next = torch.empty_like(self._now)
-        self.exponent = torch.zeros(batch, 0, dtype=torch.float64)  # (B, n) powers of two taken out
+        self.exponent = torch.zeros(batch, 0, rank, dtype=torch.float64)  # powers of two taken out
         self.start = torch.zeros(0, dtype=torch.long)  # (n,) which start
         self.retry = torch.zeros(0, dtype=torch.long)  # (n,) step t of the next truncation
-        self.norm = torch.zeros(batch, 0, dtype=dtype)  # (B, n) ‖V‖_F after the last rescaling
         self.guess = torch.empty(batch, 0, rank, WIDTH, dtype=dtype)  # of the spectral iteration
+        k = len(self.widths)
+        # (B, n, k, r, r): Q_aᵀ Q_a of the source's states a, where rows are Qᵀ Pᵀ after a truncation
+        self.gram = torch.empty(batch, 0, k, rank, rank, dtype=dtype)
+        self._parts = torch.empty(batch, 0, rank, k, dtype=dtype)  # row norms within each state
+        self._even = True  # whether all rows of a block have the same power of two
+        self._shift: Tensor | None = None  # (B, n, r) powers below the block's, None if even
+        self.top = torch.zeros(batch, 0, dtype=torch.float64)  # (B, n) powers of the block
+        self.norm = torch.zeros(batch, 0, dtype=dtype)  # (B, n) ‖V‖_F / 2^top
+
+    @property
+    def mixed(self) -> bool:
+        """Whether rows no longer belong to single units of the source."""
+        return self.rank < self.size
 
     @property
     def values(self) -> Tensor:
-        """The live blocks, (B, n, r, S)."""
+        """The live blocks, (B, n, r, S), rows without their powers of two."""
         return self._now[:, : self.count]
+
+    @property
+    def bytes(self) -> int:
+        """What its buffers take."""
+        return 2 * self._now.numel() * self._now.element_size()
 
     @property
     def soonest(self) -> int:
@@ -47,9 +76,15 @@ class Blocks:
         return int(self.retry.min()) if self.count else 2**62
 
     def add(
-        self, values: Tensor, exponent: Tensor, start: Tensor, retry: Tensor, guess: Tensor
+        self,
+        values: Tensor,
+        exponent: Tensor,
+        start: Tensor,
+        retry: Tensor,
+        guess: Tensor | None = None,
+        gram: Tensor | None = None,
     ) -> None:
-        """Append blocks (B, m, r, S)."""
+        """Append blocks (B, m, r, S) with the powers of two of their rows, (B, m, r)."""
         needed = self.count + values.shape[1]
         if needed > self._now.shape[1]:
             grown = self._now.new_empty(
@@ -60,8 +95,12 @@ class Blocks:
         self._now[:, self.count : needed] = values
         self.count = needed
         self.exponent = torch.cat([self.exponent, exponent], 1)
+        self._even &= bool((exponent == exponent[..., :1]).all())
         self.start, self.retry = torch.cat([self.start, start]), torch.cat([self.retry, retry])
-        self.guess = torch.cat([self.guess, guess], 1)
+        if guess is not None:
+            self.guess = torch.cat([self.guess, guess], 1)
+        if gram is not None:
+            self.gram = torch.cat([self.gram, gram], 1)
 
     def keep(self, chosen: Tensor) -> None:
         """Forget all blocks but the chosen (n,) ones."""
@@ -70,6 +109,8 @@ class Blocks:
         self._now[:, : self.count] = kept
         self.exponent, self.guess = self.exponent[:, chosen], self.guess[:, chosen]
         self.start, self.retry = self.start[chosen], self.retry[chosen]
+        if self.gram.shape[1]:
+            self.gram = self.gram[:, chosen]
 
     def advance(self, step: Tensor) -> None:
         """Push every row through one step, given as A_tᵀ (B, S, S)."""
@@ -92,22 +133,33 @@ class Blocks:
         self._now[:, : self.count] = rows.view_as(self.values)
 
     def rescale(self) -> Tensor:
-        """Take powers of two out where a norm left the room; return ln ‖V‖_F with them, (B, n)."""
-        norm = frobenius(self.values)
-        power = torch.frexp(norm)[1]
-        far = (power.abs() > ROOM[norm.dtype]) & torch.isfinite(norm) & (norm > 0)
+        """Take powers of two out of rows that left the room; return ln ‖V‖_F with them, (B, n)."""
+        if len(self.widths) == 1:
+            rows = row_norms(self.values)
+            parts = rows[..., None]
+        else:
+            parts = torch.stack([row_norms(v) for v in self.values.split(self.widths, -1)], -1)
+            rows = row_norms(parts)
+        power = torch.frexp(rows)[1]
+        far = (power.abs() > ROOM[rows.dtype]) & torch.isfinite(rows) & (rows > 0)
         if bool(far.any()):
-            b, n = far.nonzero(as_tuple=True)
+            b, n, r = far.nonzero(as_tuple=True)
             shift = -power[far]
             half = shift // 2  # in two halves: 2^shift itself may not be representable
-            factor = torch.ldexp(torch.ones_like(norm[far]), half)[:, None, None]
-            rest = torch.ldexp(torch.ones_like(norm[far]), shift - half)[:, None, None]
-            self._now[b, n] = self._now[b, n] * factor * rest
+            factor = torch.ldexp(torch.ones_like(rows[far]), half)[:, None]
+            rest = torch.ldexp(torch.ones_like(rows[far]), shift - half)[:, None]
+            self._now[b, n, r] = self._now[b, n, r] * factor * rest
+            parts[far] = parts[far] * factor * rest
             self.exponent[far] -= shift.double()
-            norm = torch.where(far, torch.ldexp(norm, -(power // 2)), norm)
-            norm = torch.where(far, torch.ldexp(norm, (power // 2) - power), norm)
-        self.norm = norm
-        return self._logarithm(norm)
+            self._even = bool((self.exponent == self.exponent[..., :1]).all())
+        self.top, self._shift = self.exponent[..., 0], None
+        if not self._even:
+            self.top, shift = _highest(self.exponent, rows > 0)
+            self._shift = shift.to(rows.dtype)
+        self._parts = parts
+        relative = parts if self._shift is None else parts * self._shift.exp2()[..., None]
+        self.norm = row_norms(relative.flatten(2))
+        return self._logarithm(self.norm)
 
     def spectral(self, generator: torch.Generator) -> Tensor:
         """ln ‖V‖₂, (B, n), after `rescale`; exact up to 64 rows, beyond iterated to 1e-4."""
@@ -115,7 +167,8 @@ class Blocks:
             return self._logarithm(self.norm)
         good = torch.isfinite(self.norm) & (self.norm > 0)
         result = self.norm.clone()  # zero, infinite and NaN stand for themselves
-        chosen = self.values if bool(good.all()) else self.values[good]
+        aligned = self._aligned()
+        chosen = aligned if bool(good.all()) else aligned[good]
         blocks = chosen.reshape(-1, self.rank, self.size)
         if len(blocks) == 0:
             return self._logarithm(result)
@@ -130,5 +183,58 @@ class Blocks:
             result[good], self.guess[good] = spectral_by_iteration(blocks, guess)
         return self._logarithm(result)
 
+    def between_states(self) -> Tensor:
+        """ln ‖P_ba‖_F for states b of the target (first), a of the source, (k, k, B, n).
+
+        After `rescale`. The blocks are those of the product: P_ba = ∂b_t'/∂a_t.
+        """
+        logs = (
+            self._mixed_parts() if self.mixed else self._row_parts()
+        )  # (B, n, k source, k target)
+        return logs.permute(3, 2, 0, 1)
+
+    def _row_parts(self) -> Tensor:
+        """Sums over the rows of each state of the source, each with powers of two of its own."""
+        found, alive = [], (self._parts > 0).any(-1)
+        groups = zip(
+            self._parts.split(self.widths, 2),
+            self.exponent.split(self.widths, 2),
+            alive.split(self.widths, 2),
+            strict=True,
+        )
+        for parts, exponent, living in groups:
+            top = self.top
+            if not self._even:
+                top, shift = _highest(exponent, living)
+                parts = parts * shift.to(parts.dtype).exp2()[..., None]
+            norms = row_norms(parts.mT)
+            found.append(norms.double().log() + top[..., None] * math.log(2))
+        return torch.stack(found, 2)
+
+    def _mixed_parts(self) -> Tensor:
+        """‖Q_a V_b‖_F² = tr(Q_aᵀQ_a V_b V_bᵀ): what truncated rows still say of each state."""
+        squares = [(part @ part.mT).flatten(-2) for part in self._aligned().split(self.widths, -1)]
+        traces = self.gram.flatten(-2) @ torch.stack(squares, -1)  # (B, n, k source, k target)
+        return traces.clamp_min(0).sqrt().double().log() + self.top[..., None, None] * math.log(2)
+
+    def align(self) -> None:
+        """Give all rows of a block the same power of two, after `rescale`."""
+        if self._shift is not None:
+            self._now[:, : self.count] = self._aligned()
+        self.exponent = self.top[..., None].expand_as(self.exponent).clone()
+        self._even, self._shift = True, None
+
+    def _aligned(self) -> Tensor:
+        if self._shift is None:
+            return self.values
+        return self.values * self._shift.exp2()[..., None]
+
     def _logarithm(self, norm: Tensor) -> Tensor:
-        return norm.double().log() + self.exponent * math.log(2)
+        return norm.double().log() + self.top * math.log(2)
+
+
+def _highest(exponent: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """The power of two of the largest living row, (B, n), and how far the rows lie below it."""
+    top = torch.where(alive, exponent, -math.inf).amax(-1)
+    top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
+    return top, (exponent - top[..., None]).clamp(-DEEPEST, 0)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
+from torch import Tensor
 
+from gradflow.analysis import Rate
 from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.rates import Verdict, band
+from gradflow.analyzer.rates import Verdict, band, rate_over_sequences
+from gradflow.recording import GATES, Track
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,18 @@ class Evidence(Measured):
 
     @property
     def kind(self) -> str:
-        """RNN, LSTM, GRU, tap."""
-        return self.track.cell.split("_")[0]
+        """RNN, LSTM, GRU, tap, or the class name of a user's cell."""
+        cell = self.track.cell
+        return cell.split("_")[0] if cell in GATES else cell
+
+    @property
+    def fused(self) -> bool:
+        """Whether the layer is one of nn.LSTM, nn.GRU or nn.RNN, not a cell called step by step."""
+        return _suffix(self.track.owner, self.track.name) != ""
+
+    def parameter(self, name: str) -> str:
+        """Where the user finds one of the layer's parameters, as a line of Python on `model`."""
+        return parameter(self.track.owner, self.track.name, name)
 
     @property
     def main_state(self) -> str:
@@ -58,28 +71,41 @@ class Evidence(Measured):
         return self.verdict.name in ("vanishing", "dead") or low
 
 
-def parameter(track_name: str, parameter_name: str) -> str:
-    """Where the user finds a parameter of a track.
+def parameter(owner: str, track_name: str, parameter_name: str) -> str:
+    """Where the user finds a parameter of a track whose module has the path `owner`.
 
-    >>> parameter("encoder.lstm.l0_reverse", "bias_ih")
+    >>> parameter("encoder.lstm", "encoder.lstm.l0_reverse", "bias_ih")
     'model.encoder.lstm.bias_ih_l0_reverse'
-    >>> parameter("cell", "bias_ih"), parameter("l1@2", "weight_hh"), parameter("lstm1", "bias_hh")
-    ('model.bias_ih', 'model.weight_hh_l1', 'model.lstm1.bias_hh')
-    >>> parameter("1.l0", "bias_ih")
-    "model.get_submodule('1').bias_ih_l0"
+    >>> parameter("", "cell", "bias_ih"), parameter("cell", "cell@2", "bias_ih")
+    ('model.bias_ih', 'model.cell.bias_ih')
+    >>> parameter("", "l1@2", "weight_hh"), parameter("1", "1.l0", "bias_ih")
+    ('model.weight_hh_l1', "model.get_submodule('1').bias_ih_l0")
     """
-    name = track_name.split("@")[0]
-    head, _, tail = name.rpartition(".")
-    if re.fullmatch(r"l\d+(_reverse)?", tail):
-        return f"{_module(head)}.{parameter_name}_{tail}"
-    return f"{_module('' if name == 'cell' else name)}.{parameter_name}"
+    return f"{module(owner)}.{parameter_name}{_suffix(owner, track_name)}"
 
 
-def _module(path: str) -> str:
-    """Python for a submodule; a number in an nn.Sequential is no attribute name."""
+def _suffix(owner: str, track_name: str) -> str:
+    """What PyTorch ends the names of a layer's parameters with; "" for a cell."""
+    tail = track_name.split("@")[0].removeprefix(owner).removeprefix(".")
+    return f"_{tail}" if re.fullmatch(r"l\d+(_reverse)?", tail) else ""
+
+
+def module(path: str) -> str:
+    """Python for a module of the model; a number in an nn.Sequential is no attribute name.
+
+    >>> module(""), module("encoder.lstm"), module("layers.0")
+    ('model', 'model.encoder.lstm', "model.get_submodule('layers.0')")
+    """
     if all(part.isidentifier() for part in path.split(".") if path):
         return f"model.{path}" if path else "model"
     return f"model.get_submodule({path!r})"
+
+
+def over_sequences(values: Tensor, track: Track) -> Rate:
+    """Mean over units and real steps of (T, B, width), with its t-interval over sequences."""
+    mask = track.mask.cpu()
+    each = [float(values[mask[:, b], b].double().mean()) for b in range(track.batch)]
+    return rate_over_sequences(np.array(each))
 
 
 def counted(number: int, noun: str) -> str:

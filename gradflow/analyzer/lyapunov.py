@@ -51,8 +51,11 @@ def lyapunov_spectrum(jacobians: Tensor, k: int | None = None) -> Tensor:
     A_t Q_{t−1} = Q_t R_t (Benettin et al. 1980; Shimada & Nagashima 1979), from a seeded random
     basis, leaving out the first ⌈T/5⌉ steps (none when T < 10), up to a sequence's first NaN.
 
+    Feed it the tangent maps of a flow and divide by the time of one step. Exponents of a finite
+    product scatter; feed many stretches as sequences, and their spread gives the interval.
+
     Args:
-        jacobians: (T, B, S, S), A_t of any map, floating point.
+        jacobians: (T, B, S, S), A_t of any map, floating point; computed with in float64.
         k: how many, S by default.
 
     Returns:
@@ -65,14 +68,12 @@ def lyapunov_spectrum(jacobians: Tensor, k: int | None = None) -> Tensor:
     >>> round(lyapunov_spectrum(doubling).item(), 9) == round(math.log(2), 9)
     True
     """
-    stack = checked_stack(jacobians)
+    stack = checked_stack(jacobians).double()
     size = stack.shape[-1]
     if k is None:
         k = size
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= size:
         raise InputError(must_be("k", f"a whole number from 1 to {size}", repr(k), "lower it"))
-    if stack.dtype not in (torch.float32, torch.float64):
-        stack = stack.float()
     bad = stack.isnan().flatten(2).any(-1)  # (T, B)
     lengths = torch.where(bad.any(0), bad.int().argmax(0), len(stack))
     growth = log_growth(DenseOperator(stack), lengths, k)
@@ -87,11 +88,13 @@ def log_growth(
     cuts: Tensor | None = None,
     seed: int = SEED,
     progress: Callable[[float], None] | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Growth:
     """Run the QR iteration over all sequences at once, step by step.
 
     Every sequence starts from the same random basis, so identical sequences give identical rates.
     At a cut (T, B), in processing order, nothing of the past arrives: the step is left out.
+    `watch` is shown the step and the leading direction (B, S) that it is about to push.
     """
     steps, batch, size = operator.length, operator.batch, operator.size
     generator = torch.Generator().manual_seed(seed)
@@ -105,24 +108,28 @@ def log_growth(
     if cuts is not None:
         live = live & ~cuts
     growth = torch.full((steps, batch, k), torch.nan, dtype=torch.float64)
+    fresh = torch.ones(batch, dtype=torch.bool)  # whose basis is still the random one
     for t in range(steps):
         usable = live[t]
         if not bool(usable.any()):
             continue
+        if watch is not None:
+            watch(t, rows[:, 0])
         pushed = operator.push(t, rows)
-        logs, turned = _factor(pushed, rows, spare_rounding=t == 0)
+        logs, turned = _factor(pushed, rows, fresh)
         growth[t, usable] = logs[usable]
+        fresh &= ~usable
         rows = torch.where(usable[:, None, None], turned, rows)
         if progress is not None:
             progress((t + 1) / steps)
     return Growth(growth, live & (when >= skipped))
 
 
-def _factor(pushed: Tensor, old: Tensor, *, spare_rounding: bool = False) -> tuple[Tensor, Tensor]:
+def _factor(pushed: Tensor, old: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
     """ln |diag R| (B, k) and the rows of Q (B, k, S); a vanished direction is −inf and stays.
 
-    One below rounding counts as vanished, but for the first step, when the basis is still random and
-    large growth hides small.
+    One below rounding counts as vanished, but for a sequence's first step, when the basis is still
+    random and large growth hides small.
     """
     finite = torch.isfinite(pushed).all(-1).all(-1)
     peak = pushed.abs().amax(-1).amax(-1)
@@ -137,7 +144,7 @@ def _factor(pushed: Tensor, old: Tensor, *, spare_rounding: bool = False) -> tup
         basis, triangle = torch.linalg.qr(safe.mT)
         lengths = triangle.diagonal(dim1=-2, dim2=-1).abs()
         real = _without_rounding(lengths, safe)
-        alive = (lengths if spare_rounding else real) > 0
+        alive = torch.where(fresh[:, None], lengths, real) > 0
         turned = torch.where(alive[..., None], basis.mT, torch.zeros_like(safe))
         lengths = real
     logs = lengths.double().log() + scale.double().log()[:, None]

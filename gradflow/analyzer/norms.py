@@ -1,4 +1,4 @@
-"""Norms of many blocks at once: Frobenius without overflow, spectral by Gram matrix or iteration.
+"""Norms of many blocks at once: of rows without overflow, spectral by Gram matrix or iteration.
 
 Letters: N blocks, r rows, S columns.
 """
@@ -17,17 +17,16 @@ DEPTH = 6  # steps until the basis is cut back to 4 vectors
 RESTARTS = 6  # then the Gram matrix after all
 
 
-def frobenius(blocks: Tensor) -> Tensor:
-    """‖V‖_F of blocks (..., r, S), also where the squares leave the dtype's range."""
-    norm = torch.linalg.vector_norm(blocks, dim=(-2, -1))
-    tiny = math.sqrt(torch.finfo(blocks.dtype).tiny) * 1e3
-    doubtful = ~torch.isfinite(norm) | (norm < tiny)
+def row_norms(rows: Tensor) -> Tensor:
+    """‖v‖₂ of rows (..., S), also where the squares leave the dtype's range."""
+    norm = torch.linalg.vector_norm(rows, dim=-1)
+    tiny = math.sqrt(torch.finfo(rows.dtype).tiny) * 1e3
+    doubtful = ~((norm >= tiny) & (norm < math.inf))  # NaN too
     if bool(doubtful.any()):
-        hard = blocks[doubtful]
-        peak = hard.abs().amax(dim=(-2, -1))
+        hard = rows[doubtful]
+        peak = hard.abs().amax(dim=-1)
         safe = torch.where(torch.isfinite(peak) & (peak > 0), peak, torch.ones_like(peak))
-        scaled = hard / safe[:, None, None]
-        norm[doubtful] = torch.linalg.vector_norm(scaled, dim=(-2, -1)) * safe
+        norm[doubtful] = torch.linalg.vector_norm(hard / safe[:, None], dim=-1) * safe
     return norm
 
 

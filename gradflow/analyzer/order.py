@@ -38,3 +38,15 @@ def cuts_before(track: Track) -> Tensor:
     cuts = in_processing_order(track, track.cuts).clone()
     cuts[0] = False
     return cuts.int().cumsum(0)
+
+
+def segment_lengths(track: Track) -> list[list[int]]:
+    """Of every sequence the lengths of its stretches between cuts, in processing order, in steps.
+
+    A sequence without a cut is one stretch; the lengths of a sequence's stretches add up to its own.
+    """
+    cuts = cuts_before(track)
+    return [
+        torch.unique_consecutive(cuts[: int(length), b], return_counts=True)[1].tolist()
+        for b, length in enumerate(track.lengths.cpu())
+    ]

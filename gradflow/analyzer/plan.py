@@ -7,29 +7,46 @@ and never measured by a clock, so that the same input always gives the same map.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from gradflow.analyzer.cellpath import log_cell_path
+from gradflow.analyzer.direction import loss_map
 from gradflow.analyzer.jacobians import operator_of, state_size
-from gradflow.analyzer.products import CALLS, NORMS, SPEED, TRUNCATION, log_gains, spectral_work
-from gradflow.recording import Track
+from gradflow.analyzer.products import NORMS, log_gains, spectral_work
+from gradflow.analyzer.sweep import CALLS, SPEED
+from gradflow.analyzer.truncation import SPOILED, TRUNCATION
+from gradflow.recording import Operator, Track
 
 WIDE = 384  # states wider than this are sketched in float32
+MEMORY = 256 * 2**20  # bytes of the maps of one layer
+LEVELS = 8  # ranks that a sketch has at a time, for what its calls take
+
+Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class Maps:
-    """ln gain of the mapped sequences: norm -> (sequence, source, target), and how it was made."""
+    """ln gain of the mapped sequences from every source to every target, and how it was made."""
 
-    log_gain: dict[str, np.ndarray]
+    log_gain: dict[str, np.ndarray]  # norm -> (sequence, source, target)
+    blocks: np.ndarray  # (block, sequence, source, target), rms gains from state to state
+    block_names: tuple[str, ...]  # rows first: "hc" is ∂h_t'/∂c_t; none of a single state
+    cell_path: np.ndarray  # (sequence, source, target)
     sources: np.ndarray
     method: str  # "exact" or "sketch"
     stride: int
     dtype: torch.dtype
     words: str
+
+    @property
+    def planes(self) -> list[np.ndarray]:
+        """Every (sequence, source, target) array."""
+        return [*self.log_gain.values(), *self.blocks, self.cell_path]
 
 
 def make_maps(
@@ -40,37 +57,71 @@ def make_maps(
     stride: int | None,
     seed: int,
     seconds: float,
-    progress: Callable[[float], None],
+    withheld: bool,
+    progress: Progress,
 ) -> Maps:
-    """ln gain from every chosen source to every later step of the mapped sequences."""
-    lengths = [int(track.lengths[b]) for b in sequences]
+    """ln gain from every chosen source to every later step of the mapped sequences.
+
+    Method "auto" without a stride makes the map with the most sources that is predicted to take no
+    longer than `seconds` and to fit 256 MiB: exact, if a sketch has no more. The direction of the
+    loss is left out, NaN, where it is withheld.
+    """
     size = state_size(track)
-    predicted = sum(exact_seconds(size, length) for length in lengths)
-    chosen = method
-    if method == "auto":
-        chosen = "exact" if predicted <= seconds else "sketch"
-    dtype = torch.float32 if chosen == "sketch" and size > WIDE else torch.float64
-    making = _Making(track, sequences, chosen == "sketch", dtype, seed)
-    if method == "auto" and stride is None and chosen == "sketch":
-        stride = making.fit(seconds, progress)
+    predicted = sum(exact_seconds(size, int(track.lengths[b])) for b in sequences)
+    auto = method == "auto" and stride is None
+    if auto:
+        making = _fitting(track, sequences, seed, seconds, progress)
     else:
-        stride = stride or 1
-        making.add(range(0, max(lengths), stride))
+        sketch = method == "sketch" or (method == "auto" and predicted > seconds)
+        making = _Making(track, sequences, sketch, seed)
+        making.add(stride or 1)
+    sources = np.arange(0, track.steps, making.stride)
+    loss, every = loss_map(
+        track, sequences, sources, making.dtype, seconds / 4 if auto else math.inf, withheld
+    )
+    names = list(track.states)
     return Maps(
-        {norm: values[:, ::stride] for norm, values in making.log_gain.items()},
-        np.arange(0, track.steps, stride),
-        chosen,
-        stride,
-        dtype,
-        _words(chosen, stride, dtype, size, predicted if method == "auto" else None),
+        log_gain={norm: making.gains[norm] for norm in NORMS} | {"loss": loss},
+        blocks=making.gains.get("blocks", np.zeros((0, *loss.shape))),
+        block_names=tuple(b + a for b in names for a in names) if len(names) > 1 else (),
+        cell_path=log_cell_path(track, sequences, sources),
+        sources=sources,
+        method="sketch" if making.sketch else "exact",
+        stride=making.stride,
+        dtype=making.dtype,
+        words=_words(making, every, predicted if method == "auto" else None),
     )
 
 
-def exact_seconds(size: int, length: int) -> float:
-    """Predicted seconds of an exact map with every step a source, in float64."""
-    pairs = length * (length - 1) / 2
+def exact_seconds(size: int, length: int, stride: int = 1) -> float:
+    """Predicted seconds of an exact map with every stride-th step a source, in float64."""
+    pairs = length * (length - 1) / 2 / stride
     work = pairs * (2.0 * size**3 + spectral_work(size, size))
     return work / SPEED[torch.float64] + length * 5e-4
+
+
+def _fitting(
+    track: Track, sequences: Sequence[int], seed: int, seconds: float, progress: Progress
+) -> _Making:
+    """The map with the most sources that fits time and memory."""
+    exact = _Making(track, sequences, False, seed)
+    lengths = [operator.length for operator in exact.operators]
+    least = exact.least_stride()
+    strides = [least << power for power in range(1 + max(lengths).bit_length())]
+    size = state_size(track)
+    cheap = [
+        stride
+        for stride in strides
+        if sum(exact_seconds(size, length, stride) for length in lengths) <= seconds
+    ]
+    if cheap and (cheap[0] == least or max(lengths) * LEVELS * CALLS > seconds):
+        exact.add(cheap[0])
+        return exact
+    sketch = _Making(track, sequences, True, seed)
+    if sketch.fit(seconds, least, cheap[0] if cheap else math.inf, progress):
+        return sketch
+    exact.add(cheap[0])
+    return exact
 
 
 class _OverBudget(Exception):
@@ -80,29 +131,50 @@ class _OverBudget(Exception):
 class _Making:
     """A map under way, and what it has cost so far."""
 
-    def __init__(
-        self, track: Track, sequences: Sequence[int], sketch: bool, dtype: torch.dtype, seed: int
-    ) -> None:
-        self.track, self.sequences = track, sequences
-        self.sketch, self.seed = sketch, seed
-        self.operators = [operator_of(track, dtype, [b]) for b in sequences]
+    def __init__(self, track: Track, sequences: Sequence[int], sketch: bool, seed: int) -> None:
+        self.steps, self.sketch, self.seed = track.steps, sketch, seed
+        wide = sketch and state_size(track) > WIDE
+        self.dtype = torch.float32 if wide else torch.float64
+        self.operators = [operator_of(track, self.dtype, [b]) for b in sequences]
+        widths = [int(state.shape[-1]) for state in track.states.values()]
+        self.size, self.widths = sum(widths), tuple(widths) if len(widths) > 1 else ()
+        self.stride = 1
         self.spent: list[float] = []  # predicted seconds of each step so far
         self.limit = math.inf
-        self.tell: Callable[[float], None] = lambda share: None
-        shape = (len(sequences), track.steps, track.steps)
-        self.log_gain = {norm: np.full(shape, np.nan) for norm in NORMS}
+        self.tell: Progress = lambda share: None
+        self.gains: dict[str, np.ndarray] = {}  # norm -> (..., sequence, source, target)
 
-    def add(self, sources: range) -> None:
-        """Fill in these sources."""
-        for place, operator in enumerate(self.operators):
-            inside = [t for t in sources if t < operator.length]
-            if not inside:
-                continue
-            gains = log_gains(
-                operator, inside, sketch=self.sketch, seed=self.seed, spend=self._spend
-            )
-            for norm, values in gains.items():
-                self.log_gain[norm][place, inside, : operator.length] = values[0].numpy()
+    def least_stride(self) -> int:
+        """The least power of two at which the maps fit the memory."""
+        planes = len(NORMS) + len(self.widths) ** 2 + 2  # and the loss direction, the cell path
+        row = 8.0 * planes * len(self.operators) * self.steps
+        stride = 1
+        while row * math.ceil(self.steps / stride) > MEMORY and stride < self.steps:
+            stride *= 2
+        return stride
+
+    def add(self, stride: int) -> None:
+        """Make the maps of every stride-th source."""
+        self.stride, places = stride, np.arange(0, self.steps, stride)
+        shape = (len(self.operators), len(places), self.steps)
+        self.gains = {norm: np.full(shape, np.nan) for norm in NORMS}
+        if self.widths:
+            self.gains["blocks"] = np.full((len(self.widths) ** 2, *shape), np.nan)
+        for number, operator in enumerate(self.operators):
+            inside = places[places < operator.length]
+            for name, values in self._gains(operator, inside).items():
+                rows = self.gains[name][..., number, : len(inside), : operator.length]
+                rows[...] = values.squeeze(-3).numpy()
+
+    def _gains(self, operator: Operator, sources: Iterable[int]) -> dict[str, Tensor]:
+        return log_gains(
+            operator,
+            sources,
+            widths=self.widths,
+            sketch=self.sketch,
+            seed=self.seed,
+            spend=self._spend,
+        )
 
     def _spend(self, seconds: float) -> None:
         self.spent.append(seconds)
@@ -111,30 +183,32 @@ class _Making:
         if total > self.limit:
             raise _OverBudget
 
-    def fit(self, seconds: float, progress: Callable[[float], None]) -> int:
-        """Follow the first step as a pilot, and choose the stride that its cost by lag allows."""
+    def fit(self, seconds: float, least: int, most: float, progress: Progress) -> bool:
+        """Follow the first step as a pilot, and choose the stride that its cost by lag allows.
+
+        False, and no map, where that is `most` or more.
+        """
         longest = max(operator.length for operator in self.operators)
         pilots = []
         for operator in self.operators:
             self.spent = []
-            log_gains(operator, [0], sketch=self.sketch, seed=self.seed, spend=self._spend)
+            self._gains(operator, [0])
             pilots.append(np.array(self.spent))
         piloted = float(sum(pilot.sum() for pilot in pilots))
-        stride = 1
+        stride = least
         while stride < longest and _foretold(pilots, stride) > seconds - piloted:
             stride *= 2
         self.tell = progress
-        while True:
+        while stride < most:
             self.spent, self.limit = [], 1.5 * seconds if stride < longest else math.inf
             try:
-                self.add(range(0, longest, stride))
+                self.add(stride)
             except _OverBudget:
                 # ranks that fell along the pilot stay high later on
                 stride = min(4 * stride, 1 << longest.bit_length())
-                for values in self.log_gain.values():
-                    values.fill(np.nan)
                 continue
-            return stride
+            return True
+        return False
 
 
 def _foretold(pilots: list[np.ndarray], stride: int) -> float:
@@ -143,23 +217,32 @@ def _foretold(pilots: list[np.ndarray], stride: int) -> float:
     for pilot in pilots:
         length = len(pilot)
         reached = np.ceil((length - np.arange(length)) / stride)
-        calls = 8 * CALLS  # of each step, shared by all sources
+        calls = LEVELS * CALLS  # of each step, shared by all sources
         total += float(((pilot - calls).clip(CALLS / 8) * reached).sum()) + length * calls
     return total
 
 
-def _words(method: str, stride: int, dtype: torch.dtype, size: int, predicted: float | None) -> str:
-    every = "every step a source" if stride == 1 else f"every {ordinal(stride)} step a source"
-    words = f"{method}, {every}"
-    if method == "sketch":
-        words += f", at most {TRUNCATION:g} of a block dropped at a time"
-    if size > 64:
+def _words(making: _Making, every: int, predicted: float | None) -> str:
+    method = "sketch" if making.sketch else "exact"
+    words = f"{method}, {_every(making.stride)} a source"
+    if every > 1:
+        words += f", {_every(every)} a target of the loss direction"
+    if making.sketch:
+        words += (
+            f", at most {TRUNCATION:g} of a block dropped at a time; gains of which more than "
+            f"{SPOILED:g} may be missing are left out"
+        )
+    if making.size > 64:
         words += ", spectral norms iterated to 1e-4"
-    if dtype == torch.float32:
+    if making.dtype == torch.float32:
         words += ", products in float32"
-    if method == "sketch" and predicted is not None:
-        words += f": the exact map would take about {_rounded(predicted)} s"
+    if predicted is not None and (making.sketch or making.stride > 1):
+        words += f": the exact map of every step would take about {_rounded(predicted)} s"
     return words
+
+
+def _every(stride: int) -> str:
+    return "every step" if stride == 1 else f"every {ordinal(stride)} step"
 
 
 def _rounded(seconds: float) -> str:

@@ -19,6 +19,8 @@ BATCHES = 20  # batch means of one sequence
 TIMES = 60  # integrated autocorrelation times that one sequence must hold
 ROUNDING = 1e-10  # nats per step; what float64 rounding alone makes of a rate
 MOST = 10**6  # sequences or steps above which saying how many helps nobody
+KEPT = 0.8  # of a long sequence's steps, past the burn-in
+EDGE = "a span further from one decade: the rate lies on the edge of the band"
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ def rate_of_one(growth: np.ndarray) -> Rate:
 
 
 def correlation_time(series: np.ndarray) -> float:
-    """Integrated autocorrelation time τ = 1 + 2 Σ ρ(k), summed up to k ≥ 5 τ (Sokal 1997).
+    """Integrated autocorrelation time τ = 1 + 2 Σ ρ(k), summed up to W ≥ 5 τ (Sokal 1997).
+
+    Taking out the mean makes it too small by a share (2W + 1)/T, which is put back (Wolff 2004).
 
     >>> correlation_time(np.array([1.0, -1.0] * 50))
     1.0
@@ -118,12 +122,16 @@ def correlation_time(series: np.ndarray) -> float:
     times = 1 + 2 * np.cumsum(covariance[1:] / covariance[0])
     for window, time in enumerate(times, start=1):
         if window >= 5 * time:
-            return max(1.0, float(time))
+            return max(1.0, float(time) * (1 + (2 * window + 1) / count))
     return float(count)
 
 
 def judge(rate: Rate, span: int, sequences: int, steps: int) -> Verdict:
     """Vanishing, exploding or stable if the whole interval says so; else inconclusive.
+
+    What is said to be needed is where the interval of the same mean and spread comes free of the
+    edge of the band. As the mean will move, a fresh sample of that size decides two times in three,
+    one of three times that size nine times in ten (simulated).
 
     Args:
         rate: with its interval.
@@ -155,17 +163,28 @@ def judge(rate: Rate, span: int, sequences: int, steps: int) -> Verdict:
 def _needed(rate: Rate, delta: float, sequences: int, steps: int) -> str:
     half = (rate.high - rate.low) / 2
     room = min(abs(rate.value - delta), abs(rate.value + delta))
+    if room <= 0:
+        return EDGE
     if sequences < 2:
-        count = math.ceil(steps * (half / room) ** 2) if room > 0 else MOST
-        return f"about {count} steps, or ten sequences" if count < MOST else "ten sequences"
-    factor = quantile(sequences - 1)
-    spread = half / factor * math.sqrt(sequences)
-    if room <= 0 or (spread / room) ** 2 > MOST:
-        return "a span further from one decade: the rate lies on the edge of the band"
+        count = math.ceil(steps * (half / room) ** 2 / KEPT)
+        return (
+            f"about {_rounded(count)} steps, or ten sequences" if count < MOST else "ten sequences"
+        )
+    spread = half / quantile(sequences - 1) * math.sqrt(sequences)
     count = max(sequences + 1, math.ceil((1.96 * spread / room) ** 2))
-    while quantile(count - 1) * spread / math.sqrt(count) >= room:
+    while count < MOST and quantile(count - 1) * spread / math.sqrt(count) >= room:
         count += max(1, count // 100)
-    return f"about {count} sequences"
+    return f"about {_rounded(count)} sequences" if count < MOST else EDGE
+
+
+def _rounded(count: int) -> int:
+    """Up to two significant digits.
+
+    >>> _rounded(63), _rounded(874), _rounded(19_781)
+    (63, 880, 20000)
+    """
+    unit = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
 
 
 def decays_as_power(curves: np.ndarray) -> bool:

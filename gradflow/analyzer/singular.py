@@ -7,7 +7,8 @@ d logarithms and R of unit size, so that small singular values survive beside la
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from gradflow.recording import Operator
 THRESHOLD = 1e-3  # a direction whose gain is at least this survives
 GROWTH = {torch.float64: 1e4, torch.float32: 10.0}  # of the norm, between two factorisations
 TRUNCATION, WIDE = 1e-4, 192  # of the largest; rows above which truncating pays
+SNAPSHOT = 20.0  # operations of one set of singular values of n rows, in n³
 SEED = 0
 
 
@@ -30,23 +32,42 @@ def log_singular_values(
     10⁻⁴ of it where a wide block was truncated; all NaN if it would take more than `most_work`
     floating point operations.
     """
+    walked = list(steps)
+    return log_singular_along(operator, walked, [len(walked)], most_work=most_work)[0][-1]
+
+
+def log_singular_along(
+    operator: Operator, steps: Iterable[int], lags: Sequence[int], *, most_work: float = math.inf
+) -> tuple[np.ndarray, float]:
+    """The same after each of the lags (ascending), (lags, S), and the operations it took.
+
+    NaN at the lags that `most_work` or the steps do not reach.
+    """
     size = operator.size
+    found = np.full((len(lags), size), np.nan)
     generator = torch.Generator().manual_seed(SEED)
     mixed = torch.randn(size, size, generator=generator, dtype=torch.float64)
     graded = _Graded(torch.linalg.qr(mixed)[0].T.contiguous().to(operator.dtype))
     work = 0.0
     for done, t in enumerate(steps, start=1):
+        place = bisect_left(lags, done)  # of the first lag not yet passed
+        if place == len(lags):
+            break
         graded.rows = operator.push(t, graded.rows[None])[0]
         graded.settle()
         work += 2.0 * len(graded.rows) * size**2
         if graded.dead:
-            return np.full(size, -np.inf)
+            found[place:] = -np.inf
+            break
         if not graded.finite or work > most_work:
-            return np.full(size, np.nan)
+            break
         if done >= 8 and done & (done - 1) == 0 and len(graded.rows) > WIDE:
             graded.truncate()
-    values = graded.logarithms()
-    return np.concatenate([values, np.full(size - len(values), np.nan)])
+        if done == lags[place]:
+            values = graded.logarithms()
+            found[place, : len(values)] = values
+            work += SNAPSHOT * len(values) ** 3
+    return found, work
 
 
 class _Graded:

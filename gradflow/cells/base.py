@@ -102,6 +102,10 @@ class Steps:
         """Map every row u of block (B, m, S) to A_tᵀ u."""
         raise NotImplementedError
 
+    def log_volume(self) -> Tensor | None:
+        """ln |det A_t| of every step in closed form, (T, B); None where there is none."""
+        return None
+
     def scan(
         self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
     ) -> Scan:
@@ -112,6 +116,14 @@ class Steps:
         With c_is_total, for T = 1, final_c holds what comes through h = o ⊙ tanh c already.
         """
         raise NotImplementedError
+
+    def partial(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """State-partial gradients from the totals of all steps, (T, B, width).
+
+        The total gradient of a state holds what goes through the other states of the same step; the
+        state-partial one holds them fixed, and is what Aᵀ acts on.
+        """
+        return grads
 
     def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
         """What step t hands to the state before it: state name -> (B, width).

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from gradflow.cells.base import Scan, Steps, Weights, previous
 
+ROUNDING = 4  # units of rounding of what was subtracted, below which a difference counts as 0
+
 
 @dataclass(frozen=True)
 class LSTMSteps(Steps):
@@ -44,11 +46,33 @@ class LSTMSteps(Steps):
         delta = torch.stack([dc, dc, dc, dm], dim=2).mul_(self.factor[t].unsqueeze(1))
         return torch.cat([delta.flatten(2) @ self.weight_hh, dc * self.keep[t].unsqueeze(1)], dim=2)
 
+    def log_volume(self) -> Tensor:
+        """Σ ln f + ln |det(W_hr diag(tanh c_t ⊙ o (1 − o)) U_o)|, W_hr only with a projection.
+
+        Of the joint state: det A = det(cc) det(hh − hc cc⁻¹ ch), and what is subtracted leaves of
+        hh only the path through the output gate.
+        """
+        o, u_o = self.gates["o"], self.weight_hh.chunk(4)[3]
+        reach = self.states["c"].tanh() * o * (1 - o)
+        forgotten = self.gates["f"].log().sum(-1)
+        if self.weight_hr is None:
+            return forgotten + reach.abs().log().sum(-1) + torch.linalg.slogdet(u_o)[1]
+        return forgotten + torch.linalg.slogdet((self.weight_hr * reach.unsqueeze(2)) @ u_o)[1]
+
     def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
         return super().before(scan, t) | {"c": scan.grads["c"][t] * self.keep[t]}
 
     def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
         return super().before_size(scan, t) | {"c": scan.grads["c"][t].abs() * self.keep[t]}
+
+    def partial(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        total, through = grads["c"], self.through_h(grads["h"])
+        left = total - through
+        terms = total.abs() + through.abs()
+        if self.weight_hr is not None:  # the sum over h may have cancelled
+            terms = total.abs() + self.through * (grads["h"].abs() @ self.weight_hr.abs())
+        bound = ROUNDING * torch.finfo(total.dtype).eps * terms
+        return grads | {"c": left.masked_fill(left.abs() <= bound, 0.0)}
 
     def through_h(self, grad_h: Tensor) -> Tensor:
         """What a gradient at h brings to c through h = o ⊙ tanh c, all steps at once, (T, B, H)."""

@@ -26,6 +26,10 @@ class RNNSteps(Steps):
     def pull(self, t: int, block: Tensor) -> Tensor:
         return (block * self.slope[t].unsqueeze(1)) @ self.weight_hh
 
+    def log_volume(self) -> Tensor:
+        """ln |det W_hh| + Σ ln φ'(a_t)."""
+        return self.slope.abs().log().sum(-1) + torch.linalg.slogdet(self.weight_hh)[1]
+
     def scan(
         self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
     ) -> Scan:

@@ -18,7 +18,7 @@ from gradflow.hooks.graph import Between, Edge, NotReadable, called, edge_of, ou
 from gradflow.hooks.links import close_to, probe_of
 
 # operations that multiply a state by zero, or put a zero in its place
-MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill")
+MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill", "CopySlices")
 # operations that only move entries
 MOVES = ("View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", "Expand",
          "Slice", "Select", "Split", "Unbind", "Cat", "Stack", "Transpose", "Permute",
@@ -28,13 +28,7 @@ TOGETHER = 128  # units whose products are taken at once
 
 
 class Incomplete(NotReadable):
-    """The loop carries more from step to step than was marked."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"{what}, so the loop carries more than its marked states; mark every state that it "
-            "carries, where it enters the next step"
-        )
+    """The loop carries more from step to step than its known states."""
 
 
 @dataclass(eq=False)
@@ -50,6 +44,15 @@ class Place:
     @staticmethod
     def of(states: dict[str, Tensor], rows: dict[str, Tensor]) -> Place:
         """The place of some states, given as the user's own tensors and as copies (B, width)."""
+        return Place.at(
+            {name: edge for name, state in states.items() if (edge := edge_of(state))},
+            {name: state.shape for name, state in states.items()},
+            rows,
+        )
+
+    @staticmethod
+    def at(edges: dict[str, Edge], shapes: dict[str, torch.Size], rows: dict[str, Tensor]) -> Place:
+        """The same, given where the states sit and how they were shaped."""
         dtype = rows[next(iter(rows))].dtype
         for row in rows.values():
             dtype = torch.promote_types(dtype, row.dtype)
@@ -59,10 +62,10 @@ class Place:
             start += row.shape[1]
         first = next(iter(rows.values()))
         return Place(
-            edges={name: edge for name, state in states.items() if (edge := edge_of(state))},
+            edges=edges,
             parts=parts,
-            shapes={name: state.shape for name, state in states.items()},
-            dtypes={name: state.dtype for name, state in states.items()},
+            shapes=shapes,
+            dtypes={name: row.dtype for name, row in rows.items()},
             like=torch.zeros(len(first), start, dtype=dtype, device=first.device),
         )
 
@@ -160,12 +163,19 @@ class Step:
             probe = probe_of(self.now.like)
             again = (probe.unsqueeze(1) @ found).squeeze(1)
             size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
-            if not close_to(self.pull(probe), again, size):
+            if not close_to(self.pull(probe).to(self._coarsest()), again, size):
                 raise NotReadable(
                     "an operation that mixes the sequences of a batch (batch normalisation in "
                     "training, perhaps), so that no sequence has a Jacobian of its own"
                 )
         return found
+
+    def _coarsest(self) -> torch.dtype:
+        """The least exact dtype on the way: under autocast it is not that of the states."""
+        dtypes = {self.now.like.dtype}
+        for node in self.between.order:
+            dtypes |= {m.dtype for m in node._input_metadata if m.dtype.is_floating_point}
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     # -- cuts --------------------------------------------------------------------------------
 

@@ -27,7 +27,10 @@ def edge_of(tensor: Tensor) -> Edge | None:
     """Where a tensor sits in the graph; None outside any."""
     if not tensor.requires_grad:
         return None
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    try:
+        edge = torch.autograd.graph.get_gradient_edge(tensor)
+    except AssertionError:  # a view made within an autograd.Function, a checkpoint for one
+        return None
     return edge.node, edge.output_nr
 
 
@@ -113,8 +116,17 @@ class Between:
                     continue
                 for edge, grad in zip(node.next_functions, called(node, given), strict=False):
                     if edge[0] in self.on_path and grad is not None:
+                        grad = _fitted(grad, edge)
                         arrived[edge] = arrived[edge] + grad if edge in arrived else grad
         return {edge: grad for edge, grad in arrived.items() if edge[0] in self.ends}
+
+
+def _fitted(grad: Tensor, edge: Edge) -> Tensor:
+    """What torch's engine does on the way: a gradient is given the shape and dtype of its tensor."""
+    known = edge[0]._input_metadata[edge[1]]
+    shape = tuple(known.shape)
+    grad = grad if tuple(grad.shape) == shape else grad.sum_to_size(shape)
+    return grad if grad.dtype == known.dtype else grad.to(known.dtype)
 
 
 def outputs(node: Any) -> int:

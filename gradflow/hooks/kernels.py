@@ -18,6 +18,12 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "RNN_TANH": _VF.rnn_tanh,
     "RNN_RELU": _VF.rnn_relu,
 }
+_SINGLE: dict[str, Callable[..., Any]] = {
+    "LSTM": _VF.lstm_cell,
+    "GRU": _VF.gru_cell,
+    "RNN_TANH": _VF.rnn_tanh_cell,
+    "RNN_RELU": _VF.rnn_relu_cell,
+}
 
 
 @contextlib.contextmanager
@@ -38,6 +44,21 @@ def one_layer(call: Call, number: int, data: Tensor) -> Tensor:
     per_layer = len(call.weights) // call.layers
     weights = call.weights[number * per_layer : (number + 1) * per_layer]
     return _run(call, data, initial(call, number), weights, 1, 0.0, batch_first=False)[0]
+
+
+def whole_call(call: Call) -> tuple[Tensor, ...]:
+    """What the call returns, all layers at once: output, h_n and for an LSTM c_n."""
+    states = tuple(state for state in (call.h0, call.c0) if state is not None)
+    with torch.no_grad(), as_recorded(call):
+        return _run(
+            call,
+            call.data,
+            states,
+            call.weights,
+            call.layers,
+            call.dropout,
+            batch_first=call.batch_first,
+        )
 
 
 def initial(call: Call, number: int) -> tuple[Tensor, ...]:
@@ -80,9 +101,21 @@ def _run(
     *,
     batch_first: bool,
 ) -> tuple[Tensor, ...]:
+    if call.single:
+        return _step(call, data, states, weights)
     hidden = states if call.cell == "LSTM" else states[0]
     tail = (list(weights), call.has_biases, layers, dropout, call.training, call.bidirectional)
     function = _FUNCTIONS[call.cell]
     if call.batch_sizes is not None:
         return function(data, call.batch_sizes, hidden, *tail)
     return function(data, hidden, *tail, batch_first)
+
+
+def _step(
+    call: Call, data: Tensor, states: tuple[Tensor, ...], weights: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """A single step by the function that made it, its results as those of a call of T = 1."""
+    first = tuple(state[0] for state in states)
+    found = _SINGLE[call.cell](data[0], first if call.cell == "LSTM" else first[0], *weights)
+    h, *c = found if isinstance(found, tuple) else (found,)
+    return (h.unsqueeze(0), h.unsqueeze(0), *(state.unsqueeze(0) for state in c))

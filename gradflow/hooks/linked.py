@@ -44,6 +44,21 @@ class Linked:
         """What products are computed in."""
         return self.steps[0].dtype
 
+    def log_volume(self) -> Tensor | None:
+        """ln |det A_t| of every step in closed form, (T, B); None where a cell has none.
+
+        Also where a state goes around a call: the determinant of a sum is no product.
+        """
+        volumes = [steps.log_volume() for steps in self.steps]
+        known = [volume for volume in volumes if volume is not None]
+        if self.around or len(known) < len(volumes):
+            return None
+        every = torch.stack([known[part][index] for part, index in self.places])
+        for factors in (self.before, self.after):
+            for t, factor in factors.items():
+                every[t] += _log_volume(factor)
+        return every
+
     def push(self, t: int, block: Tensor) -> Tensor:
         """Map every row v of block (B, m, S) to what step t makes of it."""
         part, index = self.places[t]
@@ -58,6 +73,13 @@ class Linked:
         if t in self.around:
             result = result + pulled(self.around[t], block)
         return pulled(self.before.get(t), result)
+
+
+def _log_volume(factor: Tensor) -> Tensor:
+    """ln |det| of a factor, (B,)."""
+    if factor.dim() == 2:
+        return factor.abs().log().sum(-1)
+    return torch.linalg.slogdet(factor)[1]
 
 
 def pushed(factor: Tensor | None, block: Tensor) -> Tensor:

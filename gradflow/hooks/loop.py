@@ -1,4 +1,4 @@
-"""A loop read as one sequence: totals, direct parts, the last loss step alone, step Jacobians.
+"""A loop read as one sequence: totals, direct parts, step Jacobians.
 
 Letters: n calls, T steps in all, B sequences, S the width of one layer's full state (h, c).
 """
@@ -167,19 +167,7 @@ class Loop:
         return linked
 
     def _linearised(self, group: Group, layer: int, dtype: torch.dtype, sequences: Tensor) -> Steps:
-        replay = group.replay
-        known, steps = replay.layers[layer][0], replay.steps(layer, 0)
-
-        def flat(array: Tensor) -> Tensor:
-            return torch.cat(group.each(array)).index_select(1, sequences).to(dtype)
-
-        def before(state: Tensor, initial: Tensor) -> Tensor:
-            return flat(torch.cat([initial.unsqueeze(0).to(state.dtype), state[:-1]]))
-
-        c0 = None if known.c0 is None else before(steps.states["c"], known.c0)
-        return CELLS[group.call.cell].linearise(
-            known.weights.to(dtype), flat(known.x), flat(known.h), before(known.h, known.h0), c0
-        )
+        return linearised(group, (layer, 0), dtype, sequences)[0]
 
     def _fill_links(
         self, linked: Linked, layer: int, dtype: torch.dtype, sequences: Tensor
@@ -208,6 +196,28 @@ class Loop:
                 valid = (t < chosen).to(dtype).unsqueeze(1)
                 factor = linked.before.get(t, valid.expand(-1, linked.size))
                 linked.before[t] = factor * (valid if factor.dim() == 2 else valid.unsqueeze(2))
+
+
+def linearised(
+    group: Group, place: tuple[int, int], dtype: torch.dtype, sequences: Tensor
+) -> tuple[Steps, Tensor, Tensor]:
+    """The steps of a group's calls one after the other, the x they read, the h they started from.
+
+    place is a layer and a direction; arrays are (K·t, B, ·) in processing order.
+    """
+    layer, direction = place
+    known, steps = group.replay.layers[layer][direction], group.replay.steps(layer, direction)
+
+    def flat(array: Tensor) -> Tensor:
+        return torch.cat(group.each(array)).index_select(1, sequences).to(dtype)
+
+    def before(state: Tensor, initial: Tensor) -> Tensor:
+        return flat(torch.cat([initial.unsqueeze(0).to(state.dtype), state[:-1]]))
+
+    x, h0 = flat(known.x), before(known.h, known.h0)
+    c0 = None if known.c0 is None else before(steps.states["c"], known.c0)
+    weights = known.weights.to(dtype)
+    return CELLS[group.call.cell].linearise(weights, x, flat(known.h), h0, c0), x, h0
 
 
 def _nothing(group: Group, layer: int) -> tuple[Tensor, Scan]:

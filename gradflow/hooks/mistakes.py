@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
 from gradflow.hooks.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
@@ -18,6 +19,10 @@ from gradflow.recording import Recording, Track
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 MANY = 64  # tracks of one layer in one block
 FEW = 8  # names in one sentence
+ONCE = (
+    "was called once, so no state came back and no recurrence is exercised; run it in a loop that "
+    "gives each call the state of the one before"
+)
 
 
 def gradient_marks(model: nn.Module) -> list[tuple[int, int] | None]:
@@ -39,7 +44,7 @@ class Ran:
         self.names: dict[str, None] = {}
         delicate = (nn.MultiheadAttention, torch.jit.ScriptModule)
         self._handles = []
-        if _something_is_compiled() or any(isinstance(m, delicate) for m in model.modules()):
+        if something_is_compiled() or any(isinstance(m, delicate) for m in model.modules()):
             return
         for name, child in model.named_children():
             note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
@@ -51,10 +56,13 @@ class Ran:
             handle.remove()
 
 
-def _something_is_compiled() -> bool:
+def something_is_compiled() -> bool:
     """Whether torch.compile was called in this process; merely loading it, as optimizers do, is not."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    return bool(getattr(frames, "cached_backends", frames is not None))
+    known = getattr(frames, "cached_backends", None)
+    if known is None:
+        return frames is not None
+    return any(backend is not None for backend in known.values())  # None: compilation disabled
 
 
 def _note(names: dict[str, None], name: str, *_: object) -> None:
@@ -62,32 +70,66 @@ def _note(names: dict[str, None], name: str, *_: object) -> None:
 
 
 def why_no_track(
-    model: nn.Module, picked: list[str] | None, called: bool, ran: Iterable[str]
+    model: nn.Module,
+    picked: list[str] | None,
+    called: bool,
+    ran: Iterable[str],
+    own: Mapping[str, int],
+    strangers: Collection[str],
 ) -> str:
     """Why a recording is empty, and what to do."""
     did = f"; what ran: {', '.join(ran)}" if ran else ""
+    if strangers and not called:
+        return _not_the_models_own(model, strangers)
     if called and picked is not None:
         return (
             f"no recurrent layer fits layers={picked}; leave layers out to record all of them, "
             "names look like 'rnn.l0'"
         )
+    once = [name for name, calls in own.items() if calls == 1]
+    if once:
+        return f"{listed(once)} {ONCE}"
+    if own:
+        often = [f"{name} was called {calls} times" for name, calls in own.items()]
+        return (
+            f"no state came back: {listed(often)}, but nothing that it returned was its argument "
+            "again; give each call the state that the one before returned or, if the state takes "
+            "another way, mark it: h, c = gradflow.tap(h=h, c=c) inside the loop"
+        )
     recurrent = {
-        name or type(module).__name__: module
+        clean(name) or type(module).__name__: module
         for name, module in model.named_modules()
         if isinstance(module, RECURRENT)
     }
     if recurrent:
         names = ", ".join(f"{name} ({type(m).__name__})" for name, m in recurrent.items())
+        graph = something_is_compiled()
+        unseen = ", or ran inside a graph of torch.compile, where nothing is seen" if graph else ""
         return (
-            f"no recurrent layer ran: {names} was not called inside the block{did}; "
-            "run the model's forward pass inside `with gradflow.record(model):`"
+            f"no recurrent layer ran: {names} was not called inside the block{unseen}{did}; run the "
+            f"{'uncompiled ' if graph else ''}model's forward pass inside `with gradflow.record(model):`"
         )
+    unseen = (
+        "; cells of your own are not looked for where torch.compile was used"
+        if something_is_compiled()
+        else ""
+    )
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
     return (
         f"no recurrent layer ran: {type(model).__name__} consists of {', '.join(kinds)}, none of them "
-        f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}; give the model that holds the "
+        f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}{unseen}; give the model that holds the "
         "recurrent layer or, if the model loops by hand, mark its states: "
         "h, c = gradflow.tap(h=h, c=c) inside the loop"
+    )
+
+
+def _not_the_models_own(model: nn.Module, strangers: Collection[str]) -> str:
+    """Recurrent calls were seen, but none of them is known to be the model's."""
+    return (
+        f"no recurrent layer of {type(model).__name__} ran: {', '.join(strangers)} ran with weights that "
+        "are neither its parameters nor computed from them with gradients on; register the layer in "
+        "the model (an attribute or an nn.ModuleList, not a plain list), or give the model that holds "
+        "its weights"
     )
 
 
@@ -101,7 +143,7 @@ def found(recording: Recording) -> list[str]:
         reason = _reason(track)
         if reason:
             reasons.setdefault(reason, []).append(track.name)
-    sentences += [f"{_listed(names)}: {reason}" for reason, names in reasons.items()]
+    sentences += [f"{listed(names)}: {reason}" for reason, names in reasons.items()]
     return sentences
 
 
@@ -115,17 +157,14 @@ def _too_short(recording: Recording) -> list[str]:
     sentences = []
     if tapped:
         sentences.append(
-            f"{_listed(tapped)} was tapped once, so no state came back and no recurrence is "
+            f"{listed(tapped)} was tapped once, so no state came back and no recurrence is "
             "exercised; call tap inside the loop, once per step"
         )
     if cells:
-        sentences.append(
-            f"{_listed(cells)} was called once, so no state came back and no recurrence is "
-            "exercised; run it in a loop that gives each call the state of the one before"
-        )
+        sentences.append(f"{listed(cells)} {ONCE}")
     if layers:
         sentences.append(
-            f"{_listed(layers)} ran on T = 1 step, so no recurrence is exercised; give sequences of "
+            f"{listed(layers)} ran on T = 1 step, so no recurrence is exercised; give sequences of "
             "two steps or more, or give each call the state that the one before returned"
         )
     return sentences
@@ -143,7 +182,7 @@ def _many_starts(recording: Recording) -> list[str]:
     ]
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     """The names, or the first few of many."""
     if len(names) <= FEW:
         return ", ".join(names)

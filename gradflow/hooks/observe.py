@@ -16,9 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow._version import __version__
 from gradflow.errors import GradflowWarning, InputError, must_be
-from gradflow.hooks import mistakes
+from gradflow.hooks import circumstances, mistakes
+from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
+from gradflow.hooks.forwards import watching
 from gradflow.hooks.loop import Loop
+from gradflow.hooks.owncells import OwnCells
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.patch import CellCall, FusedCall, observing
 from gradflow.hooks.source import LoopSource
@@ -28,6 +31,10 @@ from gradflow.hooks.taps import Taps
 from gradflow.recording import Recording, Track, matches_any
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
+ASKED_OF_SEQUENCES = (
+    "lengths= was a function, which is asked of whole sequences and not of single steps: all steps "
+    "count as real; give the lengths themselves"
+)
 
 
 class Recorder:
@@ -53,10 +60,13 @@ class Recorder:
         self.calls: list[Call] = []
         self.handles: list[RemovableHandle] = []
         self.runs: Counter[str] = Counter()
+        self.strangers: dict[str, None] = {}  # recurrent calls that are not the model's, in words
+        self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
         self.stitcher = Stitcher()
         self.taps = Taps(self)
         self._copies: dict[object, Tensor] = {}  # by id, or by owner and place
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
+        self.own = OwnCells(self, model, self._paths)
         self._holders = {
             id(parameter): clean(name).rpartition(".")[0]
             for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -66,7 +76,13 @@ class Recorder:
 
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool:
         """A call belongs to this recording if its module or its weights are the model's."""
-        return self._owner(weights, module) is not None
+        mine = self._owner(weights, module) is not None
+        if not mine:
+            kind = (
+                "a function of torch" if module is None else f"a module ({type(module).__name__})"
+            )
+            self.strangers[kind] = None
+        return mine
 
     def _owner(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> str | None:
         if module is not None and id(module) in self._paths:
@@ -74,19 +90,21 @@ class Recorder:
         for weight in weights:
             if id(weight) in self._holders:
                 return self._holders[id(weight)]
-        return None
+        return holder_of(weights, self._holders)
 
     def saw(self, seen: FusedCall) -> None:
         """Copy one fused call and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
         if owner is not None:
             self._admit(self._copy(seen, owner), seen.initial, seen.results)
+            self.own.saw_stock(owner, seen.results)
 
     def saw_cell(self, seen: CellCall) -> None:
         """Copy one call of a single-step function and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
         if owner is not None:
             self._admit(self._copy_cell(seen, owner), seen.initial, seen.results)
+            self.own.saw_stock(owner, seen.results)
 
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
@@ -94,15 +112,34 @@ class Recorder:
         """Copy the states that a hand-written loop marks; every recording of the thread does."""
         self.taps.saw(name, states, rows, frame)
 
+    def saw_scaler(self, scaler: Any) -> None:
+        """Note that a loss was multiplied by somebody's scale."""
+        if self.scaler is None and scaler.is_enabled():
+            self.scalers_scale = scaler.get_scale
+
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module that may be a cell of the user's own is called."""
+        return self.own.entered(module, args, kwargs)
+
+    def left(self, call: Any, result: Any) -> None:
+        """That call is over; result is None where it raised."""
+        self.own.left(call, result)
+
     def wants_track(self, name: str) -> bool:
-        """Whether a tap of this name is picked."""
+        """Whether a tap or a cell of this name is picked."""
         return self.layers is None or matches_any(name, self.layers)
 
     def add_track(self, base: str, track: Track) -> None:
-        """Take up a new tapped loop, under a name of its own."""
+        """Take up a new loop, tapped or over a cell, under a name of its own."""
         self.runs[base] += 1
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
         self.recording._tracks[track.name] = track
+
+    def drop_tracks(self, tracks: list[Track]) -> None:
+        """Forget loops over one cell that turned out to be part of another."""
+        for track in tracks:
+            del self.recording._tracks[track.name]
+            self.runs[track.name.partition("@")[0]] -= 1
 
     def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
         task = torch._C._current_graph_task_id()
@@ -253,10 +290,13 @@ class Recorder:
     def _given_lengths(self, seen: FusedCall) -> Tensor | None:
         if self.lengths is None or seen.batch_sizes is not None:
             return None
-        given = seen.data if seen.module_input is None else seen.module_input
-        lengths = self.lengths(given) if callable(self.lengths) else self.lengths
         batch, steps = (0, 1) if seen.batch_first else (1, 0)
         batch, steps = seen.data.shape[batch], seen.data.shape[steps]
+        if steps == 1:  # a step of a loop, whose real steps they are
+            self.lengths_of(batch)
+            return None
+        given = seen.data if seen.module_input is None else seen.module_input
+        lengths = self.lengths(given) if callable(self.lengths) else self.lengths
         try:
             found = torch.as_tensor(lengths).cpu()
         except (TypeError, ValueError, RuntimeError):
@@ -284,14 +324,16 @@ class Recorder:
         ]
         if not picked:
             return
-        if call.single:
+        notes = []
+        if chain.sizes == [1] and call.batch_sizes is None:
             chain.lengths = self._loop_lengths()
+            notes += [ASKED_OF_SEQUENCES] if callable(self.lengths) else []
         loop = Loop(chain)
         replay = loop.groups[0].replay
         self.runs[call.owner] += 1
         run = self.runs[call.owner]
-        for layer, direction, base in picked:
-            name = base if run == 1 else f"{base}@{run}"
+        picked = [(i, j, base if run == 1 else f"{base}@{run}") for i, j, base in picked]
+        for layer, direction, name in picked:
             source = LoopSource(loop, layer, direction, self.uses)
             self.uses.note(source)
             track = Track(
@@ -305,9 +347,17 @@ class Recorder:
                 source=source,
                 training=call.training,
                 batch_first=call.batch_first,
+                notes=list(notes),
+                owner=call.owner,
+                above=tuple(upper for i, _, upper in picked if i == layer + 1),
             )
             chain.tracks.append(track)
             self.recording._tracks[name] = track
+
+    @property
+    def marked(self) -> list[TapSource]:
+        """All loops that were tapped or run over a cell of the user's own."""
+        return [t.source for t in self.recording if isinstance(t.source, TapSource)]
 
     def close(self) -> None:
         """Stop listening; the recording keeps what it has."""
@@ -317,6 +367,7 @@ class Recorder:
         self.uses.close()
         self.stitcher.close()
         self.taps.close()
+        self.own.close()
         self._copies.clear()
 
 
@@ -362,11 +413,6 @@ def copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def clean(name: str) -> str:
-    """A module path without what DataParallel and torch.compile put in front of it."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
 @contextmanager
 def record(
     model: nn.Module,
@@ -382,12 +428,15 @@ def record(
     without a recording. Read the result after the backward pass: ``recording["rnn.l0"].grad_c``.
 
     Args:
-        model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM`, `nn.GRU` or one of their cells.
+        model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM`, `nn.GRU`, one of their cells, or a
+            cell of your own: a module with weights that is given again what it returned before.
         layers: names or globs of the tracks to keep; all by default.
         lengths: (B,) real steps of each sequence of a padded batch, or a callable of the layer's
-            input that gives them. Packed input needs none.
-        jacobians: step Jacobians of loops that mark their states with `gradflow.tap`, at one backward
-            of the step per unit: by default up to 64 units, with True at any width, with False never.
+            input that gives them. Packed input needs none. Of a loop over single steps they are
+            the real steps of the loop; a callable is not asked there.
+        jacobians: step Jacobians of cells of your own and of loops that mark their states with
+            `gradflow.tap`, at one backward of the step per unit: by default up to 64 units, with True
+            at any width, with False never.
             Stock layers have theirs in closed form and need no such request.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
 
@@ -417,18 +466,19 @@ def record(
     recorder = Recorder(model, patterns, lengths, scaler, jacobians)
     recording = recorder.recording
     before, ran = mistakes.gradient_marks(model), mistakes.Ran(model)
+    watched = [] if mistakes.something_is_compiled() else recorder.own.modules
     try:
-        with observing(recorder):
+        with observing(recorder), watching(watched):
             yield recording
     finally:
         recorder.close()
         ran.close()
         marks_changed = mistakes.gradient_marks(model) != before
         seen = any(call.graph_tasks for call in recorder.calls) or any(
-            source.graph_tasks for source in recorder.taps.sources
+            source.graph_tasks for source in recorder.marked
         )
         _describe(recorder, list(ran.names), ran_backward=marks_changed or seen)
-    for sentence in mistakes.found(recorder.recording):
+    for sentence in [*mistakes.found(recorder.recording), *_misleading(recorder)]:
         warnings.warn(sentence, GradflowWarning, stacklevel=3)
 
 
@@ -453,18 +503,44 @@ def _notes(track: Track) -> list[str]:
     return notes
 
 
+def _misleading(recorder: Recorder) -> list[str]:
+    """What makes the numbers other than they seem, or leaves some out: warned of, and in the report."""
+    found = []
+    if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
+        found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
+    unseen, _ = _unseen(recorder)
+    return found + ([circumstances.not_seen(unseen)] if unseen else [])
+
+
+def _unseen(recorder: Recorder) -> tuple[list[str], list[str]]:
+    """See `circumstances.unseen_cells`; nothing where there is no track at all, which says enough."""
+    if not len(recorder.recording):
+        return [], []
+    return circumstances.unseen_cells(recorder.model, {call.owner for call in recorder.calls})
+
+
 def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
-    ran_some = bool(calls) or recorder.taps.seen
-    recording._empty_reason = mistakes.why_no_track(recorder.model, recorder.layers, ran_some, ran)
+    ran_some = bool(calls) or recorder.taps.seen or recorder.own.seen
+    recording._empty_reason = mistakes.why_no_track(
+        recorder.model,
+        recorder.layers,
+        ran_some,
+        ran,
+        recorder.own.without_state,
+        recorder.strangers,
+    )
     training = [call.training for call in calls] or [recorder.training]
     tensors = [call.weights[0] for call in calls] + [
-        state for source in recorder.taps.sources for state in source.marks[0].states.values()
+        state for source in recorder.marked for state in source.marks[0].states.values()
     ]
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
         track.notes += _notes(track)
+    recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
+    _, perhaps = _unseen(recorder)
+    recording.notes += [circumstances.perhaps_not_seen(perhaps)] if perhaps else []
     recording.provenance = {
         "model": recording.model_name,
         "gradflow": __version__,

@@ -41,7 +41,7 @@ class WeightUses:
         self._keys: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._grads: dict[int, Tensor] = {}
         self._frozen: set[int] = set()
-        self._dtypes: dict[int, torch.dtype] = {}
+        self._bounds: dict[int, float] = {}
         self._handles: list[RemovableHandle] = []
         self._users: list[LoopUser] = []
         names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -52,10 +52,11 @@ class WeightUses:
         """A number for this weight tensor; from now on its gradients are added up."""
         known = self._keys.get(id(weight))
         if known is not None and known[0]() is weight:
+            self._bounds[known[1]] = max(self._bounds[known[1]], _bound(weight))
             return known[1]
-        key = len(self._dtypes)
+        key = len(self._bounds)
         self._keys[id(weight)] = (weakref.ref(weight), key)
-        self._dtypes[key] = weight.dtype
+        self._bounds[key] = _bound(weight)
         if id(weight) in self._tied:
             self._tied_keys.add(key)
         if weight.requires_grad:
@@ -82,6 +83,11 @@ class WeightUses:
         self._handles.clear()
         self._keys.clear()
 
+    def caught(self, users: Sequence[WeightUser]) -> dict[int, Tensor]:
+        """Key -> gradient of every weight these layers used, each weight once."""
+        keys = {key for user in users for key in user.weight_keys().values()}
+        return {key: self._grads[key] for key in sorted(keys) if key in self._grads}
+
     def check(self, user: WeightUser) -> Parity:
         """Hold the rebuilt gradients of this layer's weights against the caught ones."""
         keys = {n: k for n, k in user.weight_keys().items() if k not in self._frozen}
@@ -98,7 +104,7 @@ class WeightUses:
             return Parity("not applicable", None, "no backward reached the layer's outputs")
         if not all(bool(grad.isfinite().all()) for grad in caught.values()):
             return Parity("not applicable", None, "the parameter gradients are not finite")
-        bound = max(BOUNDS.get(self._dtypes[key], 1e-3) for key in keys.values())
+        bound = max(self._bounds[key] for key in keys.values())
         if error <= bound:
             return Parity("passed", error, f"within {bound:g} of the largest entry")
         if any(key in self._tied_keys for key in keys.values()):
@@ -129,6 +135,14 @@ class WeightUses:
         if mine is None or kernel is None:
             return None
         return max(relative_error(mine[name], kernel[name]) for name in kernel)
+
+
+def _bound(weight: Tensor) -> float:
+    """How far rounding may take the gradient of a weight, in what it is computed in at this moment."""
+    device, dtype = weight.device.type, weight.dtype
+    if dtype is torch.float32 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return BOUNDS.get(dtype, 1e-3)
 
 
 def relative_error(mine: Tensor, theirs: Tensor) -> float:

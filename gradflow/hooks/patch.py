@@ -4,6 +4,9 @@
 nn.LSTMCell, nn.GRUCell and nn.RNNCell end in. While at least one
 recording is open they are replaced by wrappers that call the original and then tell the observers of
 the calling thread. A TorchFunctionMode would see the same calls, but moves torch off its fast paths.
+
+What torch.compile makes into a graph stays the graph it would be without a recording: there the
+wrapper is traced as the original alone, and nothing is seen. ``GradScaler.scale`` is watched too.
 """
 
 from __future__ import annotations
@@ -24,6 +27,12 @@ from torch._C._dynamo import eval_frame
 FUSED = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU"}
 SINGLE = {f"{name}_cell": cell for name, cell in FUSED.items()}
 _SPACES: tuple[Any, ...] = (torch._VF, torch)
+_LAYER = ("has_biases", "num_layers", "dropout", "train", "bidirectional")
+_PLACES = {  # the names of their arguments, for whoever calls them by name
+    "fused": ("input", "hx", "params", *_LAYER, "batch_first"),
+    "packed": ("data", "batch_sizes", "hx", "params", *_LAYER),
+    "cell": ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"),
+}
 _ABSENT = object()
 _FRAMES = 8  # how far up a module's forward may be from the function it calls
 
@@ -74,9 +83,13 @@ class Observer(Protocol):
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
     ) -> None: ...
+    def saw_scaler(self, scaler: torch.amp.GradScaler) -> None: ...
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def left(self, call: Any, result: Any) -> None: ...
 
 
 _lock = threading.RLock()
+_paused: set[int] = set()  # threads in which gradflow itself is running the user's code
 _observers: list[Observer] = []
 _replaced: list[tuple[Any, str, object]] = []
 
@@ -105,7 +118,20 @@ def is_observed() -> bool:
 def observers_here() -> list[Observer]:
     """The observers of the calling thread."""
     thread = threading.get_ident()
+    if thread in _paused:
+        return []
     return [observer for observer in _observers if observer.thread == thread]
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Tell nobody of what runs in this thread."""
+    thread = threading.get_ident()
+    _paused.add(thread)
+    try:
+        yield
+    finally:
+        _paused.discard(thread)
 
 
 def _install() -> None:
@@ -115,6 +141,9 @@ def _install() -> None:
                 original = getattr(space, name)
                 _replaced.append((space, name, space.__dict__.get(name, _ABSENT)))
                 setattr(space, name, _watched(original, cell, tell))
+    scale = torch.amp.GradScaler.scale
+    _replaced.append((torch.amp.GradScaler, "scale", scale))
+    torch.amp.GradScaler.scale = _watched_scale(scale)  # type: ignore[method-assign]
 
 
 def _restore() -> None:
@@ -126,16 +155,62 @@ def _restore() -> None:
             setattr(space, name, before)
 
 
+@functools.lru_cache(maxsize=64)
 def _watched(
     original: Callable[..., Any], cell: str, tell: Callable[..., Any]
 ) -> Callable[..., Any]:
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        mine = observers_here()
-        if not mine or kwargs:  # torch itself passes everything by position
-            return original(*args, **kwargs)
-        return tell(mine, original, cell, args)
+    """One wrapper for all recordings: compiled code is guarded by its identity."""
 
-    return untraced(functools.wraps(original, updated=())(watched))
+    @untraced
+    def heard(args: Any, kwargs: dict[str, Any]) -> Any:
+        mine = observers_here()
+        if not mine:
+            return original(*args, **kwargs)
+        return tell(mine, original, cell, _in_order(args, kwargs, fused=tell is _tell))
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        return heard(args, kwargs)
+
+    return _traced_as(original, functools.wraps(original, updated=())(watched))
+
+
+def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any], *, fused: bool) -> tuple[Any, ...]:
+    """Arguments given by name, at their places; torch itself gives all of them by place."""
+    if not kwargs:
+        return args
+    packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
+    names = _PLACES["cell" if not fused else "packed" if packed else "fused"]
+    return args + tuple(kwargs[name] for name in names[len(args) :] if name in kwargs)
+
+
+@functools.lru_cache(maxsize=64)
+def _watched_scale(original: Callable[..., Any]) -> Callable[..., Any]:
+    @untraced
+    def heard(scaler: torch.amp.GradScaler) -> None:
+        for observer in observers_here():
+            observer.saw_scaler(scaler)
+
+    def scale(self: torch.amp.GradScaler, outputs: Any) -> Any:
+        heard(self)
+        return original(self, outputs)
+
+    return _traced_as(original, functools.wraps(original)(scale))
+
+
+def _traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper, for which torch.compile reads the original, also in its table of what it knows.
+
+    Called from where nothing is compiled it runs as it is, never as a compiled graph of its own.
+    """
+    function._torchdynamo_inline = original  # type: ignore[attr-defined]
+    if hasattr(eval_frame, "_FrameExecStrategy"):
+        strategy = eval_frame._FrameExecStrategy(
+            eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+        )
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    elif hasattr(eval_frame, "skip_code"):  # torch before 2.7
+        eval_frame.skip_code(function.__code__)
+    return function
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:

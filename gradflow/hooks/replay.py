@@ -35,9 +35,11 @@ class Layer:
     order: Tensor | None  # (T, B) processing step -> input step, its own inverse; None: the same
     valid: Tensor  # (T, B) true where the kernel ran a step
 
-    def turned(self, array: Tensor) -> Tensor:
-        """From processing order to input time, or back."""
-        return array if self.order is None else take_steps(array, self.order)
+    def turned(self, array: Tensor, columns: Tensor | None = None) -> Tensor:
+        """From processing order to input time, or back; columns are its sequences, all by default."""
+        if self.order is None:
+            return array
+        return take_steps(array, self.order if columns is None else self.order[:, columns])
 
     def linearise(self, cell: str, dtype: torch.dtype, sequences: Tensor | None = None) -> Steps:
         """The layer's steps at its recorded states; steps the kernel did not run are zero."""

@@ -6,12 +6,15 @@ the top of the stack down.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from gradflow.cells import Scan
+from gradflow.cells import Scan, Steps
 from gradflow.hooks.replay import Replay
 
+Arrived = tuple[Tensor, Tensor, Tensor | None]  # at output, h_n, c_n
 Stack = list[list[tuple[Tensor, Scan]]]  # [layer][direction]: direct gradient, scan
 
 
@@ -41,12 +44,12 @@ class Scans:
             with torch.no_grad():
                 arrived = self.arrived()
                 if which != "total":
-                    arrived = self._only_one_step(*arrived, from_end=which == "from the end")
-                result = self._scan(*arrived)
+                    arrived = self._only_one_step(arrived, from_end=which == "from the end")
+                result = self._scan(arrived)
         self._known[which] = (self.version, result)
         return result
 
-    def arrived(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def arrived(self) -> Arrived:
         """The gradients at output (T, B, P·D), at h_n and at c_n (layers·D, B, ·), user's order."""
         call, dtype = self.replay.call, self.replay.work_dtype
         found = {
@@ -59,49 +62,107 @@ class Scans:
         c_n = self.replay.unsort(found["c_n"], 1) if "c_n" in found else None
         return output, self.replay.unsort(found["h_n"], 1), c_n
 
-    def _only_one_step(
-        self, output: Tensor, h_n: Tensor, c_n: Tensor | None, *, from_end: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def reached(self) -> Tensor | None:
+        """(T, B): where a gradient arrives at what the call returned, input time; None without one."""
+        if self.scanned("total") is None:
+            return None
+        return self._arrives(*self.arrived())
+
+    def _sites(self) -> list[Tensor]:
+        """Where the final state of each direction sits: at the last input step, or at the first."""
+        ends = [self.replay.kernel_lengths - 1, torch.zeros_like(self.replay.kernel_lengths)]
+        return ends[: 1 + self.replay.call.bidirectional]
+
+    def _arrives(self, output: Tensor, h_n: Tensor, c_n: Tensor | None) -> Tensor:
+        time = torch.arange(output.shape[0], device=output.device).unsqueeze(1)
+        arrives = (output != 0).any(2)
+        sites = self._sites()
+        for state in (h_n,) if c_n is None else (h_n, c_n):
+            for direction, site in enumerate(sites):
+                final = (state[direction :: len(sites)] != 0).any(2).any(0)
+                arrives = arrives | ((time == site) & final)
+        return arrives
+
+    def _only_one_step(self, arrived: Arrived, *, from_end: bool) -> Arrived:
         """Keep only the gradients that arrive at each sequence's last (or first) step."""
-        directions = 1 + self.replay.call.bidirectional
-        steps = output.shape[0]
-        time = torch.arange(steps, device=output.device).unsqueeze(1)
-        arrives = (output != 0).any(2)  # (T, B)
-        # the final state of a forward direction sits at the last input step, of a reverse at the first
-        sites = [self.replay.kernel_lengths - 1, torch.zeros_like(self.replay.kernel_lengths)][
-            :directions
-        ]
-        finals = [(h_n[d::directions] != 0).any(2).any(0) for d in range(directions)]
-        if c_n is not None:
-            finals = [
-                final | (c_n[d::directions] != 0).any(2).any(0) for d, final in enumerate(finals)
-            ]
-        for site, final in zip(sites, finals, strict=True):
-            arrives = arrives | ((time == site) & final)
+        arrives = self._arrives(*arrived)
+        time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
         if from_end:
-            chosen = torch.where(arrives, time, -1).max(0).values
-        else:
-            chosen = torch.where(arrives, time, steps).min(0).values
+            return self._at(arrived, torch.where(arrives, time, -1).max(0).values)
+        return self._at(arrived, torch.where(arrives, time, len(arrives)).min(0).values)
+
+    def _at(self, arrived: Arrived, chosen: Tensor, columns: Tensor | None = None) -> Arrived:
+        """Keep only what arrives at the chosen step (B,) of each sequence, or of each column."""
+        output, h_n, c_n = arrived
+        sites = self._sites()
+        if columns is not None:
+            output, h_n = output[:, columns], h_n[:, columns]
+            c_n = None if c_n is None else c_n[:, columns]
+            sites = [site[columns] for site in sites]
+        time = torch.arange(output.shape[0], device=output.device).unsqueeze(1)
         output = output * (time == chosen).unsqueeze(2)
         keep = torch.stack([site == chosen for site in sites]).repeat(self.replay.call.layers, 1)
         h_n = torch.where(keep.unsqueeze(2), h_n, 0.0)
         return output, h_n, None if c_n is None else torch.where(keep.unsqueeze(2), c_n, 0.0)
 
-    def _scan(self, output: Tensor, h_n: Tensor, c_n: Tensor | None) -> Stack:
-        """Scan the stack from its top down; a layer's input gradient is the one below's direct one."""
+    def of_steps(self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype) -> Stack | None:
+        """The same of each of the given loss steps alone, as columns: loss step · m + sequence."""
+        if self.scanned("total") is None:
+            return None
+        columns = sequences.repeat(len(loss_steps))
+        chosen = loss_steps.repeat_interleave(len(sequences))
+        with torch.no_grad():
+            arrived = self._at(self._arrived_as(dtype), chosen, columns)
+            return self._scan(arrived, self._steps_of(sequences, dtype, len(loss_steps)), columns)
+
+    def of_sequences(self, sequences: Tensor, dtype: torch.dtype) -> Stack:
+        """The same of all loss steps together, of the given sequences in the given dtype."""
+        with torch.no_grad():
+            output, h_n, c_n = self._arrived_as(dtype)
+            c_n = None if c_n is None else c_n[:, sequences]
+            arrived = output[:, sequences], h_n[:, sequences], c_n
+            return self._scan(arrived, self._steps_of(sequences, dtype, 1), sequences)
+
+    def _arrived_as(self, dtype: torch.dtype) -> Arrived:
+        output, h_n, c_n = self.arrived()
+        return output.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
+
+    def _steps_of(
+        self, sequences: Tensor, dtype: torch.dtype, count: int
+    ) -> Callable[[int, int], Steps]:
+        """The steps of some sequences, side by side as often as counted."""
+        places = torch.arange(len(sequences), device=sequences.device).repeat(count)
+
+        def steps_of(layer: int, direction: int) -> Steps:
+            known = self.replay.layers[layer][direction]
+            steps = known.linearise(self.replay.call.cell, dtype, sequences)
+            return steps if count == 1 else steps.each_step(lambda array: array[:, places])
+
+        return steps_of
+
+    def _scan(
+        self,
+        arrived: Arrived,
+        steps_of: Callable[[int, int], Steps] | None = None,
+        columns: Tensor | None = None,
+    ) -> Stack:
+        """Scan the stack from its top down; a layer's input gradient is the one below's direct one.
+
+        columns are the sequences that are scanned, all of them once by default.
+        """
+        flow, h_n, c_n = arrived
         directions = 1 + self.replay.call.bidirectional
         last = self.replay.kernel_lengths - 1
+        last = last if columns is None else last[columns]
         sequences = torch.arange(len(last), device=last.device)
-        flow, results = output, []
+        results: Stack = []
         for number in reversed(range(self.replay.call.layers)):
-            row, below = [], torch.zeros((), dtype=output.dtype, device=output.device)
+            row, below = [], torch.zeros((), dtype=flow.dtype, device=flow.device)
             for direction, part in enumerate(flow.chunk(directions, dim=2)):
-                layer, steps = (
-                    self.replay.layers[number][direction],
-                    self.replay.steps(number, direction),
-                )
+                layer = self.replay.layers[number][direction]
+                steps = (steps_of or self.replay.steps)(number, direction)
                 place = number * directions + direction
-                direct = layer.turned(part).clone()
+                direct = layer.turned(part, columns).clone()
                 direct[last, sequences] += h_n[place]
                 scan = steps.scan(
                     direct,
@@ -111,10 +172,12 @@ class Scans:
                 )
                 row.append((direct, scan))
                 if number:
-                    below = below + layer.turned(
-                        scan.delta @ layer.weights.weight_ih.to(output.dtype)
-                    )
+                    passed = scan.delta @ layer.weights.weight_ih.to(flow.dtype)
+                    below = below + layer.turned(passed, columns)
             results.append(row)
             if number:
-                flow = below * self.replay.dropout_factor(number - 1).to(output.dtype)
+                factor = self.replay.dropout_factor(number - 1).to(flow.dtype)
+                flow = below * (
+                    factor[:, columns] if columns is not None and factor.dim() else factor
+                )
         return results[::-1]

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from gradflow.cells import Scan
+from gradflow.hooks.arrivals import Arrivals, arrivals, arrivals_at_top, reached
 from gradflow.hooks.call import Call
+from gradflow.hooks.flow import Sheet, by_time, gathered, sheets
 from gradflow.hooks.kernels import weight_gradients
-from gradflow.hooks.last import last_step
+from gradflow.hooks.lags import Lags
 from gradflow.hooks.loop import Loop, trimmed
 from gradflow.hooks.parity import WeightUser, WeightUses
 from gradflow.hooks.replay import Replay, masked, take_steps
 from gradflow.hooks.scans import Scans
-from gradflow.recording import Backward, Forward, Operator, Parity
+from gradflow.recording import Backward, Contributions, Forward, Operator, Parity
 
 SEVERITY = ("not applicable", "passed", "failed")
 
@@ -64,6 +66,15 @@ class LayerSource:
         """Total gradients of the last loss step alone; last in processing order."""
         return self._read("from the start" if self.direction else "from the end")
 
+    def partial(self) -> dict[str, Tensor] | None:
+        """State-partial gradients; None without a backward."""
+        scans = self.scans.scanned("total")
+        if scans is None:
+            return None
+        scan = scans[self.layer][self.direction][1]
+        with torch.no_grad():
+            return self._named(self.replay.steps(self.layer, self.direction).partial(scan.grads))
+
     def _read(self, which: str) -> Backward | None:
         scans = self.scans.scanned(which)
         if scans is None:
@@ -75,6 +86,28 @@ class LayerSource:
             delta=self._in_input_time(scan.delta),
             delta_hh=self._in_input_time(scan.delta_hh),
         )
+
+    def reached(self) -> Tensor | None:
+        """Where the loss reaches what was returned, input time."""
+        return self.scans.reached()
+
+    def loss_steps(
+        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    ) -> Backward | None:
+        """Total gradients of single loss steps, (n, T, m, ·)."""
+        device = self.replay.mask.device
+        sequences, loss_steps = sequences.to(device), loss_steps.to(device)
+        stack = self.scans.of_steps(sequences, loss_steps, dtype)
+        if stack is None:
+            return None
+        columns = sequences.repeat(len(loss_steps))
+        layer = self.replay.layers[self.layer][self.direction]
+
+        def shaped(array: Tensor) -> Tensor:
+            array = masked(layer.turned(array, columns), self.replay.mask[:, columns], float("nan"))
+            return by_loss_step(array, len(loss_steps))
+
+        return _alone(stack[self.layer][self.direction][1], shaped)
 
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
         """Step Jacobians in processing order, starting at each sequence's first real step."""
@@ -138,6 +171,17 @@ class LayerSource:
             return None
         scan = scanned[0][0][1]
         return scan.grads["c"] - self.replay.steps(0, 0).through_h(scan.grads["h"])  # type: ignore[attr-defined]
+
+
+def _alone(scan: Scan, shaped: Callable[[Tensor], Tensor]) -> Backward:
+    """What is known of loss steps alone; how much comes from where is not asked."""
+    grads = {name: shaped(grad) for name, grad in scan.grads.items()}
+    return Backward(grads, None, shaped(scan.delta), shaped(scan.delta_hh))
+
+
+def by_loss_step(array: Tensor, count: int) -> Tensor:
+    """(n, T, m, ·) from (T, n·m, ·)."""
+    return array.unflatten(1, (count, -1)).transpose(0, 1)
 
 
 @dataclass(eq=False)
@@ -227,14 +271,109 @@ class LoopSource:
         single = self._single()
         if single is not None:
             return single.last()
-        result = self.loop.once("last", lambda: last_step(self.loop))
-        if result is None:
+        arrives = self.reached()
+        if arrives is None:
             return None
-        rows = [row[self.layer] for row in result]
-        return self._gathered(
-            torch.cat([direct for direct, _ in rows]),
-            lambda part: torch.cat([part(scan) for _, scan in rows]),
+        time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
+        if self.loop.chain.lengths is not None:
+            arrives &= time < self.loop.chain.lengths.to(arrives.device)
+        chosen = torch.where(arrives, time, -1).max(0).values.unsqueeze(0)
+        dtype = self.loop.groups[0].replay.work_dtype
+        return self._pulled(chosen, dtype, self._every(), self._trimmed)
+
+    def reached(self) -> Tensor | None:
+        """Where the loss reaches what was returned, input time."""
+        single = self._single()
+        if single is not None:
+            return single.reached()
+        found = self._arrivals()
+        return None if found is None else reached(found)
+
+    def loss_steps(
+        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    ) -> Backward | None:
+        """Total gradients of single loss steps, (n, T, m, ·)."""
+        single = self._single()
+        if single is not None:
+            return single.loss_steps(sequences, loss_steps, dtype)
+        every = self._every()
+        sequences, loss_steps = sequences.to(every.device), loss_steps.to(every.device)
+        lengths = self.loop.chain.lengths
+        count = len(loss_steps)
+        if lengths is not None:
+            lengths = lengths.to(every.device)[sequences].repeat(count)
+        return self._pulled(
+            loss_steps.unsqueeze(1).expand(-1, len(sequences)),
+            dtype,
+            sequences,
+            lambda array: by_loss_step(trimmed(array, lengths), count),
         )
+
+    def contributions(self, sequences: Tensor) -> Contributions | None:
+        """∂L/∂W_hh and ∂L/∂W_ih of some sequences by lag; None where there is no lag."""
+        found = self._arrivals()
+        if found is None or not self._has_lags():
+            return None
+        place = self.layer, self.direction
+        return Lags(self.loop, place, found, sequences.to(self.calls[0].h0.device)).contributions()
+
+    def _every(self) -> Tensor:
+        return torch.arange(self.loop.chain.batch, device=self.calls[0].h0.device)
+
+    def _has_lags(self) -> bool:
+        found = self._arrivals()
+        return found is not None and len(found) >= self.calls[0].layers - self.layer
+
+    def _arrivals(self) -> Arrivals | None:
+        if self._single() is not None:
+            known = self.loop.groups[0]
+            return self.loop.once(
+                ("arrivals", self.direction), lambda: arrivals_at_top(known, self.direction)
+            )
+        return self.loop.once("arrivals", lambda: arrivals(self.loop))
+
+    def _sheets(self, dtype: torch.dtype, sequences: Tensor) -> list[Sheet] | None:
+        found = self._arrivals()
+        if found is None or not self._has_lags():
+            return None
+        return sheets(self.loop, (self.layer, self.direction), found, dtype, sequences)
+
+    def _pulled(
+        self,
+        loss_steps: Tensor,
+        dtype: torch.dtype,
+        sequences: Tensor,
+        shaped: Callable[[Tensor], Tensor],
+    ) -> Backward | None:
+        """Each of the loss steps (n, m) of the given sequences alone."""
+        with torch.no_grad():
+            stack = self._sheets(dtype, sequences)
+            if stack is None:
+                return None
+            passed = [scans[-1] for _, scans in by_time(stack, len(sequences), loss_steps)]
+            return _alone(gathered(passed), shaped)
+
+    def partial(self) -> dict[str, Tensor] | None:
+        """State-partial gradients; None without a backward.
+
+        None also where a state goes around a call: the states that compose are then not those that
+        the calls return.
+        """
+        single = self._single()
+        if single is not None:
+            return single.partial()
+        with torch.no_grad():
+            scans = self.loop.scans(self.layer)
+            around = any(
+                link is not None and link.around is not None for link in self.loop.chain.links
+            )
+            if scans is None or around:
+                return None
+            parts = [
+                group.replay.steps(self.layer, 0).partial(scan.grads)
+                for group, (_, scan) in zip(self.loop.groups, scans, strict=True)
+            ]
+            return {name: self._in_time([part[name] for part in parts]) for name in parts[0]}
 
     def _gathered(
         self, direct: Tensor, gather: Callable[[Callable[[Scan], Tensor]], Tensor]
@@ -260,6 +399,9 @@ class LoopSource:
 
     def parity(self) -> Parity:
         """See `WeightUses.check`; the worst of all groups of calls."""
+        if any(call.second_order for call in self.calls):
+            reason = "a backward with create_graph=True came through the layer"
+            return Parity("not applicable", None, reason)
         checked, found = [], []
         for part in self.parts():
             keys = part.weight_keys()

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.errors import RecordingError
-from gradflow.hooks.dense import Dense, Place
-from gradflow.hooks.loop import difference, trimmed
+from gradflow.hooks.dense import Dense
+from gradflow.hooks.graph import Edge
+from gradflow.hooks.loop import ROUNDING, difference, trimmed
 from gradflow.recording import Backward, Forward, Operator, Parity
 
 WIDEST = 64  # states up to which step Jacobians are taken unasked
@@ -32,8 +33,38 @@ class Mark:
     cut: Tensor  # (B,)
     jacobian: Tensor | None = None  # (B, S, S), None at the first mark and where it is not known
     within: Tensor | None = None  # M, (B, S, S); None: zero
+    within_known: bool = False
     unknown: str = ""  # why there is no Jacobian
     grads: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a loop is spoken of: one that marks its states, or one over a cell of the user's own."""
+
+    step: str
+    steps: str
+    states: str
+    more: str  # what a loop does that carries more than its known states, and what to do
+    kind: str
+
+
+TAPPED = Words(
+    step="tap",
+    steps="taps",
+    states="marked states",
+    more="the loop carries more than its marked states; mark every state that it carries, where it "
+    "enters the next step",
+    kind="a hand-written loop: its states were marked with tap, its weights were not seen",
+)
+CALLED = Words(
+    step="call",
+    steps="calls",
+    states="states",
+    more="the loop carries more than the states that this cell returns; mark all that it carries "
+    "with h, c = gradflow.tap(h=h, c=c) inside the loop, once per step",
+    kind="a cell of your own: how it uses its weights is not known",
+)
 
 
 @dataclass(eq=False)
@@ -42,11 +73,20 @@ class TapSource:
 
     scale: Callable[[], float]
     name: str = "loop"  # of the track
+    cell: str = "tap"
     lengths: Tensor | None = None
     marks: list[Mark] = field(default_factory=list)
+    mixed: bool = False  # some states go around the calls, see `around`
+    remarks: list[str] = field(default_factory=list)
+    initial: dict[str, Tensor] = field(default_factory=dict)  # state name -> (B, width), if seen
     graph_tasks: set[int] = field(default_factory=set)
     second_order: bool = False
     ran_backward: bool = False
+
+    @property
+    def words(self) -> Words:
+        """How to speak of this loop."""
+        return TAPPED if self.cell == "tap" else CALLED
 
     @property
     def version(self) -> int:
@@ -55,11 +95,11 @@ class TapSource:
 
     # -- what the recorder calls -------------------------------------------------------------
 
-    def listen(self, mark: Mark, place: Place) -> list[RemovableHandle]:
+    def listen(self, mark: Mark, edges: dict[str, Edge]) -> list[RemovableHandle]:
         """Add up the gradients that reach the marked tensors, after all hooks of the user's own."""
         return [
             node.register_prehook(self._catcher(mark, name, output))
-            for name, (node, output) in place.edges.items()
+            for name, (node, output) in edges.items()
         ]
 
     def _catcher(
@@ -84,12 +124,12 @@ class TapSource:
         return list(self.marks[0].states)
 
     def forward(self) -> Forward:
-        """States; what came before the first tap, gates and inputs were not seen."""
+        """States, and those before the first where they were seen; gates and inputs were not."""
         states = {
             name: self._trimmed(torch.stack([mark.states[name] for mark in self.marks]))
             for name in self.names
         }
-        return Forward(states=states, initial={}, gates={}, inputs=None)
+        return Forward(states=states, initial=self.initial, gates={}, inputs=None)
 
     def _trimmed(self, array: Tensor) -> Tensor:
         return trimmed(array, self.lengths)
@@ -110,7 +150,7 @@ class TapSource:
             for name in self.names
         }
         direct = None
-        if "h" in grads and not self.why_no_operator():
+        if "h" in grads and not self.why_no_operator() and not self.mixed:
             with torch.no_grad():
                 every = [
                     _with_moving(m, d) for m, d in zip(self.marks, self._direct(), strict=True)
@@ -118,25 +158,83 @@ class TapSource:
                 direct = self._split(torch.stack(every))["h"]
         return Backward(grads=grads, direct=direct, delta=None, delta_hh=None)
 
-    def last(self) -> Backward | None:
-        """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
-        if not self._has_gradient() or self.why_no_operator():
+    def partial(self) -> dict[str, Tensor] | None:
+        """State-partial gradients; None without a backward, or without what leads between states.
+
+        None also where a state goes around a call: the states that compose are then other ones.
+        """
+        if not self._has_gradient() or self.mixed:
+            return None
+        if len(self.names) > 1 and self.why_no_operator():
             return None
         with torch.no_grad():
-            direct = torch.stack(self._direct())
-            time = torch.arange(len(direct), device=direct.device).unsqueeze(1)
-            arrives = (direct != 0).any(2)
-            if self.lengths is not None:
-                arrives &= time < self.lengths.to(direct.device)
-            chosen = time == torch.where(arrives, time, -1).max(0).values
-            kept = direct.masked_fill(~chosen.unsqueeze(2), 0.0)
-            carried, rows = torch.zeros_like(kept[0]), []
-            for mark, here in zip(reversed(self.marks), kept.flip(0), strict=True):
-                carried = carried + here
-                rows.append(_with_moving(mark, carried))
-                carried = _pulled(mark.jacobian, carried)
-            grads = self._split(torch.stack(rows[::-1]))
-        return Backward(grads=grads, direct=None, delta=None, delta_hh=None)
+            rows = []
+            for mark in self.marks:
+                total = self._total(mark)
+                came = _pulled(mark.within, total)
+                size = total.abs() + _pulled(mark.within, total, absolute=True)
+                bound = ROUNDING * torch.finfo(total.dtype).eps * size
+                left = total - came
+                rows.append(left.masked_fill(left.abs() <= bound, 0.0))
+            return self._split(torch.stack(rows))
+
+    def _direct_is_known(self) -> bool:
+        return self._has_gradient() and not self.mixed and not self.why_no_operator()
+
+    def reached(self) -> Tensor | None:
+        """(T, B): where the loss reaches the marked states; None without step Jacobians."""
+        if not self._direct_is_known():
+            return None
+        with torch.no_grad():
+            return (torch.stack(self._direct()) != 0).any(2)
+
+    def last(self) -> Backward | None:
+        """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
+        arrives = self.reached()
+        if arrives is None:
+            return None
+        time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
+        if self.lengths is not None:
+            arrives &= time < self.lengths.to(arrives.device)
+        chosen = torch.where(arrives, time, -1).max(0).values
+        every = torch.arange(arrives.shape[1], device=arrives.device)
+        rows = self._alone(every, chosen.unsqueeze(1), None).squeeze(2)
+        return Backward(grads=self._split(rows), direct=None, delta=None, delta_hh=None)
+
+    def loss_steps(
+        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    ) -> Backward | None:
+        """Total gradients of single loss steps, (n, T, m, ·); None without step Jacobians."""
+        if not self._direct_is_known():
+            return None
+        device = self.marks[0].cut.device
+        sequences, loss_steps = sequences.to(device), loss_steps.to(device)
+        chosen = loss_steps.expand(len(sequences), -1)
+        rows = self._alone(sequences, chosen, dtype)
+        if self.lengths is not None:
+            rows = trimmed(rows, self.lengths.to(device)[sequences])
+        widths = [state.shape[1] for state in self.marks[0].states.values()]
+        parts = rows.permute(2, 0, 1, 3).split(widths, dim=3)
+        return Backward(dict(zip(self.names, parts, strict=True)), None, None, None)
+
+    def contributions(self, sequences: Tensor) -> None:
+        """The weights of a hand-written loop were not seen."""
+
+    @torch.no_grad()
+    def _alone(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Gradients of what arrives at the chosen steps (m, n) alone, (T, m, n, S)."""
+        direct = torch.stack(self._direct())
+        whole = _is_all(sequences, direct.shape[1])
+        direct = direct[:, sequences].to(dtype or direct.dtype).unsqueeze(2)
+        carried = direct.new_zeros(*chosen.shape, direct.shape[3])
+        rows = []
+        for t in reversed(range(len(direct))):
+            mark = self.marks[t]
+            carried = carried + direct[t].masked_fill((chosen != t).unsqueeze(2), 0.0)
+            rows.append(_with_moving(mark, carried, None if whole else sequences))
+            matrix = mark.jacobian
+            carried = _pulled(matrix if matrix is None or whole else matrix[sequences], carried)
+        return torch.stack(rows[::-1])
 
     def _split(self, rows: Tensor) -> dict[str, Tensor]:
         """State name -> (T, B, width) in its own dtype, from (T, B, S)."""
@@ -153,15 +251,12 @@ class TapSource:
         An entry no larger than 64 units of rounding of the largest term of its step, sequence and
         state counts as an exact 0: less than that the subtraction cannot tell.
         """
-        dtype = torch.float32
-        for state in self.marks[0].states.values():
-            dtype = torch.promote_types(dtype, state.dtype)
         widths = [state.shape[1] for state in self.marks[0].states.values()]
         later: tuple[Tensor, Tensor] | None = None  # a of the step after and the size of its terms
         found = []
         for place in reversed(range(len(self.marks))):
             mark = self.marks[place]
-            total = torch.cat([_grad(mark, name).to(dtype) for name in mark.states], dim=1)
+            total = self._total(mark)
             value = total - _pulled(mark.within, total)
             size = total.abs() + _pulled(mark.within, total, absolute=True)
             came, bound = torch.zeros_like(value), torch.zeros_like(value)
@@ -174,12 +269,19 @@ class TapSource:
             later = (value, size)
         return found[::-1]
 
+    def _total(self, mark: Mark) -> Tensor:
+        """(B, S): the total gradients of one step, states side by side."""
+        dtype = torch.float32
+        for state in mark.states.values():
+            dtype = torch.promote_types(dtype, state.dtype)
+        return torch.cat([_grad(mark, name).to(dtype) for name in mark.states], dim=1)
+
     def why_no_operator(self) -> str:
         """Why the step Jacobians are not known, or nothing."""
         return next((mark.unknown for mark in self.marks if mark.unknown), "")
 
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
-        """Dense step Jacobians; index 0 is the identity, as nothing before the first tap was seen.
+        """Dense step Jacobians; index 0 is the identity where nothing before the first was seen.
 
         Raises:
             RecordingError: they were not taken, or could not be.
@@ -194,9 +296,11 @@ class TapSource:
         first = self.marks[0]
         size = sum(state.shape[1] for state in first.states.values())
         eye = torch.eye(size, dtype=dtype, device=device).expand(len(chosen), -1, -1)
-        matrices = [eye]
-        for t, mark in enumerate(self.marks[1:], start=1):
-            assert mark.jacobian is not None
+        matrices = []
+        for t, mark in enumerate(self.marks):
+            if mark.jacobian is None:
+                matrices.append(eye)
+                continue
             matrix = mark.jacobian if _is_all(chosen, len(mark.cut)) else mark.jacobian[chosen]
             if self.lengths is not None:
                 padded = t >= self.lengths.to(device)[chosen]
@@ -209,7 +313,7 @@ class TapSource:
         return Parity(
             "not applicable",
             None,
-            "a hand-written loop: its states were marked with tap, its weights were not seen",
+            self.words.kind,
         )
 
     def why_no_gradient(self) -> str:
@@ -225,11 +329,14 @@ class TapSource:
             return (
                 "its marked states need no gradient; mark the states before any detach(), or call "
                 "requires_grad_() on the weights"
+                if self.words is TAPPED
+                else "its states need no gradient: its weights are frozen; call requires_grad_() on "
+                "them"
             )
         if self.ran_backward:
             return (
-                "a backward ran but did not reach the marked states: they are detached, or the loss "
-                "ignores them; make the loss depend on them"
+                f"a backward ran but did not reach its {self.words.states}: they are detached, or "
+                "the loss ignores them; make the loss depend on them"
             )
         return "no backward ran inside the block; call loss.backward() before the block ends"
 
@@ -238,12 +345,19 @@ class TapSource:
         reason = self.why_no_operator()
         if reason:
             return [f"its step Jacobians and last loss step alone are not known: {reason}"]
-        if starts_constant(self):
+        if self.words is TAPPED and starts_constant(self):
             return [
                 "the states of its first tap need no gradient, a constant start perhaps: how the "
                 "second depends on them is not measured"
             ]
-        return []
+        if self.mixed:
+            return [
+                *self.remarks,
+                "between two calls its state is mixed with the one before (zoneout, a mask): gains are "
+                "those of the states that enter the calls, and the last loss step alone and the "
+                "direct part are not told apart",
+            ]
+        return self.remarks
 
 
 def starts_constant(source: TapSource) -> bool:
@@ -257,16 +371,16 @@ def _grad(mark: Mark, name: str) -> Tensor:
 
 
 def _pulled(matrix: Tensor | None, rows: Tensor, *, absolute: bool = False) -> Tensor:
-    """Matrixᵀ rows, (B, S); zero where there is no matrix."""
+    """Matrixᵀ rows, (B, S) or (B, n, S); zero where there is no matrix."""
     if matrix is None:
         return torch.zeros_like(rows)
     matrix = matrix.to(rows.dtype)
     if absolute:
         matrix, rows = matrix.abs(), rows.abs()
-    return (rows.unsqueeze(1) @ matrix).squeeze(1)
+    return rows @ matrix if rows.dim() == 3 else (rows.unsqueeze(1) @ matrix).squeeze(1)
 
 
-def _with_moving(mark: Mark, rows: Tensor) -> Tensor:
+def _with_moving(mark: Mark, rows: Tensor, sequences: Tensor | None = None) -> Tensor:
     """Gradients of the graph from those of independent states: g = (I − Mᵀ)⁻¹ a.
 
     No state is made from itself, so the series Σ (Mᵀ)ⁿ ends after as many terms as there are states.
@@ -274,8 +388,9 @@ def _with_moving(mark: Mark, rows: Tensor) -> Tensor:
     total, term = rows, rows
     if mark.within is None:
         return total
+    within = mark.within if sequences is None else mark.within[sequences]
     for _ in mark.states:
-        term = _pulled(mark.within, term)
+        term = _pulled(within, term)
         total = total + term
     return total
 

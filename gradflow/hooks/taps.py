@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from gradflow.errors import InputError, must_be
 from gradflow.hooks import patch
-from gradflow.hooks.dense import Incomplete, Place, Step, within
-from gradflow.hooks.graph import Between, NotReadable, saved_tensors_are_hooked
-from gradflow.hooks.links import probe_of
-from gradflow.hooks.tapped import WIDEST, Mark, TapSource
-from gradflow.recording import Track
+from gradflow.hooks.dense import Place
+from gradflow.hooks.graph import Between, saved_tensors_are_hooked
+from gradflow.hooks.marks import End, Marks, Owner
+from gradflow.hooks.tapped import Mark, TapSource
 
 ADVICE = "call it as h, c = gradflow.tap(h=h, c=c) inside the loop, once per step"
 
@@ -106,41 +103,14 @@ def _rows(name: object, states: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-class Owner(Protocol):
-    """The recorder, as far as taps need it."""
-
-    handles: list[RemovableHandle]
-    jacobians: bool | None
-    training: bool
-
-    def scale(self) -> float: ...
-    def wants_track(self, name: str) -> bool: ...
-    def lengths_of(self, batch: int) -> Tensor | None: ...
-    def add_track(self, base: str, track: Track) -> None: ...
-
-
-@dataclass(eq=False)
-class _End:
-    """The last tap of a loop, with live tensors: what the next one may have come from."""
-
-    source: TapSource
-    track: Track
-    states: dict[str, Tensor]
-    place: Place
-    number: int  # of the graph nodes made so far
-    since: int  # number of the oldest node of the tap before
-    older: set[Any] = field(default_factory=set)  # nodes of all taps before
-    frames: tuple[FrameType | None, ...] = ()  # the one that tapped, and its caller's
-
-
 class Taps:
     """The loops that are being tapped, by name."""
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
-        self.sources: list[TapSource] = []
+        self.marks = Marks(owner)
         self.seen = False  # also where no track was wanted
-        self._ends: dict[str, _End] = {}
+        self._ends: dict[str, End] = {}
 
     def saw(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
@@ -150,147 +120,40 @@ class Taps:
         if not self.owner.wants_track(name):
             return
         place = Place.of(states, rows)
-        mark = Mark(
-            states=rows,
-            grad_enabled=torch.is_grad_enabled(),
-            differentiable=bool(place.edges),
-            cut=torch.zeros(len(place.like), dtype=torch.bool, device=place.like.device),
-        )
+        mark = Marks.new(place, rows)
         end = self._ends.get(name)
         if end is not None and self._goes_on(end, states, place, mark, frame):
-            self._extend(end, mark)
+            Marks.extend(end, mark)
         else:
-            end = self._begin(name, states, place, mark)
-        if self._wanted(place) and not mark.unknown:
-            self._read_within(place, mark)
-        self.owner.handles += end.source.listen(mark, place)
-        end.since = end.place.since if end.place.edges else end.number
-        end.older |= end.place.nodes
-        if bool(mark.cut.all()):
-            end.older.clear()
-        end.states, end.place, end.number = states, place, _newest()
+            source = TapSource(self.owner.scale, name, marks=[mark])
+            end = self._ends[name] = self.marks.begin(name, source, states, place)
+        self.marks.settle(end, states, place, mark)
         # where a state is outside the graph, only the place of the loop tells that it goes on
         end.frames = (frame, frame.f_back)
-
-    def _begin(self, name: str, states: dict[str, Tensor], place: Place, mark: Mark) -> _End:
-        batch, device = len(place.like), place.like.device
-        lengths = self.owner.lengths_of(batch)
-        source = TapSource(self.owner.scale, name, lengths, [mark])
-        self.sources.append(source)
-        track = Track(
-            name=name,
-            cell="tap",
-            reverse=False,
-            lengths=torch.ones(batch, dtype=torch.long, device=device),
-            mask=torch.ones(1, batch, dtype=torch.bool, device=device),
-            cuts=mark.cut.unsqueeze(0),
-            weights={},
-            source=source,
-            training=self.owner.training,
-        )
-        self.owner.add_track(name, track)
-        source.name = track.name
-        self._ends[name] = _End(source, track, states, place, _newest(), 0)
-        return self._ends[name]
-
-    @staticmethod
-    def _extend(end: _End, mark: Mark) -> None:
-        source, track = end.source, end.track
-        source.marks.append(mark)
-        steps = len(source.marks)
-        track.cuts = torch.cat([track.cuts, mark.cut.unsqueeze(0)])
-        longest = torch.full_like(track.lengths, steps)
-        lengths = source.lengths
-        track.lengths = (
-            longest if lengths is None else torch.minimum(longest, lengths.to(longest.device))
-        )
-        track.mask = torch.arange(steps, device=longest.device).unsqueeze(1) < track.lengths
-        track._cache.clear()
 
     def close(self) -> None:
         """Let go of the user's tensors, graph and frames."""
         self._ends.clear()
 
-    # -- one step ----------------------------------------------------------------------------
-
-    def _wanted(self, place: Place) -> bool:
-        if self.owner.jacobians is None:
-            return place.like.shape[1] <= WIDEST
-        return self.owner.jacobians
-
-    def _why_not(self, place: Place) -> str:
-        if self.owner.jacobians is None:
-            return (
-                f"a state {place.like.shape[1]} wide, and above {WIDEST} they are taken only on "
-                "request; ask for them with gradflow.record(model, jacobians=True)"
-            )
-        return "jacobians=False; leave it out, or ask for them with jacobians=True"
-
     def _goes_on(
-        self,
-        end: _End,
-        states: dict[str, Tensor],
-        place: Place,
-        mark: Mark,
-        frame: FrameType,
+        self, end: End, states: dict[str, Tensor], place: Place, mark: Mark, frame: FrameType
     ) -> bool:
         """Whether these states come from those of the last tap; if so, how is put on the mark."""
         if end.place.parts != place.parts or len(end.place.like) != len(place.like):
             return False
-        try:
-            if self._by_graph(end, place, mark):
-                return True
-        except Incomplete as error:
-            mark.unknown = str(error)
-            return True
-        except NotReadable as error:
-            mark.unknown = f"{error} between two taps"
+        if self.marks.by_graph(end, place, mark):
             return True
         if not _by_value(end, states, place, mark, frame):
             return False
-        self._without_graph(end, place, mark)
+        self.marks.without_graph(end, place, mark)
         return True
-
-    def _by_graph(self, end: _End, place: Place, mark: Mark) -> bool:
-        step = Step.find(end.place, place, end.older, end.since)
-        if step is None:
-            return False
-        if end.place.twice or place.twice:
-            mark.unknown = "a tap that was given one tensor as two states; give each its own"
-        elif self._wanted(place):
-            mark.jacobian = step.jacobian()
-            mark.cut = step.cut((mark.jacobian != 0).flatten(1).any(1))
-        else:
-            mark.unknown = self._why_not(place)
-            mark.cut = step.cut((step.pull(probe_of(place.like)) != 0).any(1))
-        return True
-
-    def _without_graph(self, end: _End, place: Place, mark: Mark) -> None:
-        """No path leads back: a detached state, or no graph at all."""
-        if torch.is_grad_enabled() and (place.edges or end.place.edges):
-            mark.cut = torch.ones_like(mark.cut)
-            if self._wanted(place):
-                size = place.like.shape[1]
-                mark.jacobian = place.like.new_zeros(len(place.like), size, size)
-            else:
-                mark.unknown = self._why_not(place)
-            return
-        mark.unknown = "states that need no gradient; run the loop with gradients enabled"
-
-    @staticmethod
-    def _read_within(place: Place, mark: Mark) -> None:
-        try:
-            if not place.twice:
-                mark.within = within(place)
-        except NotReadable as error:
-            mark.unknown = f"{error} between two states of one tap"
 
 
 # -------------------------------------------------------------------- without a path in the graph
 
 
 def _by_value(
-    end: _End, states: dict[str, Tensor], place: Place, mark: Mark, frame: FrameType
+    end: End, states: dict[str, Tensor], place: Place, mark: Mark, frame: FrameType
 ) -> bool:
     """Whether the loop goes on although no path leads back: by storage, values, or its place."""
     before = end.source.marks[-1].states
@@ -312,7 +175,7 @@ def _by_value(
     return frame is known or (by_a_helper and frame.f_code is known.f_code)
 
 
-def _among(tensors: list[Tensor], end: _End, before: dict[str, Tensor]) -> bool:
+def _among(tensors: list[Tensor], end: End, before: dict[str, Tensor]) -> bool:
     """Whether one of the tensors is a state of the last tap: by storage, or equal and not zero."""
     for tensor in tensors:
         for name, state in end.states.items():
@@ -347,9 +210,3 @@ def _saved(place: Place, since: int) -> list[Tensor]:
             values = value if isinstance(value, (tuple, list)) else (value,)
             found += [v for v in values if isinstance(v, Tensor)]
     return found
-
-
-def _newest() -> int:
-    """The number that the next node of the graph will have, 0 where torch does not tell."""
-    tell = getattr(torch._C._autograd, "_get_sequence_nr", None)
-    return int(tell()) if tell is not None else 0

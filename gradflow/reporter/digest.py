@@ -7,9 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from gradflow._version import __version__
-from gradflow.analysis import SCHEMA, Analysis, Finding, LayerAnalysis
+from gradflow.analysis import SCHEMA, Analysis, Finding, LayerAnalysis, Prediction, Rate
 
 SHOWN = 3  # findings a reader sees first
+PREDICTED = ("vanishing", "exploding")  # findings below which predictions are said
 
 
 def top_findings(analysis: Analysis, most: int = SHOWN) -> list[Finding]:
@@ -26,6 +27,17 @@ def top_findings(analysis: Analysis, most: int = SHOWN) -> list[Finding]:
 def other_findings(analysis: Analysis, most: int = SHOWN) -> list[Finding]:
     """All the findings that `top_findings` leaves out."""
     return top_findings(analysis, len(analysis.findings))[most:]
+
+
+def predictions(analysis: Analysis, finding: Finding) -> tuple[Prediction, ...]:
+    """What remedies for a finding would do; a layer's predictions stand below its verdict."""
+    layer = analysis.layers.get(finding.layer)
+    return layer.predictions if layer is not None and finding.name in PREDICTED else ()
+
+
+def predicted(prediction: Prediction) -> str:
+    """The heading of predictions, in words."""
+    return f"Prediction without training, for the present weights and {prediction.batch}:"
 
 
 def summary(analysis: Analysis) -> dict[str, Any]:
@@ -48,7 +60,6 @@ def summary(analysis: Analysis) -> dict[str, Any]:
 
 
 def _layer(layer: LayerAnalysis) -> dict[str, Any]:
-    rate = layer.rate
     return {
         "name": layer.name,
         "cell": layer.cell,
@@ -60,20 +71,9 @@ def _layer(layer: LayerAnalysis) -> dict[str, Any]:
         "span": layer.span,
         "verdict": layer.verdict,
         "labels": list(layer.labels),
-        "rate": {
-            "value": rate.value,
-            "low": rate.low,
-            "high": rate.high,
-            "zero": rate.value == -math.inf,
-        },
-        "decades_over_span": rate.value * layer.span / math.log(10),
-        "half_life": {"value": layer.half_life, "never": layer.half_life == math.inf},
-        "horizon": {
-            "value": layer.horizon,
-            "never": layer.never_gone,
-            "searched": layer.searched,
-        },
-        "channels": layer.channels,
+        "rate": _rate(layer.rate),
+        "decades_over_span": layer.rate.value * layer.span / math.log(10),
+        **_reach(layer),
         "lyapunov": None if layer.lyapunov is None else layer.lyapunov.tolist(),
         "parity": asdict(layer.parity),
         "gradient_note": layer.gradient_note,
@@ -81,6 +81,41 @@ def _layer(layer: LayerAnalysis) -> dict[str, Any]:
         "title": layer.title,
         "sentence": layer.sentence,
         "findings": [finding.name for finding in layer.findings],
+        "predictions": [_prediction(prediction) for prediction in layer.predictions],
+    }
+
+
+def _prediction(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "remedy": prediction.remedy,
+        "value": prediction.value,
+        "batch": prediction.batch,
+        "verdict": prediction.verdict,
+        "rate": _rate(prediction.rate),
+        **_reach(prediction),
+        "decades_won": prediction.helps,
+        "message": prediction.message,
+    }
+
+
+def _rate(rate: Rate) -> dict[str, Any]:
+    return {
+        "value": rate.value,
+        "low": rate.low,
+        "high": rate.high,
+        "zero": rate.value == -math.inf,
+    }
+
+
+def _reach(found: LayerAnalysis | Prediction) -> dict[str, Any]:
+    return {
+        "half_life": {"value": found.half_life, "never": found.half_life == math.inf},
+        "horizon": {
+            "value": found.horizon,
+            "never": found.never_gone,
+            "searched": found.searched,
+        },
+        "channels": found.channels,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gradflow.analysis import LayerAnalysis, Rate
+from gradflow.analysis import LayerAnalysis, Prediction, Rate
 from gradflow.reporter.scale import power
 
 
@@ -69,12 +69,12 @@ def cell_words(layer: LayerAnalysis) -> str:
     return f"{kind} {layer.hidden}"
 
 
-def half_life_words(layer: LayerAnalysis) -> str:
+def half_life_words(layer: LayerAnalysis | Prediction) -> str:
     """The half-life; nothing was measured where the rate is not a number."""
     return "none" if math.isnan(layer.rate.value) else steps_words(layer.half_life)
 
 
-def gone_words(layer: LayerAnalysis) -> str:
+def gone_words(layer: LayerAnalysis | Prediction) -> str:
     """After how many steps the gain is below 10⁻³; beyond what was searched, or never."""
     if layer.horizon is None and math.isnan(layer.rate.value):
         return "none"

@@ -15,9 +15,9 @@ from typing import Any
 import jinja2
 
 from gradflow._version import __version__
-from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
 from gradflow.reporter import prepare
-from gradflow.reporter.digest import other_findings, strict, top_findings
+from gradflow.reporter.digest import other_findings, predicted, predictions, strict, top_findings
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import (
     cell_words,
@@ -76,6 +76,18 @@ class Row:
     channels: str
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """One line of what is, or of what a remedy would make of it."""
+
+    words: str
+    rate: str
+    half_life: str
+    gone: str
+    channels: str
+    verdict: str
+
+
 def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
     """Build the page from an analysis and its pictures, PNG bytes by (kind, layer name).
 
@@ -92,6 +104,9 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         rows=[_row(layer) for layer in analysis],
         findings=top_findings(analysis),
         more_findings=other_findings(analysis),
+        # one shown, the others folded: the first screen holds all findings
+        opened=next((f for f in top_findings(analysis) if predictions(analysis, f)), None),
+        outlooks=functools.partial(outlooks, analysis),
         pictures=pictures,
         left_out=left_out,
         kinds=[kind for kind in KINDS if kind not in FRONT],
@@ -126,6 +141,35 @@ def _row(layer: LayerAnalysis) -> Row:
         half_life=half_life_words(layer),
         gone=gone_words(layer),
         channels=channel_words(layer),
+    )
+
+
+def outlooks(analysis: Analysis, finding: Finding) -> tuple[str, list[Outlook]]:
+    """The heading and the lines of a finding's predictions, the present numbers first."""
+    made = predictions(analysis, finding)
+    if not made:
+        return "", []
+    layer = analysis.layers[finding.layer]
+    now = Outlook(
+        words="now",
+        rate=rate_words(layer.rate),
+        half_life=half_life_words(layer),
+        gone=gone_words(layer),
+        channels=channel_words(layer),
+        verdict=layer.verdict,
+    )
+    return predicted(made[0]), [now, *(_outlook(prediction, layer) for prediction in made)]
+
+
+def _outlook(prediction: Prediction, layer: LayerAnalysis) -> Outlook:
+    known = prediction.channels is not None
+    return Outlook(
+        words=prediction.words,
+        rate=rate_words(prediction.rate),
+        half_life=half_life_words(prediction),
+        gone=gone_words(prediction),
+        channels=f"{prediction.channels} of {layer.size}" if known else "unknown",
+        verdict=prediction.verdict,
     )
 
 

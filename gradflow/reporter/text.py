@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradflow.analysis import Analysis, Finding, LayerAnalysis
-from gradflow.reporter.digest import other_findings, top_findings
+from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
+from gradflow.reporter.digest import other_findings, predicted, predictions, top_findings
 from gradflow.reporter.numbers import (
     cell_words,
     channel_words,
@@ -85,6 +85,7 @@ def render(analysis: Analysis, console: Console | None = None, *, verbose: bool 
     chosen = [*top_findings(analysis), *(others if verbose else [])]
     for number, finding in enumerate(chosen, start=1):
         _finding(console, number, finding)
+        _predictions(console, predictions(analysis, finding))
     if others and not verbose:
         left = len(others)
         words = f"{left} more {'finding' if left == 1 else 'findings'} on the page."
@@ -172,6 +173,13 @@ def _finding(console: Console, number: int, finding: Finding) -> None:
         _print(console, Text(f"   {finding.advice}{source}"), hang=3)
     for line in finding.code.splitlines():
         _print(console, Text(f"   {line}", style="cyan"))
+
+
+def _predictions(console: Console, made: Sequence[Prediction]) -> None:
+    if made:
+        _print(console, Text(f"   {predicted(made[0])}", style="dim"), hang=3)
+    for prediction in made:
+        _print(console, Text(f"   - {prediction.message}"), hang=5)
 
 
 def _print(console: Console, text: Text, hang: int | None = None) -> None:

@@ -1,0 +1,50 @@
+"""Findings: what is wrong with a layer, the evidence, and what to try; none without evidence.
+
+Causes of a lost or exploding gradient are looked for only where the verdict is not stable. What
+makes numbers unusable (NaN, cuts, one step, parity) is always reported. The menu is `FINDERS`; a
+finding that needs several layers at once is made in `gradflow.analyzer.flow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from gradflow.analysis import Finding
+from gradflow.analyzer.causes.activations import idle_units, saturated_activations
+from gradflow.analyzer.causes.gates import forget_gates, saturated_gates, update_gates
+from gradflow.analyzer.causes.paths import hidden_paths
+from gradflow.analyzer.causes.products import activations_contract, weights_contract, weights_expand
+from gradflow.analyzer.causes.spoilers import cut, no_recurrence, not_finite, parity_failed
+from gradflow.analyzer.causes.verdicts import dead, exploding, few_channels, transient, vanishing
+from gradflow.analyzer.causes.walls import walls
+from gradflow.analyzer.evidence import Evidence
+
+__all__ = ["FINDERS", "SPOILERS", "Finder", "findings"]
+
+Finder = Callable[[Evidence], Iterator[Finding]]
+SPOILERS: tuple[Finder, ...] = (not_finite, no_recurrence, parity_failed)
+FINDERS: tuple[Finder, ...] = (
+    *SPOILERS,
+    dead,
+    vanishing,
+    exploding,
+    forget_gates,
+    update_gates,
+    saturated_activations,
+    saturated_gates,
+    idle_units,
+    weights_contract,
+    activations_contract,
+    weights_expand,
+    walls,
+    hidden_paths,
+    transient,
+    few_channels,
+    cut,
+)
+
+
+def findings(evidence: Evidence) -> tuple[Finding, ...]:
+    """Every finding on one layer, the most telling first."""
+    finders = SPOILERS if "not finite" in evidence.labels else FINDERS
+    return tuple(finding for find in finders for finding in find(evidence))

@@ -1,0 +1,74 @@
+"""Activations at their flat ends, and ReLU units that are never on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from gradflow.analysis import Finding
+from gradflow.analyzer.activity import CANDIDATES, sigmoid_and_other
+from gradflow.analyzer.causes.remedies import MAJORITY, NORMALISE, identity
+from gradflow.analyzer.census import SATURATED
+from gradflow.analyzer.evidence import Evidence, over_sequences
+
+MOST = 0.5  # share of units from which on saturation or idleness is called a cause
+
+
+def saturated_activations(e: Evidence) -> Iterator[Finding]:
+    """tanh at its flat ends in most units: h of an RNN, the candidate of a gated cell."""
+    if not e.fades:
+        return
+    for name, values in _squashed(e).items():
+        flat = (values.abs() > SATURATED).double()
+        share = over_sequences(flat, e.track)
+        if not share.value > MOST:
+            continue
+        often = int((flat[e.track.mask.cpu()].mean(0) > MOST).sum())
+        yield Finding(
+            name="saturated-activations",
+            layer=e.track.name,
+            message=f"{share.value:.0%} of the activations {name} are saturated "
+            f"(|{name}| > {SATURATED:g}): {often} of {values.shape[-1]} units most of the time",
+            where=f"activations {name}",
+            value=share.value,
+            low=share.low,
+            high=share.high,
+            threshold=MOST,
+            basis=MAJORITY,
+            advice="scale the inputs or the weights down, or add layer normalisation",
+            code=NORMALISE,
+            source="Pascanu et al. 2013",
+        )
+
+
+def _squashed(e: Evidence) -> dict[str, Tensor]:
+    """What has limits at ±1: what a tap marks may have none, and a ReLU has none above."""
+    if e.track.cell == "RNN_TANH":
+        return {"h": e.track.h.detach().cpu().double()}
+    gates = sigmoid_and_other(e.track)
+    return {name: gates[name] for name in CANDIDATES if name in gates}
+
+
+def idle_units(e: Evidence) -> Iterator[Finding]:
+    """ReLU units that are 0 at every step; where all paths are cut, `dead` counts them."""
+    if not e.fades or e.verdict.name == "dead" or e.track.cell != "RNN_RELU":
+        return
+    idle = int((e.data["unit_idle"] == 1).sum())
+    hidden = e.track.hidden
+    if not idle > MOST * hidden:
+        return
+    shown = (e.data["unit_idle"] == 1).values.nonzero()[0]
+    listed = ", ".join(str(unit + 1) for unit in shown[:5]) + (", …" if len(shown) > 5 else "")
+    yield Finding(
+        name="idle-units",
+        layer=e.track.name,
+        message=f"{idle} of {hidden} ReLU units are 0 at every step: no gradient passes them",
+        where=f"units {listed}",
+        value=idle / hidden,
+        threshold=MOST,
+        basis=MAJORITY,
+        source="Le et al. 2015",
+        advice="start from an identity recurrent matrix and zero biases, or lower the learning rate",
+        code=identity(e),
+    )

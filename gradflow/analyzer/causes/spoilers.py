@@ -1,0 +1,170 @@
+"""What spoils the numbers, and is reported whatever the verdict: NaN, one step, parity, cuts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from gradflow.analysis import Finding
+from gradflow.analyzer.causes.remedies import CLIP
+from gradflow.analyzer.evidence import Evidence, counted, module, number
+from gradflow.analyzer.finite import (
+    Bad,
+    arrives,
+    bad_gradient,
+    bad_input,
+    bad_start,
+    bad_state,
+    bad_weight,
+)
+from gradflow.analyzer.order import cuts_before, input_time, segment_lengths
+from gradflow.recording import GATES
+
+LISTED = 6  # segments of one sequence that are named one by one
+
+
+def not_finite(e: Evidence) -> Iterator[Finding]:
+    """The first NaN or Inf, forward in the states, else backward in the gradients."""
+    bad, direction = bad_state(e.track), "forward"
+    if bad is None:
+        bad, direction = bad_gradient(e.track), "backward"
+    if bad is None:
+        return
+    symbol = bad.name if direction == "forward" else f"∂L/∂{bad.name}"
+    origin = bad_weight(e.track) or bad_input(e.track) or bad_start(e.track)
+    if origin and direction == "forward":
+        yield Finding(
+            name="not-finite",
+            layer=e.track.name,
+            message=f"{origin.what}, and {symbol} is {bad.value} from step {bad.step + 1} on",
+            where=bad.where,
+            value=float(bad.step + 1),
+            advice=origin.advice,
+            code=origin.code,
+        )
+        return
+    came, advice, code = _made_in(e, bad, direction)
+    yield Finding(
+        name="not-finite",
+        layer=e.track.name,
+        message=f"{symbol} is {bad.value} first at {bad.where}, in the {direction} pass{came}",
+        where=bad.where,
+        value=float(bad.step + 1),
+        advice=advice,
+        code=code,
+    )
+
+
+def _made_in(e: Evidence, bad: Bad, direction: str) -> tuple[str, str, str]:
+    """How it came about where weights and inputs are finite; advice, and a line of code."""
+    if direction == "backward":
+        outside = ", and comes from outside this layer: from the loss or a layer above"
+        return (
+            outside if arrives(e.track, bad) else "",
+            "find the operation that makes it: an overflow, a division by zero, a logarithm or a "
+            "square root of zero",
+            "torch.autograd.set_detect_anomaly(True)",
+        )
+    if "inf" in bad.value and e.track.cell in GATES:
+        dtype = str(e.track.states[bad.name].dtype).removeprefix("torch.")
+        return (
+            f": the states outgrow {dtype}",
+            "go back to the last weights that were finite, and clip the norm of the gradient from "
+            "there",
+            CLIP,
+        )
+    return "", "find the operation that makes it: an overflow, a division or logarithm by zero", ""
+
+
+def no_recurrence(e: Evidence) -> Iterator[Finding]:
+    """One step: no recurrence is exercised."""
+    if "no recurrence" not in e.labels:
+        return
+    advice, code = _how_to_recur(e)
+    yield Finding(
+        name="no-recurrence",
+        layer=e.track.name,
+        message="every sequence has one step, so the recurrent weights carry no gradient",
+        where=counted(e.track.batch, "sequence"),
+        value=1.0,
+        threshold=2.0,
+        basis="a recurrence takes two steps",
+        advice=advice,
+        code=code,
+    )
+
+
+def _how_to_recur(e: Evidence) -> tuple[str, str]:
+    """Advice and code for more than one step."""
+    path = module(e.track.owner)
+    if e.track.cell not in GATES:
+        return "mark the states inside the loop, once per step", "h, c = gradflow.tap(h=h, c=c)"
+    if e.fused:
+        return (
+            "give longer sequences; perhaps the time and the batch axis are swapped",
+            f"{path}.batch_first = {not e.track.batch_first}",
+        )
+    return (
+        "give every call the state that the one before returned",
+        f"state = None\nfor x_t in x: state = {path}(x_t, state)",
+    )
+
+
+def parity_failed(e: Evidence) -> Iterator[Finding]:
+    """Gradients that contradict those of the recorded backward."""
+    parity = e.track.parity
+    if parity.status == "failed" and bad_gradient(e.track) is None:
+        yield Finding(
+            name="parity-failed",
+            layer=e.track.name,
+            message=f"parameter gradients rebuilt from the recorded ones are off: {parity.reason}",
+            value=parity.error,
+            advice="the results that rest on the loss are withheld; please report this with the "
+            "model that shows it",
+        )
+
+
+def cut(e: Evidence) -> Iterator[Finding]:
+    """Steps at which nothing of the previous state arrives, and the stretches they leave."""
+    inside = cuts_before(e.track).diff(dim=0, prepend=torch.zeros(1, e.track.batch).int()) > 0
+    inside &= torch.arange(e.track.steps)[:, None] < e.track.lengths.cpu()
+    where = input_time(e.track)[inside]
+    steps = sorted(set(where.tolist()))
+    if not steps or (e.kind == "tap" and steps == [1]):  # a constant start, said in a note
+        return
+    shown = ", ".join(str(t + 1) for t in steps[:5]) + (", …" if len(steps) > 5 else "")
+    noun = "step" if len(steps) == 1 else "steps"
+    longest = int(e.data["segment_length"].max())
+    short = longest < e.span
+    yield Finding(
+        name="cut",
+        layer=e.track.name,
+        message=f"the state is cut off from its past at {noun} {shown}: no gradient crosses there; "
+        f"{_segments(e)}, your span is {e.span}",
+        where=f"{noun} {shown}",
+        value=float(longest),
+        threshold=float(e.span),
+        basis="the longest stretch against the span",
+        severity=-math.inf if short else None,
+        advice="carry the state without detach() if the task reaches across, or use a longer window",
+        source="Williams & Peng 1990",
+        code=f"windows = x.split({e.span}{', dim=1' if e.track.batch_first else ''})"
+        "  # one backward per window"
+        if short
+        else "",
+    )
+
+
+def _segments(e: Evidence) -> str:
+    """The distribution of segment lengths in words."""
+    every = segment_lengths(e.track)
+    if all(sequence == every[0] for sequence in every) and len(every[0]) <= LISTED:
+        return f"segments of {', '.join(str(n) for n in every[0])} steps"
+    lengths = e.data["segment_length"].values
+    low, middle, high = int(lengths.min()), float(np.median(lengths)), int(lengths.max())
+    if low == high:
+        return f"{len(lengths)} segments of {counted(low, 'step')} each"
+    return f"{len(lengths)} segments of {low} to {high} steps, {number(middle)} at the median"

@@ -1,0 +1,124 @@
+"""ln gain along the loss: ‖P(t'←t)ᵀ a_t'‖/‖a_t'‖ for every pair of steps.
+
+Letters: T timesteps, M sequences, S the state's width, n sources, t source, t' target, a_t' the
+state-partial gradient of the loss at t', all in processing order. One sweep backward in time pulls
+the vectors of all targets together; each is carried as (vector, log-scale), so nothing underflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradflow.analyzer.blocks import Blocks
+from gradflow.analyzer.jacobians import operator_of
+from gradflow.analyzer.order import in_processing_order
+from gradflow.analyzer.sweep import SPEED
+from gradflow.recording import Operator, Track
+
+
+def loss_map(
+    track: Track,
+    sequences: Sequence[int],
+    sources: np.ndarray,
+    dtype: torch.dtype,
+    seconds: float,
+    withheld: bool,
+) -> tuple[np.ndarray, int]:
+    """The map of some sequences, (M, n, T), and of every how many steps the targets are in it.
+
+    The stride of the targets, counted from the last step, is the least power of two at which the
+    sweep is predicted to take no longer than `seconds`. All NaN where the gradient is withheld or
+    unknown.
+    """
+    result = np.full((len(sequences), len(sources), track.steps), np.nan)
+    vectors = None if withheld else loss_vectors(track, sequences)
+    if vectors is None:
+        return result, 1
+    operator = operator_of(track, dtype, sequences)
+    stride = 1
+    while stride < operator.length and _seconds(operator, stride) > seconds:
+        stride *= 2
+    inside = sources[sources < operator.length]
+    targets = range(operator.length - 1, -1, -stride)
+    gains = log_loss_gains(operator, vectors, inside.tolist(), targets)
+    result[:, : len(inside), : operator.length] = gains.numpy()
+    return result, stride
+
+
+def _seconds(operator: Operator, stride: int) -> float:
+    """Predicted for the pulls of all targets; what the calls of a step take is the same for any."""
+    pulls = operator.batch * operator.length * (operator.length / stride) / 2
+    return 2.0 * pulls * operator.size**2 / SPEED[operator.dtype]
+
+
+def loss_vectors(track: Track, sequences: Sequence[int]) -> Tensor | None:
+    """a_t of some sequences, (T, M, S) float64 in processing order; None where it is not known.
+
+    The part of ∂L/∂s_t that reaches each state with the others of its step held fixed:
+    (∂L/∂h_t, ∂L/∂c_t − o_t ⊙ (1 − tanh² c_t) ⊙ W_hrᵀ ∂L/∂h_t) for an LSTM. Padding is NaN.
+    """
+    grads = track.partial_grads
+    if grads is None:
+        return None
+    parts = [in_processing_order(track, grads[name]) for name in track.states]
+    return torch.cat([part[:, list(sequences)].double() for part in parts], dim=-1)
+
+
+def log_loss_gains(
+    operator: Operator, vectors: Tensor, sources: Sequence[int], targets: Sequence[int]
+) -> Tensor:
+    """ln (‖P(t'←t)ᵀ a_t'‖ / ‖a_t'‖) from each source to each target, (M, n, T) float64.
+
+    0 at t' = t, −inf where the product sends a_t' to exactly 0, NaN where a_t' is 0 or unknown, where
+    t' < t, and at targets that were not asked for.
+
+    Args:
+        operator: A_t of the M sequences.
+        vectors: a_t, (T, M, S).
+        sources: steps t.
+        targets: steps t'.
+
+    >>> from gradflow.analyzer.jacobians import DenseOperator
+    >>> steps = DenseOperator(torch.full((4, 1, 1, 1), 0.5, dtype=torch.float64))
+    >>> loss = torch.tensor([0.0, 0.0, 3.0, 1e-200], dtype=torch.float64).view(4, 1, 1)
+    >>> log_loss_gains(steps, loss, [0], range(4))[0, 0].exp().round(decimals=9).tolist()
+    [nan, nan, 0.25, 0.125]
+    """
+    batch, length = operator.batch, operator.length
+    result = torch.full((batch, len(sources), length), torch.nan, dtype=torch.float64)
+    places = {int(t): place for place, t in enumerate(sources)}
+    wanted = set(targets)
+    level = Blocks(batch, 1, operator.size, operator.dtype, max(1, len(wanted)))
+    for t in reversed(range(length)):
+        if t in wanted:
+            _begin(level, _unit(vectors[t]), t)
+        if level.count == 0:
+            continue
+        gains = level.rescale()
+        if t in places:
+            result[:, places[t], level.start] = gains
+            if t in wanted:  # 0 exactly, but NaN where there is no direction
+                result[:, places[t], t] *= 0.0
+        if t:
+            level.replace(operator.pull(t, level.rows))
+    return result
+
+
+def _begin(level: Blocks, unit: Tensor, t: int) -> None:
+    level.add(
+        unit.to(level.values.dtype)[:, None, None],
+        torch.zeros(len(unit), 1, 1, dtype=torch.float64),
+        torch.tensor([t]),
+        torch.zeros(1, dtype=torch.long),
+    )
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """a/‖a‖ of every row, (M, S); NaN where a is 0 or not finite."""
+    peak = vectors.abs().amax(-1, keepdim=True)
+    scaled = vectors / peak  # 0/0 and inf/inf are NaN
+    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)

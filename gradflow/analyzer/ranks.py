@@ -1,0 +1,130 @@
+"""How many directions a product keeps, over the span and against the lag.
+
+Letters: M sequences, S the state's width, k lag, σ_i the singular values of P(t+k←t).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gradflow.analyzer.jacobians import operator_of, state_size
+from gradflow.analyzer.order import cuts_before
+from gradflow.analyzer.plan import Maps
+from gradflow.analyzer.singular import log_singular_along, survivors
+from gradflow.recording import Track
+
+STARTS = 4  # of each mapped sequence, evenly spread
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Singular values over the span, and what they say at the lags 1, 2, 4, …"""
+
+    singular: np.ndarray  # (M, S) ln σ over `reach` steps from the first start
+    reach: int  # the span, or what the longest stretch without a cut leaves of it
+    lags: np.ndarray  # (K,) 1, 2, 4, … and the reach
+    effective: np.ndarray  # (K,) exp of the entropy of σ/Σσ, median over starts and sequences
+    surviving: np.ndarray  # (K,) how many σ are at least 10⁻³, median likewise
+
+
+def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: float) -> Ranks:
+    """Singular values of the mapped sequences within a number of operations, NaN beyond it.
+
+    The first start of a sequence may use its whole share; the later ones together a quarter of what
+    it leaves.
+    """
+    size = state_size(track)
+    stretches = [_longest_stretch(track, b) for b in mapped]
+    reach = min(span, *(last - first for first, last in stretches))
+    if reach < 1:
+        nothing = np.zeros(0)
+        return Ranks(np.full((len(mapped), size), np.nan), 0, nothing, nothing, nothing)
+    dtype, most = torch.float64, most_work / len(mapped)
+    if 2.0 * size**3 * reach > most / 4:
+        dtype, most = torch.float32, most * 2
+    lags = dyadic(reach)
+    found, singular = [], []
+    for b, (first, last) in zip(mapped, stretches, strict=True):
+        operator, left = operator_of(track, dtype, [b]), most
+        for start in _starts(first, last):
+            steps = range(start + 1, min(start + reach, last) + 1)
+            values, work = log_singular_along(operator, steps, lags, most_work=left)
+            found.append(values)
+            left -= work
+            if start == first:
+                singular.append(values[-1])
+                left /= 4
+    every = np.stack(found)  # (M·starts, K, S)
+    return Ranks(
+        np.stack(singular),
+        reach,
+        np.array(lags),
+        _medians(every, effective_rank),
+        _medians(every, survivors),
+    )
+
+
+def dyadic(reach: int) -> list[int]:
+    """Lags 1, 2, 4, … up to the reach, and the reach itself.
+
+    >>> dyadic(9), dyadic(8), dyadic(1)
+    ([1, 2, 4, 8, 9], [1, 2, 4, 8], [1])
+    """
+    return [1 << power for power in range(reach.bit_length()) if 1 << power < reach] + [reach]
+
+
+def _starts(first: int, last: int) -> list[int]:
+    return sorted({first + place * (last - first) // STARTS for place in range(STARTS)})
+
+
+def _longest_stretch(track: Track, sequence: int) -> tuple[int, int]:
+    """First and last processed step of the longest run of steps without a cut."""
+    segments = cuts_before(track)[: int(track.lengths[sequence]), sequence]
+    counts = torch.unique_consecutive(segments, return_counts=True)[1]
+    longest = int(counts.argmax())
+    first = int(counts[:longest].sum())
+    return first, first + int(counts[longest]) - 1
+
+
+def effective_rank(log_singular: np.ndarray) -> float:
+    """exp(−Σ p_i ln p_i), p_i = σ_i/Σσ (Roy & Vetterli 2007); NaN where all σ are 0.
+
+    Singular values that are not known lie far below the largest and count as 0.
+
+    >>> round(effective_rank(np.log([1.0, 1.0, 1.0])), 9), effective_rank(np.array([5.0, -np.inf]))
+    (3.0, 1.0)
+    """
+    known = log_singular[np.isfinite(log_singular)]
+    if len(known) == 0:
+        return math.nan
+    share = np.exp(known - known.max())
+    share = share[share > 0] / share.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def _medians(every: np.ndarray, rank: Callable[[np.ndarray], float]) -> np.ndarray:
+    """Median of a rank over the starts whose singular values are known at each lag."""
+    result = []
+    for rows in every.transpose(1, 0, 2):
+        known = [float(rank(row)) for row in rows if not np.isnan(row).all()]
+        known = [value for value in known if not math.isnan(value)]
+        result.append(float(np.median(known)) if known else math.nan)
+    return np.array(result)
+
+
+def stable_rank(maps: Maps, lags: np.ndarray, size: int) -> np.ndarray:
+    """Median over sources and sequences of ‖P‖_F²/‖P‖₂² at each lag, (K,); NaN where P is 0."""
+    with np.errstate(invalid="ignore"):  # an exact zero has no rank
+        gap = 2 * (maps.log_gain["rms"] - maps.log_gain["spectral"]) + math.log(size)
+    result = []
+    for lag in lags.astype(int):
+        inside = np.flatnonzero(maps.sources + lag < gap.shape[-1])
+        values = gap[:, inside, maps.sources[inside] + lag]
+        values = values[np.isfinite(values)]
+        result.append(float(np.exp(np.median(values))) if len(values) else math.nan)
+    return np.array(result)

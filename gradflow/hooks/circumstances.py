@@ -1,0 +1,74 @@
+"""Circumstances: what around a recording shapes its numbers, in sentences for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from gradflow.hooks import mistakes
+from gradflow.hooks.ancestry import clean
+
+
+def perhaps_scaled(scale: float) -> str:
+    """What to know where a GradScaler was in use that `record` was not told of."""
+    return (
+        "the gradients are perhaps scaled: a GradScaler multiplied a loss inside the block (by "
+        f"{scale:g} when it ended) and record() was not given it; pass scaler=scaler to have its scale "
+        "divided out"
+    )
+
+
+def per_rank(model: nn.Module) -> list[str]:
+    """What to know where several processes train one model."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return []
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    if size == 1 and not wrapped:
+        return []
+    return [
+        f"per-rank gradients: these are of rank {rank} of {size} on its own part of the batch, before "
+        "they are averaged over the ranks"
+    ]
+
+
+def unseen_cells(model: nn.Module, seen: Collection[str]) -> tuple[list[str], list[str]]:
+    """The cells, in words, that were not seen where torch.compile was used: in a compiled part, others.
+
+    seen are the paths of the modules that were. The others were not called, or ran in the graph of a
+    compiled function that nothing on the model tells of.
+    """
+    inside: list[str] = []
+    others: list[str] = []
+    if not mistakes.something_is_compiled():
+        return inside, others
+    compiled = [name for name, module in model.named_modules() if _is_compiled(module)]
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.RNNCellBase) or clean(name) in seen:
+            continue
+        within = any(not part or name == part or name.startswith(f"{part}.") for part in compiled)
+        (inside if within else others).append(f"{clean(name) or 'cell'} ({type(module).__name__})")
+    return inside, others
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def not_seen(cells: list[str]) -> str:
+    """What to know about cells that ran, if at all, inside a compiled graph."""
+    return (
+        f"cell loops inside a compiled graph are not seen: {mistakes.listed(cells)} is in a part compiled "
+        "with torch.compile; record the uncompiled model"
+    )
+
+
+def perhaps_not_seen(cells: list[str]) -> str:
+    """What to know about cells of which no call was seen."""
+    return (
+        f"{mistakes.listed(cells)} was not called, or ran inside a graph of torch.compile, where nothing "
+        "is seen"
+    )

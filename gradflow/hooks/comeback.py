@@ -1,0 +1,129 @@
+"""Which of a module's outputs come back as arguments of its next call.
+
+An output comes back directly or after only elementwise operations of the same shape, slicing,
+splitting, concatenation or detaching. Where no path in the graph tells, equal values do.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradflow.hooks.graph import DEPTH, NODES, Edge, edge_of
+from gradflow.hooks.leaves import Path
+
+_MOVES = (
+    "Alias AsStrided Cat Chunk Clone Contiguous Copy CopySlices Detach Diagonal Expand Flatten "
+    "Gather Index IndexSelect Narrow Permute Repeat ReshapeAlias Reshape Select Slice Split "
+    "SplitWithSizes Squeeze Stack Swapaxes T Take ToCopy Transpose Unbind Unflatten UnsafeSplit "
+    "UnsafeView Unsqueeze View"
+)
+_ELEMENTWISE = (
+    "Abs Add Addcdiv Addcmul Atan Clamp ClampMax ClampMin Cos Cosh Div Elu Erf Exp Expm1 Fmax Fmin "
+    "FusedDropout Gelu Hardshrink Hardsigmoid Hardswish Hardtanh IndexCopy IndexFill IndexPut "
+    "LeakyRelu Lerp Log Log1P LogSigmoid Logit MaskedFill MaskedScatter Maximum Minimum Mish Mul "
+    "NanToNum NativeDropout Neg Pow Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Sinh SliceScatter "
+    "SelectScatter Softplus Softshrink Softsign Sqrt Sub Tan Tanh Threshold Where"
+)
+MOVES, ELEMENTWISE = frozenset(_MOVES.split()), frozenset(_ELEMENTWISE.split())
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that a call returned, without holding it."""
+
+    edge: Edge | None
+    row: Tensor  # (B, width), a copy
+    shape: torch.Size
+
+
+def came_back(inputs: dict[Path, Tensor], outputs: dict[Path, Output]) -> dict[Path, Path]:
+    """Output -> the argument it came back as.
+
+    The nearest; of equally near ones that of the same name or place in its container, or the later.
+    """
+    ends: dict[Edge, Path] = {out.edge: path for path, out in outputs.items() if out.edge}
+    nearest: dict[Path, tuple[tuple[int, bool, int], Path]] = {}
+    for place, (where, tensor) in enumerate(inputs.items()):
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            continue
+        edge = edge_of(tensor)
+        hits = _walk(edge, ends) if edge is not None and ends else {}
+        hits = hits or {path: 0 for path, out in outputs.items() if _is_equal(tensor, out)}
+        for path, distance in hits.items():
+            order = (distance, path[-1:] != where[-1:], -place)
+            if path not in nearest or order < nearest[path][0]:
+                nearest[path] = (order, where)
+    return {path: nearest[path][1] for path in outputs if path in nearest}
+
+
+def _kind(node: Any) -> str:
+    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+
+
+def _walk(root: Edge, ends: dict[Edge, Path]) -> dict[Path, int]:
+    """The ends that are reached, and over how many operations."""
+    found: dict[Path, int] = {}
+    seen: set[Edge] = set()
+    queue: deque[tuple[Edge, int]] = deque([(root, 0)])
+    while queue and len(seen) < NODES:
+        edge, distance = queue.popleft()
+        if edge in seen:
+            continue
+        seen.add(edge)
+        if edge in ends:
+            found.setdefault(ends[edge], distance)
+            continue
+        node = edge[0]
+        passes = _kind(node) in MOVES or _kind(node) in ELEMENTWISE
+        own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if distance < DEPTH and (passes or own):
+            queue.extend((child, distance + 1) for child in node.next_functions if child[0])
+    return found
+
+
+def _is_equal(tensor: Tensor, out: Output) -> bool:
+    """Whether every sequence of a tensor is that of the output, or zeros; one must tell."""
+    if tensor.shape != out.shape or tensor.device != out.row.device:
+        return False
+    given = tensor.detach().reshape(out.row.shape)
+    same = (given == out.row).all(1)
+    telling = same & ((out.row != 0) & (out.row != out.row.round())).any(1)
+    return bool(telling.any()) and bool((same | (given == 0).all(1)).all())
+
+
+def handed_on(edge: Edge | None, tensor: Tensor, inner: dict[str, list[Tensor]]) -> set[str]:
+    """The inner modules whose results this tensor is, unchanged but for its place in another."""
+    known: dict[Edge, set[str]] = {}
+    storages: dict[int, set[str]] = {}
+    for name, results in inner.items():
+        for result in results:
+            if (there := edge_of(result)) is not None:
+                known.setdefault(there, set()).add(name)
+            elif result.layout == torch.strided:
+                pointer = result.untyped_storage().data_ptr()
+                storages.setdefault(pointer, set()).add(name)
+    if edge is None:
+        return storages.get(tensor.untyped_storage().data_ptr(), set())
+    return _sources(edge, known, DEPTH)
+
+
+def _sources(edge: Edge, known: dict[Edge, set[str]], depth: int) -> set[str]:
+    if edge in known:
+        return known[edge]
+    node = edge[0]
+    if not depth or _kind(node) not in MOVES:
+        return set()
+    found: set[str] = set()
+    for child in node.next_functions:
+        if child[0] is None:
+            continue
+        below = _sources(child, known, depth - 1)
+        if not below:
+            return set()
+        found |= below
+    return found

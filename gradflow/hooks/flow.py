@@ -1,0 +1,261 @@
+"""Gradients of single loss steps, pulled back through the layers of a loop, many at once.
+
+A row is one loss step of one sequence on its way back. It stands at a place, one step of one
+sequence, and has a gradient there in every layer; all rows take one step back together. Rows that
+started at different loss steps but stand equally far from them are one lag.
+
+Letters: T steps, B sequences, N = T·B places, R rows, P the width of h, S of (h, c), G·H of δ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradflow.cells import Scan, Steps
+from gradflow.hooks.arrivals import Arrivals
+from gradflow.hooks.linked import pulled
+from gradflow.hooks.loop import Loop, linearised
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One layer, all steps of all sequences side by side as places; place = step · B + sequence."""
+
+    parts: list[Steps]  # of every group of calls, (1, its places, ·)
+    part: Tensor  # (N,) the group a place is in
+    index: Tensor  # (N,) and where it is there
+    x: Tensor  # (N, I)
+    before: Tensor  # (N, P) the h that the step started from
+    arrived: Tensor  # (N, S) from outside the loop
+    weight_ih: list[Tensor]  # of every group
+    factor: Tensor | None  # (N, I) the dropout that x came through
+    cut: Tensor | None  # (N,) where nothing goes on to the step before
+    into: Tensor | None  # (N, S) or (N, S, S) what the state was multiplied by on its way here
+
+    def back(self, places: Tensor, state: Tensor) -> tuple[Scan, Tensor]:
+        """Gradients and δ of the rows (1, R, ·), and what they hand to the state before, (R, S)."""
+        if len(self.parts) == 1:
+            scan, handed = _through(self.parts[0], self.index[places], state)
+        else:
+            scan, handed = self._in_parts(places, state)
+        if self.into is not None:
+            handed = pulled(self.into[places], handed.unsqueeze(1)).squeeze(1)
+        if self.cut is not None:
+            handed = handed.masked_fill(self.cut[places].unsqueeze(1), 0.0)
+        return scan, handed
+
+    def _in_parts(self, places: Tensor, state: Tensor) -> tuple[Scan, Tensor]:
+        found, rows = [], []
+        for number, steps in enumerate(self.parts):
+            mine = (self.part[places] == number).nonzero().squeeze(1)
+            rows.append(mine)
+            found.append(_through(steps, self.index[places[mine]], state[mine]))
+        order = torch.cat(rows).argsort()
+
+        def joined(arrays: list[Tensor]) -> Tensor:
+            return torch.cat(arrays, dim=-2).index_select(-2, order)
+
+        scans = [scan for scan, _ in found]
+        scan = Scan(
+            {n: joined([scan.grads[n] for scan in scans]) for n in scans[0].grads},
+            joined([scan.delta for scan in scans]),
+            joined([scan.delta_hh for scan in scans]),
+        )
+        return scan, joined([handed for _, handed in found])
+
+    def below(self, places: Tensor, scan: Scan) -> Tensor:
+        """What the rows pass to h of the layer below at the same step, (R, P)."""
+        delta = scan.delta[0]
+        if len(self.parts) == 1:
+            flow = delta @ self.weight_ih[0]
+        else:
+            flow = delta.new_empty(len(delta), self.x.shape[1])
+            for number, weight in enumerate(self.weight_ih):
+                mine = self.part[places] == number
+                flow[mine] = delta[mine] @ weight
+        return flow if self.factor is None else flow * taken(self.factor, places)
+
+
+def sheets(
+    loop: Loop, place: tuple[int, int], found: Arrivals, dtype: torch.dtype, sequences: Tensor
+) -> list[Sheet]:
+    """The layers from the top of the stack down to a place (layer, direction)."""
+    wanted, direction = place
+    count = loop.chain.calls[0].layers
+    return [
+        _sheet(loop, (layer, direction), found[layer - count], dtype, sequences)
+        for layer in reversed(range(wanted, count))
+    ]
+
+
+def _sheet(
+    loop: Loop,
+    place: tuple[int, int],
+    arrived: tuple[Tensor, Tensor | None],
+    dtype: torch.dtype,
+    sequences: Tensor,
+) -> Sheet:
+    layer, direction = place
+    batch, device = len(sequences), sequences.device
+    steps = sum(loop.chain.sizes)
+    each = torch.arange(batch, device=device)
+    part = torch.zeros(steps, batch, dtype=torch.long, device=device)
+    index, x, before, factor = torch.zeros_like(part), [], [], []
+    parts, weights_ih, starts = [], [], loop.starts
+    for number, group in enumerate(loop.groups):
+        made, made_x, made_before = linearised(group, place, dtype, sequences)
+        size = group.replay.mask.shape[0]
+        for position, member in enumerate(group.members):
+            at = slice(starts[member], starts[member] + size)
+            clock = position * size + torch.arange(size, device=device)
+            part[at], index[at] = number, clock.unsqueeze(1) * batch + each
+        parts.append(_flat(made))
+        x.append(list(made_x.split(size)))
+        before.append(list(made_before.split(size)))
+        weights_ih.append(group.replay.weights(layer, direction).weight_ih.to(dtype))
+        if layer and any(known.call.rng is not None for known in loop.groups):
+            drawn = group.replay.dropout_factor(layer - 1).to(dtype)
+            chosen = drawn.index_select(1, sequences) if drawn.dim() else drawn.expand_as(made_x)
+            factor.append(list(chosen.split(size)))
+    cut, into = _links(loop, layer, dtype, sequences) if len(loop.chain.calls) > 1 else (None, None)
+    return Sheet(
+        parts=parts,
+        part=part.flatten(),
+        index=index.flatten(),
+        x=_ordered(loop, x),
+        before=_ordered(loop, before),
+        arrived=torch.cat([a[:, sequences] for a in arrived if a is not None], dim=2)
+        .to(dtype)
+        .flatten(0, 1),
+        weight_ih=weights_ih,
+        factor=_ordered(loop, factor) if factor else None,
+        cut=cut,
+        into=into,
+    )
+
+
+def _flat(steps: Steps) -> Steps:
+    """(T, B, ·) as (1, T·B, ·), without what a scan does not need."""
+    bare = replace(steps, gates={}, states={"h": steps.states["h"]})
+    return bare.each_step(lambda array: array.flatten(0, 1).unsqueeze(0))
+
+
+def _ordered(loop: Loop, arrays: list[list[Tensor]]) -> Tensor:
+    """(N, ·) in time from (t, B, ·) per group and member."""
+    found: dict[int, Tensor] = {}
+    for group, each in zip(loop.groups, arrays, strict=True):
+        found |= zip(group.members, each, strict=True)
+    return torch.cat([found[member] for member in range(len(found))]).flatten(0, 1)
+
+
+def _links(
+    loop: Loop, layer: int, dtype: torch.dtype, sequences: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Where nothing goes back from the first step of a call to the one before, and factors there."""
+    batch, steps = len(sequences), sum(loop.chain.sizes)
+    cut = torch.zeros(steps, batch, dtype=torch.bool, device=sequences.device)
+    factors = {}
+    for first, link in zip(loop.starts[1:], loop.chain.links[1:], strict=True):
+        assert link is not None
+        cut[first] = link.cut[sequences]
+        if link.into is not None:
+            factors[first] = link.into[layer].index_select(0, sequences).to(dtype)
+    if not factors:
+        return cut.flatten(), None
+    size = next(iter(factors.values())).shape[1]
+    if any(factor.dim() == 3 for factor in factors.values()):
+        factors = {t: f if f.dim() == 3 else torch.diag_embed(f) for t, f in factors.items()}
+        into = torch.eye(size, dtype=dtype, device=cut.device).repeat(steps, batch, 1, 1)
+    else:
+        into = torch.ones(steps, batch, size, dtype=dtype, device=cut.device)
+    for first, factor in factors.items():
+        into[first] = factor
+    return cut.flatten(), into.flatten(0, 1)
+
+
+def taken(array: Tensor, places: Tensor) -> Tensor:
+    """Rows of an array at ascending places, without a copy where they are consecutive."""
+    if len(places) and int(places[-1] - places[0]) + 1 == len(places):
+        return array[int(places[0]) : int(places[-1]) + 1]
+    return array.index_select(0, places)
+
+
+def _through(steps: Steps, index: Tensor, state: Tensor) -> tuple[Scan, Tensor]:
+    rows = steps.each_step(lambda array: taken(array[0], index).unsqueeze(0))
+    width = rows.weight_hh.shape[1]
+    final_c = state[:, width:] if state.shape[1] > width else None
+    zero = torch.zeros(len(state), dtype=torch.long, device=state.device)
+    scan = rows.scan(state[:, :width].unsqueeze(0), final_c, zero)
+    before = rows.before(scan, 0)
+    return scan, torch.cat([before[name] for name in ("h", "c") if name in before], dim=1)
+
+
+def _back(
+    stack: list[Sheet], places: Tensor, states: list[Tensor]
+) -> tuple[list[Scan], list[Tensor]]:
+    """One step back of all rows in all layers, from the top down."""
+    scans: list[Scan] = []
+    handed = []
+    for number, (sheet, state) in enumerate(zip(stack, states, strict=True)):
+        if number:
+            flow = stack[number - 1].below(places, scans[-1])
+            width = flow.shape[1]
+            state = torch.cat([state[:, :width] + flow, state[:, width:]], dim=1)
+        scan, before = sheet.back(places, state)
+        scans.append(scan)
+        handed.append(before)
+    return scans, handed
+
+
+def by_lag(stack: list[Sheet], batch: int) -> Iterator[tuple[Tensor, Scan]]:
+    """Every loss step of every sequence, one step further back at a time.
+
+    Yields the places of the rows at lag 0, 1, 2, … and their gradients in the lowest of the layers,
+    until nothing is left.
+    """
+    arrives = torch.stack([(sheet.arrived != 0).any(1) for sheet in stack]).any(0)
+    places = arrives.nonzero().squeeze(1)
+    states = [sheet.arrived[places] for sheet in stack]
+    while len(places):
+        scans, states = _back(stack, places, states)
+        yield places, scans[-1]
+        places = places - batch
+        alive = torch.stack([(state != 0).any(1) for state in states]).any(0) & (places >= 0)
+        places, states = places[alive], [state[alive] for state in states]
+
+
+def by_time(
+    stack: list[Sheet], batch: int, loss_steps: Tensor | None = None
+) -> Iterator[tuple[Tensor, list[Scan]]]:
+    """All sequences from the last step to the first, places and gradients (1, R, ·) in every layer.
+
+    A row starts at its own loss step, those of one sequence are in the column of loss_steps (n, B)
+    and R = n · B; without them R = B and a row takes up all that arrives.
+    """
+    rows = batch if loss_steps is None else loss_steps.numel()
+    sequences = torch.arange(rows, device=stack[0].part.device) % batch
+    states = [sheet.arrived.new_zeros(rows, sheet.arrived.shape[1]) for sheet in stack]
+    for t in reversed(range(len(stack[0].part) // batch)):
+        places = t * batch + sequences
+        for number, sheet in enumerate(stack):
+            arrived = sheet.arrived[places]
+            if loss_steps is not None:
+                elsewhere = (loss_steps.flatten() != t).unsqueeze(1)
+                arrived = arrived.masked_fill(elsewhere, 0.0)
+            states[number] = states[number] + arrived
+        scans, states = _back(stack, places, states)
+        yield places, scans
+
+
+def gathered(passed: list[Scan]) -> Scan:
+    """One scan (T, R, ·) from those of single steps, given from the last to the first."""
+    in_order = passed[::-1]
+    return Scan(
+        {name: torch.cat([scan.grads[name] for scan in in_order]) for name in in_order[0].grads},
+        torch.cat([scan.delta for scan in in_order]),
+        torch.cat([scan.delta_hh for scan in in_order]),
+    )

@@ -1,0 +1,178 @@
+"""Marks: the states of one loop, step by step, and how each step came from the one before.
+
+What `tap` marks and what a cell of the user's own returns go the same way: states are copied,
+gradients that reach them are added up, the step Jacobian is read from the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradflow.hooks.dense import Incomplete, Place, Step, within
+from gradflow.hooks.graph import NotReadable
+from gradflow.hooks.links import probe_of
+from gradflow.hooks.tapped import WIDEST, Mark, TapSource
+from gradflow.recording import Track
+
+
+class Owner(Protocol):
+    """The recorder, as far as marked loops need it."""
+
+    handles: list[RemovableHandle]
+    jacobians: bool | None
+    training: bool
+
+    def scale(self) -> float: ...
+    def wants_track(self, name: str) -> bool: ...
+    def lengths_of(self, batch: int) -> Tensor | None: ...
+    def add_track(self, base: str, track: Track) -> None: ...
+
+
+@dataclass(eq=False)
+class End:
+    """The last marked step of a loop, with live tensors: what the next one may have come from."""
+
+    source: TapSource
+    track: Track
+    states: dict[str, Tensor]
+    place: Place
+    number: int  # of the graph nodes made so far
+    since: int  # number of the oldest node of the step before
+    older: set[Any] = field(default_factory=set)  # nodes of all steps before
+    frames: tuple[FrameType | None, ...] = ()  # of a tap: the one that tapped, and its caller's
+
+
+class Marks:
+    """Makes, links and listens to the marks of loops."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+
+    @staticmethod
+    def new(place: Place, rows: dict[str, Tensor]) -> Mark:
+        """A mark of states that sit at this place."""
+        return Mark(
+            states=rows,
+            grad_enabled=torch.is_grad_enabled(),
+            differentiable=bool(place.edges),
+            cut=torch.zeros(len(place.like), dtype=torch.bool, device=place.like.device),
+        )
+
+    def begin(self, name: str, source: TapSource, states: dict[str, Tensor], place: Place) -> End:
+        """A loop whose first mark is the only one of the source."""
+        mark = source.marks[0]
+        batch, device = len(place.like), place.like.device
+        source.lengths = self.owner.lengths_of(batch)
+        track = Track(
+            name=name,
+            cell=source.cell,
+            reverse=False,
+            lengths=torch.ones(batch, dtype=torch.long, device=device),
+            mask=torch.ones(1, batch, dtype=torch.bool, device=device),
+            cuts=mark.cut.unsqueeze(0),
+            weights={},
+            source=source,
+            training=self.owner.training,
+        )
+        self.owner.add_track(name, track)
+        source.name = track.name
+        return End(source, track, states, place, newest(), 0)
+
+    @staticmethod
+    def extend(end: End, mark: Mark) -> None:
+        """One more step."""
+        source, track = end.source, end.track
+        source.marks.append(mark)
+        steps = len(source.marks)
+        track.cuts = torch.cat([track.cuts, mark.cut.unsqueeze(0)])
+        longest = torch.full_like(track.lengths, steps)
+        lengths = source.lengths
+        track.lengths = (
+            longest if lengths is None else torch.minimum(longest, lengths.to(longest.device))
+        )
+        track.mask = torch.arange(steps, device=longest.device).unsqueeze(1) < track.lengths
+        track._cache.clear()
+
+    def settle(self, end: End, states: dict[str, Tensor], place: Place, mark: Mark) -> None:
+        """What these states pass to one another, and from now on they are the end of the loop."""
+        if self.wanted(place) and not mark.unknown and not mark.within_known:
+            self.read_within(end.source, place, mark)
+        self.owner.handles += end.source.listen(mark, place.edges)
+        end.since = end.place.since if end.place.edges else end.number
+        end.older |= end.place.nodes
+        if bool(mark.cut.all()):
+            end.older.clear()
+        end.states, end.place, end.number = states, place, newest()
+
+    def wanted(self, place: Place) -> bool:
+        """Whether step Jacobians of states of this width are taken."""
+        if self.owner.jacobians is None:
+            return place.like.shape[1] <= WIDEST
+        return self.owner.jacobians
+
+    def _why_not(self, place: Place) -> str:
+        if self.owner.jacobians is None:
+            return (
+                f"a state {place.like.shape[1]} wide, and above {WIDEST} they are taken only on "
+                "request; ask for them with gradflow.record(model, jacobians=True)"
+            )
+        return "jacobians=False; leave it out, or ask for them with jacobians=True"
+
+    def by_graph(self, end: End, place: Place, mark: Mark) -> bool:
+        """Whether a path leads from these states back to the last ones; it is put on the mark."""
+        words = end.source.words
+        try:
+            return self._read(end, place, mark)
+        except Incomplete as error:
+            mark.unknown = f"{error}, so {words.more}"
+        except NotReadable as error:
+            mark.unknown = f"{error} between two {words.steps}"
+        return True
+
+    def _read(self, end: End, place: Place, mark: Mark) -> bool:
+        step = Step.find(end.place, place, end.older, end.since)
+        if step is None:
+            return False
+        if end.place.twice or place.twice:
+            mark.unknown = "a tap that was given one tensor as two states; give each its own"
+        elif self.wanted(place):
+            mark.jacobian = step.jacobian()
+            mark.cut = step.cut((mark.jacobian != 0).flatten(1).any(1))
+        else:
+            mark.unknown = self._why_not(place)
+            mark.cut = step.cut((step.pull(probe_of(place.like)) != 0).any(1))
+        return True
+
+    def without_graph(self, end: End, place: Place, mark: Mark) -> None:
+        """No path leads back: a detached state, or no graph at all."""
+        if torch.is_grad_enabled() and (place.edges or end.place.edges):
+            mark.cut = torch.ones_like(mark.cut)
+            if self.wanted(place):
+                size = place.like.shape[1]
+                mark.jacobian = place.like.new_zeros(len(place.like), size, size)
+            else:
+                mark.unknown = self._why_not(place)
+            return
+        mark.unknown = "states that need no gradient; run the loop with gradients enabled"
+
+    @staticmethod
+    def read_within(source: TapSource, place: Place, mark: Mark) -> None:
+        """What these states pass to one another."""
+        try:
+            if not place.twice:
+                mark.within = within(place)
+            mark.within_known = True
+        except NotReadable as error:
+            mark.unknown = f"{error} between two states of one {source.words.step}"
+
+
+def newest() -> int:
+    """The number that the next node of the graph will have, 0 where torch does not tell."""
+    tell = getattr(torch._C._autograd, "_get_sequence_nr", None)
+    return int(tell()) if tell is not None else 0

@@ -1,0 +1,283 @@
+"""Rerun: the recorded calls once more, forward only, with changed weights.
+
+A fused stack runs as a whole, so its upper layers read what the changed lower ones return, under the
+same dropout. A loop goes from call to call through its recorded links. What comes from outside the
+recurrent calls (inputs, first states, factors between two calls) is taken as it was recorded, and no
+loss is run: what comes back has states, gates and step Jacobians, but no gradients.
+
+Letters: B sequences, S the width of one layer's full state (h, c), G gates, H hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradflow.errors import RecordingError
+from gradflow.hooks.call import Call
+from gradflow.hooks.kernels import whole_call
+from gradflow.hooks.linked import pushed
+from gradflow.hooks.links import Factor, Link, close_to
+from gradflow.hooks.loop import Loop
+from gradflow.hooks.source import LoopSource
+from gradflow.hooks.stitch import Chain
+from gradflow.recording import GATES, Parity, Recording, Track
+
+KEEPING = {"LSTM": "forget", "GRU": "update"}  # the gate that keeps the state, second of its kind
+UNCHANGED = "the weights were changed and the loss was not run again"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What to change in one layer and direction."""
+
+    forget_bias: float = 0.0  # added to the pre-activation of an LSTM's f, of a GRU's z
+    scale_hh: float = 1.0  # what W_hh is multiplied by
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """The changed layers as a recording, and a sentence on each layer that is not as it would be."""
+
+    recording: Recording
+    refused: Mapping[str, str]  # track name -> why it could not be run again
+    notes: Mapping[str, str]  # track name -> what was taken as recorded; "" for nothing
+
+
+class ChangedSource(LoopSource):
+    """A layer of a rerun: everything but gradients."""
+
+    def parity(self) -> Parity:
+        """There is no gradient to hold against anything."""
+        return Parity("not applicable", None, UNCHANGED)
+
+    def why_no_gradient(self) -> str:
+        """Why there is none here."""
+        return UNCHANGED
+
+
+def rerun(recording: Recording, changes: Mapping[str, Change]) -> Rerun:
+    """Run the recorded calls again with changed weights; the recording stays as it is.
+
+    Args:
+        recording: what ``gradflow.record`` saw.
+        changes: track name -> what to change there; layers that are not named keep their weights.
+
+    Returns:
+        The named tracks with their new states, gates, weights and step Jacobians, and why some of
+        them could not be run again.
+    """
+    known: dict[int, Chain | str] = {}  # by id of the recorded chain: run again, or why not
+    made = Recording(recording.model_name)
+    made.notes = list(recording.notes)
+    made.provenance = dict(recording.provenance)
+    refused, notes = {}, {}
+    several = len({id(_chain(track)) for track in recording}) > 1
+    for track in recording:
+        if track.name not in changes:
+            continue
+        reason = _cannot(track, changes[track.name])
+        chain = _chain(track)
+        if chain is not None and not reason:
+            if id(chain) not in known:
+                known[id(chain)] = _again(chain, changes)
+            again = known[id(chain)]
+            if isinstance(again, Chain):
+                made._tracks[track.name] = _track(track, again)
+                notes[track.name] = _as_recorded(chain, several)
+                continue
+            reason = again
+        refused[track.name] = reason
+    return Rerun(made, refused, notes)
+
+
+def _chain(track: Track) -> Chain | None:
+    return track.source.loop.chain if isinstance(track.source, LoopSource) else None
+
+
+def _cannot(track: Track, change: Change) -> str:
+    """Why this track cannot be run again with this change, or nothing."""
+    if not isinstance(track.source, LoopSource):
+        return "its steps are the user's own code, which is not run again"
+    if change.forget_bias and track.cell not in KEEPING:
+        return "a vanilla RNN has no gate that keeps its state"
+    return ""
+
+
+def _as_recorded(chain: Chain, several: bool) -> str:
+    if len(chain.calls) > 1:
+        return "every call of the loop reads its input as it was recorded"
+    return "what other modules feed it is taken as it was recorded" if several else ""
+
+
+def _track(track: Track, chain: Chain) -> Track:
+    source = track.source
+    assert isinstance(source, LoopSource)
+    loop = Loop(chain)
+    return replace(
+        track,
+        lengths=track.lengths.clone(),
+        mask=track.mask.clone(),
+        cuts=track.cuts.clone(),
+        weights=loop.groups[0].replay.weights(source.layer, source.direction).named(),
+        source=ChangedSource(loop, source.layer, source.direction, source.uses),
+        notes=list(track.notes),
+        _cache={},
+    )
+
+
+# ------------------------------------------------------------------------------------ the calls
+
+
+def _again(chain: Chain, changes: Mapping[str, Change]) -> Chain | str:
+    """The chain with changed weights, or why it cannot be run again."""
+    own = {
+        (source.layer, source.direction): changes[track.name]
+        for track in chain.tracks
+        if track.name in changes and isinstance(source := track.source, LoopSource)
+    }
+    weights = _ChangedWeights(own)
+    calls: list[Call] = []
+    try:
+        for place, call in enumerate(chain.calls):
+            if call.rng is not None and call.data.device.type != "cpu":
+                raise RecordingError("its dropout cannot be drawn again on this device")
+            changed = replace(
+                call,
+                weights=weights.of(call),
+                weight_keys=(),
+                has_biases=call.has_biases or weights.with_biases,
+            )
+            if place:
+                link = chain.links[place]
+                assert link is not None
+                state = _started(link, chain.calls[place - 1], call, calls[-1])
+                changed = replace(changed, **state)  # type: ignore[arg-type]
+            calls.append(_run(changed))
+        again = Chain(calls, list(chain.links), lengths=chain.lengths)
+        for group in again.groups():
+            _ = group.replay.layers  # a stack that cannot be replayed says so here
+    except RecordingError as error:
+        return str(error)
+    return again
+
+
+def _run(call: Call) -> Call:
+    """The call with what it returns now, and no gradients."""
+    results = list(whole_call(call))
+    if call.single:  # its h stands as output and as h_n
+        results[1] = results[0]
+    return replace(
+        call,
+        returned=dict(zip(call.returned, results, strict=True)),
+        grads={},
+        graph_tasks=set(),
+        second_order=False,
+        within=None,
+        entering={},
+    )
+
+
+class _ChangedWeights:
+    """Changed weights of calls; weights that shared a copy go on sharing one."""
+
+    def __init__(self, changes: Mapping[tuple[int, int], Change]) -> None:
+        self.changes = changes
+        self.with_biases = any(change.forget_bias for change in changes.values())
+        self._known: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def of(self, call: Call) -> tuple[Tensor, ...]:
+        """All weights of a call, in its own order; biases are added where one is to be raised."""
+        directions = 1 + call.bidirectional
+        count = len(call.weights) // (call.layers * directions)
+        found: list[Tensor] = []
+        for place in range(call.layers * directions):
+            weights = call.weights[place * count : (place + 1) * count]
+            key = (place, *map(id, weights))
+            if key not in self._known:
+                change = self.changes.get(divmod(place, directions), Change())
+                self._known[key] = self._changed(call, list(weights), change)
+            found += self._known[key]
+        return tuple(found)
+
+    def _changed(self, call: Call, weights: list[Tensor], change: Change) -> list[Tensor]:
+        weight_ih, weight_hh, *rest = weights
+        if self.with_biases and not call.has_biases:
+            nothing = weight_hh.new_zeros(len(weight_hh))
+            rest = [nothing, nothing, *rest]  # before weight_hr, with a projection
+        if change.forget_bias:
+            hidden = len(weight_hh) // GATES[call.cell]
+            bias_ih = rest[0].clone()
+            bias_ih[hidden : 2 * hidden] += change.forget_bias
+            rest[0] = bias_ih
+        return [weight_ih, weight_hh * change.scale_hh, *rest]
+
+
+# ------------------------------------------------------------------------------- between two calls
+
+
+def _started(link: Link, earlier: Call, call: Call, before: Call) -> dict[str, Tensor]:
+    """h0 and c0 of a call, from what the changed call before it returned.
+
+    earlier and call are the recorded ones, before is the changed call before this one. What multiplied
+    the state is taken as recorded; a state that was made from the one before in any other way cannot
+    be foretold.
+    """
+    if link.unknown:
+        raise RecordingError(link.unknown)
+    entered = _flat(call.h0, call.c0)
+    was, now = _through(link, earlier), _through(link, before)
+    start = torch.where(link.cut.view(-1, 1), _past_a_cut(link, earlier, before, entered), now)
+    size = _through(link, earlier, absolute=True).abs()
+    if not close_to(entered[:, ~link.cut], was[:, ~link.cut], size[:, ~link.cut]):
+        raise RecordingError(
+            "between two of its calls the state is not only multiplied: what that would make of a "
+            "changed state is not known"
+        )
+    width = call.h0.shape[2]
+    parts = {"h0": start[..., :width].contiguous()}
+    if call.c0 is not None:
+        parts["c0"] = start[..., width:].contiguous()
+    return {name: part.to(call.h0.dtype) for name, part in parts.items()}
+
+
+def _past_a_cut(link: Link, earlier: Call, before: Call, entered: Tensor) -> Tensor:
+    """States without a gradient: carried where they were what was returned, else as recorded."""
+    returned = _returned(earlier)
+    carried = (entered == returned).transpose(0, 1).flatten(1).all(1)
+    reset = (entered == 0).transpose(0, 1).flatten(1).all(1)
+    if link.into is None and not bool((carried | reset)[link.cut].all()):
+        raise RecordingError("the state is changed in place between two of its calls")
+    if link.into is not None:
+        carried = carried & ~reset  # multiplied by zero
+    return torch.where(carried.view(-1, 1), _returned(before), entered)
+
+
+def _through(link: Link, call: Call, *, absolute: bool = False) -> Tensor:
+    """What the link makes of the state a call returned, and of the one that entered it."""
+    result = _times(link.into, _returned(call), absolute)
+    if link.around is not None:
+        result = result + _times(link.around, _flat(call.h0, call.c0), absolute)
+    return result
+
+
+def _times(factor: Factor, state: Tensor, absolute: bool) -> Tensor:
+    if absolute:
+        factor, state = None if factor is None else factor.abs(), state.abs()
+    if factor is None:
+        return state
+    factor = factor.to(state.dtype)
+    layers = [pushed(part, rows.unsqueeze(1)) for part, rows in zip(factor, state, strict=True)]
+    return torch.stack(layers).squeeze(2)
+
+
+def _returned(call: Call) -> Tensor:
+    return _flat(call.returned["h_n"], call.returned.get("c_n"))
+
+
+def _flat(h: Tensor, c: Tensor | None) -> Tensor:
+    """h, then c, in one (layers, B, S)."""
+    return h if c is None else torch.cat([h, c], dim=2)
