@@ -1,116 +1,17 @@
-"""What was seen: a `Recording` holds one `Track` per recurrent layer and direction.
-
-Letters, here and everywhere in gradflow: T timesteps, B sequences, I input features, H hidden units,
-P the width of h (H, or ``proj_size``), S the width of the full carried state, G gates.
-Time is the first axis. Index 0 is the first step. Track arrays are in input-time order with the
-sequences in the user's order; steps past a sequence's length hold NaN.
-"""
+"""A `Track`: one recurrent layer in one direction, at every step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from html import escape
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gradflow.errors import RecordingError, must_be
+from gradflow.recording.source import Backward, Contributions, Forward, Operator, Parity, Source
 
-
-class Operator(Protocol):
-    """The step Jacobians A_t of a batch of sequences, in processing order, as linear operators.
-
-    Rows of a block are vectors, so pushing a block V of shape (B, m, S) gives V A_tᵀ.
-    """
-
-    @property
-    def length(self) -> int: ...  # T
-    @property
-    def batch(self) -> int: ...  # B
-    @property
-    def size(self) -> int: ...  # S
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def push(self, t: int, block: Tensor) -> Tensor:
-        """Map every row v of block (B, m, S) to A_t v."""
-        ...
-
-    def pull(self, t: int, block: Tensor) -> Tensor:
-        """Map every row u of block (B, m, S) to A_tᵀ u."""
-        ...
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What a replay of the forward pass yields; every array (T, B, ·), input-time order."""
-
-    states: dict[str, Tensor]  # state name -> (T, B, P or H)
-    initial: dict[str, Tensor]  # state name -> (B, P or H); empty where they were not seen
-    gates: dict[str, Tensor]  # gate name -> (T, B, H)
-    inputs: Tensor | None  # (T, B, I); None where they were not seen
-
-
-@dataclass(frozen=True)
-class Backward:
-    """What a replay of the backward pass yields; every array (T, B, ·), input-time order."""
-
-    grads: dict[str, Tensor]  # state name -> total gradient
-    direct: Tensor | None  # (T, B, P): what reaches h_t not through this layer's own recurrence
-    delta: Tensor | None  # (T, B, G*H): gradient at the input side of the pre-activations
-    delta_hh: Tensor | None  # (T, B, G*H): the same at the recurrent side
-
-
-@dataclass(frozen=True)
-class Outer:
-    """A sum of R outer products, Σ_r δ_r v_rᵀ: a gradient of a weight as what it is made from."""
-
-    delta: Tensor  # (R, G*H)
-    vectors: Tensor  # (R, P or I)
-
-    def matrix(self) -> Tensor:
-        """The sum itself, (G·H, P or I)."""
-        return self.delta.T @ self.vectors
-
-
-@dataclass(frozen=True)
-class Contributions:
-    """∂L/∂W_hh and ∂L/∂W_ih of a layer, taken apart by distance from the loss step; float64."""
-
-    work: int  # multiplications that one loss step of one sequence takes at one lag
-    total: Callable[[], dict[str, Outer]]  # weight name -> ∂L/∂W, all lags together
-    by_lag: Callable[[], Iterator[dict[str, Outer]]]  # C_0, C_1, … until nothing is left
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Parameter gradients rebuilt from δ_t, held against those of this very backward."""
-
-    status: str  # "passed", "failed" or "not applicable"
-    error: float | None  # largest difference relative to the largest entry
-    reason: str
-
-
-class Source(Protocol):
-    """Where a track's numbers come from; the hooks hand one over for each track."""
-
-    def forward(self) -> Forward: ...
-    def backward(self) -> Backward | None: ...
-    def last(self) -> Backward | None: ...
-    def reached(self) -> Tensor | None: ...
-    def loss_steps(
-        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
-    ) -> Backward | None: ...
-    def contributions(self, sequences: Tensor) -> Contributions | None: ...
-    def partial(self) -> dict[str, Tensor] | None: ...
-    def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator: ...
-    def parity(self) -> Parity: ...
-    def why_no_gradient(self) -> str: ...
-    @property
-    def version(self) -> int: ...
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # blocks of weight_hh
 
 
 @dataclass(eq=False)
@@ -448,74 +349,3 @@ class Track:
             f"Track({self.name}: {self.cell}, T={self.steps}, B={self.batch}, H={self.hidden}, "
             f"{self.backwards} backward{'' if self.backwards == 1 else 's'})"
         )
-
-
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # blocks of weight_hh
-
-
-SHOWN = 12  # tracks of a repr that fits a screen
-
-
-class Recording:
-    """All tracks that were seen inside one ``with gradflow.record(model) as recording:`` block."""
-
-    def __init__(self, model_name: str) -> None:
-        self.model_name = model_name
-        self.notes: list[str] = []  # sentences for the report: settings that shape the numbers
-        self.provenance: dict[str, object] = {}
-        self._tracks: dict[str, Track] = {}
-        self._empty_reason = "nothing ran inside the block yet"
-
-    @property
-    def tracks(self) -> Mapping[str, Track]:
-        """Name -> `Track`, in the order in which the layers ran."""
-        return dict(self._tracks)
-
-    def __getitem__(self, name: str) -> Track:
-        if name in self._tracks:
-            return self._tracks[name]
-        if not self._tracks:
-            raise RecordingError(self._empty_reason)
-        matches = [known for known in self._tracks if known.startswith(name)]
-        if len(matches) == 1:
-            return self._tracks[matches[0]]
-        known = ", ".join(self._tracks)
-        if matches:
-            raise RecordingError(f"{name!r} fits several tracks; give one of {', '.join(matches)}")
-        raise RecordingError(f"there is no track {name!r}; this recording has {known}")
-
-    def __iter__(self) -> Iterator[Track]:
-        return iter(self._tracks.values())
-
-    def __len__(self) -> int:
-        return len(self._tracks)
-
-    def require_tracks(self) -> None:
-        """Raise the sentence that says why there is nothing, if there is nothing."""
-        if not self._tracks:
-            raise RecordingError(self._empty_reason)
-
-    def __repr__(self) -> str:
-        if not self._tracks:
-            return f"Recording of {self.model_name}: no tracks; {self._empty_reason}"
-        width = max(len(name) for name in self._tracks)
-        lines = [f"Recording of {self.model_name}: {len(self._tracks)} track(s)"]
-        lines += [
-            f"  {track.name:<{width}}  {track.cell:<8}  T={track.steps}  B={track.batch}  "
-            f"H={track.hidden}  backwards={track.backwards}"
-            for track in list(self._tracks.values())[:SHOWN]
-        ]
-        if len(self._tracks) > SHOWN:
-            lines.append(f"  and {len(self._tracks) - SHOWN} more, see .tracks")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(repr(self))}</pre>"
-
-
-def matches_any(name: str, patterns: list[str]) -> bool:
-    """Whether a track or module name is picked by one of the user's names or globs."""
-    return any(
-        fnmatchcase(name, pattern) or name == pattern or name.startswith(pattern + ".")
-        for pattern in patterns
-    )

@@ -1,0 +1,77 @@
+"""A `Recording`: all tracks of one block, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from html import escape
+
+from gradflow.errors import RecordingError
+from gradflow.recording.track import Track
+
+SHOWN = 12  # tracks of a repr that fits a screen
+
+
+class Recording:
+    """All tracks that were seen inside one ``with gradflow.record(model) as recording:`` block."""
+
+    def __init__(self, model_name: str) -> None:
+        self.model_name = model_name
+        self.notes: list[str] = []  # sentences for the report: settings that shape the numbers
+        self.provenance: dict[str, object] = {}
+        self._tracks: dict[str, Track] = {}
+        self._empty_reason = "nothing ran inside the block yet"
+
+    @property
+    def tracks(self) -> Mapping[str, Track]:
+        """Name -> `Track`, in the order in which the layers ran."""
+        return dict(self._tracks)
+
+    def __getitem__(self, name: str) -> Track:
+        if name in self._tracks:
+            return self._tracks[name]
+        if not self._tracks:
+            raise RecordingError(self._empty_reason)
+        matches = [known for known in self._tracks if known.startswith(name)]
+        if len(matches) == 1:
+            return self._tracks[matches[0]]
+        known = ", ".join(self._tracks)
+        if matches:
+            raise RecordingError(f"{name!r} fits several tracks; give one of {', '.join(matches)}")
+        raise RecordingError(f"there is no track {name!r}; this recording has {known}")
+
+    def __iter__(self) -> Iterator[Track]:
+        return iter(self._tracks.values())
+
+    def __len__(self) -> int:
+        return len(self._tracks)
+
+    def require_tracks(self) -> None:
+        """Raise the sentence that says why there is nothing, if there is nothing."""
+        if not self._tracks:
+            raise RecordingError(self._empty_reason)
+
+    def __repr__(self) -> str:
+        if not self._tracks:
+            return f"Recording of {self.model_name}: no tracks; {self._empty_reason}"
+        width = max(len(name) for name in self._tracks)
+        lines = [f"Recording of {self.model_name}: {len(self._tracks)} track(s)"]
+        lines += [
+            f"  {track.name:<{width}}  {track.cell:<8}  T={track.steps}  B={track.batch}  "
+            f"H={track.hidden}  backwards={track.backwards}"
+            for track in list(self._tracks.values())[:SHOWN]
+        ]
+        if len(self._tracks) > SHOWN:
+            lines.append(f"  and {len(self._tracks) - SHOWN} more, see .tracks")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
+
+def matches_any(name: str, patterns: list[str]) -> bool:
+    """Whether a track or module name is picked by one of the user's names or globs."""
+    return any(
+        fnmatchcase(name, pattern) or name == pattern or name.startswith(pattern + ".")
+        for pattern in patterns
+    )
