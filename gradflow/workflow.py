@@ -44,14 +44,19 @@ def diagnose(
 
     Args:
         model: any module with recurrent layers; it is called as ``model(*inputs)``.
+        inputs: what the model takes, as it takes it: x of shape (T, B, I), say.
         target: passed to the loss as its second argument.
         loss: takes (output, target), or (output) without a target. By default the mean squared
             error, or cross-entropy for whole targets; without a target ½‖output at the last step‖².
         lengths: (B,) real steps of each sequence of a padded batch.
         span: the distance of interest in steps; by default the median length.
 
+    Returns:
+        An `Analysis`, with `predictions` for layers that vanish or explode.
+
     Raises:
         RecordingError: no recurrent layer ran.
+        InputError: no loss can be taken of the model's output, or the span is out of its range.
 
     >>> import torch, gradflow
     >>> _ = torch.manual_seed(0)
@@ -73,6 +78,24 @@ def plot(
     ax: Axes | None = None,
 ) -> Figure:
     """Draw a recording, an analysis, or several analyses on one scale.
+
+    Colours are log10 ratios, ± six powers of ten, the same for every model: navy vanished, pale
+    yellow as at the loss, dark red exploded. The figure is unknown to pyplot: a notebook shows it,
+    ``figure.savefig("overview.png")`` writes it.
+
+    Args:
+        x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them.
+        kind: "overview", or one of `gradflow.reporter.KINDS`: "gain-map", "total-vs-direct",
+            "lag-curve", "triangle", "lag-gradient", "states", "layers", "rank", "lyapunov",
+            "paths", "blocks", "gates", "saturation", "time-scales".
+        layer: one layer by name; all by default.
+        ax: axes of your own for the main panel of one layer.
+
+    Returns:
+        The figure, a `matplotlib.figure.Figure`.
+
+    Raises:
+        InputError: the kind or the layer is unknown, or ``ax`` is given for more than one layer.
 
     >>> import torch, gradflow
     >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))

@@ -449,6 +449,9 @@ def record(
             Stock layers have theirs in closed form and need no such request.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
 
+    Returns:
+        A context manager that gives the `Recording`: name -> `Track`, filled while the block runs.
+
     Raises:
         InputError: an argument is not what it must be.
 

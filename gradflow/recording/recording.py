@@ -13,7 +13,19 @@ SHOWN = 12  # tracks of a repr that fits a screen
 
 
 class Recording:
-    """All tracks that were seen inside one ``with gradflow.record(model) as recording:`` block."""
+    """All tracks that were seen inside one ``with gradflow.record(model) as recording:`` block.
+
+    ``recording[name]`` is a `Track`; the start of a name does if it fits one only. It is filled
+    while the block runs and stays readable afterwards.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1)
+    >>> with gradflow.record(rnn) as recording:
+    ...     rnn(torch.ones(7, 2, 1))[0].sum().backward()
+    >>> recording
+    Recording of RNN: 1 track(s)
+      l0  RNN_TANH  T=7  B=2  H=1  backwards=1
+    """
 
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
@@ -47,7 +59,15 @@ class Recording:
         return len(self._tracks)
 
     def require_tracks(self) -> None:
-        """Raise the sentence that says why there is nothing, if there is nothing."""
+        """Raise the sentence that says why there is nothing, if there is nothing.
+
+        Raises:
+            RecordingError: there is no track.
+
+        >>> Recording("Net").require_tracks()
+        Traceback (most recent call last):
+        gradflow.errors.RecordingError: nothing ran inside the block yet
+        """
         if not self._tracks:
             raise RecordingError(self._empty_reason)
 

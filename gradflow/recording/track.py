@@ -33,8 +33,8 @@ class Track:
     mask: Tensor  # (T, B) true on real steps
     cuts: Tensor  # (T, B) true where no previous state arrives
     weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies; stock cells only
-    source: Source = field(repr=False)
-    training: bool = True
+    source: Source = field(repr=False)  # where its numbers come from, when they are read
+    training: bool = True  # whether its module was in training mode
     batch_first: bool = False  # how the layer itself was given its input
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
     owner: str = ""  # path of its module in the model, "" for the model itself
@@ -191,7 +191,10 @@ class Track:
 
     @property
     def last_grads(self) -> dict[str, Tensor] | None:
-        """State name -> total gradient of the last loss step alone, or None."""
+        """State name -> total gradient of the last loss step alone, (T, B, width), or None.
+
+        None without a backward, and where the step's Jacobians are not known.
+        """
         result = self._read("last")
         return result.grads if isinstance(result, Backward) else None
 
@@ -264,6 +267,9 @@ class Track:
         look back k steps and no further. (Truncation in chunks does less: there a loss step
         may look back to the start of its chunk only; Williams & Peng 1990.)
 
+        Args:
+            sequences: m sequences, indices of the batch, all by default.
+
         Returns:
             The total, C_0, C_1, … one after the other, weight name -> `Outer`, and their price.
             None without a gradient, for loops whose weights were not seen, where what happens
@@ -322,7 +328,31 @@ class Track:
     def operator(
         self, dtype: torch.dtype = torch.float64, sequences: Tensor | None = None
     ) -> Operator:
-        """The step Jacobians of the chosen sequences (all by default), in processing order."""
+        """The step Jacobians A_t = ∂s_t/∂s_{t−1}, in processing order, never written out.
+
+        Rows of a block are vectors: pushing a block V of shape (B, m, S) gives V A_tᵀ, pulling V A_t.
+        The state is joint, (h, c) for an LSTM. `gradflow.analyzer.step_jacobians` writes them out.
+
+        Args:
+            dtype: of the computation and of the blocks.
+            sequences: (m,) indices of the batch, all by default.
+
+        Returns:
+            An operator with ``push(t, block)``, ``pull(t, block)``, ``length`` T, ``batch`` m and
+            ``size`` S.
+
+        Raises:
+            RecordingError: the Jacobians are not known, in words.
+
+        >>> import torch, gradflow
+        >>> rnn = torch.nn.RNN(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
+        >>> with gradflow.record(rnn) as recording:
+        ...     rnn(torch.zeros(4, 1, 1))[0].sum().backward()
+        >>> operator = recording["l0"].operator()
+        >>> operator.push(2, torch.ones(1, 1, 1, dtype=torch.float64)).item()   # h = 0: tanh' is 1
+        0.5
+        """
         if sequences is None:
             sequences = torch.arange(self.batch)
         return self.source.operator(dtype, sequences)
