@@ -300,7 +300,7 @@ def test_truncation_cuts_off_growth() -> None:
 def test_the_error_of_truncation_is_that_of_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     recording = recorded(Case("GRU", **LONG))
     errors = np.linspace(0.9, 0.0, 30)
-    measure = prediction.analyze
+    measure = gradflow.analyze
 
     def with_errors(*arguments: object) -> gradflow.Analysis:
         run = measure(*arguments)  # type: ignore[arg-type]

@@ -113,7 +113,10 @@ class Track:
 
     @property
     def gates(self) -> dict[str, Tensor]:
-        """Gate name -> its activation, (T, B, H)."""
+        """Gate name -> its activation, (T, B, H): i, f, g, o of an LSTM, r, z, n of a GRU, else none.
+
+        PyTorch's z is the share of the old state that a GRU keeps.
+        """
         return self._forward().gates
 
     @property
