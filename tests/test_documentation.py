@@ -21,6 +21,7 @@ import gradflow
 from gradflow import analysis, errors
 from gradflow.cli import gradflow as group
 from gradflow.conditions import parse_conditions
+from gradflow.reporter import KINDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 TYPES = (
@@ -226,6 +227,12 @@ def test_a_line_that_does_not_parse_would_be_seen(line: str) -> None:
 def test_the_readme_shows_every_command_and_every_function() -> None:
     assert {parse(line).info_name for line in in_readme()} == set(group.commands)
     assert [name for name in FUNCTIONS if name in NAMES and f"gradflow.{name}" not in README] == []
+
+
+def test_every_kind_of_picture_is_named_where_it_is_asked_for() -> None:
+    for kind in KINDS:
+        assert f"`{kind}`" in README
+        assert f'"{kind}"' in (gradflow.plot.__doc__ or "")
 
 
 def test_scripts_that_the_readme_names_are_there() -> None:
