@@ -103,6 +103,7 @@ from gradflow.recording import Parity
 
 VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
 FRAMES = ("layers", "steps", "lags", "units", "findings")
+HEADLINE = ["layer", "verdict", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels"]
 SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be misled
 
 
@@ -196,7 +197,9 @@ class LayerAnalysis:
     sequences: int  # B
     span: int  # the distance of interest, in steps
     verdict: str  # one of VERDICTS
-    labels: tuple[str, ...]  # what else is to be said in a word or two: "transient growth", "not exponential"
+    labels: tuple[
+        str, ...
+    ]  # what else is to be said in a word or two: "transient growth", "not exponential"
     rate: Rate  # the largest Lyapunov exponent, nats per step
     half_life: float  # steps; inf if the gain never halves
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
@@ -343,18 +346,7 @@ class Analysis:
         lines = [f"gradflow analysis of {self.title}"]
         lines += [f"  {layer.sentence}" for layer in self.worst_first]
         lines += [f"  note: {warning}" for warning in self.warnings]
-        table = self.frame("layers")[
-            [
-                "layer",
-                "verdict",
-                "rate",
-                "rate_low",
-                "rate_high",
-                "half_life",
-                "horizon",
-                "channels",
-            ]
-        ]
+        table = self.frame("layers")[HEADLINE]
         return "\n".join(lines) + "\n" + table.to_string(index=False, float_format="%.4g")
 
     def _repr_html_(self) -> str:

@@ -133,12 +133,12 @@ class Recorder:
         """Take up a new loop, tapped or over a cell, under a name of its own."""
         self.runs[base] += 1
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
-        self.recording._tracks[track.name] = track
+        self.recording.add(track)
 
     def drop_tracks(self, tracks: list[Track]) -> None:
         """Forget loops over one cell that turned out to be part of another."""
         for track in tracks:
-            del self.recording._tracks[track.name]
+            self.recording.drop(track)
             self.runs[track.name.partition("@")[0]] -= 1
 
     def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
@@ -352,7 +352,7 @@ class Recorder:
                 above=tuple(upper for i, _, upper in picked if i == layer + 1),
             )
             chain.tracks.append(track)
-            self.recording._tracks[name] = track
+            self.recording.add(track)
 
     @property
     def marked(self) -> list[TapSource]:
@@ -537,7 +537,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
     ran_some = bool(calls) or recorder.taps.seen or recorder.own.seen
-    recording._empty_reason = mistakes.why_no_track(
+    recording.empty_reason = mistakes.why_no_track(
         recorder.model,
         recorder.layers,
         ran_some,

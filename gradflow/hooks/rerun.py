@@ -93,7 +93,7 @@ def rerun(recording: Recording, changes: Mapping[str, Change]) -> Rerun:
                 known[id(chain)] = _again(chain, own)
             again = known[id(chain)]
             if isinstance(again, Chain):
-                made._tracks[track.name] = _track(track, again)
+                made.add(_track(track, again))
                 notes[track.name] = _as_recorded(chain, several)
                 continue
             reason = again

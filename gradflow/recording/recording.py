@@ -32,18 +32,51 @@ class Recording:
         self.notes: list[str] = []  # sentences for the report: settings that shape the numbers
         self.provenance: dict[str, object] = {}
         self._tracks: dict[str, Track] = {}
-        self._empty_reason = "nothing ran inside the block yet"
+        self.empty_reason = "nothing ran inside the block yet"
 
     @property
     def tracks(self) -> Mapping[str, Track]:
         """Name -> `Track`, in the order in which the layers ran."""
         return dict(self._tracks)
 
+    def add(self, track: Track) -> None:
+        """Take in a track under its name, in the place of one that has it.
+
+        Args:
+            track: of a layer that ran, or the same track with something replaced.
+
+        >>> import torch, gradflow
+        >>> rnn = torch.nn.RNN(1, 1)
+        >>> with gradflow.record(rnn) as recording:
+        ...     _ = rnn(torch.ones(3, 1, 1))
+        >>> another = Recording("of one layer")
+        >>> another.add(recording["l0"])
+        >>> list(another.tracks)
+        ['l0']
+        """
+        self._tracks[track.name] = track
+
+    def drop(self, track: Track) -> None:
+        """Leave a track out again.
+
+        Args:
+            track: one of this recording.
+
+        >>> import torch, gradflow
+        >>> rnn = torch.nn.RNN(1, 1)
+        >>> with gradflow.record(rnn) as recording:
+        ...     _ = rnn(torch.ones(3, 1, 1))
+        >>> recording.drop(recording["l0"])
+        >>> len(recording)
+        0
+        """
+        del self._tracks[track.name]
+
     def __getitem__(self, name: str) -> Track:
         if name in self._tracks:
             return self._tracks[name]
         if not self._tracks:
-            raise RecordingError(self._empty_reason)
+            raise RecordingError(self.empty_reason)
         matches = [known for known in self._tracks if known.startswith(name)]
         if len(matches) == 1:
             return self._tracks[matches[0]]
@@ -69,11 +102,11 @@ class Recording:
         gradflow.errors.RecordingError: nothing ran inside the block yet
         """
         if not self._tracks:
-            raise RecordingError(self._empty_reason)
+            raise RecordingError(self.empty_reason)
 
     def __repr__(self) -> str:
         if not self._tracks:
-            return f"Recording of {self.model_name}: no tracks; {self._empty_reason}"
+            return f"Recording of {self.model_name}: no tracks; {self.empty_reason}"
         width = max(len(name) for name in self._tracks)
         lines = [f"Recording of {self.model_name}: {len(self._tracks)} track(s)"]
         lines += [

@@ -41,6 +41,21 @@ class Track:
     above: tuple[str, ...] = ()  # names of the tracks of the same stack that read this one
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
 
+    def read_anew(self) -> None:
+        """Forget what was read of the source, which has changed or may have.
+
+        >>> import torch, gradflow
+        >>> rnn = torch.nn.RNN(1, 1)
+        >>> with gradflow.record(rnn) as recording:
+        ...     rnn(torch.ones(3, 1, 1))[0].sum().backward()
+        >>> track = recording["l0"]
+        >>> before = track.h
+        >>> track.read_anew()
+        >>> track.h is before, torch.equal(track.h, before)
+        (False, True)
+        """
+        self._cache.clear()
+
     def _read(self, what: str) -> object:
         version = self.source.version
         known = self._cache.get(what)
