@@ -197,9 +197,7 @@ class LayerAnalysis:
     sequences: int  # B
     span: int  # the distance of interest, in steps
     verdict: str  # one of VERDICTS
-    labels: tuple[
-        str, ...
-    ]  # what else is to be said in a word or two: "transient growth", "not exponential"
+    labels: tuple[str, ...]  # what else it is: "transient growth", "not exponential"
     rate: Rate  # the largest Lyapunov exponent, nats per step
     half_life: float  # steps; inf if the gain never halves
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
