@@ -15,7 +15,6 @@ from torch import nn
 from benchmarks.rows import Row
 from benchmarks.timing import seconds
 
-
 STARTS = (
     ("gradflow --help", ("-m", "gradflow", "--help"), 0.25),
     ("import gradflow", ("-c", "import gradflow"), 0.25),
