@@ -48,7 +48,7 @@ class Recording:
         >>> import torch, gradflow
         >>> rnn = torch.nn.RNN(1, 1)
         >>> with gradflow.record(rnn) as recording:
-        ...     _ = rnn(torch.ones(3, 1, 1))
+        ...     rnn(torch.ones(3, 1, 1))[0].sum().backward()
         >>> another = Recording("of one layer")
         >>> another.add(recording["l0"])
         >>> list(another.tracks)
@@ -65,7 +65,7 @@ class Recording:
         >>> import torch, gradflow
         >>> rnn = torch.nn.RNN(1, 1)
         >>> with gradflow.record(rnn) as recording:
-        ...     _ = rnn(torch.ones(3, 1, 1))
+        ...     rnn(torch.ones(3, 1, 1))[0].sum().backward()
         >>> recording.drop(recording["l0"])
         >>> len(recording)
         0
