@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -149,6 +150,29 @@ def test_the_stable_rank_is_the_median_of_stable_ranks() -> None:
                 square = torch.linalg.svdvals(product).square()
                 ranks.append(float(square.sum() / square[0]))
         assert data["rank_stable"].values[place] == pytest.approx(np.median(ranks), rel=1e-8)
+
+
+def test_nothing_is_lost_by_a_truncation_that_leaves_out_no_lag() -> None:
+    """Exactly: the sum over all lags differs from the gradient by rounding."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        recording = record(nn.GRU(2, 3).to(dtype), torch.randn(9, 4, 2, dtype=dtype))
+        error = only(analyze(recording)).data["truncation_error"].values
+        # the first step reads h_0 = 0, so the last lag brings nothing to W_hh
+        assert (error[0, :7] > 0).all() and error[0, 7:].tolist() == [0.0, 0.0]
+        assert (error[1, :8] > 0).all() and error[1, 8] == 0.0
+        note = str(gradflow.what_if(recording, truncate=9)["note"][0])
+        assert note == "∂L/∂W_hh is off by 0 % if nothing goes back 9 steps"
+
+
+def test_a_window_as_long_as_the_sequences_changes_nothing() -> None:
+    torch.manual_seed(0)
+    module = nn.GRU(2, 3).double()
+    module.bias_hh_l0.data[3:6] = 5.0
+    row = gradflow.what_if(record(module, normal(12, 3, 2)), truncate=12).iloc[0]
+    assert row["channels_before"] == row["channels_after"] == 3
+    assert pd.isna(row["horizon_after"])
+    assert row["half_life_before"] == row["half_life_after"]
 
 
 def test_a_short_mapped_sequence_does_not_shorten_the_count_of_channels() -> None:
