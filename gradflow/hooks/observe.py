@@ -335,7 +335,7 @@ class Recorder:
         picked = [(i, j, base if run == 1 else f"{base}@{run}") for i, j, base in picked]
         for layer, direction, name in picked:
             source = LoopSource(loop, layer, direction, self.uses)
-            self.uses.note(source)
+            self.uses.note(LoopSource(loop, layer, direction, None))
             track = Track(
                 name=name,
                 cell=call.cell,
@@ -369,6 +369,15 @@ class Recorder:
         self.taps.close()
         self.own.close()
         self._copies.clear()
+        for track in self.recording:
+            if isinstance(track.source, LoopSource):
+                track.source.loop.chain.tracks.clear()
+
+    def forget(self) -> None:
+        """Hold on to nothing that was recorded: from now on only the user does."""
+        self.recording, self.uses = Recording(""), WeightUses(nn.Module())
+        self.calls.clear()
+        del self.taps, self.own
 
 
 def _patterns(layers: object) -> list[str] | None:
@@ -478,7 +487,9 @@ def record(
             source.graph_tasks for source in recorder.marked
         )
         _describe(recorder, list(ran.names), ran_backward=marks_changed or seen)
-    for sentence in [*mistakes.found(recorder.recording), *_misleading(recorder)]:
+        sentences = [*mistakes.found(recording), *_misleading(recorder)]
+        recorder.forget()
+    for sentence in sentences:
         warnings.warn(sentence, GradflowWarning, stacklevel=3)
 
 
