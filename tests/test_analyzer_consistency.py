@@ -276,10 +276,8 @@ def test_nan_in_a_loop_whose_inputs_were_not_seen_is_named(where: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             h, seen = torch.zeros_like(x[0]), []
             for x_t in x:
-                if where == "tap":
-                    h = gradflow.tap(h=self.cell.rate * h + x_t)
-                else:
-                    h = self.cell(x_t, h)
+                by_hand = where == "tap"
+                h = gradflow.tap(h=self.cell.rate * h + x_t) if by_hand else self.cell(x_t, h)
                 seen.append(h)
             return torch.stack(seen)
 
