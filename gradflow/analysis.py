@@ -419,10 +419,26 @@ def _lags_frame(analysis: Analysis) -> pd.DataFrame:
         pd.DataFrame(
             {"layer": layer.name, "lag": layer.data["lag"].values}
             | {name: layer.data[f"lag_{name}"].values for name in names}
+            | _by_parameter(layer)
         )
         for layer in analysis
     ]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _by_parameter(layer: LayerAnalysis) -> dict[str, np.ndarray]:
+    """What every lag brings to a weight's gradient, and what is lost without the lags beyond it."""
+    if "lag_contribution" not in layer.data:  # older runs do not have it
+        return {}
+    each = [str(name) for name in layer.data["parameter"].values]
+    return {
+        f"{column}_{name}": layer.data[variable].sel(parameter=name).values
+        for column, variable in (
+            ("contribution", "lag_contribution"),
+            ("truncation_error", "truncation_error"),
+        )
+        for name in each
+    }
 
 
 def _units_frame(analysis: Analysis) -> pd.DataFrame:

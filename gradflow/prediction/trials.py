@@ -205,6 +205,8 @@ def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Ro
             horizon=keep if reaches else known.horizon,
             channels=0 if known.channels is not None and known.span >= keep else known.channels,
         )
+        if keep > known.searched:  # no gain lies that far back
+            after = known
         cut = max(0.0, known.rate.value) * max(0, known.span - keep) / math.log(10)
         yield (row | _after(known, after) | {"helps": cut, "truncation_error": error, "note": note})
 

@@ -106,6 +106,11 @@ class Track:
         """What the layer read: x_t, or the layer below after its dropout, (T, B, I)."""
         return self._seen(self._forward().inputs, "inputs")
 
+    @property
+    def has_inputs(self) -> bool:
+        """Whether what the layer read was seen: not where only the states of a loop are."""
+        return self._forward().inputs is not None
+
     def _seen(self, value: Tensor | None, what: str) -> Tensor:
         if value is None:
             how = (
