@@ -90,6 +90,8 @@ def _message(values: np.ndarray) -> str:
     kept = float((known >= GONE).mean())
     if kept == 1:
         return "every pair of steps keeps a gain above 10⁻³"
+    if kept == 0:
+        return "no pair of different steps keeps a gain of 10⁻³"
     return f"{percent_words(kept)} of the pairs of steps keep a gain above 10⁻³"
 
 
