@@ -88,7 +88,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -98,7 +98,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from gradflow.errors import FileError, InputError
+from gradflow.errors import FileError, InputError, must_be
 from gradflow.recording import Parity
 
 VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
@@ -212,6 +212,7 @@ class LayerAnalysis:
     method: str  # "exact" or "sketch", and how it was chosen
     data: xr.Dataset = field(repr=False)  # every array; see `gradflow.analysis`
     predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
+    step_labels: tuple[str, ...] = ()  # T words for the steps in input time, or none
 
     @property
     def never_gone(self) -> bool:
@@ -280,6 +281,32 @@ class Analysis:
         'before training'
         """
         return replace(self, title=title)
+
+    def labelled(self, labels: Sequence[str]) -> Analysis:
+        """The same analysis with a word for every step: tokens, or times.
+
+        Pictures write them along their axes of steps, tables in a column; they are saved with the
+        run. A layer with fewer steps than the longest keeps its numbers.
+
+        Args:
+            labels: (T,) strings, the steps of the longest layer in input time.
+
+        Raises:
+            InputError: they are not strings, or not as many as there are steps.
+
+        >>> import torch, gradflow
+        >>> words = "the clouds are in the".split()
+        >>> run = gradflow.diagnose(torch.nn.RNN(3, 4), torch.randn(5, 1, 3)).labelled(words)
+        >>> run["l0"].step_labels[1]
+        'clouds'
+        """
+        steps = max((layer.steps for layer in self), default=0)
+        words = checked_labels(labels, steps)
+        layers = {
+            name: replace(layer, step_labels=words if layer.steps == steps else ())
+            for name, layer in self.layers.items()
+        }
+        return replace(self, layers=layers)
 
     @property
     def worst_first(self) -> list[LayerAnalysis]:
@@ -354,6 +381,22 @@ class Analysis:
         )
 
 
+def checked_labels(labels: Sequence[str], steps: int) -> tuple[str, ...]:
+    """Labels as a tuple, if there is a string for each of so many steps."""
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        advice = "split a text into words, e.g. text.split()"
+        raise InputError(must_be("labels", "a list of strings", type(labels).__name__, advice))
+    words = tuple(labels)
+    wrong = next((word for word in words if not isinstance(word, str)), None)
+    if wrong is not None:
+        advice = "turn numbers into text first: [str(time) for time in times]"
+        raise InputError(must_be("labels", "strings", type(wrong).__name__, advice))
+    if len(words) != steps:
+        advice = "give one for every step that the layer reads"
+        raise InputError(must_be("labels", f"{steps}, one per step", len(words), advice))
+    return words
+
+
 # ---------------------------------------------------------------------------------------- frames
 
 
@@ -395,6 +438,8 @@ def _steps_frame(analysis: Analysis) -> pd.DataFrame:
             "layer": layer.name,
             "step": np.arange(1, data.sizes["step"] + 1),
         }
+        if layer.step_labels:
+            columns["label"] = layer.step_labels
         for state in data["state"].values:
             columns[f"norm_{state}"] = data["state_norm"].sel(state=state).values
             for kind in data["kind"].values:
@@ -575,6 +620,7 @@ def _layer_from(data: xr.Dataset) -> LayerAnalysis:
         **header
         | {
             "labels": tuple(header["labels"]),
+            "step_labels": tuple(header.get("step_labels", ())),
             "rate": Rate(**header["rate"]),
             "parity": Parity(**header["parity"]),
             "findings": tuple(Finding(**finding) for finding in header["findings"]),

@@ -54,6 +54,10 @@ LOSS = click.option("--loss", metavar="NAME", help="mse, cross-entropy, bce, nll
 OUTPUT = click.option(
     "--output", metavar="KEY", help="Which part of a tuple or dict output to use."
 )
+LABELS = click.option(
+    "--labels", metavar="FILE", type=click.Path(path_type=Path),
+    help="A word per step for the figures: lines of text, or a .json list.",
+)  # fmt: skip
 SEQ_LEN = click.option(
     "--seq-len", metavar="N", type=int, default=100, show_default=True,
     help="Steps of a probe, without --input.",
@@ -96,6 +100,7 @@ def gradflow() -> None:
 @gradflow.command()
 @MODEL
 @RUNNING
+@LABELS
 @SHOWING
 @TRUST
 def analyze(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow import loading
-from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.analysis import Analysis, LayerAnalysis, checked_labels
 from gradflow.analyzer import analyze
 from gradflow.analyzer.agreement import agreed
 from gradflow.errors import GradflowWarning, InputError
@@ -119,6 +119,7 @@ class FileRequest:
     target: Path | None = None
     loss: str | None = None
     output: str | None = None
+    labels: Path | None = None
     seq_len: int = 100
     batch: int = 16
     seed: int = 0
@@ -130,12 +131,17 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
 
     Warnings of the recording become part of the analysis.
     """
+    labels = None if request.labels is None else loading.read_labels(request.labels)
+    if labels is not None and request.input is None:
+        checked_labels(labels, request.seq_len)
     opened = loading.open_model(request.path, request.spec, request.trust)
     with _collected_warnings() as sentences:
         if request.input is None:
             analysis = _from_weights(opened, request, progress)
         else:
-            analysis = _from_batch(opened, request, progress)
+            analysis = _from_batch(opened, request, progress, labels)
+    if labels is not None:
+        analysis = analysis.labelled(labels)
     return replace(
         analysis,
         title=opened.title,
@@ -149,7 +155,10 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
 
 
 def _from_batch(
-    opened: loading.Opened, request: FileRequest, progress: Progress | None
+    opened: loading.Opened,
+    request: FileRequest,
+    progress: Progress | None,
+    labels: tuple[str, ...] | None,
 ) -> Analysis:
     """Run the whole model on the user's batch."""
     if opened.model is None:
@@ -164,6 +173,8 @@ def _from_batch(
         torch.manual_seed(request.seed)
         settings = Settings(loss_name=request.loss, output=request.output, guard=True)
         recording = recorded_pass(opened.model, batch, settings)
+    if labels is not None:  # before the long part
+        checked_labels(labels, max(track.steps for track in recording))
     recording.provenance |= {"input": request.input.name, "seed": request.seed}
     analysis = analyze(recording, seed=request.seed, progress=progress)
     return with_predictions(recording, analysis, seed=request.seed)

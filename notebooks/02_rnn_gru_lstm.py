@@ -279,6 +279,14 @@ _ = axes.legend()
 gradflow.plot(list(runs.values()))
 
 # %% [markdown]
+# The gain map asks it of every pair of words: along the row "fluent", how far left does the colour reach? The state
+# of the LSTM at "fluent" still feels what it read at "France"; that of the RNN has covered it.
+
+# %%
+words = text.split()[:-1]
+gradflow.plot([run.labelled(words) for run in runs.values()], "gain-map")
+
+# %% [markdown]
 # ## What to take home
 #
 # * Adding keeps the gradient; covering loses it. Gates decide which of the two an LSTM does.

@@ -390,7 +390,10 @@ def test_nan_in_the_states_is_placed() -> None:
     assert (layer.verdict, "not finite" in layer.labels) == ("inconclusive", True)
     assert math.isnan(layer.rate.value)
     assert layer.findings[0].where == "step 7, sequence 2, unit 1"
-    assert layer.title == "RNN: NaN or Inf, so nothing can be measured"
+    assert layer.title == "RNN: NaN or Inf, so no rate can be given"
+    assert layer.gradient_note == (
+        "the states are NaN from step 7, sequence 2, unit 1 on, and so is the gradient"
+    )
     assert np.isfinite(layer.data["sequence_rate"].values).tolist() == [True, False]
 
 

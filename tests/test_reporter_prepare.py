@@ -11,7 +11,7 @@ import synthetic
 
 from gradflow.analysis import Rate
 from gradflow.reporter import overview, prepare
-from gradflow.reporter.charts import gain_map, parts
+from gradflow.reporter.charts import gain_map, lag_curve, parts
 from gradflow.reporter.numbers import rate_words
 from gradflow.reporter.picture import _nearest
 from gradflow.reporter.scale import BAD, COLOURS, UNDEFINED, ZERO, paint, palette
@@ -189,3 +189,12 @@ def test_bar_of_span_against_horizon() -> None:
     assert prepare.span_share(synthetic.layer()) == 0.08
     assert prepare.span_share(synthetic.layer(carrying=1)) == 1.0
     assert prepare.span_share(synthetic.broken(synthetic.layer())) == 0.0
+
+
+def test_a_map_that_keeps_nothing_says_so_and_exact_zeros_have_no_half_life() -> None:
+    layer = synthetic.layer(steps=20)
+    gain = layer.data["log_gain"]
+    layer.data["log_gain"] = gain.where(gain["source"] >= gain["target"], -np.inf)
+    assert gain_map.prepare(layer).message == "no pair of different steps keeps a gain of 10⁻³"
+    nothing = replace(layer, rate=Rate(-math.inf, -math.inf, -math.inf), half_life=1.0)
+    assert "halves" not in lag_curve.prepare(nothing).message

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.finite import bad_gradient
+from gradflow.analyzer.finite import bad_gradient, bad_state
 from gradflow.analyzer.order import cuts_before, in_processing_order
 from gradflow.recording import Track
 
@@ -35,6 +35,9 @@ def gradient_note(track: Track) -> str:
     if not track.has_gradient:
         return str(track.why_no_gradient)
     bad = bad_gradient(track)
+    state = bad_state(track) if bad is not None else None
+    if bad is not None and state is not None and state.sequence == bad.sequence:
+        return f"the states are {state.value} from {state.where} on, and so is the gradient"
     if bad is not None:
         return f"the gradient is {bad.value} from {bad.where} on: look at the loss first"
     if track.parity.status == "failed":

@@ -121,7 +121,7 @@ def _headline(e: Evidence) -> str:
     if "no recurrence" in e.labels:
         return "one step only, so no recurrence to measure"
     if "not finite" in e.labels:
-        return "NaN or Inf, so nothing can be measured"
+        return "NaN or Inf, so no rate can be given"
     if e.verdict.name == "dead":
         return f"exact zeros cut every path{_within(e)}"
     profile = e.main_profile

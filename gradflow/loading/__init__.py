@@ -2,6 +2,7 @@
 
 from gradflow.loading.batch import Batch, fit_batch, read_batch
 from gradflow.loading.description import Description, describe, save_snippet
+from gradflow.loading.labels import read_labels
 from gradflow.loading.losses import Loss, choose_output, make_loss, output_lengths, time_axis
 from gradflow.loading.opened import Opened, open_model
 from gradflow.loading.probe import Probe, probe_loss, probes
@@ -23,6 +24,7 @@ __all__ = [
     "probe_loss",
     "probes",
     "read_batch",
+    "read_labels",
     "save_snippet",
     "time_axis",
 ]

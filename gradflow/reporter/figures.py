@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +13,7 @@ from gradflow.analysis import Analysis
 from gradflow.errors import InputError, must_be
 from gradflow.reporter import panels, prepare
 from gradflow.reporter.charts.chart import Chart
+from gradflow.reporter.fonts import legible
 from gradflow.reporter.kinds import KINDS, Kind
 from gradflow.reporter.overview import Entry, draw_overview, footer, footer_height
 from gradflow.reporter.picture import INK, SOFT, Picture, look
@@ -114,7 +115,7 @@ def _draw_into(ax: Axes, kind: str, entries: list[Entry]) -> Figure:
         else:
             drawn.draw([ax], block.chart)
         title = _title(block) or drawn.what
-    ax.set_title(title, loc="left", parse_math=False)
+    ax.set_title(legible(title), loc="left", parse_math=False)
     figure = ax.get_figure(root=True)
     if figure is None:
         raise InputError(
@@ -137,6 +138,7 @@ def _draw_blocks(kind: Kind, entries: list[Entry]) -> Figure:
     """One block per chart: its message, what is drawn, the panels, a caption; blocks in columns."""
     blocks = _blocks(kind, entries)
     columns = min(kind.columns, len(blocks))
+    kind = replace(kind, left=kind.left + max(kind.beside(block.chart) for block in blocks))
     step = kind.left + kind.width + RIGHT
     figure = Picture(columns * step, 1)
     titles = [_fold(figure, _title(block), step - 0.5) for block in blocks]
@@ -161,8 +163,8 @@ def _draw_blocks(kind: Kind, entries: list[Entry]) -> Figure:
         bottom = _draw_panels(figure, kind, block.chart, left + kind.left, place)
         if not block.chart.note:
             figure.words(
-                left + 0.3, bottom + 0.4, "\n".join(captions[number]), fontsize=8, color=SOFT,
-                linespacing=1.3,
+                left + 0.3, bottom + 0.4 + kind.below(block.chart), "\n".join(captions[number]),
+                fontsize=8, color=SOFT, linespacing=1.3,
             )  # fmt: skip
     if scale:
         wide = min(columns * step - kind.left - RIGHT, 5.6)
@@ -173,7 +175,7 @@ def _draw_blocks(kind: Kind, entries: list[Entry]) -> Figure:
 def _height(kind: Kind, block: Block, lines: int) -> float:
     heights = EMPTY if block.chart.note else kind.heights(block.chart)
     gaps = sum(kind.gap(block.chart, panel) for panel in range(1, len(heights)))
-    foot = 0.3 if block.chart.note else FOOT
+    foot = 0.3 if block.chart.note else FOOT + kind.below(block.chart)
     return LINE * lines + BELOW + ABOVE + sum(heights) + gaps + foot
 
 

@@ -14,6 +14,7 @@ from gradflow.reporter.charts import (
     blocks,
     gain_map,
     gates,
+    labels,
     lag_curve,
     lag_gradient,
     layers,
@@ -26,6 +27,7 @@ from gradflow.reporter.charts import (
     time_scales,
     triangle,
 )
+from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.overview import special_colours
 
 
@@ -53,6 +55,8 @@ class Kind:
     width: float = 7.2  # inches
     left: float = 0.75  # inches for the labels of the y axis
     gap: Callable[[Any, int], float] = lambda chart, panel: 0.16  # inches above a panel
+    below: Callable[[Any], float] = lambda chart: 0.0  # inches more beneath the panels, for labels
+    beside: Callable[[Any], float] = lambda chart: 0.0  # and to the left of them
     scale: Scale | None = None  # the colour bar below, if any
     columns: int = 1  # blocks side by side, at most
     together: bool = False  # one block for all layers of an analysis
@@ -76,6 +80,16 @@ def _gate_specials(charts: Sequence[saturation.Saturation]) -> dict[str, str]:
     return _plain([gate.values for chart in charts for gate in chart.gates], "undefined")
 
 
+def _below(chart: Chart) -> float:
+    """The last panel has the labels of the steps beneath it."""
+    return labels.below(chart.labels)
+
+
+def _beside(chart: Chart) -> float:
+    """The panel has the labels of the steps on its left as well."""
+    return labels.beside(chart.labels)
+
+
 def _saturation_heights(chart: saturation.Saturation) -> tuple[float, ...]:
     return (0.95,) * len(chart.gates) + ((1.1,) if chart.limits else ())
 
@@ -91,6 +105,8 @@ KINDS: dict[str, Kind | None] = {
         what="largest gain ‖∂s(t′)/∂s(t)‖ of every pair of steps",
         prepare=gain_map.prepare,
         draw=gain_map.draw,
+        below=_below,
+        beside=_beside,
         heights=lambda chart: (3.3,),
         width=3.3,
         scale=Scale(
@@ -103,6 +119,7 @@ KINDS: dict[str, Kind | None] = {
         what="norm of the gradient at h: all of it, and what a hook sees",
         prepare=parts.prepare,
         draw=parts.draw,
+        below=_below,
         heights=lambda chart: (2.1,),
     ),
     "lag-curve": Kind(
@@ -116,6 +133,8 @@ KINDS: dict[str, Kind | None] = {
         what="gradient ‖∂L(t′)/∂s(t)‖ of every loss step ÷ its size at t = t′",
         prepare=triangle.prepare,
         draw=triangle.draw,
+        below=_below,
+        beside=_beside,
         heights=lambda chart: (3.3,),
         width=3.3,
         scale=Scale(
@@ -134,6 +153,7 @@ KINDS: dict[str, Kind | None] = {
         what="gradient of the last loss step at every state, ÷ its size there",
         prepare=states.prepare,
         draw=states.draw,
+        below=_below,
         heights=lambda chart: (1.5,) * len(chart.heats),
         scale=Scale(_ratios("as at the loss"), _heats),
     ),
@@ -144,7 +164,7 @@ KINDS: dict[str, Kind | None] = {
         heights=_layer_heights,
         left=1.3,
         width=6.6,
-        gap=lambda chart, panel: 0.56,
+        gap=lambda chart, panel: 0.56 + _below(chart),
         scale=Scale(
             _ratios("as at the top"),
             lambda charts: _plain(
@@ -171,6 +191,7 @@ KINDS: dict[str, Kind | None] = {
         what="the ways from c(t−1) to c(t): largest gain of each",
         prepare=paths.prepare,
         draw=paths.draw,
+        below=_below,
         heights=lambda chart: (2.1,),
     ),
     "blocks": Kind(
@@ -183,6 +204,7 @@ KINDS: dict[str, Kind | None] = {
         what="gates over the steps: mean, share closed (< 0.05), open (> 0.95)",
         prepare=gates.prepare,
         draw=gates.draw,
+        below=_below,
         heights=lambda chart: (1.2, 1.2, 1.2),
     ),
     "saturation": Kind(
@@ -190,7 +212,8 @@ KINDS: dict[str, Kind | None] = {
         prepare=saturation.prepare,
         draw=saturation.draw,
         heights=_saturation_heights,
-        gap=lambda chart, panel: 0.26 if panel < len(chart.gates) else 0.72,
+        gap=lambda chart, panel: 0.26 if panel < len(chart.gates) else 0.72 + _below(chart),
+        below=lambda chart: 0.0 if chart.limits else _below(chart),
         scale=Scale(saturation.draw_bar, _gate_specials, lambda chart: bool(chart.gates)),
     ),
     "time-scales": Kind(

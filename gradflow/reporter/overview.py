@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter import panels, prepare
+from gradflow.reporter.charts.labels import below
 from gradflow.reporter.picture import INK, SOFT, Picture
 from gradflow.reporter.prepare import Heat, LagLine
 from gradflow.reporter.scale import BAD, UNDEFINED, VERDICT_COLOURS, WRONG, ZERO
@@ -60,7 +61,8 @@ def draw_overview(entries: Sequence[Entry]) -> Figure:
     places, place = [], 0.08
     for number in range(len(entries)):
         places.append(place)
-        place += HEAD + height + TICKS + (LABEL if number in labelled else 0)
+        place += HEAD + height + TICKS + below(heats[number].labels)
+        place += LABEL if number in labelled else 0
     figure = Picture(WIDTH, place + footer_height(specials))
     for number, (entry, heat, line) in enumerate(zip(entries, heats, lines, strict=True)):
         label = number in labelled

@@ -39,7 +39,6 @@ TITLES = {  # of folded pictures, where the name of the kind does not say it
     "paths": "paths of the cell state",
     "blocks": "blocks of the product",
     "gates": "gates over the steps",
-    "saturation": "gate saturation",
     "time-scales": "time-scales of the units",
 }
 WORDS = ("snippet", "next_command")  # provenance shown in a box of its own

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter import prepare
+from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import whole
 from gradflow.reporter.picture import FAINT, INK, SOFT
 from gradflow.reporter.prepare import Heat, LagLine
@@ -35,13 +36,17 @@ def draw_heat(ax: Axes, heat: Heat, *, label: bool = True) -> None:
     )
     ax.set_xlim(heat.steps - 0.5, -0.5)
     ax.set_ylim(heat.units + 0.5, 0.5)
-    ticks = back_ticks(heat.steps)
-    ax.set_xticks(ticks, ["loss" if tick == 0 else str(tick) for tick in ticks])
+    if heat.labels:
+        label_steps(ax.xaxis, heat.labels[::-1], range(len(heat.labels))[::-1])
+    else:
+        ticks = back_ticks(heat.steps)
+        ax.set_xticks(ticks, ["loss" if tick == 0 else str(tick) for tick in ticks])
     ends = [1, heat.units] if heat.units > 1 else [1]
     ax.set_yticks(ends, [str(end) for end in ends])
     ax.set_ylabel("cell" if heat.state == "c" else "unit", labelpad=2)
     if label:
-        ax.set_xlabel("steps back from the loss", labelpad=2)
+        words = "steps, the loss on the right" if heat.labels else "steps back from the loss"
+        ax.set_xlabel(words, labelpad=2)
 
 
 def back_ticks(steps: int) -> list[int]:

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from gradflow.reporter.fonts import installed, legible
 from gradflow.reporter.scale import palette
 
 INK, SOFT, FAINT = "#222222", "#595959", "#9a9a9a"
 
 _LOOK = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8.5,
     "axes.labelsize": 8.5,
     "axes.linewidth": 0.8,
@@ -47,7 +47,7 @@ _LOOK = {
 @contextmanager
 def look() -> Iterator[None]:
     """matplotlib's defaults and gradflow's fonts, while drawing only; the user's style comes back."""
-    style = seaborn.axes_style("ticks") | _LOOK
+    style = seaborn.axes_style("ticks") | _LOOK | {"font.sans-serif": list(installed())}
     with matplotlib.style.context(["default", style]):
         yield
 
@@ -72,7 +72,7 @@ class Picture(Figure):
         """Text whose upper left corner is at a place in inches; what you see, not mathtext."""
         wide, high = self.get_size_inches()
         place: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False} | style
-        return self.text(left / wide, 1 - top / high, text, **place)
+        return self.text(left / wide, 1 - top / high, legible(text), **place)
 
     def width_of(self, text: Text) -> float:
         """The drawn width of a text, in inches."""

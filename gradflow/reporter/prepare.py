@@ -33,6 +33,7 @@ class Heat:
     step_pool: int  # steps in a column of the picture; the largest is shown
     note: str  # words that stand in place of the picture, or ""
     broken: str  # where NaN or Inf begin, or ""
+    labels: tuple[str, ...] = ()  # of the steps 0, 1, … back from the loss; none: their numbers
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,19 @@ def heat(layer: LayerAnalysis, state: str | None = None) -> Heat:
         step_pool=step_pool,
         note=_missing(layer, raw, bad),
         broken=_broken(layer, bad),
+        labels=_labels_back(layer),
     )
+
+
+def _labels_back(layer: LayerAnalysis) -> tuple[str, ...]:
+    """Labels from the loss step backwards; none for several sequences, aligned at steps of their own."""
+    norms = layer.data["grad_norm"].sel(kind="last").values  # (state, step)
+    reached = np.flatnonzero((norms != 0).any(axis=0) & ~np.isnan(norms).all(axis=0))
+    if layer.sequences != 1 or not layer.step_labels or not len(reached):
+        return ()
+    if layer.reverse:
+        return layer.step_labels[reached[0] :]
+    return layer.step_labels[reached[-1] :: -1]
 
 
 def _missing(layer: LayerAnalysis, raw: np.ndarray, bad: np.ndarray) -> str:

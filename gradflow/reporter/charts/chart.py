@@ -20,6 +20,7 @@ class Chart:
     message: str = ""  # its title: what is seen, with numbers from the data
     reading: str = ""  # one sentence on how to read it
     note: str = ""  # words that stand in place of the drawing, or ""
+    labels: tuple[str, ...] = ()  # of the steps from 1 on, as the axis runs; none: their numbers
 
 
 def measured(layer: LayerAnalysis, name: str) -> xr.DataArray | None:

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import LN10, Chart
-from gradflow.reporter.charts.marks import draw_contour, whole
+from gradflow.reporter.charts.labels import label_steps
+from gradflow.reporter.charts.marks import draw_contour
 from gradflow.reporter.numbers import percent_words
 from gradflow.reporter.prepare import GONE, MAP_CELLS, pooled
 from gradflow.reporter.scale import paint
@@ -62,7 +63,15 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
         pool=pool * round(stride),
         contour=contour,
         reverse=layer.reverse,
+        labels=_labels(layer),
     )
+
+
+def _labels(layer: LayerAnalysis) -> tuple[str, ...]:
+    """The labels of the mapped sequence in processing order."""
+    sequence = int(layer.data["sequence"].values[0])
+    labels = layer.step_labels[: int(layer.data["length"].values[sequence])]
+    return labels[::-1] if layer.reverse else labels
 
 
 def _note(layer: LayerAnalysis, known: np.ndarray) -> str:
@@ -81,6 +90,8 @@ def _message(values: np.ndarray) -> str:
     kept = float((known >= GONE).mean())
     if kept == 1:
         return "every pair of steps keeps a gain above 10⁻³"
+    if kept == 0:
+        return "no pair of different steps keeps a gain of 10⁻³"
     return f"{percent_words(kept)} of the pairs of steps keep a gain above 10⁻³"
 
 
@@ -101,8 +112,8 @@ def draw(axes: Sequence[Axes], gain: GainMap) -> None:
     if gain.contour:
         edges = (gain.first, gain.last)
         draw_contour(ax, gain.values, edges, edges, GONE)
-    ax.xaxis.set_major_locator(whole(5))
-    ax.yaxis.set_major_locator(whole(5))
+    for axis in (ax.xaxis, ax.yaxis):
+        label_steps(axis, gain.labels, range(1, len(gain.labels) + 1), 5)
     order = " (processing order)" if gain.reverse else ""
     ax.set_xlabel(f"source step t{order}", labelpad=2)
     ax.set_ylabel("target step t′", labelpad=2)

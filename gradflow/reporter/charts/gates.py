@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart, measured
-from gradflow.reporter.charts.marks import DASHED, DOTTED, key, whole
+from gradflow.reporter.charts.labels import label_steps
+from gradflow.reporter.charts.marks import DASHED, DOTTED, key
 from gradflow.reporter.numbers import number_words, percent_words
 from gradflow.reporter.scale import SERIES
 
@@ -47,6 +48,7 @@ def prepare(layer: LayerAnalysis) -> Gates:
         mean=mean,
         closed=closed,
         open=opened,
+        labels=layer.step_labels,
     )
 
 
@@ -72,7 +74,7 @@ def draw(axes: Sequence[Axes], gates: Gates) -> None:
         ax.set_ylabel(name, labelpad=2)
         ax.set_xlim(0.5, len(gates.step) + 0.5)
         ax.set_ylim(min(0.0, float(np.nanmin([0, *values.ravel()]))) - 0.03, 1.03)
-        ax.xaxis.set_major_locator(whole(6))
+        label_steps(ax.xaxis, gates.labels, gates.step[: len(gates.labels)], 6)
         ax.tick_params(labelbottom=number == len(axes) - 1)
     axes[-1].set_xlabel("step", labelpad=2)
     key(axes[0], len(gates.names))

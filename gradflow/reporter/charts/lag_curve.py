@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ def prepare(layer: LayerAnalysis) -> LagCurve:
 def _message(layer: LayerAnalysis, line: LagLine) -> str:
     said = [f"the gain is {line.words}"] if line.words else []
     half = half_life_words(layer)
-    if half not in ("none", "never"):
+    if half not in ("none", "never") and math.isfinite(layer.rate.value):
         said.append(f"it halves in {half} steps")
     rate = rate_words(layer.rate)
     if rate != "none":

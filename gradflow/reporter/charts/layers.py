@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart, measured
-from gradflow.reporter.charts.marks import log_limits, power_ticks, whole
+from gradflow.reporter.charts.labels import label_steps
+from gradflow.reporter.charts.marks import log_limits, power_ticks
+from gradflow.reporter.fonts import legible
 from gradflow.reporter.numbers import ratio_words
 from gradflow.reporter.prepare import HEAT_COLUMNS, pooled
 from gradflow.reporter.scale import DIRECT, SERIES, paint
@@ -61,6 +63,7 @@ def prepare(layers: Sequence[LayerAnalysis]) -> Layers:
         steps=steps,
         total_state=totals[0],
         total_passed=totals[1],
+        labels=max((layer.step_labels for layer in order), key=len),
     )
 
 
@@ -139,7 +142,7 @@ def draw(axes: Sequence[Axes], chart: Layers) -> None:
         extent = (0.5, chart.steps + 0.5, count - 0.5, -0.5)
         ax.imshow(paint(values), aspect="auto", interpolation="nearest", extent=extent)
         ax.set_title(name, loc="left", fontsize=8, pad=2)
-        ax.xaxis.set_major_locator(whole(8))
+        label_steps(ax.xaxis, chart.labels, range(1, len(chart.labels) + 1))
         _rows(ax, chart.names)
         ax.set_xlabel("step", labelpad=1)
     if len(axes) < 3:
@@ -171,7 +174,7 @@ def _rows(ax: Axes, names: Sequence[str]) -> None:
     """Names beside the rows: all of a few, every n-th of many."""
     apart = math.ceil(len(names) / 24)
     places = range(0, len(names), apart)
-    ax.set_yticks(list(places), [names[place] for place in places])
+    ax.set_yticks(list(places), [legible(names[place]) for place in places])
     for label in ax.get_yticklabels():
         label.set(parse_math=False, fontsize=7.5)
     ax.tick_params(axis="y", length=0)

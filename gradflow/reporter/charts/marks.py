@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator
 
 from gradflow.reporter.numbers import number_words
@@ -135,12 +136,32 @@ def draw_contour(
     rows: tuple[float, float],
     level: float,
 ) -> None:
-    """A white line at one power of ten over a picture with these edges; −inf lies below it."""
-    centres = [
-        low + (high - low) / count * (np.arange(count) + 0.5)
-        for (low, high), count in zip((columns, rows), values.shape[::-1], strict=True)
-    ]
-    known = np.ma.masked_invalid(np.where(np.isneginf(values), -400.0, values))
-    ax.contour(
-        *centres, known, levels=[level], colors=["white"], linewidths=[1.1], linestyles=["solid"]
+    """A white line over a picture with these edges, between cells below a power of ten and others."""
+    across, down = (
+        np.linspace(*edges, count + 1)
+        for edges, count in zip((columns, rows), values.shape[::-1], strict=True)
     )
+    # along the borders of the cells: a smooth line through their centres would cut them in two
+    ax.add_collection(
+        LineCollection(
+            list(borders(values, across, down, level)),
+            colors="white",
+            linewidths=1.1,
+            capstyle="projecting",
+        ),
+        autolim=False,
+    )
+
+
+def borders(values: np.ndarray, across: np.ndarray, down: np.ndarray, level: float) -> np.ndarray:
+    """Borders between a cell below a level and one not below, NaN neither; (lines, 2 ends, xy).
+
+    >>> borders(np.array([[1.0, -9.0, np.nan]]), np.arange(4), np.arange(2), 0).tolist()
+    [[[1, 0], [1, 1]]]
+    """
+    low, known = values < level, ~np.isnan(values)
+    row, left = np.nonzero((low[:, 1:] != low[:, :-1]) & known[:, 1:] & known[:, :-1])
+    above, column = np.nonzero((low[1:] != low[:-1]) & known[1:] & known[:-1])
+    upright = np.stack([across[left + 1], down[row], across[left + 1], down[row + 1]], axis=1)
+    flat = np.stack([across[column], down[above + 1], across[column + 1], down[above + 1]], axis=1)
+    return np.concatenate([upright, flat]).reshape(-1, 2, 2)

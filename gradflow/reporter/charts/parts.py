@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart
-from gradflow.reporter.charts.marks import Line, draw_log_lines, key, whole
+from gradflow.reporter.charts.labels import label_steps
+from gradflow.reporter.charts.marks import Line, draw_log_lines, key
 from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import DIRECT, SERIES
 
@@ -47,6 +48,7 @@ def prepare(layer: LayerAnalysis) -> Parts:
         total=total,
         direct=direct,
         last=last,
+        labels=layer.step_labels,
     )
 
 
@@ -78,7 +80,7 @@ def draw(axes: Sequence[Axes], parts: Parts) -> None:
     )
     draw_log_lines(ax, parts.step, lines)
     ax.set_xlim(1 - 0.5, len(parts.step) + 0.5)
-    ax.xaxis.set_major_locator(whole(6))
+    label_steps(ax.xaxis, parts.labels, parts.step[: len(parts.labels)], 6)
     ax.set_xlabel("step", labelpad=2)
     ax.set_ylabel("gradient norm", labelpad=2)
     key(ax, 3)

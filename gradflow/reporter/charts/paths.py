@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart, absent, measured, running_median
-from gradflow.reporter.charts.marks import DASHED, DOTTED, Line, draw_log_lines, key, whole
+from gradflow.reporter.charts.labels import label_steps
+from gradflow.reporter.charts.marks import DASHED, DOTTED, Line, draw_log_lines, key
 from gradflow.reporter.numbers import ratio_words
 from gradflow.reporter.picture import FAINT, INK
 from gradflow.reporter.scale import SERIES
@@ -50,6 +51,7 @@ def prepare(layer: LayerAnalysis) -> Paths:
         names=names,
         step=np.arange(1, gain.shape[1] + 1),
         gain=gain,
+        labels=layer.step_labels,
     )
 
 
@@ -82,7 +84,7 @@ def draw(axes: Sequence[Axes], paths: Paths) -> None:
         lines.append(Line(values, label, colour, 0.9 if name == TOTAL else 1.6, dash))
     draw_log_lines(ax, paths.step, lines, decades=8)
     ax.set_xlim(0.5, len(paths.step) + 0.5)
-    ax.xaxis.set_major_locator(whole(8))
+    label_steps(ax.xaxis, paths.labels, paths.step[: len(paths.labels)])
     ax.set_xlabel("step", labelpad=2)
     ax.set_ylabel("gain per step", labelpad=2)
     key(ax, 5)

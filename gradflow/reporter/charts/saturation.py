@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart, absent, measured
+from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import DASHED, key, whole
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS
@@ -77,6 +78,7 @@ def prepare(layer: LayerAnalysis) -> Saturation:
         units=array.sizes["unit"] if array is not None else layer.hidden,
         steps=layer.steps,
         limits=limits,
+        labels=layer.step_labels,
     )
 
 
@@ -206,7 +208,7 @@ def _draw_gate(ax: Axes, chart: Saturation, gate: GateHeat, *, label: bool) -> N
     ax.set_yticks(ends, [str(end) for end in ends])
     ax.set_ylabel("unit", labelpad=2)
     ax.set_title(gate.words, loc="left", fontsize=8, pad=2, parse_math=False)
-    ax.xaxis.set_major_locator(whole(8))
+    label_steps(ax.xaxis, chart.labels, range(1, len(chart.labels) + 1))
     ax.tick_params(labelbottom=label)
     if label:
         ax.set_xlabel("step", labelpad=2)

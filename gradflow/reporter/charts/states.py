@@ -39,6 +39,7 @@ def prepare(layer: LayerAnalysis) -> States:
         reading=reading,
         note="" if shown else notes[0],
         heats=heats,
+        labels=heats[0].labels,
     )
 
 

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient
-from gradflow.reporter.charts.marks import draw_contour, whole
+from gradflow.reporter.charts.labels import label_steps
+from gradflow.reporter.charts.marks import draw_contour
 from gradflow.reporter.numbers import count_words
 from gradflow.reporter.prepare import GONE, MAP_CELLS, pooled
 from gradflow.reporter.scale import paint
@@ -68,6 +69,7 @@ def prepare(layer: LayerAnalysis) -> Triangle:
         columns=(0.5, 0.5 + shown.shape[1] * across),
         reach=reach,
         contour=bool(known.min() < GONE < known.max() and min(shown.shape) > 2),
+        labels=layer.step_labels,
     )
 
 
@@ -112,7 +114,7 @@ def draw(axes: Sequence[Axes], triangle: Triangle) -> None:
     ax.set_ylim(triangle.rows[1], max(0.5, triangle.rows[0]))  # there is no step 0
     if triangle.contour:
         draw_contour(ax, triangle.values, triangle.columns, triangle.rows, GONE)
-    ax.xaxis.set_major_locator(whole(5))
-    ax.yaxis.set_major_locator(whole(5))
+    for axis in (ax.xaxis, ax.yaxis):
+        label_steps(axis, triangle.labels, range(1, len(triangle.labels) + 1), 5)
     ax.set_xlabel("step t", labelpad=2)
     ax.set_ylabel("loss step t′", labelpad=2)

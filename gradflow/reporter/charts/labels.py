@@ -1,0 +1,78 @@
+"""Words along an axis of steps: as many of the user's labels as fit, else the steps' numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from matplotlib.axis import Axis
+
+from gradflow.reporter.charts.marks import whole
+from gradflow.reporter.fonts import inches, legible
+
+SIZE = 7.0  # points
+LINE = 0.125  # inches between two lines of labels
+MOST = 0.8  # inches of a label
+TICK = 0.1  # inches that a number takes beneath an axis in any case
+FLAT = 0.3  # inches up to which labels stand side by side beneath an axis, not upright
+SEEN = {" ": "␣", "\n": "↵", "\t": "⇥"}  # what a reader would take for nothing
+
+
+def readable(label: str) -> str:
+    r"""A label on one line, shortened where it is long; what a reader cannot see gets a sign.
+
+    >>> readable("\n"), readable(" "), readable("incomprehensibilities")
+    ('↵', '␣', 'incomprehen…')
+    """
+    printed = "".join(letter if letter.isprintable() else " " for letter in label)
+    seen = legible(SEEN.get(label) or " ".join(printed.split()))
+    if inches(seen, SIZE) <= MOST:
+        return seen
+    fits = next(n for n in range(1, len(seen) + 1) if inches(seen[:n] + "…", SIZE) > MOST)
+    return seen[: fits - 1].rstrip() + "…"
+
+
+def width(labels: Sequence[str]) -> float:
+    """Inches of the widest of these labels."""
+    return max((inches(readable(label), SIZE) for label in labels), default=0.0)
+
+
+def below(labels: Sequence[str]) -> float:
+    """Inches that labels take beneath an axis, more than numbers do.
+
+    >>> below(()), below(["a", "b"]), below(["France"]) > 0.2
+    (0.0, 0.0, True)
+    """
+    wide = width(labels)
+    return wide - TICK if wide > FLAT else 0.0
+
+
+def beside(labels: Sequence[str]) -> float:
+    """Inches that labels take beside an axis, more than numbers do."""
+    return max(0.0, width(labels) - FLAT / 2)
+
+
+def label_steps(axis: Axis, labels: Sequence[str], places: Iterable[float], most: int = 8) -> None:
+    """Write the labels at their places, every n-th so that none meets the next; else numbers.
+
+    The last place always has its label: it is the one nearest to the loss. Call it when the limits
+    of the axis are set.
+    """
+    if not labels:
+        axis.set_major_locator(whole(most))
+        return
+    box, (low, high) = axis.axes.get_window_extent(), sorted(axis.get_view_interval())
+    figure = axis.get_figure(root=True)
+    flat = axis is axis.axes.xaxis
+    long = box.width if flat else box.height
+    room = long / (figure.dpi if figure else 100)
+    upright = flat and below(labels) > 0
+    across = width(labels) + 0.08 if flat and not upright else LINE
+    shown = [(place, label) for place, label in zip(places, labels, strict=True)
+             if low <= place <= high]  # fmt: skip
+    every = max(1, math.ceil(across * (high - low) / room)) if room else 1
+    shown = shown[::-1][::every]
+    words = [readable(label) for _, label in shown]
+    axis.set_ticks([place for place, _ in shown], words)
+    for text in axis.get_ticklabels():
+        text.set(parse_math=False, fontsize=SIZE, rotation=90 if upright else 0)
