@@ -127,7 +127,7 @@ def test_a_module_registered_twice_is_one_module() -> None:
         (["rnn", "stack.1*"], {"rnn.l0", "stack.1.l0"}),
         ("encoder", {name for name in NAMES if name.startswith("encoder")}),
     ],
-    ids=str,
+    ids=["one track", "a module", "a glob", "one direction", "a list", "a parent"],
 )
 def test_layers_picks_by_name_or_glob(layers: str | list[str], names: set[str]) -> None:
     model = Seq2Seq()
