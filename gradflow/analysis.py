@@ -105,6 +105,8 @@ VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
 FRAMES = ("layers", "steps", "lags", "units", "findings")
 HEADLINE = ["layer", "verdict", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels"]
 SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be misled
+PACKED = {"zlib": True, "complevel": 1, "shuffle": True}  # of large arrays in a file; loses nothing
+LARGE = 1000  # entries
 
 
 @dataclass(frozen=True)
@@ -538,10 +540,14 @@ def _save(analysis: Analysis, path: Path) -> Path:
         "layers": list(analysis.layers),
     }
     tree = {"/": xr.Dataset(attrs={"gradflow": json.dumps(header)})}
+    packed: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(analysis):
+        packed[f"/layer{number}"] = {
+            str(name): PACKED for name, values in layer.data.items() if values.size >= LARGE
+        }
         tree[f"/layer{number}"] = layer.data.assign_attrs(gradflow=json.dumps(_layer_header(layer)))
     try:
-        xr.DataTree.from_dict(tree).to_netcdf(path, engine="h5netcdf")
+        xr.DataTree.from_dict(tree).to_netcdf(path, engine="h5netcdf", encoding=packed)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
     return path

@@ -11,6 +11,7 @@ import cases
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from compare import assert_jacobians_close
 from torch import Tensor, nn
 
@@ -270,6 +271,19 @@ def test_saving_and_loading_gives_the_same_back(
             for field in dataclasses.fields(layer):
                 if field.name != "data":
                     assert repr(getattr(layer, field.name)) == repr(getattr(same, field.name))
+
+
+def test_a_saved_map_is_packed(analyses: dict[str, Analysis], tmp_path: Path) -> None:
+    layer = analyses["bidirectional"]["l0"]
+    map_of_half = np.full((3, 1, 80, 80), np.nan)
+    map_of_half[..., np.triu_indices(80)[0], np.triu_indices(80)[1]] = math.log(0.5)
+    data = xr.Dataset({"log_gain": (("norm", "sequence", "source", "target"), map_of_half)})
+    analysis = dataclasses.replace(
+        analyses["bidirectional"], layers={"l0": dataclasses.replace(layer, data=data)}
+    )
+    file = analysis.save(tmp_path / "run.nc")
+    assert file.stat().st_size < map_of_half.nbytes / 2
+    assert gradflow.load(file)["l0"].data.identical(data)
 
 
 def test_frames_can_be_made_of_all(analyses: dict[str, Analysis]) -> None:

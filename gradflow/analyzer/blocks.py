@@ -15,10 +15,12 @@ from torch import Tensor
 
 from gradflow.analyzer.norms import (
     EXACT_ROWS,
+    SMALL,
     WIDTH,
     row_norms,
     spectral_by_gram,
     spectral_by_iteration,
+    spectral_from,
 )
 
 ROOM = {torch.float64: 32, torch.float32: 8}  # powers of two a row may leave 1 before rescaling
@@ -172,8 +174,12 @@ class Blocks:
         blocks = chosen.reshape(-1, self.rank, self.size)
         if len(blocks) == 0:
             return self._logarithm(result)
-        if self.rank <= EXACT_ROWS:
+        if self.rank < SMALL:
             result[good] = spectral_by_gram(blocks)
+        elif self.rank <= EXACT_ROWS:
+            guess = self.guess[good]
+            result[good], guess[..., 0] = spectral_from(blocks, guess[..., 0])
+            self.guess[good] = guess
         else:
             guess = self.guess[good]
             # the weakest vector gets a fresh part: the best direction may change at any step

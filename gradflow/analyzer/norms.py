@@ -15,6 +15,9 @@ TOLERANCE = 1e-4  # beyond: relative error at which block Lanczos iteration stop
 WIDTH = 4  # vectors that every step of the iteration adds
 DEPTH = 6  # steps until the basis is cut back to 4 vectors
 RESTARTS = 6  # then the Gram matrix after all
+SMALL = 24  # rows below which eigenvalues are cheaper than trying without
+POWERS = 4  # products with the Gram matrix between two looks at what they found
+LOOKS = 4  # then the eigenvalues
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -38,6 +41,51 @@ def spectral_by_gram(blocks: Tensor) -> Tensor:
     """
     top = torch.linalg.eigvalsh(blocks @ blocks.mT)[..., -1]
     return top.clamp_min(0).sqrt()
+
+
+def spectral_from(blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for blocks ≠ 0, from the leading row vectors (N, r) found at the previous lag.
+
+    Power iteration on G = V Vᵀ where that is certain to have found λ₁ to rounding, else eigenvalues.
+    With u of length 1, θ = uᵀ G u, e = ‖G u − θ u‖ and ρ = tr G − θ, all that the directions beside u
+    have together, θ ≤ λ₁ ≤ θ + e²/(θ − ρ) if ρ < θ: as soon as one direction outweighs all others.
+
+    Returns the values, and the vectors to start from next.
+    """
+    gram = blocks @ blocks.mT
+    total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    gram /= total[:, None, None]  # so that θ + ρ = 1
+    value, vectors = torch.empty_like(total), start.clone()
+    # λ₁² ≤ ‖G‖_F²: where no direction can outweigh the others there is no use in trying
+    hopeful = torch.linalg.vector_norm(gram, dim=(-2, -1)) > 0.5
+    left = hopeful.nonzero()[:, 0]
+    value[~hopeful] = _largest(gram[~hopeful])
+    gram = gram[left]
+    for _ in range(LOOKS):
+        theta, vector, sure = _power(gram, vectors[left])
+        value[left], vectors[left] = theta, vector
+        left, gram = left[~sure], gram[~sure]
+        if len(left) == 0:
+            break
+    value[left] = _largest(gram)
+    return (value * total).sqrt(), vectors
+
+
+def _largest(gram: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0)
+
+
+def _power(gram: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """θ and u after some products, and whether θ is certain to be λ₁ to rounding; tr G = 1."""
+    for _ in range(POWERS):
+        vector = (gram * vector[:, None, :]).sum(-1)
+    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    vector = torch.where(length > 0, vector / length, vector.shape[-1] ** -0.5)
+    image = (gram * vector[:, None, :]).sum(-1)
+    theta = (image * vector).sum(-1)
+    error = (image - theta[:, None] * vector).square().sum(-1)  # e²
+    gap = 2 * theta - 1  # θ − ρ
+    return theta, vector, (gap > 0) & (error <= torch.finfo(gram.dtype).eps * theta * gap)
 
 
 def spectral_by_iteration(blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ class _Graded:
         self.scale, self.mixing = self.scale[: kept.shape[1]], torch.eye(kept.shape[1]).double()
 
     def settle(self) -> None:
-        norm = float(torch.linalg.vector_norm(self.rows.double()))
+        norm = float(torch.linalg.vector_norm(self.rows, dtype=torch.float64))
         self.dead, self.finite = norm == 0, math.isfinite(norm)
         if self.dead or not self.finite:
             return
