@@ -132,6 +132,8 @@ class Recorder:
     def add_track(self, base: str, track: Track) -> None:
         """Take up a new loop, tapped or over a cell, under a name of its own."""
         self.runs[base] += 1
+        while f"{base}@{self.runs[base]}" in self.recording._tracks:  # some were dropped
+            self.runs[base] += 1
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
         self.recording._tracks[track.name] = track
 
