@@ -26,6 +26,7 @@ from gradflow.hooks.leaves import Path, arguments, leaves, named
 from gradflow.hooks.marks import End, Marks, Owner
 from gradflow.hooks.returned import LARGEST, key_of, likely_states, possible_states, row_of
 from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.unseen import NO_NUMBERS, TRANSFORMED, has_no_numbers, why_not_read
 from gradflow.recording import GATES, Track
 
 # loops over one module that may be gone on with at the same moment: always the last 4, and all that
@@ -112,6 +113,8 @@ class OwnCells:
         self._cells = {id(m): _Cell(m, paths[id(m)], _parameters(m)) for m in self.modules}
         self._under_way: list[_Call] = []
         self.seen = False  # also where no track was wanted
+        self.unseen: dict[str, str] = {}  # modules whose calls could not be read -> why
+        self.model_unseen: dict[str, str] = {}  # the same of the model itself
         self._like_cells: list[_Cell] = []
 
     # -- what the recorder calls -------------------------------------------------------------
@@ -119,11 +122,18 @@ class OwnCells:
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module is called; gives what `left` wants back."""
         cell = self._cells.get(id(module))
-        if cell is None or cell.ignored or _is_hidden():
+        if cell is None or cell.ignored or torch._C._current_graph_task_id() != -1:
+            return None  # during a backward: a checkpoint's second run
+        if _is_transformed():
+            self._leave(cell, TRANSFORMED)
             return None
         if any(call.cell is cell for call in self._under_way):
             return None
-        given = Given.of(args, kwargs, arguments(cell.parameters, args, kwargs))
+        named_arguments = arguments(cell.parameters, args, kwargs)
+        if any(has_no_numbers(tensor) for tensor in leaves(named_arguments).values()):
+            self._leave(cell, NO_NUMBERS)
+            return None
+        given = Given.of(args, kwargs, named_arguments)
         call = _Call(cell, given, None, {})
         cell.calls += 1
         call.origin, call.came = self._origin(cell, given)
@@ -155,6 +165,14 @@ class OwnCells:
         cell.ends.remove(loop)
         cell.tracks.remove(loop.end.track)
         self.owner.drop_tracks([loop.end.track])
+
+    def _leave(self, cell: _Cell, reason: str) -> None:
+        """Say why a module is not read; of the model itself only where nothing inside is named."""
+        named_so = f"{cell.path} ({type(cell.module).__name__})"
+        if cell.owner:
+            self.unseen[named_so] = reason
+        else:
+            self.model_unseen[named_so] = reason
 
     def left(self, call: _Call, result: Any) -> None:
         """The call is over; result is None where it raised."""
@@ -238,6 +256,9 @@ class OwnCells:
             returned, given.values(), call.given.unchanged(), open_end=call.given.leaves_out()
         )
         if not tensors:
+            reason = why_not_read(given.values(), returned.values())
+            if reason:
+                self._leave(call.cell, reason)
             return None
         outputs = {p: Output(edge_of(t), row_of(t), t.shape) for p, t in tensors.items()}
         rows = {key_of(path): out.row for path, out in outputs.items()}
@@ -464,13 +485,10 @@ def _parameters(module: nn.Module) -> list[str]:
     return [p.name for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-def _is_hidden() -> bool:
-    """Whether this is a checkpoint's second run, a trace, or a transform of torch.func."""
-    return (
-        torch._C._current_graph_task_id() != -1
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+def _is_transformed() -> bool:
+    """Whether this is a trace, or inside a transform of torch.func."""
+    tracing = bool(torch.jit.is_tracing())
+    return tracing or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _let_go(end: _First | _Loop | None) -> None:
