@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import gradflow
 from gradflow.analyzer import step_jacobians
 from gradflow.errors import GradflowWarning, RecordingError
+from gradflow.recording import Recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,13 +179,17 @@ def test_a_hook_on_the_backward_of_a_cell_leaves_its_jacobians_readable() -> Non
 
 def test_a_reentrant_checkpoint_is_named() -> None:
     cell, h = Cell(), torch.zeros(2, 4, requires_grad=True)
-    with (
-        pytest.warns(GradflowWarning, match="use_reentrant=False"),
-        gradflow.record(cell) as recording,
-    ):
-        for x_t in data():
-            h = checkpoint(cell, x_t, h, use_reentrant=True)
-        h.sum().backward()
+
+    def run() -> Recording:
+        state = h
+        with gradflow.record(cell) as recording:
+            for x_t in data():
+                state = checkpoint(cell, x_t, state, use_reentrant=True)
+            state.sum().backward()
+        return recording
+
+    with pytest.warns(GradflowWarning, match="use_reentrant=False"):
+        recording = run()
     assert any("what a checkpoint recomputes" in note for note in recording["cell"].notes)
     with pytest.raises(RecordingError, match="use_reentrant=False"):
         _ = recording["cell"].grad_h
