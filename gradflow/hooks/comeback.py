@@ -7,6 +7,7 @@ splitting, concatenation or detaching. Where no path in the graph tells, equal v
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ _ELEMENTWISE = (
     "NanToNum NativeDropout Neg Pow Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Sinh SliceScatter "
     "SelectScatter Softplus Softshrink Softsign Sqrt Sub Tan Tanh Threshold Where"
 )
+BY_VALUE = 16  # earlier calls whose outputs are looked for by their values
 MOVES, ELEMENTWISE = frozenset(_MOVES.split()), frozenset(_ELEMENTWISE.split())
 
 
@@ -41,33 +43,72 @@ class Output:
     shape: torch.Size
 
 
-def came_back(inputs: dict[Path, Tensor], outputs: dict[Path, Output]) -> dict[Path, Path]:
-    """Output -> the argument it came back as.
+def came_back(
+    inputs: dict[Path, Tensor], ends: list[tuple[dict[Path, Output], set[Path]]], not_at: set[Path]
+) -> list[dict[Path, Path]]:
+    """Of every earlier call: output -> the argument it came back as.
 
-    The nearest; of equally near ones that of the same name or place in its container, or the later.
+    The nearest; of equally near ones one that is no new member of a container that grows, then that
+    of the same name or place in its container, or the later.
+
+    Args:
+        inputs: the tensors that a call is given.
+        ends: of every earlier call what it returned, and where the first of its loop was given
+            tensors; the last `BY_VALUE` are also looked for by their values.
+        not_at: places that are known to be inputs, where no state comes back.
     """
-    ends: dict[Edge, Path] = {out.edge: path for path, out in outputs.items() if out.edge}
-    nearest: dict[Path, tuple[tuple[int, bool, int], Path]] = {}
+    known: dict[Edge, list[tuple[int, Path]]] = {}
+    for number, (outputs, _) in enumerate(ends):
+        for path, out in outputs.items():
+            if out.edge is not None:
+                known.setdefault(out.edge, []).append((number, path))
+    nearest: list[dict[Path, tuple[tuple[int, bool, bool, int], Path]]] = [{} for _ in ends]
     for place, (where, tensor) in enumerate(inputs.items()):
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or where in not_at:
             continue
         edge = edge_of(tensor)
-        hits = _walk(edge, ends) if edge is not None and ends else {}
-        hits = hits or {path: 0 for path, out in outputs.items() if _is_equal(tensor, out)}
-        for path, distance in hits.items():
-            order = (distance, path[-1:] != where[-1:], -place)
-            if path not in nearest or order < nearest[path][0]:
-                nearest[path] = (order, where)
-    return {path: nearest[path][1] for path in outputs if path in nearest}
+        hits: list[tuple[int, Path, int]] = []
+        if edge is not None and known:
+            walked = _walk(edge, known.keys())
+            hits = [(n, path, far) for end, far in walked.items() for n, path in known[end]]
+        for number, path, far in hits or _by_value(tensor, ends):
+            grown = _is_new_member(where, ends[number][1])
+            order = (far, grown, path[-1:] != where[-1:], -place)
+            best = nearest[number].get(path)
+            if best is None or order < best[0]:
+                nearest[number][path] = (order, where)
+    return [
+        {path: found[path][1] for path in outputs if path in found}
+        for found, (outputs, _) in zip(nearest, ends, strict=True)
+    ]
+
+
+def _is_new_member(where: Path, known: set[Path]) -> bool:
+    """Whether this place is one of a container that had others, but not this one, at first."""
+    return where not in known and any(
+        len(other) == len(where) > 1 and other[:-1] == where[:-1] for other in known
+    )
+
+
+def _by_value(
+    tensor: Tensor, ends: list[tuple[dict[Path, Output], set[Path]]]
+) -> list[tuple[int, Path, int]]:
+    first = max(0, len(ends) - BY_VALUE)
+    return [
+        (number, path, 0)
+        for number in range(first, len(ends))
+        for path, out in ends[number][0].items()
+        if _is_equal(tensor, out)
+    ]
 
 
 def _kind(node: Any) -> str:
     return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
 
 
-def _walk(root: Edge, ends: dict[Edge, Path]) -> dict[Path, int]:
+def _walk(root: Edge, ends: Collection[Edge]) -> dict[Edge, int]:
     """The ends that are reached, and over how many operations."""
-    found: dict[Path, int] = {}
+    found: dict[Edge, int] = {}
     seen: set[Edge] = set()
     queue: deque[tuple[Edge, int]] = deque([(root, 0)])
     while queue and len(seen) < NODES:
@@ -76,7 +117,7 @@ def _walk(root: Edge, ends: dict[Edge, Path]) -> dict[Path, int]:
             continue
         seen.add(edge)
         if edge in ends:
-            found.setdefault(ends[edge], distance)
+            found[edge] = distance
             continue
         node = edge[0]
         passes = _kind(node) in MOVES or _kind(node) in ELEMENTWISE

@@ -131,7 +131,7 @@ class Step:
         between = Between(roots, before.nodes, min(since, before.since))
         if not between.reached:
             return None
-        if between.seen & (older - before.nodes):
+        if (between.seen & older) - before.nodes:
             raise Incomplete("a state that depends on more of the past than the states before it")
         return Step(before, now, between)
 
@@ -159,7 +159,7 @@ class Step:
             for name in self.now.parts
         ]
         found = torch.cat(rows, dim=1)
-        if len(found) > 1 and bool(found.isfinite().all()):
+        if len(found) > 1 and bool(torch.stack(found.aminmax()).isfinite().all()):
             probe = probe_of(self.now.like)
             again = (probe.unsqueeze(1) @ found).squeeze(1)
             size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
@@ -332,7 +332,8 @@ def unit_rows(
             with warnings.catch_warnings():
                 # torch says that an operation is batched by a loop: no slower than one by one
                 warnings.simplefilter("ignore")
-                rows, beside = torch.vmap(one, chunk_size=TOGETHER)(seeds)
+                chunk = None if len(seeds) <= TOGETHER else TOGETHER
+                rows, beside = torch.vmap(one, chunk_size=chunk)(seeds)
         except (NotReadable, RuntimeError):
             each = [one(seed) for seed in seeds]
             rows = torch.stack([row for row, _ in each])

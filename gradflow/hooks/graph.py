@@ -136,6 +136,10 @@ def outputs(node: Any) -> int:
 
 def called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """What one node makes of the gradients at its outputs."""
+    if type(node).__name__ == "BackwardHookFunctionBackward":  # a place for hooks on a module
+        return tuple(grads)
+    if type(node).__name__ == "CheckpointFunctionBackward":
+        raise NotReadable("what a checkpoint recomputes")
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         raise NotReadable("an autograd.Function of your own")
     if saved_tensors_are_hooked() and any(name.startswith("_raw_saved") for name in dir(node)):

@@ -143,7 +143,7 @@ class Marks:
             mark.unknown = "a tap that was given one tensor as two states; give each its own"
         elif self.wanted(place):
             mark.jacobian = step.jacobian()
-            mark.cut = step.cut((mark.jacobian != 0).flatten(1).any(1))
+            mark.cut = step.cut(mark.jacobian.flatten(1).any(1))
         else:
             mark.unknown = self._why_not(place)
             mark.cut = step.cut((step.pull(probe_of(place.like)) != 0).any(1))

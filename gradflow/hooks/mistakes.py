@@ -14,6 +14,7 @@ from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
 from gradflow.hooks.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.unseen import foreign_code
 from gradflow.recording import Recording, Track
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -76,6 +77,7 @@ def why_no_track(
     ran: Iterable[str],
     own: Mapping[str, int],
     strangers: Collection[str],
+    unseen: Mapping[str, str],
 ) -> str:
     """Why a recording is empty, and what to do."""
     did = f"; what ran: {', '.join(ran)}" if ran else ""
@@ -86,6 +88,9 @@ def why_no_track(
             f"no recurrent layer fits layers={picked}; leave layers out to record all of them, "
             "names look like 'rnn.l0'"
         )
+    if unseen:
+        said = {words: [n for n in unseen if unseen[n] == words] for words in unseen.values()}
+        return "; ".join(f"{listed(names)} {words}" for words, names in said.items())
     once = [name for name, calls in own.items() if calls == 1]
     if once:
         return f"{listed(once)} {ONCE}"
@@ -104,12 +109,15 @@ def why_no_track(
     if recurrent:
         names = ", ".join(f"{name} ({type(m).__name__})" for name, m in recurrent.items())
         graph = something_is_compiled()
-        unseen = ", or ran inside a graph of torch.compile, where nothing is seen" if graph else ""
+        hidden = ", or ran inside a graph of torch.compile, where nothing is seen" if graph else ""
         return (
-            f"no recurrent layer ran: {names} was not called inside the block{unseen}{did}; run the "
+            f"no recurrent layer ran: {names} was not called inside the block{hidden}{did}; run the "
             f"{'uncompiled ' if graph else ''}model's forward pass inside `with gradflow.record(model):`"
         )
-    unseen = (
+    foreign = foreign_code([*model.modules()])
+    if foreign:
+        return f"no recurrent layer ran: {foreign}"
+    compiled = (
         "; cells of your own are not looked for where torch.compile was used"
         if something_is_compiled()
         else ""
@@ -117,7 +125,7 @@ def why_no_track(
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
     return (
         f"no recurrent layer ran: {type(model).__name__} consists of {', '.join(kinds)}, none of them "
-        f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}{unseen}; give the model that holds the "
+        f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}{compiled}; give the model that holds the "
         "recurrent layer or, if the model loops by hand, mark its states: "
         "h, c = gradflow.tap(h=h, c=c) inside the loop"
     )

@@ -28,6 +28,7 @@ from gradflow.hooks.source import LoopSource
 from gradflow.hooks.stitch import Chain, Stitcher
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.taps import Taps
+from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers
 from gradflow.recording import Recording, Track, matches_any
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
@@ -76,6 +77,9 @@ class Recorder:
 
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool:
         """A call belongs to this recording if its module or its weights are the model's."""
+        if any(has_no_numbers(weight) for weight in weights):
+            self.own.unseen[clean(self._owner(weights, module) or "a layer")] = NO_NUMBERS
+            return False
         mine = self._owner(weights, module) is not None
         if not mine:
             kind = (
@@ -95,14 +99,18 @@ class Recorder:
     def saw(self, seen: FusedCall) -> None:
         """Copy one fused call and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
-        if owner is not None:
+        if owner is not None and not seen.initial[0].numel():
+            self.own.unseen[owner or seen.cell] = NO_SEQUENCE
+        elif owner is not None:
             self._admit(self._copy(seen, owner), seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
 
     def saw_cell(self, seen: CellCall) -> None:
         """Copy one call of a single-step function and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
-        if owner is not None:
+        if owner is not None and not seen.initial[0].numel():
+            self.own.unseen[owner or "cell"] = NO_SEQUENCE
+        elif owner is not None:
             self._admit(self._copy_cell(seen, owner), seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
 
@@ -132,6 +140,8 @@ class Recorder:
     def add_track(self, base: str, track: Track) -> None:
         """Take up a new loop, tapped or over a cell, under a name of its own."""
         self.runs[base] += 1
+        while f"{base}@{self.runs[base]}" in self.recording._tracks:  # some were dropped
+            self.runs[base] += 1
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
         self.recording.add(track)
 
@@ -544,6 +554,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
         ran,
         recorder.own.without_state,
         recorder.strangers,
+        recorder.own.unseen or recorder.own.model_unseen,
     )
     training = [call.training for call in calls] or [recorder.training]
     tensors = [call.weights[0] for call in calls] + [

@@ -26,9 +26,13 @@ from gradflow.hooks.leaves import Path, arguments, leaves, named
 from gradflow.hooks.marks import End, Marks, Owner
 from gradflow.hooks.returned import LARGEST, key_of, likely_states, possible_states, row_of
 from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.unseen import NO_NUMBERS, TRANSFORMED, has_no_numbers, why_not_read
 from gradflow.recording import GATES, Track
 
-OPEN = 4  # calls of one module, or loops over it, that may be gone on with at the same moment
+# loops over one module that may be gone on with at the same moment: always the last 4, and all that
+# were called in the last 64 calls
+OPEN, WINDOW = 4, 64
+DOUBTFUL = 16  # steps of a loop through a module's input, until it is no longer doubted
 STOCK = ":"  # before a module's path: torch's own recurrent functions with its weights
 
 
@@ -48,6 +52,9 @@ class _First:
     handles: list[RemovableHandle]
     place: Place  # of those that may be states by their shapes
     given: Given | None  # None where it would keep much alive
+    given_at: set[Path]  # where it was given tensors
+    size: int  # entries that it keeps alive
+    called: int  # which call of the module it was
 
 
 @dataclass(eq=False)
@@ -59,6 +66,11 @@ class _Loop:
     entry: dict[str, Path]  # where they are among the arguments
     around: Around
     outputs: dict[Path, Output]
+    given_at: set[Path]  # where the first of its calls was given tensors
+    size: int
+    called: int  # the last call of the module that was one of its steps
+    # calls that each may yet begin a loop of its own, while the state seems to come in as the input
+    doubts: list[_First] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -72,6 +84,7 @@ class _Cell:
     calls: int = 0
     ends: list[_First | _Loop] = field(default_factory=list)
     tracks: list[Track] = field(default_factory=list)
+    inputs: set[Path] = field(default_factory=set)  # arguments in which no state comes back
 
     @property
     def path(self) -> str:
@@ -100,6 +113,8 @@ class OwnCells:
         self._cells = {id(m): _Cell(m, paths[id(m)], _parameters(m)) for m in self.modules}
         self._under_way: list[_Call] = []
         self.seen = False  # also where no track was wanted
+        self.unseen: dict[str, str] = {}  # modules whose calls could not be read -> why
+        self.model_unseen: dict[str, str] = {}  # the same of the model itself
         self._like_cells: list[_Cell] = []
 
     # -- what the recorder calls -------------------------------------------------------------
@@ -107,20 +122,57 @@ class OwnCells:
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module is called; gives what `left` wants back."""
         cell = self._cells.get(id(module))
-        if cell is None or cell.ignored or _is_hidden():
+        if cell is None or cell.ignored or torch._C._current_graph_task_id() != -1:
+            return None  # during a backward: a checkpoint's second run
+        if _is_transformed():
+            self._leave(cell, TRANSFORMED)
             return None
         if any(call.cell is cell for call in self._under_way):
             return None
-        given = Given.of(args, kwargs, arguments(cell.parameters, args, kwargs))
+        named_arguments = arguments(cell.parameters, args, kwargs)
+        if any(has_no_numbers(tensor) for tensor in leaves(named_arguments).values()):
+            self._leave(cell, NO_NUMBERS)
+            return None
+        given = Given.of(args, kwargs, named_arguments)
         call = _Call(cell, given, None, {})
         cell.calls += 1
-        for end in reversed(cell.ends):
-            came = came_back(given.tensors, end.outputs)
-            if came and (isinstance(end, _First) or set(came.values()) & set(end.entry.values())):
-                call.origin, call.came = end, came
-                break
+        call.origin, call.came = self._origin(cell, given)
         self._under_way.append(call)
         return call
+
+    def _origin(self, cell: _Cell, given: Given) -> tuple[_First | _Loop | None, dict[Path, Path]]:
+        """The loop, or else the earlier call, that a call goes on with, and what came back where."""
+        known = [(end.outputs, end.given_at) for end in cell.ends]
+        came = list(zip(cell.ends, came_back(given.tensors, known, cell.inputs), strict=True))[::-1]
+        for end, found in came:
+            if isinstance(end, _Loop) and set(found.values()) & set(end.entry.values()):
+                return end, found
+        for end, found in came:
+            if not found or not isinstance(end, _First):
+                continue
+            doubted = next((d for d in cell.ends if isinstance(d, _Loop) and end in d.doubts), None)
+            if doubted is not None and not _was_the_input(doubted, given, found):
+                continue
+            if doubted is not None:
+                self._take_back(cell, doubted)
+                return self._origin(cell, given)
+            return end, found
+        return None, {}
+
+    def _take_back(self, cell: _Cell, loop: _Loop) -> None:
+        """One layer calls the module after the other: what comes in as the input is no state."""
+        cell.inputs |= set(loop.entry.values())
+        cell.ends.remove(loop)
+        cell.tracks.remove(loop.end.track)
+        self.owner.drop_tracks([loop.end.track])
+
+    def _leave(self, cell: _Cell, reason: str) -> None:
+        """Say why a module is not read; of the model itself only where nothing inside is named."""
+        named_so = f"{cell.path} ({type(cell.module).__name__})"
+        if cell.owner:
+            self.unseen[named_so] = reason
+        else:
+            self.model_unseen[named_so] = reason
 
     def left(self, call: _Call, result: Any) -> None:
         """The call is over; result is None where it raised."""
@@ -131,8 +183,8 @@ class OwnCells:
         self._tell_outer(call.cell.path, list(returned.values()))
         cell, origin = call.cell, call.origin
         if isinstance(origin, _Loop) and self._goes_on(origin, call.given, returned):
-            cell.ends.remove(origin)
-            cell.ends.append(origin)
+            _move_to_end(cell, origin)
+            self._doubt(cell, origin, call, returned)
             return
         first = self._first(call, returned)
         if isinstance(origin, _First):
@@ -140,13 +192,35 @@ class OwnCells:
             if cell.ignored:
                 return
             if loop is not None:
-                cell.ends[cell.ends.index(origin)] = loop
-                _let_go(first)
+                doubtful = _may_be_the_input(loop, origin)
+                if doubtful:
+                    loop.doubts = [one for one in (origin, first) if one is not None]
+                    cell.ends += [] if first is None else [first]
+                else:
+                    cell.ends.remove(origin)
+                    for handle in origin.handles:
+                        handle.remove()
+                    _let_go(first)
+                cell.ends.append(loop)
                 return
         if first is not None:
             cell.ends.append(first)
-        while len(cell.ends) > OPEN:
+        while len(cell.ends) > OPEN and _is_over(cell):
             _let_go(cell.ends.pop(0))
+
+    def _doubt(self, cell: _Cell, loop: _Loop, call: _Call, returned: dict[Path, Tensor]) -> None:
+        """Each call of a doubtful loop may begin another one, up to as many as there are layers."""
+        if not loop.doubts:
+            return
+        first = self._first(call, returned) if len(loop.doubts) < DOUBTFUL else None
+        if first is not None:
+            loop.doubts.append(first)
+            cell.ends.insert(-1, first)
+            return
+        for doubt in loop.doubts:
+            _let_go(doubt)
+        cell.ends = [end for end in cell.ends if end not in loop.doubts]
+        loop.doubts = []
 
     def saw_stock(self, owner: str, results: tuple[Tensor, ...]) -> None:
         """A recurrent function of torch's own ran, perhaps inside some of the modules."""
@@ -182,6 +256,9 @@ class OwnCells:
             returned, given.values(), call.given.unchanged(), open_end=call.given.leaves_out()
         )
         if not tensors:
+            reason = why_not_read(given.values(), returned.values())
+            if reason:
+                self._leave(call.cell, reason)
             return None
         outputs = {p: Output(edge_of(t), row_of(t), t.shape) for p, t in tensors.items()}
         rows = {key_of(path): out.row for path, out in outputs.items()}
@@ -190,6 +267,7 @@ class OwnCells:
         mark = Marks.new(place, rows)
         source = TapSource(self.owner.scale, cell=_cell_name(call.cell.module), marks=[mark])
         self._note_likeness(call, outputs)
+        size = sum(t.numel() for t in given.values())
         if len(place.parts) > 1 and self.marks.wanted(place):
             Marks.read_within(
                 source, place, mark
@@ -200,7 +278,10 @@ class OwnCells:
             made_by={p: handed_on(outputs[p].edge, t, call.inner) for p, t in tensors.items()},
             handles=source.listen(mark, edges),
             place=place,
-            given=call.given if sum(t.numel() for t in given.values()) <= LARGEST else None,
+            given=call.given if size <= LARGEST else None,
+            given_at=set(given),
+            size=min(size, LARGEST) + sum(t.numel() for t in tensors.values()),
+            called=call.cell.calls,
         )
 
     def _note_likeness(self, call: _Call, outputs: dict[Path, Output]) -> None:
@@ -254,9 +335,11 @@ class OwnCells:
     def _begin(
         self, cell: _Cell, first: _First, states: dict[str, Path], entry: dict[str, Path]
     ) -> _Loop:
-        for handle in first.handles:
-            handle.remove()
-        source, guess = first.source, first.source.marks[0]
+        source, guess = TapSource(self.owner.scale, cell=first.source.cell), first.source.marks[0]
+        source.graph_tasks, source.second_order = (
+            set(first.source.graph_tasks),
+            first.source.second_order,
+        )
         outputs = {name: first.outputs[path] for name, path in states.items()}
         rows = {name: out.row for name, out in outputs.items()}
         edges = {name: out.edge for name, out in outputs.items() if out.edge is not None}
@@ -275,19 +358,30 @@ class OwnCells:
             for name, path in states.items()
             if key_of(path) in guess.grads
         }
+        mark.unknown = guess.unknown
         source.marks = [mark]
-        self._look_back(cell.module, first, entry, states, place, mark)
+        self._look_back(cell.module, source, first, entry, states, place, mark)
         end = self.marks.begin(cell.path, source, {}, place)
         end.track.owner = cell.owner
         cell.tracks.append(end.track)
         self.marks.settle(end, {}, place, mark)
         entered, values = _entering(first.given, entry, rows)
         around = Around(entered, place, values=values)
-        return _Loop(end, states, entry, around, first.outputs)
+        return _Loop(
+            end=end,
+            states=states,
+            entry=entry,
+            around=around,
+            outputs=first.outputs,
+            given_at=first.given_at,
+            size=sum(row.numel() for row in rows.values()),
+            called=cell.calls,
+        )
 
     def _look_back(
         self,
         module: nn.Module,
+        source: TapSource,
         first: _First,
         entry: dict[str, Path],
         states: dict[str, Path],
@@ -295,7 +389,7 @@ class OwnCells:
         mark: Mark,
     ) -> None:
         """The initial states, and how the first step depends on them."""
-        source, given = first.source, first.given
+        given = first.given
         try:
             if given is None or len(set(entry.values())) < len(entry):
                 raise NotReadable("arguments that do not give the initial states one by one")
@@ -391,19 +485,65 @@ def _parameters(module: nn.Module) -> list[str]:
     return [p.name for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-def _is_hidden() -> bool:
-    """Whether this is a checkpoint's second run, a trace, or a transform of torch.func."""
-    return (
-        torch._C._current_graph_task_id() != -1
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+def _is_transformed() -> bool:
+    """Whether this is a trace, or inside a transform of torch.func."""
+    tracing = bool(torch.jit.is_tracing())
+    return tracing or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _let_go(end: _First | _Loop | None) -> None:
     if isinstance(end, _First):
         for handle in end.handles:
             handle.remove()
+
+
+def _move_to_end(cell: _Cell, loop: _Loop) -> None:
+    loop.called = cell.calls
+    cell.ends.remove(loop)
+    cell.ends.append(loop)
+
+
+def _is_over(cell: _Cell) -> bool:
+    """Whether the end that was longest not gone on with is to be let go."""
+    long_ago = cell.calls - cell.ends[0].called > WINDOW
+    return long_ago or sum(end.size for end in cell.ends) > LARGEST
+
+
+# -------------------------------------------------- one module as all layers, called step by step
+
+
+def _may_be_the_input(loop: _Loop, first: _First) -> bool:
+    """Whether states that came in as the first argument may be the output of the layer below.
+
+    So it is where one module is all layers of a stack, each of which has another argument that
+    could be its state.
+    """
+    if first.given is None:
+        return False
+    name = next(iter(first.given.named))
+    shapes = {first.outputs[path].shape for path in loop.states.values()}
+    others = [t for path, t in first.given.tensors.items() if path[0] != name]
+    could_be = first.given.leaves_out() or any(t.shape in shapes for t in others)
+    return could_be and {path[0] for path in loop.entry.values()} == {name}
+
+
+def _was_the_input(loop: _Loop, given: Given, came: dict[Path, Path]) -> bool:
+    """Whether a call that does not go on with a doubtful loop shows that it is none.
+
+    A step of a layer came back in another argument, and the first is given something new. Were it a
+    state, it would start here as it did before.
+    """
+    places = set(loop.entry.values())
+    begin = loop.doubts[0].given
+    if places & set(came.values()) or begin is None:
+        return False
+    return not all(
+        place in given.tensors
+        and given.tensors[place].shape == tensor.shape
+        and torch.equal(given.tensors[place], tensor)
+        for place in places
+        if (tensor := begin.tensors.get(place)) is not None
+    )
 
 
 def _of_one_batch(came: dict[Path, Path], first: _First) -> dict[Path, Path]:

@@ -61,8 +61,10 @@ CALLED = Words(
     step="call",
     steps="calls",
     states="states",
-    more="the loop carries more than the states that this cell returns; mark all that it carries "
-    "with h, c = gradflow.tap(h=h, c=c) inside the loop, once per step",
+    more="the loop carries more than this cell's states: something else that came from an earlier "
+    "step goes into it, such as a memory that starts later, attention over past steps, or an output "
+    "fed back through another layer; mark all that it carries with h, c = gradflow.tap(h=h, c=c) "
+    "inside the loop, once per step",
     kind="a cell of your own: how it uses its weights is not known",
 )
 
@@ -324,7 +326,10 @@ class TapSource:
                 "record a backward of the loss alone"
             )
         if not any(mark.grad_enabled for mark in self.marks):
-            return "it ran inside torch.no_grad(); run it with gradients enabled"
+            return (
+                "it ran inside torch.no_grad(), or inside a checkpoint with use_reentrant=True; run it "
+                "with gradients enabled, or the checkpoint with use_reentrant=False"
+            )
         if not any(mark.differentiable for mark in self.marks):
             return (
                 "its marked states need no gradient; mark the states before any detach(), or call "

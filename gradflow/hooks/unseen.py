@@ -1,0 +1,52 @@
+"""Calls that run but cannot be read, and what to say of them where nothing else was recorded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+
+NO_NUMBERS = (
+    "ran on the meta device or on fake tensors, which hold no numbers; run it on real data inside "
+    "the block"
+)
+NO_SEQUENCE = "was given an empty batch; give it at least one sequence"
+TRANSFORMED = (
+    "ran inside a transform of torch.func (vmap, grad, jacrev) or a trace, where nothing is seen; "
+    "call the model plainly inside the block"
+)
+COMPLEX = (
+    "returns complex tensors, and only real states are read; carry real and imaginary part in one "
+    "real tensor (torch.view_as_real) and mark it: h = gradflow.tap(h=h) inside the loop"
+)
+QUANTIZED = "torch.ao.nn.quantized"
+
+
+def has_no_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and nothing else."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return tensor.is_meta or (fake is not None and isinstance(tensor, fake.FakeTensor))
+
+
+def why_not_read(given: Iterable[Tensor], returned: Iterable[Tensor]) -> str:
+    """Why what a call returned can be no state, or nothing."""
+    tensors = list(returned)
+    shapes = {tensor.shape for tensor in given if tensor.is_complex()}
+    if any(tensor.is_complex() and tensor.shape in shapes for tensor in tensors):
+        return COMPLEX
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return NO_SEQUENCE if floating and not any(t.numel() for t in floating) else ""
+
+
+def foreign_code(modules: Collection[nn.Module]) -> str:
+    """What to say of a model in which torch runs layers that are no Python modules any more."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        return (
+            "what torch.jit scripted or traced runs outside Python, where nothing is seen; record "
+            "the model as it was before torch.jit.script or torch.jit.trace"
+        )
+    if any(type(module).__module__.startswith(QUANTIZED) for module in modules):
+        return "quantized layers have no gradient; record the model as it was before quantization"
+    return ""

@@ -1,0 +1,195 @@
+"""What runs but cannot be read is said in words, and the user's code runs on as without a recording."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from compare import assert_steps_close
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import gradflow
+from gradflow.analyzer import step_jacobians
+from gradflow.errors import GradflowWarning, RecordingError
+from gradflow.recording import Recording
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3 + 4, 4)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return 0.9 * h + self.mix(torch.cat([x, h], -1)).tanh()
+
+
+class Loop(nn.Module):
+    def __init__(self, cell: nn.Module | None = None) -> None:
+        super().__init__()
+        self.cell = Cell() if cell is None else cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[1], 4)
+        for x_t in x:
+            h = self.cell(x_t, h)
+        return h
+
+
+class Stock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+def data(batch: int = 2) -> Tensor:
+    return torch.randn(5, batch, 3)
+
+
+def on_meta(make: Callable[[], nn.Module]) -> None:
+    model = make().to("meta")
+    with gradflow.record(model):
+        model(data().to("meta")).sum().backward()
+
+
+def on_fake_tensors(make: Callable[[], nn.Module]) -> None:
+    with FakeTensorMode():
+        model = make()
+        with gradflow.record(model):
+            model(data())
+
+
+def without_sequences(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    with gradflow.record(model):
+        model(data(0)).sum().backward()
+
+
+def under_vmap(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    with gradflow.record(model):
+        torch.vmap(lambda x: model(x.unsqueeze(1)), in_dims=1)(data()).sum().backward()
+
+
+def under_grad(make: Callable[[], nn.Module]) -> None:
+    model = make()
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, (data(),)).sum()
+
+    with gradflow.record(model):
+        torch.func.grad(loss)(dict(model.named_parameters()))
+
+
+def scripted(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    x, h = data()[0], torch.zeros(2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        if isinstance(model, Loop):
+            model.cell = torch.jit.trace(model.cell, (x, h))
+        else:
+            model.rnn = torch.jit.trace(model.rnn, (data(),))
+    with gradflow.record(model):
+        model(data()).sum().backward()
+
+
+def complex_states(make: Callable[[], nn.Module]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = make().to(torch.complex64)
+    with gradflow.record(model):
+        model(data().to(torch.complex64)).abs().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("run", "make", "words"),
+    [
+        (on_meta, Loop, r"cell \(Cell\) ran on the meta device"),
+        (on_meta, Stock, "rnn ran on the meta device"),
+        (on_fake_tensors, Loop, r"cell \(Cell\) ran on .* fake tensors"),
+        (on_fake_tensors, Stock, "rnn ran on .* fake tensors"),
+        (without_sequences, Loop, r"cell \(Cell\) was given an empty batch"),
+        (without_sequences, Stock, "rnn was given an empty batch"),
+        (without_sequences, lambda: Loop(nn.GRUCell(3, 4)), "cell was given an empty batch"),
+        (under_vmap, Loop, r"^cell \(Cell\) ran inside a transform of torch.func"),
+        (under_grad, Loop, r"^cell \(Cell\) ran inside a transform of torch.func"),
+        (scripted, Loop, "before torch.jit.script or torch.jit.trace"),
+        (scripted, Stock, "before torch.jit.script or torch.jit.trace"),
+        (complex_states, Loop, r"cell \(Cell\) returns complex tensors"),
+    ],
+)
+def test_a_sentence_and_no_disturbance(
+    run: Callable[[Callable[[], nn.Module]], None], make: Callable[[], nn.Module], words: str
+) -> None:
+    with pytest.warns(GradflowWarning, match=words):
+        run(make)
+
+
+def test_quantized_layers() -> None:
+    class LSTM(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    LSTM.__module__ = "torch.ao.nn.quantized.dynamic.modules.rnn"
+    model = nn.Sequential(LSTM())
+    with (
+        pytest.warns(GradflowWarning, match="record the model as it was before quantization"),
+        gradflow.record(model),
+    ):
+        model(data())
+
+
+def test_a_model_with_readable_calls_too_says_nothing_of_an_empty_batch() -> None:
+    model = Stock()
+    with gradflow.record(model) as recording:
+        model(data(0)).sum().backward()
+        model(data()).sum().backward()
+    assert list(recording.tracks) == ["rnn.l0"]
+
+
+def test_a_hook_on_the_backward_of_a_cell_leaves_its_jacobians_readable() -> None:
+    x, cell = data().double(), Cell().double()
+    runs = []
+    for hooked in (False, True):
+        if hooked:
+            cell.register_full_backward_hook(lambda module, ours, above: (None, 2 * ours[1]))
+        h, kept = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True), []
+        with gradflow.record(cell) as recording:
+            for x_t in x:
+                h = cell(x_t, h)
+                kept.append(h)
+            h.sum().backward()
+        runs.append(recording["cell"])
+    plain, changed = runs
+    assert torch.equal(step_jacobians(plain), step_jacobians(changed))
+    # what the hook makes of the gradient is what is reported: twice as much at every step back
+    double = 2.0 ** torch.arange(4, -1, -1, dtype=torch.float64).view(-1, 1, 1)
+    assert_steps_close(changed.grad_h, plain.grad_h * double, plain.mask)
+
+
+def test_a_reentrant_checkpoint_is_named() -> None:
+    cell, h = Cell(), torch.zeros(2, 4, requires_grad=True)
+
+    def run() -> Recording:
+        state = h
+        with gradflow.record(cell) as recording:
+            for x_t in data():
+                state = checkpoint(cell, x_t, state, use_reentrant=True)
+            state.sum().backward()
+        return recording
+
+    with pytest.warns(GradflowWarning, match="use_reentrant=False"):
+        recording = run()
+    assert any("what a checkpoint recomputes" in note for note in recording["cell"].notes)
+    with pytest.raises(RecordingError, match="use_reentrant=False"):
+        _ = recording["cell"].grad_h
