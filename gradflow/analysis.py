@@ -103,6 +103,7 @@ from gradflow.recording import Parity
 
 VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
 FRAMES = ("layers", "steps", "lags", "units", "findings")
+HEADLINE = ["layer", "verdict", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels"]
 SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be misled
 PACKED = {"zlib": True, "complevel": 1, "shuffle": True}  # of large arrays in a file; loses nothing
 LARGE = 1000  # entries
@@ -119,16 +120,24 @@ class Rate:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, the evidence for it, and what to try."""
+    """One thing that is wrong, the evidence for it, and what to try.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
+    >>> finding = gradflow.diagnose(rnn, torch.zeros(50, 2, 1)).findings[0]
+    >>> finding.name, round(finding.value, 4), round(finding.severity, 1)     # ln 0.5; 50 log10 0.5
+    ('vanishing', -0.6931, -15.1)
+    """
 
     name: str  # stable, e.g. "vanishing", "forget-gates-closed"
-    layer: str
+    layer: str  # its name
     message: str  # one sentence with numbers
     where: str = ""  # steps, units or sequences
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    threshold: float | None = None
+    value: float | None = None  # what was measured, in the units that the message names
+    low: float | None = None  # its 95 % interval over sequences, if there is one
+    high: float | None = None  # the same interval's other end
+    threshold: float | None = None  # what the value was held against
     source: str = ""  # author and year of the remedy, or of what the finding rests on
     severity: float | None = None  # decades over the span; negative = lost
     advice: str = ""  # one sentence
@@ -138,13 +147,21 @@ class Finding:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a remedy would make of a layer, tried on the recorded batch without training."""
+    """What a remedy would make of a layer, tried on the recorded batch without training.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
+    >>> prediction = gradflow.diagnose(rnn, torch.zeros(50, 2, 1))["l0"].predictions[0]
+    >>> prediction.words, prediction.verdict
+    ('W_hh × 2', 'stable')
+    """
 
     remedy: str  # an argument of `gradflow.what_if`: "forget_bias" or "scale_hh"
-    value: float
+    value: float  # of that argument
     words: str  # the remedy as people write it: "forget bias + 1"
-    verdict: str
-    rate: Rate
+    verdict: str  # one of VERDICTS
+    rate: Rate  # nats per step
     half_life: float  # steps; inf if the gain never halves
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
@@ -161,31 +178,41 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """The verdict on one layer in one direction, and the numbers behind it."""
+    """The verdict on one layer in one direction, and the numbers behind it.
 
-    name: str
-    cell: str
-    reverse: bool
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.9)
+    >>> layer = gradflow.diagnose(rnn, torch.zeros(100, 2, 1))["l0"]
+    >>> layer.verdict, round(layer.rate.value, 4), layer.horizon              # ln 0.9
+    ('vanishing', -0.1054, 66)
+    >>> round(layer.data["lag_median"].sel(lag=10).item(), 4)                 # 10 ln 0.9
+    -1.0536
+    """
+
+    name: str  # of its track: "rnn.l0", "encoder.lstm.l1_reverse"
+    cell: str  # "LSTM", "GRU", "RNN_TANH", "RNN_RELU"; a user's class name; "tap"
+    reverse: bool  # true: the past of a step is the larger t
     hidden: int  # H
     size: int  # S
     steps: int  # T of the longest sequence
     sequences: int  # B
     span: int  # the distance of interest, in steps
-    verdict: str
-    labels: tuple[str, ...]
-    rate: Rate
+    verdict: str  # one of VERDICTS
+    labels: tuple[str, ...]  # what else it is: "transient growth", "not exponential"
+    rate: Rate  # the largest Lyapunov exponent, nats per step
     half_life: float  # steps; inf if the gain never halves
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span; None where undefined
     lyapunov: np.ndarray | None  # (k,) nats per step: the rate, then the others, largest first
-    findings: tuple[Finding, ...]
-    parity: Parity
+    findings: tuple[Finding, ...]  # what is wrong and what to try; none in a healthy layer
+    parity: Parity  # parameter gradients rebuilt from what was recorded, against the model's own
     sentence: str  # the verdict in words with numbers
     title: str  # the overview's headline for this row
     gradient_note: str  # "" or why there is no gradient of the loss here
     method: str  # "exact" or "sketch", and how it was chosen
-    data: xr.Dataset = field(repr=False)
+    data: xr.Dataset = field(repr=False)  # every array; see `gradflow.analysis`
     predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
 
     @property
@@ -211,12 +238,22 @@ def _never_gone(found: LayerAnalysis | Prediction) -> bool:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The result of `gradflow.analyze`: prints as a table, saves to one netCDF file."""
+    """The result of `gradflow.analyze`: prints as a table, saves to one netCDF file.
+
+    ``analysis[name]`` is a `LayerAnalysis`; the start of a name does if it fits one only.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.9)
+    >>> run = gradflow.diagnose(rnn, torch.zeros(100, 2, 1))
+    >>> [(layer.name, layer.verdict, round(layer.half_life, 2)) for layer in run.worst_first]
+    [('l0', 'vanishing', 6.58)]
+    """
 
     title: str  # the model's name
-    layers: Mapping[str, LayerAnalysis]
+    layers: Mapping[str, LayerAnalysis]  # by name, in the order in which they ran
     warnings: tuple[str, ...]  # settings that shape or limit the numbers
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, Any]  # versions, settings, input and loss in words
 
     def __getitem__(self, name: str) -> LayerAnalysis:
         if name in self.layers:
@@ -233,7 +270,17 @@ class Analysis:
         return len(self.layers)
 
     def titled(self, title: str) -> Analysis:
-        """The same analysis under another name."""
+        """The same analysis under another name.
+
+        Args:
+            title: what pictures and tables shall call it.
+
+        Returns:
+            A new analysis with the same layers.
+
+        >>> Analysis("RNN", {}, (), {}).titled("before training").title
+        'before training'
+        """
         return replace(self, title=title)
 
     @property
@@ -253,31 +300,53 @@ class Analysis:
         return [finding for layer in self.worst_first for finding in layer.findings]
 
     def frame(self, kind: str = "layers") -> pd.DataFrame:
-        """A tidy table; kind is one of layers, steps, lags, units, findings."""
+        """A tidy table, one row for each of the things that it is about, of all layers.
+
+        Args:
+            kind: "layers" (verdict, rate in nats per step, half-life, horizon and span in steps),
+                "steps" (norms of states and gradients, gates), "lags" (ln gain against distance),
+                "units" (memory and time scales, saturation) or "findings".
+
+        Returns:
+            A frame with the column ``layer``; steps and units count from 1.
+
+        Raises:
+            InputError: another kind.
+
+        >>> import torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> len(run.frame("steps")), len(run.frame("units"))
+        (20, 8)
+        """
         if kind not in FRAMES:
             raise InputError(f"kind must be one of {', '.join(FRAMES)}, got {kind!r}")
         return _FRAME_BUILDERS[kind](self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything to one netCDF file, which `gradflow.load` reads back exactly."""
+        """Write everything to one netCDF file, which `gradflow.load` reads back exactly.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The path.
+
+        Raises:
+            FileError: it cannot be written.
+
+        >>> import tempfile, torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run.save(f"{folder}/run.nc").name
+        'run.nc'
+        """
         return _save(self, Path(path))
 
     def __repr__(self) -> str:
         lines = [f"gradflow analysis of {self.title}"]
         lines += [f"  {layer.sentence}" for layer in self.worst_first]
         lines += [f"  note: {warning}" for warning in self.warnings]
-        table = self.frame("layers")[
-            [
-                "layer",
-                "verdict",
-                "rate",
-                "rate_low",
-                "rate_high",
-                "half_life",
-                "horizon",
-                "channels",
-            ]
-        ]
+        table = self.frame("layers")[HEADLINE]
         return "\n".join(lines) + "\n" + table.to_string(index=False, float_format="%.4g")
 
     def _repr_html_(self) -> str:
@@ -352,10 +421,26 @@ def _lags_frame(analysis: Analysis) -> pd.DataFrame:
         pd.DataFrame(
             {"layer": layer.name, "lag": layer.data["lag"].values}
             | {name: layer.data[f"lag_{name}"].values for name in names}
+            | _by_parameter(layer)
         )
         for layer in analysis
     ]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _by_parameter(layer: LayerAnalysis) -> dict[str, np.ndarray]:
+    """What every lag brings to a weight's gradient, and what is lost without the lags beyond it."""
+    if "lag_contribution" not in layer.data:  # older runs do not have it
+        return {}
+    each = [str(name) for name in layer.data["parameter"].values]
+    return {
+        f"{column}_{name}": layer.data[variable].sel(parameter=name).values
+        for column, variable in (
+            ("contribution", "lag_contribution"),
+            ("truncation_error", "truncation_error"),
+        )
+        for name in each
+    }
 
 
 def _units_frame(analysis: Analysis) -> pd.DataFrame:
@@ -438,7 +523,25 @@ def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike[str]) -> Analysis:
-    """Read a run back: a ``run.nc`` file, or a report folder that holds one."""
+    """Read a run back: a ``run.nc`` file, or a report folder that holds one.
+
+    Args:
+        path: of the file or of the folder.
+
+    Returns:
+        The analysis as it was saved, number by number.
+
+    Raises:
+        InputError: what was given is no path.
+        FileError: there is no run, it is none of gradflow's, or another version's.
+
+    >>> import tempfile, torch, gradflow
+    >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = load(run.save(f"{folder}/run.nc"))
+    >>> again["l0"].rate == run["l0"].rate
+    True
+    """
     if not isinstance(path, str | os.PathLike):
         kind = type(path).__name__
         raise InputError(f"path must be a path, got {kind}; give a report folder or its run.nc")

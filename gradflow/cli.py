@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -18,12 +17,12 @@ import click
 from gradflow._version import __version__
 from gradflow.conditions import parse_conditions
 from gradflow.errors import GradflowError, InputError
+from gradflow.progress import Progress
 
 if TYPE_CHECKING:
     from gradflow.analysis import Analysis
 
 DONE, CONDITION_HOLDS, BAD_INPUT, OWN_FAULT, INTERRUPTED = 0, 1, 2, 3, 130
-PATIENCE = 2.0  # seconds before progress is shown
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 TRUST = click.option(
@@ -68,6 +67,21 @@ SEED = click.option(
 )
 
 
+def _all(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, shown in this order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+RUNNING = _all(SPEC, INPUT, TARGET, LOSS, OUTPUT, SEQ_LEN, BATCH, SEED)
+SHOWING = _all(FOLDER, FORCE, AS_JSON, QUIET, VERBOSE, FAIL_ON)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gradflow")
 def gradflow() -> None:
@@ -81,20 +95,8 @@ def gradflow() -> None:
 
 @gradflow.command()
 @MODEL
-@SPEC
-@INPUT
-@TARGET
-@LOSS
-@OUTPUT
-@SEQ_LEN
-@BATCH
-@SEED
-@FOLDER
-@FORCE
-@AS_JSON
-@QUIET
-@VERBOSE
-@FAIL_ON
+@RUNNING
+@SHOWING
 @TRUST
 def analyze(
     model: Path,
@@ -160,12 +162,7 @@ def inspect(model: Path, spec: str | None, trust: bool) -> None:
 
 @gradflow.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@FOLDER
-@FORCE
-@AS_JSON
-@QUIET
-@VERBOSE
-@FAIL_ON
+@SHOWING
 def report(
     run: Path,
     folder: Path | None,
@@ -197,14 +194,7 @@ def report(
 
 @gradflow.command()
 @click.argument("runs", metavar="RUN RUN...", nargs=-1, type=click.Path(path_type=Path))
-@SPEC
-@INPUT
-@TARGET
-@LOSS
-@OUTPUT
-@SEQ_LEN
-@BATCH
-@SEED
+@RUNNING
 @FOLDER
 @TRUST
 def compare(runs: Sequence[Path], folder: Path | None, **options: Any) -> None:
@@ -277,42 +267,6 @@ def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:
         click.echo(f"--fail-on: {text}", err=True)
     if held:
         raise SystemExit(CONDITION_HOLDS)
-
-
-class Progress:
-    """A line on stderr once something has taken two seconds; call it with (what, share done)."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._display: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._display is not None:
-            self._display.stop()
-
-    def __call__(self, what: str, done: float) -> None:
-        """Show what is being done and which share of it is done."""
-        if self._display is None:
-            if time.monotonic() - self._started < PATIENCE or not sys.stderr.isatty():
-                return
-            self._open()
-        self._display.update(self._task, description=what, completed=done)
-
-    def _open(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Display
-
-        self._display = Display(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(),
-            console=Console(stderr=True), transient=True,
-        )  # fmt: skip
-        self._task = self._display.add_task("", total=1.0)
-        self._display.start()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,19 +12,9 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from gradflow import reporter
-from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.analysis import HEADLINE, Analysis, LayerAnalysis
 
-COLUMNS = [
-    "run",
-    "layer",
-    "verdict",
-    "rate",
-    "rate_low",
-    "rate_high",
-    "half_life",
-    "horizon",
-    "channels",
-]
+COLUMNS = ["run", *HEADLINE]
 CONFIDENCE = 0.95
 ROUNDING = 1e-10  # nats per step; a difference below it is none
 

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 
 class GradflowError(Exception):
-    """The base of all of gradflow's own errors. Its text is a sentence for the user."""
+    """The base of all of gradflow's own errors. Its text is a sentence for the user.
+
+    >>> import gradflow
+    >>> try:
+    ...     gradflow.load("reports/none")
+    ... except gradflow.GradflowError as error:
+    ...     print(error)
+    there is no run at reports/none; give a folder written by gradflow, or its run.nc
+    """
 
 
 class InputError(GradflowError, ValueError):
@@ -28,7 +36,16 @@ class UserCodeError(GradflowError):
 
 
 class GradflowWarning(UserWarning):
-    """Something a user should know before trusting a result; the result is still given."""
+    """Something a user should know before trusting a result; the result is still given.
+
+    >>> import warnings, torch, gradflow
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore", gradflow.GradflowWarning)      # "no recurrent layer ran"
+    ...     with gradflow.record(torch.nn.LSTM(1, 1)) as recording:
+    ...         pass
+    >>> len(recording)
+    0
+    """
 
 
 def must_be(what: str, expected: str, actual: object, advice: str) -> str:

@@ -1,11 +1,10 @@
-"""The only place that joins the stages: load, record, analyze, show."""
+"""Joins the stages: load, record, analyze, show."""
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,11 @@ from gradflow import loading
 from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import analyze
 from gradflow.analyzer.agreement import agreed
-from gradflow.errors import GradflowError, GradflowWarning, InputError, UserCodeError, must_be
+from gradflow.errors import GradflowWarning, InputError
 from gradflow.hooks import record
+from gradflow.passes import Settings, left_as_found, recorded_pass, with_notes
 from gradflow.prediction import with_predictions
-from gradflow.recording import GATES, Recording
+from gradflow.recording import Recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,14 +44,19 @@ def diagnose(
 
     Args:
         model: any module with recurrent layers; it is called as ``model(*inputs)``.
+        inputs: what the model takes, as it takes it: x of shape (T, B, I), say.
         target: passed to the loss as its second argument.
         loss: takes (output, target), or (output) without a target. By default the mean squared
             error, or cross-entropy for whole targets; without a target ½‖output at the last step‖².
         lengths: (B,) real steps of each sequence of a padded batch.
         span: the distance of interest in steps; by default the median length.
 
+    Returns:
+        An `Analysis`, with `predictions` for layers that vanish or explode.
+
     Raises:
         RecordingError: no recurrent layer ran.
+        InputError: no loss can be taken of the model's output, or the span is out of its range.
 
     >>> import torch, gradflow
     >>> _ = torch.manual_seed(0)
@@ -61,7 +66,7 @@ def diagnose(
     """
     held = None if lengths is None else torch.as_tensor(lengths)
     batch = loading.Batch(inputs=inputs, target=target, lengths=held)
-    recording = _run(model, batch, _Settings(loss=loss))
+    recording = recorded_pass(model, batch, Settings(loss=loss))
     return with_predictions(recording, analyze(recording, span=span))
 
 
@@ -73,6 +78,24 @@ def plot(
     ax: Axes | None = None,
 ) -> Figure:
     """Draw a recording, an analysis, or several analyses on one scale.
+
+    Colours are log10 ratios, ± six powers of ten, the same for every model: navy vanished, pale
+    yellow as at the loss, dark red exploded. The figure is unknown to pyplot: a notebook shows it,
+    ``figure.savefig("overview.png")`` writes it.
+
+    Args:
+        x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them.
+        kind: "overview", or one of `gradflow.reporter.KINDS`: "gain-map", "total-vs-direct",
+            "lag-curve", "triangle", "lag-gradient", "states", "layers", "rank", "lyapunov",
+            "paths", "blocks", "gates", "saturation", "time-scales".
+        layer: one layer by name; all by default.
+        ax: axes of your own for the main panel of one layer.
+
+    Returns:
+        The figure, a `matplotlib.figure.Figure`.
+
+    Raises:
+        InputError: the kind or the layer is unknown, or ``ax`` is given for more than one layer.
 
     >>> import torch, gradflow
     >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
@@ -120,7 +143,7 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
         provenance={
             "file": opened.path.name,
             "kind": opened.kind,
-            **_with_notes(analysis.provenance, opened.notes),
+            **with_notes(analysis.provenance, opened.notes),
         },
     )
 
@@ -139,8 +162,8 @@ def _from_batch(
     batch = loading.fit_batch(loading.read_batch(request.input, request.target), opened.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(request.seed)
-        settings = _Settings(loss_name=request.loss, output=request.output, guard=True)
-        recording = _run(opened.model, batch, settings)
+        settings = Settings(loss_name=request.loss, output=request.output, guard=True)
+        recording = recorded_pass(opened.model, batch, settings)
     recording.provenance |= {"input": request.input.name, "seed": request.seed}
     analysis = analyze(recording, seed=request.seed, progress=progress)
     return with_predictions(recording, analysis, seed=request.seed)
@@ -199,7 +222,7 @@ def _from_weights(
         "seed": request.seed,
         "snippet": loading.save_snippet(opened.path, opened),
     }
-    provenance = _with_notes(provenance, assumed)
+    provenance = with_notes(provenance, assumed)
     return Analysis(opened.title, layers, tuple(dict.fromkeys([told, *notes])), provenance)
 
 
@@ -210,7 +233,7 @@ def _run_probe(module: loading.RecurrentModule, probe: loading.Probe) -> Recordi
         outer = nn.Module()
         outer.add_module(part, model)
         model = outer
-    with _left_as_found(model), record(model) as recording:
+    with left_as_found(model), record(model) as recording:
         output = module.module(probe.inputs)[0]
         loading.probe_loss(
             output, probe.r, module.module.batch_first, module.bidirectional
@@ -249,143 +272,6 @@ def _part(progress: Progress | None, number: int, count: int, words: str) -> Pro
     if progress is None:
         return None
     return lambda what, done: progress(f"{words}: {what}", (number + done) / count)
-
-
-# ----------------------------------------------------------------------------------- running
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How to get a loss out of a model's output."""
-
-    loss: Callable[..., Tensor] | None = None  # the user's own
-    loss_name: str | None = None
-    output: str | None = None  # which part of a tuple or dict
-    guard: bool = False  # quote errors of the user's code instead of letting them through
-
-
-def _run(model: nn.Module, batch: loading.Batch, settings: _Settings) -> Recording:
-    """One recorded forward and backward pass; gradients and buffers are put back."""
-    kwargs = dict(batch.kwargs)
-    if batch.lengths is not None and "lengths" in inspect.signature(model.forward).parameters:
-        kwargs.setdefault("lengths", batch.lengths)
-    given = [*batch.inputs, *batch.kwargs.values(), batch.target]
-    with _left_as_found(model, given), record(model, lengths=batch.lengths) as recording:
-        with _user_code(settings.guard, "the model", "check --input, or save the batch again"):
-            result = model(*batch.inputs, **kwargs)
-        value, words = _loss(result, model, batch, settings, recording)
-        recording.provenance["loss"] = words
-        if value.requires_grad:
-            with _user_code(settings.guard, "the backward pass", "the same loss must train"):
-                value.backward()
-    dropout = [m for m in model.modules() if getattr(m, "p", 0) or getattr(m, "dropout", 0)]
-    if not model.training and dropout:
-        recording.notes.append("the model ran in evaluation mode, so its dropout was off")
-    recording.provenance |= {"loss": words, "input": _shapes(batch.inputs)}
-    recording.provenance = _with_notes(recording.provenance, batch.notes)
-    return recording
-
-
-def _loss(
-    result: Any, model: nn.Module, batch: loading.Batch, settings: _Settings, recording: Recording
-) -> tuple[Tensor, str]:
-    """The loss and its name in words."""
-    if settings.loss is not None:
-        arguments = (result,) if batch.target is None else (result, batch.target)
-        try:
-            value = settings.loss(*arguments)
-        except (TypeError, AttributeError) as error:
-            if isinstance(result, Tensor):
-                raise
-            kind = type(result).__name__
-            raise InputError(
-                f"the loss cannot read the model's output, which is a {kind} ({error}); "
-                "choose its part: loss=lambda output, target: criterion(output[0], target)"
-            ) from error
-        name = getattr(settings.loss, "__name__", type(settings.loss).__name__)
-        return _scalar(value), name
-    output, where = loading.choose_output(result, settings.output)
-    lengths = loading.output_lengths(result, settings.output)
-    lengths = batch.lengths if lengths is None else lengths
-    loss = loading.make_loss(
-        settings.loss_name, batch.target is not None, _time_axis(model, recording, output)
-    )
-    if loss.note:
-        recording.notes.append(loss.note)
-    with _user_code(settings.guard, "the loss", "check --target and --loss"):
-        value = loss(output, batch.target, lengths)
-    return value, f"{loss.name} of {where}"
-
-
-def _time_axis(model: nn.Module, recording: Recording, output: object) -> int:
-    """Where time is in the model's output: where the layer that ran last had it."""
-    tracks = list(recording)
-    if tracks and tracks[-1].cell in GATES:
-        return int(tracks[-1].batch_first)
-    if tracks and isinstance(output, Tensor) and output.ndim >= 2:  # a loop by hand does not say
-        steps, batch = tracks[-1].steps, tracks[-1].batch
-        fits = [(steps, batch), (batch, steps)]
-        if steps != batch and tuple(output.shape[:2]) in fits:
-            return fits.index((output.shape[0], output.shape[1]))
-    return loading.time_axis(model)
-
-
-def _with_notes(provenance: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
-    """What was done to the input on the way: told, but no reason to doubt a number."""
-    known = [*notes, *provenance.get("notes", [])]
-    return {**provenance, "notes": list(dict.fromkeys(known))} if known else dict(provenance)
-
-
-def _scalar(value: object) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(
-            must_be("the loss", "one number in a tensor", got, "reduce it, e.g. by .mean()")
-        )
-    return value.reshape(())
-
-
-def _shapes(inputs: tuple[Any, ...]) -> str:
-    found = [str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor)]
-    return "shape " + ", ".join(found) if found else "given by the caller"
-
-
-@contextmanager
-def _user_code(guard: bool, what: str, advice: str) -> Iterator[None]:
-    """Quote what the user's own code raises, where a command line would show a traceback."""
-    if not guard:
-        yield
-        return
-    try:
-        yield
-    except GradflowError:
-        raise
-    except SystemExit as error:
-        raise UserCodeError(f"{what} ended the program (sys.exit); {advice}") from error
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise UserCodeError(
-            f"{what} raised {type(error).__name__} on this input: {text}; {advice}"
-        ) from error
-
-
-@contextmanager
-def _left_as_found(model: nn.Module, inputs: Sequence[Any] = ()) -> Iterator[None]:
-    """Put back gradients, buffers and random state."""
-    tensors = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf)]
-    grads = [(tensor, tensor.grad) for tensor in tensors]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    for tensor, _ in grads:
-        tensor.grad = None
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for tensor, grad in grads:
-            tensor.grad = grad
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 @contextmanager

@@ -149,6 +149,30 @@ spans = [bias for bias, h in zip(biases, horizons, strict=True) if h is None or 
 print(f"the smallest of these that spans 300 steps: {spans[0]}")
 
 # %% [markdown]
+# ### Ask before you change anything
+#
+# `gradflow.what_if` tries a remedy on the recorded batch, with the present weights and without training, and
+# leaves the model alone.
+
+# %%
+torch.manual_seed(4)
+module = layer("lstm")
+with gradflow.record(module) as recording:
+    module(torch.randn(100, 4, 4))[0][-1].sum().backward()
+tried = gradflow.what_if(recording, forget_bias=3.0, scale_hh=1.5, truncate=20)
+tried[
+    [
+        "remedy",
+        "value",
+        "rate_before",
+        "rate_after",
+        "horizon_before",
+        "horizon_after",
+        "verdict_after",
+    ]
+]
+
+# %% [markdown]
 # ## ReLU does not cure it
 #
 # ReLU has a slope of exactly 1 or 0, so nothing is squeezed, and nothing is bounded either: with weights as

@@ -13,6 +13,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:LSTM with projections is not supported with oneDNN:UserWarning"
     )
+    if hasattr(config, "workerinput"):  # one of several processes: each has a core of its own
+        torch.set_num_threads(1)
 
 
 FUSED = [

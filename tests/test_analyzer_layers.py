@@ -588,7 +588,7 @@ def cut_at(recording: Recording, step: int) -> Recording:
     (track,) = recording
     cuts = track.cuts.clone()
     cuts[step] = True
-    recording._tracks[track.name] = dataclasses.replace(track, cuts=cuts)
+    recording.add(dataclasses.replace(track, cuts=cuts))
     return recording
 
 

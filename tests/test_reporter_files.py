@@ -21,6 +21,8 @@ def test_every_file_is_there(tmp_path: Path) -> None:
         "report.html", "summary.json", "run.nc", *(f"{kind}.csv" for kind in FRAMES),
         "figures/overview.png", "figures/rnn.l0-gain-map.png", "figures/rnn.l0-lag-curve.png",
         "figures/rnn.l0-states.png", "figures/rnn.l0-total-vs-direct.png",
+        "figures/rnn.l0-triangle.png", "figures/rnn.l0-lag-gradient.png",
+        "figures/rnn.l0-rank.png", "figures/rnn.l0-lyapunov.png", "figures/rnn.l0-saturation.png",
     }  # fmt: skip
     assert all(path.stat().st_size for path in paths.values())
     assert json.loads(paths["summary.json"].read_text("utf-8"))["verdicts"] == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -58,10 +59,17 @@ def made(analysis: Analysis) -> str:
     return page(analysis, draw(analysis))
 
 
+@functools.cache
+def drawn(name: str) -> tuple[Analysis, dict[tuple[str, str], bytes]]:
+    """A case and its pictures, drawn once for all tests."""
+    analysis = synthetic.CASES[name]()
+    return analysis, draw(analysis)
+
+
 @pytest.fixture(scope="module", params=["vanishing", "everything", "single_step", "bidirectional"])
 def case(request: pytest.FixtureRequest) -> tuple[Analysis, str]:
-    analysis = synthetic.CASES[request.param]()
-    return analysis, made(analysis)
+    analysis, pictures = drawn(request.param)
+    return analysis, page(analysis, pictures)
 
 
 def test_page_is_well_formed_offline_and_small(case: tuple[Analysis, str]) -> None:
@@ -118,8 +126,8 @@ def test_same_input_same_bytes() -> None:
 
 
 def test_terminal_json_and_page_share_the_findings() -> None:
-    analysis = synthetic.everything()
-    words = " ".join(Outline(made(analysis)).words)
+    analysis, pictures = drawn("everything")
+    words = " ".join(Outline(page(analysis, pictures)).words)
     names = [finding["layer"] for finding in summary(analysis)["findings"]]
     assert names[:3] == [finding.layer for finding in top_findings(analysis)]
     for finding in top_findings(analysis):
@@ -153,13 +161,21 @@ def test_snippet_and_next_command_get_a_box() -> None:
 
 
 def test_a_page_with_too_many_pictures_leaves_the_least_important_out() -> None:
-    analysis = synthetic.bidirectional()
-    pictures = draw(analysis)
+    analysis, pictures = drawn("bidirectional")
     heavy = {key: png + bytes(60_000) for key, png in pictures.items()}
     text = page(analysis, heavy)
     assert len(text.encode()) <= BUDGET
     left_out = re.search(r"Left out to keep this page below a megabyte, .*: ([^.]*)", text)
     assert left_out and "overview" not in left_out[1]
+
+
+def test_a_folded_picture_says_what_it_shows() -> None:
+    analysis, pictures = drawn("bidirectional")
+    assert ("layers", "") in pictures and ("paths", "rnn.l0") not in pictures  # a GRU has none
+    words = " ".join(" ".join(Outline(page(analysis, pictures)).words).split())
+    assert "half of ∂L/∂W_hh comes from the last 8 steps; a window of" in words
+    kept = {name for kind, name in pictures if kind == "triangle"}
+    assert kept == {layer.name for layer in analysis.worst_first[:3]}
 
 
 def test_dark_and_print_are_thought_of() -> None:

@@ -607,3 +607,217 @@ def test_row_23_norm_clipping_cures_the_crash() -> None:
     update, recording = diverging(clip=1.0)
     assert update == 8
     assert "not finite" not in gradflow.analyze(recording)["l0"].labels
+
+
+# ------------------------------------------- 4, 8, 13, 15, 16, 21, 24: depth, paths, cells, words
+
+
+def test_row_4_every_layer_and_the_flow_between_them() -> None:
+    torch.manual_seed(0)
+    rnn = nn.RNN(3, 8, 3).double()
+    with gradflow.record(rnn) as recording:
+        rnn(torch.randn(12, 4, 3, dtype=F64))[0][-1].square().sum().backward()
+    assert list(recording.tracks) == ["l0", "l1", "l2"]
+    run = gradflow.analyze(recording)
+    # what a layer passes down is what arrives from outside at the layer below
+    for lower, upper in (("l0", "l1"), ("l1", "l2")):
+        passed = run[upper].data["grad_input_norm"].values
+        arrives = run[lower].data["grad_norm"].sel(kind="direct", state="h").values
+        np.testing.assert_allclose(passed, arrives, rtol=1e-10)
+
+
+def test_row_8_the_four_paths_and_a_factor_above_one() -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(8, 16).double()
+    with torch.no_grad():
+        lstm.weight_hh_l0.mul_(4)
+        lstm.bias_ih_l0[16:32] = 2
+    with gradflow.record(lstm) as recording:
+        lstm(torch.randn(20, 1, 8, dtype=F64))[0][-1].sum().backward()
+    track, layer = recording["l0"], gradflow.analyze(recording)["l0"]
+    paths = layer.data["path_gain"]
+    assert float(paths.sel(path="total").max()) > 1
+    gates = {name: gate[:, 0] for name, gate in track.gates.items()}
+    c = torch.cat([torch.zeros(1, 16, dtype=F64), track.c[:, 0]])
+    u = dict(zip("ifgo", lstm.weight_hh_l0.detach().chunk(4), strict=True))
+    for t in (1, 7, 19):
+        i, f, g = (gates[name][t] for name in "ifg")
+        back = torch.diag(gates["o"][t - 1] * (1 - c[t].tanh() ** 2))
+        terms = {
+            "forget gate": torch.diag(f),
+            "through f": torch.diag(c[t] * f * (1 - f)) @ u["f"] @ back,
+            "through i": torch.diag(g * i * (1 - i)) @ u["i"] @ back,
+            "through g": torch.diag(i * (1 - g**2)) @ u["g"] @ back,
+        }
+        terms["total"] = sum(terms.values(), torch.zeros(16, 16, dtype=F64))
+        for path, term in terms.items():
+            wanted = float(torch.linalg.matrix_norm(term, 2))
+            assert float(paths.sel(path=path, step=t)) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_row_8_multiplying_the_factor_drops_the_path_through_h() -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(8, 16).double()
+    with torch.no_grad():
+        lstm.weight_hh_l0.mul_(4)
+    with gradflow.record(lstm) as recording:
+        lstm(torch.randn(20, 1, 8, dtype=F64))[0][-1].sum().backward()
+    track = recording["l0"]
+    jacobians = gradflow.analyzer.step_jacobians(track)[:, 0]
+    o, c = track.gates["o"][:, 0], track.c[:, 0]
+    whole, factor = torch.eye(32, dtype=F64), torch.eye(16, dtype=F64)
+    for t in range(1, 20):
+        whole = jacobians[t] @ whole
+        slope = o[t - 1] * (1 - c[t - 1].tanh() ** 2)
+        factor = (jacobians[t][16:, 16:] + jacobians[t][16:, :16] * slope) @ factor
+    norms = [float(torch.linalg.matrix_norm(m, 2)) for m in (whole[16:, 16:], factor)]
+    assert norms[1] != pytest.approx(norms[0], rel=0.05), "only the joint state composes"
+    block = gradflow.analyze(recording)["l0"].data["log_block_gain"].sel(block="cc")[0]
+    rms = float(torch.linalg.matrix_norm(whole[16:, 16:])) / 4
+    assert float(block[0, 19]) == pytest.approx(math.log(rms), rel=1e-9)
+
+
+class FromScratch(nn.Module):
+    """The notes' cell: gates in the order f, i, candidate, o."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.W_x = nn.Linear(inputs, 4 * hidden)
+        self.W_h = nn.Linear(hidden, 4 * hidden)
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        h, c = state
+        f, i, candidate, o = (self.W_x(x) + self.W_h(h)).chunk(4, dim=-1)
+        c_t = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(candidate)
+        h_t = torch.sigmoid(o) * torch.tanh(c_t)
+        return h_t, (h_t, c_t)
+
+
+def called_once(cell: nn.Module) -> gradflow.Recording:
+    with gradflow.record(cell) as recording:
+        cell(torch.randn(2, 3), (torch.zeros(2, 5), torch.zeros(2, 5)))[0].sum().backward()
+    return recording
+
+
+def test_row_13_called_once() -> None:
+    with pytest.warns(GradflowWarning, match="called once, so no state came back"):
+        called_once(FromScratch(3, 5))
+
+
+def test_row_13_in_a_loop_of_seven() -> None:
+    torch.manual_seed(0)
+    cell, x, kept = FromScratch(3, 5).double(), torch.randn(7, 2, 3, dtype=F64), []
+    with gradflow.record(cell) as recording:
+        state = (torch.zeros(2, 5, dtype=F64), torch.zeros(2, 5, dtype=F64))
+        for step in x:
+            output, state = cell(step, state)
+            for tensor in state:
+                tensor.retain_grad()
+            kept.append(state)
+        output.square().sum().backward()
+    track = recording["cell"]
+    assert (track.cell, track.steps, list(track.states)) == ("FromScratch", 7, ["h", "c"])
+    for t, (h, c) in enumerate(kept):
+        torch.testing.assert_close(track.grad_h[t], h.grad, rtol=1e-12, atol=0)
+        torch.testing.assert_close(track.grad_c[t], c.grad, rtol=1e-12, atol=0)
+
+    def joint(state: Tensor, x: Tensor) -> Tensor:
+        _, (h, c) = cell(x[None], (state[None, :5], state[None, 5:]))
+        return torch.cat([h, c], 1)[0]
+
+    jacobians = gradflow.analyzer.step_jacobians(track)
+    before = torch.zeros(2, 10, dtype=F64)
+    for t in range(7):
+        for b in range(2):
+            wanted = torch.func.jacrev(joint)(before[b], x[t, b]).detach()
+            torch.testing.assert_close(jacobians[t, b], wanted, rtol=1e-10, atol=1e-15)
+        before = torch.cat([part.detach() for part in kept[t]], 1)
+
+
+class Peephole(nn.Module):
+    """Row 15: the forget gate, or all gates, see the cell state."""
+
+    def __init__(self, everywhere: bool) -> None:
+        super().__init__()
+        self.everywhere = everywhere
+        self.x, self.h = nn.Linear(3, 16), nn.Linear(4, 16)
+        self.p = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        f, i, g, o = (self.x(x) + self.h(h)).chunk(4, -1)
+        f = torch.sigmoid(f + self.p[0] * c)
+        i = torch.sigmoid(i + (self.p[1] * c if self.everywhere else 0))
+        c = f * c + i * torch.tanh(g)
+        o = torch.sigmoid(o + (self.p[2] * c if self.everywhere else 0))
+        return o * torch.tanh(c), c
+
+
+class Coupled(nn.Module):
+    """Row 16: i = 1 − f."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.h = nn.Linear(3, 12), nn.Linear(4, 12)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        f, g, o = (self.x(x) + self.h(h)).chunk(3, -1)
+        f = torch.sigmoid(f)
+        c = f * c + (1 - f) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Peephole(False), lambda: Peephole(True), Coupled], ids=["f", "all", "coupled"]
+)
+def test_rows_15_and_16_are_cells_like_any_other(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    cell, x, kept = make().double(), torch.randn(6, 2, 3, dtype=F64), []
+    with gradflow.record(cell) as recording:
+        h = c = torch.zeros(2, 4, dtype=F64)
+        for step in x:
+            h, c = cell(step, h, c)
+            h.retain_grad()
+            c.retain_grad()
+            kept.append((h, c))
+        h.square().sum().backward()
+    track = recording["cell"]
+    for t, (h, c) in enumerate(kept):
+        torch.testing.assert_close(track.grad_h[t], h.grad, rtol=1e-12, atol=0)
+        torch.testing.assert_close(track.grad_c[t], c.grad, rtol=1e-12, atol=0)
+    assert gradflow.analyze(recording)["cell"].verdict in ("vanishing", "inconclusive", "stable")
+
+
+def test_row_21_the_cell_state_reaches_further_than_h_alone() -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(8, 16)
+    with torch.no_grad():
+        lstm.bias_ih_l0[16:32] = 3
+    layer = gradflow.diagnose(lstm, torch.randn(60, 8, 8))["l0"]
+    blocks = layer.data["log_block_gain"][:, 0, 0, 59]
+    gain = {str(name): float(blocks.sel(block=name)) for name in layer.data["block"].values}
+    assert gain["cc"] > max(gain["hh"], gain["hc"], gain["ch"])
+    assert gain["cc"] - gain["hh"] > math.log(10), "what starts in c outlives what starts in h"
+
+
+SENTENCES = [
+    "the clouds are in the sky",
+    "I grew up in France so I speak fluent French",
+    "the man who wore a wig went inside",
+]
+
+
+def test_row_24_the_sentences_word_by_word() -> None:
+    words = sorted({word for text in SENTENCES for word in text.split()})
+    torch.manual_seed(0)
+    embed, lstm, head = nn.Embedding(len(words), 8), nn.LSTM(8, 16), nn.Linear(16, len(words))
+    model = nn.ModuleList([embed, lstm, head])
+    for text in SENTENCES:
+        tokens = torch.tensor([words.index(word) for word in text.split()]).unsqueeze(1)
+        with gradflow.record(model) as recording:
+            scores = head(lstm(embed(tokens[:-1]))[0])
+            nn.functional.cross_entropy(scores[-1], tokens[-1]).backward()
+        layer = gradflow.analyze(recording)["1.l0"]
+        assert layer.data.sizes["target"] == len(tokens) - 1, "a row and a column for every word"
+        assert np.isfinite(layer.data["grad_norm"].sel(kind="total", state="c")).all()

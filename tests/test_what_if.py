@@ -18,7 +18,7 @@ from compare import assert_steps_close
 from torch import Tensor, nn
 
 import gradflow
-from gradflow import analysis, prediction
+from gradflow import analysis
 from gradflow.analysis import LayerAnalysis
 from gradflow.errors import GradflowWarning, InputError
 from gradflow.hooks.rerun import Change, rerun
@@ -300,7 +300,7 @@ def test_truncation_cuts_off_growth() -> None:
 def test_the_error_of_truncation_is_that_of_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     recording = recorded(Case("GRU", **LONG))
     errors = np.linspace(0.9, 0.0, 30)
-    measure = prediction.analyze
+    measure = gradflow.analyze
 
     def with_errors(*arguments: object) -> gradflow.Analysis:
         run = measure(*arguments)  # type: ignore[arg-type]
@@ -313,7 +313,7 @@ def test_the_error_of_truncation_is_that_of_the_window(monkeypatch: pytest.Monke
         }
         return replace(run, layers=layers)
 
-    monkeypatch.setattr(prediction, "analyze", with_errors)
+    monkeypatch.setattr("gradflow.prediction.trials.analyze", with_errors)
     row = gradflow.what_if(recording, truncate=4).iloc[0]
     assert row.truncation_error == errors[3]  # lags 0 … 3 are kept
     assert row.note == "∂L/∂W_hh is off by 80.7 % if nothing goes back 4 steps"
@@ -449,7 +449,7 @@ def test_the_recording_stays_as_it_is(case: Case) -> None:
     words = (repr(recording), list(recording.notes), dict(recording.provenance))
     gradflow.what_if(recording, forget_bias=3.0, scale_hh=0.1, truncate=2, clip=0.1)
     for track in recording:
-        track._cache.clear()  # read everything anew
+        track.read_anew()
     assert all(
         torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
         for one, two in zip(before, everything(), strict=True)
@@ -550,7 +550,7 @@ def test_a_stable_model_gets_none() -> None:
 
 
 def test_what_would_take_long_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction, "PATIENCE", 0.0)
+    monkeypatch.setattr("gradflow.prediction.suggestions.PATIENCE", 0.0)
     run = diagnosed(nn.LSTM(3, 6))
     assert run["l0"].predictions == ()
     (note,) = run.provenance["notes"]

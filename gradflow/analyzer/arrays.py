@@ -62,7 +62,7 @@ def _gains(m: Measured) -> Part:
         },
         {
             "norm": list(maps.log_gain),
-            "block": np.array(maps.block_names, dtype="<U8"),
+            "block": np.array(maps.block_names, dtype=str),
             "sequence": np.array(m.mapped),
             "source": maps.sources,
             "target": np.arange(m.track.steps),
@@ -161,7 +161,7 @@ def _loss_steps(m: Measured) -> Part:
         },
         {
             "loss_step": m.triangle.loss_steps,
-            "parameter": np.array(seen.parameters, dtype="<U9"),
+            "parameter": np.array(seen.parameters, dtype=str),
             "tolerance": list(TOLERANCES),
         },
         {"lag_contribution": seen.note},
@@ -179,7 +179,7 @@ def _activity(m: Measured) -> Part:
         {
             "step": np.arange(m.track.steps),
             "state": list(m.track.states),
-            "gate": np.array(list(sigmoid_and_other(m.track)), dtype="<U8"),
+            "gate": np.array(list(sigmoid_and_other(m.track)), dtype=str),
         },
     )
 
@@ -203,7 +203,7 @@ def _units(m: Measured) -> Part:
 def _paths(m: Measured) -> Part:
     """The four paths of an LSTM's cell state."""
     gains = path_gains(m.track, m.mapped, m.share)
-    names = np.array(PATHS[: len(gains)], dtype="<U11")
+    names = np.array(PATHS[: len(gains)], dtype=str)
     return Part({"path_gain": (("path", "step"), gains)}, {"path": names})
 
 

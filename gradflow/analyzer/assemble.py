@@ -70,6 +70,10 @@ def analyze(
         seed: of every random start.
         progress: called with a phase in words and the share done.
 
+    Returns:
+        An `Analysis`, layer name -> `LayerAnalysis`: rate in nats per step, half-life and horizon in
+        steps, channels, verdict, findings, and every array in ``.data``.
+
     Raises:
         RecordingError: nothing was recorded.
         InputError: an argument out of its range.

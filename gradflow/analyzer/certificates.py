@@ -36,8 +36,9 @@ def sum_rule(track: Track, growth: Growth, alive: np.ndarray) -> np.ndarray:
 
     RNN: ln |det W_hh| + mean Σ ln φ'(a_t). LSTM: mean of Σ ln f_t + Σ ln |tanh(c_t) o_t (1 − o_t)|
     + ln |det U_o|; with a projection the last two are ln |det(W_hr diag(tanh c_t ⊙ o_t (1 − o_t))
-    U_o)|. Both sides count the same steps. The closed form rests on gates, states and weights, not
-    on pushed directions, so that what rounding does to those shows: a measured −∞ beside a finite
+    U_o)|. Both sides count the same steps; a direction that an exact zero takes before the first of
+    them, in the burn-in, is −∞ on both. The closed form rests on gates, states and weights, not on
+    pushed directions, so that what rounding does to those shows: a measured −∞ beside a finite
     closed form is an exponent that shrinks by more than rounding at some step, no exact zero.
 
     Args:
@@ -58,8 +59,19 @@ def sum_rule(track: Track, growth: Growth, alive: np.ndarray) -> np.ndarray:
     if volume is None:
         return np.array([float(measured.mean()), math.nan])
     counted = growth.counted[:, torch.from_numpy(alive)]
-    exact = torch.where(counted, volume.cpu()[: len(counted)], 0.0).sum(0) / counted.sum(0)
+    volume = volume.cpu()[: len(counted)]
+    exact = torch.where(counted, volume, 0.0).sum(0) / counted.sum(0)
+    flat = (volume == -math.inf) & _led_in(growth, counted, chosen)
+    exact = torch.where(flat.any(0), torch.full_like(exact, -math.inf), exact)
     return np.array([float(measured.mean()), float(exact.mean())])
+
+
+def _led_in(growth: Growth, counted: Tensor, chosen: np.ndarray) -> Tensor:
+    """(T, B): steps before the first that counts with no cut between; what a zero takes stays gone."""
+    used = ~growth.log_growth[:, torch.from_numpy(chosen), 0].isnan()
+    gaps = (~used).cumsum(0)
+    first = counted.int().argmax(0, keepdim=True)
+    return used & (gaps == gaps.gather(0, first)) & (torch.arange(len(used))[:, None] < first)
 
 
 def broken(sides: np.ndarray) -> bool:

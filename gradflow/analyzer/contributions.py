@@ -178,6 +178,10 @@ def _measure(
                 left[name].addmm_(part[name].delta.T, part[name].vectors, alpha=-1)
             error[place, lag] = _norm(left[name])
         progress((lag + 1) / lags)
+    if lags == norm.shape[1] and not np.isnan(norm).any():
+        for row, sizes in zip(error, norm, strict=True):
+            known = np.flatnonzero(sizes)
+            row[int(known[-1]) if len(known) else lags :] = 0.0  # no lag left out, no rounding
     with np.errstate(invalid="ignore", divide="ignore"):  # lags that cancel to exactly nothing
         error = error / size[:, None]
     return replace(nothing, norm=norm, error=error, total=size)

@@ -101,8 +101,8 @@ def log_loss_gains(
         gains = level.rescale()
         if t in places:
             result[:, places[t], level.start] = gains
-            if t in wanted:  # 0 exactly, but NaN where there is no direction
-                result[:, places[t], t] *= 0.0
+            if t in wanted:  # 0 exactly (never −0), but NaN where there is no direction
+                result[:, places[t], t] = 0.0 * result[:, places[t], t].abs()
         if t:
             level.replace(operator.pull(t, level.rows))
     return result

@@ -85,7 +85,9 @@ def bad_weight(track: Track) -> Origin | None:
 
 
 def bad_input(track: Track) -> Origin | None:
-    """The first NaN or Inf in what the layer read."""
+    """The first NaN or Inf in what the layer read, where that was seen."""
+    if not track.has_inputs:
+        return None
     bad = first_not_finite(track, {"the input": track.inputs})
     if bad is None:
         return None

@@ -93,13 +93,15 @@ def log_growth(
     """Run the QR iteration over all sequences at once, step by step.
 
     Every sequence starts from the same random basis, so identical sequences give identical rates.
-    At a cut (T, B), in processing order, nothing of the past arrives: the step is left out.
+    At a cut (T, B), in processing order, nothing of the past arrives: the step is left out, and a
+    basis that had lost directions to exact zeros starts again.
     `watch` is shown the step and the leading direction (B, S) that it is about to push.
     """
     steps, batch, size = operator.length, operator.batch, operator.size
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(k, size, generator=generator, dtype=torch.float64)
-    rows = torch.linalg.qr(first.T)[0].T.to(operator.dtype).expand(batch, -1, -1).contiguous()
+    basis = torch.linalg.qr(first.T)[0].T.to(operator.dtype)
+    rows = basis.expand(batch, -1, -1).contiguous()
     lengths = lengths.cpu()
     # sequence b skips its own ⌈L/5⌉ steps
     skipped = torch.tensor([burn_in(int(length)) for length in lengths])
@@ -111,6 +113,9 @@ def log_growth(
     fresh = torch.ones(batch, dtype=torch.bool)  # whose basis is still the random one
     for t in range(steps):
         usable = live[t]
+        if t and cuts is not None:  # what an exact zero took before a cut is not missed behind it
+            lost = (cuts[t] & (when[t] < lengths)) & (rows == 0).all(-1).any(-1)
+            rows[lost], fresh[lost] = basis, True
         if not bool(usable.any()):
             continue
         if watch is not None:

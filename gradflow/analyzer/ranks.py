@@ -26,7 +26,7 @@ class Ranks:
     """Singular values over the span, and what they say at the lags 1, 2, 4, …"""
 
     singular: np.ndarray  # (M, S) ln σ over `reach` steps from the first start
-    reach: int  # the span, or what the longest stretch without a cut leaves of it
+    reach: int  # the span, or as much of it as the longest stretch without a cut holds
     lags: np.ndarray  # (K,) 1, 2, 4, … and the reach
     effective: np.ndarray  # (K,) exp of the entropy of σ/Σσ, median over starts and sequences
     surviving: np.ndarray  # (K,) how many σ are at least 10⁻³, median likewise
@@ -40,7 +40,8 @@ def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: flo
     """
     size = state_size(track)
     stretches = [_longest_stretch(track, b) for b in mapped]
-    reach = min(span, *(last - first for first, last in stretches))
+    # a sequence too short for it says nothing about it, and is NaN there
+    reach = min(span, max(last - first for first, last in stretches))
     if reach < 1:
         nothing = np.zeros(0)
         return Ranks(np.full((len(mapped), size), np.nan), 0, nothing, nothing, nothing)
@@ -120,11 +121,11 @@ def _medians(every: np.ndarray, rank: Callable[[np.ndarray], float]) -> np.ndarr
 def stable_rank(maps: Maps, lags: np.ndarray, size: int) -> np.ndarray:
     """Median over sources and sequences of ‖P‖_F²/‖P‖₂² at each lag, (K,); NaN where P is 0."""
     with np.errstate(invalid="ignore"):  # an exact zero has no rank
-        gap = 2 * (maps.log_gain["rms"] - maps.log_gain["spectral"]) + math.log(size)
+        ratio = size * np.exp(2 * (maps.log_gain["rms"] - maps.log_gain["spectral"]))
     result = []
     for lag in lags.astype(int):
-        inside = np.flatnonzero(maps.sources + lag < gap.shape[-1])
-        values = gap[:, inside, maps.sources[inside] + lag]
+        inside = np.flatnonzero(maps.sources + lag < ratio.shape[-1])
+        values = ratio[:, inside, maps.sources[inside] + lag]
         values = values[np.isfinite(values)]
-        result.append(float(np.exp(np.median(values))) if len(values) else math.nan)
+        result.append(float(np.median(values)) if len(values) else math.nan)
     return np.array(result)

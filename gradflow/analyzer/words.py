@@ -75,7 +75,7 @@ def _dead(e: Evidence) -> str:
 
 
 def _within(e: Evidence) -> str:
-    zero = next((k for k, value in enumerate(e.curve.median) if k and value == -math.inf), None)
+    zero = next((k for k, share in enumerate(e.curve.zero_share) if k and share == 1), None)
     return "" if zero is None else f" within {counted(zero, 'step')}"
 
 
@@ -145,6 +145,8 @@ def _by_loss(e: Evidence, profile: np.ndarray) -> str:
     back = int(known[-1])
     if e.verdict.name == "exploding" or level[back] > 3:
         return _grown(float(level[back]), back)
+    if e.verdict.name == "vanishing" and level[back] > 0:
+        return _by_gain(e)  # the layer above passes gradient down at steps far from the loss, too
     if e.verdict.name == "vanishing":
         return f"the gradient fades by {number(-float(level[back]))} decades over {_steps(back)}"
     carrying, units = carriers(profile)

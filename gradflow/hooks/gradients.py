@@ -28,7 +28,7 @@ def weight_norms(recording: Recording) -> WeightNorms:
     own = {}
     for track in recording:
         source = track.source
-        if not isinstance(source, LoopSource):
+        if not isinstance(source, LoopSource) or source.uses is None:
             continue
         caught = source.uses.caught(source.parts())
         mine = {key: float(grad.double().square().sum()) for key, grad in caught.items()}

@@ -97,7 +97,7 @@ class Marks:
             longest if lengths is None else torch.minimum(longest, lengths.to(longest.device))
         )
         track.mask = torch.arange(steps, device=longest.device).unsqueeze(1) < track.lengths
-        track._cache.clear()
+        track.read_anew()
 
     def settle(self, end: End, states: dict[str, Tensor], place: Place, mark: Mark) -> None:
         """What these states pass to one another, and from now on they are the end of the loop."""

@@ -136,7 +136,7 @@ def _not_the_models_own(model: nn.Module, strangers: Collection[str]) -> str:
 def found(recording: Recording) -> list[str]:
     """The sentences to say when a block ends."""
     if not recording.tracks:
-        return [recording._empty_reason]
+        return [recording.empty_reason]
     sentences = [*_too_short(recording), *_many_starts(recording)]
     reasons: dict[str, list[str]] = {}
     for track in recording:

@@ -133,12 +133,12 @@ class Recorder:
         """Take up a new loop, tapped or over a cell, under a name of its own."""
         self.runs[base] += 1
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
-        self.recording._tracks[track.name] = track
+        self.recording.add(track)
 
     def drop_tracks(self, tracks: list[Track]) -> None:
         """Forget loops over one cell that turned out to be part of another."""
         for track in tracks:
-            del self.recording._tracks[track.name]
+            self.recording.drop(track)
             self.runs[track.name.partition("@")[0]] -= 1
 
     def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
@@ -335,7 +335,7 @@ class Recorder:
         picked = [(i, j, base if run == 1 else f"{base}@{run}") for i, j, base in picked]
         for layer, direction, name in picked:
             source = LoopSource(loop, layer, direction, self.uses)
-            self.uses.note(source)
+            self.uses.note(LoopSource(loop, layer, direction, None))
             track = Track(
                 name=name,
                 cell=call.cell,
@@ -352,7 +352,7 @@ class Recorder:
                 above=tuple(upper for i, _, upper in picked if i == layer + 1),
             )
             chain.tracks.append(track)
-            self.recording._tracks[name] = track
+            self.recording.add(track)
 
     @property
     def marked(self) -> list[TapSource]:
@@ -369,6 +369,15 @@ class Recorder:
         self.taps.close()
         self.own.close()
         self._copies.clear()
+        for track in self.recording:
+            if isinstance(track.source, LoopSource):
+                track.source.loop.chain.tracks.clear()
+
+    def forget(self) -> None:
+        """Hold on to nothing that was recorded: from now on only the user does."""
+        self.recording, self.uses = Recording(""), WeightUses(nn.Module())
+        self.calls.clear()
+        del self.taps, self.own
 
 
 def _patterns(layers: object) -> list[str] | None:
@@ -440,6 +449,9 @@ def record(
             Stock layers have theirs in closed form and need no such request.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
 
+    Returns:
+        A context manager that gives the `Recording`: name -> `Track`, filled while the block runs.
+
     Raises:
         InputError: an argument is not what it must be.
 
@@ -478,7 +490,9 @@ def record(
             source.graph_tasks for source in recorder.marked
         )
         _describe(recorder, list(ran.names), ran_backward=marks_changed or seen)
-    for sentence in [*mistakes.found(recorder.recording), *_misleading(recorder)]:
+        sentences = [*mistakes.found(recording), *_misleading(recorder)]
+        recorder.forget()
+    for sentence in sentences:
         warnings.warn(sentence, GradflowWarning, stacklevel=3)
 
 
@@ -523,7 +537,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
     ran_some = bool(calls) or recorder.taps.seen or recorder.own.seen
-    recording._empty_reason = mistakes.why_no_track(
+    recording.empty_reason = mistakes.why_no_track(
         recorder.model,
         recorder.layers,
         ran_some,

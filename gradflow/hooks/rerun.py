@@ -83,10 +83,17 @@ def rerun(recording: Recording, changes: Mapping[str, Change]) -> Rerun:
         chain = _chain(track)
         if chain is not None and not reason:
             if id(chain) not in known:
-                known[id(chain)] = _again(chain, changes)
+                own = {
+                    (source.layer, source.direction): changes[other.name]
+                    for other in recording
+                    if other.name in changes
+                    and isinstance(source := other.source, LoopSource)
+                    and source.loop.chain is chain
+                }
+                known[id(chain)] = _again(chain, own)
             again = known[id(chain)]
             if isinstance(again, Chain):
-                made._tracks[track.name] = _track(track, again)
+                made.add(_track(track, again))
                 notes[track.name] = _as_recorded(chain, several)
                 continue
             reason = again
@@ -132,14 +139,9 @@ def _track(track: Track, chain: Chain) -> Track:
 # ------------------------------------------------------------------------------------ the calls
 
 
-def _again(chain: Chain, changes: Mapping[str, Change]) -> Chain | str:
-    """The chain with changed weights, or why it cannot be run again."""
-    own = {
-        (source.layer, source.direction): changes[track.name]
-        for track in chain.tracks
-        if track.name in changes and isinstance(source := track.source, LoopSource)
-    }
-    weights = _ChangedWeights(own)
+def _again(chain: Chain, changes: Mapping[tuple[int, int], Change]) -> Chain | str:
+    """The chain with changed weights by (layer, direction), or why it cannot be run again."""
+    weights = _ChangedWeights(changes)
     calls: list[Call] = []
     try:
         for place, call in enumerate(chain.calls):

@@ -31,7 +31,6 @@ class LayerSource:
     scans: Scans
     layer: int
     direction: int
-    uses: WeightUses
 
     @property
     def version(self) -> int:
@@ -191,7 +190,7 @@ class LoopSource:
     loop: Loop
     layer: int
     direction: int
-    uses: WeightUses
+    uses: WeightUses | None  # None: asked by them, so that no circle keeps both alive
     ran_backward: bool = False  # some backward ran in the block, perhaps not through here
 
     @property
@@ -224,7 +223,7 @@ class LoopSource:
     def _layers(self) -> list[LayerSource]:
         """The layer in each group of calls that are replayed at once."""
         return [
-            LayerSource(group.replay, group.scans, self.layer, self.direction, self.uses)
+            LayerSource(group.replay, group.scans, self.layer, self.direction)
             for group in self.loop.groups
         ]
 
@@ -407,6 +406,7 @@ class LoopSource:
             keys = part.weight_keys()
             if keys not in checked:
                 checked.append(keys)
+                assert self.uses is not None
                 found.append(self.uses.check(part))
         return max(found, key=lambda parity: (SEVERITY.index(parity.status), parity.error or 0.0))
 

@@ -73,7 +73,7 @@ class Chain:
                 else torch.minimum(longest, self.lengths.to(longest.device))
             )
             track.mask = torch.arange(total, device=longest.device).unsqueeze(1) < track.lengths
-            track._cache.clear()
+            track.read_anew()
 
     def replace_link(self, place: int, link: Link) -> None:
         """What a checkpoint's second run shows of a link that its first run hid."""
@@ -82,7 +82,7 @@ class Chain:
         first = sum(self.sizes[:place])
         for track in self.tracks:
             track.cuts[first] = link.cut
-            track._cache.clear()
+            track.read_anew()
 
 
 def _extent(call: Call) -> int:

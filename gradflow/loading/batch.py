@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gradflow.errors import FileError, InputError, must_be
-from gradflow.loading.files import READ_ERRORS, about_dangling
+from gradflow.loading.kinds import READ_ERRORS, about_dangling
 from gradflow.loading.words import article, reason
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gradflow.loading.files import analyze_command
 from gradflow.loading.opened import Opened, no_recurrence, open_any
 from gradflow.loading.recurrent import RecurrentModule
-from gradflow.loading.words import printable
+from gradflow.loading.words import analyze_command, printable
 
 MOST_MODULES = 20
 

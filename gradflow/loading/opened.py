@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from gradflow.errors import FileError
 from gradflow.loading import spec as specs
-from gradflow.loading.files import READ_ERRORS, RESAVE, analyze_command, read
+from gradflow.loading.files import read
+from gradflow.loading.kinds import READ_ERRORS
 from gradflow.loading.recurrent import RecurrentModule, from_model, from_tensors
 from gradflow.loading.shells import Rebuilder, Shell, foreign_classes, tensors_of
 from gradflow.loading.states import Found, fold, is_recurrent, locate, name_of, renamed
-from gradflow.loading.words import printable, reason
+from gradflow.loading.words import RESAVE, analyze_command, printable, reason
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
-"""Small parts of sentences: names fit to print, articles, and why a reader gave up."""
+"""Small parts of sentences: names fit to print, articles, what to type next, why a reader gave up."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 # Letters that are read out by name, so that they take "an".
 _SPELLED = ("lstm", "rnn", "mlp", "ndarray")
+RESAVE = (
+    "in the code that has the model run torch.save(model.state_dict(), 'weights.pt'), "
+    "then type: gradflow analyze weights.pt"
+)
 
 
 def printable(text: object) -> str:
@@ -44,3 +50,14 @@ def reason(error: BaseException, most: int = 160) -> str:
     if isinstance(error, MemoryError):
         return " (it claims more than fits in memory)"
     return ""
+
+
+def analyze_command(path: Path, options: str = "") -> str:
+    """Spell the command that analyzes this file, safe to paste into a shell."""
+    return f"gradflow analyze {shlex.quote(str(path))}{' ' + options if options else ''}"
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -27,8 +27,16 @@ def plot(
 ) -> Figure:
     """Draw an analysis, or several on one scale; the figure is unknown to pyplot.
 
-    ``kind`` is one of `KINDS`; ``layer`` picks one layer by name; ``ax`` draws the kind's main panel
-    of one layer into axes of your own. Colours are log10 ratios, ± six powers of ten, fixed.
+    Colours are log10 ratios, ± six powers of ten, fixed.
+
+    Args:
+        x: one analysis, or a list of them.
+        kind: one of `KINDS`.
+        layer: one layer by name; all by default.
+        ax: axes of your own for the kind's main panel of one layer.
+
+    Returns:
+        The figure; with ``ax`` the one that they are part of.
 
     Raises:
         InputError: the kind or the layer is unknown, or ``ax`` is given for more than one layer.

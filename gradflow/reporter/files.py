@@ -32,10 +32,20 @@ def report(
     formats: Iterable[str] = FORMATS,
     force: bool = False,
 ) -> dict[str, Path]:
-    """Write page, summary, tables, pictures and run into a folder; name in the folder → path.
+    """Write page, summary, tables, pictures and run into a folder.
 
     The folder appears whole or not at all. An existing one is not touched, unless ``force`` is given
     and it holds nothing but an earlier report, which is then replaced as a whole.
+
+    Args:
+        analysis: what `analyze` or `diagnose` gave.
+        folder: where the files go; it is made.
+        formats: which of "html" (one page, offline), "json" (summary.json), "csv" (tables), "png"
+            (figures/) and "nc" (run.nc, which `load` reads back); all by default.
+        force: replace an earlier report.
+
+    Returns:
+        Name in the folder -> path of every file.
 
     Raises:
         InputError: a format is unknown, or there are no layers to report on.

@@ -215,7 +215,10 @@ def _names(keys: Sequence[FigureKey]) -> list[str]:
     for kind, name in keys:
         kinds.setdefault(name, []).append(kind)
     return [
-        f"{name} ({', '.join(some)})" if name else ", ".join(some) for name, some in kinds.items()
+        f"{name} ({', '.join(some) if len(some) <= 3 else f'{len(some)} figures'})"
+        if name
+        else ", ".join(some)
+        for name, some in kinds.items()
     ]
 
 

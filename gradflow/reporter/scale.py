@@ -69,7 +69,7 @@ def paint_gates(values: np.ndarray) -> np.ndarray:
     >>> paint_gates(np.array([[0.0, np.nan]])).tolist()
     [[[6, 48, 44], [201, 201, 201]]]
     """
-    place = np.clip(np.rint(np.nan_to_num(values) * GATE_STEPS), 0, GATE_STEPS).astype(int)
+    place = np.rint(np.clip(np.nan_to_num(values), 0, 1) * GATE_STEPS).astype(int)
     rgb = np.rint(GATE_COLOURS(place)[..., :3] * 255).astype(np.uint8)
     rgb[np.isnan(values)] = _bytes(UNDEFINED)
     return rgb

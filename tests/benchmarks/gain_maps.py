@@ -40,7 +40,7 @@ def peak(size: int, dtype: torch.dtype) -> Callable[[], object]:
 
 def speeds(*, quick: bool) -> Iterator[Row]:
     """Share of the peak that exact maps reach, rms alone and with spectral norms."""
-    shapes = [(8, 6)] if quick else [(128, 100), (256, 60)]
+    shapes = [(8, 6)] if quick else [(128, 80), (256, 40)]
     for hidden, steps in shapes:
         track = track_of(hidden, steps)
         size = 2 * hidden
@@ -50,7 +50,7 @@ def speeds(*, quick: bool) -> Iterator[Row]:
         for norms, least in ((("rms",), 60.0), (("spectral", "rms"), 40.0)):
             name = " and ".join(norms)
             times, peaks = [], []
-            for _ in range(2 if quick else 5):
+            for _ in range(2 if quick else 3):
                 peaks.append(min(seconds(product) for _ in range(20)))
                 times.append(seconds(partial(log_gains, operator, range(steps), norms)))
                 peaks.append(min(seconds(product) for _ in range(20)))
@@ -138,7 +138,7 @@ def sketches(*, quick: bool) -> Iterator[Row]:
     def make(sketch: bool) -> None:
         found[sketch] = log_gains(operator, range(steps), sketch=sketch)
 
-    pairs = 2 if quick else 3
+    pairs = 2
     ratio = in_pairs(lambda: make(False), lambda: make(True), pairs=pairs, warm_up=quick)
     case = {"S": 2 * hidden, "T": steps}
     yield ratio_row("gain maps", "exact against sketch", ratio, case, least=None if quick else 8.0)

@@ -36,9 +36,9 @@ def map_of_steps(steps: int) -> Callable[[], object]:
 
 
 def map_of_units(hidden: int) -> Callable[[], object]:
-    """The exact rms map over 40 steps."""
-    operator = operator_of(track_of(hidden, 40), sequences=[0])
-    return lambda: log_gains(operator, range(40), ("rms",))
+    """The exact rms map over 24 steps."""
+    operator = operator_of(track_of(hidden, 24), sequences=[0])
+    return lambda: log_gains(operator, range(24), ("rms",))
 
 
 def map_of_sequences(batch: int) -> Callable[[], object]:
@@ -52,7 +52,7 @@ SERIES: list[tuple[str, str, Make, list[int], str]] = [
     ("recorded step", "H", record_with()("hidden"), [128, 256, 512], "1 to 2"),
     ("recorded step", "B", record_with()("batch"), [16, 32, 64, 128], "1"),
     ("exact map", "T", map_of_steps, [50, 100, 200], "2"),
-    ("exact map", "S", map_of_units, [64, 128, 256], "3"),
+    ("exact map", "S", map_of_units, [48, 96, 192], "3"),
     ("exact map", "B", map_of_sequences, [2, 4, 8], "1"),
 ]
 
@@ -64,7 +64,7 @@ def measure(*, quick: bool = False) -> Iterator[Row]:
         works = [make(size) for size in chosen]
         for work in works:
             work()
-        times = [[seconds(work) for work in works] for _ in range(2 if quick else 7)]
+        times = [[seconds(work) for work in works] for _ in range(2 if quick else 5)]
         medians = np.median(times, axis=0)
         shown = [2 * s for s in chosen] if letter == "S" else chosen
         note = f"in theory {theory}; " + ", ".join(

@@ -15,6 +15,12 @@ from torch import nn
 from benchmarks.rows import Row
 from benchmarks.timing import seconds
 
+STARTS = (
+    ("gradflow --help", ("-m", "gradflow", "--help"), 0.25),
+    ("import gradflow", ("-c", "import gradflow"), 0.25),
+    ("import torch, for comparison", ("-c", "import torch"), None),
+)
+
 
 def run(*arguments: str, folder: str | None = None) -> float:
     """Wall-clock seconds of one process."""
@@ -25,11 +31,7 @@ def run(*arguments: str, folder: str | None = None) -> float:
 def measure(*, quick: bool = False) -> Iterator[Row]:
     """Seconds beyond those of Python itself, pair by pair."""
     rounds = 1 if quick else 9
-    for what, arguments, most in (
-        ("gradflow --help", ("-m", "gradflow", "--help"), 0.25),
-        ("import gradflow", ("-c", "import gradflow"), 0.25),
-        ("import torch, for comparison", ("-c", "import torch"), None),
-    ):
+    for what, arguments, most in STARTS[:2] if quick else STARTS:
         run(*arguments)
         more = [run(*arguments) - run("-c", "pass") for _ in range(rounds)]
         low, median, high = np.quantile(more, [0.25, 0.5, 0.75])
@@ -37,15 +39,16 @@ def measure(*, quick: bool = False) -> Iterator[Row]:
             "processes", f"{what}, beyond starting Python", float(median), "s",
             low=float(low), high=float(high), most=None if quick else most,
         )  # fmt: skip
+    if not quick:
+        yield whole_analysis()
+
+
+def whole_analysis() -> Row:
+    """The command on a state_dict: three probes, the report with all its pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        size = 4 if quick else 64
-        model = nn.LSTM(10, size, 2, batch_first=True)
+        model = nn.LSTM(10, 64, 2, batch_first=True)
         torch.save(model.state_dict(), Path(folder) / "model.pt")
-        steps = "6" if quick else "100"
-        times = [
-            run("-m", "gradflow", "analyze", "model.pt", "--seq-len", steps, folder=folder)
-            for _ in range(1 if quick else 3)
-        ]
-        case = {"cell": "LSTM", "H": size, "layers": 2, "T": int(steps)}
+        times = [run("-m", "gradflow", "analyze", "model.pt", folder=folder) for _ in range(3)]
+        case = {"cell": "LSTM", "H": 64, "layers": 2, "T": 100}
         what = "gradflow analyze model.pt, a whole process"
-        yield Row("whole runs", what, float(np.median(times)), "s", case)
+        return Row("whole runs", what, float(np.median(times)), "s", case)

@@ -27,11 +27,12 @@ LISTED = 6  # segments of one sequence that are named one by one
 
 
 def not_finite(e: Evidence) -> Iterator[Finding]:
-    """The first NaN or Inf, forward in the states, else backward in the gradients."""
+    """The first NaN or Inf: forward in the states, else backward in the gradients, else read."""
     bad, direction = bad_state(e.track), "forward"
     if bad is None:
         bad, direction = bad_gradient(e.track), "backward"
     if bad is None:
+        yield from _read(e)
         return
     symbol = bad.name if direction == "forward" else f"∂L/∂{bad.name}"
     origin = bad_weight(e.track) or bad_input(e.track) or bad_start(e.track)
@@ -55,6 +56,21 @@ def not_finite(e: Evidence) -> Iterator[Finding]:
         value=float(bad.step + 1),
         advice=advice,
         code=code,
+    )
+
+
+def _read(e: Evidence) -> Iterator[Finding]:
+    """An infinite input that saturated gates have swallowed: the states do not show it."""
+    origin = bad_input(e.track)
+    if origin is None:
+        return
+    yield Finding(
+        name="not-finite",
+        layer=e.track.name,
+        message=f"{origin.what}: its states stay finite, but the gradient of its input weights "
+        "cannot be",
+        advice=origin.advice,
+        code=origin.code,
     )
 
 

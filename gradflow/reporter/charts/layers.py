@@ -85,7 +85,7 @@ def _norms(layer: LayerAnalysis, steps: int, *, down: bool) -> np.ndarray:
         state = "h" if "h" in states else states[0]
         norms = layer.data["grad_norm"].sel(kind="total", state=state).values
     with np.errstate(divide="ignore"):
-        values[: len(norms)] = np.log10(norms)
+        values[: len(norms)] = np.log10(np.maximum(norms, 0))
     values[np.isposinf(values)] = np.nan
     return values
 

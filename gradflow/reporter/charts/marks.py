@@ -35,7 +35,9 @@ def whole(most: int) -> MaxNLocator:
 
 
 def key(ax: Axes, columns: int) -> None:
-    """A legend above the axes, in as many columns."""
+    """A legend above the axes, in as many columns; none where nothing was drawn."""
+    if not ax.get_legend_handles_labels()[0]:
+        return
     ax.legend(
         frameon=False,
         loc="lower left",

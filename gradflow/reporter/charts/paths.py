@@ -40,7 +40,7 @@ def prepare(layer: LayerAnalysis) -> Paths:
     array = array.transpose("path", "step")
     names = tuple(str(name) for name in array["path"].values)
     with np.errstate(divide="ignore"):
-        gain = np.log10(array.values)
+        gain = np.log10(np.where(array.values >= 0, array.values, np.nan))
     return Paths(
         message=_message(names, gain),
         reading=(

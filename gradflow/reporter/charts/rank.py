@@ -76,7 +76,7 @@ def draw(axes: Sequence[Axes], rank: Rank) -> None:
     """The three ranks, both axes logarithmic; no direction at all sits on the lower edge."""
     ax = axes[0]
     with np.errstate(divide="ignore"):
-        lag, values = np.log10(rank.lag), np.log10(rank.values)
+        lag, values = np.log10(rank.lag), np.log10(np.maximum(rank.values, 0))
     lines = [
         Line(row, name, colour, 1.6, dash)
         for row, (_, name, colour, dash) in zip(values, KINDS, strict=True)

@@ -50,7 +50,11 @@ def prepare(layer: LayerAnalysis) -> Saturation:
                       for gate in array["gate"].values)  # fmt: skip
     limits = _limits(layer)
     note = ""
-    if not gates and not limits:
+    unused = [name for name, shares in limits if shares.max() == 0]
+    limits = tuple(limit for limit in limits if limit[0] not in unused)
+    if not gates and not limits and unused:
+        note = f"No unit is stuck: none is ever {unused[0].removeprefix('h ')}."
+    elif not gates and not limits:
         why = f"{layer.cell} has no gates and no limits at which a unit could be stuck."
         note = absent(layer, "gate_value", why)
     reading = []

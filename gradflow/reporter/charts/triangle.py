@@ -109,6 +109,7 @@ def draw(axes: Sequence[Axes], triangle: Triangle) -> None:
     ax = axes[0]
     extent = (*triangle.columns, *triangle.rows[::-1])
     ax.imshow(paint(triangle.values), extent=extent, interpolation="nearest", aspect="auto")
+    ax.set_ylim(triangle.rows[1], max(0.5, triangle.rows[0]))  # there is no step 0
     if triangle.contour:
         draw_contour(ax, triangle.values, triangle.columns, triangle.rows, GONE)
     ax.xaxis.set_major_locator(whole(5))

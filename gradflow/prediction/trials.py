@@ -1,8 +1,4 @@
-"""What a remedy would do: tried on the recorded batch, without training.
-
-Joins the recording (run again with changed weights) and the analyzer (measured again). Remedies that
-need training are suggested by the findings, never predicted.
-"""
+"""`what_if`: every remedy that is asked for, on its own, before and after."""
 
 from __future__ import annotations
 
@@ -14,13 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradflow.analysis import Analysis, LayerAnalysis, Prediction, Rate
+from gradflow.analysis import LayerAnalysis, Rate
 from gradflow.analyzer import analyze
-from gradflow.analyzer.brief import Brief, brief, brief_seconds
+from gradflow.analyzer.brief import Brief
 from gradflow.analyzer.evidence import number
-from gradflow.errors import InputError, RecordingError, must_be
+from gradflow.errors import InputError, must_be
 from gradflow.hooks.gradients import weight_norms
-from gradflow.hooks.rerun import KEEPING, Change, rerun
+from gradflow.hooks.rerun import Change, rerun
+from gradflow.prediction.outcome import helps, measured
 from gradflow.recording import Recording
 
 COMPARED = ("rate", "rate_low", "rate_high", "half_life", "horizon", "channels", "verdict")
@@ -36,13 +33,7 @@ COLUMNS = [
     "note",
 ]
 WHOLE = [f"{name}_{when}" for name in ("horizon", "channels") for when in ("before", "after")]
-MOST = 2  # predictions shown for a layer
 QUICK = 4  # of the budgets of `analyze` that `what_if` may use for one measurement, as 1/QUICK
-SHARE = 16  # of the budgets of `analyze` that a prediction for a report may use, as 1/SHARE
-PATIENCE = 5.0  # predicted seconds, of all predictions for a report together
-LEAST = 0.05  # decades that are worth saying
-STEEPEST = 10.0  # nats per step that a factor is asked to make up for
-ALIKE = 0.02  # two factors that differ by less are one
 
 
 def what_if(
@@ -109,134 +100,9 @@ def what_if(
     asked = _asked(forget_bias, scale_hh, truncate, clip)
     recording.require_tracks()
     share = QUICK * len(recording)
-    before = {t.name: _measured(recording, t.name, share=share) for t in recording}
+    before = {t.name: measured(recording, t.name, share=share) for t in recording}
     rows = [row for name, value in asked.items() for row in _TRIALS[name](recording, before, value)]
     return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(WHOLE, "Int64"))
-
-
-def with_predictions(
-    recording: Recording, analysis: Analysis, *, batch: str = "this batch", seed: int = 0
-) -> Analysis:
-    """The analysis with, for every vanishing or exploding layer, the remedies that help most.
-
-    An LSTM or GRU that vanishes is tried with its forget (update) bias raised by 1 and by 2. Any
-    other layer is tried with W_hh multiplied by a = e^(−rate), which would undo the rate of a linear
-    layer, and by a e^(−rate′), rate′ being what the first try left. Layers are changed together.
-    Nothing is tried where that would take more than a few seconds, and the provenance says so.
-    """
-    ill = [
-        layer
-        for layer in analysis
-        if layer.verdict in ("vanishing", "exploding") and layer.name in recording.tracks
-    ]
-    share = SHARE * max(1, len(ill))
-    seconds = 2 * sum(brief_seconds(recording[layer.name], layer.span, share) for layer in ill)
-    if seconds > PATIENCE:
-        note = (
-            f"remedies were not tried on the batch: that would take about {seconds:.0f} s; "
-            "gradflow.what_if(recording, forget_bias=1.0) does it"
-        )
-        known = list(analysis.provenance.get("notes", []))
-        return replace(analysis, provenance={**analysis.provenance, "notes": [*known, note]})
-    if len(ill) > 1:
-        batch += f", {len(ill)} layers changed together"
-    tried: dict[str, list[Prediction]] = {layer.name: [] for layer in ill}
-    trials = {layer.name: _first_trial(layer) for layer in ill}
-    for _ in range(MOST):
-        changes = {name: Change(**{remedy: value}) for name, (remedy, value) in trials.items()}
-        again = rerun(recording, changes)
-        for name in again.recording.tracks:
-            before, note = analysis.layers[name], again.notes[name]
-            after = _measured(again.recording, name, before.span, share, seed)
-            if isinstance(after, Brief):
-                on = f"{batch} ({note})" if note else batch
-                tried[name].append(_predicted(before, after, *trials[name], on))
-                trials[name] = _next_trial(*trials[name], after)
-    layers = {layer.name: replace(layer, predictions=_best(tried[layer.name])) for layer in ill}
-    return replace(analysis, layers={**analysis.layers, **layers})
-
-
-def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
-    """Those that help, the best first; one of two that cannot be told apart."""
-    helping = sorted((p for p in tried if p.helps >= LEAST), key=lambda p: -p.helps)
-    if len(helping) > 1 and abs(helping[0].value / helping[1].value - 1) < ALIKE:
-        return (helping[0],)
-    return tuple(helping)
-
-
-def _first_trial(layer: LayerAnalysis) -> tuple[str, float]:
-    if layer.verdict == "vanishing" and layer.cell in KEEPING:
-        return "forget_bias", 1.0
-    return "scale_hh", _rounded(math.exp(min(-layer.rate.value, STEEPEST)))
-
-
-def _next_trial(remedy: str, value: float, after: Brief) -> tuple[str, float]:
-    if remedy == "forget_bias":
-        return remedy, value + 1
-    left = after.rate.value if math.isfinite(after.rate.value) else 0.0
-    return remedy, _rounded(value * math.exp(min(-left, STEEPEST)))
-
-
-def _rounded(value: float) -> float:
-    """Three digits, as one would type them."""
-    return float(f"{value:.3g}")
-
-
-def _predicted(
-    before: LayerAnalysis, after: Brief, remedy: str, value: float, batch: str
-) -> Prediction:
-    outcome = after.verdict if after.verdict != before.verdict else f"still {after.verdict}"
-    parts = [f"rate {number(before.rate.value)} → {number(after.rate.value)} per step"]
-    if before.horizon != after.horizon:
-        parts.append(f"gone after {_gone(before)} → {_gone(after)} steps")
-    if before.channels != after.channels and after.channels is not None:
-        parts.append(f"{before.channels} → {after.channels} of {before.size} channels")
-    words = _words(before.cell, remedy, value)
-    return Prediction(
-        remedy=remedy,
-        value=value,
-        words=words,
-        verdict=after.verdict,
-        rate=after.rate,
-        half_life=after.half_life,
-        horizon=after.horizon,
-        searched=after.searched,
-        channels=after.channels,
-        helps=_helps(before, after),
-        batch=batch,
-        message=f"{words}: {outcome}, {', '.join(parts)}",
-    )
-
-
-def _words(cell: str, remedy: str, value: float) -> str:
-    if remedy == "forget_bias":
-        return f"{KEEPING[cell]} bias + {value:g}"
-    return f"W_hh × {value:g}"
-
-
-def _gone(found: Brief | LayerAnalysis) -> str:
-    return f"> {found.searched}" if found.horizon is None else str(found.horizon)
-
-
-# ------------------------------------------------------------------------------------ measuring
-
-
-def _measured(
-    recording: Recording, name: str, span: int | None = None, share: int = 1, seed: int = 0
-) -> Brief | str:
-    """The numbers of a layer, or why there are none."""
-    try:
-        return brief(recording[name], span=span, share=share, seed=seed)
-    except RecordingError as error:
-        return str(error)
-
-
-def _helps(before: Brief | LayerAnalysis, after: Brief) -> float:
-    """Powers of ten over the span by which the gain comes nearer to 1."""
-    was, now = abs(before.rate.value), abs(after.rate.value)
-    if was == now:
-        return 0.0
-    return (was - now) * before.span / math.log(10)
 
 
 # ---------------------------------------------------------------------------------- the remedies
@@ -303,7 +169,7 @@ def _changed_weights(
         elif name in again.refused:
             yield row | {"note": f"not tried: {again.refused[name]}"}
         else:
-            after = _measured(again.recording, name, known.span, QUICK * len(before))
+            after = measured(again.recording, name, known.span, QUICK * len(before))
             yield row | {"note": again.notes[name]} | _after(known, after)
 
 
@@ -339,6 +205,8 @@ def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Ro
             horizon=keep if reaches else known.horizon,
             channels=0 if known.channels is not None and known.span >= keep else known.channels,
         )
+        if keep > known.searched:  # no gain lies that far back
+            after = known
         cut = max(0.0, known.rate.value) * max(0, known.span - keep) / math.log(10)
         yield (row | _after(known, after) | {"helps": cut, "truncation_error": error, "note": note})
 
@@ -416,7 +284,7 @@ def _after(before: Brief, after: Brief | str) -> Row:
     if isinstance(after, str):
         return {"note": f"not measured: {after}"}
     found = {f"{name}_after": value for name, value in _numbers(after).items()}
-    found["helps"] = _helps(before, after)
+    found["helps"] = helps(before, after)
     if math.isnan(after.rate.value) and not math.isnan(before.rate.value):
         found["note"] = "with this change its states are no longer finite"
     return found

@@ -1,0 +1,151 @@
+"""One recorded forward and backward pass of a model, which is left as found."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradflow import loading
+from gradflow.errors import GradflowError, InputError, UserCodeError, must_be
+from gradflow.hooks import record
+from gradflow.recording import GATES, Recording
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to get a loss out of a model's output."""
+
+    loss: Callable[..., Tensor] | None = None  # the user's own
+    loss_name: str | None = None
+    output: str | None = None  # which part of a tuple or dict
+    guard: bool = False  # quote errors of the user's code instead of letting them through
+
+
+def recorded_pass(model: nn.Module, batch: loading.Batch, settings: Settings) -> Recording:
+    """One recorded forward and backward pass; gradients and buffers are put back."""
+    kwargs = dict(batch.kwargs)
+    if batch.lengths is not None and "lengths" in inspect.signature(model.forward).parameters:
+        kwargs.setdefault("lengths", batch.lengths)
+    given = [*batch.inputs, *batch.kwargs.values(), batch.target]
+    with left_as_found(model, given), record(model, lengths=batch.lengths) as recording:
+        with _user_code(settings.guard, "the model", "check --input, or save the batch again"):
+            result = model(*batch.inputs, **kwargs)
+        value, words = _loss(result, model, batch, settings, recording)
+        recording.provenance["loss"] = words
+        if value.requires_grad:
+            with _user_code(settings.guard, "the backward pass", "the same loss must train"):
+                value.backward()
+    dropout = [m for m in model.modules() if getattr(m, "p", 0) or getattr(m, "dropout", 0)]
+    if not model.training and dropout:
+        recording.notes.append("the model ran in evaluation mode, so its dropout was off")
+    recording.provenance["input"] = _shapes(batch.inputs)
+    recording.provenance = with_notes(recording.provenance, batch.notes)
+    return recording
+
+
+def _loss(
+    result: Any, model: nn.Module, batch: loading.Batch, settings: Settings, recording: Recording
+) -> tuple[Tensor, str]:
+    """The loss and its name in words."""
+    if settings.loss is not None:
+        arguments = (result,) if batch.target is None else (result, batch.target)
+        try:
+            value = settings.loss(*arguments)
+        except (TypeError, AttributeError) as error:
+            if isinstance(result, Tensor):
+                raise
+            kind = type(result).__name__
+            raise InputError(
+                f"the loss cannot read the model's output, which is a {kind} ({error}); "
+                "choose its part: loss=lambda output, target: criterion(output[0], target)"
+            ) from error
+        name = getattr(settings.loss, "__name__", type(settings.loss).__name__)
+        return _scalar(value), name
+    output, where = loading.choose_output(result, settings.output)
+    lengths = loading.output_lengths(result, settings.output)
+    lengths = batch.lengths if lengths is None else lengths
+    loss = loading.make_loss(
+        settings.loss_name, batch.target is not None, _time_axis(model, recording, output)
+    )
+    if loss.note:
+        recording.notes.append(loss.note)
+    with _user_code(settings.guard, "the loss", "check --target and --loss"):
+        value = loss(output, batch.target, lengths)
+    return value, f"{loss.name} of {where}"
+
+
+def _time_axis(model: nn.Module, recording: Recording, output: object) -> int:
+    """Where time is in the model's output: where the layer that ran last had it."""
+    tracks = list(recording)
+    if tracks and tracks[-1].cell in GATES:
+        return int(tracks[-1].batch_first)
+    if tracks and isinstance(output, Tensor) and output.ndim >= 2:  # a loop by hand does not say
+        steps, batch = tracks[-1].steps, tracks[-1].batch
+        fits = [(steps, batch), (batch, steps)]
+        if steps != batch and tuple(output.shape[:2]) in fits:
+            return fits.index((output.shape[0], output.shape[1]))
+    return loading.time_axis(model)
+
+
+def with_notes(provenance: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+    """What was done to the input on the way: told, but no reason to doubt a number."""
+    known = [*notes, *provenance.get("notes", [])]
+    return {**provenance, "notes": list(dict.fromkeys(known))} if known else dict(provenance)
+
+
+def _scalar(value: object) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(
+            must_be("the loss", "one number in a tensor", got, "reduce it, e.g. by .mean()")
+        )
+    return value.reshape(())
+
+
+def _shapes(inputs: tuple[Any, ...]) -> str:
+    found = [str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor)]
+    return "shape " + ", ".join(found) if found else "given by the caller"
+
+
+@contextmanager
+def _user_code(guard: bool, what: str, advice: str) -> Iterator[None]:
+    """Quote what the user's own code raises, where a command line would show a traceback."""
+    if not guard:
+        yield
+        return
+    try:
+        yield
+    except GradflowError:
+        raise
+    except SystemExit as error:
+        raise UserCodeError(f"{what} ended the program (sys.exit); {advice}") from error
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise UserCodeError(
+            f"{what} raised {type(error).__name__} on this input: {text}; {advice}"
+        ) from error
+
+
+@contextmanager
+def left_as_found(model: nn.Module, inputs: Sequence[Any] = ()) -> Iterator[None]:
+    """Put back gradients, buffers and random state."""
+    tensors = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf)]
+    grads = [(tensor, tensor.grad) for tensor in tensors]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    for tensor, _ in grads:
+        tensor.grad = None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for tensor, grad in grads:
+            tensor.grad = grad
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

@@ -1,0 +1,28 @@
+"""What a layer's numbers are with a remedy, and whether that is better."""
+
+from __future__ import annotations
+
+import math
+
+from gradflow.analysis import LayerAnalysis
+from gradflow.analyzer.brief import Brief, brief
+from gradflow.errors import RecordingError
+from gradflow.recording import Recording
+
+
+def measured(
+    recording: Recording, name: str, span: int | None = None, share: int = 1, seed: int = 0
+) -> Brief | str:
+    """The numbers of a layer, or why there are none."""
+    try:
+        return brief(recording[name], span=span, share=share, seed=seed)
+    except RecordingError as error:
+        return str(error)
+
+
+def helps(before: Brief | LayerAnalysis, after: Brief) -> float:
+    """Powers of ten over the span by which the gain comes nearer to 1."""
+    was, now = abs(before.rate.value), abs(after.rate.value)
+    if was == now:
+        return 0.0
+    return (was - now) * before.span / math.log(10)

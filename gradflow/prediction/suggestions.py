@@ -1,0 +1,124 @@
+"""The remedies that help a vanishing or exploding layer most, tried before a report suggests them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from gradflow.analysis import Analysis, LayerAnalysis, Prediction
+from gradflow.analyzer.brief import Brief, brief_seconds
+from gradflow.analyzer.evidence import number
+from gradflow.hooks.rerun import KEEPING, Change, rerun
+from gradflow.prediction.outcome import helps, measured
+from gradflow.recording import Recording
+
+MOST = 2  # predictions shown for a layer
+SHARE = 16  # of the budgets of `analyze` that a prediction for a report may use, as 1/SHARE
+PATIENCE = 5.0  # predicted seconds, of all predictions for a report together
+LEAST = 0.05  # decades that are worth saying
+STEEPEST = 10.0  # nats per step that a factor is asked to make up for
+ALIKE = 0.02  # two factors that differ by less are one
+
+
+def with_predictions(
+    recording: Recording, analysis: Analysis, *, batch: str = "this batch", seed: int = 0
+) -> Analysis:
+    """The analysis with, for every vanishing or exploding layer, the remedies that help most.
+
+    An LSTM or GRU that vanishes is tried with its forget (update) bias raised by 1 and by 2. Any
+    other layer is tried with W_hh multiplied by a = e^(−rate), which would undo the rate of a linear
+    layer, and by a e^(−rate′), rate′ being what the first try left. Layers are changed together.
+    Nothing is tried where that would take more than a few seconds, and the provenance says so.
+    """
+    ill = [
+        layer
+        for layer in analysis
+        if layer.verdict in ("vanishing", "exploding") and layer.name in recording.tracks
+    ]
+    share = SHARE * max(1, len(ill))
+    seconds = 2 * sum(brief_seconds(recording[layer.name], layer.span, share) for layer in ill)
+    if seconds > PATIENCE:
+        note = (
+            f"remedies were not tried on the batch: that would take about {seconds:.0f} s; "
+            "gradflow.what_if(recording, forget_bias=1.0) does it"
+        )
+        known = list(analysis.provenance.get("notes", []))
+        return replace(analysis, provenance={**analysis.provenance, "notes": [*known, note]})
+    if len(ill) > 1:
+        batch += f", {len(ill)} layers changed together"
+    tried: dict[str, list[Prediction]] = {layer.name: [] for layer in ill}
+    trials = {layer.name: _first_trial(layer) for layer in ill}
+    for _ in range(MOST):
+        changes = {name: Change(**{remedy: value}) for name, (remedy, value) in trials.items()}
+        again = rerun(recording, changes)
+        for name in again.recording.tracks:
+            before, note = analysis.layers[name], again.notes[name]
+            after = measured(again.recording, name, before.span, share, seed)
+            if isinstance(after, Brief):
+                on = f"{batch} ({note})" if note else batch
+                tried[name].append(_predicted(before, after, *trials[name], on))
+                trials[name] = _next_trial(*trials[name], after)
+    layers = {layer.name: replace(layer, predictions=_best(tried[layer.name])) for layer in ill}
+    return replace(analysis, layers={**analysis.layers, **layers})
+
+
+def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
+    """Those that help, the best first; one of two that cannot be told apart."""
+    helping = sorted((p for p in tried if p.helps >= LEAST), key=lambda p: -p.helps)
+    if len(helping) > 1 and abs(helping[0].value / helping[1].value - 1) < ALIKE:
+        return (helping[0],)
+    return tuple(helping)
+
+
+def _first_trial(layer: LayerAnalysis) -> tuple[str, float]:
+    if layer.verdict == "vanishing" and layer.cell in KEEPING:
+        return "forget_bias", 1.0
+    return "scale_hh", _rounded(math.exp(min(-layer.rate.value, STEEPEST)))
+
+
+def _next_trial(remedy: str, value: float, after: Brief) -> tuple[str, float]:
+    if remedy == "forget_bias":
+        return remedy, value + 1
+    left = after.rate.value if math.isfinite(after.rate.value) else 0.0
+    return remedy, _rounded(value * math.exp(min(-left, STEEPEST)))
+
+
+def _rounded(value: float) -> float:
+    """Three digits, as one would type them."""
+    return float(f"{value:.3g}")
+
+
+def _predicted(
+    before: LayerAnalysis, after: Brief, remedy: str, value: float, batch: str
+) -> Prediction:
+    outcome = after.verdict if after.verdict != before.verdict else f"still {after.verdict}"
+    parts = [f"rate {number(before.rate.value)} → {number(after.rate.value)} per step"]
+    if before.horizon != after.horizon:
+        parts.append(f"gone after {_gone(before)} → {_gone(after)} steps")
+    if before.channels != after.channels and after.channels is not None:
+        parts.append(f"{before.channels} → {after.channels} of {before.size} channels")
+    words = _words(before.cell, remedy, value)
+    return Prediction(
+        remedy=remedy,
+        value=value,
+        words=words,
+        verdict=after.verdict,
+        rate=after.rate,
+        half_life=after.half_life,
+        horizon=after.horizon,
+        searched=after.searched,
+        channels=after.channels,
+        helps=helps(before, after),
+        batch=batch,
+        message=f"{words}: {outcome}, {', '.join(parts)}",
+    )
+
+
+def _words(cell: str, remedy: str, value: float) -> str:
+    if remedy == "forget_bias":
+        return f"{KEEPING[cell]} bias + {value:g}"
+    return f"W_hh × {value:g}"
+
+
+def _gone(found: Brief | LayerAnalysis) -> str:
+    return f"> {found.searched}" if found.horizon is None else str(found.horizon)

@@ -1,0 +1,45 @@
+"""Progress on stderr, for whoever waits."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+PATIENCE = 2.0  # seconds before progress is shown
+
+
+class Progress:
+    """A line on stderr once something has taken two seconds; call it with (what, share done)."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._display: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._display is not None:
+            self._display.stop()
+
+    def __call__(self, what: str, done: float) -> None:
+        """Show what is being done and which share of it is done."""
+        if self._display is None:
+            if time.monotonic() - self._started < PATIENCE or not sys.stderr.isatty():
+                return
+            self._open()
+        self._display.update(self._task, description=what, completed=done)
+
+    def _open(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Display
+
+        self._display = Display(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(),
+            console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        self._task = self._display.add_task("", total=1.0)
+        self._display.start()

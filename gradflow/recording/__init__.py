@@ -1,0 +1,33 @@
+"""What was seen: a `Recording` holds one `Track` per recurrent layer and direction.
+
+Letters, here and everywhere in gradflow: T timesteps, B sequences, I input features, H hidden units,
+P the width of h (H, or ``proj_size``), S the width of the full carried state, G gates.
+Time is the first axis. Index 0 is the first step. Track arrays are in input-time order with the
+sequences in the user's order; steps past a sequence's length hold NaN.
+"""
+
+from gradflow.recording.recording import Recording, matches_any
+from gradflow.recording.source import (
+    Backward,
+    Contributions,
+    Forward,
+    Operator,
+    Outer,
+    Parity,
+    Source,
+)
+from gradflow.recording.track import GATES, Track
+
+__all__ = [
+    "GATES",
+    "Backward",
+    "Contributions",
+    "Forward",
+    "Operator",
+    "Outer",
+    "Parity",
+    "Recording",
+    "Source",
+    "Track",
+    "matches_any",
+]
