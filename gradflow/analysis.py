@@ -293,6 +293,9 @@ class Analysis:
         Args:
             labels: (T,) strings, the steps of the longest layer in input time.
 
+        Returns:
+            A new analysis; its layers have them as ``step_labels``.
+
         Raises:
             InputError: they are not strings, or not as many as there are steps.
 
