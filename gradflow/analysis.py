@@ -294,7 +294,7 @@ class Analysis:
             labels: (T,) strings, the steps of the longest layer in input time.
 
         Returns:
-            A new analysis; its layers have them as ``step_labels``.
+            A copy whose layers carry the words in ``step_labels``.
 
         Raises:
             InputError: they are not strings, or not as many as there are steps.

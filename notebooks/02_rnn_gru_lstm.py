@@ -280,7 +280,7 @@ gradflow.plot(list(runs.values()))
 
 # %% [markdown]
 # The gain map asks it of every pair of words: along the row "fluent", how far left does the colour reach? The state
-# of the LSTM at "fluent" still feels what it read at "France"; that of the RNN has covered it.
+# of the LSTM at "fluent" still feels what it read at "France"; in the RNN most of it is gone.
 
 # %%
 words = text.split()[:-1]
