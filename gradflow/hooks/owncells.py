@@ -231,7 +231,14 @@ class OwnCells:
         for cell in self._cells.values():
             for end in cell.ends:
                 _let_go(end)
+            nodes = [n for end in cell.ends if isinstance(end, _Loop) for n in end.end.older]
+            for end in cell.ends:
+                vars(end).clear()
             cell.ends.clear()
+            # newest first, one step at a time: freed as one long chain they overflow the stack
+            nodes.sort(key=lambda node: int(node._sequence_nr()))
+            while nodes:
+                nodes.pop()
         self._under_way.clear()
 
     @property
