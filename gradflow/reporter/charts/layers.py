@@ -125,12 +125,10 @@ def _message(order: Sequence[LayerAnalysis], totals: np.ndarray) -> str:
     if not math.isfinite(ratio):
         return f"the gradient at {first} is exactly 0"
     if abs(ratio) < math.log10(2):
-        return f"the gradient keeps its size from {first} down to {last}: × {ratio_words(ratio)}"
+        return f"the gradient at {last} is about as large as at {first}: × {ratio_words(ratio)}"
     if ratio < 0:
-        return (
-            f"from {first} down to {last} the gradient shrinks to {ratio_words(ratio)} of its size"
-        )
-    return f"from {first} down to {last} the gradient grows × {ratio_words(ratio)}"
+        return f"the gradient at {last} is {ratio_words(ratio)} of that at {first}"
+    return f"the gradient at {last} is {ratio_words(ratio)} times that at {first}"
 
 
 def draw(axes: Sequence[Axes], chart: Layers) -> None:
