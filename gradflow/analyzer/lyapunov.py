@@ -101,7 +101,7 @@ def log_growth(
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(k, size, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(first.T)[0].T.to(operator.dtype)
-    rows = basis.expand(batch, -1, -1).contiguous()
+    rows = basis.expand(batch, -1, -1).clone()
     lengths = lengths.cpu()
     # sequence b skips its own ⌈L/5⌉ steps
     skipped = torch.tensor([burn_in(int(length)) for length in lengths])

@@ -38,7 +38,7 @@ def forget_gates(e: Evidence) -> Iterator[Finding]:
         layer=e.track.name,
         message=f"forget gates average {mean:.2f}: cells keep their memory for "
         f"{number(-1 / pace.value)} steps, of your {e.span}",
-        where=_shut("closed, below", forget, e),
+        where=_shut("f", "closed, below", forget, e),
         **_scale(e, pace),
         basis=BAND,
         source="Tallec & Ollivier 2018",
@@ -61,7 +61,7 @@ def update_gates(e: Evidence) -> Iterator[Finding]:
         layer=e.track.name,
         message=f"update gates average {mean:.2f}: units keep their state for "
         f"{number(-1 / pace.value)} steps, of your {e.span}",
-        where=_shut("below", update, e),
+        where=_shut("z", "below", update, e),
         **_scale(e, pace),
         basis=BAND,
         source="Tallec & Ollivier 2018",
@@ -139,7 +139,8 @@ def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
     )
 
 
-def _shut(what: str, gate: Tensor, e: Evidence) -> str:
-    """How often a gate is all but shut; nothing is said where it never is."""
+def _shut(name: str, what: str, gate: Tensor, e: Evidence) -> str:
+    """Which gate, and how often it is all but shut, if it ever is."""
     share = over_all((gate < CLOSED).double(), e.track.mask)
-    return f"{share:.0%} of its values {what} {CLOSED:g}" if share >= 0.005 else ""
+    often = f", {share:.0%} of its values {what} {CLOSED:g}" if share >= 0.005 else ""
+    return f"gate {name}{often}"

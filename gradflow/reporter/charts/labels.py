@@ -21,8 +21,8 @@ SEEN = {" ": "␣", "\n": "↵", "\t": "⇥"}  # what a reader would take for no
 def readable(label: str) -> str:
     r"""A label on one line, shortened where it is long; what a reader cannot see gets a sign.
 
-    >>> readable("\n"), readable(" "), readable("incomprehensibilities")
-    ('↵', '␣', 'incomprehen…')
+    >>> readable("\n"), readable(" "), readable("the sky"), readable("x" * 99)[-1]
+    ('↵', '␣', 'the sky', '…')
     """
     printed = "".join(letter if letter.isprintable() else " " for letter in label)
     seen = legible(SEEN.get(label) or " ".join(printed.split()))
