@@ -211,7 +211,9 @@ def _from_weights(
             step = _part(
                 progress, number, len(probes), f"{module.name or module.kind} under {probe.name}"
             )
-            runs.append(analyze(recording, seed=request.seed, progress=step))
+            # only the last probe is shown; the others need their rates, not their maps
+            coarse = None if number == len(probes) - 1 else max(1, request.seq_len)
+            runs.append(analyze(recording, stride=coarse, seed=request.seed, progress=step))
         run = agreed(runs, [probe.name for probe in probes])
         run = with_predictions(recording, run, batch=probes[-1].name, seed=request.seed)
         layers |= {

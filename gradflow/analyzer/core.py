@@ -30,7 +30,7 @@ from gradflow.analyzer.rates import (
 from gradflow.analyzer.singular import survivors
 from gradflow.recording import Track
 
-MAP_SECONDS = 8.0  # predicted, for the maps of all layers together
+MAP_SECONDS = 5.0  # predicted, for the maps of all layers together
 RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
 CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
 
