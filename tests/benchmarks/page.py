@@ -15,7 +15,7 @@ from gradflow.reporter.scale import DIRECT, VERDICT_COLOURS
 
 Found = dict[str, Any]
 TEMPLATE = Path(__file__).with_name("page.html")
-ON_THE_PAGE_ONLY = ("sketch, rms", "S = 512", "import gradflow")
+ON_THE_PAGE_ONLY = ("sketch, ", "peak above", "S = 512", "import gradflow")
 GOOD, BAD = VERDICT_COLOURS["stable"], VERDICT_COLOURS["exploding"]
 
 
@@ -95,7 +95,13 @@ def markdown(found: Found) -> str:
         lines.append(f"| {goal['what']} | {goal['goal']} | {goal['reached']}{missed} |")
     m = found["machine"]
     where = f"{m['processor']}, {m['threads']} threads, torch {m['torch']}"
-    return "\n".join([*lines, "", f"Measured on {where}."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Measured on {where}; [the page](reports/benchmarks/index.html) has every shape.",
+        ]
+    )
 
 
 # ------------------------------------------------------------------------------------- the plots
