@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from gradflow import reporter
 from gradflow.analysis import HEADLINE, Analysis, LayerAnalysis
+from gradflow.analyzer.rates import ROUNDING, quantile
 
 COLUMNS = ["run", *HEADLINE]
-CONFIDENCE = 0.95
-ROUNDING = 1e-10  # nats per step; a difference below it is none
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _interval(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     freedom = sum(errors) ** 2 / sum(
         error**2 / (len(values) - 1) for error, values in zip(errors, (before, after), strict=True)
     )
-    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(sum(errors))
+    half = quantile(freedom) * math.sqrt(sum(errors))
     return difference - half, difference + half
 
 

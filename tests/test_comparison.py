@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 import gradflow
@@ -27,7 +28,6 @@ def test_the_interval_of_a_difference_covers_as_it_says() -> None:
 
 
 def test_the_interval_is_welchs() -> None:
-    stats = pytest.importorskip("scipy.stats")
     before, after = np.array([1.0, 2.0, 4.0]), np.array([2.0, 7.0, 3.0, 9.0])
     found = stats.ttest_ind(after, before, equal_var=False).confidence_interval(0.95)
     assert _interval(before, after) == pytest.approx((found.low, found.high), rel=1e-9)

@@ -58,7 +58,7 @@ def _gains(m: Measured) -> Part:
             "log_gain": (("norm", *pair), np.stack(list(maps.log_gain.values()))),
             "log_block_gain": (("block", *pair), maps.blocks),
             "log_cell_path": (pair, maps.cell_path),
-            "log_singular": (("sequence", "index"), m.singular),
+            "log_singular": (("sequence", "index"), m.ranks.singular),
         },
         {
             "norm": list(maps.log_gain),
@@ -66,14 +66,14 @@ def _gains(m: Measured) -> Part:
             "sequence": np.array(m.mapped),
             "source": maps.sources,
             "target": np.arange(m.track.steps),
-            "index": np.arange(m.singular.shape[1]),
+            "index": np.arange(m.ranks.singular.shape[1]),
         },
     )
 
 
 def _ranks(m: Measured) -> Part:
     """How many directions are left against the lag."""
-    stable = stable_rank(m.maps, m.ranks.lags, m.singular.shape[1])
+    stable = stable_rank(m.maps, m.ranks.lags, m.ranks.singular.shape[1])
     ranks = {"stable": stable, "effective": m.ranks.effective, "surviving": m.ranks.surviving}
     return Part(
         {f"rank_{name}": (("rank_lag",), values) for name, values in ranks.items()},

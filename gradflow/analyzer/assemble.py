@@ -18,7 +18,7 @@ from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
 from gradflow.analyzer.certificates import broken
 from gradflow.analyzer.contributions import contributions
-from gradflow.analyzer.core import Core, Progress, Settings, channels, half_life, measure
+from gradflow.analyzer.core import Progress, Settings, channels, half_life, measure
 from gradflow.analyzer.curve import finite_extremes
 from gradflow.analyzer.evidence import Evidence, number
 from gradflow.analyzer.flow import with_flow
@@ -192,19 +192,10 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     # what the loss sees
     seen = profile(track, withheld)
     measured = Measured(
+        **vars(core),
         track=track,
-        span=core.span,
-        growth=core.growth,
         factors=rate_factors(core.growth, weight),
-        rate=core.rate,
-        sequence_rates=core.rates,
-        spectrum=spectrum(core.growth, core.rate, core.rates),
-        mapped=core.mapped,
-        maps=core.maps,
-        curve=core.curve,
-        ranks=core.ranks,
-        singular=core.ranks.singular,
-        reach=core.ranks.reach,
+        spectrum=spectrum(core.growth, core.rate, core.sequence_rates),
         profile=seen,
         triangle=triangle(track, core.mapped, withheld, TRIANGLE_SECONDS / settings.layers),
         contributed=contributions(
@@ -219,13 +210,12 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     )
 
     # the verdict, and why
-    labels = _labels(core, measured)
+    labels = _labels(measured)
     grows = core.verdict.name == "exploding" or "transient growth" in labels
     evidence = Evidence(
         **vars(measured),
         alone=settings.layers == 1,
         size=state_size(track),
-        verdict=core.verdict,
         labels=labels,
         half_life=half_life(core.rate, core.curve, labels),
         channels=channels(track, core.ranks.singular),
@@ -265,15 +255,15 @@ def _assembled(evidence: Evidence) -> LayerAnalysis:
     )
 
 
-def _labels(core: Core, m: Measured) -> tuple[str, ...]:
+def _labels(m: Measured) -> tuple[str, ...]:
     longest = int(m.track.lengths.max())
     if longest == 1:
         return ("no recurrence", "short")
     found = {
-        "not finite": not core.finite.all(),
+        "not finite": not m.finite.all(),
         # growth that goes on is no transient
-        "transient growth": m.curve.transient_growth and core.verdict.name != "exploding",
-        "not exponential": decays_as_power(core.log_curves),
+        "transient growth": m.curve.transient_growth and m.verdict.name != "exploding",
+        "not exponential": decays_as_power(m.log_curves),
         "range-limited": _leaves_range(m.track, m.maps),
         "short": longest < SHORT,
         "one sequence": int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1,

@@ -58,7 +58,7 @@ class Core:
     span: int
     finite: np.ndarray  # (B,) whether every state is
     growth: Growth
-    rates: np.ndarray  # (B,)
+    sequence_rates: np.ndarray  # (B,)
     rate: Rate
     verdict: Verdict
     mapped: tuple[int, ...]
@@ -89,7 +89,7 @@ def measure(
         span=span,
         finite=finite,
         growth=growth,
-        rates=rates,
+        sequence_rates=rates,
         rate=rate,
         verdict=judge(rate, span, measurable, int(growth.counted.sum(0).max())),
         mapped=mapped,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradflow.analysis import Rate
 from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.rates import Verdict, band, rate_over_sequences
+from gradflow.analyzer.rates import band, rate_over_sequences
 from gradflow.recording import GATES, Track
 
 
@@ -22,7 +22,6 @@ class Evidence(Measured):
 
     alone: bool  # the only layer of its recording
     size: int  # S
-    verdict: Verdict
     labels: tuple[str, ...]
     half_life: float
     channels: int | None

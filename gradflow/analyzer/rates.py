@@ -60,7 +60,7 @@ def rate_over_sequences(rates: np.ndarray) -> Rate:
     return _interval(known[~dead])
 
 
-def quantile(freedom: int) -> float:
+def quantile(freedom: float) -> float:
     """How many standard errors a 95 % interval reaches, by Student's t.
 
     >>> round(quantile(9), 3)

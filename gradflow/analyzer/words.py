@@ -57,7 +57,7 @@ def _stable(e: Evidence) -> str:
     if e.channels == 0:
         return (
             f"is stable in its rate ({number(e.rate.value)} per step), yet no direction of {e.size} "
-            f"survives {_steps(e.reach)}"
+            f"survives {_steps(e.ranks.reach)}"
         )
     return f"is stable: {_surviving(e)}"
 
@@ -67,7 +67,7 @@ def _surviving(e: Evidence) -> str:
     every = "the only direction" if e.size == 1 else f"{e.channels} of {e.size} directions"
     if e.channels == e.size and e.size > 1:
         every = f"all {e.size} directions"
-    return f"{every} {verb} {_steps(e.reach)}"
+    return f"{every} {verb} {_steps(e.ranks.reach)}"
 
 
 def _dead(e: Evidence) -> str:

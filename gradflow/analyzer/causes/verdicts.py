@@ -124,7 +124,7 @@ def few_channels(e: Evidence) -> Iterator[Finding]:
         name="few-channels",
         layer=e.track.name,
         message=f"{e.channels} of {e.size} directions {'survives' if e.channels == 1 else 'survive'} "
-        f"{counted(e.reach, 'step')}",
+        f"{counted(e.ranks.reach, 'step')}",
         where=counted(len(e.mapped), "mapped sequence"),
         value=float(e.channels),
         threshold=float(max(1, e.size // 20)),
