@@ -11,7 +11,7 @@ import synthetic
 import xarray as xr
 
 from gradflow.analysis import Rate
-from gradflow.reporter import overview, prepare
+from gradflow.reporter import KINDS, overview, prepare
 from gradflow.reporter.charts import gain_map, lag_curve, parts
 from gradflow.reporter.numbers import rate_words
 from gradflow.reporter.picture import _nearest
@@ -192,6 +192,37 @@ def test_gain_map_rows_are_targets() -> None:
     want = layer.data["log_gain"].sel(norm="spectral").isel(sequence=0).sel(source=3, target=11)
     assert gain.values[11, 3] == pytest.approx(float(want) / math.log(10), rel=1e-12)
     assert gain.sequence == 3 and gain.contour
+
+
+def test_slopes_are_taken_over_whole_strides_and_a_first_jump_does_not_squash_them() -> None:
+    layer = synthetic.layer(steps=1000, rate=-0.003, horizon=None)
+    data = layer.data.copy(deep=True)
+    comb = np.where(np.arange(1000) % 4 == 3, -0.012, 0.0)  # one source in four leaves, then none
+    comb[1] = 2.0
+    data["lag_slope"] = ("lag", comb)
+    made = lag_curve.prepare(replace(layer, data=data))
+    assert made.window == 12 and "to 12 steps more" in made.reading
+    np.testing.assert_allclose(made.slope[20:980], -0.003, atol=1e-12)
+    assert made.limits[0] < -0.003 and 0 < made.limits[1] < 0.01
+
+
+def test_without_a_slope_there_is_no_panel_for_it() -> None:
+    layer = synthetic.layer(steps=20)
+    data = layer.data.copy(deep=True)
+    data["lag_slope"] *= np.nan
+    made = lag_curve.prepare(replace(layer, data=data))
+    kind = KINDS["lag-curve"]
+    assert kind is not None and kind.heights(made) == (2.4,) and "Below" not in made.reading
+
+
+def test_one_loss_step_needs_no_line_of_its_own() -> None:
+    layer = synthetic.layer(steps=20)
+    once = parts.prepare(layer)
+    assert np.isnan(once.last).all() and "dashed" not in once.reading
+    data = layer.data.copy(deep=True)
+    data["grad_norm"].loc[{"kind": "total"}] = 1.0
+    every = parts.prepare(replace(layer, data=data))
+    assert np.isfinite(every.last).all() and "need not fade" in every.reading
 
 
 def test_a_hook_on_the_output_shows_zero_at_all_but_the_last_step() -> None:

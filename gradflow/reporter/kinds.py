@@ -132,7 +132,7 @@ KINDS: dict[str, Kind | None] = {
         what="largest gain ‖∂s(t′)/∂s(t)‖ against the distance t′ − t",
         prepare=lag_curve.prepare,
         draw=lag_curve.draw,
-        heights=lambda chart: (2.4, 0.9),
+        heights=lambda chart: (2.4, 0.9) if np.isfinite(chart.slope).any() else (2.4,),
         width=6.0,
     ),
     "triangle": Kind(
