@@ -133,6 +133,14 @@ def test_cells_without_gates_show_the_units_at_their_limits() -> None:
     assert relu.message == "4 of 32 units are exactly 0 more than 90 % of the time"
 
 
+def test_units_whose_cell_is_at_its_limit_are_said_in_words() -> None:
+    layer = lstm()
+    data = layer.data.copy(deep=True)
+    data["unit_saturated"].loc[{"state": "c"}] = np.where(np.arange(32) < 2, 0.97, 0.1)
+    made = saturation.prepare(replace(layer, data=data))
+    assert made.message == "2 of 32 units have tanh c beyond ± 0.95 more than 90 % of the time"
+
+
 def test_every_unit_is_in_the_census() -> None:
     layer = lstm()
     data = layer.data.copy(deep=True)
