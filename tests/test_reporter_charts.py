@@ -22,6 +22,7 @@ from gradflow.reporter.charts import (
     paths,
     rank,
     saturation,
+    states,
     time_scales,
     triangle,
 )
@@ -139,6 +140,20 @@ def test_units_whose_cell_is_at_its_limit_are_said_in_words() -> None:
     data["unit_saturated"].loc[{"state": "c"}] = np.where(np.arange(32) < 2, 0.97, 0.1)
     made = saturation.prepare(replace(layer, data=data))
     assert made.message == "2 of 32 units have tanh c beyond ± 0.95 more than 90 % of the time"
+
+
+def test_the_units_of_the_states_are_counted_as_in_the_headline() -> None:
+    layer = synthetic.layer(rate=0.0, steps=30)
+    data = layer.data.copy(deep=True)
+    data["log10_grad"][0] = np.where(np.arange(32)[:, None] < 5, -0.9, -1.2)
+    data["log10_grad"][0, 0, 12] = -2.0  # it comes back, so it does not carry
+    made = states.prepare(replace(layer, data=data))
+    assert made.message == (
+        "32 of 32 units have 10⁻³ of the loss's gradient left 29 steps back; 4 keep a tenth all the way"
+    )
+    data["log10_grad"][0] = -4.0
+    made = states.prepare(replace(layer, data=data))
+    assert made.message == "0 of 32 units have 10⁻³ of the loss's gradient left 29 steps back"
 
 
 def test_every_unit_is_in_the_census() -> None:
