@@ -14,7 +14,6 @@ from gradflow.reporter.numbers import count_words
 from gradflow.reporter.panels import draw_heat
 from gradflow.reporter.prepare import GONE, Heat, heat
 
-
 CARRIED = -1.0  # a unit that never falls below a tenth carries the gradient
 
 
