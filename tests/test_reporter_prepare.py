@@ -60,7 +60,7 @@ def test_heat_pools_by_the_largest_so_that_no_survivor_is_lost() -> None:
     column = heat.values.shape[1] - 1 - 901 // 3
     assert heat.values[7 // 3, column] == 2.5
     assert overview.describe(overview.Entry("", layer), heat).endswith(
-        "largest of 3 steps × 3 units"
+        "each the largest of 3 steps × 3 units"
     )
 
 

@@ -18,6 +18,7 @@ from gradflow.reporter.scale import COLOURS, VERDICT_COLOURS, paint, power
 
 CURVE_FLOOR, CURVE_TOP = -8.0, 2.0
 SHADE = "#ededed"
+BEYOND = "no earlier step: the layer starts, or its state was cut, at the right"
 
 
 def draw_heat(ax: Axes, heat: Heat, *, label: bool = True) -> None:
@@ -36,6 +37,11 @@ def draw_heat(ax: Axes, heat: Heat, *, label: bool = True) -> None:
     )
     ax.set_xlim(heat.steps - 0.5, -0.5)
     ax.set_ylim(heat.units + 0.5, 0.5)
+    if heat.beyond > 0.6 * columns:  # wide enough for words
+        ax.text(
+            heat.beyond / columns / 2, 0.5, BEYOND, transform=ax.transAxes, ha="center",
+            va="center", fontsize=8, color=INK,
+        )  # fmt: skip
     if heat.labels:
         label_steps(ax.xaxis, heat.labels[::-1], range(len(heat.labels))[::-1])
     else:
