@@ -156,6 +156,21 @@ def test_the_units_of_the_states_are_counted_as_in_the_headline() -> None:
     assert made.message == "0 of 32 units have 10⁻³ of the loss's gradient left 29 steps back"
 
 
+def test_one_of_many_is_said_in_the_singular() -> None:
+    layer = lstm()
+    data = layer.data.copy(deep=True)
+    data["log10_grad"][1] = np.where(np.arange(32)[:, None] == 3, 0.0, -4.0)
+    data["time_scale"][:] = np.where(np.arange(32) == 3, 500.0, 2.0)
+    data["gate_unit_open"].loc[{"gate": "f"}] = np.where(np.arange(32) == 3, 1.0, 0.1)
+    data["lyapunov"][:] = np.where(np.arange(data.sizes["index_k"]) == 0, 0.0, -1.0)
+    one = replace(layer, data=data)
+    assert states.prepare(one).message.startswith("1 of 32 cells has 10⁻³")
+    assert states.prepare(one).message.endswith("1 keeps a tenth all the way")
+    assert "1 of 32 units remembers as long" in time_scales.prepare(one).message
+    assert saturation.prepare(one).message.startswith("1 of 32 units has gate f open")
+    assert "keeps a tenth or more" in lyapunov.prepare(one).message
+
+
 def test_every_unit_is_in_the_census() -> None:
     layer = lstm()
     data = layer.data.copy(deep=True)

@@ -113,7 +113,7 @@ def test_how_to_read_the_overview_is_said_and_stacks_are_explained() -> None:
         for one in (synthetic.vanishing, synthetic.twelve)
     )
     for words in (single, stack):
-        assert "the gradient of the last loss step, so many steps back" in words
+        assert "the last loss step's gradient reaches each unit" in words
     assert "also gets gradient from above" in stack and "from above" not in single
 
 

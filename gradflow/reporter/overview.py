@@ -96,8 +96,8 @@ def draw_overview(entries: Sequence[Entry]) -> Figure:
 def captions(entries: Sequence[Entry], heats: Sequence[Heat]) -> list[str]:
     """How to read the figure: one line, and one more for what would puzzle in these rows."""
     lines = [
-        "Left, each unit: the gradient of the last loss step, so many steps back. Right: the most "
-        "that any direction keeps from step t to t′."
+        "Left: how much of the last loss step's gradient reaches each unit, step by step. Right: the "
+        "most that any direction keeps from step t to t′."
     ]
     if any(entry.unwritten for entry in entries):
         lines.append(UNWRITTEN)

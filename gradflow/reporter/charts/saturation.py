@@ -169,7 +169,7 @@ def _message(layer: LayerAnalysis, limits: Sequence[tuple[str, np.ndarray]]) -> 
         return "gates over the steps"
     count, mean, units, words = max(stuck)
     if count:
-        be, have = ("is", "has") if units == 1 else ("are", "have")
+        be, have = ("is", "has") if count == 1 else ("are", "have")
         verb = have if words.startswith(("gate", "tanh")) else be
         many = f"{'unit' if units == 1 else 'units'} {verb}"
         words = words.replace("h beyond", "beyond") if words.startswith("h ") else words

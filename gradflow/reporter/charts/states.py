@@ -56,8 +56,11 @@ def _message(layer: LayerAnalysis) -> str:
     left = int((raw[:, far] >= GONE).sum())
     steady = int((np.isnan(raw) | (raw >= CARRIED)).all(axis=1).sum())
     unit = "cell" if layer.main_state == "c" else "unit"
-    many = f"{unit} has" if left == 1 else f"{unit}s have"
-    said = f"{left} of {len(raw)} {many} 10⁻³ of the loss's gradient left {count_words(far, 'step')} back"
+    have = "has" if left == 1 else "have"
+    said = (
+        f"{left} of {count_words(len(raw), unit)} {have} 10⁻³ of the loss's gradient left "
+        f"{count_words(far, 'step')} back"
+    )
     # the headline of the overview counts these
     keeps = "keeps" if steady == 1 else "keep"
     return f"{said}; {steady} {keeps} a tenth all the way" if left and far else said
