@@ -171,6 +171,28 @@ def test_one_of_many_is_said_in_the_singular() -> None:
     assert "keeps a tenth or more" in lyapunov.prepare(one).message
 
 
+@pytest.mark.parametrize("kind", ["gates", "saturation", "time-scales", "lag-gradient"])
+def test_nothing_is_claimed_of_the_inside_of_a_cell_of_ones_own(kind: str) -> None:
+    layer = synthetic.layer("cell", "MyCell", steps=10)
+    names = ("time_scale", "unit_saturated", "unit_idle", "lag_contribution")
+    data = layer.data.assign({name: layer.data[name] * np.nan for name in names})
+    drawn = KINDS[kind]
+    assert drawn is not None
+    note = drawn.prepare(replace(layer, data=data)).note
+    assert "cell of your own" in note or "LSTM, GRU and RNN layers only" in note
+    assert "MyCell has no" not in note
+
+
+def test_paths_end_where_the_measured_sequences_end() -> None:
+    layer = lstm(steps=50)
+    data = layer.data.copy(deep=True)
+    data["path_gain"] = data["path_gain"].where(data["step"] < 20)
+    made = paths.prepare(replace(layer, data=data))
+    assert made.last == 20
+    figure = plot(synthetic.analysis(replace(layer, data=data)), "paths")
+    assert figure.axes[0].get_xlim() == (0.5, 20.5)
+
+
 def test_every_unit_is_in_the_census() -> None:
     layer = lstm()
     data = layer.data.copy(deep=True)

@@ -53,7 +53,7 @@ def prepare(layer: LayerAnalysis) -> Blocks:
     words = "Each line is the typical gain (root mean square) from one state to another."
     if not np.isnan(path).all():
         words += (
-            " Below, the part of c → c that the product of the forget gates alone explains; above "
+            " Below, the share of c → c that the product of the forget gates alone explains; above "
             "1 the other paths take some of it back."
         )
     return Blocks(
@@ -138,7 +138,7 @@ def draw(axes: Sequence[Axes], blocks: Blocks) -> None:
         below.axhline(1, color=FAINT, lw=0.7, zorder=0)
         top = float(np.fmax.reduce(finite))
         below.set_ylim(0, 1.12 * max(1.0, min(top, 5.0)))
-        below.set_ylabel("share of c → c", labelpad=2)
+        below.set_ylabel("share", labelpad=2)
         ax.tick_params(labelbottom=False)
         drawn.append(below)
     for one in drawn:

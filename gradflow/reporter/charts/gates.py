@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.reporter.charts.chart import Chart, measured
+from gradflow.reporter.charts.chart import Chart, measured, own_cell
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import DASHED, DOTTED, key
 from gradflow.reporter.numbers import number_words, percent_words
@@ -37,6 +37,8 @@ def prepare(layer: LayerAnalysis) -> Gates:
         for what in ("mean", "closed", "open")
     )
     note = "" if names else f"{layer.cell} has no gates."
+    if own_cell(layer):
+        note = "The gates of a cell of your own are not known, if it has any."
     if names and measured(layer, "gate_mean") is None:
         note = "No gate was measured at any step."
     return Gates(

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient
+from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient, own_cell
 from gradflow.reporter.charts.marks import DASHED, Line, draw_log_lines, key, whole
 from gradflow.reporter.numbers import count_words, number_words, percent_words
 from gradflow.reporter.picture import FAINT, INK
@@ -42,7 +42,10 @@ def prepare(layer: LayerAnalysis) -> LagGradient:
     if layer.steps <= 1:
         return _empty("one step: nothing of the gradient goes further back")
     if array is None or not (array.values > 0).any():
-        why = no_gradient(layer, "The parameter gradient by lag cannot be had for this layer.")
+        why = "The parameter gradient by lag cannot be had for this layer."
+        if own_cell(layer):
+            why = "The parameter gradient by lag is known for LSTM, GRU and RNN layers only."
+        why = no_gradient(layer, why)
         if array is not None:
             why = "The parameter gradient is exactly 0."
         return _empty(absent(layer, "lag_contribution", why))

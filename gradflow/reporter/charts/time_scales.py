@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.reporter.charts.chart import Chart, absent, measured
+from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
 from gradflow.reporter.charts.marks import count_ticks, whole
 from gradflow.reporter.numbers import number_words
 from gradflow.reporter.picture import INK
@@ -35,6 +35,8 @@ def prepare(layer: LayerAnalysis) -> TimeScales:
     known = np.empty(0) if array is None else array.values[~np.isnan(array.values)]
     if not len(known):
         why = f"{layer.cell} has no gate whose opening says for how long a unit remembers."
+        if own_cell(layer):
+            why = "The gates of a cell of your own are not known, so neither are their time-scales."
         nothing = np.empty(0)
         note = absent(layer, "time_scale", why)
         return TimeScales(note=note, edges=nothing, units=nothing, never=0, span=0, span_steps=0)
