@@ -15,6 +15,8 @@ from gradflow.analysis import LayerAnalysis
 from gradflow.reporter import KINDS, plot
 from gradflow.reporter.charts import (
     blocks,
+    gain_map,
+    gates,
     lag_gradient,
     layers,
     lyapunov,
@@ -181,6 +183,34 @@ def test_nothing_is_claimed_of_the_inside_of_a_cell_of_ones_own(kind: str) -> No
     note = drawn.prepare(replace(layer, data=data)).note
     assert "cell of your own" in note or "LSTM, GRU and RNN layers only" in note
     assert "MyCell has no" not in note
+
+
+def test_what_is_not_finite_is_neither_drawn_nor_said() -> None:
+    layer = lstm(steps=10)
+    data = layer.data.copy(deep=True)
+    data["gate_mean"] = data["gate_mean"].where(data["step"] == 0)
+    same = data["source"] == data["target"]
+    data["log_gain"], data["log_block_gain"] = (
+        data[name].where(same) for name in ("log_gain", "log_block_gain")
+    )
+    made = replace(layer, data=data)
+    assert np.isnan(gates.prepare(made).closed[:, 1:]).all()
+    assert blocks.prepare(made).note == "No product over one step or more is finite."
+    assert gain_map.prepare(made).note == "No gain from one step to another is finite."
+
+
+def test_what_explodes_is_said_to_have_grown_and_to_come_from_far() -> None:
+    layer = synthetic.layer(rate=0.3, steps=60)
+    data = layer.data.copy(deep=True)
+    data["log10_grad"][0] = 0.13 * data["back"].values
+    data["lag_contribution"][:] = np.exp(0.3 * data["lag"].values)
+    made = replace(layer, data=data)
+    assert states.prepare(made).message == (
+        "32 of 32 units have 1000 times the loss's gradient or more 59 steps back"
+    )
+    assert lag_gradient.prepare(made).message.startswith(
+        "half of ∂L/∂W_hh comes from 57 or more steps back"
+    )
 
 
 def test_paths_end_where_the_measured_sequences_end() -> None:

@@ -106,6 +106,8 @@ def _half(parts: np.ndarray) -> int:
 def _message(name: str, parts: np.ndarray, window: float, layer: LayerAnalysis) -> str:
     steps = _half(parts)
     last = "the loss step itself" if steps == 1 else f"the last {steps} steps"
+    if steps > 10 and 2 * steps > np.count_nonzero(parts > 0):
+        last = f"{steps - 1} or more steps back"  # far steps carry it, which "the last" would hide
     said = f"half of ∂L/∂{NAMES.get(name, name)} comes from {last}"
     if math.isnan(window):
         return said
