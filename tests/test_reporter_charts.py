@@ -91,6 +91,15 @@ def test_shares_of_the_parameter_gradient_and_the_window() -> None:
     assert "0.6 steps back" in made.reading and "cancel to 80 %" in made.reading
 
 
+def test_the_error_of_five_percent_is_on_the_axis_whatever_the_errors_are() -> None:
+    layer = synthetic.layer(steps=10)
+    data = layer.data.copy(deep=True)
+    data["truncation_error"][:] = 0.5
+    below = plot(synthetic.analysis(replace(layer, data=data)), "lag-gradient").axes[1]
+    low, high = below.get_ylim()
+    assert low < math.log10(0.05) < math.log10(0.5) < high
+
+
 def test_a_gradient_of_nothing_has_no_spectrum() -> None:
     layer = synthetic.layer()
     data = layer.data.copy(deep=True)

@@ -16,7 +16,7 @@ from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient, own_cell
 from gradflow.reporter.charts.marks import DASHED, Line, draw_log_lines, key, whole
 from gradflow.reporter.numbers import count_words, number_words, percent_words
-from gradflow.reporter.picture import FAINT, INK
+from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import SERIES
 
 TOLERANCE = 0.05  # the window a reader is told
@@ -152,9 +152,9 @@ def draw(axes: Sequence[Axes], chart: LagGradient) -> None:
         for window in chart.windows:
             ax.axvspan(window - 0.5, chart.reach + 0.5, color="#ededed", lw=0, zorder=0)
             ax.axvline(window - 0.5, color=INK, lw=0.9, zorder=1)
-        if number == 1:
-            ax.axhline(math.log10(TOLERANCE), color=FAINT, lw=0.8, ls=DASHED)
-        draw_log_lines(ax, chart.lag[chart.lag <= chart.reach], lines, decades=-SMALLEST)
+        level = math.log10(TOLERANCE) if number == 1 else None
+        shown = chart.lag[chart.lag <= chart.reach]
+        draw_log_lines(ax, shown, lines, decades=-SMALLEST, level=level)
         ax.set_ylabel(name, labelpad=2)
         ax.set_xlim(-0.5, chart.reach + 0.5)
         ax.xaxis.set_major_locator(whole(8))
