@@ -159,7 +159,7 @@ def describe(entry: Entry, heat: Heat) -> str:
     unit = "cell" if heat.state == "c" else "unit"
     parts = [
         *_named(entry),
-        f"|∂L/∂{heat.state}| of each {unit} ÷ its size at the loss, longest memory on top",
+        f"|∂L/∂{heat.state}| of each {unit} ÷ their typical size at the loss, longest memory on top",
     ]
     pooled = []
     if heat.step_pool > 1:
@@ -187,7 +187,9 @@ def _head(figure: Picture, entry: Entry, heat: Heat, line: LagLine, place: float
             LEFT + HEAT, place + 0.23, heat.broken, fontsize=8, color=WRONG, ha="right",
             fontweight="bold",
         )  # fmt: skip
-        below.set_text("  ·  ".join([*_named(entry), f"|∂L/∂{heat.state}| ÷ its size at the loss"]))
+        below.set_text(
+            "  ·  ".join([*_named(entry), f"|∂L/∂{heat.state}| ÷ its typical size at the loss"])
+        )
         figure.fit(below, HEAT - figure.width_of(said) - 0.2, SMALLEST)
     figure.fit(below, HEAT, SMALLEST)
     if line.words:
