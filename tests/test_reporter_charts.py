@@ -251,6 +251,13 @@ def test_ranks_against_lag() -> None:
     )
 
 
+def test_a_rank_that_does_not_change_stays() -> None:
+    layer = synthetic.layer(hidden=1, steps=10)
+    data = layer.data.copy(deep=True)
+    data["rank_effective"][:] = 1.0
+    assert "the effective rank stays at 1" in rank.prepare(replace(layer, data=data)).message
+
+
 def test_blocks_by_lag_are_medians_over_sources() -> None:
     layer = lstm(steps=300)  # every source, not every step, was mapped
     made = blocks.prepare(layer)

@@ -218,7 +218,7 @@ def test_without_a_slope_there_is_no_panel_for_it() -> None:
 def test_one_loss_step_needs_no_line_of_its_own() -> None:
     layer = synthetic.layer(steps=20)
     once = parts.prepare(layer)
-    assert np.isnan(once.last).all() and "dashed" not in once.reading
+    assert np.isnan(once.last).all() and "dotted" not in once.reading
     data = layer.data.copy(deep=True)
     data["grad_norm"].loc[{"kind": "total"}] *= 1.0001  # the last digits of another sum
     assert np.isnan(parts.prepare(replace(layer, data=data)).last).all()

@@ -51,7 +51,7 @@ def prepare(layer: LayerAnalysis) -> LagCurve:
 
 def _reading(slope: np.ndarray, window: int) -> str:
     words = (
-        "the median over sequences and starting steps, its 10–90 % band, and dashed the rate; in the "
+        "the median over sequences and starting steps, its 10–90 % band, and dotted the rate; in the "
         "grey part, below 10⁻³, the gradient is gone."
     )
     if not np.isfinite(slope).any():
@@ -59,7 +59,7 @@ def _reading(slope: np.ndarray, window: int) -> str:
     over = "to the next" if window == 1 else f"to {window} steps more"
     return (
         f"Above, {words} Below, the slope from one distance {over}, in nats per step: flat where the "
-        "gain falls or grows at one rate, which is dashed, with its interval."
+        "gain falls or grows at one rate, which is dotted, with its interval."
     )
 
 

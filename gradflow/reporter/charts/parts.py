@@ -69,7 +69,7 @@ def _reading(layer: LayerAnalysis, direct: np.ndarray, last: np.ndarray, alone: 
     if not alone and not np.isnan(last).all():
         words += (
             " The total adds up all loss steps, so it need not fade; how far back one loss step "
-            "reaches, its own dashed line shows."
+            "reaches, its own dotted line shows."
         )
     return words
 

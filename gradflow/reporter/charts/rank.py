@@ -68,7 +68,9 @@ def _message(lag: np.ndarray, values: np.ndarray, size: int) -> str:
     if len(known) > 1:
         first, last = effective[known[0]], effective[known[-1]]
         goes = "falls" if last < first else "goes"
-        said.append(f"the effective rank {goes} from {number_words(first)} to {number_words(last)}")
+        ends = number_words(first), number_words(last)
+        way = f"stays at {ends[0]}" if ends[0] == ends[1] else f"{goes} from {ends[0]} to {ends[1]}"
+        said.append(f"the effective rank {way}")
     return "; ".join(said)
 
 
