@@ -165,6 +165,9 @@ def test_the_units_of_the_states_are_counted_as_in_the_headline() -> None:
     data["log10_grad"][0] = -4.0
     made = states.prepare(replace(layer, data=data))
     assert made.message == "0 of 32 units have 10⁻³ of the loss's gradient left 29 steps back"
+    data["log10_grad"][..., 1:] = np.nan
+    made = states.prepare(replace(layer, data=data))
+    assert made.message == "nothing lies further back than the loss step"
 
 
 def test_one_of_many_is_said_in_the_singular() -> None:

@@ -53,6 +53,8 @@ def _message(layer: LayerAnalysis) -> str:
     if not len(known):
         return f"∂L/∂{layer.main_state} is not finite"
     far = int(known[-1])
+    if far == 0:
+        return "nothing lies further back than the loss step"
     left = int((raw[:, far] >= GONE).sum())
     steady = int((np.isnan(raw) | (raw >= CARRIED)).all(axis=1).sum())
     unit = "cell" if layer.main_state == "c" else "unit"
@@ -70,7 +72,7 @@ def _message(layer: LayerAnalysis) -> str:
     )
     # the headline of the overview counts these
     keeps = "keeps" if steady == 1 else "keep"
-    return f"{said}; {steady} {keeps} a tenth all the way" if left and far else said
+    return f"{said}; {steady} {keeps} a tenth all the way" if left else said
 
 
 def draw(axes: Sequence[Axes], states: States) -> None:
