@@ -11,12 +11,13 @@ import synthetic
 from matplotlib.figure import Figure
 from test_reporter_figures import overlapping
 
-from gradflow.analysis import LayerAnalysis
+from gradflow.analysis import LayerAnalysis, Rate
 from gradflow.reporter import KINDS, plot
 from gradflow.reporter.charts import (
     blocks,
     gain_map,
     gates,
+    lag_curve,
     lag_gradient,
     layers,
     lyapunov,
@@ -116,6 +117,18 @@ def test_exponents_with_intervals_and_the_sum_rule() -> None:
     assert made.trace.shape == (8, 100)
     assert made.message == "the largest exponent is −0.140 ± 0.003 per step: every direction fades"
     assert "All exponents add up to −14; ln|det| says −14." in made.reading
+
+
+def test_no_interval_is_explained_where_none_is_drawn() -> None:
+    several = lstm()
+    nothing = {name: several.data[name] * np.nan for name in ("lyapunov_low", "lyapunov_high")}
+    one = replace(several, data=several.data.assign(nothing), rate=Rate(-0.14, math.nan, math.nan))
+    for chart in (lyapunov, lag_curve):
+        assert "interval" in chart.prepare(several).reading
+        assert "interval" not in chart.prepare(one).reading
+    assert "dotted" in lag_curve.prepare(one).reading
+    none = replace(one, rate=Rate(math.nan, math.nan, math.nan))
+    assert "dotted" not in lag_curve.prepare(none).reading
 
 
 def test_the_largest_path_is_named() -> None:

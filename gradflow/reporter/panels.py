@@ -128,6 +128,7 @@ def draw_slope(
     rate = layer.rate
     if np.isfinite([rate.low, rate.high]).all():
         ax.axhspan(rate.low, rate.high, color=colour, alpha=0.25, lw=0)
+    if np.isfinite(rate.value):
         ax.axhline(rate.value, color=INK, lw=0.8, ls=(0, (2, 2)))
     ax.axhline(0, color=FAINT, lw=0.7)
     finite = np.where(np.isfinite(slope), slope, np.nan)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from gradflow.analysis import LayerAnalysis
+from gradflow.analysis import LayerAnalysis, Rate
 from gradflow.reporter import overview, panels
 from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.numbers import half_life_words, rate_words
@@ -37,7 +37,7 @@ def prepare(layer: LayerAnalysis) -> LagCurve:
     slope = _smoothed(line.slope, window)
     return LagCurve(
         message="" if line.note else _message(layer, line),
-        reading=_reading(slope, window),
+        reading=_reading(layer.rate, slope, window),
         note=line.note,
         line=line,
         slope=slope,
@@ -49,18 +49,23 @@ def prepare(layer: LayerAnalysis) -> LagCurve:
     )
 
 
-def _reading(slope: np.ndarray, window: int) -> str:
+def _reading(rate: Rate, slope: np.ndarray, window: int) -> str:
+    known = math.isfinite(rate.value)
     words = (
-        "the median over sequences and starting steps, its 10–90 % band, and dotted the rate; in the "
-        "grey part, below 10⁻³, the gradient is gone."
+        f"the median over starting steps and sequences, its 10–90 % band{', dotted the rate' * known}; "
+        "in the grey part, below 10⁻³, the gradient is gone."
     )
     if not np.isfinite(slope).any():
         return words[0].upper() + words[1:]
     over = "to the next" if window == 1 else f"to {window} steps more"
-    return (
+    words = (
         f"Above, {words} Below, the slope from one distance {over}, in nats per step: flat where the "
-        "gain falls or grows at one rate, which is dotted, with its interval."
+        "gain falls or grows at one rate"
     )
+    if not known:
+        return f"{words}."
+    interval = math.isfinite(rate.low) and math.isfinite(rate.high)
+    return f"{words}, which is dotted{', with its interval' * interval}."
 
 
 def _window(layer: LayerAnalysis, reach: float) -> int:

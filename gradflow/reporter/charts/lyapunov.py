@@ -46,7 +46,7 @@ def prepare(layer: LayerAnalysis) -> Lyapunov:
     steps = steps[:, ~np.isnan(steps).all(axis=0)]
     return Lyapunov(
         message=_message(layer, mean, band) if known.any() else "",
-        reading=_reading(layer, band),
+        reading=_reading(layer, band, sure=low is not None, traced=bool(steps.size)),
         note="" if known.any() else _why(layer, mean),
         index=np.arange(1, len(mean) + 1),
         mean=mean,
@@ -79,13 +79,15 @@ def _message(layer: LayerAnalysis, mean: np.ndarray, band: float) -> str:
     return f"{largest}; {share} {keep} a tenth or more over {layer.span} steps"
 
 
-def _reading(layer: LayerAnalysis, band: float) -> str:
+def _reading(layer: LayerAnalysis, band: float, *, sure: bool, traced: bool) -> str:
     words = (
-        "Above, growth per step of each direction with its 95 % interval over sequences; in the "
+        f"growth per step of each direction{', with its 95 % interval over sequences' * sure}; in the "
         f"grey band (± {number_words(band)}) less than a power of ten is lost or won over "
-        f"{layer.span} steps. Below, the running means, thick for the largest: flat at the end "
-        "means settled."
+        f"{layer.span} steps."
     )
+    words = f"Above, {words}" if traced else words[0].upper() + words[1:]
+    if traced:
+        words += " Below, the running means, thick for the largest: flat at the end means settled."
     rule = measured(layer, "sum_rule")
     if rule is not None and np.isfinite(rule.values).all():
         got, exact = (float(rule.sel(side=side)) for side in ("measured", "exact"))
