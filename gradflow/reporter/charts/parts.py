@@ -57,8 +57,8 @@ def prepare(layer: LayerAnalysis) -> Parts:
 
 def _reading(layer: LayerAnalysis, direct: np.ndarray, last: np.ndarray, alone: bool) -> str:
     words = (
-        "The direct part leaves out what comes back through the layer's own recurrence: where it "
-        "lies below the total, a hook on the output misses that much."
+        "The direct part comes from the loss, or from the layer above, and leaves out what comes back "
+        "through the layer's own recurrence; a hook on the output shows no more than that."
     )
     if np.isneginf(direct).any():
         words += " Exact zeros are dots at 0."
@@ -89,7 +89,7 @@ def _message(total: np.ndarray, direct: np.ndarray) -> str:
     apart = float(np.max(np.abs(total[pair] - direct[pair])))
     if apart < 0.005:
         return "a hook on the output shows the whole gradient: none comes through recurrence"
-    return f"a hook on the output is off by up to a factor of {10 ** min(apart, 300):.2g}"
+    return f"without its own recurrence the gradient is off by up to a factor of {10 ** min(apart, 300):.2g}"
 
 
 def draw(axes: Sequence[Axes], parts: Parts) -> None:
@@ -98,7 +98,7 @@ def draw(axes: Sequence[Axes], parts: Parts) -> None:
     lines = (
         Line(parts.total, f"total ∂L/∂{parts.state}", SERIES[0], 1.8),
         Line(parts.last, "total, last loss step alone", INK, 0.9, (0, (2, 2))),
-        Line(parts.direct, "direct: what a hook shows", DIRECT, 1.4),
+        Line(parts.direct, "direct: all that a hook can show", DIRECT, 1.4),
     )
     draw_log_lines(ax, parts.step, lines)
     ax.set_xlim(1 - 0.5, len(parts.step) + 0.5)
