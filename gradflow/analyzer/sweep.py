@@ -49,7 +49,10 @@ class Sweep:
     def blocks(self, rank: int, capacity: int) -> Blocks:
         """No blocks yet."""
         batch, size = self.operator.batch, self.operator.size
-        return Blocks(batch, rank, size, self.operator.dtype, capacity, self.widths)
+        followed = "spectral" in self.result
+        return Blocks(
+            batch, rank, size, self.operator.dtype, capacity, self.widths, followed=followed
+        )
 
     @property
     def live(self) -> list[Blocks]:
