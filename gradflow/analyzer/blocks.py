@@ -33,11 +33,12 @@ class Blocks:
         capacity: int,
         widths: Sequence[int] = (),
         *,
-        followed: bool = False,
+        tolerance: float = 0.0,
     ) -> None:
         self.rank, self.size = rank, size
-        # what the iteration for spectral norms carries is pushed with the rows of every block
-        self._followed = followed and rank > EXACT_ROWS
+        self.tolerance = tolerance  # of the spectral norms, 0 where they are not asked for
+        # what the iteration carries is pushed with the rows of every block
+        self._followed = tolerance > 0 and rank > EXACT_ROWS
         self.height = rank + (CARRIED if self._followed else 0)
         self.widths = list(widths) or [size]  # of the states, side by side in the columns
         self.count = 0
@@ -171,7 +172,7 @@ class Blocks:
         return self._logarithm(self.norm)
 
     def spectral(self) -> Tensor:
-        """ln ‖V‖₂, (B, n), after `rescale`; exact up to 64 rows, beyond iterated to 1e-4."""
+        """ln ‖V‖₂, (B, n), after `rescale`; exact up to 64 rows, beyond iterated."""
         if self.rank == 1:
             return self._logarithm(self.norm)
         good = torch.isfinite(self.norm) & (self.norm > 0)
@@ -179,11 +180,12 @@ class Blocks:
         for b in range(len(result)):
             if bool(good[b].any()):
                 which = slice(None) if bool(good[b].all()) else good[b]
-                result[b, which] = self._iterated(b, which) if self._followed else self._exact(b, which)
+                make = self._iterated if self._followed else self._exact
+                result[b, which] = make(b, which)
         return self._logarithm(result)
 
     def _exact(self, b: int, which: slice | Tensor) -> Tensor:
-        blocks = self._aligned()[b, which]
+        blocks = self._aligned(b)[which]
         if self.rank < SMALL:
             return spectral_by_gram(blocks)
         norms, self.guess[b, which, :, 0] = spectral_from(blocks, self.guess[b, which, :, 0])
@@ -191,17 +193,24 @@ class Blocks:
 
     def _iterated(self, b: int, which: slice | Tensor) -> Tensor:
         scale = None if self._shift is None else self._shift[b, which].exp2()
-        images: Tensor | None = self._now[b, : self.count, self.rank :][which]
-        drift = (self._held - self.top)[b, which]
-        if bool(drift.any()):  # a row has died or overtaken the others
-            near = bool((drift.abs() <= FARTHEST).all())
-            images = images * drift.to(images.dtype).exp2()[:, None, None] if near else None
+        images = self._images(b)[which]
+        drift = (self._held - self.top)[b, which]  # a row may have died or overtaken the others
+        near = bool((drift.abs() <= FARTHEST).all())
+        images *= drift.to(images.dtype).exp2()[:, None, None]
         norms, self.guess[b, which], new = spectral_by_iteration(
-            self.values[b, which], self.guess[b, which], images, scale, self.norm[b, which]
+            self.values[b, which],
+            self.guess[b, which],
+            images if near else None,
+            scale,
+            self.norm[b, which],
+            self.tolerance,
         )
-        self._now[b, : self.count, self.rank :][which] = new
+        self._images(b)[which] = new
         self._held[b, which] = self.top[b, which]
         return norms
+
+    def _images(self, b: int) -> Tensor:
+        return self._now[b, : self.count, self.rank :]
 
     def between_states(self) -> Tensor:
         """ln ‖P_ba‖_F for states b of the target (first), a of the source, (k, k, B, n).
@@ -244,10 +253,10 @@ class Blocks:
         self.exponent = self.top[..., None].expand_as(self.exponent).clone()
         self._even, self._shift = True, None
 
-    def _aligned(self) -> Tensor:
+    def _aligned(self, b: int | slice = slice(None)) -> Tensor:
         if self._shift is None:
-            return self.values
-        return self.values * self._shift.exp2()[..., None]
+            return self.values[b]
+        return self.values[b] * self._shift[b].exp2()[..., None]
 
     def _logarithm(self, norm: Tensor) -> Tensor:
         return norm.double().log() + self.top * math.log(2)
