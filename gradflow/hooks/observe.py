@@ -15,9 +15,9 @@ from gradflow.errors import GradflowWarning, InputError, must_be
 from gradflow.hooks import circumstances, mistakes
 from gradflow.hooks.forwards import watching
 from gradflow.hooks.lengths import Lengths
+from gradflow.hooks.loopsource import LoopSource
 from gradflow.hooks.patch import observing
 from gradflow.hooks.recorder import Recorder
-from gradflow.hooks.source import LoopSource
 from gradflow.hooks.tapped import TapSource
 from gradflow.recording import Recording, Track
 

@@ -17,10 +17,10 @@ from gradflow.hooks.call import Call
 from gradflow.hooks.copies import Copies
 from gradflow.hooks.lengths import GivenLengths, Lengths
 from gradflow.hooks.loop import Loop
+from gradflow.hooks.loopsource import LoopSource
 from gradflow.hooks.owncells import OwnCells
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.patch import CellCall, FusedCall
-from gradflow.hooks.source import LoopSource
 from gradflow.hooks.stitch import Chain, Stitcher
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.taps import Taps

@@ -22,7 +22,7 @@ from gradflow.hooks.kernels import whole_call
 from gradflow.hooks.linked import pushed
 from gradflow.hooks.links import Factor, Link, close_to
 from gradflow.hooks.loop import Loop
-from gradflow.hooks.source import LoopSource
+from gradflow.hooks.loopsource import LoopSource
 from gradflow.hooks.stitch import Chain
 from gradflow.recording import GATES, Parity, Recording, Track
 
