@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.hooks.dense import Incomplete, Place, Step, within
 from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.lengths import GivenLengths
-from gradflow.hooks.links import probe_of
+from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tapped import WIDEST, Mark, TapSource
 from gradflow.recording import Track
 

@@ -13,9 +13,9 @@ from torch import nn
 from gradflow._version import __version__
 from gradflow.errors import GradflowWarning, InputError, must_be
 from gradflow.hooks import circumstances, mistakes
-from gradflow.hooks.forwards import watching
 from gradflow.hooks.lengths import Lengths
-from gradflow.hooks.loopsource import LoopSource
+from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.own.forwards import watching
 from gradflow.hooks.patch import observing
 from gradflow.hooks.recorder import Recorder
 from gradflow.hooks.tapped import TapSource

@@ -16,12 +16,12 @@ from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
 from gradflow.hooks.copies import Copies
 from gradflow.hooks.lengths import GivenLengths, Lengths
-from gradflow.hooks.loop import Loop
-from gradflow.hooks.loopsource import LoopSource
-from gradflow.hooks.owncells import OwnCells
+from gradflow.hooks.loops.loop import Loop
+from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.stitch import Chain, Stitcher
+from gradflow.hooks.own.cells import OwnCells
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.patch import CellCall, FusedCall
-from gradflow.hooks.stitch import Chain, Stitcher
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.taps import Taps
 from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers

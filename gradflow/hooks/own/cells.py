@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.again import Given
-from gradflow.hooks.candidates import (
+from gradflow.hooks.graph import edge_of
+from gradflow.hooks.marks import Marks, Owner
+from gradflow.hooks.own.again import Given
+from gradflow.hooks.own.candidates import (
     DOUBTFUL,
     OPEN,
     Candidate,
@@ -31,12 +33,10 @@ from gradflow.hooks.candidates import (
     parameters_of,
     was_the_input,
 )
-from gradflow.hooks.comeback import Output, came_back, handed_on
-from gradflow.hooks.graph import edge_of
-from gradflow.hooks.leaves import Path, arguments, leaves, named
-from gradflow.hooks.marks import Marks, Owner
-from gradflow.hooks.ownsteps import OwnSteps
-from gradflow.hooks.returned import LARGEST, key_of, likely_states, possible_states, row_of
+from gradflow.hooks.own.comeback import Output, came_back, handed_on
+from gradflow.hooks.own.leaves import Path, arguments, leaves, named
+from gradflow.hooks.own.returned import LARGEST, key_of, likely_states, possible_states, row_of
+from gradflow.hooks.own.steps import OwnSteps
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unseen import NO_NUMBERS, TRANSFORMED, has_no_numbers, why_not_read
 from gradflow.recording import Track

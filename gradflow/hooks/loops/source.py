@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from gradflow.cells import Scan
-from gradflow.hooks.arrivals import Arrivals, arrivals, arrivals_at_top, reached
 from gradflow.hooks.call import Call
-from gradflow.hooks.flow import Sheet, by_time, gathered, sheets
-from gradflow.hooks.lags import Lags
 from gradflow.hooks.layersource import LayerSource, alone, by_loss_step
-from gradflow.hooks.loop import Loop, trimmed
+from gradflow.hooks.loops.arrivals import Arrivals, arrivals, arrivals_at_top, reached
+from gradflow.hooks.loops.flow import Sheet, by_time, gathered, sheets
+from gradflow.hooks.loops.lags import Lags
+from gradflow.hooks.loops.loop import Loop, trimmed
 from gradflow.hooks.parity import WeightUser, WeightUses
 from gradflow.recording import Backward, Contributions, Forward, Operator, Parity
 

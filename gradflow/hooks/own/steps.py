@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.again import Given, first_jacobian
-from gradflow.hooks.around import Around
-from gradflow.hooks.candidates import Candidate, CellLoop, First
-from gradflow.hooks.comeback import Output
 from gradflow.hooks.dense import Incomplete, Place
 from gradflow.hooks.graph import NotReadable, edge_of
-from gradflow.hooks.leaves import Path
 from gradflow.hooks.marks import Marks
-from gradflow.hooks.returned import key_of, row_of
+from gradflow.hooks.own.again import Given, first_jacobian
+from gradflow.hooks.own.around import Around
+from gradflow.hooks.own.candidates import Candidate, CellLoop, First
+from gradflow.hooks.own.comeback import Output
+from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
 
 

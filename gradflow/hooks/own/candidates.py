@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks import forwards
-from gradflow.hooks.again import Given
-from gradflow.hooks.around import Around
-from gradflow.hooks.comeback import Output
 from gradflow.hooks.dense import Place
-from gradflow.hooks.leaves import Path
 from gradflow.hooks.marks import End
-from gradflow.hooks.returned import LARGEST
+from gradflow.hooks.own import forwards
+from gradflow.hooks.own.again import Given
+from gradflow.hooks.own.around import Around
+from gradflow.hooks.own.comeback import Output
+from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.returned import LARGEST
 from gradflow.hooks.tapped import TapSource
 from gradflow.recording import GATES, Track
 
