@@ -101,6 +101,13 @@ def test_the_error_of_five_percent_is_on_the_axis_whatever_the_errors_are() -> N
     assert low < math.log10(0.05) < math.log10(0.5) < high
 
 
+def test_why_there_is_no_spectrum_by_lag_is_said() -> None:
+    layer = synthetic.layer()
+    data = layer.data.assign(lag_contribution=layer.data["lag_contribution"] * np.nan)
+    made = lag_gradient.prepare(replace(layer, data=data))
+    assert "below a bidirectional layer a loss step acts at every step" in made.note
+
+
 def test_a_gradient_of_nothing_has_no_spectrum() -> None:
     layer = synthetic.layer()
     data = layer.data.copy(deep=True)

@@ -42,7 +42,11 @@ def prepare(layer: LayerAnalysis) -> LagGradient:
     if layer.steps <= 1:
         return _empty("one step: nothing of the gradient goes further back")
     if array is None or not (array.values > 0).any():
-        why = "The parameter gradient by lag cannot be had for this layer."
+        why = (
+            "The parameter gradient cannot be taken apart by lag here: below a bidirectional layer a "
+            "loss step acts at every step, before it and after it; between the calls of a loop it "
+            "may not be known what happens."
+        )
         if own_cell(layer):
             why = "The parameter gradient by lag is known for LSTM, GRU and RNN layers only."
         why = no_gradient(layer, why)
