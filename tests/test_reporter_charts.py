@@ -261,6 +261,7 @@ def test_every_unit_is_in_the_census() -> None:
     data["time_scale"][:4] = [np.inf, 100.0, 250.0, np.nan]
     made = time_scales.prepare(replace(layer, data=data))
     assert made.units.sum() + made.never == 31 and made.never == 1
+    assert "Green" in made.reading and "Green" not in time_scales.prepare(lstm()).reading
     place = np.searchsorted(made.edges, math.log10(250.0), side="right") - 1
     assert made.units[place] >= 1 and made.span == 2.0
     assert made.message.endswith("3 of 31 units remember as long as the span of 100")

@@ -56,6 +56,11 @@ def prepare(layer: LayerAnalysis) -> TimeScales:
             f"A unit whose {gate} stays as it is on average keeps 1/e of its value for this many "
             "steps, its other paths left aside. The line is the span: units right of it can "
             "remember that far by themselves."
+            + (
+                " Green: their gate is 1, so they keep it for good."
+                if np.isinf(known).any()
+                else ""
+            )
         ),
         edges=edges,
         units=np.bincount(bars, minlength=len(edges) - 1),
@@ -89,18 +94,19 @@ def draw(axes: Sequence[Axes], chart: TimeScales) -> None:
     places, words = count_ticks(chart.edges[0], right, 7)
     if chart.never:
         ax.bar(right + width, chart.never, width * 0.92, align="edge", color=SERIES[2])
-        places, words = [*places, right + 1.5 * width], [*words, "never"]
+        places, words = [*places, right + 1.5 * width], [*words, "for good"]
         clear = [
-            place < right + 0.2 * width or word == "never"
+            place < right + 0.2 * width or word == "for good"
             for place, word in zip(places, words, strict=True)
         ]
         places = [place for place, fine in zip(places, clear, strict=True) if fine]
         words = [word for word, fine in zip(words, clear, strict=True) if fine]
         right += 2 * width
     ax.axvline(chart.span, color=INK, lw=1.1, ls=(0, (4, 2)))
+    near = chart.span < chart.edges[0] + 0.2 * (right - chart.edges[0])  # no room on its left
     ax.annotate(
-        f"span {chart.span_steps} ", (chart.span, 1), xycoords=("data", "axes fraction"),
-        ha="right", va="top", fontsize=8,
+        f" span {chart.span_steps} ", (chart.span, 0.97), xycoords=("data", "axes fraction"),
+        ha="left" if near else "right", va="top", fontsize=8,
     )  # fmt: skip
     ax.set_xticks(places, words)
     ax.set_xlim(chart.edges[0], right)
