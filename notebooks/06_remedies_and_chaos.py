@@ -7,8 +7,9 @@
 # %% [markdown]
 # # 6. Remedies, measured; horizons to 1000 steps; and chaos
 #
-# "Use an LSTM", "raise the forget bias", "use ReLU", "clip": every lecture ends with a list of remedies. Here
-# each of them is measured, at 100, 300 and 1000 steps.
+# "Use an LSTM", "raise the forget bias", "use ReLU", "clip": every lecture ends with a list of remedies. Here the
+# first three are measured, at 100, 300 and 1000 steps, and chaos, which none of them cures; clipping is in
+# [notebook 3](03_your_own_model.ipynb).
 #
 # | in the lecture notes | 中文 | in gradflow |
 # |---|---|---|
