@@ -291,7 +291,7 @@ module = network(2.0)
 moved = start + 1e-9 * torch.randn_like(start)
 apart = (module(silence, start)[0] - module(silence, moved)[0]).norm(dim=-1)[:, 0].detach()
 figure, axes = plt.subplots(figsize=(7, 3))
-axes.semilogy(apart, color="#c3263a", lw=2, label="distance of two states that began 10⁻⁹ apart")
+axes.semilogy(apart, color="#c3263a", lw=2, label="two states, at first 10⁻⁹ apart in every unit")
 t = np.arange(30, 130)
 axes.semilogy(
     t,
