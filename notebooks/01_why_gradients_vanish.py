@@ -26,7 +26,7 @@
 # | $t' - t$ | 时间间隔 | lag; the distance of interest is the span |
 # | saturated neuron | 神经元饱和 | activation at its flat end, a factor near 0 |
 # | BPTT | 随时间反向传播 | what `track.grad_h` is the result of |
-# | $\delta_t$ | 误差项 | `track.delta`, the gradient at the pre-activation |
+# | $\partial L/\partial W$, a sum over pairs (t′, t) | 参数梯度 | `plot(run, "lag-gradient")`: its parts by t′ − t |
 
 # %%
 import math
@@ -38,6 +38,7 @@ from torch import nn
 
 import gradflow
 
+torch.set_num_threads(1)  # small layers: more threads only wait for each other
 _ = torch.manual_seed(0)
 
 # %% [markdown]
@@ -55,8 +56,10 @@ runs = [
 gradflow.plot(runs)
 
 # %% [markdown]
-# Both vanish: an LSTM is no cure by itself. Its gates start half open (σ(0) = ½), so the cell halves its
-# memory at every step. Notebook 2 and notebook 6 come back to that.
+# Both vanish: an LSTM is no cure by itself. Its gates start half open (σ(0) = ½). That alone would halve the
+# memory at every step and leave 10⁻³ of it after ten; the other paths of the cell carry it a little further,
+# and no more. [Notebook 2](02_rnn_gru_lstm.ipynb) takes these paths apart,
+# [notebook 6](06_remedies_and_chaos.ipynb) opens the gates.
 #
 # ## One unit, no input
 #
@@ -72,60 +75,55 @@ gradflow.plot(runs)
 
 # %%
 def rates(step, start, w, steps=400):
-    """The rate (growth of ln gain per step) for every w of a scalar map h -> step(w, h)."""
+    """Of a scalar map h -> step(w, h), for every w: growth of ln gain per step, and the states."""
     w = torch.as_tensor(w, dtype=torch.float64).unsqueeze(1)
     with gradflow.record(nn.Identity()) as recording:
         h = torch.full_like(w, start, requires_grad=True)
         for _ in range(steps):
             h = gradflow.tap(h=step(w, h))
         h.sum().backward()
-    return gradflow.analyze(recording)["loop"].data["sequence_rate"].values
+    layer = gradflow.analyze(recording, stride=steps)["loop"]
+    return layer.data["sequence_rate"].values, recording["loop"].h[..., 0].numpy()
 
 
-w = np.linspace(-20, 20, 161)
-measured = rates(lambda w, h: torch.sigmoid(w * h), 0.5, w)
+def logistic(w, h):
+    return torch.sigmoid(w * h)
 
-figure, axes = plt.subplots(figsize=(7, 3.4))
-axes.plot(w, measured, color="#0b2858", lw=2, label="measured rate")
-axes.plot(
-    w,
-    np.log(np.abs(w) + 1e-9),
-    color="#c3263a",
-    lw=1,
-    ls="--",
-    label="ln |w|, the first part alone",
-)
-axes.plot(
-    w,
-    np.log(np.abs(w) / 4 + 1e-9),
-    color="#d97000",
-    lw=1,
-    ls=":",
-    label="ln(|w|/4), the border at 4",
-)
+
+w = np.linspace(-20, 20, 160)  # 0 itself is left out
+measured, h = rates(logistic, 0.5, w)
+flatness = np.log(h * (1 - h))[200:].mean(0)  # the mean of ln σ′(w h), once h has settled
+
+figure, axes = plt.subplots(figsize=(7, 3.6))
+axes.plot(w, np.log(np.abs(w)), color="#c3263a", ls="--", label="ln |w|, the first part")
+axes.plot(w, flatness, color="#d97000", ls=":", label="mean ln σ′, the second part")
+axes.plot(w, measured, color="#0b2858", lw=2, label="measured rate, their sum")
 axes.axhline(0, color="black", lw=0.8)
-axes.set(ylim=(-8, 7), xlabel="w", ylabel="rate, nats per step", title="σ(w h): no w explodes")
-_ = axes.legend(loc="upper right", fontsize=8, framealpha=1)
+axes.set(xlabel="w", ylabel="nats per step", title="σ(w h): σ′ shrinks faster than w grows")
+_ = axes.legend(loc="lower left", fontsize=8)
+print("  w    ln |w|  mean ln σ′   rate")
 for value in (4, 8, -8):
-    print(f"w = {value:>2}: rate {rates(lambda w, h: torch.sigmoid(w * h), 0.5, [value])[0]:+.3f}")
+    (rate,), h = rates(logistic, 0.5, [value])
+    second = np.log(h * (1 - h))[200:].mean()
+    print(f"{value:3d}   {math.log(abs(value)):+.3f}      {second:+.3f}  {rate:+.3f}")
+print(f"largest rate of all: {measured.max():+.4f}, at w = {w[measured.argmax()]:.1f}")
 
 # %% [markdown]
-# **No w explodes in the long run.** The state runs to where σ is flat, and there $\sigma'$ shrinks faster
-# than w grows: the larger w, the *smaller* the gain (−2.575 at w = 4, −5.919 at 8). Near w = −6, where the state
-# begins to alternate between two values, the rate just touches 0 and falls again. Both borders of the notes are
-# borders of other systems:
+# **No w explodes in the long run.** The state runs to where σ is flat: beyond w ≈ 2 the larger w is, the *smaller*
+# is the gain. On the left the rate just touches 0, where the state begins to alternate between two values
+# (w σ′ = −1 there, at w = −5.87), and falls again. Both borders of the notes are borders of other systems:
 #
 # * |w| = 4 is the border of the *centred* map $\sigma(w h - w/2)$ **at h = ½**, where σ′ = ¼ exactly;
 # * |w| = 1 is the border of a *linear* map, and of tanh from below.
 
 # %%
-centred = [rates(lambda w, h: torch.sigmoid(w * h - w / 2), 0.5, [value])[0] for value in (2, 4, 8)]
-print("σ(wh − w/2) at h = ½, w = 2, 4, 8:", np.round(centred, 4), " ln 2 =", round(math.log(2), 4))
-linear = rates(lambda w, h: w * h, 1.0, [0.9, 1.0, 1.1])
-print("w h, w = 0.9, 1, 1.1:            ", np.round(linear, 4))
+centred, _ = rates(lambda w, h: torch.sigmoid(w * h - w / 2), 0.5, [2, 4, 8])
+print("σ(wh − w/2) at h = ½, w = 2, 4, 8: rates", np.round(centred, 4))
+linear, _ = rates(lambda w, h: w * h, 1.0, [0.9, 1.0, 1.1])
+print("w h,                w = 0.9, 1, 1.1: rates", np.round(linear, 4))
 
 w = np.linspace(0.2, 4, 96)
-tanh = rates(lambda w, h: torch.tanh(w * h), 1.0, w)
+tanh, _ = rates(lambda w, h: torch.tanh(w * h), 1.0, w)
 figure, axes = plt.subplots(figsize=(7, 3))
 axes.plot(w, tanh, color="#0b2858", lw=2, label="tanh(w h)")
 axes.plot(w, np.log(w), color="#c3263a", lw=1, ls="--", label="ln w")
@@ -136,8 +134,8 @@ axes.set_title("tanh: ln w below 1, zero at 1, vanishing again beyond")
 _ = axes.legend()
 
 # %% [markdown]
-# At w = 1 the tanh map is *critical*: the gradient does not fade exponentially but as a power law,
-# $k^{-3/2}$. It is gone all the same, only later:
+# At w = 1 the tanh map is *critical*: h itself fades like $\sqrt{3/(2k)}$, so the product of the $1 - h^2$ fades as
+# a power law, $k^{-3/2}$. Slower than any exponential, and gone all the same:
 
 # %%
 with gradflow.record(nn.Identity()) as recording:
@@ -145,42 +143,47 @@ with gradflow.record(nn.Identity()) as recording:
     for _ in range(1001):
         h = gradflow.tap(h=torch.tanh(h))
     h.sum().backward()
-gain = gradflow.analyze(recording, stride=64)["loop"].data["log_gain"].sel(norm="spectral")[0, 0]
-for lag in (100, 1000):
-    print(
-        f"lag {lag:>4}: ln gain {float(gain[lag]):.4f}  (exponent {float(gain[lag]) / math.log(lag):.2f})"
-    )
+layer = gradflow.analyze(recording, stride=1001)["loop"]
+gain = layer.data["log_gain"].sel(norm="spectral")[0, 0].values
+for lag in (10, 100, 1000):
+    print(f"lag {lag:>4}: gain {math.exp(gain[lag]):.2e}")
+print(f"power from lag 100 to 1000: {(gain[1000] - gain[100]) / math.log(10):.3f}")
 
 # %% [markdown]
 # ## Where explosion really happens
 #
-# 1. in **linear** maps with an eigenvalue beyond 1;
-# 2. at **unstable fixed points**, as long as the state sits on one;
-# 3. in **chaotic networks**: many units, strong weights, nothing settles.
+# 1. in **linear** maps with an eigenvalue beyond 1: w = 1.1 above;
+# 2. at **unstable fixed points**, as long as the state sits on one: the centred map at h = ½ and w = 8 above.
+#    The slightest push, and the state leaves for where σ is flat;
+# 3. in **chaotic networks**: many units, strong weights, nothing settles. Here are 120 tanh units without any
+#    input, their weights drawn with g = 2, twice what it takes in theory (g > 1, for infinitely many units).
 
 # %%
 torch.manual_seed(1)
-units = 200
+units = 120
 chaotic = nn.RNN(1, units, bias=False).double()
 with torch.no_grad():
-    chaotic.weight_hh_l0.normal_(0, 2.0 / math.sqrt(units))  # gain g = 2
+    chaotic.weight_hh_l0.normal_(0, 2.0 / math.sqrt(units))  # g = 2
     chaotic.weight_ih_l0.zero_()
 start = torch.randn(1, 4, units, dtype=torch.float64)
-silence = torch.zeros(150, 4, 1, dtype=torch.float64)
+silence = torch.zeros(120, 4, 1, dtype=torch.float64)
 with gradflow.record(chaotic) as recording:
     chaotic(silence, start)[0][-1].sum().backward()
-layer = gradflow.analyze(recording)["l0"]
-print(layer.sentence)
-print(f"rate {layer.rate.value:.3f} [{layer.rate.low:.3f}, {layer.rate.high:.3f}]")
-gradflow.plot(gradflow.analyze(recording), "gain-map")
+run = gradflow.analyze(recording)
+rate = run["l0"].rate
+print(run["l0"].sentence)
+print(f"rate {rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}] nats per step")
+gradflow.plot(run, "gain-map")
 
 # %% [markdown]
-# A positive rate is the mark of chaos: two states that differ a little drift apart, and so does everything
-# the gradient says about the past. Clipping keeps such a network from crashing; it does not cure it.
+# tanh keeps every state within ±1, and still two states that differ a little drift apart at this rate: a positive
+# rate in a bounded network is chaos. Clipping keeps the update of such a network finite; it does not change the
+# rate.
 #
 # ## One step's norm proves nothing
 #
-# The notes bound the product by the 2-norm of one step and claim that norm is at most 1. Count for yourself:
+# The notes bound the product by the 2-norm of one step and claim that this norm is at most 1. A counterexample,
+# made with PyTorch's own initial weights:
 
 # %%
 torch.manual_seed(0)
@@ -188,85 +191,74 @@ plain = nn.RNN(8, 64)
 with gradflow.record(plain) as recording:
     plain(torch.zeros(100, 2, 8))[0][-1].sum().backward()
 jacobian = gradflow.analyzer.step_jacobians(recording["l0"])[50, 0]
-layer = gradflow.analyze(recording)["l0"]
+layer = gradflow.analyze(recording, stride=25)["l0"]
 print(f"‖A‖₂ of one step: {torch.linalg.matrix_norm(jacobian, 2):.3f}, above 1")
 print(f"rate of the product: {layer.rate.value:.3f}, so it vanishes: {layer.verdict}")
 bound = torch.linalg.matrix_norm(plain.weight_hh_l0.detach(), 2)
 print(f"the bound that does hold: ‖A‖₂ ≤ ‖W‖₂ · max φ′ = {bound:.3f}")
 
 # %% [markdown]
-# A norm of one step can be above 1 while every product dies, and the spectral radius of W says nothing about
-# a nonlinear network either. Only the product tells. That product is what gradflow computes, for every pair
-# of steps.
+# A norm of one step can be above 1 while every product dies, and for a nonlinear network the spectral radius of W
+# does not decide either. The product does: gradflow computes it for pairs of steps, without overflow.
 #
 # ## The gradient of a weight is a sum over pairs
 #
-# Three steps by hand, as in the notes: $h_t = f(w_i x_t + w_h h_{t-1})$, $y_t = f(w_o h_t)$, a loss at every
-# step. Then
+# Three steps, as in the notes: $h_t = f(w_i x_t + w_h h_{t-1})$, $y_t = f(w_o h_t)$, a loss at every step. Then
 #
 # $$\frac{\partial L}{\partial w_h} = \sum_{t'} \sum_{t \le t'} \frac{\partial L_{t'}}{\partial y_{t'}}
 # \frac{\partial y_{t'}}{\partial h_{t'}} \Big(\prod_{k=t+1}^{t'} \frac{\partial h_k}{\partial h_{k-1}}\Big)
-# \frac{\partial^+ h_t}{\partial w_h}$$
+# \frac{\partial^+ h_t}{\partial w_h}, \qquad \frac{\partial^+ h_t}{\partial w_h} = f'(a_t)\, h_{t-1}$$
 #
-# Two slips to know about: one page writes $\partial h_k/\partial h_{k-1} = f' \cdot w_i$ (it is $w_h$), another
-# writes $h_t$ for $\partial^+ h_t/\partial w_h$ (it is $f'(a_t)\,h_{t-1}$). Here is the size of each.
+# and the same for $w_i$ with $f'(a_t)\, x_t$; $w_o$ needs no product. All but the last factor is
+# $\partial L_{t'}/\partial h_t$: one recording per loss step gives it.
 
 
 # %%
-def pairs(f, slope, recurrent, last):
-    """Contribution of every (t', t) to ∂L/∂w_h for L = Σ ½ y²; the arguments let a slip in."""
-    wi, wh, wo = 0.7, 1.3, 0.9
-    inputs = [1.0, -0.5, 0.8]
-    h, a = [0.4], []
-    for value in inputs:
-        a.append(wi * value + wh * h[-1])
-        h.append(f(a[-1]))
-    table = np.zeros((3, 3))
-    for target in range(3):
-        y = f(wo * h[target + 1])
-        carried = y * slope(wo * h[target + 1]) * wo
-        for t in range(target, -1, -1):
-            table[target, t] = carried * last(slope, a, h, t)
-            carried *= slope(a[t]) * recurrent(wi, wh)
-    return table
+inputs, wi, wh, wo = [1.0, -0.5, 0.8], 0.7, 1.3, 0.9
 
 
-def sigmoid(v):
-    return 1 / (1 + math.exp(-v))
+def three_steps(f, which):
+    """The loop with the losses of the steps `which`, L_t = ½ y_t²: its track, and autograd's ∂L/∂w."""
+    w = torch.tensor([wi, wh, wo], dtype=torch.float64, requires_grad=True)
+    with gradflow.record(nn.Identity()) as recording:
+        h, losses = torch.full((1, 1), 0.4, dtype=torch.float64), []
+        for x in inputs:
+            h = gradflow.tap(h=f(w[0] * x + w[1] * h))
+            losses.append((f(w[2] * h) ** 2 / 2).sum())
+        sum(losses[t] for t in which).backward()
+    return recording["loop"], w.grad
 
 
-def slope(v):
-    return sigmoid(v) * (1 - sigmoid(v))
-
-
-def right_recurrent(wi, wh):
-    return wh
-
-
-def right_last(slope, a, h, t):
-    return slope(a[t]) * h[t]
-
-
-table = pairs(sigmoid, slope, right_recurrent, right_last)
-
-wh = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
-h, loss = torch.tensor(0.4, dtype=torch.float64), 0.0
-for value in (1.0, -0.5, 0.8):
-    h = torch.sigmoid(0.7 * value + wh * h)
-    loss = loss + torch.sigmoid(0.9 * h) ** 2 / 2
-loss.backward()
-
-print("contribution of every pair, t' down, t across:\n", table.round(6))
-print(f"their sum    {table.sum():.12f}\nautograd     {wh.grad:.12f}")
-print(f"with f'·w_i  {pairs(sigmoid, slope, lambda wi, wh: wi, right_last).sum():.12f}")
-print(
-    f"with h_t     {pairs(sigmoid, slope, right_recurrent, lambda s, a, h, t: h[t + 1]).sum():.12f}"
-)
+for f, slope_at in ((torch.sigmoid, lambda h: h * (1 - h)), (torch.tanh, lambda h: 1 - h**2)):
+    tracks = [three_steps(f, [t])[0] for t in range(3)]
+    totals = np.array([np.nan_to_num(track.grad_h[:, 0, 0].numpy()) for track in tracks])  # t', t
+    h = tracks[0].h[:, 0, 0].numpy()
+    before, slope = np.array([0.4, *h[:-1]]), slope_at(h)
+    pairs = totals * slope * before
+    _, exact = three_steps(f, [0, 1, 2])
+    print(f"{f.__name__}: contribution of every pair to ∂L/∂w_h, t′ down, t across")
+    print(pairs.round(6))
+    y = f(wo * torch.as_tensor(h)).numpy()
+    sums = (totals * slope * np.array(inputs)).sum(), pairs.sum(), (y * slope_at(y) * h).sum()
+    for name, value, wanted in zip(("w_i", "w_h", "w_o"), sums, exact, strict=True):
+        print(f"  sum for {name} {value:.12f}, autograd {float(wanted):.12f}")
+    # two slips: f'·w_i in every factor of the product, and h_t in the place of ∂⁺h_t/∂w_h
+    factors = (wi / wh) ** np.maximum(np.subtract.outer(range(3), range(3)), 0)
+    for slip, value in (("f′·w_i", (pairs * factors).sum()), ("h_t", (totals * h).sum())):
+        print(f"  with {slip:6} {value:.12f}, {value / pairs.sum() - 1:+.0%}")
 
 # %% [markdown]
-# Most of the sum sits on the diagonal: pairs far apart hardly count. That is what a vanishing gradient does to
-# *learning*: nothing is wrong with the gradient, it is merely made of the recent past.
+# The two slips are both in the notes: one page writes $\partial h_k/\partial h_{k-1} = f' \cdot w_i$ (it is $w_h$),
+# which bends the far pairs only; another writes $h_t$ for $\partial^+ h_t/\partial w_h$, which bends them all.
 #
+# With σ most of the sum sits on the diagonal: pairs far apart hardly count. That is what a vanishing gradient
+# does to *learning*: the gradient of the weights is right, and made of the recent past. The RNN of the first
+# picture, whose one loss sits at step 60:
+
+# %%
+gradflow.plot(runs[0], "lag-gradient")
+
+# %% [markdown]
 # ## Saturated neurons
 #
 # tanh and σ are flat at both ends. A unit that sits there passes on almost nothing, whatever the weights.
@@ -276,11 +268,22 @@ torch.manual_seed(0)
 loud = nn.RNN(8, 32)
 with torch.no_grad():
     loud.weight_ih_l0 *= 30  # inputs far too large
-run = gradflow.diagnose(loud, torch.randn(60, 16, 8)).titled("inputs thirty times too large")
+with gradflow.record(loud) as recording:
+    loud(torch.randn(60, 16, 8))[0][-1].square().sum().backward()
+h = recording["l0"].h
+print(
+    f"h above 0.95: {(h > 0.95).double().mean():.0%}; below −0.95: {(h < -0.95).double().mean():.0%}"
+)
+print(f"factors 1 − h² that are exactly 0 in float32: {(1 - h**2 == 0).double().mean():.0%}\n")
+run = gradflow.analyze(recording)
 for finding in run.findings:
-    print(f"{finding.name}: {finding.message}. {finding.advice}.")
+    print(f"{finding.name}: {finding.message}. {finding.advice}.\n")
 gradflow.plot(run)
 
+# %% [markdown]
+# Both ends are full, and the product dies within a few steps. The black on the left is the end of float32: the
+# gradient there is smaller than its smallest number.
+#
 # %% [markdown]
 # ## What to take home
 #

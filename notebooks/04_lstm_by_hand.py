@@ -9,7 +9,8 @@
 #
 # The lecture notes work through one LSTM cell with pencil and paper: four inputs, one memory, gates that are
 # 0 or 1. We do it in numpy, then follow the gradient of the memory through it, then give the same weights to
-# `nn.LSTMCell` and to `nn.LSTM`, and see at once which gate got which weights.
+# `nn.LSTMCell` and to `nn.LSTM`, and see which gate got which weights. At the end the backward equations of the
+# LSTM, each checked against autograd.
 #
 # | in the lecture notes | 中文 | in gradflow |
 # |---|---|---|
@@ -52,7 +53,9 @@ output_gate = np.array([0, 0, 100, -10.0])
 # ## The picture first
 #
 # The same cell as a loop in torch, its memory marked with `gradflow.tap`, the loss read at the last step. The
-# gradient reaches back to step 7 unchanged, and not one step further: there the forget gate is shut.
+# gradient reaches back to step 7, two steps before the loss, unchanged, and not one step further: there the forget
+# gate is shut. The right-hand panel is about all pairs of steps, not only those that end at the loss: of the pairs
+# three steps apart half lie on the two sides of step 7.
 
 
 # %%
@@ -162,14 +165,18 @@ print("rows as written, steps 6 and 9:", [round(float(outputs[t]), 4) for t in (
 print("rows i, f, g, o, steps 6 and 9:", [round(float(outputs_right[t]), 4) for t in (5, 8)])
 
 # %% [markdown]
-# The gain maps tell the two apart at a glance: the slip makes a cell without a memory.
+# The gain maps tell the two apart at a glance: on the left a cell without a memory, on the right the wall of above
+# (σ(−90) where the hard gate has 0: not black any more, and just as gone).
 
 # %%
-for name, one in (("rows as written", recording), ("rows in PyTorch's order", recording_right)):
-    layer = gradflow.analyze(one)["cell"]
-    gain = layer.data["log_gain"].sel(norm="spectral")[0].values
-    print(f"{name}: the gain from step 2 to step 6 is {np.exp(gain[1, 5]):.2g}")
-gradflow.plot(gradflow.analyze(recording_right).titled("rows in PyTorch's order"), "gain-map")
+runs = [
+    gradflow.analyze(recording).titled("as written"),
+    gradflow.analyze(recording_right).titled("i, f, g, o"),
+]
+for run in runs:
+    gain = run["cell"].data["log_gain"].sel(norm="spectral")[0].values
+    print(f"rows {run.title}: the gain from step 2 to step 6 is {np.exp(gain[1, 5]):.2g}")
+gradflow.plot(runs, "gain-map")
 
 # %% [markdown]
 # ## And in `nn.LSTM`
@@ -189,10 +196,66 @@ print("outputs equal:", torch.equal(output.detach()[:, 0, 0], outputs))
 print("∂L/∂c equal:  ", torch.allclose(inside.grad_c, track.grad_c, rtol=1e-12, atol=0))
 
 # %% [markdown]
+# ## The backward equations
+#
+# With $Z_t = H_t W_y + b_y$ and a loss at every step, the notes derive
+#
+# $$\frac{\partial L}{\partial H_t} = \frac{\partial L_t}{\partial Z_t} W_y^\top + \text{carried}, \qquad
+# \frac{\partial L}{\partial c_t} = O_t \odot \tanh'(c_t) \odot \frac{\partial L}{\partial H_t}
+# + f_{t+1} \odot \frac{\partial L}{\partial c_{t+1}},$$
+#
+# $$\frac{\partial L}{\partial O_t} = \frac{\partial L}{\partial H_t} \odot \tanh c_t, \qquad
+# \frac{\partial L}{\partial W_y} = \sum_t H_t^\top \frac{\partial L_t}{\partial Z_t}, \qquad
+# \frac{\partial L}{\partial b_y} = \sum_t \frac{\partial L_t}{\partial Z_t}.$$
+#
+# Everything in them is recorded: totals and direct parts, gates, and δ, the gradient before the gates'
+# nonlinearities, through which the carried part comes. The slip is in the second: the notes put the *direct* part
+# $\partial L_t/\partial H_t$ in the place of the total $\partial L/\partial H_t$.
+
+# %%
+torch.manual_seed(0)
+lstm, head = nn.LSTM(3, 4).double(), nn.Linear(4, 2).double()
+with gradflow.record(lstm) as recording:
+    output, _ = lstm(torch.randn(6, 2, 3, dtype=torch.float64))
+    scores = head(output)
+    scores.retain_grad()
+    scores.square().sum().backward()
+track, dz = recording["l0"], scores.grad
+o, slope = track.gates["o"], 1 - track.c.tanh() ** 2
+
+direct = dz @ head.weight.detach()
+carried = torch.zeros_like(direct)
+carried[:-1] = track.delta_hh[1:] @ lstm.weight_hh_l0.detach()
+kept = torch.zeros_like(direct)
+kept[:-1] = track.gates["f"][1:] * track.grad_c[1:]
+
+
+def off(formula, wanted):
+    """Relative difference of two tensors."""
+    return f"{float((formula - wanted).norm() / wanted.norm()):.0e}"
+
+
+print("∂L/∂H:  ", off(direct + carried, track.grad_h))
+print("∂L/∂c:  ", off(o * slope * track.grad_h + kept, track.grad_c))
+# δ of the output gate is ∂L/∂O ⊙ O (1 − O); its rows come last
+print("∂L/∂O:  ", off(track.grad_h * track.c.tanh(), track.delta[..., 12:] / (o * (1 - o))))
+print("∂L/∂W_y:", off(torch.einsum("tbz,tbh->zh", dz, track.h), head.weight.grad))
+print("∂L/∂b_y:", off(dz.sum((0, 1)), head.bias.grad))
+slip = torch.zeros_like(track.grad_c)  # the recursion as the notes would have it computed
+for t in range(5, -1, -1):
+    slip[t] = o[t] * slope[t] * direct[t]
+    if t < 5:
+        slip[t] += track.gates["f"][t + 1] * slip[t + 1]
+for t in (5, 4, 0):
+    error = (slip[t] - track.grad_c[t]).norm() / track.grad_c[t].norm()
+    print(f"the slip, ∂L/∂c_t from direct parts alone: off by {float(error):.0%} at step {t + 1}")
+
+# %% [markdown]
 # ## What to take home
 #
-# * Along the cell state the gradient is a product of forget gates. That is the whole secret of the LSTM, and
-#   also its limit: one shut gate is a wall.
+# * Along the cell's own path the gradient is a product of forget gates. That is the idea of the LSTM, and also its
+#   limit: one shut gate is a wall.
+# * ∂L/∂c_t wants the *total* ∂L/∂h_t; with the direct part the error grows towards the past.
 # * PyTorch's order is i, f, g, o. If a model behaves *almost* right, look at its gates.
 #
 # Next: [cells of your own](05_cells_of_your_own.ipynb).

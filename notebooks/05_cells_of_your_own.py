@@ -27,6 +27,7 @@ from torch import nn
 
 import gradflow
 
+torch.set_num_threads(1)  # small layers: more threads only wait for each other
 _ = torch.manual_seed(0)
 
 
@@ -88,8 +89,8 @@ print(said[0].message)
 # %% [markdown]
 # ## Exact, not approximate
 #
-# The step Jacobian of the joint state against a dense one by `torch.func`, and the total gradient against autograd
-# with `retain_grad` on every state:
+# Seven steps of the cell, float64: the step Jacobian of the joint state against a dense one by `torch.func`, and the
+# total gradient against autograd with `retain_grad` on every state:
 
 # %%
 cell = LSTMCell(3, 5).double()
@@ -131,7 +132,9 @@ for name, place in ((h, 0), (c, 1)):
 # ## Peepholes, and coupled gates
 #
 # A peephole lets a gate see the cell state: then $\partial c_t/\partial c_{t-1}$ is no longer the forget gate alone,
-# even without recurrent weights. Coupled gates forget exactly as much as they write, $i = 1 - f$.
+# even without recurrent weights. Coupled gates write exactly as much as they forget, $i = 1 - f$. Do they reach
+# further? Two cells with peepholes p drawn from N(0, 1), one with coupled gates, and for comparison the peephole
+# cell with p = 0, which is a plain LSTM.
 
 
 # %%
@@ -169,7 +172,10 @@ class Coupled(nn.Module):
         return torch.sigmoid(o) * torch.tanh(c), c
 
 
+plain = Peephole(3, 16, everywhere=False)
+nn.init.zeros_(plain.p)
 cells = {
+    "no peepholes": plain,
     "peephole on the forget gate": Peephole(3, 16, everywhere=False),
     "peepholes on all gates": Peephole(3, 16, everywhere=True),
     "coupled gates": Coupled(3, 16),
@@ -183,11 +189,31 @@ for name, cell in cells.items():
         h.square().sum().backward()
     runs.append(gradflow.analyze(recording).titled(name))
     print(f"{name}: {runs[-1]['cell'].sentence}")
-gradflow.plot(runs)
+gradflow.plot(runs[1:])
 
 # %% [markdown]
-# Without recurrent weights there is a closed form. At $c = 0.7$ with a peephole $p = 1.3$ and a bias of 0.2 the cell's
-# own derivative is $f + c f (1-f) p = 0.9217812$, not $f$:
+# The peepholes lengthen the memory: where p c is positive an open gate holds itself open. They do so by their size,
+# and not by being there. Drawn three times smaller they change little:
+
+# %%
+for size in (0.0, 0.3, 1.0):
+    torch.manual_seed(3)  # the same cell but for the size
+    cell = Peephole(3, 16, everywhere=False)
+    with torch.no_grad():
+        cell.p *= size
+    with gradflow.record(cell) as recording:
+        h = c = torch.zeros(16, 16)
+        for step in x:
+            h, c = cell(step, h, c)
+        h.square().sum().backward()
+    rate = gradflow.analyze(recording, stride=10)["cell"].rate
+    print(f"peepholes × {size}: rate {rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}] per step")
+
+# %% [markdown]
+# Coupling the gates lengthens nothing by itself: what decides is where f stands, and here it stands at a half.
+#
+# Without recurrent weights the peephole cell has a closed form: its own derivative is $f + c f (1-f) p$, not $f$. At
+# $c = 0.7$, with a peephole $p = 1.3$ and a bias of 0.2:
 
 # %%
 single = Peephole(1, 1, everywhere=False).double()
@@ -201,7 +227,11 @@ with gradflow.record(single) as recording:
     h, c = single(torch.zeros(1, 1).double(), h, c)
     h, c = single(torch.zeros(1, 1).double(), h, c)
     c.sum().backward()
-print(f"∂c₁/∂c₀ = {float(gradflow.analyzer.step_jacobians(recording['cell'])[0, 0, 1, 1]):.7f}")
+f = torch.sigmoid(torch.tensor(0.2 + 1.3 * 0.7, dtype=torch.float64))
+print(
+    f"measured ∂c₁/∂c₀ = {float(gradflow.analyzer.step_jacobians(recording['cell'])[0, 0, 1, 1]):.7f}"
+)
+print(f"closed form        {float(f + 0.7 * f * (1 - f) * 1.3):.7f}, and f alone {float(f):.7f}")
 
 # %% [markdown]
 # ## A loop without a cell
@@ -223,5 +253,6 @@ print(gradflow.analyze(recording))
 #
 # * A cell is what feeds itself; gradflow looks for that, not for names.
 # * Its Jacobians are those of the joint state, exact, whatever the cell does inside.
+# * A change to the cell (a peephole, coupled gates) is worth what the rate says, at the weights you have.
 #
 # Next: [remedies, measured](06_remedies_and_chaos.ipynb).

@@ -1,12 +1,17 @@
 """The systems of the five lecture notes that gradflow was asked to explain, a test for each of them.
 
-The rows are numbered as in the notebooks' tables of terms; every number is pinned, the notes' own slips too.
+Every row has its tests and its place in a notebook, `PLACES`; numbers are pinned, the notes' slips too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import gradflow
+import notebooks
+from gradflow.demo.task import AddingModel, adding_batch
 from gradflow.errors import GradflowWarning
 
 F64 = torch.float64
@@ -145,43 +152,59 @@ FUNCTIONS = {
 }
 
 
-def three_steps(name: str) -> tuple[gradflow.Recording, Tensor]:
-    """The same in torch, its state tapped; the recording, and ∂L/∂w_h by autograd."""
+INPUTS, WEIGHTS = (1.0, -0.5, 0.8), (0.7, 1.3, 0.9)  # w_i, w_h, w_o
+
+
+def three_steps(name: str, losses: Sequence[int] = (0, 1, 2)) -> tuple[gradflow.Track, Tensor]:
+    """The same in torch, its state tapped: the track with these steps' losses, and autograd's ∂L/∂w."""
     f = FUNCTIONS[name][2]
-    wh = torch.tensor(1.3, dtype=F64, requires_grad=True)
+    w = torch.tensor(WEIGHTS, dtype=F64, requires_grad=True)
     with gradflow.record(nn.Identity()) as recording:
         h, loss = torch.full((1, 1), 0.4, dtype=F64), torch.zeros(())
-        for x in (1.0, -0.5, 0.8):
-            h = gradflow.tap(h=f(0.7 * x + wh * h))
-            loss = loss + (f(0.9 * h) ** 2 / 2).sum()
+        for t, x in enumerate(INPUTS):
+            h = gradflow.tap(h=f(w[0] * x + w[1] * h))
+            if t in losses:
+                loss = loss + (f(w[2] * h) ** 2 / 2).sum()
         loss.backward()
-    assert wh.grad is not None
-    return recording, wh.grad
+    assert w.grad is not None
+    return recording["loop"], w.grad
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_row_2_the_pairs_sum_to_autograd(name: str) -> None:
+def test_row_2_every_pair_is_recorded_and_they_sum_to_autograd(name: str) -> None:
     f, slope, _ = FUNCTIONS[name]
-    recording, gradient = three_steps(name)
+    tracks = [three_steps(name, [t])[0] for t in range(3)]
+    _, exact = three_steps(name)
+    h = [0.4, *tracks[0].h[:, 0, 0].tolist()]
+    a = [WEIGHTS[0] * x + WEIGHTS[1] * h[t] for t, x in enumerate(INPUTS)]
     table = contributions(f, slope)
-    assert table.sum() == pytest.approx(float(gradient), rel=1e-12)
-    # the same column by column from the recorded totals: ∂L/∂w_h = Σ_t ∂L/∂h_t f'(a_t) h_{t−1}
-    h = [0.4, *recording["loop"].h[:, 0, 0].tolist()]
-    a = [0.7 * x + 1.3 * h[t] for t, x in enumerate((1.0, -0.5, 0.8))]
-    totals = recording["loop"].grad_h[:, 0, 0]
-    columns = [float(totals[t]) * slope(a[t]) * h[t] for t in range(3)]
-    np.testing.assert_allclose(columns, table.sum(0), rtol=1e-12)
+    for target, track in enumerate(tracks):
+        for t in range(target + 1):
+            pair = float(track.grad_h[t]) * slope(a[t]) * h[t]
+            assert pair == pytest.approx(table[target, t], rel=1e-12)
+    assert table.sum() == pytest.approx(float(exact[1]), rel=1e-12)
+    whole, _ = three_steps(name)
+    into = [float(whole.grad_h[t]) * slope(a[t]) * x for t, x in enumerate(INPUTS)]
+    assert sum(into) == pytest.approx(float(exact[0]), rel=1e-12)
+    out = sum(f(0.9 * v) * slope(0.9 * v) * v for v in h[1:])  # w_o needs no product
+    assert out == pytest.approx(float(exact[2]), rel=1e-12)
 
 
-def test_row_2_the_slips_and_their_size() -> None:
-    f, slope, _ = FUNCTIONS["sigmoid"]
-    right = contributions(f, slope).sum()
-    assert right == pytest.approx(0.054295934553, rel=1e-9)
-    # "∂h_k/∂h_{k−1} = f'·w_i"
-    assert contributions(f, slope, recurrent=0.7).sum() == pytest.approx(0.050449096915, rel=1e-9)
-    # "h_t for ∂⁺h_t/∂w"
-    wrong = contributions(f, slope, last=lambda a, h, t: h[t + 1]).sum()
-    assert wrong == pytest.approx(0.351691583570, rel=1e-9)
+# right, with f'·w_i for ∂h_k/∂h_{k−1}, with h_t for ∂⁺h_t/∂w_h
+SLIPS = {
+    "sigmoid": (0.054295934553, 0.050449096915, 0.351691583570),
+    "tanh": (0.349808163457, 0.306020558145, 1.145338046998),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_row_2_the_slips_and_their_size(name: str) -> None:
+    f, slope, _ = FUNCTIONS[name]
+    right, recurrent, last = SLIPS[name]
+    assert contributions(f, slope).sum() == pytest.approx(right, rel=1e-9)
+    assert contributions(f, slope, recurrent=0.7).sum() == pytest.approx(recurrent, rel=1e-9)
+    wrong = contributions(f, slope, last=lambda a, h, t: h[t + 1])
+    assert wrong.sum() == pytest.approx(last, rel=1e-9)
 
 
 # --------------------------------------------------------------------- 3: an RNN language model
@@ -478,6 +501,14 @@ def test_row_14_both_layers_of_the_classifier() -> None:
     assert all((layer.steps, layer.sequences, layer.hidden) == (7, 5, 20) for layer in run)
 
 
+def test_row_14_both_layers_from_its_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(Classifier().state_dict(), tmp_path / "model.pt")
+    command = [sys.executable, "-m", "gradflow", "inspect", "model.pt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "lstm  LSTM(10 → 20, 2 layers)" in done.stdout
+
+
 # ------------------------------------------------------- 17, 18, 20: GRU, ReLU, covering and adding
 
 
@@ -497,6 +528,40 @@ def test_row_17_a_gru_fused_and_as_a_cell() -> None:
     torch.testing.assert_close(one["l0"].grad_h, other["cell"].grad_h, rtol=1e-10, atol=0)
 
 
+def test_row_17_a_stacked_gru() -> None:
+    torch.manual_seed(0)
+    run = gradflow.diagnose(nn.GRU(8, 32, 2), torch.randn(60, 16, 8))
+    assert [(layer.cell, layer.verdict) for layer in run] == [("GRU", "vanishing")] * 2
+    assert all(layer.horizon is not None and 15 <= layer.horizon <= 21 for layer in run)
+
+
+def rates_of(make: Callable[[], nn.RNNBase], scale: float) -> list[float]:
+    """The rate of three draws of a layer, their recurrent weights times a scale."""
+    found = []
+    for seed in (5, 6, 7):
+        torch.manual_seed(seed)
+        layer = make()
+        with torch.no_grad():
+            layer.weight_hh_l0.mul_(scale)
+        with gradflow.record(layer) as recording:
+            layer(noise(100))[0][-1].sum().backward()
+        jacobians = gradflow.analyzer.step_jacobians(recording["l0"])
+        found.append(float(gradflow.analyzer.lyapunov_spectrum(jacobians, k=1).mean()))
+    return found
+
+
+def test_row_18_relu_moves_the_border_and_does_not_widen_it() -> None:
+    def relu() -> nn.RNN:
+        return nn.RNN(4, 64, nonlinearity="relu")
+
+    assert rates_of(relu, 1) == pytest.approx([-0.94, -0.86, -0.88], abs=0.02)
+    assert rates_of(lambda: nn.RNN(4, 64), 1) == pytest.approx([-0.52, -0.43, -0.57], abs=0.02)
+    # the scale that is right on average: one vanishes, one explodes, one is between
+    assert rates_of(relu, math.sqrt(6)) == pytest.approx([-0.08, 0.32, 0.01], abs=0.02)
+    assert max(map(abs, rates_of(lambda: nn.RNN(4, 64), math.sqrt(6)))) < 0.06
+    assert max(rates_of(lambda: nn.LSTM(4, 64), math.sqrt(6))) < -0.15
+
+
 def test_row_18_relu_does_not_cure_it() -> None:
     torch.manual_seed(5)
     verdicts = {}
@@ -504,30 +569,122 @@ def test_row_18_relu_does_not_cure_it() -> None:
         relu = nn.RNN(4, 64, nonlinearity="relu")
         with torch.no_grad():
             relu.weight_hh_l0.mul_(scale)
-        verdicts[scale] = gradflow.diagnose(relu, torch.randn(100, 4, 4))["l0"].verdict
+        with gradflow.record(relu) as recording:
+            relu(torch.randn(100, 4, 4))[0][-1].sum().backward()
+        verdicts[scale] = gradflow.analyze(recording, stride=50)["l0"].verdict
     assert verdicts == {1.0: "vanishing", 3.0: "exploding"}
 
 
-@pytest.mark.parametrize("steps", [60, 200])
-def test_row_19_an_untrained_horizon_does_not_depend_on_the_length(steps: int) -> None:
-    torch.manual_seed(3)
-    lstm = nn.LSTM(4, 16)
-    with gradflow.record(lstm) as recording:
-        lstm(torch.randn(steps, 4, 4))[0][-1].sum().backward()
-    horizon = gradflow.analyze(recording, stride=steps // 6)["l0"].horizon
-    assert horizon is not None and 15 <= horizon <= 24
+def noise(steps: int) -> Tensor:
+    return torch.randn(steps, 4, 4, generator=torch.Generator().manual_seed(4))
 
 
-def test_row_19_a_forget_bias_of_five_spans_three_hundred_steps() -> None:
+def of_sixteen(
+    module: type[nn.RNNBase], bias: float | None = None, chrono: int | None = None
+) -> nn.RNNBase:
+    """Sixteen units as in notebook 6; the forget bias a number, or drawn for a range of steps."""
     torch.manual_seed(3)
-    lstm = nn.LSTM(4, 16)
+    layer = module(4, 16)
     with torch.no_grad():
-        lstm.bias_hh_l0[16:32] = 0
-        lstm.bias_ih_l0[16:32] = 5
-    with gradflow.record(lstm) as recording:
-        lstm(torch.randn(300, 2, 4))[0][-1].sum().backward()
-    layer = gradflow.analyze(recording, stride=150)["l0"]
-    assert layer.horizon is None and layer.channels is not None and layer.channels > 8
+        if bias is not None or chrono is not None:
+            layer.bias_hh_l0[16:32] = 0
+            layer.bias_ih_l0[16:32] = bias or 0
+        if chrono is not None:
+            layer.bias_ih_l0[16:32] = torch.empty(16).uniform_(1, chrono - 1).log()
+            layer.bias_ih_l0[:16] = -layer.bias_ih_l0[16:32]
+            layer.bias_hh_l0[:16] = 0
+    return layer
+
+
+def reach(layer: nn.Module, inputs: Tensor) -> tuple[int | None, int | None]:
+    """Horizon and channels; gains need no loss."""
+    with gradflow.record(layer) as recording:
+        layer(inputs)
+    found = gradflow.analyze(recording, stride=len(inputs) // 20, method="exact")["l0"]
+    return found.horizon, found.channels
+
+
+@pytest.mark.filterwarnings("ignore::gradflow.errors.GradflowWarning")
+@pytest.mark.parametrize("module", [nn.RNN, nn.GRU, nn.LSTM])
+def test_row_19_an_untrained_horizon_does_not_depend_on_the_length(
+    module: type[nn.RNNBase],
+) -> None:
+    horizons = [reach(of_sixteen(module), noise(steps))[0] for steps in (100, 300)]
+    assert all(horizon is not None and 14 <= horizon <= 21 for horizon in horizons)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::gradflow.errors.GradflowWarning")
+@pytest.mark.parametrize("module", [nn.RNN, nn.GRU, nn.LSTM])
+def test_row_19_nor_at_a_thousand_steps(module: type[nn.RNNBase]) -> None:
+    horizon, channels = reach(of_sixteen(module), noise(1000))
+    assert horizon is not None and 14 <= horizon <= 21 and channels == 0
+
+
+@pytest.mark.filterwarnings("ignore::gradflow.errors.GradflowWarning")
+@pytest.mark.parametrize(
+    ("bias", "horizon", "channels"), [(1.0, (45, 55), (0, 0)), (5.0, None, (14, 16))]
+)
+def test_row_19_forget_biases_at_three_hundred_steps(
+    bias: float, horizon: tuple[int, int] | None, channels: tuple[int, int]
+) -> None:
+    measured, kept = reach(of_sixteen(nn.LSTM, bias), noise(300))
+    assert kept is not None and channels[0] <= kept <= channels[1]
+    if horizon is None:
+        assert measured is None
+    else:
+        assert measured is not None and horizon[0] <= measured <= horizon[1]
+
+
+@pytest.mark.filterwarnings("ignore::gradflow.errors.GradflowWarning")
+def test_row_19_the_smallest_bias_that_spans_three_hundred() -> None:
+    f = 10 ** (-3 / 300)
+    assert math.log(f / (1 - f)) == pytest.approx(3.76, abs=0.005), "without recurrent weights"
+    below, above = (reach(of_sixteen(nn.LSTM, bias), noise(400))[0] for bias in (2.8, 2.9))
+    assert below is not None and below <= 300
+    assert above is None or above > 300
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::gradflow.errors.GradflowWarning")
+def test_row_19_a_thousand_steps() -> None:
+    horizon, _ = reach(of_sixteen(nn.LSTM, 3.0), noise(1000))
+    assert horizon is not None and 300 < horizon < 450
+    for layer, least in ((of_sixteen(nn.LSTM, 5.0), 6), (of_sixteen(nn.LSTM, chrono=1000), 13)):
+        horizon, channels = reach(layer, noise(1000))
+        assert horizon is None and channels is not None and channels >= least
+
+
+def trained(cell: Literal["RNN", "LSTM"], updates: int) -> tuple[AddingModel, float]:
+    """A model trained on the adding task as in notebook 6, and its mean error at the end."""
+    torch.manual_seed(0)
+    model, generator = AddingModel(cell), torch.Generator().manual_seed(0)
+    optimizer, errors = torch.optim.Adam(model.parameters(), lr=1e-2), []
+    for _ in range(updates):
+        x, y = adding_batch(64, 100, generator=generator)
+        loss = nn.functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        errors.append(loss.item())
+    return model, sum(errors[-50:]) / 50
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::gradflow.errors.GradflowWarning")
+def test_rows_19_and_20_the_adding_task() -> None:
+    rnn, guessing = trained("RNN", 200)
+    lstm, solved = trained("LSTM", 600)
+    assert solved < 0.02 < 0.15 < guessing, "always answering 1 has an error of 1/6"
+    x, _ = adding_batch(4, 300, generator=torch.Generator().manual_seed(9))
+    found = {}
+    for name, model in (("RNN", rnn), ("LSTM", lstm)):
+        alone = type(model.rnn)(2, 32)
+        alone.load_state_dict(model.rnn.state_dict())
+        found[name] = reach(alone, x.transpose(0, 1))
+    assert found["RNN"][0] is not None and found["RNN"][0] < 30
+    assert found["LSTM"][0] is None, "trained on 100 steps, it spans 300"
 
 
 def test_row_20_adding_keeps_the_gradient_and_covering_does_not() -> None:
@@ -665,13 +822,17 @@ def test_row_8_multiplying_the_factor_drops_the_path_through_h() -> None:
     track = recording["l0"]
     jacobians = gradflow.analyzer.step_jacobians(track)[:, 0]
     o, c = track.gates["o"][:, 0], track.c[:, 0]
+    slope = o * (1 - c.tanh() ** 2)  # how h follows c while the output gate is held
     whole, factor = torch.eye(32, dtype=F64), torch.eye(16, dtype=F64)
     for t in range(1, 20):
         whole = jacobians[t] @ whole
-        slope = o[t - 1] * (1 - c[t - 1].tanh() ** 2)
-        factor = (jacobians[t][16:, 16:] + jacobians[t][16:, :16] * slope) @ factor
-    norms = [float(torch.linalg.matrix_norm(m, 2)) for m in (whole[16:, 16:], factor)]
-    assert norms[1] != pytest.approx(norms[0], rel=0.05), "only the joint state composes"
+        factor = (jacobians[t][16:, 16:] + jacobians[t][16:, :16] * slope[t - 1]) @ factor
+        # what the factor stands for: ∂c_t/∂c_0 where h_0 moves with c_0
+        right = whole[16:, 16:] + whole[16:, :16] * slope[0]
+        if t == 1:
+            torch.testing.assert_close(factor, right, rtol=1e-12, atol=0)
+    off = float((factor - right).norm() / right.norm())
+    assert off == pytest.approx(0.588, abs=0.01), "only the joint state composes"
     block = gradflow.analyze(recording)["l0"].data["log_block_gain"].sel(block="cc")[0]
     rms = float(torch.linalg.matrix_norm(whole[16:, 16:])) / 4
     assert float(block[0, 19]) == pytest.approx(math.log(rms), rel=1e-9)
@@ -801,6 +962,25 @@ def test_row_21_the_cell_state_reaches_further_than_h_alone() -> None:
     assert gain["cc"] - gain["hh"] > math.log(10), "what starts in c outlives what starts in h"
 
 
+@pytest.mark.parametrize(("bias", "felt"), [(0, (15, 11)), (1, (41, 28))])
+def test_row_21_the_horizons_of_c_and_h_differ_by_the_first_step(
+    bias: float, felt: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(8, 32)
+    with torch.no_grad():
+        lstm.bias_ih_l0[32:64] += bias
+    x = torch.randn(60, 16, 8, generator=torch.Generator().manual_seed(0))
+    with gradflow.record(lstm) as recording:
+        lstm(x)[0][-1].square().sum().backward()
+    pace = {}
+    for state, expected in zip("ch", felt, strict=True):
+        size = recording["l0"].grads[state].norm(dim=-1).median(1).values.numpy()[::-1]
+        assert np.flatnonzero(size < 1e-3 * size[0])[0] == pytest.approx(expected, abs=2)
+        pace[state] = math.log(size[40] / size[20]) / 20
+    assert pace["h"] == pytest.approx(pace["c"], abs=0.02), "from then on both fade alike"
+
+
 SENTENCES = [
     "the clouds are in the sky",
     "I grew up in France so I speak fluent French",
@@ -821,3 +1001,42 @@ def test_row_24_the_sentences_word_by_word() -> None:
         layer = gradflow.analyze(recording)["1.l0"]
         assert layer.data.sizes["target"] == len(tokens) - 1, "a row and a column for every word"
         assert np.isfinite(layer.data["grad_norm"].sel(kind="total", state="c")).all()
+
+
+# ------------------------------------------------------------- where a reader of the notes finds them
+
+PLACES = {  # row -> notebook and heading
+    1: ("01", "One unit, no input"),
+    2: ("01", "The gradient of a weight is a sum over pairs"),
+    3: ("02", "A loss at every step"),
+    4: ("03", "The picture first: a stacked classifier"),
+    5: ("03", "Truncation, and what it costs"),
+    6: ("03", "Explosion, NaN, and clipping"),
+    7: ("04", "The backward equations"),
+    8: ("02", "The four paths of the cell state"),
+    9: ("03", "A program that never trains its recurrence"),
+    10: ("04", "One wall"),
+    11: ("04", "The same weights in `nn.LSTMCell`"),
+    12: ("04", "And in `nn.LSTM`"),
+    13: ("05", "Exact, not approximate"),
+    14: ("03", "The picture first: a stacked classifier"),
+    15: ("05", "Peepholes, and coupled gates"),
+    16: ("05", "Peepholes, and coupled gates"),
+    17: ("02", "The picture first"),
+    18: ("06", "ReLU does not cure it"),
+    19: ("06", "How far does it reach?"),
+    20: ("02", "Covering and adding"),
+    21: ("02", '"C is the long-term memory, h the short-term one"'),
+    22: ("01", "Saturated neurons"),
+    23: ("03", "Explosion, NaN, and clipping"),
+    24: ("02", "A small language model"),
+}
+
+
+@pytest.mark.parametrize("row", range(1, 25))
+def test_every_row_has_a_place_in_a_notebook_and_a_test(row: int) -> None:
+    start, heading = PLACES[row]
+    (file,) = notebooks.FOLDER.glob(f"{start}_*.py")
+    assert re.search(rf"^# #+ {re.escape(heading)}$", file.read_text(), re.MULTILINE), file.name
+    named = [re.match(r"test_rows?_(\d+)(?:_and_(\d+))?_", name) for name in globals()]
+    assert str(row) in {number for match in named if match for number in match.groups()}
