@@ -144,6 +144,7 @@ class _Making:
         self.limit = math.inf
         self.tell: Progress = lambda share: None
         self.gains: dict[str, np.ndarray] = {}  # norm -> (..., sequence, source, target)
+        self.piloted: list[dict[str, Tensor]] = []  # of the first step of each sequence alone
 
     def least_stride(self) -> int:
         """The least power of two at which the maps fit the memory."""
@@ -163,7 +164,8 @@ class _Making:
             self.gains["blocks"] = np.full((len(self.widths) ** 2, *shape), np.nan)
         for number, operator in enumerate(self.operators):
             inside = places[places < operator.length]
-            for name, values in self._gains(operator, inside).items():
+            made = self.piloted[number] if self.piloted and len(inside) == 1 else None
+            for name, values in (made or self._gains(operator, inside)).items():
                 rows = self.gains[name][..., number, : len(inside), : operator.length]
                 rows[...] = values.squeeze(-3).numpy()
 
@@ -193,7 +195,7 @@ class _Making:
         pilots = []
         for operator in self.operators:
             self.spent = []
-            self._gains(operator, [0])
+            self.piloted.append(self._gains(operator, [0]))
             pilots.append(np.array(self.spent))
         piloted = float(sum(pilot.sum() for pilot in pilots))
         stride = least

@@ -201,4 +201,4 @@ def spectral_work(rank: int, size: int) -> float:
         return 0.0
     if rank <= EXACT_ROWS:
         return 2.0 * rank**2 * size + 14.0 * rank**3 + 2e5
-    return 600.0 * rank * size + 1e6
+    return 300.0 * rank * size + 3e6
