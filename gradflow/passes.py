@@ -37,14 +37,14 @@ def recorded_pass(model: nn.Module, batch: loading.Batch, settings: Settings) ->
         with _user_code(settings.guard, "the model", "check --input, or save the batch again"):
             result = model(*batch.inputs, **kwargs)
         value, words = _loss(result, model, batch, settings, recording)
-        recording.provenance["loss"] = words
         if value.requires_grad:
             with _user_code(settings.guard, "the backward pass", "the same loss must train"):
                 value.backward()
     dropout = [m for m in model.modules() if getattr(m, "p", 0) or getattr(m, "dropout", 0)]
     if not model.training and dropout:
         recording.notes.append("the model ran in evaluation mode, so its dropout was off")
-    recording.provenance["input"] = _shapes(batch.inputs)
+    # only now: what was recorded is described when the block ends
+    recording.provenance |= {"input": _shapes(batch.inputs), "loss": words}
     recording.provenance = with_notes(recording.provenance, batch.notes)
     return recording
 
@@ -73,10 +73,10 @@ def _loss(
     loss = loading.make_loss(
         settings.loss_name, batch.target is not None, _time_axis(model, recording, output)
     )
-    if loss.note:
-        recording.notes.append(loss.note)
     with _user_code(settings.guard, "the loss", "check --target and --loss"):
         value = loss(output, batch.target, lengths)
+    if loss.note:
+        recording.notes.append(loss.note)
     return value, f"{loss.name} of {where}"
 
 

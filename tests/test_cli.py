@@ -155,6 +155,7 @@ def test_a_users_class_on_a_users_batch(batch: str, here: Path) -> None:
     summary = json.loads((here / "out/summary.json").read_text())
     assert [layer["name"] for layer in summary["layers"]] == ["rnn.l0", "rnn.l1"]
     assert {layer["parity"]["status"] for layer in summary["layers"]} == {"passed"}
+    assert summary["provenance"]["loss"] == "mean squared error of output"
 
 
 def test_json_is_one_object_and_nothing_else(
