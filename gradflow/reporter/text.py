@@ -90,10 +90,7 @@ def render(analysis: Analysis, console: Console | None = None, *, verbose: bool 
         left = len(others)
         words = f"{left} more {'finding' if left == 1 else 'findings'} on the page."
         _print(console, Text(words, style="dim"))
-    if analysis.warnings:
-        _print(console, Text(""))
-    for warning in analysis.warnings:
-        _print(console, Text(f"note: {warning}", style="yellow"), hang=6)
+    _notes(console, analysis.warnings)
 
 
 def render_sentences(analysis: Analysis, console: Console | None = None) -> None:
@@ -104,9 +101,12 @@ def render_sentences(analysis: Analysis, console: Console | None = None) -> None
 
 
 def render_comparison(
-    runs: Mapping[str, Analysis], sentences: Sequence[str], console: Console | None = None
+    runs: Mapping[str, Analysis],
+    sentences: Sequence[str],
+    notes: Sequence[str] = (),
+    console: Console | None = None,
 ) -> None:
-    """Print several runs in one table, and what changed between them."""
+    """Print several runs in one table, what changed between them, and what to know about that."""
     console = console or _Console()
     table = _columns(console, "run")
     for name, analysis in runs.items():
@@ -115,6 +115,7 @@ def render_comparison(
     _print(console, Text(""))
     for sentence in sentences:
         _print(console, Text(sentence), hang=2)
+    _notes(console, notes)
 
 
 def _table(analysis: Analysis, console: Console) -> Table:
@@ -161,6 +162,13 @@ def _sentences(console: Console, analysis: Analysis) -> None:
     if len(layers) > SENTENCES:
         left = len(layers) - SENTENCES
         _print(console, Text(f"{left} more in the table above.", style="dim"))
+
+
+def _notes(console: Console, notes: Sequence[str]) -> None:
+    if notes:
+        _print(console, Text(""))
+    for note in notes:
+        _print(console, Text(f"note: {note}", style="yellow"), hang=6)
 
 
 def _finding(console: Console, number: int, finding: Finding) -> None:
