@@ -283,7 +283,8 @@ class Analysis:
         Returns:
             A new analysis with the same layers.
 
-        >>> Analysis("RNN", {}, (), {}).titled("before training").title
+        >>> import gradflow
+        >>> gradflow.Analysis("RNN", {}, (), {}).titled("before training").title
         'before training'
         """
         return replace(self, title=title)
@@ -590,7 +591,7 @@ def load(path: str | os.PathLike[str]) -> Analysis:
     >>> import tempfile, torch, gradflow
     >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     again = load(run.save(f"{folder}/run.nc"))
+    ...     again = gradflow.load(run.save(f"{folder}/run.nc"))
     >>> again["l0"].rate == run["l0"].rate
     True
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import doctest
 import inspect
 import re
@@ -283,3 +285,37 @@ def test_a_row_is_read_with_all_its_names() -> None:
     assert listed["gate_open"] == listed["gate_closed"] == ("gate", "step")
     assert listed["log_gain"] == ("norm", "sequence", "source", "target")
     assert listed["lag_high"] == ("lag",)
+
+
+# ------------------------------------------------------------------------------ pasted examples
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES, *METHODS])
+def test_an_example_runs_where_it_is_pasted(name: str) -> None:
+    """A reader of `help` has nothing imported but what the example itself imports."""
+    doc = inspect.getdoc((FUNCTIONS | CLASSES | METHODS)[name]) or ""
+    assert name_errors(doc) == []
+
+
+def name_errors(doc: str) -> list[str]:
+    """Names that the examples of a docstring use without importing or making them."""
+    examples = doctest.DocTestParser().get_examples(doc)
+    known = set(vars(builtins))
+    missing = []
+    for example in examples:
+        nodes = list(ast.walk(ast.parse(example.source)))
+        for node in nodes:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                known |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                known.add(node.id)
+            elif isinstance(node, ast.arg | ast.FunctionDef | ast.ClassDef):
+                known.add(node.arg if isinstance(node, ast.arg) else node.name)
+            elif isinstance(node, ast.ExceptHandler) and node.name:
+                known.add(node.name)
+        missing += [n.id for n in nodes if isinstance(n, ast.Name) and n.id not in known]
+    return missing
+
+
+def test_a_name_that_is_not_imported_would_be_seen() -> None:
+    assert name_errors(">>> import torch\n>>> x = load(torch.ones(3))\n>>> x") == ["load"]
