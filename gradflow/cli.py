@@ -50,7 +50,12 @@ FOLDER = click.option(
 FORCE = click.option("--force", is_flag=True, help="Replace the folder if it is there.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, only.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print a sentence per layer, only.")
-VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Print every finding, not three.")
+VERBOSE = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Print every finding, not three, and what the numbers rest on.",
+)
 FAIL_ON = click.option(
     "--fail-on", metavar="CONDITIONS", shell_complete=completion.verdicts,
     help="Exit with 1 if one holds: 'vanishing,horizon<50'.",
