@@ -86,9 +86,11 @@ def _read(path: Path) -> object:
     except PermissionError as error:
         raise FileError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     except (pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, *READ_ERRORS) as error:
-        if "Object arrays" in str(error) or "allow_pickle" in str(error):
+        if "Object arrays" in str(error):
             held = "object arrays, which can run code when opened; convert it to numbers"
             raise FileError(f"{path} holds {held} and {SAVE}") from error
+        if "allow_pickle" in str(error):  # numpy takes whatever is no array for a pickle
+            raise FileError(f"{path} is no file of numpy's; {SAVE}") from error
         if isinstance(error, pickle.UnpicklingError):
             held = (
                 "objects other than tensors, numbers, lists and dicts, or is no file of torch.save"
