@@ -264,6 +264,12 @@ def compare(
     from gradflow.comparison import compare_runs, is_run, names_of
     from gradflow.reporter import check_folder, free_folder
 
+    typed = _typed(context)
+    if typed and all(map(is_run, runs)):
+        raise InputError(
+            f"the options of compare are for model files, got{typed} with saved runs only; leave them "
+            "out, or give the model files"
+        )
     folder = folder or free_folder(Path("reports") / "comparison")
     check_folder(folder, force=force)
     found = {}
@@ -272,7 +278,7 @@ def compare(
             found[name] = _loaded(path) if is_run(path) else _analyzed(path, progress, options)
     click.echo(f"\n{compare_runs(found, folder, force=force)}")
     last = shlex.quote(str(runs[-1]))
-    again = f"report {last}" if is_run(runs[-1]) else f"analyze {last}{_typed(context)}"
+    again = f"report {last}" if is_run(runs[-1]) else f"analyze {last}{typed}"
     click.echo(f"next: gradflow {again}")
 
 

@@ -241,6 +241,8 @@ def test_report_and_compare_of_saved_runs(here: Path, capsys: pytest.CaptureFixt
     assert (here / "reports/comparison/changes.csv").read_text().startswith("layer,before,after")
     assert (here / "reports/comparison/comparison.png").stat().st_size > 10_000
     assert run("compare", "reports/rnn") == 2
+    assert run("compare", "reports/rnn", "reports/gru", "--seq-len", "9") == 2
+    assert "for model files, got --seq-len 9 with saved runs only" in capsys.readouterr().err
 
 
 def damaged_runs(here: Path) -> dict[str, str]:
