@@ -154,6 +154,8 @@ def _change(first: str, before: LayerAnalysis, second: str, after: LayerAnalysis
     larger = None if math.isnan(low) else low > ROUNDING or high < -ROUNDING
     if math.isinf(difference):
         larger = True  # one is dead, the other is not
+    if before.rate.value == after.rate.value == -math.inf:
+        larger = False
     change = Change(
         layer=before.name,
         before=first,
@@ -212,6 +214,8 @@ def _pace(change: Change, verdict: str) -> str:
 
 
 def _verdict(change: Change) -> str:
+    if change.rate_before == change.rate_after == -math.inf:
+        return "exact zeros cut every path in both"
     if math.isnan(change.difference):
         return "the rates cannot be compared"
     if abs(change.difference) < ROUNDING:

@@ -92,6 +92,17 @@ def test_layers_of_other_names_are_paired_in_order_where_there_are_as_many() -> 
     assert "l0 → 0.l0" in first.sentence and "l1 → 0.l1" in second.sentence
 
 
+def test_dead_layers_are_compared_in_words() -> None:
+    rnn = nn.RNN(3, 8)
+    alive = gradflow.diagnose(rnn, torch.randn(30, 4, 3))
+    nn.init.zeros_(rnn.weight_hh_l0)
+    dead = gradflow.diagnose(rnn, torch.randn(30, 4, 3))
+    died, same = changes({"a": alive, "b": dead})[0], changes({"a": dead, "b": dead})[0]
+    assert died.larger is True and "vanishing → dead" in died.sentence
+    assert "exact zeros cut every path in one of them" in died.sentence
+    assert same.larger is False and "exact zeros cut every path in both" in same.sentence
+
+
 def test_one_sequence_is_said() -> None:
     (change,) = changes({"a": run(0.0, batch=1), "b": run(3.0)})
     assert change.larger is None and "give two sequences or more" in change.sentence
