@@ -346,10 +346,20 @@ def _interrupt(number: int, _: object) -> None:
     raise KeyboardInterrupt
 
 
+def _terminate(number: int, _: object) -> None:
+    """A job that is told to end leaves no unfinished folder behind either."""
+    raise SystemExit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 --fail-on, 2 bad input, 3 our fault, 130 Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    for name in ("stdout", "stderr"):  # closed, as a daemon may start its jobs
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.exit(_code(lambda: gradflow.main(arguments, standalone_mode=False, prog_name="gradflow")))
 
 

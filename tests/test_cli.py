@@ -456,6 +456,21 @@ cli.main(["analyze", "model.pt"])
     assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
 
 
+def test_a_job_that_is_told_to_end_leaves_nothing_behind(here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    code = """
+import os, signal
+from gradflow import cli, reporter
+reporter.files.page = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+cli.main(["analyze", "model.pt", "--seq-len", "9", "--batch", "2"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (143, "")
+    assert not (here / "reports").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -534,6 +549,13 @@ def test_a_closed_pipe_is_no_failure(here: Path) -> None:
         ["bash", "-c", command], cwd=here, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("name", "code"), [("model.pt", 0), ("gone.pt", 2)])
+def test_closed_streams_change_no_exit_code(name: str, code: int, here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    command = f"{sys.executable} -m gradflow inspect {name} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=here, check=False).returncode == code
 
 
 def test_compare_leaves_an_existing_folder_alone(
