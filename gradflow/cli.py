@@ -8,9 +8,10 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -351,16 +352,34 @@ def _terminate(number: int, _: object) -> None:
     raise SystemExit(128 + number)
 
 
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Handlers of our own, where nobody else has set one, while a command runs."""
+    ours: dict[signal.Signals, tuple[Any, Any]] = {
+        signal.SIGINT: (signal.default_int_handler, _interrupt),
+        signal.SIGTERM: (signal.SIG_DFL, _terminate),
+    }
+    _interrupts.clear()
+    if threading.current_thread() is not threading.main_thread():
+        ours.clear()  # only there handlers may be set
+    taken = [number for number, (usual, _) in ours.items() if signal.getsignal(number) == usual]
+    for number in taken:
+        signal.signal(number, ours[number][1])
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, ours[number][0])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 --fail-on, 2 bad input, 3 our fault, 130 Ctrl-C."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
     for name in ("stdout", "stderr"):  # closed, as a daemon may start its jobs
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    sys.exit(_code(lambda: gradflow.main(arguments, standalone_mode=False, prog_name="gradflow")))
+    with _signals():
+        code = _code(lambda: gradflow.main(arguments, standalone_mode=False, prog_name="gradflow"))
+    sys.exit(code)
 
 
 def _code(run: Callable[[], Any]) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -454,6 +456,15 @@ cli.main(["analyze", "model.pt"])
         [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
+
+
+def test_a_command_called_from_python_leaves_the_handlers_of_signals_as_they_were() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    assert run("--version") == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(run, "--version").result() == 0
 
 
 def test_a_job_that_is_told_to_end_leaves_nothing_behind(here: Path) -> None:
