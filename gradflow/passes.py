@@ -34,17 +34,17 @@ def recorded_pass(model: nn.Module, batch: loading.Batch, settings: Settings) ->
         kwargs.setdefault("lengths", batch.lengths)
     given = [*batch.inputs, *batch.kwargs.values(), batch.target]
     with left_as_found(model, given), record(model, lengths=batch.lengths) as recording:
-        with _user_code(settings.guard, "the model", "check --input, or save the batch again"):
+        with _user_code(settings.guard, "the model", _about_input(model, batch.inputs)):
             result = model(*batch.inputs, **kwargs)
         value, words = _loss(result, model, batch, settings, recording)
-        recording.provenance["loss"] = words
         if value.requires_grad:
             with _user_code(settings.guard, "the backward pass", "the same loss must train"):
                 value.backward()
     dropout = [m for m in model.modules() if getattr(m, "p", 0) or getattr(m, "dropout", 0)]
     if not model.training and dropout:
         recording.notes.append("the model ran in evaluation mode, so its dropout was off")
-    recording.provenance["input"] = _shapes(batch.inputs)
+    # only now: what was recorded is described when the block ends
+    recording.provenance |= {"input": _shapes(batch.inputs), "loss": words}
     recording.provenance = with_notes(recording.provenance, batch.notes)
     return recording
 
@@ -73,10 +73,10 @@ def _loss(
     loss = loading.make_loss(
         settings.loss_name, batch.target is not None, _time_axis(model, recording, output)
     )
-    if loss.note:
-        recording.notes.append(loss.note)
     with _user_code(settings.guard, "the loss", "check --target and --loss"):
         value = loss(output, batch.target, lengths)
+    if loss.note:
+        recording.notes.append(loss.note)
     return value, f"{loss.name} of {where}"
 
 
@@ -106,6 +106,21 @@ def _scalar(value: object) -> Tensor:
             must_be("the loss", "one number in a tensor", got, "reduce it, e.g. by .mean()")
         )
     return value.reshape(())
+
+
+def _about_input(model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """What to check where a model cannot read its input: tokens without a row, else shapes."""
+    whole = [x for x in inputs if isinstance(x, Tensor) and not x.is_floating_point() and x.numel()]
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Embedding) and whole:
+            low, high = int(whole[0].min()), int(whole[0].max())
+            if low < 0 or high >= part.num_embeddings:
+                return (
+                    f"its tokens are {low} to {high}, and the embedding {name} knows 0 to "
+                    f"{part.num_embeddings - 1}: give tokens of the vocabulary the model was trained "
+                    "with"
+                )
+    return f"the input has {_shapes(inputs)}: check --input, or save the batch again"
 
 
 def _shapes(inputs: tuple[Any, ...]) -> str:

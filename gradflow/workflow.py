@@ -17,7 +17,7 @@ from gradflow import loading
 from gradflow.analysis import Analysis, LayerAnalysis, checked_labels
 from gradflow.analyzer import analyze
 from gradflow.analyzer.agreement import agreed
-from gradflow.errors import GradflowWarning, InputError
+from gradflow.errors import GradflowWarning, InputError, must_be
 from gradflow.hooks import record
 from gradflow.passes import Settings, left_as_found, recorded_pass, with_notes
 from gradflow.prediction import with_predictions
@@ -131,6 +131,9 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
 
     Warnings of the recording become part of the analysis.
     """
+    if not 0 <= request.seed < 2**63:
+        whole = "a whole number of at least 0 and below 2**63"
+        raise InputError(must_be("--seed", whole, request.seed, "leave it out for 0"))
     labels = None if request.labels is None else loading.read_labels(request.labels)
     if labels is not None and request.input is None:
         checked_labels(labels, request.seq_len)

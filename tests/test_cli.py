@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -25,6 +30,15 @@ FILES = {
 NET = """
 import torch
 from torch import nn
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(50, 8)
+        self.rnn = nn.GRU(8, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(self.words(x))[0]
 
 class Net(nn.Module):
     def __init__(self, inputs=10, hidden=20, fail=False):
@@ -155,6 +169,7 @@ def test_a_users_class_on_a_users_batch(batch: str, here: Path) -> None:
     summary = json.loads((here / "out/summary.json").read_text())
     assert [layer["name"] for layer in summary["layers"]] == ["rnn.l0", "rnn.l1"]
     assert {layer["parity"]["status"] for layer in summary["layers"]} == {"passed"}
+    assert summary["provenance"]["loss"] == "mean squared error of output"
 
 
 def test_json_is_one_object_and_nothing_else(
@@ -196,15 +211,20 @@ def test_reports_are_numbered_and_not_overwritten(
 def test_fail_on(condition: str, code: int, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(nn.RNN(4, 16).state_dict(), here / "rnn.pt")
     assert run("analyze", "rnn.pt", "--fail-on", condition) == code
-    assert (condition in capsys.readouterr().err) == bool(code)
+    said = capsys.readouterr().err
+    assert (condition in said) == bool(code)
+    assert (", it is " in said) == (condition == "horizon<99")
 
 
-@pytest.mark.parametrize("condition", ["vanish", "horizon", "horizon<many", "", "vanishing,,"])
+@pytest.mark.parametrize(
+    "condition", ["vanish", "horizon", "horizon<many", "horizon<1.2.3", "", "vanishing,,"]
+)
 def test_a_condition_that_is_none_is_refused_at_once(
     condition: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("analyze", "missing.pt", "--fail-on", condition) == 2
-    assert "--fail-on must be" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--fail-on must" in said and "write for example '" in said
 
 
 def test_report_and_compare_of_saved_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,6 +243,49 @@ def test_report_and_compare_of_saved_runs(here: Path, capsys: pytest.CaptureFixt
     assert (here / "reports/comparison/changes.csv").read_text().startswith("layer,before,after")
     assert (here / "reports/comparison/comparison.png").stat().st_size > 10_000
     assert run("compare", "reports/rnn") == 2
+    assert run("compare", "reports/rnn", "reports/gru", "--seq-len", "9") == 2
+    assert "for model files, got --seq-len 9 with saved runs only" in capsys.readouterr().err
+
+
+def damaged_runs(here: Path) -> dict[str, str]:
+    """What is given to `gradflow report` -> a word the refusal must hold."""
+    torch.save(nn.RNN(2, 3).state_dict(), here / "rnn.pt")
+    assert run("analyze", "rnn.pt", "--seq-len", "12", "--batch", "2") == 0
+    whole = here / "reports/rnn/run.nc"
+    (here / "cut.nc").write_bytes(whole.read_bytes()[:9000])
+    (here / "empty.nc").touch()
+    for name in ("newer", "no-schema", "no-gains"):
+        shutil.copy(whole, here / f"{name}.nc")
+        with h5py.File(here / f"{name}.nc", "r+") as file:
+            header = json.loads(file.attrs["gradflow"])
+            if name == "newer":  # with a field of a layer that is not known yet
+                header["schema"] += 1
+                layer = json.loads(file["layer0"].attrs["gradflow"])
+                file["layer0"].attrs["gradflow"] = json.dumps({**layer, "mood": "good"})
+            elif name == "no-schema":
+                del header["schema"]
+            else:
+                del file["layer0"]["log_gain"]
+            file.attrs["gradflow"] = json.dumps(header)
+    return {
+        "cut.nc": "damaged", "empty.nc": "empty (0 bytes)", "no-schema.nc": "damaged",
+        "no-gains.nc": "damaged", "newer.nc": "saved by a newer gradflow", "gone": "no run at gone",
+        "rnn.pt": "gradflow analyze rnn.pt", "reports": "such as reports/rnn",
+        "reports/rn": "such as reports/rnn",
+    }  # fmt: skip
+
+
+def test_what_is_no_run_is_refused_in_one_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = damaged_runs(here)
+    capsys.readouterr()
+    for name, word in runs.items():
+        assert run("report", name, "-o", "again") == 2, name
+        error = capsys.readouterr().err
+        assert error.startswith("Error: ") and error.count("\n") == 1, error
+        assert word in error and name in error and "; " in error, error
+    assert not (here / "again").exists()
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -272,15 +335,25 @@ def test_files_that_are_no_models_are_refused_in_one_sentence(
         ),
         (["--model", "user_net:Net(10, 20, 'exit')", "--input", "batch.pt"], ["ended the program"]),
         (["--model", "user_net:Net()", "--input", "gone.pt"], ["gone.pt"]),
-        (["--model", "user_net:Net()", "--input", "wide.npy"], ["raised", "11"]),
+        (
+            ["--model", "user_net:Net()", "--input", "wide.npy"],
+            ["raised", "11", "shape (5, 7, 11)"],
+        ),
+        (["--model", "user_net:Net()", "--input", "model.pt"], ["holds the weights of a model"]),
+        (["--model", "user_net:Net()", "--input", "cut.pt"], ["damaged zip archive", "cut short"]),
+        (["--model", "user_net:Net()", "--input", "empty.pt"], ["is empty (0 bytes)"]),
+        (["--model", "user_net:Net()", "--input", "folder"], ["folder is a folder"]),
+        (["--labels", "gone.txt"], ["cannot read labels from gone.txt (No such file"]),
         (["--model", "user_net:Net()", "--input", "batch.pt", "--loss", "huber"], ["huber", "mse"]),
         (["--model", "user_net:Net()", "--input", "batch.pt", "--output", "logits"], ["logits"]),
         (["--loss", "mse"], ["--input"]),
         (["--seq-len", "0"], ["--seq-len", "at least 1"]),
         (["--batch", "-3"], ["--batch"]),
-        (["--seed", "-1"], ["--seed"]),
+        (["--seed", "-1"], ["--seed must be a whole number of at least 0"]),
+        (["--seed", "9" * 30, "--model", "user_net:Net()", "--input", "batch.pt"], ["below 2**63"]),
         (["-o", "user_net.py/report"], ["user_net.py"]),
         (["-o", "long" * 100], ["cannot write"]),
+        (["-o", "batch.pt/a/b"], ["batch.pt is a file"]),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(
@@ -289,12 +362,39 @@ def test_bad_options_are_refused_in_one_sentence(
     save_state_dict(here / "model.pt")
     save_batch(here, "batch.pt")
     np.save(here / "wide.npy", np.zeros((5, 7, 11), dtype=np.float32))
+    (here / "cut.pt").write_bytes((here / "model.pt").read_bytes()[:3000])
+    (here / "empty.pt").touch()
+    (here / "folder").mkdir()
     assert run("analyze", "model.pt", *arguments) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error and error.count("\n") == 1, error
     for word in words:
         assert word in error, error
     assert not (here / "reports").exists()
+
+
+def test_tokens_without_an_embedding_are_counted(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"words": nn.Embedding(50, 8), "rnn": nn.GRU(8, 4)}
+    torch.save(nn.ModuleDict(parts).state_dict(), here / "words.pt")
+    torch.save({"input": torch.tensor([[3, 98, 7]])}, here / "batch.pt")
+    assert run("analyze", "words.pt", "--model", "user_net:Words()", "--input", "batch.pt") == 2
+    said = "its tokens are 3 to 98, and the embedding words knows 0 to 49"
+    assert said in capsys.readouterr().err
+
+
+def test_a_batch_or_quantized_weights_given_as_the_model_are_named(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_batch(here, "batch.pt")
+    assert run("analyze", "batch.pt") == 2
+    said = capsys.readouterr().err
+    assert "a batch and no model" in said and "gradflow analyze WEIGHTS" in said
+    packed = {"0._all_weight_values.0.param": 1, "fc.scale": torch.ones(())}
+    torch.save(packed, here / "small.pt")
+    assert run("analyze", "small.pt") == 2
+    assert "quantized weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", ["1", "2", "3", "9"])
@@ -337,6 +437,59 @@ def test_an_interrupt_leaves_nothing_behind(
     assert run("analyze", "model.pt", "--seq-len", "12") == 130
     assert "interrupted" in capsys.readouterr().err
     assert not (here / "reports").exists()
+
+
+def test_an_interrupt_that_a_library_turned_into_an_error_is_one(here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    code = """
+import os, signal
+from gradflow import cli, workflow
+def broken(*_, **__):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ValueError("Invalid affine transformation matrix")
+workflow.analyze = broken
+cli.main(["analyze", "model.pt"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
+
+
+def test_a_command_called_from_python_leaves_the_handlers_of_signals_as_they_were() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    assert run("--version") == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(run, "--version").result() == 0
+
+
+def test_a_job_that_is_told_to_end_leaves_nothing_behind(here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    code = """
+import os, signal
+from gradflow import cli, reporter
+reporter.files.page = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+cli.main(["analyze", "model.pt", "--seq-len", "9", "--batch", "2"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (143, "")
+    assert not (here / "reports").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_state_dict(here / "model.pt")
+    monkeypatch.setattr("os.access", lambda _, mode: not mode & os.W_OK)
+    monkeypatch.setattr(workflow, "analyze_file", lambda *_, **__: pytest.fail("too late"))
+    assert run("analyze", "model.pt", "-o", "out") == 2
+    assert "is read-only for you; give another folder" in capsys.readouterr().err
 
 
 def test_a_fault_of_our_own_says_so(
@@ -409,6 +562,13 @@ def test_a_closed_pipe_is_no_failure(here: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(("name", "code"), [("model.pt", 0), ("gone.pt", 2)])
+def test_closed_streams_change_no_exit_code(name: str, code: int, here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    command = f"{sys.executable} -m gradflow inspect {name} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=here, check=False).returncode == code
+
+
 def test_compare_leaves_an_existing_folder_alone(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,5 +576,12 @@ def test_compare_leaves_an_existing_folder_alone(
     assert run("analyze", "gru.pt", "--seq-len", "12") == 0
     both = ("compare", "reports/gru", "reports/gru", "-o", "both")
     assert run(*both) == 0
-    assert run(*both) == 2
+    # refused before anything is read or analyzed
+    assert run("compare", "missing.pt", "gone.pt", "-o", "both") == 2
     assert "give another folder" in capsys.readouterr().err
+    assert run(*both, "--force") == 0
+    assert {path.name for path in (here / "both").iterdir()} == {
+        "comparison.png",
+        "comparison.csv",
+        "changes.csv",
+    }

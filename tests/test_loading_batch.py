@@ -100,6 +100,11 @@ BAD = {
         FileError,
         "object arrays",
     ),
+    "zeros": (
+        lambda p: (p / "b.npy").write_bytes(bytes(200)) and p / "b.npy",
+        FileError,
+        "b.npy is no file of numpy's; save it",
+    ),
     "class": (lambda p: pt(p, {"input": Point}), FileError, "objects other than tensors"),
     "text": (lambda p: npy(p, np.array(["a"])), InputError, "array of numbers, got dtype <U1"),
     "record": (

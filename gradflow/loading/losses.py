@@ -121,8 +121,8 @@ def time_axis(model: nn.Module) -> int:
 class Loss:
     """A loss by name; call it with (output, target, lengths) for a scalar tensor.
 
-    Where no ``--loss`` was given the target chooses, so ``name`` says which loss it was only after
-    the call.
+    Where no ``--loss`` was given the target chooses, so ``name`` and ``note`` say which loss it was
+    only after the call.
     """
 
     name: str  # for the provenance, in words
@@ -138,6 +138,7 @@ class Loss:
         function = self.function
         if function is None:
             self.name, _, function = _LOSSES[_by_target(output, target)]
+            self.note = f"no --loss was given: the target chose {self.name}; --loss sets another"
         return function(output, target, lengths, self.time_axis)
 
 
@@ -243,7 +244,13 @@ def _classes(loss: str, output: Tensor, target: Tensor | None) -> Tensor:
         expected = f"class numbers of shape {tuple(output.shape[:-1])} (the class axis is last)"
         advice = f"the output has shape {tuple(output.shape)}; choose with --output or --loss"
         raise InputError(must_be("the target", expected, f"shape {tuple(target.shape)}", advice))
-    if tuple(target.shape) == tuple(output.shape) and output.ndim > 0:
+    if output.shape[-1] == 1:
+        one = f"one class only (the output has shape {tuple(output.shape)})"
+        raise InputError(
+            f"--loss {loss} must have two classes or more, got {one}, whose loss is always 0; "
+            "use bce for one logit, mse for one number"
+        )
+    if tuple(target.shape) == tuple(output.shape):
         return target.to(output.dtype)  # probabilities of the classes
     if target.is_floating_point() and bool((target != target.round()).any()):
         got = "fractions"
@@ -294,7 +301,7 @@ def _by_target(output: Tensor, target: Tensor | None) -> str:
             must_be("the target", "a tensor", "none", "give --target FILE, or use --loss last")
         )
     whole = not target.is_floating_point() and target.dtype != torch.bool
-    classes = whole and tuple(target.shape) == tuple(output.shape[:-1])
+    classes = whole and tuple(target.shape) == tuple(output.shape[:-1]) and output.shape[-1] > 1
     return "cross-entropy" if classes else "mse"
 
 
@@ -316,6 +323,6 @@ _LOSSES = {
 }
 _CHOSEN_LATER = (
     "the loss that the target chooses",
-    "no --loss was given: it was chosen by the target",
+    "",
     None,
 )

@@ -68,7 +68,8 @@ def probes(
 
 def _require_whole(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        expected = f"a whole number of at least {least}"
+        large = isinstance(value, int) and value >= 2**63
+        expected = f"a whole number of at least {least}{' and below 2**63' if large else ''}"
         raise InputError(must_be(name, expected, repr(value), "leave it out for the default"))
 
 
