@@ -54,6 +54,15 @@ class Condition:
         ]
 
 
+def _not_finite(layer: LayerAnalysis) -> bool:
+    """A model of NaN passes no condition for lack of a number."""
+    return "not finite" in layer.labels
+
+
+def _reason(layer: LayerAnalysis) -> str:
+    return ", and its states are not finite" if _not_finite(layer) else ""
+
+
 def parse_conditions(text: str | None) -> list[Condition]:
     """Read 'vanishing,exploding,horizon<50'.
 
@@ -68,7 +77,7 @@ def parse_conditions(text: str | None) -> list[Condition]:
 
 def _parse(text: str) -> Condition:
     if text in VERDICTS:
-        return Condition(text, lambda layer: layer.verdict == text)
+        return Condition(text, lambda layer: layer.verdict == text or _not_finite(layer), _reason)
     match = re.fullmatch(r"([a-z_-]+)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)", text)
     name = match[1].replace("_", "-") if match else ""
     if match is None or name not in NUMBERS:
@@ -86,14 +95,12 @@ def _parse(text: str) -> Condition:
     read, compare = NUMBERS[name], COMPARISONS[match[2]]
 
     def holds(layer: LayerAnalysis) -> bool:
-        if "not finite" in layer.labels:
-            return True  # a model of NaN must not pass for lack of a number
+        if _not_finite(layer):
+            return True
         value = read(layer)
         return value is not None and not math.isnan(value) and compare(value, limit)
 
     def measured(layer: LayerAnalysis) -> str:
-        if "not finite" in layer.labels:
-            return ", and its states are not finite"
-        return f", it is {read(layer):.4g}"
+        return _reason(layer) or f", it is {read(layer):.4g}"
 
     return Condition(text, holds, measured)

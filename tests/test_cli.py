@@ -419,7 +419,9 @@ def test_weights_that_are_not_numbers(here: Path, capsys: pytest.CaptureFixture[
     assert "weight_hh holds one entry that is not finite" in " ".join(
         capsys.readouterr().out.split()
     )
-    assert run("analyze", "model.pt", "--seq-len", "20", "--fail-on", "horizon<5") == 1
+    for condition in ("horizon<5", "vanishing"):
+        assert run("analyze", "model.pt", "--seq-len", "20", "--fail-on", condition) == 1
+        assert "its states are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("when", ["analyze", "report"])
