@@ -73,10 +73,10 @@ def _loss(
     loss = loading.make_loss(
         settings.loss_name, batch.target is not None, _time_axis(model, recording, output)
     )
-    if loss.note:
-        recording.notes.append(loss.note)
     with _user_code(settings.guard, "the loss", "check --target and --loss"):
         value = loss(output, batch.target, lengths)
+    if loss.note:
+        recording.notes.append(loss.note)
     return value, f"{loss.name} of {where}"
 
 

@@ -121,8 +121,8 @@ def time_axis(model: nn.Module) -> int:
 class Loss:
     """A loss by name; call it with (output, target, lengths) for a scalar tensor.
 
-    Where no ``--loss`` was given the target chooses, so ``name`` says which loss it was only after
-    the call.
+    Where no loss was given the target chooses, so ``name`` and ``note`` say which loss it was only
+    after the call.
     """
 
     name: str  # for the provenance, in words
@@ -138,6 +138,10 @@ class Loss:
         function = self.function
         if function is None:
             self.name, _, function = _LOSSES[_by_target(output, target)]
+            self.note = (
+                f"no loss was given, so it was chosen by the target: {self.name}; if you train on "
+                "another, give that (loss=, --loss)"
+            )
         return function(output, target, lengths, self.time_axis)
 
 
@@ -314,8 +318,4 @@ _LOSSES = {
         _last,
     ),
 }
-_CHOSEN_LATER = (
-    "the loss that the target chooses",
-    "no --loss was given: it was chosen by the target",
-    None,
-)
+_CHOSEN_LATER = ("the loss that the target chooses", "", None)
