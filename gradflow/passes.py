@@ -41,9 +41,6 @@ def recorded_pass(model: nn.Module, batch: loading.Batch, settings: Settings) ->
         if value.requires_grad:
             with _user_code(settings.guard, "the backward pass", "the same loss must train"):
                 value.backward()
-    dropout = [m for m in model.modules() if getattr(m, "p", 0) or getattr(m, "dropout", 0)]
-    if not model.training and dropout:
-        recording.notes.append("the model ran in evaluation mode, so its dropout was off")
     recording.provenance["input"] = _shapes(batch.inputs)
     recording.provenance = with_notes(recording.provenance, batch.notes)
     return recording
