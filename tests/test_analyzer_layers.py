@@ -471,6 +471,49 @@ def test_short_and_every_step_losses_are_said() -> None:
     assert quiet.warnings == ()
 
 
+def test_what_holds_for_many_layers_is_said_once() -> None:
+    model = nn.RNN(2, 4, num_layers=4)
+    with gradflow.record(model) as recording:
+        model(torch.randn(400, 3, 2))[0].sum().backward()
+    said = analyze(recording).warnings
+    assert sum("from many steps at once" in note for note in said) == 1
+    assert any(note.startswith("the loss reaches all 4 layers from") for note in said)
+    assert any(note.startswith("gains of all 4 layers leave the range") for note in said)
+
+
+def test_a_report_without_a_backward_says_so() -> None:
+    model = nn.LSTM(2, 4, num_layers=2)
+    with pytest.warns(GradflowWarning), gradflow.record(model) as recording:
+        model(torch.randn(20, 3, 2))
+    (said,) = analyze(recording).warnings
+    assert said.startswith("no gradient of the loss at both layers: no backward ran inside the block")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.LSTM(2, 4, num_layers=2, dropout=0.5), True),
+        (nn.Sequential(nn.Dropout(0.1), nn.LSTM(2, 4)), True),
+        (nn.ModuleDict({"rnn": nn.LSTM(2, 4), "norm": nn.PairwiseDistance(p=2.0)}), False),
+        (nn.LSTM(2, 4), False),
+    ],
+    ids=["between layers", "module", "p that is no rate", "none"],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_dropout_that_was_off_is_said(model: nn.Module, said: bool, training: bool) -> None:
+    model.train(training)
+    rnn = next(module for module in model.modules() if isinstance(module, nn.LSTM))
+    with gradflow.record(model) as recording:
+        rnn(torch.randn(20, 3, 2))[0][-1].sum().backward()
+    notes = [note for note in analyze(recording).warnings if "evaluation mode" in note]
+    assert bool(notes) == (said and not training)
+
+
+def test_provenance_keeps_the_models_dtype() -> None:
+    provenance = analyze(record(nn.RNN(2, 4), 20)).provenance
+    assert provenance["dtype"] == ["float32"] and "float64" in provenance["computed_in"]
+
+
 def test_several_layers_are_named_in_their_titles() -> None:
     analysis = analyze(record(nn.LSTM(2, 8, num_layers=2), 60))
     for name in ("l0", "l1"):
