@@ -456,6 +456,21 @@ def test_vanishing_lstm_names_its_forget_gates() -> None:
     assert torch.equal(model.bias_ih_l0.data[:8], -model.bias_ih_l0.data[8:16])
 
 
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [(300, "over 33 steps before it fades"), (30, "has not faded after the 29 steps measured")],
+    ids=["comes down", "still up"],
+)
+def test_transient_growth_says_whether_it_fades(steps: int, said: str) -> None:
+    rnn = nn.RNN(1, 2, bias=False, dtype=torch.float64)
+    with torch.no_grad():  # ‖W^k‖ is all but 5k · 0.97^(k−1), 62 at its highest, k = 33
+        rnn.weight_hh_l0.copy_(torch.tensor([[0.97, 5.0], [0.0, 0.97]]))
+    layer = only(analyze(record(rnn, steps, batch=1, inputs=0.0)))
+    (finding,) = (f for f in layer.findings if f.name == "transient-growth")
+    assert finding.message.startswith("the gain rises by 1.79 decades")
+    assert said in finding.message
+
+
 def test_gains_out_of_the_models_own_range_are_said() -> None:
     layer_range = analyze(record(nn.RNN(2, 8), 300, 3))
     assert "range-limited" in only(layer_range).labels
