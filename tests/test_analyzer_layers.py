@@ -501,7 +501,9 @@ def test_a_report_without_a_backward_says_so() -> None:
     with pytest.warns(GradflowWarning), gradflow.record(model) as recording:
         model(torch.randn(20, 3, 2))
     (said,) = analyze(recording).warnings
-    assert said.startswith("no gradient of the loss at both layers: no backward ran inside the block")
+    assert said.startswith(
+        "no gradient of the loss at both layers: no backward ran inside the block"
+    )
 
 
 @pytest.mark.parametrize(

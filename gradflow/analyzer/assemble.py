@@ -315,7 +315,7 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
     for name, some in limited.items():
         notes.append(
             f"gains of {_listed(some, names)} leave the range of {name}: there the model's own "
-            "gradient is 0 or infinite, whatever the loss asks for"
+            "gradient is 0 or infinite"
         )
     every = [track.name for track in known if _loss_at_every_step(layers[track.name])]
     if every:
