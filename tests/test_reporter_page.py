@@ -17,7 +17,7 @@ from gradflow.analysis import Analysis
 from gradflow.analyzer import agreement, assemble
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.files import draw
-from gradflow.reporter.page import BUDGET, LABELS, page
+from gradflow.reporter.page import BUDGET, LABELS, embed, page
 
 EVIL = "</script><b>x"
 
@@ -196,6 +196,22 @@ def test_a_page_with_too_many_pictures_leaves_the_least_important_out() -> None:
     assert len(text.encode()) <= BUDGET
     left_out = re.search(r"Left out to keep this page below a megabyte, .*: ([^.]*)", text)
     assert left_out and "overview" not in left_out[1]
+
+
+def test_the_maps_of_the_worst_layers_come_before_anything_folded() -> None:
+    analysis, pictures = drawn("bidirectional")
+    room = BUDGET // 9  # in PNG bytes a picture needs a third less: the overviews and six more fit
+    heavy = {key: png.ljust(room * 3 // 4, b"\0") for key, png in pictures.items()}
+    shown, _ = embed(analysis, heavy)
+    worst = [layer.name for layer in analysis.worst_first][:3]
+    maps = {(kind, name) for kind in ("gain-map", "total-vs-direct") for name in worst}
+    assert set(shown) == maps | {("overview", "top"), ("overview", "")}
+
+
+def test_a_picture_that_is_left_out_is_not_announced() -> None:
+    analysis = synthetic.vanishing()
+    pictures = {key: png for key, png in draw(analysis).items() if key[0] != "total-vs-direct"}
+    assert "What a hook on" not in page(analysis, pictures)
 
 
 def test_a_folded_picture_says_what_it_shows() -> None:

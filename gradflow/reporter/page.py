@@ -291,8 +291,9 @@ def _importance(analysis: Analysis, key: FigureKey) -> tuple[int, int, int]:
     worst = [layer.name for layer in analysis.worst_first]
     place = worst.index(name) if name in worst else -1
     order = list(KINDS).index(kind)
-    # the head of the page, then everything of the worst layer, then the next layer
-    return (0 if kind == "overview" else 1, place, order)
+    # the head of the page, what is not folded of the layers named there, then layer by layer
+    part = 0 if kind == "overview" else 1 if kind in FRONT and place < TOP else 2
+    return (part, place, order)
 
 
 def _message(analysis: Analysis, key: FigureKey) -> str:
