@@ -226,8 +226,8 @@ def _from_weights(
         provenance |= run.provenance
     names = ", ".join(dict.fromkeys(tried))
     told = (
-        f"analyzed from the weights alone, under {names}; the input decides the rate, so give --input "
-        "for your own data"
+        f"probes instead of your data: analyzed from the weights alone, under {names}; the input "
+        "decides the rate, so give --input for your own"
     )
     provenance |= {
         "input": f"probes: {names}; B = {request.batch}, T = {request.seq_len}",
