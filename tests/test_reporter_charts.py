@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import synthetic
 from matplotlib.figure import Figure
+from test_reporter_figures import overlapping
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter import KINDS, plot
@@ -17,12 +18,15 @@ from gradflow.reporter.charts import (
     lag_gradient,
     layers,
     lyapunov,
+    marks,
     paths,
     rank,
     saturation,
+    states,
     time_scales,
     triangle,
 )
+from gradflow.reporter.picture import Picture
 
 NEW = (
     "triangle",
@@ -130,6 +134,28 @@ def test_cells_without_gates_show_the_units_at_their_limits() -> None:
     assert relu.message == "4 of 32 units are exactly 0 more than 90 % of the time"
 
 
+def test_units_whose_cell_is_at_its_limit_are_said_in_words() -> None:
+    layer = lstm()
+    data = layer.data.copy(deep=True)
+    data["unit_saturated"].loc[{"state": "c"}] = np.where(np.arange(32) < 2, 0.97, 0.1)
+    made = saturation.prepare(replace(layer, data=data))
+    assert made.message == "2 of 32 units have tanh c beyond ± 0.95 more than 90 % of the time"
+
+
+def test_the_units_of_the_states_are_counted_as_in_the_headline() -> None:
+    layer = synthetic.layer(rate=0.0, steps=30)
+    data = layer.data.copy(deep=True)
+    data["log10_grad"][0] = np.where(np.arange(32)[:, None] < 5, -0.9, -1.2)
+    data["log10_grad"][0, 0, 12] = -2.0  # it comes back, so it does not carry
+    made = states.prepare(replace(layer, data=data))
+    assert made.message == (
+        "32 of 32 units have 10⁻³ of the loss's gradient left 29 steps back; 4 keep a tenth all the way"
+    )
+    data["log10_grad"][0] = -4.0
+    made = states.prepare(replace(layer, data=data))
+    assert made.message == "0 of 32 units have 10⁻³ of the loss's gradient left 29 steps back"
+
+
 def test_every_unit_is_in_the_census() -> None:
     layer = lstm()
     data = layer.data.copy(deep=True)
@@ -158,6 +184,27 @@ def test_blocks_by_lag_are_medians_over_sources() -> None:
     assert made.gain[3, 7] == pytest.approx(np.median(diagonal) / math.log(10))
     np.testing.assert_allclose(made.cell_path, math.exp(-0.2))
     assert "one state only" in blocks.prepare(synthetic.layer()).note
+
+
+def test_the_words_on_blocks_are_for_a_distance_at_which_all_are_known() -> None:
+    layer = lstm(steps=40)
+    data = layer.data.copy(deep=True)
+    data["log_block_gain"].loc[{"block": "hh"}] = (
+        data["log_block_gain"].sel(block="hh").where(data["target"] - data["source"] < 30)
+    )
+    made = blocks.prepare(replace(layer, data=data))
+    assert made.lag[-1] == 39 and made.message.startswith("after 29 steps c → c keeps")
+    assert "none" not in made.message
+
+
+@pytest.mark.parametrize("inches", [0.8, 1.5, 2.1])
+def test_no_tick_meets_the_zero_below_it(inches: float) -> None:
+    for low in np.linspace(-9.0, -0.3, 24):
+        figure = Picture(4, inches + 1)
+        ax = figure.inches(0.8, 0.5, 3, inches)
+        values = np.concatenate([[-np.inf], np.linspace(low, 0, 30)])
+        marks.draw_log_lines(ax, np.arange(31), [marks.Line(values, "x", "black")])
+        assert overlapping(figure) == []
 
 
 def test_layers_lie_side_by_side_the_top_one_first() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -78,6 +80,45 @@ def test_names_with_dollars_are_words_and_not_mathematics() -> None:
     odd = synthetic.analysis(synthetic.layer("a$x_1$</script><b>", title="$\\frac$ {% x %}"))
     for kind in KINDS:
         assert len(png(plot(odd, kind))) > 1000
+
+
+def test_a_long_name_loses_its_beginning_and_what_is_said_of_it_stays_whole() -> None:
+    name = "encoder." * 12 + "reader.l0_reverse"
+    layer = synthetic.layer(
+        name, title=f"{name} (RNN): the gradient is gone 8 steps before the loss"
+    )
+    for kind in ("overview", "gain-map", "triangle", "lag-curve"):
+        figure = plot(synthetic.analysis(layer), kind)
+        drawn = KINDS[kind]
+        said = layer.title.partition(": ")[2] if drawn is None else drawn.prepare(layer).message
+        words = " ".join(text.get_text() for text in figure.texts)
+        assert "reader.l0_reverse" in words and said in words and name not in words
+
+
+def test_a_row_says_its_name_once() -> None:
+    words = [text.get_text() for text in plot(synthetic.bidirectional()).texts]
+    assert sum("rnn.l1_reverse" in one for one in words) == 1
+
+
+def test_how_to_read_the_overview_is_said_and_stacks_are_explained() -> None:
+    single, stack = (
+        " ".join(text.get_text() for text in plot(one()).texts)
+        for one in (synthetic.vanishing, synthetic.twelve)
+    )
+    for words in (single, stack):
+        assert "the gradient of the last loss step, so many steps back" in words
+    assert "also gets gradient from above" in stack and "from above" not in single
+
+
+def test_what_lies_before_the_first_step_is_said_in_its_place() -> None:
+    layer = synthetic.layer("rnn.l0_reverse", steps=40)
+    data = layer.data.copy(deep=True)
+    data["log10_grad"][..., 1:] = np.nan
+    figure = plot(synthetic.analysis(replace(layer, data=data)))
+    assert any(
+        "no earlier step: the layer starts" in text.get_text() for text in figure.axes[0].texts
+    )
+    assert overlapping(figure) == []
 
 
 def test_several_analyses_share_one_scale() -> None:

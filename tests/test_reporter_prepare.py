@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import synthetic
+import xarray as xr
 
 from gradflow.analysis import Rate
-from gradflow.reporter import overview, prepare
+from gradflow.reporter import KINDS, overview, prepare
 from gradflow.reporter.charts import gain_map, lag_curve, parts
 from gradflow.reporter.numbers import rate_words
 from gradflow.reporter.picture import _nearest
@@ -59,7 +60,7 @@ def test_heat_pools_by_the_largest_so_that_no_survivor_is_lost() -> None:
     column = heat.values.shape[1] - 1 - 901 // 3
     assert heat.values[7 // 3, column] == 2.5
     assert overview.describe(overview.Entry("", layer), heat).endswith(
-        "largest of 3 steps × 3 units"
+        "each the largest of 3 steps × 3 units"
     )
 
 
@@ -138,8 +139,51 @@ def test_gain_map_has_at_most_128_cells_and_its_undefined_half(steps: int) -> No
     assert rows == columns <= 128
     assert np.isnan(gain.values[np.triu_indices(rows, 1)]).all()
     assert np.isfinite(gain.values[np.tril_indices(rows)]).all()
-    assert gain.first == pytest.approx(0.5 if steps < 256 else 1 - gain.pool / 2, abs=2)
-    assert gain.last > steps - 4
+    assert gain.columns == gain.rows and gain.columns[0] == 0.5
+    assert gain.columns[1] > steps - 4 and gain.last == steps + 0.5
+
+
+@pytest.mark.parametrize("every", [8, 16, 500])
+def test_a_map_of_some_sources_keeps_their_places(every: int) -> None:
+    layer = synthetic.layer(steps=1000)
+    step = np.arange(1000)
+    lag = np.where(step[None, :] >= step[:, None], step[None, :] - step[:, None], np.nan)
+    gain = xr.DataArray(
+        np.broadcast_to(-0.01 * lag[::every], (3, 1, len(step[::every]), 1000)),
+        dims=("norm", "sequence", "source", "target"),
+        coords={"norm": ["spectral", "rms", "loss"], "sequence": [3], "source": step[::every],
+                "target": step},
+    )  # fmt: skip
+    data = layer.data.drop_dims(["source", "target"]).assign(log_gain=gain)
+    made = gain_map.prepare(replace(layer, data=data))
+    reached = every * len(step[::every]) + 0.5
+    assert made.rows == (0.5, 1000.5) and made.columns == (0.5, reached)
+    assert f"One step in {every} was followed as a source." in made.reading
+    high, wide = 8, every
+    for column in range(made.values.shape[1]):
+        source = round(column * wide)
+        row = int((source + 400) // high)
+        if row < made.values.shape[0]:
+            lags = row * high - source
+            assert made.values[row, column] == pytest.approx(-0.01 * lags / math.log(10))
+    share = float(np.mean(lag[::every][lag[::every] > 0] <= math.log(1e3) / 0.01))
+    assert made.message.startswith(f"{100 * share:.0f} % of the pairs")
+    assert not made.unknown
+
+
+def test_a_map_of_one_source_is_a_sentence() -> None:
+    layer = synthetic.layer(steps=1000)
+    made = gain_map.prepare(replace(layer, data=layer.data.isel(source=[0])))
+    assert made.note.startswith("Only step 1 was followed") and "stride=8" in made.note
+
+
+def test_a_map_ends_where_its_sequence_ends() -> None:
+    layer = synthetic.layer(steps=100)
+    data = layer.data.copy(deep=True)
+    data["length"][3] = 30
+    made = gain_map.prepare(replace(layer, data=data))
+    assert made.last == 30.5 and made.values.shape == (30, 30)
+    assert "Sequence 4 of 8." in made.reading
 
 
 def test_gain_map_rows_are_targets() -> None:
@@ -148,6 +192,37 @@ def test_gain_map_rows_are_targets() -> None:
     want = layer.data["log_gain"].sel(norm="spectral").isel(sequence=0).sel(source=3, target=11)
     assert gain.values[11, 3] == pytest.approx(float(want) / math.log(10), rel=1e-12)
     assert gain.sequence == 3 and gain.contour
+
+
+def test_slopes_are_taken_over_whole_strides_and_a_first_jump_does_not_squash_them() -> None:
+    layer = synthetic.layer(steps=1000, rate=-0.003, horizon=None)
+    data = layer.data.copy(deep=True)
+    comb = np.where(np.arange(1000) % 4 == 3, -0.012, 0.0)  # one source in four leaves, then none
+    comb[1] = 2.0
+    data["lag_slope"] = ("lag", comb)
+    made = lag_curve.prepare(replace(layer, data=data))
+    assert made.window == 12 and "to 12 steps more" in made.reading
+    np.testing.assert_allclose(made.slope[20:980], -0.003, atol=1e-12)
+    assert made.limits[0] < -0.003 and 0 < made.limits[1] < 0.01
+
+
+def test_without_a_slope_there_is_no_panel_for_it() -> None:
+    layer = synthetic.layer(steps=20)
+    data = layer.data.copy(deep=True)
+    data["lag_slope"] *= np.nan
+    made = lag_curve.prepare(replace(layer, data=data))
+    kind = KINDS["lag-curve"]
+    assert kind is not None and kind.heights(made) == (2.4,) and "Below" not in made.reading
+
+
+def test_one_loss_step_needs_no_line_of_its_own() -> None:
+    layer = synthetic.layer(steps=20)
+    once = parts.prepare(layer)
+    assert np.isnan(once.last).all() and "dashed" not in once.reading
+    data = layer.data.copy(deep=True)
+    data["grad_norm"].loc[{"kind": "total"}] = 1.0
+    every = parts.prepare(replace(layer, data=data))
+    assert np.isfinite(every.last).all() and "need not fade" in every.reading
 
 
 def test_a_hook_on_the_output_shows_zero_at_all_but_the_last_step() -> None:

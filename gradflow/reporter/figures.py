@@ -141,7 +141,7 @@ def _draw_blocks(kind: Kind, entries: list[Entry]) -> Figure:
     kind = replace(kind, left=kind.left + max(kind.beside(block.chart) for block in blocks))
     step = kind.left + kind.width + RIGHT
     figure = Picture(columns * step, 1)
-    titles = [_fold(figure, _title(block), step - 0.5) for block in blocks]
+    titles = [_fold(figure, block, step - 0.5) for block in blocks]
     lines = max(len(title) for title in titles)
     captions = [textwrap.wrap(block.chart.reading, int(kind.width / 0.062)) for block in blocks]
     tall = [_height(kind, block, lines) for block in blocks]
@@ -179,9 +179,12 @@ def _height(kind: Kind, block: Block, lines: int) -> float:
     return LINE * lines + BELOW + ABOVE + sum(heights) + gaps + foot
 
 
-def _fold(figure: Picture, title: str, width: float) -> list[str]:
-    """A headline on one line, or folded on two."""
-    return figure.folded(title, width, fontsize=10, fontweight="bold")
+def _fold(figure: Picture, block: Block, width: float) -> list[str]:
+    """A headline on one line, or folded on two; a name that is too long loses its beginning."""
+    style = {"fontsize": 10, "fontweight": "bold"}
+    # a line may break early, so two lines hold less than twice the width
+    title = figure.shortened(_title(block), block.name, 1.6 * width, **style)
+    return figure.folded(title, width, **style)
 
 
 def _draw_head(
@@ -196,7 +199,7 @@ def _draw_head(
     what = figure.words(
         left + 0.3, top + LINE * len(title) + 0.02, kind.what, fontsize=8, color=SOFT
     )
-    figure.fit(what, width, 6.5)
+    figure.fit(what, width)
 
 
 def _draw_panels(figure: Picture, kind: Kind, chart: Chart, left: float, top: float) -> float:

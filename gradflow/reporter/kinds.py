@@ -80,6 +80,12 @@ def _gate_specials(charts: Sequence[saturation.Saturation]) -> dict[str, str]:
     return _plain([gate.values for chart in charts for gate in chart.gates], "undefined")
 
 
+def _map_specials(charts: Sequence[gain_map.GainMap]) -> dict[str, str]:
+    unknown = any(chart.unknown for chart in charts)
+    return _plain([chart.values for chart in charts],
+                  "t′ before t, or not measured" if unknown else "t′ before t")  # fmt: skip
+
+
 def _below(chart: Chart) -> float:
     """The last panel has the labels of the steps beneath it."""
     return labels.below(chart.labels)
@@ -111,7 +117,7 @@ KINDS: dict[str, Kind | None] = {
         width=3.3,
         scale=Scale(
             _ratios("1: unchanged"),
-            lambda charts: _plain([chart.values for chart in charts], "t′ before t"),
+            _map_specials,
         ),
         columns=2,
     ),
@@ -126,7 +132,7 @@ KINDS: dict[str, Kind | None] = {
         what="largest gain ‖∂s(t′)/∂s(t)‖ against the distance t′ − t",
         prepare=lag_curve.prepare,
         draw=lag_curve.draw,
-        heights=lambda chart: (2.4, 0.9),
+        heights=lambda chart: (2.4, 0.9) if np.isfinite(chart.slope).any() else (2.4,),
         width=6.0,
     ),
     "triangle": Kind(

@@ -6,8 +6,10 @@ gain against the distance. Colours and axes are shared by all rows, so rows can 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,6 +29,8 @@ HEAD, TICKS, LABEL = 0.45, 0.34, 0.17  # above a row's panels; below them; its a
 # rows in the figure -> height of a row's panels; more rows are lower
 HEIGHTS = {1: 2.3, 2: 1.7, 3: 1.35, 4: 1.15, 6: 0.95, 12: 0.8}
 LOWEST = 0.62
+LINE = 0.17  # a line of the caption
+SMALLEST = 7.0  # points: on a page the figure is shown at four fifths of its size
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,9 @@ def draw_overview(entries: Sequence[Entry]) -> Figure:
         places.append(place)
         place += HEAD + height + TICKS + below(heats[number].labels)
         place += LABEL if number in labelled else 0
-    figure = Picture(WIDTH, place + footer_height(specials))
+    words = captions(entries, heats)
+    foot = place + footer_height(specials)
+    figure = Picture(WIDTH, foot + LINE * len(words))
     for number, (entry, heat, line) in enumerate(zip(entries, heats, lines, strict=True)):
         label = number in labelled
         _head(figure, entry, heat, line, places[number])
@@ -71,10 +77,43 @@ def draw_overview(entries: Sequence[Entry]) -> Figure:
         panels.draw_heat(left, heat, label=label)
         right = figure.inches(LEFT + HEAT + GAP, places[number] + HEAD, CURVE, height)
         right.yaxis.tick_right()
+        right.yaxis.set_label_position("right")
+        right.set_ylabel("" if line.note else "gain", labelpad=2)
         panels.draw_lag(right, line, entry.layer, reach, top, label=label)
     footer(figure, specials, LEFT, place + 0.04, HEAT, _bar)
     _legend(figure, place + 0.04)
+    for number, caption in enumerate(words):
+        said = figure.words(LEFT, foot + LINE * (number - 0.2), caption, fontsize=8, color=SOFT)
+        figure.fit(said, WIDTH - LEFT - 0.1)
     return figure
+
+
+def captions(entries: Sequence[Entry], heats: Sequence[Heat]) -> list[str]:
+    """How to read the figure: one line, and one more for what would puzzle in these rows."""
+    lines = [
+        "Left, each unit: the gradient of the last loss step, so many steps back. Right: the most "
+        "that any direction keeps from step t to t′."
+    ]
+    shown = [entry.layer for entry, heat in zip(entries, heats, strict=True) if not heat.note]
+    if any(_is_fed(layer, [entry.layer for entry in entries]) for layer in shown):
+        lines.append(
+            "A layer below another also gets gradient from above at every step: it may stay bright "
+            "on the left where its own memory, on the right, is gone."
+        )
+    return lines
+
+
+_NUMBER = re.compile(r"^(.*?)l(\d+)(?:_reverse)?(@\d+)?$")
+
+
+def _is_fed(layer: LayerAnalysis, layers: Sequence[LayerAnalysis]) -> bool:
+    """Whether one of these layers lies above a layer in its own module."""
+    own = _NUMBER.match(layer.name)
+    others = [found for other in layers if (found := _NUMBER.match(other.name))]
+    return own is not None and any(
+        other[1] == own[1] and other[3] == own[3] and int(other[2]) > int(own[2])
+        for other in others
+    )
 
 
 def labelled_rows(heats: Sequence[Heat]) -> set[int]:
@@ -112,8 +151,8 @@ def describe(entry: Entry, heat: Heat) -> str:
     """One line under the headline: which layer, and what is drawn."""
     unit = "cell" if heat.state == "c" else "unit"
     parts = [
-        f"{entry.layer.name}  ·  |∂L/∂{heat.state}| of each {unit} ÷ its size at the loss, "
-        "longest memory on top"
+        *_named(entry),
+        f"|∂L/∂{heat.state}| of each {unit} ÷ its size at the loss, longest memory on top",
     ]
     pooled = []
     if heat.step_pool > 1:
@@ -121,27 +160,34 @@ def describe(entry: Entry, heat: Heat) -> str:
     if heat.unit_pool > 1:
         pooled.append(f"{heat.unit_pool} {unit}s")
     if pooled:
-        parts.append(f"largest of {' × '.join(pooled)}")
+        parts.append(f"each the largest of {' × '.join(pooled)}")
     return "  ·  ".join(parts)
 
 
+def _named(entry: Entry) -> list[str]:
+    """The layer's name, where the headline does not begin with it."""
+    return [] if entry.layer.name in entry.title else [entry.layer.name]
+
+
 def _head(figure: Picture, entry: Entry, heat: Heat, line: LagLine, place: float) -> None:
-    title = figure.words(LEFT, place, entry.title, fontsize=10.5, fontweight="bold", color=INK)
-    figure.fit(title, WIDTH - LEFT - 0.1, 8.0)
+    style: dict[str, Any] = {"fontsize": 10.5, "fontweight": "bold", "color": INK}
+    room = WIDTH - LEFT - 0.1
+    wanted = figure.shortened(entry.title, entry.layer.name, 1.3 * room, **style)
+    figure.fit(figure.words(LEFT, place, wanted, **style), room, 8.0)
     below = figure.words(LEFT, place + 0.23, describe(entry, heat), fontsize=8, color=SOFT)
     if heat.broken:
         said = figure.words(
             LEFT + HEAT, place + 0.23, heat.broken, fontsize=8, color=WRONG, ha="right",
             fontweight="bold",
         )  # fmt: skip
-        below.set_text(f"{entry.layer.name}  ·  |∂L/∂{heat.state}| ÷ its size at the loss")
-        figure.fit(below, HEAT - figure.width_of(said) - 0.2, 6.5)
-    figure.fit(below, HEAT, 6.5)
+        below.set_text("  ·  ".join([*_named(entry), f"|∂L/∂{heat.state}| ÷ its size at the loss"]))
+        figure.fit(below, HEAT - figure.width_of(said) - 0.2, SMALLEST)
+    figure.fit(below, HEAT, SMALLEST)
     if line.words:
         dot = figure.words(LEFT + HEAT + GAP, place + 0.23, "●" if line.dot else "—", fontsize=8)
         dot.set(color=VERDICT_COLOURS[entry.layer.verdict], fontweight="bold")
         said = figure.words(LEFT + HEAT + GAP + 0.14, place + 0.23, line.words, fontsize=8)
-        figure.fit(said, CURVE, 6.5)
+        figure.fit(said, CURVE, SMALLEST)
 
 
 def footer(
@@ -154,11 +200,10 @@ def footer(
 ) -> None:
     """The colour bar in words, and the colours outside it that occur."""
     draw(figure.inches(left, top, width, 0.11), width < 5)
-    for number, (colour, words) in enumerate(specials.items()):
-        place = left + number * 1.3
-        ax = figure.inches(place, top + 0.37, 0.11, 0.11)
+    for colour, words in specials.items():
+        ax = figure.inches(left, top + 0.37, 0.11, 0.11)
         ax.set(xticks=[], yticks=[], facecolor=colour)
-        figure.words(place + 0.16, top + 0.355, words, fontsize=8)
+        left += 0.46 + figure.width_of(figure.words(left + 0.16, top + 0.355, words, fontsize=8))
 
 
 def _bar(ax: Axes, short: bool) -> None:
@@ -171,7 +216,7 @@ def footer_height(specials: Mapping[str, str]) -> float:
 
 
 def special_colours(
-    images: Sequence[tuple[np.ndarray, np.ndarray]], undefined: str = "undefined"
+    images: Sequence[tuple[np.ndarray, np.ndarray]], undefined: str = "no earlier step"
 ) -> dict[str, str]:
     """Colour -> its meaning, for those outside the scale in these (values, bad) images."""
     found = {}

@@ -18,6 +18,7 @@ from gradflow.reporter.scale import COLOURS, VERDICT_COLOURS, paint, power
 
 CURVE_FLOOR, CURVE_TOP = -8.0, 2.0
 SHADE = "#ededed"
+BEYOND = "no earlier step: the layer starts, or its state was cut, at the right"
 
 
 def draw_heat(ax: Axes, heat: Heat, *, label: bool = True) -> None:
@@ -36,6 +37,11 @@ def draw_heat(ax: Axes, heat: Heat, *, label: bool = True) -> None:
     )
     ax.set_xlim(heat.steps - 0.5, -0.5)
     ax.set_ylim(heat.units + 0.5, 0.5)
+    if heat.beyond > 0.6 * columns:  # wide enough for words
+        ax.text(
+            heat.beyond / columns / 2, 0.5, BEYOND, transform=ax.transAxes, ha="center",
+            va="center", fontsize=8, color=INK,
+        )  # fmt: skip
     if heat.labels:
         label_steps(ax.xaxis, heat.labels[::-1], range(len(heat.labels))[::-1])
     else:
@@ -109,7 +115,14 @@ def _draw_line(ax: Axes, line: LagLine, colour: str, top: float) -> None:
         ax.plot([x], [y], "o", color=colour, ms=5.5, mec="white", mew=0.8, zorder=6, clip_on=False)
 
 
-def draw_slope(ax: Axes, line: LagLine, layer: LayerAnalysis, reach: float) -> None:
+def draw_slope(
+    ax: Axes,
+    lag: np.ndarray,
+    slope: np.ndarray,
+    layer: LayerAnalysis,
+    reach: float,
+    limits: tuple[float, float],
+) -> None:
     """The local slope of the lag curve, and the rate with its interval."""
     colour = VERDICT_COLOURS[layer.verdict]
     rate = layer.rate
@@ -117,10 +130,12 @@ def draw_slope(ax: Axes, line: LagLine, layer: LayerAnalysis, reach: float) -> N
         ax.axhspan(rate.low, rate.high, color=colour, alpha=0.25, lw=0)
         ax.axhline(rate.value, color=INK, lw=0.8, ls=(0, (2, 2)))
     ax.axhline(0, color=FAINT, lw=0.7)
-    finite = np.where(np.isfinite(line.slope), line.slope, np.nan)
-    ax.plot(line.lag, finite, color=colour, lw=1.1)
+    finite = np.where(np.isfinite(slope), slope, np.nan)
+    lone = "." if np.isfinite(finite).sum() < 3 else None
+    ax.plot(lag, finite, color=colour, lw=1.1, marker=lone)
     ax.set_xlim(0, max(reach, 1))
-    ax.set_ylabel("slope", labelpad=2)
+    ax.set_ylim(*limits)
+    ax.set_ylabel("nats per step", labelpad=2)
     ax.set_xlabel("distance t′ − t in steps", labelpad=2)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.xaxis.set_major_locator(whole(6))

@@ -89,6 +89,18 @@ class Picture(Figure):
         first, *rest = textwrap.wrap(words, max(8, int(0.96 * len(words) * width / room)))
         return [first, " ".join(rest)] if rest else [first]
 
+    def shortened(self, words: str, name: str, width: float, **style: Any) -> str:
+        """Words in which a long name loses its beginning, until they fit a width in inches.
+
+        What is said of a layer matters more than the whole of its name, and names differ at the end.
+        """
+        text, kept = self.words(0, 0, words, **style), name
+        while self.width_of(text) > width and len(kept) > 14 and name in words:
+            kept = "…" + kept[-max(13, len(kept) - 4) :]
+            text.set_text(legible(words.replace(name, kept, 1)))
+        text.remove()
+        return words if kept == name else words.replace(name, kept, 1)
+
     def fit(self, text: Text, width: float, smallest: float = 7.0) -> Text:
         """Make a text fit a width in inches: smaller letters first, then an ellipsis."""
         size = float(text.get_fontsize())

@@ -34,6 +34,7 @@ class Heat:
     note: str  # words that stand in place of the picture, or ""
     broken: str  # where NaN or Inf begin, or ""
     labels: tuple[str, ...] = ()  # of the steps 0, 1, … back from the loss; none: their numbers
+    beyond: int = 0  # how many columns on the left have no step so far back
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,14 @@ def heat(layer: LayerAnalysis, state: str | None = None) -> Heat:
         note=_missing(layer, raw, bad),
         broken=_broken(layer, bad),
         labels=_labels_back(layer),
+        beyond=_beyond(values, bad_blocks),
     )
+
+
+def _beyond(values: np.ndarray, bad: np.ndarray) -> int:
+    """Columns on the left without a value: the layer starts, or its state was cut, right of them."""
+    known = np.flatnonzero((~np.isnan(values) | bad).any(axis=0))
+    return int(known[0]) if len(known) else 0
 
 
 def _labels_back(layer: LayerAnalysis) -> tuple[str, ...]:

@@ -47,6 +47,9 @@ def prepare(layer: LayerAnalysis) -> Blocks:
     names = tuple(_arrow(code, states) for code in codes)
     lag = np.arange(gain.shape[1])
     last = np.flatnonzero(~np.isnan(gain).all(axis=0))[-1]
+    # at the longest distances a sketch may know some blocks only: words are for all of them
+    said = np.flatnonzero(~np.isnan(gain).any(axis=0))
+    said_at = int(said[-1]) if len(said) else int(last)
     words = "Each line is the typical gain (root mean square) from one state to another."
     if not np.isnan(path).all():
         words += (
@@ -54,7 +57,7 @@ def prepare(layer: LayerAnalysis) -> Blocks:
             "1 the other paths take some of it back."
         )
     return Blocks(
-        message=_message(names, gain[:, last], int(last), path),
+        message=_message(names, gain[:, said_at], said_at, path[: said_at + 1]),
         reading=words,
         names=names,
         lag=lag[: last + 1],
@@ -97,7 +100,8 @@ def _arrow(code: str, states: Sequence[str]) -> str:
 
 
 def _message(names: Sequence[str], gain: np.ndarray, lag: int, path: np.ndarray) -> str:
-    order = np.argsort(-np.where(np.isnan(gain), -np.inf, gain), kind="stable")
+    known = np.flatnonzero(~np.isnan(gain))
+    order = known[np.argsort(-gain[known], kind="stable")]
     best, worst = order[0], order[-1]
     said = (
         f"after {count_words(lag, 'step')} {names[best]} keeps {ratio_words(gain[best])}, "
@@ -134,7 +138,7 @@ def draw(axes: Sequence[Axes], blocks: Blocks) -> None:
         below.axhline(1, color=FAINT, lw=0.7, zorder=0)
         top = float(np.fmax.reduce(finite))
         below.set_ylim(0, 1.12 * max(1.0, min(top, 5.0)))
-        below.set_ylabel("cell path", labelpad=2)
+        below.set_ylabel("share of c → c", labelpad=2)
         ax.tick_params(labelbottom=False)
         drawn.append(below)
     for one in drawn:

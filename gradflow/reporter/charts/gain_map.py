@@ -15,7 +15,7 @@ from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import draw_contour
 from gradflow.reporter.numbers import percent_words
 from gradflow.reporter.prepare import GONE, MAP_CELLS, pooled
-from gradflow.reporter.scale import paint
+from gradflow.reporter.scale import UNDEFINED, paint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,48 +23,73 @@ class GainMap(Chart):
     """ln gain of one sequence as powers of ten: target t' down, source t across."""
 
     values: np.ndarray  # (targets, sources) log10; NaN where t' < t
-    first: float  # the step, counted from 1, at the first edge
-    last: float
+    rows: tuple[float, float]  # the target steps at the upper and lower edge, counted from 1
+    columns: tuple[float, float]  # the source steps at the left and right edge, counted from 1
+    last: float  # where the sequence ends; the last row and column may reach beyond it
     sequence: int  # index in the user's batch
     norm: str
-    pool: int  # steps in a cell of the picture; the largest is shown
     contour: bool  # whether some gains lie above and some below 10⁻³
+    unknown: bool  # whether gains of t' ≥ t are missing
     reverse: bool
 
 
 def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
-    """The gain of every pair t' ≥ t of the first mapped sequence, at most 128 × 128 cells."""
+    """The gain of every measured pair t' ≥ t of the first mapped sequence, at most 128 × 128 cells."""
     data = layer.data["log_gain"]
     if not data.sizes["sequence"] or not data.sizes["source"]:
-        return GainMap(
-            note="No map was made.", values=np.empty((0, 0)), first=0, last=0, sequence=-1,
-            norm=norm, pool=1, contour=False, reverse=layer.reverse,
-        )  # fmt: skip
+        return _empty("No map was made.", norm)
     picked = data.sel(norm=norm).isel(sequence=0).transpose("target", "source")
+    sequence = int(data["sequence"].values[0])
+    length = int(layer.data["length"].values[sequence])
+    picked = picked.isel(target=picked["target"] < length, source=picked["source"] < length)
     values = picked.values / LN10
-    count = values.shape[0]
-    pool = max(1, math.ceil(count / MAP_CELLS))
-    steps = picked["source"].values + 1.0
-    stride = float(steps[1] - steps[0]) if count > 1 else 1.0
-    shown = pooled(values, pool, pool)
-    known = shown[~np.isnan(shown)]
-    start = float(steps[0]) - stride / 2
-    contour = bool(len(known) and known.min() < GONE < known.max() and count > 2)
-    note = _note(layer, known)
+    targets, sources = picked["target"].values + 1, picked["source"].values + 1
+    known = values[~np.isnan(values)]
+    note = _note(layer, sources, known)
+    if note:
+        return _empty(note, norm)
+    down, across = _axis(targets), _axis(sources)
+    shown = pooled(values, down.pool, across.pool)
+    low = shown[~np.isnan(shown)]
+    contour = bool(len(low) and low.min() < GONE < low.max() and len(targets) > 2)
     return GainMap(
-        message="" if note else _message(values),
-        reading=_reading(contour, pool * round(stride)),
-        note=note,
+        message=_message(values, targets, sources),
+        reading=_reading(layer, sequence, contour, down, across),
         values=shown,
-        first=start,
-        last=start + shown.shape[0] * pool * stride,
-        sequence=int(data["sequence"].values[0]),
+        rows=down.edges,
+        columns=across.edges,
+        last=length + 0.5,
+        sequence=sequence,
         norm=norm,
-        pool=pool * round(stride),
         contour=contour,
+        unknown=bool(np.isnan(values[targets[:, None] >= sources[None, :]]).any()),
         reverse=layer.reverse,
         labels=_labels(layer),
     )
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The steps along one side of a map: measured every ``stride``, drawn ``pool`` to a cell."""
+
+    stride: int
+    pool: int
+    edges: tuple[float, float]
+
+
+def _axis(steps: np.ndarray) -> _Axis:
+    stride = int(steps[1] - steps[0]) if len(steps) > 1 else 1
+    pool = math.ceil(len(steps) / MAP_CELLS)
+    cells = math.ceil(len(steps) / pool)
+    start = float(steps[0]) - 0.5  # a cell reaches from its own first step to that of the next
+    return _Axis(stride, pool, (start, start + cells * pool * stride))
+
+
+def _empty(note: str, norm: str) -> GainMap:
+    return GainMap(
+        note=note, values=np.empty((0, 0)), rows=(0, 0), columns=(0, 0), last=0, sequence=-1,
+        norm=norm, contour=False, unknown=False, reverse=False,
+    )  # fmt: skip
 
 
 def _labels(layer: LayerAnalysis) -> tuple[str, ...]:
@@ -74,17 +99,22 @@ def _labels(layer: LayerAnalysis) -> tuple[str, ...]:
     return labels[::-1] if layer.reverse else labels
 
 
-def _note(layer: LayerAnalysis, known: np.ndarray) -> str:
+def _note(layer: LayerAnalysis, sources: np.ndarray, known: np.ndarray) -> str:
     if layer.steps <= 1:
         return "one step: no pair of steps to show"
-    return "" if len(known) else "no finite gain to show"
+    if not len(known):
+        return "no finite gain to show"
+    if len(sources) == 1 and layer.steps > 2:
+        return (
+            f"Only step {sources[0]} was followed, since more would have taken too long. The lag curve "
+            f"shows its gain; analyze(…, stride={math.ceil(layer.steps / MAP_CELLS)}) makes a map."
+        )
+    return ""
 
 
-def _message(values: np.ndarray) -> str:
-    """How many of the pairs of different steps keep a gain of 10⁻³."""
-    apart = values.copy()
-    np.fill_diagonal(apart, np.nan)
-    known = apart[~np.isnan(apart)]
+def _message(values: np.ndarray, targets: np.ndarray, sources: np.ndarray) -> str:
+    """How many of the measured pairs of different steps keep a gain of 10⁻³."""
+    known = values[(targets[:, None] != sources[None, :]) & ~np.isnan(values)]
     if not len(known):
         return "no pair of different steps was measured"
     kept = float((known >= GONE).mean())
@@ -95,23 +125,30 @@ def _message(values: np.ndarray) -> str:
     return f"{percent_words(kept)} of the pairs of steps keep a gain above 10⁻³"
 
 
-def _reading(contour: bool, pool: int) -> str:
+def _reading(layer: LayerAnalysis, sequence: int, contour: bool, down: _Axis, across: _Axis) -> str:
     words = "Along a row, leftwards from the diagonal: how far back step t′ still feels."
     if contour:
         words += " White line: 10⁻³."
-    if pool > 1:
-        words += f" A cell is the largest of {pool} × {pool} steps."
+    if layer.sequences > 1:
+        words += f" Sequence {sequence + 1} of {layer.sequences}."
+    apart = across.stride > down.stride
+    if apart:
+        words += f" One step in {across.stride} was followed as a source."
+    targets, sources = down.pool * down.stride, across.pool * (1 if apart else across.stride)
+    if max(down.pool, across.pool) > 1:
+        each = f"{targets} × {sources} steps" if sources > 1 else f"{targets} target steps"
+        words += f" A cell is the largest of {each}."
     return words
 
 
 def draw(axes: Sequence[Axes], gain: GainMap) -> None:
     """Source t across, target t′ down; the undefined half is grey; contour at 10⁻³."""
     ax = axes[0]
-    extent = (gain.first, gain.last, gain.last, gain.first)
+    extent = (*gain.columns, *gain.rows[::-1])
     ax.imshow(paint(gain.values), extent=extent, interpolation="nearest", aspect="equal")
+    ax.set(xlim=(0.5, gain.last), ylim=(gain.last, 0.5), facecolor=UNDEFINED)
     if gain.contour:
-        edges = (gain.first, gain.last)
-        draw_contour(ax, gain.values, edges, edges, GONE)
+        draw_contour(ax, gain.values, gain.columns, gain.rows, GONE)
     for axis in (ax.xaxis, ax.yaxis):
         label_steps(axis, gain.labels, range(1, len(gain.labels) + 1), 5)
     order = " (processing order)" if gain.reverse else ""

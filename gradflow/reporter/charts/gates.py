@@ -41,7 +41,7 @@ def prepare(layer: LayerAnalysis) -> Gates:
         note = "No gate was measured at any step."
     return Gates(
         message="" if note else _message(names, mean, closed, opened),
-        reading="Averages over units and sequences, at every step.",
+        reading=_reading(names),
         note=note,
         names=names,
         step=np.arange(1, layer.data.sizes["step"] + 1),
@@ -50,6 +50,17 @@ def prepare(layer: LayerAnalysis) -> Gates:
         open=opened,
         labels=layer.step_labels,
     )
+
+
+def _reading(names: Sequence[str]) -> str:
+    words = "Averages over units and sequences, at every step."
+    if "f" in names:
+        words += " An open forget gate f keeps the cell and its gradient, a closed one cuts both."
+    elif "z" in names:
+        words += (
+            " An open update gate z keeps the state and its gradient, a closed one replaces it."
+        )
+    return words
 
 
 def _message(names: Sequence[str], mean: np.ndarray, closed: np.ndarray, opened: np.ndarray) -> str:
@@ -61,7 +72,7 @@ def _message(names: Sequence[str], mean: np.ndarray, closed: np.ndarray, opened:
     said = f"the {kind} is {number_words(float(shares[0]))} on average"
     if np.isnan(shares[1:]).any():
         return said
-    return f"{said}, {percent_words(shares[1])} closed and {percent_words(shares[2])} open"
+    return f"{said}: closed {percent_words(shares[1])} of the time, open {percent_words(shares[2])}"
 
 
 def draw(axes: Sequence[Axes], gates: Gates) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
@@ -20,6 +21,9 @@ class LagCurve(Chart):
     """The curve, and how much of it is shown."""
 
     line: LagLine
+    slope: np.ndarray  # (K,) nats per step, over ``window`` steps
+    window: int
+    limits: tuple[float, float]  # of the axis of slopes
     layer: LayerAnalysis
     reach: float  # the largest lag on the axis
     top: float  # the highest power of ten
@@ -28,19 +32,68 @@ class LagCurve(Chart):
 def prepare(layer: LayerAnalysis) -> LagCurve:
     """The same curve as in the overview, with its words."""
     line = lag_line(layer)
+    reach = overview.curve_reach([line], [layer])
+    window = _window(layer, reach)
+    slope = _smoothed(line.slope, window)
     return LagCurve(
         message="" if line.note else _message(layer, line),
-        reading=(
-            "Above, the median over sequences and starting steps, its 10–90 % band, and dashed the "
-            "rate. Below, the slope from one distance to the next, in nats per step, and the "
-            "rate's interval."
-        ),
+        reading=_reading(slope, window),
         note=line.note,
         line=line,
+        slope=slope,
+        window=window,
+        limits=_limits(layer, slope[: int(reach) + 1]),
         layer=layer,
-        reach=overview.curve_reach([line], [layer]),
+        reach=reach,
         top=overview.curve_top([line]),
     )
+
+
+def _reading(slope: np.ndarray, window: int) -> str:
+    words = (
+        "the median over sequences and starting steps, its 10–90 % band, and dashed the rate; in the "
+        "grey part, below 10⁻³, the gradient is gone."
+    )
+    if not np.isfinite(slope).any():
+        return words[0].upper() + words[1:]
+    over = "to the next" if window == 1 else f"to {window} steps more"
+    return (
+        f"Above, {words} Below, the slope from one distance {over}, in nats per step: flat where the "
+        "gain falls or grows at one rate, which is dashed, with its interval."
+    )
+
+
+def _window(layer: LayerAnalysis, reach: float) -> int:
+    """Over how many steps a slope is taken: about a hundred to an axis, and whole strides.
+
+    Where one step in n was followed as a source, the median is over other pairs at every n-th
+    distance, and jumps there.
+    """
+    sources = layer.data["source"].values
+    stride = int(sources[1] - sources[0]) if len(sources) > 1 else 1
+    return stride * max(1, math.ceil(reach / 100 / stride))
+
+
+def _smoothed(slope: np.ndarray, window: int) -> np.ndarray:
+    """The mean of so many slopes, the middle one last of the first half; NaN without all of them."""
+    if window == 1 or len(slope) <= window:
+        return slope
+    sums = np.convolve(slope, np.ones(window) / window, "valid")
+    smooth = np.full(len(slope), np.nan)
+    start = (window - 1) // 2
+    smooth[start : start + len(sums)] = sums
+    return smooth
+
+
+def _limits(layer: LayerAnalysis, slope: np.ndarray) -> tuple[float, float]:
+    """Room for the rate, for zero and for most of the slopes: the first few are often far off."""
+    known = slope[np.isfinite(slope)]
+    ends = [0.0, *(end for end in (layer.rate.low, layer.rate.high) if math.isfinite(end))]
+    ends += [float(end) for end in np.quantile(known, (0.04, 0.96))] if len(known) else []
+    if len(known) <= 10:
+        ends += [float(end) for end in known]
+    margin = max(0.1 * (max(ends) - min(ends)), 1e-4)
+    return min(ends) - margin, max(ends) + margin
 
 
 def _message(layer: LayerAnalysis, line: LagLine) -> str:
@@ -60,4 +113,6 @@ def draw(axes: Sequence[Axes], curve: LagCurve) -> None:
     axes[0].set_ylabel("gain", labelpad=2)
     if len(axes) > 1:
         axes[0].tick_params(labelbottom=False)
-        panels.draw_slope(axes[1], curve.line, curve.layer, curve.reach)
+        panels.draw_slope(
+            axes[1], curve.line.lag, curve.slope, curve.layer, curve.reach, curve.limits
+        )

@@ -114,7 +114,8 @@ def _message(name: str, parts: np.ndarray, window: float, layer: LayerAnalysis) 
 def _reading(layer: LayerAnalysis, name: str) -> str:
     words = (
         "Above, the size of the part of the gradient that went k steps back, as a share of the sum "
-        "of all parts; below, the error left if it may go back k steps and no further."
+        "of all parts; below, the error left if it may go back k steps and no further (dashed: 5 %). "
+        "Truncated backpropagation loses the grey part."
     )
     depth, cancel = (measured(layer, what) for what in ("gradient_depth", "cancellation"))
     if depth is not None and not math.isnan(float(depth.sel(parameter=name))):
@@ -155,6 +156,6 @@ def draw(axes: Sequence[Axes], chart: LagGradient) -> None:
         ax.tick_params(labelbottom=number == len(axes) - 1)
     axes[-1].set_xlabel("lag k: steps back from the loss", labelpad=2)
     if chart.windows:
-        words = f"left: the {count_words(int(chart.windows[0]), 'step')} to keep for 5 %"
+        words = f"{count_words(int(chart.windows[0]), 'step')} kept: error 5 % or less"
         axes[0].plot([], [], color=INK, lw=0.9, label=words)
     key(axes[0], 3)

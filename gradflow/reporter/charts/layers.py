@@ -52,9 +52,9 @@ def prepare(layers: Sequence[LayerAnalysis]) -> Layers:
     return Layers(
         message="" if note else _message(order, totals[0]),
         reading=(
-            "Rows are layers, the one nearest to the loss on top. Every norm is divided by the "
-            "largest at the state of the uppermost layer that has a gradient; the bars are the "
-            "root of the sum of squares over all steps."
+            "Rows are layers, the one that ran last on top. Every norm is divided by the largest at "
+            "the state of the uppermost row that has a gradient; the bars are the root of the sum "
+            "of squares over all steps. What a layer passes down is the gradient at its input."
         ),
         note=note,
         names=tuple(short_name(layer.name) for layer in order),

@@ -82,7 +82,8 @@ def _reading(layer: LayerAnalysis, band: float) -> str:
     words = (
         "Above, growth per step of each direction with its 95 % interval over sequences; in the "
         f"grey band (± {number_words(band)}) less than a power of ten is lost or won over "
-        f"{layer.span} steps. Below, the running means: flat at the end means settled."
+        f"{layer.span} steps. Below, the running means, thick for the largest: flat at the end "
+        "means settled."
     )
     rule = measured(layer, "sum_rule")
     if rule is not None and np.isfinite(rule.values).all():

@@ -72,8 +72,18 @@ def draw_log_lines(
         zero = np.isneginf(line.values)
         ax.plot(x[zero], np.full(zero.sum(), low), ".", color=line.colour, ms=4, clip_on=False)
     ax.set_ylim(low, high)
-    places, words = power_ticks(low + (0.04 * (high - low) if zeros else 0), high)
+    tall = _inches(ax)
+    above = low + (
+        max(0.04, 0.17 / tall) * (high - low) if zeros else 0
+    )  # the word 0 has its place
+    places, words = power_ticks(above, high, min(5, max(2, int(tall / 0.25))))
     ax.set_yticks([low, *places] if zeros else places, ["0", *words] if zeros else words)
+
+
+def _inches(ax: Axes) -> float:
+    """The height of axes, of a figure as it is now."""
+    figure = ax.get_figure(root=True)
+    return max(0.1, float(ax.get_window_extent().height) / (figure.dpi if figure else 100))
 
 
 def log_limits(

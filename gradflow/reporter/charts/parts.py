@@ -24,7 +24,7 @@ class Parts(Chart):
     step: np.ndarray  # (T,) counted from 1
     total: np.ndarray  # (T,)
     direct: np.ndarray  # (T,)
-    last: np.ndarray  # (T,) of the last loss step alone
+    last: np.ndarray  # (T,) of the last loss step alone; NaN where that is the total
 
 
 def prepare(layer: LayerAnalysis) -> Parts:
@@ -39,17 +39,33 @@ def prepare(layer: LayerAnalysis) -> Parts:
     note = layer.gradient_note
     if not note and np.isnan(total).all():
         note = "No gradient of the loss was recorded for this layer."
+    alone = np.array_equal(total, last, equal_nan=True)  # the loss acts at one step only
     return Parts(
         message="" if note else _message(total, direct),
-        reading="The direct part leaves out the layer's own recurrence. Exact zeros are dots at 0.",
+        reading=_reading(direct, last, alone),
         note=note,
         state=state,
         step=np.arange(1, len(total) + 1),
         total=total,
         direct=direct,
-        last=last,
+        last=np.full(last.shape, np.nan) if alone else last,
         labels=layer.step_labels,
     )
+
+
+def _reading(direct: np.ndarray, last: np.ndarray, alone: bool) -> str:
+    words = (
+        "The direct part leaves out what comes back through the layer's own recurrence: where it "
+        "lies below the total, a hook on the output misses that much."
+    )
+    if np.isneginf(direct).any():
+        words += " Exact zeros are dots at 0."
+    if not alone and not np.isnan(last).all():
+        words += (
+            " The total adds up all loss steps, so it need not fade; how far back one loss step "
+            "reaches, its own dashed line shows."
+        )
+    return words
 
 
 def _message(total: np.ndarray, direct: np.ndarray) -> str:

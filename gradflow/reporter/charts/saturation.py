@@ -170,7 +170,8 @@ def _message(layer: LayerAnalysis, limits: Sequence[tuple[str, np.ndarray]]) -> 
     count, mean, units, words = max(stuck)
     if count:
         be, have = ("is", "has") if units == 1 else ("are", "have")
-        many = f"{'unit' if units == 1 else 'units'} {have if words.startswith('gate') else be}"
+        verb = have if words.startswith(("gate", "tanh")) else be
+        many = f"{'unit' if units == 1 else 'units'} {verb}"
         words = words.replace("h beyond", "beyond") if words.startswith("h ") else words
         return f"{count} of {units} {many} {words} more than {STUCK:.0%} of the time".replace(
             "%", " %"

@@ -14,6 +14,8 @@ from gradflow.reporter.numbers import count_words
 from gradflow.reporter.panels import draw_heat
 from gradflow.reporter.prepare import GONE, Heat, heat
 
+CARRIED = -1.0  # a unit that never falls below a tenth carries the gradient
+
 
 @dataclass(frozen=True, kw_only=True)
 class States(Chart):
@@ -52,9 +54,13 @@ def _message(layer: LayerAnalysis) -> str:
         return f"∂L/∂{layer.main_state} is not finite"
     far = int(known[-1])
     left = int((raw[:, far] >= GONE).sum())
+    steady = int((np.isnan(raw) | (raw >= CARRIED)).all(axis=1).sum())
     unit = "cell" if layer.main_state == "c" else "unit"
     many = f"{unit} has" if left == 1 else f"{unit}s have"
-    return f"{left} of {len(raw)} {many} 10⁻³ of the loss's gradient left {count_words(far, 'step')} back"
+    said = f"{left} of {len(raw)} {many} 10⁻³ of the loss's gradient left {count_words(far, 'step')} back"
+    # the headline of the overview counts these
+    keeps = "keeps" if steady == 1 else "keep"
+    return f"{said}; {steady} {keeps} a tenth all the way" if left and far else said
 
 
 def draw(axes: Sequence[Axes], states: States) -> None:

@@ -67,6 +67,8 @@ def _message(known: np.ndarray, span: int) -> str:
     middle = float(np.sort(known)[(len(known) - 1) // 2])
     long = int((known >= span).sum())
     most = "for good" if np.isinf(middle) else f"for {number_words(middle)} steps"
+    if len(known) == 1:
+        return f"its only unit remembers {most}, the span is {span}"
     many = "unit remembers" if long == 1 else "units remember"
     said = f"{long} of {count_words(len(known), 'unit').split()[0]} {many} as long as the span of {span}"
     return (
