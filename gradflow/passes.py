@@ -34,14 +34,14 @@ def recorded_pass(model: nn.Module, batch: loading.Batch, settings: Settings) ->
         kwargs.setdefault("lengths", batch.lengths)
     given = [*batch.inputs, *batch.kwargs.values(), batch.target]
     with left_as_found(model, given), record(model, lengths=batch.lengths) as recording:
-        with _user_code(settings.guard, "the model", "check --input, or save the batch again"):
+        with _user_code(settings.guard, "the model", _about_input(model, batch.inputs)):
             result = model(*batch.inputs, **kwargs)
         value, words = _loss(result, model, batch, settings, recording)
-        recording.provenance["loss"] = words
         if value.requires_grad:
             with _user_code(settings.guard, "the backward pass", "the same loss must train"):
                 value.backward()
-    recording.provenance["input"] = _shapes(batch.inputs)
+    # only now: what was recorded is described when the block ends
+    recording.provenance |= {"input": _shapes(batch.inputs), "loss": words}
     recording.provenance = with_notes(recording.provenance, batch.notes)
     return recording
 
@@ -103,6 +103,21 @@ def _scalar(value: object) -> Tensor:
             must_be("the loss", "one number in a tensor", got, "reduce it, e.g. by .mean()")
         )
     return value.reshape(())
+
+
+def _about_input(model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """What to check where a model cannot read its input: tokens without a row, else shapes."""
+    whole = [x for x in inputs if isinstance(x, Tensor) and not x.is_floating_point() and x.numel()]
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Embedding) and whole:
+            low, high = int(whole[0].min()), int(whole[0].max())
+            if low < 0 or high >= part.num_embeddings:
+                return (
+                    f"its tokens are {low} to {high}, and the embedding {name} knows 0 to "
+                    f"{part.num_embeddings - 1}: give tokens of the vocabulary the model was trained "
+                    "with"
+                )
+    return f"the input has {_shapes(inputs)}: check --input, or save the batch again"
 
 
 def _shapes(inputs: tuple[Any, ...]) -> str:

@@ -26,6 +26,15 @@ NET = """
 import torch
 from torch import nn
 
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(50, 8)
+        self.rnn = nn.GRU(8, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(self.words(x))[0]
+
 class Net(nn.Module):
     def __init__(self, inputs=10, hidden=20, fail=False):
         super().__init__()
@@ -155,6 +164,7 @@ def test_a_users_class_on_a_users_batch(batch: str, here: Path) -> None:
     summary = json.loads((here / "out/summary.json").read_text())
     assert [layer["name"] for layer in summary["layers"]] == ["rnn.l0", "rnn.l1"]
     assert {layer["parity"]["status"] for layer in summary["layers"]} == {"passed"}
+    assert summary["provenance"]["loss"] == "mean squared error of output"
 
 
 def test_json_is_one_object_and_nothing_else(
@@ -272,7 +282,15 @@ def test_files_that_are_no_models_are_refused_in_one_sentence(
         ),
         (["--model", "user_net:Net(10, 20, 'exit')", "--input", "batch.pt"], ["ended the program"]),
         (["--model", "user_net:Net()", "--input", "gone.pt"], ["gone.pt"]),
-        (["--model", "user_net:Net()", "--input", "wide.npy"], ["raised", "11"]),
+        (
+            ["--model", "user_net:Net()", "--input", "wide.npy"],
+            ["raised", "11", "shape (5, 7, 11)"],
+        ),
+        (["--model", "user_net:Net()", "--input", "model.pt"], ["holds the weights of a model"]),
+        (["--model", "user_net:Net()", "--input", "cut.pt"], ["damaged zip archive", "cut short"]),
+        (["--model", "user_net:Net()", "--input", "empty.pt"], ["is empty (0 bytes)"]),
+        (["--model", "user_net:Net()", "--input", "folder"], ["folder is a folder"]),
+        (["--labels", "gone.txt"], ["cannot read labels from gone.txt (No such file"]),
         (["--model", "user_net:Net()", "--input", "batch.pt", "--loss", "huber"], ["huber", "mse"]),
         (["--model", "user_net:Net()", "--input", "batch.pt", "--output", "logits"], ["logits"]),
         (["--loss", "mse"], ["--input"]),
@@ -289,12 +307,39 @@ def test_bad_options_are_refused_in_one_sentence(
     save_state_dict(here / "model.pt")
     save_batch(here, "batch.pt")
     np.save(here / "wide.npy", np.zeros((5, 7, 11), dtype=np.float32))
+    (here / "cut.pt").write_bytes((here / "model.pt").read_bytes()[:3000])
+    (here / "empty.pt").touch()
+    (here / "folder").mkdir()
     assert run("analyze", "model.pt", *arguments) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error and error.count("\n") == 1, error
     for word in words:
         assert word in error, error
     assert not (here / "reports").exists()
+
+
+def test_tokens_without_an_embedding_are_counted(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"words": nn.Embedding(50, 8), "rnn": nn.GRU(8, 4)}
+    torch.save(nn.ModuleDict(parts).state_dict(), here / "words.pt")
+    torch.save({"input": torch.tensor([[3, 98, 7]])}, here / "batch.pt")
+    assert run("analyze", "words.pt", "--model", "user_net:Words()", "--input", "batch.pt") == 2
+    said = "its tokens are 3 to 98, and the embedding words knows 0 to 49"
+    assert said in capsys.readouterr().err
+
+
+def test_a_batch_or_quantized_weights_given_as_the_model_are_named(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_batch(here, "batch.pt")
+    assert run("analyze", "batch.pt") == 2
+    said = capsys.readouterr().err
+    assert "a batch and no model" in said and "gradflow analyze WEIGHTS" in said
+    packed = {"0._all_weight_values.0.param": 1, "fc.scale": torch.ones(())}
+    torch.save(packed, here / "small.pt")
+    assert run("analyze", "small.pt") == 2
+    assert "quantized weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", ["1", "2", "3", "9"])

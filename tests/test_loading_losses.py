@@ -177,9 +177,10 @@ def test_one_target_per_sequence() -> None:
 )
 def test_a_loss_that_the_target_chose_says_which(target: Tensor, name: str) -> None:
     loss = make_loss(None, target_present=True)
+    assert loss.note == ""
     loss(STEPS, target)
     assert loss.name == name
-    assert loss.note.startswith(f"no loss was given, so it was chosen by the target: {name};")
+    assert loss.note == f"no loss was given: the target chose {name}; loss= or --loss sets another"
     assert make_loss(None, target_present=True).name == "the loss that the target chooses"
     with pytest.raises(InputError, match="the target must be a tensor, got none"):
         loss(STEPS)
@@ -201,6 +202,8 @@ BAD_LOSSES = {
     "no broadcasting": ("mse", ones(2, 1), ones(2, 2), "must be of the output's shape"),
     "transposed": ("mse", ones(2, 3), ones(3, 2), "must be of the output's shape"),
     "class shape": ("cross-entropy", ones(7, 2, 3), ones(2).long(), "the class axis is last"),
+    "one class": ("cross-entropy", ones(2, 1), ones(2, 1), r"two classes or more.*use bce for one"),
+    "one class, whole": ("nll", ones(2, 1), ones(2).long(), "two classes or more"),
     "scalar": ("cross-entropy", torch.tensor(1.0), ones(2).long(), "class axis is last"),
     "high": ("cross-entropy", ones(2, 3), torch.tensor([0, 3]), r"in 0 … 2.*got 0 to 3"),
     "low": ("nll", ones(2, 3), torch.tensor([-1, 2]), "got -1 to 2"),

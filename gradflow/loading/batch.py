@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gradflow.errors import FileError, InputError, must_be
 from gradflow.loading.kinds import READ_ERRORS, about_dangling
+from gradflow.loading.states import is_recurrent
 from gradflow.loading.words import article, reason
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
@@ -68,7 +69,7 @@ def read_batch(
 
 
 def _read(path: Path) -> object:
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES and not path.is_dir():
         raise FileError(
             must_be(f"{path}", f"one of {', '.join(SUFFIXES)}", repr(path.suffix), SAVE)
         )
@@ -106,7 +107,14 @@ def _content(path: Path) -> str:
         return ".npy"
     if len(head) > 8 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**32:
         return ".safetensors"
-    if head.startswith(b"PK") and zipfile.is_zipfile(path):
+    if not head:
+        raise FileError(f"the batch {path} is empty (0 bytes): its save or download failed; {SAVE}")
+    if head.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            raise FileError(
+                f"the batch {path} is a damaged zip archive, most likely cut short by an "
+                f"interrupted save or download; copy it again, or {SAVE}"
+            )
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         torch_made = any(name.rpartition("/")[2] == "data.pkl" for name in names)
@@ -169,6 +177,11 @@ def _from_mapping(value: Mapping[str, object], label: str) -> Batch:
     if "input" not in rest and set(rest) <= {"arr_0", "arr_1"} and rest:  # np.savez(file, x, y)
         return _as_batch(
             [rest[key] for key in sorted(rest)] if len(rest) == 2 else rest["arr_0"], label
+        )
+    if "input" not in rest and any(map(is_recurrent, rest)):
+        raise InputError(
+            f"{label} holds the weights of a model, and --input takes a batch: the numbers the model "
+            f"reads; in your training code {SAVE}"
         )
     if "input" not in rest:
         keys = ", ".join(list(rest)[:6]) or "none"

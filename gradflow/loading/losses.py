@@ -139,8 +139,7 @@ class Loss:
         if function is None:
             self.name, _, function = _LOSSES[_by_target(output, target)]
             self.note = (
-                f"no loss was given, so it was chosen by the target: {self.name}; if you train on "
-                "another, give that (loss=, --loss)"
+                f"no loss was given: the target chose {self.name}; loss= or --loss sets another"
             )
         return function(output, target, lengths, self.time_axis)
 
@@ -247,7 +246,13 @@ def _classes(loss: str, output: Tensor, target: Tensor | None) -> Tensor:
         expected = f"class numbers of shape {tuple(output.shape[:-1])} (the class axis is last)"
         advice = f"the output has shape {tuple(output.shape)}; choose with --output or --loss"
         raise InputError(must_be("the target", expected, f"shape {tuple(target.shape)}", advice))
-    if tuple(target.shape) == tuple(output.shape) and output.ndim > 0:
+    if output.shape[-1] == 1:
+        one = f"one class only (the output has shape {tuple(output.shape)})"
+        raise InputError(
+            f"--loss {loss} must have two classes or more, got {one}, whose loss is always 0; "
+            "use bce for one logit, mse for one number"
+        )
+    if tuple(target.shape) == tuple(output.shape):
         return target.to(output.dtype)  # probabilities of the classes
     if target.is_floating_point() and bool((target != target.round()).any()):
         got = "fractions"
@@ -298,7 +303,7 @@ def _by_target(output: Tensor, target: Tensor | None) -> str:
             must_be("the target", "a tensor", "none", "give --target FILE, or use --loss last")
         )
     whole = not target.is_floating_point() and target.dtype != torch.bool
-    classes = whole and tuple(target.shape) == tuple(output.shape[:-1])
+    classes = whole and tuple(target.shape) == tuple(output.shape[:-1]) and output.shape[-1] > 1
     return "cross-entropy" if classes else "mse"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from gradflow.loading.recurrent import RecurrentModule, from_model, from_tensors
 from gradflow.loading.shells import Rebuilder, Shell, foreign_classes, tensors_of
 from gradflow.loading.states import Found, fold, is_recurrent, locate, name_of, renamed
 from gradflow.loading.words import RESAVE, analyze_command, printable, reason
+
+BATCH_KEYS = ("input", "target", "lengths")  # of a file given to --input
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ def open_model(
 
 def no_recurrence(opened: Opened) -> str:
     """The sentence for a file without recurrent weights."""
+    if "input" in opened.shapes and set(opened.shapes) <= set(BATCH_KEYS):
+        return printable(
+            f"{opened.path} holds {' and '.join(opened.shapes)}, a batch and no model; give it with "
+            f"the file of weights: gradflow analyze WEIGHTS --model 'pkg.mod:Net(10, 20)' "
+            f"--input {shlex.quote(str(opened.path))}"
+        )
     shown = [f"{key} {shape}" for key, shape in list(opened.shapes.items())[:4]]
     more = f" and {len(opened.shapes) - 4} more" if len(opened.shapes) > 4 else ""
     holds = f"{len(opened.shapes)} tensors, none a weight_hh ({', '.join(shown)}{more})"
@@ -88,6 +97,7 @@ def open_any(path: str | os.PathLike[str], spec: str | None, trust: bool) -> Ope
 
 def _open(path: Path, spec: str | None, trust: bool) -> Opened:
     contents = read(path, trust)
+    _refuse_quantized(path, contents.value)
     try:
         found = locate(contents.value, contents.kind)
     except ValueError as error:
@@ -127,6 +137,17 @@ def _open(path: Path, spec: str | None, trust: bool) -> Opened:
         trusted=trust,
         shapes=shapes,
     )
+
+
+def _refuse_quantized(path: Path, value: object) -> None:
+    """torch.ao.quantization packs the weights of a layer into one object that nothing here can read."""
+    packed = ("_packed_params", "_all_weight_values")
+    keys = [str(key) for key in value] if isinstance(value, Mapping) else []
+    if any(part in key for key in keys for part in packed):
+        raise FileError(
+            f"{path} holds quantized weights, packed for inference, through which no gradient flows; "
+            f"take the model as it was before it was quantized: {RESAVE}"
+        )
 
 
 def _all_tensors(found: Found) -> dict[str, Tensor]:

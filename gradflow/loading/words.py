@@ -42,7 +42,8 @@ def reason(error: BaseException, most: int = 160) -> str:
     """
     if isinstance(error, KeyError):  # its text is the bare key
         return " (one part of it refers to another that is not there)"
-    lines = str(error).splitlines()
+    strerror = getattr(error, "strerror", None)  # without the number and the path again
+    lines = str(strerror or error).splitlines()
     if lines and len(re.findall(r"[^\W\d_]{2,}", lines[0])) >= 2:
         return f" ({printable(lines[0][:most])})"
     if isinstance(error, EOFError):
