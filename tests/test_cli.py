@@ -350,6 +350,24 @@ def test_very_short_sequences(steps: str, here: Path, capsys: pytest.CaptureFixt
         assert "T = 1" in capsys.readouterr().out
 
 
+def test_probes_that_disagree_name_the_command_for_this_file(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rnn = nn.RNN(6, 24)
+    with torch.no_grad():
+        rnn.weight_hh_l0.mul_(2.2)
+        rnn.weight_ih_l0.mul_(6)
+        rnn.bias_ih_l0.zero_()
+        rnn.bias_hh_l0.zero_()
+    torch.save(rnn.state_dict(), here / "open.pt")
+    assert run("analyze", "open.pt", "--seq-len", "40", "--json") == 0
+    (finding, *_) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["name"] == "depends-on-input"
+    assert (
+        finding["code"] == "gradflow analyze open.pt --model 'pkg.mod:Net(10, 20)' --input batch.pt"
+    )
+
+
 def test_one_sequence(here: Path) -> None:
     save_state_dict(here / "model.pt")
     assert run("analyze", "model.pt", "--batch", "1") == 0
