@@ -63,7 +63,7 @@ def _loss(
                 "choose its part: loss=lambda output, target: criterion(output[0], target)"
             ) from error
         name = getattr(settings.loss, "__name__", type(settings.loss).__name__)
-        return _scalar(value), name
+        return _scalar(value), name.replace("<lambda>", "a lambda of the caller's")
     output, where = loading.choose_output(result, settings.output)
     lengths = loading.output_lengths(result, settings.output)
     lengths = batch.lengths if lengths is None else lengths
