@@ -456,6 +456,18 @@ def test_vanishing_lstm_names_its_forget_gates() -> None:
     assert torch.equal(model.bias_ih_l0.data[:8], -model.bias_ih_l0.data[8:16])
 
 
+def test_a_long_path_is_said_once_and_the_code_still_runs() -> None:
+    model = nn.ModuleDict({"encoder_of_context": nn.ModuleDict({"backbone": nn.LSTM(2, 8)})})
+    rnn = model["encoder_of_context"]["backbone"]
+    with gradflow.record(model) as recording:
+        rnn(torch.randn(100, 8, 2))[0][-1].sum().backward()
+    code = only(analyze(recording)).findings[1].code
+    assert code.startswith("layer = model.encoder_of_context.backbone\n")
+    assert code.count("backbone") == 1
+    exec(code, {"model": model, "torch": torch})  # noqa: S102 — must run as printed
+    assert rnn.bias_ih_l0.data[8:16].min() >= 0 and bool((rnn.bias_hh_l0.data[:16] == 0).all())
+
+
 @pytest.mark.parametrize(
     ("steps", "said"),
     [(300, "over 33 steps before it fades"), (30, "has not faded after the 29 steps measured")],
