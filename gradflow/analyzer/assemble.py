@@ -325,7 +325,7 @@ def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[s
     if every:
         notes.append(
             f"the loss reaches {_listed(every, names)} from many steps at once: the total gradient "
-            "need not fade even where nothing flows; read the profile of the last loss step alone"
+            "need not fade even where nothing flows; read the overview, of the last loss step alone"
         )
     return tuple(dict.fromkeys(notes))
 
