@@ -85,9 +85,11 @@ grad_input_norm     (step)                         median over sequences of â€–â
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
@@ -105,6 +107,8 @@ VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
 FRAMES = ("layers", "steps", "lags", "units", "findings")
 HEADLINE = ["layer", "verdict", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels"]
 SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be misled
+# without these no picture of a layer can be drawn; older runs may lack others
+ESSENTIAL = ("log_gain", "lag_median", "sequence_rate", "log10_grad", "unit_order", "grad_norm")
 PACKED = {"zlib": True, "complevel": 1, "shuffle": True}  # of large arrays in a file; loses nothing
 LARGE = 1000  # entries
 
@@ -279,7 +283,8 @@ class Analysis:
         Returns:
             A new analysis with the same layers.
 
-        >>> Analysis("RNN", {}, (), {}).titled("before training").title
+        >>> import gradflow
+        >>> gradflow.Analysis("RNN", {}, (), {}).titled("before training").title
         'before training'
         """
         return replace(self, title=title)
@@ -586,7 +591,7 @@ def load(path: str | os.PathLike[str]) -> Analysis:
     >>> import tempfile, torch, gradflow
     >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     again = load(run.save(f"{folder}/run.nc"))
+    ...     again = gradflow.load(run.save(f"{folder}/run.nc"))
     >>> again["l0"].rate == run["l0"].rate
     True
     """
@@ -596,24 +601,21 @@ def load(path: str | os.PathLike[str]) -> Analysis:
     path = Path(path)
     file = path / "run.nc" if path.is_dir() else path
     if not file.exists():
+        near = _near_runs(path)
+        such = f", such as {near[0]}" if near else ""
         raise FileError(
-            f"there is no run at {file}; give a folder written by gradflow, or its run.nc"
+            f"there is no run at {file}; give a folder written by gradflow, or its run.nc{such}"
         )
     try:
         with xr.open_datatree(file, engine="h5netcdf") as tree:
             tree.load()
             header = json.loads(tree.attrs["gradflow"])
+            if header["schema"] != SCHEMA:
+                raise FileError(_other_schema(file, header["schema"]))
             groups = [tree[f"/layer{number}"] for number in range(len(header["layers"]))]
             layers = [_layer_from(group.to_dataset()) for group in groups]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(
-            f"{file} is not a run saved by gradflow; give a report folder or its run.nc"
-        ) from error
-    if header["schema"] != SCHEMA:
-        raise FileError(
-            f"{file} was saved with schema {header['schema']}, this gradflow reads {SCHEMA}; "
-            "analyze the model again"
-        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise FileError(_unreadable(file)) from error
     return Analysis(
         title=header["title"],
         layers={layer.name: layer for layer in layers},
@@ -622,8 +624,46 @@ def load(path: str | os.PathLike[str]) -> Analysis:
     )
 
 
+def _near_runs(path: Path) -> list[Path]:
+    """Runs inside a folder that is none itself, or beside a path that does not exist."""
+    if path.is_dir():
+        found = [file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/run.nc")]
+        return sorted(found)
+    beside = {file.parent.name: file.parent for file in path.parent.glob("*/run.nc")}
+    return [beside[name] for name in difflib.get_close_matches(path.name, sorted(beside), n=1)]
+
+
+def _other_schema(file: Path, schema: object) -> str:
+    """What to do with a run of another version, newer or older."""
+    newer = isinstance(schema, int) and schema > SCHEMA
+    todo = "update gradflow, or analyze" if newer else "analyze"
+    whose = "by a newer gradflow, " if newer else ""
+    return (
+        f"{file} was saved {whose}with schema {schema}, this gradflow reads {SCHEMA}; {todo} the "
+        "model again"
+    )
+
+
+def _unreadable(file: Path) -> str:
+    """Why a file is no run, by its first bytes, and what to do."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(8)
+    except OSError as error:
+        return f"cannot read {file}: {error.strerror or error}; check its permissions"
+    if not head:
+        return f"{file} is empty (0 bytes): its copy failed; copy it or analyze the model again"
+    if head.startswith(b"\x89HDF"):
+        return f"{file} is damaged, or is not a run saved by gradflow; copy it or analyze the model again"
+    return (
+        f"{file} is not a run saved by gradflow; give a report folder or its run.nc, or, if it is a "
+        f"model: gradflow analyze {shlex.quote(str(file))}"
+    )
+
+
 def _layer_from(data: xr.Dataset) -> LayerAnalysis:
     header = json.loads(data.attrs.pop("gradflow"))
+    data[list(ESSENTIAL)]  # KeyError where one is missing
     lyapunov = header.pop("lyapunov")
     return LayerAnalysis(
         **header

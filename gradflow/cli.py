@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,15 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gradflow import completion
 from gradflow._version import __version__
 from gradflow.conditions import parse_conditions
-from gradflow.errors import GradflowError, InputError
+from gradflow.errors import GradflowError, InputError, must_be
 from gradflow.progress import Progress
 
 if TYPE_CHECKING:
     from gradflow.analysis import Analysis
 
 DONE, CONDITION_HOLDS, BAD_INPUT, OWN_FAULT, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def _known_loss(_: click.Context, __: click.Parameter, name: str | None) -> str | None:
+    """Refuse a loss that is none before anything is read."""
+    if name is not None and name.strip().lower().replace("_", "-") not in completion.LOSSES:
+        listed = ", ".join(completion.LOSSES)
+        raise InputError(must_be("--loss", f"one of {listed}", repr(name), "choose one of them"))
+    return name
+
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 TRUST = click.option(
@@ -32,15 +44,22 @@ SPEC = click.option(
     "--model", "spec", metavar="SPEC", help="Your class and its arguments, 'pkg.mod:Net(10, 20)'."
 )
 FOLDER = click.option(
-    "-o", "folder", metavar="DIR", type=click.Path(path_type=Path), help="Folder for the files."
-)
+    "-o", "folder", metavar="DIR", type=click.Path(path_type=Path),
+    help="Folder for the files; by default a new one in reports/.",
+)  # fmt: skip
 FORCE = click.option("--force", is_flag=True, help="Replace the folder if it is there.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, only.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print a sentence per layer, only.")
-VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Print every finding, not three.")
-FAIL_ON = click.option(
-    "--fail-on", metavar="CONDITIONS", help="Exit with 1 if one holds: 'vanishing,horizon<50'."
+VERBOSE = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Print every finding, not three, and what the numbers rest on.",
 )
+FAIL_ON = click.option(
+    "--fail-on", metavar="CONDITIONS", shell_complete=completion.verdicts,
+    help="Exit with 1 if one holds: 'vanishing,horizon<50'.",
+)  # fmt: skip
 
 
 INPUT = click.option(
@@ -50,7 +69,10 @@ INPUT = click.option(
 TARGET = click.option(
     "--target", metavar="FILE", type=click.Path(path_type=Path), help="The batch's targets."
 )
-LOSS = click.option("--loss", metavar="NAME", help="mse, cross-entropy, bce, nll or last.")
+LOSS = click.option(
+    "--loss", metavar="NAME", callback=_known_loss, shell_complete=completion.losses,
+    help=f"{', '.join(completion.LOSSES[:-1])} or {completion.LOSSES[-1]}.",
+)  # fmt: skip
 OUTPUT = click.option(
     "--output", metavar="KEY", help="Which part of a tuple or dict output to use."
 )
@@ -86,7 +108,19 @@ RUNNING = _all(SPEC, INPUT, TARGET, LOSS, OUTPUT, SEQ_LEN, BATCH, SEED)
 SHOWING = _all(FOLDER, FORCE, AS_JSON, QUIET, VERBOSE, FAIL_ON)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+ENDING = """\b
+Exit codes: 0 done, 1 a condition of --fail-on holds, 2 bad input,
+3 a fault of gradflow's own, 130 interrupted.
+
+\b
+Completion, in the shell's own start file:
+  bash  eval "$(_GRADFLOW_COMPLETE=bash_source gradflow)"
+  zsh   eval "$(_GRADFLOW_COMPLETE=zsh_source gradflow)"
+  fish  _GRADFLOW_COMPLETE=fish_source gradflow | source
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=ENDING)
 @click.version_option(__version__, prog_name="gradflow")
 def gradflow() -> None:
     """How far back in time does the gradient of a recurrent PyTorch model really flow?
@@ -97,7 +131,7 @@ def gradflow() -> None:
     """
 
 
-@gradflow.command()
+@gradflow.command(short_help="Say where a model's gradient vanishes or explodes, and why.")
 @MODEL
 @RUNNING
 @LABELS
@@ -135,9 +169,11 @@ def analyze(
     _fail_on(analysis, conditions)
 
 
-@gradflow.command()
+@gradflow.command(short_help="Train an RNN and an LSTM and compare their gradients.")
 def demo() -> None:
     """Train an RNN and an LSTM on the adding task and show where their gradients go.
+
+    It takes under a minute and writes the folder gradflow-demo.
 
     \b
     gradflow demo
@@ -149,7 +185,7 @@ def demo() -> None:
     click.echo(text)
 
 
-@gradflow.command()
+@gradflow.command(short_help="Say what a model file is and what to type next.")
 @MODEL
 @SPEC
 @TRUST
@@ -165,7 +201,7 @@ def inspect(model: Path, spec: str | None, trust: bool) -> None:
         click.echo(line)
 
 
-@gradflow.command()
+@gradflow.command(short_help="Draw the report of a saved run again.")
 @click.argument("run", type=click.Path(path_type=Path))
 @SHOWING
 def report(
@@ -184,11 +220,10 @@ def report(
     """
     conditions = parse_conditions(fail_on)
     from gradflow import reporter
-    from gradflow.analysis import load
+    from gradflow.comparison import run_name
 
-    analysis = load(run)
-    stem = run.stem if run.is_dir() or run.name != "run.nc" else run.absolute().parent.name
-    folder = folder or reporter.free_folder(Path("reports") / stem)
+    analysis = _loaded(run)
+    folder = folder or reporter.free_folder(Path("reports") / run_name(run.absolute()))
     reporter.check_folder(folder, force=force)
     with Progress() as progress:
         progress("drawing the report", 0.5)
@@ -197,12 +232,20 @@ def report(
     _fail_on(analysis, conditions)
 
 
-@gradflow.command()
+@gradflow.command(short_help="Say what changed between runs, and whether it is chance.")
 @click.argument("runs", metavar="RUN RUN...", nargs=-1, type=click.Path(path_type=Path))
 @RUNNING
 @FOLDER
+@FORCE
 @TRUST
-def compare(runs: Sequence[Path], folder: Path | None, **options: Any) -> None:
+@click.pass_context
+def compare(
+    context: click.Context,
+    runs: Sequence[Path],
+    folder: Path | None,
+    force: bool,
+    **options: Any,
+) -> None:
     """Show RUNs on one scale, and say what changed and whether it is more than chance.
 
     A RUN is a folder written by gradflow, its run.nc, or a model file, which is analyzed first;
@@ -213,21 +256,24 @@ def compare(runs: Sequence[Path], folder: Path | None, **options: Any) -> None:
     gradflow compare before.pt after.pt --model 'my_code:Net(10, 20)' --input batch.pt
     """
     if len(runs) < 2:
+        first = shlex.quote(str(runs[0])) if runs else "reports/before"
         raise InputError(
-            f"compare needs at least two runs, got {len(runs)}; give two or more folders"
+            f"compare needs at least two runs, got {len(runs)}; type for example: "
+            f"gradflow compare {first} reports/after"
         )
     from gradflow.comparison import compare_runs, is_run, names_of
+    from gradflow.reporter import check_folder, free_folder
 
+    folder = folder or free_folder(Path("reports") / "comparison")
+    check_folder(folder, force=force)
     found = {}
     with Progress() as progress:
         for name, path in zip(names_of(runs), runs, strict=True):
             found[name] = _loaded(path) if is_run(path) else _analyzed(path, progress, options)
-    click.echo(f"\n{compare_runs(found, folder)}")
-    click.echo(
-        f"next: gradflow report {runs[0]}"
-        if is_run(runs[0])
-        else f"next: gradflow analyze {runs[0]}"
-    )
+    click.echo(f"\n{compare_runs(found, folder, force=force)}")
+    last = shlex.quote(str(runs[-1]))
+    again = f"report {last}" if is_run(runs[-1]) else f"analyze {last}{_typed(context)}"
+    click.echo(f"next: gradflow {again}")
 
 
 # ------------------------------------------------------------------------------------- helpers
@@ -239,6 +285,18 @@ def _analyzed(path: Path, progress: Progress, options: dict[str, Any]) -> Analys
 
     with redirect_stdout(sys.stderr):  # whatever the user's own code prints
         return analyze_file(FileRequest(path=path, **options), progress)
+
+
+def _typed(context: click.Context) -> str:
+    """The options of `RUNNING` and --trust as they were typed, to be typed again."""
+    words = []
+    for parameter in context.command.params:
+        value = context.params[parameter.name or ""]
+        if parameter.name in ("runs", "folder", "force") or value == parameter.default or not value:
+            continue
+        words += ["--" + parameter.opts[0].lstrip("-")]
+        words += [] if value is True else [shlex.quote(str(value))]
+    return "".join(f" {word}" for word in words)
 
 
 def _loaded(path: Path) -> Analysis:
@@ -259,11 +317,10 @@ def _show(analysis: Analysis, folder: Path, as_json: bool, quiet: bool, verbose:
         return
     reporter.render(analysis, verbose=verbose)
     click.echo(f"\npage: {folder / 'report.html'}")
-    click.echo(f"next: {analysis.provenance.get('next_command') or _next(folder)}")
-
-
-def _next(folder: Path) -> str:
-    return f"gradflow compare {folder} OTHER_RUN"
+    # from weights alone: the lines that save a batch end in the command that uses it
+    snippet = str(analysis.provenance.get("snippet", ""))
+    other = f"gradflow compare {shlex.quote(str(folder))} OTHER_RUN"
+    click.echo(f"next: {snippet.splitlines()[-1] if snippet else other}")
 
 
 def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:
@@ -274,8 +331,19 @@ def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:
         raise SystemExit(CONDITION_HOLDS)
 
 
+_interrupts: list[int] = []
+
+
+def _interrupt(number: int, _: object) -> None:
+    """Ctrl-C, noted: libraries turn the KeyboardInterrupt raised inside them into other errors."""
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 --fail-on, 2 bad input, 3 our fault, 130 Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     sys.exit(_code(lambda: gradflow.main(arguments, standalone_mode=False, prog_name="gradflow")))
 
 
@@ -284,9 +352,7 @@ def _code(run: Callable[[], Any]) -> int:
         run()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
-    except click.exceptions.Abort:
-        return _interrupted()
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         return _interrupted()
     except click.ClickException as error:
         error.show()
@@ -324,6 +390,8 @@ def _flushed() -> int:
 
 
 def _own_fault() -> int:
+    if _interrupts:
+        return _interrupted()
     traceback.print_exc()
     click.echo(
         "Error: this is a fault of gradflow; please report it with the lines above", err=True
@@ -337,5 +405,5 @@ def _hush() -> None:
 
 
 def _interrupted() -> int:
-    click.echo("\ninterrupted; nothing was written", err=True)
+    click.echo("interrupted; nothing was written", err=True)
     return INTERRUPTED

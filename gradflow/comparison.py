@@ -53,8 +53,9 @@ def compare(runs: Mapping[str, Analysis]) -> pd.DataFrame:
 def changes(runs: Mapping[str, Analysis]) -> list[Change]:
     """What changed from the first run to each of the others, layer by layer.
 
-    Layers are paired by name, or where each run has a single one. The interval of a difference of
-    rates is Welch's (1947), over the rates of the sequences of both runs.
+    Layers are paired by name; in the order in which they ran where no name is in both runs and each
+    has as many. The interval of a difference of rates is Welch's (1947), over the rates of the
+    sequences of both runs.
 
     >>> import torch, gradflow
     >>> x = torch.randn(20, 4, 3)
@@ -85,9 +86,65 @@ def unpaired(runs: Mapping[str, Analysis]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
+def headline(found: Sequence[Change]) -> str:
+    """How many of the differences in rate are more than chance, in one line.
+
+    >>> headline([])
+    'Nothing is compared: no layer of one run is in another, and they are paired by name.'
+    """
+    if not found:
+        return (
+            "Nothing is compared: no layer of one run is in another, and they are paired by name."
+        )
+    larger = sum(change.larger is True for change in found)
+    unknown = sum(change.larger is None for change in found)
+    said = f"Differences beyond chance (95 % interval): {larger or 'none'} of {len(found)}"
+    return f"{said}, {unknown} without an interval." if unknown else f"{said}."
+
+
+def circumstances(runs: Mapping[str, Analysis]) -> list[str]:
+    """What else than the model differs between the runs, in a sentence each.
+
+    >>> import torch, gradflow
+    >>> short, long = (gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(T, 4, 3)) for T in (20, 40))
+    >>> circumstances({"short": short, "long": long})[0]
+    'short ran for 20 steps, long for 40: rates of short sequences hold more of their transient'
+    """
+    (first, before), *others = runs.items()
+    notes = []
+    for name, after in others:
+        steps = [max((layer.steps for layer in run), default=0) for run in (before, after)]
+        if steps[0] != steps[1]:
+            notes.append(
+                f"{first} ran for {steps[0]} steps, {name} for {steps[1]}: rates of short sequences "
+                "hold more of their transient"
+            )
+        inputs = [_input(run) for run in (before, after)]
+        if inputs[0] != inputs[1] and all(inputs):
+            notes.append(
+                f"{first} was measured on {inputs[0]}, {name} on {inputs[1]}: the input decides the "
+                "rate, so a difference may be the input's; give both the same --input"
+            )
+        modes = [str(run.provenance.get("mode", "")) for run in (before, after)]
+        if modes[0] != modes[1] and all(modes):
+            notes.append(
+                f"{first} ran in {modes[0]} mode, {name} in {modes[1]} mode: dropout and "
+                "normalisation differ"
+            )
+    return notes
+
+
+def _input(run: Analysis) -> str:
+    """What a run was measured on, without the shape where steps and sequences are said elsewhere."""
+    said = str(run.provenance.get("input", ""))
+    if said.startswith("probes: "):
+        return "probes"
+    return "" if said.startswith("shape ") else said
+
+
 def _pairs(before: Analysis, after: Analysis) -> list[tuple[LayerAnalysis, LayerAnalysis]]:
-    if len(before) == len(after) == 1:
-        return [(next(iter(before)), next(iter(after)))]
+    if len(before) == len(after) and not set(before.layers) & set(after.layers):
+        return list(zip(before, after, strict=True))
     return [(layer, after[layer.name]) for layer in before if layer.name in after.layers]
 
 
@@ -137,9 +194,21 @@ def _sentence(change: Change, before: LayerAnalysis, after: LayerAnalysis) -> st
     name = change.layer if before.name == after.name else f"{before.name} → {after.name}"
     verdicts = f"{before.verdict} → {after.verdict}"
     if before.verdict == after.verdict:
-        verdicts = f"{before.verdict} in both"
-    reach = f"steps until gone: {reporter.gone_words(before)} → {reporter.gone_words(after)}"
-    return f"{name}, {change.before} → {change.after}: {verdicts}; {reach}; {_verdict(change)}"
+        verdicts = f"{before.verdict} in both{_pace(change, before.verdict)}"
+    gone = reporter.gone_words(before), reporter.gone_words(after)
+    reach = f"{gone[0]} in both" if gone[0] == gone[1] else f"{gone[0]} → {gone[1]}"
+    return (
+        f"{name}, {change.before} → {change.after}: {verdicts}; steps until gone: {reach}; "
+        f"{_verdict(change)}"
+    )
+
+
+def _pace(change: Change, verdict: str) -> str:
+    """Whether what both runs do became faster, where that is more than chance."""
+    if not change.larger or verdict not in ("vanishing", "exploding"):
+        return ""
+    faster = (change.difference > 0) == (verdict == "exploding")
+    return ", faster" if faster else ", more slowly"
 
 
 def _verdict(change: Change) -> str:
@@ -147,26 +216,26 @@ def _verdict(change: Change) -> str:
         return "the rates cannot be compared"
     if abs(change.difference) < ROUNDING:
         return "the rates do not differ"
-    said = f"the rate differs by {_number(change.difference)}"
-    if change.larger is None:
-        return f"{said} per step, without an interval: give two sequences or more in each run"
+    way = "rises" if change.difference > 0 else "falls"
     if math.isinf(change.difference):
-        return f"{said}: exact zeros cut every path in one of them"
-    interval = f"[{_number(change.low)}, {_number(change.high)}] per step"
+        return f"the rate {way} without limit: exact zeros cut every path in one of them"
+    said = f"the rate {way} by {abs(change.difference):.3g} per step"
+    if change.larger is None:
+        return f"{said}, without an interval: give two sequences or more in each run"
+    said = f"{said}, 95 % interval [{_number(change.low)}, {_number(change.high)}]"
     if change.larger:
-        return f"{said} {interval}, more than sequences differ by chance"
-    return f"{said} {interval}, no more than sequences differ by chance"
+        return f"{said}: more than sequences differ by chance"
+    return f"{said}: no more than sequences differ by chance"
 
 
 def _number(value: float) -> str:
     return f"{value:+.3g}".replace("-", "−")
 
 
-def compare_runs(runs: Mapping[str, Analysis], folder: Path | None) -> str:
+def compare_runs(runs: Mapping[str, Analysis], folder: Path, *, force: bool = False) -> str:
     """Compare runs; write comparison.png, comparison.csv and changes.csv; return what to print."""
-    folder = folder or reporter.free_folder(Path("reports") / "comparison")
     table, changed = compare(runs), changes(runs)
-    with reporter.whole_folder(folder) as work:
+    with reporter.whole_folder(folder, force=force) as work:
         figure = reporter.plot([run.titled(name) for name, run in runs.items()])
         (work / "comparison.png").write_bytes(reporter.png(figure))
         table.to_csv(work / "comparison.csv", index=False)
@@ -174,7 +243,8 @@ def compare_runs(runs: Mapping[str, Analysis], folder: Path | None) -> str:
         rows.reindex(columns=list(Change.__dataclass_fields__)).to_csv(
             work / "changes.csv", index=False
         )
-    reporter.render_comparison(runs, [*(change.sentence for change in changed), *unpaired(runs)])
+    sentences = [headline(changed), *(change.sentence for change in changed), *unpaired(runs)]
+    reporter.render_comparison(runs, sentences, circumstances(runs))
     return f"picture: {folder / 'comparison.png'}"
 
 
@@ -183,16 +253,30 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
     >>> names_of([Path("reports/rnn"), Path("reports/lstm/run.nc"), Path("old/rnn")])
     ['reports/rnn', 'lstm', 'old/rnn']
+    >>> names_of([Path("gradflow-demo/rnn/report"), Path("gradflow-demo/lstm/report")])
+    ['rnn', 'lstm']
     """
-    short = [path.parent.name if path.name == "run.nc" else path.stem for path in paths]
+    short = [run_name(path) for path in paths]
     names: list[str] = []
     for name, path in zip(short, paths, strict=True):
-        chosen = name if name and short.count(name) == 1 else str(path)
+        same = {other for other, its in zip(paths, short, strict=True) if its == name}
+        chosen = name if name and len(same) == 1 else str(path)
         again = sum(known == chosen or known.startswith(f"{chosen} (") for known in names)
         names.append(f"{chosen} ({again + 1})" if again else chosen)
     return names
 
 
+def run_name(path: Path) -> str:
+    """What a run or model file is called, by its path; what every run is called tells nothing.
+
+    >>> run_name(Path("demo/rnn/report/run.nc")), run_name(Path("models/before.pt"))
+    ('rnn', 'before')
+    """
+    while path.name in ("run.nc", "report") and path.parent.name:
+        path = path.parent
+    return path.name if path.is_dir() else path.stem
+
+
 def is_run(path: Path) -> bool:
-    """Whether a path is a saved run rather than a model file; one that is missing is."""
-    return path.is_dir() or path.suffix == ".nc" or not path.exists()
+    """Whether a path is a saved run rather than a model file; a missing one, by its suffix."""
+    return path.is_dir() or path.suffix == ".nc" or not (path.exists() or path.suffix)

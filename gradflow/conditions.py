@@ -43,10 +43,15 @@ class Condition:
 
     text: str
     holds: Callable[[LayerAnalysis], bool]
+    measured: Callable[[LayerAnalysis], str] = lambda layer: ""  # for whoever reads the log
 
     def held_by(self, analysis: Analysis) -> list[str]:
         """A sentence for every layer for which the condition holds."""
-        return [f"{layer.name}: {self.text}" for layer in analysis if self.holds(layer)]
+        return [
+            f"{layer.name}: {self.text}{self.measured(layer)}"
+            for layer in analysis
+            if self.holds(layer)
+        ]
 
 
 def parse_conditions(text: str | None) -> list[Condition]:
@@ -75,7 +80,8 @@ def _parse(text: str) -> Condition:
         limit = float(match[3])
     except ValueError as error:
         raise InputError(
-            f"--fail-on must compare with a number, got {match[3]!r} in {text!r}"
+            f"--fail-on must compare with a number, got {match[3]!r} in {text!r}; write for example "
+            f"'{match[1]}{match[2]}50'"
         ) from error
     read, compare = NUMBERS[name], COMPARISONS[match[2]]
 
@@ -85,4 +91,9 @@ def _parse(text: str) -> Condition:
         value = read(layer)
         return value is not None and not math.isnan(value) and compare(value, limit)
 
-    return Condition(text, holds)
+    def measured(layer: LayerAnalysis) -> str:
+        if "not finite" in layer.labels:
+            return ", and its states are not finite"
+        return f", it is {read(layer):.4g}"
+
+    return Condition(text, holds, measured)

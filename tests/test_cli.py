@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -206,15 +209,20 @@ def test_reports_are_numbered_and_not_overwritten(
 def test_fail_on(condition: str, code: int, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(nn.RNN(4, 16).state_dict(), here / "rnn.pt")
     assert run("analyze", "rnn.pt", "--fail-on", condition) == code
-    assert (condition in capsys.readouterr().err) == bool(code)
+    said = capsys.readouterr().err
+    assert (condition in said) == bool(code)
+    assert (", it is " in said) == (condition == "horizon<99")
 
 
-@pytest.mark.parametrize("condition", ["vanish", "horizon", "horizon<many", "", "vanishing,,"])
+@pytest.mark.parametrize(
+    "condition", ["vanish", "horizon", "horizon<many", "horizon<1.2.3", "", "vanishing,,"]
+)
 def test_a_condition_that_is_none_is_refused_at_once(
     condition: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("analyze", "missing.pt", "--fail-on", condition) == 2
-    assert "--fail-on must be" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--fail-on must" in said and "write for example '" in said
 
 
 def test_report_and_compare_of_saved_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,6 +241,47 @@ def test_report_and_compare_of_saved_runs(here: Path, capsys: pytest.CaptureFixt
     assert (here / "reports/comparison/changes.csv").read_text().startswith("layer,before,after")
     assert (here / "reports/comparison/comparison.png").stat().st_size > 10_000
     assert run("compare", "reports/rnn") == 2
+
+
+def damaged_runs(here: Path) -> dict[str, str]:
+    """What is given to `gradflow report` -> a word the refusal must hold."""
+    torch.save(nn.RNN(2, 3).state_dict(), here / "rnn.pt")
+    assert run("analyze", "rnn.pt", "--seq-len", "12", "--batch", "2") == 0
+    whole = here / "reports/rnn/run.nc"
+    (here / "cut.nc").write_bytes(whole.read_bytes()[:9000])
+    (here / "empty.nc").touch()
+    for name in ("newer", "no-schema", "no-gains"):
+        shutil.copy(whole, here / f"{name}.nc")
+        with h5py.File(here / f"{name}.nc", "r+") as file:
+            header = json.loads(file.attrs["gradflow"])
+            if name == "newer":  # with a field of a layer that is not known yet
+                header["schema"] += 1
+                layer = json.loads(file["layer0"].attrs["gradflow"])
+                file["layer0"].attrs["gradflow"] = json.dumps({**layer, "mood": "good"})
+            elif name == "no-schema":
+                del header["schema"]
+            else:
+                del file["layer0"]["log_gain"]
+            file.attrs["gradflow"] = json.dumps(header)
+    return {
+        "cut.nc": "damaged", "empty.nc": "empty (0 bytes)", "no-schema.nc": "damaged",
+        "no-gains.nc": "damaged", "newer.nc": "saved by a newer gradflow", "gone": "no run at gone",
+        "rnn.pt": "gradflow analyze rnn.pt", "reports": "such as reports/rnn",
+        "reports/rn": "such as reports/rnn",
+    }  # fmt: skip
+
+
+def test_what_is_no_run_is_refused_in_one_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = damaged_runs(here)
+    capsys.readouterr()
+    for name, word in runs.items():
+        assert run("report", name, "-o", "again") == 2, name
+        error = capsys.readouterr().err
+        assert error.startswith("Error: ") and error.count("\n") == 1, error
+        assert word in error and name in error and "; " in error, error
+    assert not (here / "again").exists()
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -299,6 +348,7 @@ def test_files_that_are_no_models_are_refused_in_one_sentence(
         (["--seed", "-1"], ["--seed"]),
         (["-o", "user_net.py/report"], ["user_net.py"]),
         (["-o", "long" * 100], ["cannot write"]),
+        (["-o", "batch.pt/a/b"], ["batch.pt is a file"]),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(
@@ -402,6 +452,35 @@ def test_an_interrupt_leaves_nothing_behind(
     assert not (here / "reports").exists()
 
 
+def test_an_interrupt_that_a_library_turned_into_an_error_is_one(here: Path) -> None:
+    save_state_dict(here / "model.pt")
+    code = """
+import os, signal
+from gradflow import cli, workflow
+def broken(*_, **__):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ValueError("Invalid affine transformation matrix")
+workflow.analyze = broken
+cli.main(["analyze", "model.pt"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_state_dict(here / "model.pt")
+    monkeypatch.setattr("os.access", lambda _, mode: not mode & os.W_OK)
+    monkeypatch.setattr(workflow, "analyze_file", lambda *_, **__: pytest.fail("too late"))
+    assert run("analyze", "model.pt", "-o", "out") == 2
+    assert "is read-only for you; give another folder" in capsys.readouterr().err
+
+
 def test_a_fault_of_our_own_says_so(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -479,5 +558,12 @@ def test_compare_leaves_an_existing_folder_alone(
     assert run("analyze", "gru.pt", "--seq-len", "12") == 0
     both = ("compare", "reports/gru", "reports/gru", "-o", "both")
     assert run(*both) == 0
-    assert run(*both) == 2
+    # refused before anything is read or analyzed
+    assert run("compare", "missing.pt", "gone.pt", "-o", "both") == 2
     assert "give another folder" in capsys.readouterr().err
+    assert run(*both, "--force") == 0
+    assert {path.name for path in (here / "both").iterdir()} == {
+        "comparison.png",
+        "comparison.csv",
+        "changes.csv",
+    }

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +17,11 @@ from scipy import stats
 from torch import nn
 
 import gradflow
+from gradflow import completion
 from gradflow.cli import _code
 from gradflow.cli import gradflow as command
-from gradflow.comparison import _interval, changes, names_of, unpaired
+from gradflow.comparison import _interval, changes, circumstances, headline, names_of, unpaired
+from gradflow.loading import losses
 
 
 def test_the_interval_of_a_difference_covers_as_it_says() -> None:
@@ -51,7 +58,38 @@ def test_a_change_that_counts_and_one_that_does_not() -> None:
     assert (
         "vanishing → stable" in counts.sentence and "more than sequences differ" in counts.sentence
     )
+    assert "the rate rises by" in counts.sentence and "95 % interval [+" in counts.sentence
     assert same.larger is False and "do not differ" in same.sentence
+    assert f"steps until gone: {run(0.0)['l0'].horizon} in both" in same.sentence
+    assert headline([counts, same]) == "Differences beyond chance (95 % interval): 1 of 2."
+    assert headline([same]) == "Differences beyond chance (95 % interval): none of 1."
+
+
+def test_what_both_do_is_said_to_be_faster_or_slower() -> None:
+    slower, faster = changes({"a": run(0.0), "b": run(0.5), "c": run(-1.0)})
+    assert "vanishing in both, more slowly; " in slower.sentence
+    assert "vanishing in both, faster; " in faster.sentence and "falls by" in faster.sentence
+
+
+def test_what_else_differs_between_two_runs_is_said() -> None:
+    one, other = run(0.0), gradflow.diagnose(nn.LSTM(3, 8).eval(), torch.randn(20, 8, 3))
+    probed, given = (
+        replace(one, provenance={**one.provenance, "input": said})
+        for said in ("probes: zeros; B = 16, T = 30", "batch.pt")
+    )
+    assert circumstances({"a": one, "b": one}) == []
+    steps, modes = circumstances({"a": one, "b": other})
+    assert steps.startswith("a ran for 30 steps, b for 20")
+    assert modes.startswith("a ran in training mode, b in evaluation mode")
+    (inputs,) = circumstances({"a": probed, "b": given})
+    assert inputs.startswith("a was measured on probes, b on batch.pt")
+
+
+def test_layers_of_other_names_are_paired_in_order_where_there_are_as_many() -> None:
+    one = run(0.0, layers=2)
+    other = gradflow.diagnose(nn.Sequential(nn.LSTM(3, 8, 2)), torch.randn(30, 8, 3))
+    first, second = changes({"a": one, "b": other})
+    assert "l0 → 0.l0" in first.sentence and "l1 → 0.l1" in second.sentence
 
 
 def test_one_sequence_is_said() -> None:
@@ -73,6 +111,7 @@ def test_single_layers_are_paired_whatever_their_names() -> None:
 
 def test_names_are_told_apart() -> None:
     assert names_of([Path("a.pt"), Path("a.pt"), Path("x/a.pt")]) == ["a.pt", "a.pt (2)", "x/a.pt"]
+    assert names_of([Path("runs/a"), Path("runs/a")]) == ["a", "a (2)"]
 
 
 def call(*arguments: str) -> int:
@@ -92,6 +131,7 @@ def test_model_files_are_analyzed_first(
     assert "l0, before → after: vanishing in both" in out
     assert max(map(len, out.splitlines())) <= 80
     assert Path("reports/comparison/comparison.png").exists()
+    assert out.splitlines()[-1] == "next: gradflow analyze after.pt --seq-len 20"
 
 
 def test_quiet_and_verbose(
@@ -108,20 +148,64 @@ def test_quiet_and_verbose(
     assert "more finding" not in said and "4. " in said
 
 
-def test_completion_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-    import sys
-
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("gradflow comp", ["plain,compare"]),
+        ("gradflow analyze --loss c", ["plain,cross-entropy"]),
+        ("gradflow analyze --fail-on st", ["plain,stable"]),
+        (
+            "gradflow report --fail-on vanishing,horizon<5,e",
+            ["plain,vanishing,horizon<5,exploding"],
+        ),
+        ("gradflow report --forc", ["plain,--force"]),
+        ("gradflow compare re", ["file,re"]),
+    ],
+)
+def test_completion_needs_no_torch(typed: str, completed: list[str]) -> None:
     code = "import sys; from gradflow.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    words = shlex.quote(typed.split()[-1])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={
             "_GRADFLOW_COMPLETE": "bash_complete",
-            "COMP_WORDS": "gradflow comp",
-            "COMP_CWORD": "1",
+            "COMP_WORDS": " ".join([*typed.split()[:-1], words]),
+            "COMP_CWORD": str(len(typed.split()) - 1),
         },
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout.splitlines() == ["plain,compare", "False"]
+    assert done.stdout.splitlines() == [*completed, "False"]
+
+
+def test_completion_knows_the_losses_there_are() -> None:
+    assert completion.LOSSES == losses.NAMES
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_help_says_how_completion_is_switched_on(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("--help") == 0
+    assert f"_GRADFLOW_COMPLETE={shell}_source gradflow" in capsys.readouterr().out
+
+
+def test_bash_completes_what_the_help_says(tmp_path: Path) -> None:
+    program = tmp_path / "gradflow"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m gradflow "$@"\n')
+    program.chmod(0o755)
+    script = """
+        eval "$(_GRADFLOW_COMPLETE=bash_source gradflow)"
+        COMP_WORDS=(gradflow analyze --loss b); COMP_CWORD=3
+        _gradflow_completion gradflow b --loss; echo "${COMPREPLY[@]}"
+    """
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("bce\n", "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import doctest
 import inspect
 import re
@@ -19,6 +21,7 @@ from torch import nn
 
 import gradflow
 from gradflow import analysis, errors
+from gradflow.cli import _code
 from gradflow.cli import gradflow as group
 from gradflow.conditions import parse_conditions
 from gradflow.reporter import KINDS
@@ -283,3 +286,65 @@ def test_a_row_is_read_with_all_its_names() -> None:
     assert listed["gate_open"] == listed["gate_closed"] == ("gate", "step")
     assert listed["log_gain"] == ("norm", "sequence", "source", "target")
     assert listed["lag_high"] == ("lag",)
+
+
+# ------------------------------------------------------------------------------ pasted examples
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES, *METHODS])
+def test_an_example_runs_where_it_is_pasted(name: str) -> None:
+    """A reader of `help` has nothing imported but what the example itself imports."""
+    doc = inspect.getdoc((FUNCTIONS | CLASSES | METHODS)[name]) or ""
+    assert name_errors(doc) == []
+
+
+def name_errors(doc: str) -> list[str]:
+    """Names that the examples of a docstring use without importing or making them."""
+    examples = doctest.DocTestParser().get_examples(doc)
+    known = set(vars(builtins))
+    missing = []
+    for example in examples:
+        nodes = list(ast.walk(ast.parse(example.source)))
+        for node in nodes:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                known |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                known.add(node.id)
+            elif isinstance(node, ast.arg | ast.FunctionDef | ast.ClassDef):
+                known.add(node.arg if isinstance(node, ast.arg) else node.name)
+            elif isinstance(node, ast.ExceptHandler) and node.name:
+                known.add(node.name)
+        missing += [n.id for n in nodes if isinstance(n, ast.Name) and n.id not in known]
+    return missing
+
+
+def test_a_name_that_is_not_imported_would_be_seen() -> None:
+    assert name_errors(">>> import torch\n>>> x = load(torch.ones(3))\n>>> x") == ["load"]
+
+
+# ------------------------------------------------------------------------------- commands that run
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_help_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one folder with the files that they name; the demo has a test of its own in .ci/run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_code.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self, inputs, hidden):\n        super().__init__()\n"
+        "        self.rnn = nn.RNN(inputs, hidden)\n\n"
+        "    def forward(self, x):\n        return self.rnn(x)[0]\n"
+    )
+    for name in ("model", "rnn", "lstm", "before", "after"):
+        torch.save({f"rnn.{k}": v for k, v in nn.RNN(10, 20).state_dict().items()}, f"{name}.pt")
+    torch.save({"input": torch.randn(9, 3, 10), "target": torch.randn(9, 3, 20)}, "batch.pt")
+    needed = [f"gradflow analyze {name}.pt --seq-len 12 -q" for name in ("rnn", "lstm")]
+    shown = {line: None for command in group.commands.values() for line in in_text(command.help)}
+    lines = [line for line in shown if line != "gradflow demo"]
+    assert len(lines) >= len(group.commands)
+    for line in sorted([*needed, *lines], key=lambda line: line not in needed):
+        assert (
+            _code(lambda line=line: group.main(shlex.split(line)[1:], standalone_mode=False)) == 0
+        )

@@ -23,7 +23,7 @@ from gradflow.analysis import Analysis
 from gradflow.errors import FileError, InputError
 from gradflow.reporter import files, plot, prepare
 from gradflow.reporter.charts import gain_map, layers, marks, triangle
-from gradflow.reporter.charts.labels import MOST, readable, width
+from gradflow.reporter.charts.labels import MOST, readable, texts, width
 from gradflow.reporter.picture import png
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,6 +107,27 @@ def test_labels_that_say_nothing_get_a_sign_and_long_ones_an_ellipsis() -> None:
     assert readable("two\nlines\x00here") == "two lines here"
     for long in ("天" * 40, "W" * 40, "<" * 40, "i" * 80):
         assert 0.6 < width([long]) <= MOST and readable(long).endswith("…")
+
+
+def test_times_are_written_without_the_beginning_that_they_share() -> None:
+    times = [f"2024-03-{1 + n // 24:02d} {n % 24:02d}:00 UTC" for n in range(72)]
+    shown = written(plot(labelled(times, layers=1), "total-vs-direct").axes[0])
+    assert "…03 23:00 UTC" in shown and len(set(shown)) == len(shown) > 10
+    words = ["internationalization", "internationalism", "a"]  # nothing that all share
+    assert texts(tuple(words))[2] == "a"
+    assert texts(("token one", "token two")) == ("token one", "token two")  # short enough
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+def test_labels_that_no_font_can_draw_leave_the_numbers_and_a_sentence(kind: str) -> None:
+    odd = [chr(0xE000 + number) for number in range(15)]
+    run = labelled(odd)
+    figure = plot(run, kind)
+    seen = [text.get_text() for text in figure.texts]
+    assert any("No font on this machine" in words.replace("\n", " ") for words in seen)
+    assert not any("□" in word for ax in figure.axes for word in written(ax))
+    assert run["rnn.l0"].step_labels == tuple(odd)  # tables keep them
+    assert overlapping(figure) == []
 
 
 def test_of_a_thousand_labels_the_last_is_shown_and_every_nth_before_it() -> None:

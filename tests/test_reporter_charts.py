@@ -15,6 +15,8 @@ from gradflow.analysis import LayerAnalysis
 from gradflow.reporter import KINDS, plot
 from gradflow.reporter.charts import (
     blocks,
+    gain_map,
+    gates,
     lag_gradient,
     layers,
     lyapunov,
@@ -89,6 +91,15 @@ def test_shares_of_the_parameter_gradient_and_the_window() -> None:
     assert "0.6 steps back" in made.reading and "cancel to 80 %" in made.reading
 
 
+def test_the_error_of_five_percent_is_on_the_axis_whatever_the_errors_are() -> None:
+    layer = synthetic.layer(steps=10)
+    data = layer.data.copy(deep=True)
+    data["truncation_error"][:] = 0.5
+    below = plot(synthetic.analysis(replace(layer, data=data)), "lag-gradient").axes[1]
+    low, high = below.get_ylim()
+    assert low < math.log10(0.05) < math.log10(0.5) < high
+
+
 def test_a_gradient_of_nothing_has_no_spectrum() -> None:
     layer = synthetic.layer()
     data = layer.data.copy(deep=True)
@@ -154,6 +165,71 @@ def test_the_units_of_the_states_are_counted_as_in_the_headline() -> None:
     data["log10_grad"][0] = -4.0
     made = states.prepare(replace(layer, data=data))
     assert made.message == "0 of 32 units have 10⁻³ of the loss's gradient left 29 steps back"
+
+
+def test_one_of_many_is_said_in_the_singular() -> None:
+    layer = lstm()
+    data = layer.data.copy(deep=True)
+    data["log10_grad"][1] = np.where(np.arange(32)[:, None] == 3, 0.0, -4.0)
+    data["time_scale"][:] = np.where(np.arange(32) == 3, 500.0, 2.0)
+    data["gate_unit_open"].loc[{"gate": "f"}] = np.where(np.arange(32) == 3, 1.0, 0.1)
+    data["lyapunov"][:] = np.where(np.arange(data.sizes["index_k"]) == 0, 0.0, -1.0)
+    one = replace(layer, data=data)
+    assert states.prepare(one).message.startswith("1 of 32 cells has 10⁻³")
+    assert states.prepare(one).message.endswith("1 keeps a tenth all the way")
+    assert "1 of 32 units remembers as long" in time_scales.prepare(one).message
+    assert saturation.prepare(one).message.startswith("1 of 32 units has gate f open")
+    assert "keeps a tenth or more" in lyapunov.prepare(one).message
+
+
+@pytest.mark.parametrize("kind", ["gates", "saturation", "time-scales", "lag-gradient"])
+def test_nothing_is_claimed_of_the_inside_of_a_cell_of_ones_own(kind: str) -> None:
+    layer = synthetic.layer("cell", "MyCell", steps=10)
+    names = ("time_scale", "unit_saturated", "unit_idle", "lag_contribution")
+    data = layer.data.assign({name: layer.data[name] * np.nan for name in names})
+    drawn = KINDS[kind]
+    assert drawn is not None
+    note = drawn.prepare(replace(layer, data=data)).note
+    assert "cell of your own" in note or "LSTM, GRU and RNN layers only" in note
+    assert "MyCell has no" not in note
+
+
+def test_what_is_not_finite_is_neither_drawn_nor_said() -> None:
+    layer = lstm(steps=10)
+    data = layer.data.copy(deep=True)
+    data["gate_mean"] = data["gate_mean"].where(data["step"] == 0)
+    same = data["source"] == data["target"]
+    data["log_gain"], data["log_block_gain"] = (
+        data[name].where(same) for name in ("log_gain", "log_block_gain")
+    )
+    made = replace(layer, data=data)
+    assert np.isnan(gates.prepare(made).closed[:, 1:]).all()
+    assert blocks.prepare(made).note == "No product over one step or more is finite."
+    assert gain_map.prepare(made).note == "No gain from one step to another is finite."
+
+
+def test_what_explodes_is_said_to_have_grown_and_to_come_from_far() -> None:
+    layer = synthetic.layer(rate=0.3, steps=60)
+    data = layer.data.copy(deep=True)
+    data["log10_grad"][0] = 0.13 * data["back"].values
+    data["lag_contribution"][:] = np.exp(0.3 * data["lag"].values)
+    made = replace(layer, data=data)
+    assert states.prepare(made).message == (
+        "32 of 32 units have 1000 times the loss's gradient or more 59 steps back"
+    )
+    assert lag_gradient.prepare(made).message.startswith(
+        "half of ∂L/∂W_hh comes from 57 or more steps back"
+    )
+
+
+def test_paths_end_where_the_measured_sequences_end() -> None:
+    layer = lstm(steps=50)
+    data = layer.data.copy(deep=True)
+    data["path_gain"] = data["path_gain"].where(data["step"] < 20)
+    made = paths.prepare(replace(layer, data=data))
+    assert made.last == 20
+    figure = plot(synthetic.analysis(replace(layer, data=data)), "paths")
+    assert figure.axes[0].get_xlim() == (0.5, 20.5)
 
 
 def test_every_unit_is_in_the_census() -> None:

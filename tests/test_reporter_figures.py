@@ -95,6 +95,13 @@ def test_a_long_name_loses_its_beginning_and_what_is_said_of_it_stays_whole() ->
         assert "reader.l0_reverse" in words and said in words and name not in words
 
 
+def test_a_folded_headline_leaves_no_lone_word() -> None:
+    figure = Picture(4, 1)
+    words = "l0: 40 % of the pairs of steps keep a gain above 10⁻³"
+    first, second = figure.folded(words, 3.3, fontsize=10, fontweight="bold")
+    assert f"{first} {second}" == words and len(second) > 0.6 * len(first)
+
+
 def test_a_row_says_its_name_once() -> None:
     words = [text.get_text() for text in plot(synthetic.bidirectional()).texts]
     assert sum("rnn.l1_reverse" in one for one in words) == 1
@@ -106,7 +113,7 @@ def test_how_to_read_the_overview_is_said_and_stacks_are_explained() -> None:
         for one in (synthetic.vanishing, synthetic.twelve)
     )
     for words in (single, stack):
-        assert "the gradient of the last loss step, so many steps back" in words
+        assert "the last loss step's gradient reaches each unit" in words
     assert "also gets gradient from above" in stack and "from above" not in single
 
 

@@ -60,7 +60,7 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     report(synthetic.vanishing(), folder, formats=["json"])
     before = (folder / "summary.json").read_bytes()
     with pytest.raises(
-        FileError, match=r"run exists and is left alone; give another folder, or force"
+        FileError, match=r"run exists and is left alone; give another folder, or --force"
     ):
         report(synthetic.carrying(), folder)
     assert (folder / "summary.json").read_bytes() == before

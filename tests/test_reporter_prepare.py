@@ -220,6 +220,8 @@ def test_one_loss_step_needs_no_line_of_its_own() -> None:
     once = parts.prepare(layer)
     assert np.isnan(once.last).all() and "dashed" not in once.reading
     data = layer.data.copy(deep=True)
+    data["grad_norm"].loc[{"kind": "total"}] *= 1.0001  # the last digits of another sum
+    assert np.isnan(parts.prepare(replace(layer, data=data)).last).all()
     data["grad_norm"].loc[{"kind": "total"}] = 1.0
     every = parts.prepare(replace(layer, data=data))
     assert np.isfinite(every.last).all() and "need not fade" in every.reading

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import synthetic
@@ -46,7 +47,7 @@ def test_it_says_sentences_findings_and_warnings() -> None:
         assert layer.sentence in text
     assert "1. relu.l0: the gradient loses 38.3 decades" in text
     assert "model.rnn.bias_ih_l0.data[32:64] += 1.0  # the forget gate's block" in raw
-    assert "1 more finding on the page." in text
+    assert "1 more finding on the page, or with -v." in text
     assert "note: Gradients are perhaps still scaled: a GradScaler was seen." in text
 
 
@@ -63,6 +64,21 @@ def test_a_pipe_that_knows_only_ascii_gets_ascii() -> None:
     file.flush()
     text = raw.getvalue().decode("ascii")
     assert "-0.980 +- 0.003" in text and "?" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "plain"),
+    [
+        ("below 10⁻³ of it, 6·10⁻⁴⁰¹, up to 10⁶", "below 10^-3 of it, 6.10^-401, up to 10^6"),
+        ("½‖output‖² and ⟨r, h_T⟩", "1/2|output|^2 and <r, h_T>"),
+    ],
+)
+def test_a_power_stays_a_power_in_ascii(words: str, plain: str) -> None:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii", newline="\n")
+    render(replace(synthetic.vanishing(), warnings=(words,)), Console(file=file, width=80))
+    file.flush()
+    assert f"note: {plain}\n" in raw.getvalue().decode("ascii")
 
 
 def test_colours_only_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +100,16 @@ def test_many_layers_are_said_by_the_table() -> None:
     text = rendered(synthetic.twelve())
     assert "7 more in the table above." in text
     assert text.count("stack.l11 ") >= 1
+
+
+def test_verbose_says_what_the_numbers_rest_on() -> None:
+    file = io.StringIO()
+    analysis = synthetic.everything()
+    render(analysis, Console(file=file, width=80), verbose=True)
+    text = " ".join(file.getvalue().split())
+    assert "what the numbers rest on" in text
+    for layer in analysis:
+        assert f"parity of {layer.name} with the backward: {layer.parity.status}" in text
+    for name in analysis.provenance:
+        assert f"{name.replace('_', ' ')}: " in text or name in ("snippet", "next_command")
+    assert "what the numbers rest on" not in rendered(analysis)

@@ -83,7 +83,7 @@ def analyze(
     >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.9)
     >>> with gradflow.record(rnn) as recording:
     ...     rnn(torch.zeros(100, 2, 1))[0][-1].sum().backward()
-    >>> layer = analyze(recording)["l0"]
+    >>> layer = gradflow.analyze(recording)["l0"]
     >>> layer.verdict, round(layer.half_life, 4), layer.horizon
     ('vanishing', 6.5788, 66)
     """

@@ -137,7 +137,7 @@ def step_jacobians(track: Track) -> Tensor:
     >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
     >>> with gradflow.record(rnn) as recording:
     ...     rnn(torch.zeros(2, 1, 1))[0].sum().backward()
-    >>> step_jacobians(recording["l0"]).flatten().tolist()
+    >>> gradflow.analyzer.step_jacobians(recording["l0"]).flatten().tolist()
     [0.5, 0.5]
     """
     operator = operator_of(track)

@@ -64,8 +64,9 @@ def lyapunov_spectrum(jacobians: Tensor, k: int | None = None) -> Tensor:
     Raises:
         InputError: another shape, or k out of 1 … S.
 
+    >>> import math, torch, gradflow
     >>> doubling = torch.full((50, 1, 1, 1), 2.0, dtype=torch.float64)
-    >>> round(lyapunov_spectrum(doubling).item(), 9) == round(math.log(2), 9)
+    >>> round(gradflow.analyzer.lyapunov_spectrum(doubling).item(), 9) == round(math.log(2), 9)
     True
     """
     stack = checked_stack(jacobians).double()

@@ -43,8 +43,9 @@ def log_gain_map(jacobians: Tensor, norm: str = "spectral") -> Tensor:
     Raises:
         InputError: another shape or another norm.
 
+    >>> import math, torch, gradflow
     >>> decay = torch.full((4, 1, 1, 1), 0.5, dtype=torch.float64)
-    >>> log_gain_map(decay)[0, 0].div(math.log(2)).round(decimals=9).tolist()
+    >>> gradflow.analyzer.log_gain_map(decay)[0, 0].div(math.log(2)).round(decimals=9).tolist()
     [0.0, -1.0, -2.0, -3.0]
     """
     if norm not in NORMS:

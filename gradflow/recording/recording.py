@@ -49,7 +49,7 @@ class Recording:
         >>> rnn = torch.nn.RNN(1, 1)
         >>> with gradflow.record(rnn) as recording:
         ...     rnn(torch.ones(3, 1, 1))[0].sum().backward()
-        >>> another = Recording("of one layer")
+        >>> another = gradflow.Recording("of one layer")
         >>> another.add(recording["l0"])
         >>> list(another.tracks)
         ['l0']
@@ -97,7 +97,8 @@ class Recording:
         Raises:
             RecordingError: there is no track.
 
-        >>> Recording("Net").require_tracks()
+        >>> import gradflow
+        >>> gradflow.Recording("Net").require_tracks()
         Traceback (most recent call last):
         gradflow.errors.RecordingError: nothing ran inside the block yet
         """

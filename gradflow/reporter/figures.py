@@ -9,13 +9,20 @@ from dataclasses import dataclass, replace
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradflow.analysis import Analysis
+from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.errors import InputError, must_be
 from gradflow.reporter import panels, prepare
 from gradflow.reporter.charts.chart import Chart
+from gradflow.reporter.charts.labels import writable
 from gradflow.reporter.fonts import legible
 from gradflow.reporter.kinds import KINDS, Kind
-from gradflow.reporter.overview import Entry, draw_overview, footer, footer_height
+from gradflow.reporter.overview import (
+    UNWRITTEN,
+    Entry,
+    draw_overview,
+    footer,
+    footer_height,
+)
 from gradflow.reporter.picture import INK, SOFT, Picture, look
 
 
@@ -68,7 +75,7 @@ def _entries(x: Analysis | Sequence[Analysis], layer: str | None) -> list[Entry]
             raise InputError(must_be("what is plotted", what, type(one).__name__, advice))
     named = len(many) > 1
     entries = [
-        Entry(one.title if named else "", picked)
+        _entry(one.title if named else "", picked)
         for one in many
         for picked in ([one[layer]] if layer is not None else one)
     ]
@@ -78,23 +85,44 @@ def _entries(x: Analysis | Sequence[Analysis], layer: str | None) -> list[Entry]
     return entries
 
 
+def _entry(group: str, layer: LayerAnalysis) -> Entry:
+    """A layer to draw; without its labels where they would be a row of boxes."""
+    if writable(layer.step_labels):
+        return Entry(group, layer)
+    return Entry(group, replace(layer, step_labels=()), unwritten=True)
+
+
 @dataclass(frozen=True)
 class Block:
     """One chart with the name above it."""
 
     name: str
     chart: Chart
+    unwritten: bool  # see `Entry`
+
+    @property
+    def caption(self) -> str:
+        """How to read it, and why its steps have numbers where they were given labels."""
+        over_steps = self.unwritten and not self.chart.note
+        return f"{self.chart.reading} {UNWRITTEN}" if over_steps else self.chart.reading
 
 
 def _blocks(kind: Kind, entries: Sequence[Entry]) -> list[Block]:
     """A block per layer, or one for all layers of an analysis."""
     if not kind.together:
-        return [Block(entry.name, kind.prepare(entry.layer)) for entry in entries]
+        return [
+            Block(entry.name, kind.prepare(entry.layer), entry.unwritten and kind.stepped)
+            for entry in entries
+        ]
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
     return [
-        Block(group, kind.prepare([entry.layer for entry in some]))
+        Block(
+            group,
+            kind.prepare([entry.layer for entry in some]),
+            any(entry.unwritten for entry in some),
+        )
         for group, some in groups.items()
     ]
 
@@ -143,7 +171,7 @@ def _draw_blocks(kind: Kind, entries: list[Entry]) -> Figure:
     figure = Picture(columns * step, 1)
     titles = [_fold(figure, block, step - 0.5) for block in blocks]
     lines = max(len(title) for title in titles)
-    captions = [textwrap.wrap(block.chart.reading, int(kind.width / 0.062)) for block in blocks]
+    captions = [textwrap.wrap(block.caption, int(kind.width / 0.062)) for block in blocks]
     tall = [_height(kind, block, lines) for block in blocks]
     tall = [
         high + (0 if block.chart.note else 0.145 * max(0, len(caption) - 2))

@@ -54,7 +54,7 @@ def report(
     >>> import tempfile, torch, gradflow
     >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
     >>> with tempfile.TemporaryDirectory() as place:
-    ...     sorted(report(run, f"{place}/run", formats=["json", "nc"]))
+    ...     sorted(gradflow.report(run, f"{place}/run", formats=["json", "nc"]))
     ['run.nc', 'summary.json']
     """
     if not isinstance(analysis, Analysis):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from pathlib import Path
 from gradflow.analysis import FRAMES
 from gradflow.errors import FileError
 
-MARKS = ("run.nc", "summary.json", "report.html", "layers.csv")  # one of them in every report
-# what a report may hold: a folder with anything else in it is never replaced
+# one of them in every report or comparison
+MARKS = ("run.nc", "summary.json", "report.html", "layers.csv", "changes.csv")
+# what one may hold: a folder with anything else in it is never replaced
 OURS = {"report.html", "summary.json", "run.nc", "figures", *(f"{kind}.csv" for kind in FRAMES)}
+OURS |= {"comparison.png", "comparison.csv", "changes.csv"}
 
 
 def free_folder(base: str | Path) -> Path:
@@ -41,13 +44,20 @@ def _check(folder: Path, force: bool) -> None:
     if folder.is_symlink():
         raise FileError(f"{folder} is a link and is left alone; give the folder it points to")
     if not folder.exists():
+        above = next(parent for parent in folder.absolute().parents if parent.exists())
+        denied = "is a file" if not above.is_dir() else ""
+        denied = denied or ("" if os.access(above, os.W_OK | os.X_OK) else "is read-only for you")
+        if denied:
+            raise FileError(
+                f"cannot write the report to {folder}: {above} {denied}; give another folder"
+            )
         return
     if not folder.is_dir():
         raise FileError(f"{folder} is a file, and a report needs a folder; give another name")
     if not force:
         raise FileError(
-            f"{folder} exists and is left alone; give another folder, or force to replace a report "
-            "in it (--force, force=True)"
+            f"{folder} exists and is left alone; give another folder, or --force (force=True in "
+            "Python) to replace the report in it"
         )
     if not any(folder.iterdir()):
         return

@@ -60,6 +60,7 @@ class Kind:
     scale: Scale | None = None  # the colour bar below, if any
     columns: int = 1  # blocks side by side, at most
     together: bool = False  # one block for all layers of an analysis
+    stepped: bool = False  # whether an axis counts steps, and takes their labels
 
 
 def _ratios(middle: str) -> Callable[[Axes, bool], None]:
@@ -120,6 +121,7 @@ KINDS: dict[str, Kind | None] = {
             _map_specials,
         ),
         columns=2,
+        stepped=True,
     ),
     "total-vs-direct": Kind(
         what="norm of the gradient at h: all of it, and what a hook sees",
@@ -127,6 +129,7 @@ KINDS: dict[str, Kind | None] = {
         draw=parts.draw,
         below=_below,
         heights=lambda chart: (2.1,),
+        stepped=True,
     ),
     "lag-curve": Kind(
         what="largest gain ‖∂s(t′)/∂s(t)‖ against the distance t′ − t",
@@ -148,6 +151,7 @@ KINDS: dict[str, Kind | None] = {
             lambda charts: _plain([chart.values for chart in charts], "no loss, or t after t′"),
         ),
         columns=2,
+        stepped=True,
     ),
     "lag-gradient": Kind(
         what="parts of the parameter gradient by how many steps back they went",
@@ -156,12 +160,13 @@ KINDS: dict[str, Kind | None] = {
         heights=lambda chart: (1.5, 1.5),
     ),
     "states": Kind(
-        what="gradient of the last loss step at every state, ÷ its size there",
+        what="gradient of the last loss step at every state, ÷ its typical size there",
         prepare=states.prepare,
         draw=states.draw,
         below=_below,
         heights=lambda chart: (1.5,) * len(chart.heats),
         scale=Scale(_ratios("as at the loss"), _heats),
+        stepped=True,
     ),
     "layers": Kind(
         what="norm of the gradient at every layer, median over sequences",
@@ -179,6 +184,7 @@ KINDS: dict[str, Kind | None] = {
             ),
         ),
         together=True,
+        stepped=True,
     ),
     "rank": Kind(
         what="how many directions of the state survive, against the distance t′ − t",
@@ -199,6 +205,7 @@ KINDS: dict[str, Kind | None] = {
         draw=paths.draw,
         below=_below,
         heights=lambda chart: (2.1,),
+        stepped=True,
     ),
     "blocks": Kind(
         what="gain from one state to another, against the distance t′ − t",
@@ -212,6 +219,7 @@ KINDS: dict[str, Kind | None] = {
         draw=gates.draw,
         below=_below,
         heights=lambda chart: (1.2, 1.2, 1.2),
+        stepped=True,
     ),
     "saturation": Kind(
         what="where every gate of every unit stands, and which units are stuck",
@@ -221,6 +229,7 @@ KINDS: dict[str, Kind | None] = {
         gap=lambda chart, panel: 0.26 if panel < len(chart.gates) else 0.72 + _below(chart),
         below=lambda chart: 0.0 if chart.limits else _below(chart),
         scale=Scale(saturation.draw_bar, _gate_specials, lambda chart: bool(chart.gates)),
+        stepped=True,
     ),
     "time-scales": Kind(
         what="how long each unit's own gate lets it remember, −1 ÷ mean ln of the gate",

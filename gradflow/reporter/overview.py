@@ -30,6 +30,10 @@ HEAD, TICKS, LABEL = 0.45, 0.34, 0.17  # above a row's panels; below them; its a
 HEIGHTS = {1: 2.3, 2: 1.7, 3: 1.35, 4: 1.15, 6: 0.95, 12: 0.8}
 LOWEST = 0.62
 LINE = 0.17  # a line of the caption
+UNWRITTEN = (
+    "No font on this machine has the letters of the labels, so steps are numbered; install one, "
+    "for Chinese e.g. Noto Sans CJK."
+)
 SMALLEST = 7.0  # points: on a page the figure is shown at four fifths of its size
 
 
@@ -39,6 +43,7 @@ class Entry:
 
     group: str
     layer: LayerAnalysis
+    unwritten: bool = False  # whether no font at hand has the letters of its steps' labels
 
     @property
     def title(self) -> str:
@@ -78,7 +83,7 @@ def draw_overview(entries: Sequence[Entry]) -> Figure:
         right = figure.inches(LEFT + HEAT + GAP, places[number] + HEAD, CURVE, height)
         right.yaxis.tick_right()
         right.yaxis.set_label_position("right")
-        right.set_ylabel("" if line.note else "gain", labelpad=2)
+        right.set_ylabel("" if line.note else "gain", labelpad=4)
         panels.draw_lag(right, line, entry.layer, reach, top, label=label)
     footer(figure, specials, LEFT, place + 0.04, HEAT, _bar)
     _legend(figure, place + 0.04)
@@ -91,9 +96,11 @@ def draw_overview(entries: Sequence[Entry]) -> Figure:
 def captions(entries: Sequence[Entry], heats: Sequence[Heat]) -> list[str]:
     """How to read the figure: one line, and one more for what would puzzle in these rows."""
     lines = [
-        "Left, each unit: the gradient of the last loss step, so many steps back. Right: the most "
-        "that any direction keeps from step t to t′."
+        "Left: how much of the last loss step's gradient reaches each unit, step by step. Right: the "
+        "most that any direction keeps from step t to t′."
     ]
+    if any(entry.unwritten for entry in entries):
+        lines.append(UNWRITTEN)
     shown = [entry.layer for entry, heat in zip(entries, heats, strict=True) if not heat.note]
     if any(_is_fed(layer, [entry.layer for entry in entries]) for layer in shown):
         lines.append(
@@ -152,7 +159,7 @@ def describe(entry: Entry, heat: Heat) -> str:
     unit = "cell" if heat.state == "c" else "unit"
     parts = [
         *_named(entry),
-        f"|∂L/∂{heat.state}| of each {unit} ÷ its size at the loss, longest memory on top",
+        f"|∂L/∂{heat.state}| of each {unit} ÷ their typical size at the loss, longest memory on top",
     ]
     pooled = []
     if heat.step_pool > 1:
@@ -180,7 +187,9 @@ def _head(figure: Picture, entry: Entry, heat: Heat, line: LagLine, place: float
             LEFT + HEAT, place + 0.23, heat.broken, fontsize=8, color=WRONG, ha="right",
             fontweight="bold",
         )  # fmt: skip
-        below.set_text("  ·  ".join([*_named(entry), f"|∂L/∂{heat.state}| ÷ its size at the loss"]))
+        below.set_text(
+            "  ·  ".join([*_named(entry), f"|∂L/∂{heat.state}| ÷ its typical size at the loss"])
+        )
         figure.fit(below, HEAT - figure.width_of(said) - 0.2, SMALLEST)
     figure.fit(below, HEAT, SMALLEST)
     if line.words:

@@ -86,7 +86,12 @@ class Picture(Figure):
         if room <= width or " " not in words:
             return [words]
         # as many letters as fit on average, and a few less: letters are not equally wide
-        first, *rest = textwrap.wrap(words, max(8, int(0.96 * len(words) * width / room)))
+        most = max(8, int(0.96 * len(words) * width / room))
+        for letters in range(min(most, len(words) // 2 + 1), most):  # two lines of about one length
+            lines = textwrap.wrap(words, letters)
+            if len(lines) == 2:
+                return lines
+        first, *rest = textwrap.wrap(words, most)
         return [first, " ".join(rest)] if rest else [first]
 
     def shortened(self, words: str, name: str, width: float, **style: Any) -> str:

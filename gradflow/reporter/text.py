@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from gradflow.reporter.digest import other_findings, predicted, predictions, top
 from gradflow.reporter.numbers import (
     cell_words,
     channel_words,
+    count_words,
     gone_words,
     half_life_words,
     rate_words,
 )
+from gradflow.reporter.page import provenance_rows
 
 STYLES = {
     "vanishing": "bold blue",
@@ -58,8 +61,9 @@ COLUMNS = (
 _PLAIN = str.maketrans(
     {"−": "-", "∞": "inf", "∂": "d", "′": "'", "·": ".", "×": "x", "≤": "<=", "≥": ">=", "–": "-",
      "—": "-", "…": "...", "→": "->", "‖": "|", "δ": "delta", "λ": "lambda", "÷": "/", "±": "+-",
-     "⁻": "^-", "³": "3", "⁶": "6", "½": "1/2", "σ": "sigma", "“": '"', "”": '"', "’": "'"}
+     "⟨": "<", "⟩": ">", "₁": "1", "½": "1/2", "σ": "sigma", "“": '"', "”": '"', "’": "'"}
 )  # fmt: skip
+_RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 
 
 class _Console(Console):
@@ -72,7 +76,8 @@ class _Console(Console):
 def render(analysis: Analysis, console: Console | None = None, *, verbose: bool = False) -> None:
     """Print an analysis; honours the console's width, colours and encoding.
 
-    Every finding is printed if ``verbose``, else the three that tell most. Where the console cannot
+    If ``verbose``, every finding is printed and what the numbers rest on, else the three that tell
+    most. Where the console cannot
     encode a character it is spelled in ASCII, so a pipe never fails.
     """
     console = console or _Console()
@@ -88,12 +93,11 @@ def render(analysis: Analysis, console: Console | None = None, *, verbose: bool 
         _predictions(console, predictions(analysis, finding))
     if others and not verbose:
         left = len(others)
-        words = f"{left} more {'finding' if left == 1 else 'findings'} on the page."
+        words = f"{count_words(left, 'more finding')} on the page, or with -v."
         _print(console, Text(words, style="dim"))
-    if analysis.warnings:
-        _print(console, Text(""))
-    for warning in analysis.warnings:
-        _print(console, Text(f"note: {warning}", style="yellow"), hang=6)
+    _notes(console, analysis.warnings)
+    if verbose:
+        _basis(console, analysis)
 
 
 def render_sentences(analysis: Analysis, console: Console | None = None) -> None:
@@ -104,9 +108,12 @@ def render_sentences(analysis: Analysis, console: Console | None = None) -> None
 
 
 def render_comparison(
-    runs: Mapping[str, Analysis], sentences: Sequence[str], console: Console | None = None
+    runs: Mapping[str, Analysis],
+    sentences: Sequence[str],
+    notes: Sequence[str] = (),
+    console: Console | None = None,
 ) -> None:
-    """Print several runs in one table, and what changed between them."""
+    """Print several runs in one table, what changed between them, and what to know about that."""
     console = console or _Console()
     table = _columns(console, "run")
     for name, analysis in runs.items():
@@ -115,6 +122,7 @@ def render_comparison(
     _print(console, Text(""))
     for sentence in sentences:
         _print(console, Text(sentence), hang=2)
+    _notes(console, notes)
 
 
 def _table(analysis: Analysis, console: Console) -> Table:
@@ -163,6 +171,26 @@ def _sentences(console: Console, analysis: Analysis) -> None:
         _print(console, Text(f"{left} more in the table above.", style="dim"))
 
 
+def _notes(console: Console, notes: Sequence[str]) -> None:
+    if notes:
+        _print(console, Text(""))
+    for note in notes:
+        _print(console, Text(f"note: {note}", style="yellow"), hang=6)
+
+
+def _basis(console: Console, analysis: Analysis) -> None:
+    """Provenance and parity, as at the end of the page."""
+    _print(console, Text(""))
+    _print(console, Text("what the numbers rest on", style="bold"))
+    for layer in analysis:
+        error = "" if layer.parity.error is None else f", relative error {layer.parity.error:.1e}"
+        reason = f": {layer.parity.reason}" if layer.parity.reason else ""
+        said = f"parity of {layer.name} with the backward: {layer.parity.status}{error}{reason}"
+        _print(console, Text(f"  {said}"), hang=4)
+    for name, value in provenance_rows(analysis.provenance):
+        _print(console, Text(f"  {name}: {value}"), hang=4)
+
+
 def _finding(console: Console, number: int, finding: Finding) -> None:
     where = f" ({finding.where})" if finding.where else ""
     _print(console, Text(""))
@@ -202,6 +230,7 @@ def _encoded(text: Text, console: Console) -> Text:
     """The same text in what the console can encode, control characters taken out."""
     plain = "".join(char for char in text.plain if char == "\n" or char.isprintable())
     if _is_plain(console):
+        plain = re.sub("[⁻⁰¹²³⁴-⁹]+", lambda power: f"^{power[0].translate(_RAISED)}", plain)
         plain = plain.translate(_PLAIN).encode("ascii", "replace").decode("ascii")
     if plain == text.plain:
         return text

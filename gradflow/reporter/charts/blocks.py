@@ -36,9 +36,7 @@ def prepare(layer: LayerAnalysis) -> Blocks:
         why = "This layer carries one state only, so its product has one block."
         if layer.data.sizes.get("block", 0):
             why = "No product over several steps was measured."
-        note = absent(layer, "log_block_gain", why)
-        nothing = np.empty(0)
-        return Blocks(note=note, names=(), lag=nothing, gain=np.empty((0, 0)), cell_path=nothing)
+        return _empty(absent(layer, "log_block_gain", why))
     codes = [str(code) for code in array["block"].values]
     curves = np.stack([_by_lag(array.sel(block=code)) for code in codes])
     gain = running_median(curves, 1) / LN10
@@ -50,10 +48,12 @@ def prepare(layer: LayerAnalysis) -> Blocks:
     # at the longest distances a sketch may know some blocks only: words are for all of them
     said = np.flatnonzero(~np.isnan(gain).any(axis=0))
     said_at = int(said[-1]) if len(said) else int(last)
+    if last == 0:
+        return _empty("No product over one step or more is finite.")
     words = "Each line is the typical gain (root mean square) from one state to another."
     if not np.isnan(path).all():
         words += (
-            " Below, the part of c → c that the product of the forget gates alone explains; above "
+            " Below, the share of c → c that the product of the forget gates alone explains; above "
             "1 the other paths take some of it back."
         )
     return Blocks(
@@ -64,6 +64,11 @@ def prepare(layer: LayerAnalysis) -> Blocks:
         gain=gain[:, : last + 1],
         cell_path=path[: last + 1],
     )
+
+
+def _empty(note: str) -> Blocks:
+    nothing = np.empty(0)
+    return Blocks(note=note, names=(), lag=nothing, gain=np.empty((0, 0)), cell_path=nothing)
 
 
 def _by_lag(array: xr.DataArray) -> np.ndarray:
@@ -138,7 +143,7 @@ def draw(axes: Sequence[Axes], blocks: Blocks) -> None:
         below.axhline(1, color=FAINT, lw=0.7, zorder=0)
         top = float(np.fmax.reduce(finite))
         below.set_ylim(0, 1.12 * max(1.0, min(top, 5.0)))
-        below.set_ylabel("share of c → c", labelpad=2)
+        below.set_ylabel("share", labelpad=2)
         ax.tick_params(labelbottom=False)
         drawn.append(below)
     for one in drawn:

@@ -43,6 +43,14 @@ def no_gradient(layer: LayerAnalysis, why: str) -> str:
     return layer.gradient_note or why
 
 
+STOCK = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
+
+
+def own_cell(layer: LayerAnalysis) -> bool:
+    """Whether a layer is a cell of the user's own, or a tapped loop: what is inside is not known."""
+    return layer.cell not in STOCK
+
+
 def running_median(values: np.ndarray, axis: int) -> np.ndarray:
     """The median along an axis, NaN left out; NaN only where nothing is known.
 

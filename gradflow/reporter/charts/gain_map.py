@@ -44,7 +44,7 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
     picked = picked.isel(target=picked["target"] < length, source=picked["source"] < length)
     values = picked.values / LN10
     targets, sources = picked["target"].values + 1, picked["source"].values + 1
-    known = values[~np.isnan(values)]
+    known = values[(targets[:, None] != sources[None, :]) & ~np.isnan(values)]
     note = _note(layer, sources, known)
     if note:
         return _empty(note, norm)
@@ -53,7 +53,7 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
     low = shown[~np.isnan(shown)]
     contour = bool(len(low) and low.min() < GONE < low.max() and len(targets) > 2)
     return GainMap(
-        message=_message(values, targets, sources),
+        message=_message(known),
         reading=_reading(layer, sequence, contour, down, across),
         values=shown,
         rows=down.edges,
@@ -103,7 +103,7 @@ def _note(layer: LayerAnalysis, sources: np.ndarray, known: np.ndarray) -> str:
     if layer.steps <= 1:
         return "one step: no pair of steps to show"
     if not len(known):
-        return "no finite gain to show"
+        return "No gain from one step to another is finite."
     if len(sources) == 1 and layer.steps > 2:
         return (
             f"Only step {sources[0]} was followed, since more would have taken too long. The lag curve "
@@ -112,11 +112,8 @@ def _note(layer: LayerAnalysis, sources: np.ndarray, known: np.ndarray) -> str:
     return ""
 
 
-def _message(values: np.ndarray, targets: np.ndarray, sources: np.ndarray) -> str:
+def _message(known: np.ndarray) -> str:
     """How many of the measured pairs of different steps keep a gain of 10⁻³."""
-    known = values[(targets[:, None] != sources[None, :]) & ~np.isnan(values)]
-    if not len(known):
-        return "no pair of different steps was measured"
     kept = float((known >= GONE).mean())
     if kept == 1:
         return "every pair of steps keeps a gain above 10⁻³"

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.reporter.charts.chart import Chart, measured
+from gradflow.reporter.charts.chart import Chart, measured, own_cell
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import DASHED, DOTTED, key
 from gradflow.reporter.numbers import number_words, percent_words
@@ -36,7 +36,11 @@ def prepare(layer: LayerAnalysis) -> Gates:
         layer.data[f"gate_{what}"].transpose("gate", "step").values
         for what in ("mean", "closed", "open")
     )
+    # a share of gates that are NaN is no share
+    closed, opened = (np.where(np.isnan(mean), np.nan, share) for share in (closed, opened))
     note = "" if names else f"{layer.cell} has no gates."
+    if own_cell(layer):
+        note = "The gates of a cell of your own are not known, if it has any."
     if names and measured(layer, "gate_mean") is None:
         note = "No gate was measured at any step."
     return Gates(
@@ -80,8 +84,9 @@ def draw(axes: Sequence[Axes], gates: Gates) -> None:
     rows = (("mean", gates.mean), ("closed", gates.closed), ("open", gates.open))
     for number, (ax, (name, values)) in enumerate(zip(axes, rows, strict=False)):
         for place, (gate, line) in enumerate(zip(gates.names, values, strict=True)):
+            lone = "." if (~np.isnan(line)).sum() < 3 else None
             ax.plot(gates.step, line, lw=1.4, label=gate, color=SERIES[place % len(SERIES)],
-                    ls=DASHES[place % len(DASHES)], marker="." if len(line) < 3 else None)  # fmt: skip
+                    ls=DASHES[place % len(DASHES)], marker=lone)  # fmt: skip
         ax.set_ylabel(name, labelpad=2)
         ax.set_xlim(0.5, len(gates.step) + 0.5)
         ax.set_ylim(min(0.0, float(np.nanmin([0, *values.ravel()]))) - 0.03, 1.03)

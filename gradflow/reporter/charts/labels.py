@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
 from matplotlib.axis import Axis
 
 from gradflow.reporter.charts.marks import whole
-from gradflow.reporter.fonts import inches, legible
+from gradflow.reporter.fonts import BOX, inches, legible
 
 SIZE = 7.0  # points
 LINE = 0.125  # inches between two lines of labels
@@ -24,17 +25,53 @@ def readable(label: str) -> str:
     >>> readable("\n"), readable(" "), readable("the sky"), readable("x" * 99)[-1]
     ('↵', '␣', 'the sky', '…')
     """
+    return _cut(_seen(label))
+
+
+def _seen(label: str) -> str:
     printed = "".join(letter if letter.isprintable() else " " for letter in label)
-    seen = legible(SEEN.get(label) or " ".join(printed.split()))
+    return legible(SEEN.get(label) or " ".join(printed.split()))
+
+
+def _cut(seen: str) -> str:
     if inches(seen, SIZE) <= MOST:
         return seen
     fits = next(n for n in range(1, len(seen) + 1) if inches(seen[:n] + "…", SIZE) > MOST)
     return seen[: fits - 1].rstrip() + "…"
 
 
+@functools.lru_cache(maxsize=64)
+def texts(labels: tuple[str, ...]) -> tuple[str, ...]:
+    """What is written for labels; where they are too long, without a beginning that all share.
+
+    >>> texts(("2024-03-01 05:00:00 UTC", "2024-03-01 06:00:00 UTC"))[0]
+    '…05:00:00 UTC'
+    """
+    seen = [_seen(label) for label in labels]
+    if len(set(seen)) > 1 and max(inches(one, SIZE) for one in seen) > MOST:
+        first, last = min(seen), max(seen)
+        shared = next((first[:n] for n, one in enumerate(first) if last[n : n + 1] != one), first)
+        # whole words and numbers only: what differs is read from where it begins
+        start = next((n for n in range(len(shared), 0, -1) if not shared[n - 1].isalnum()), 0)
+        seen = ["…" + one[start:] for one in seen] if start > 1 else seen
+    return tuple(_cut(one) for one in seen)
+
+
+def writable(labels: Sequence[str]) -> bool:
+    """Whether the fonts at hand have letters for most of the labels.
+
+    >>> writable(["the", "sky"]), writable([chr(0xE000), chr(0xE001)])
+    (True, False)
+    """
+    drawn = [legible(label) for label in labels if label.strip()]
+    lost = sum(set(one) <= {BOX} and BOX not in label
+               for one, label in zip(drawn, filter(str.strip, labels), strict=True))  # fmt: skip
+    return 2 * lost <= len(drawn)
+
+
 def width(labels: Sequence[str]) -> float:
     """Inches of the widest of these labels."""
-    return max((inches(readable(label), SIZE) for label in labels), default=0.0)
+    return max((inches(text, SIZE) for text in texts(tuple(labels))), default=0.0)
 
 
 def below(labels: Sequence[str]) -> float:
@@ -68,11 +105,10 @@ def label_steps(axis: Axis, labels: Sequence[str], places: Iterable[float], most
     room = long / (figure.dpi if figure else 100)
     upright = flat and below(labels) > 0
     across = width(labels) + 0.08 if flat and not upright else LINE
-    shown = [(place, label) for place, label in zip(places, labels, strict=True)
+    shown = [(place, text) for place, text in zip(places, texts(tuple(labels)), strict=True)
              if low <= place <= high]  # fmt: skip
     every = max(1, math.ceil(across * (high - low) / room)) if room else 1
     shown = shown[::-1][::every]
-    words = [readable(label) for _, label in shown]
-    axis.set_ticks([place for place, _ in shown], words)
+    axis.set_ticks([place for place, _ in shown], [text for _, text in shown])
     for text in axis.get_ticklabels():
         text.set(parse_math=False, fontsize=SIZE, rotation=90 if upright else 0)

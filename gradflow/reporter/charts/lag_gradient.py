@@ -13,10 +13,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient
+from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient, own_cell
 from gradflow.reporter.charts.marks import DASHED, Line, draw_log_lines, key, whole
 from gradflow.reporter.numbers import count_words, number_words, percent_words
-from gradflow.reporter.picture import FAINT, INK
+from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import SERIES
 
 TOLERANCE = 0.05  # the window a reader is told
@@ -42,7 +42,10 @@ def prepare(layer: LayerAnalysis) -> LagGradient:
     if layer.steps <= 1:
         return _empty("one step: nothing of the gradient goes further back")
     if array is None or not (array.values > 0).any():
-        why = no_gradient(layer, "The parameter gradient by lag cannot be had for this layer.")
+        why = "The parameter gradient by lag cannot be had for this layer."
+        if own_cell(layer):
+            why = "The parameter gradient by lag is known for LSTM, GRU and RNN layers only."
+        why = no_gradient(layer, why)
         if array is not None:
             why = "The parameter gradient is exactly 0."
         return _empty(absent(layer, "lag_contribution", why))
@@ -103,6 +106,8 @@ def _half(parts: np.ndarray) -> int:
 def _message(name: str, parts: np.ndarray, window: float, layer: LayerAnalysis) -> str:
     steps = _half(parts)
     last = "the loss step itself" if steps == 1 else f"the last {steps} steps"
+    if steps > 10 and 2 * steps > np.count_nonzero(parts > 0):
+        last = f"{steps - 1} or more steps back"  # far steps carry it, which "the last" would hide
     said = f"half of ∂L/∂{NAMES.get(name, name)} comes from {last}"
     if math.isnan(window):
         return said
@@ -147,9 +152,9 @@ def draw(axes: Sequence[Axes], chart: LagGradient) -> None:
         for window in chart.windows:
             ax.axvspan(window - 0.5, chart.reach + 0.5, color="#ededed", lw=0, zorder=0)
             ax.axvline(window - 0.5, color=INK, lw=0.9, zorder=1)
-        if number == 1:
-            ax.axhline(math.log10(TOLERANCE), color=FAINT, lw=0.8, ls=DASHED)
-        draw_log_lines(ax, chart.lag[chart.lag <= chart.reach], lines, decades=-SMALLEST)
+        level = math.log10(TOLERANCE) if number == 1 else None
+        shown = chart.lag[chart.lag <= chart.reach]
+        draw_log_lines(ax, shown, lines, decades=-SMALLEST, level=level)
         ax.set_ylabel(name, labelpad=2)
         ax.set_xlim(-0.5, chart.reach + 0.5)
         ax.xaxis.set_major_locator(whole(8))

@@ -75,7 +75,8 @@ def _message(layer: LayerAnalysis, mean: np.ndarray, band: float) -> str:
     )
     if kept == 0:
         return f"{largest}: every direction fades"
-    return f"{largest}; {share} keep a tenth or more over {layer.span} steps"
+    keep = "keeps" if kept == 1 else "keep"
+    return f"{largest}; {share} {keep} a tenth or more over {layer.span} steps"
 
 
 def _reading(layer: LayerAnalysis, band: float) -> str:

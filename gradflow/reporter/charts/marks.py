@@ -12,6 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator
 
 from gradflow.reporter.numbers import number_words
+from gradflow.reporter.picture import FAINT
 from gradflow.reporter.scale import power
 
 Dash = str | tuple[float, tuple[float, ...]]
@@ -58,11 +59,18 @@ def draw_log_lines(
     *,
     decades: float = 30,
     limits: tuple[float, float] | None = None,
+    level: float | None = None,
 ) -> None:
-    """Lines over x on an axis of powers of ten; exact zeros are dots on its lower edge."""
+    """Lines over x on an axis of powers of ten; exact zeros are dots on its lower edge.
+
+    A ``level`` to compare them with is dashed, and always on the axis.
+    """
     shown = [line for line in lines if not np.isnan(line.values).all()]
     zeros = any(np.isneginf(line.values).any() for line in shown)
-    low, high = limits or log_limits([line.values for line in shown], decades, zeros)
+    levels = [] if level is None else [np.array([level])]
+    low, high = limits or log_limits([*(line.values for line in shown), *levels], decades, zeros)
+    if level is not None:
+        ax.axhline(level, color=FAINT, lw=0.8, ls=DASHED)
     for line in shown:
         finite = np.where(np.isfinite(line.values), line.values, np.nan)
         ax.plot(x, finite, color=line.colour, lw=line.width, ls=line.dash, label=line.name)

@@ -39,10 +39,12 @@ def prepare(layer: LayerAnalysis) -> Parts:
     note = layer.gradient_note
     if not note and np.isnan(total).all():
         note = "No gradient of the loss was recorded for this layer."
-    alone = np.array_equal(total, last, equal_nan=True)  # the loss acts at one step only
+    with np.errstate(invalid="ignore"):  # −inf and −inf are equal
+        # the loss acts at one step only; two sums of one gradient may differ in their last digits
+        alone = np.allclose(total, last, rtol=0, atol=1e-3, equal_nan=True)
     return Parts(
         message="" if note else _message(total, direct),
-        reading=_reading(direct, last, alone),
+        reading=_reading(layer, direct, last, alone),
         note=note,
         state=state,
         step=np.arange(1, len(total) + 1),
@@ -53,13 +55,17 @@ def prepare(layer: LayerAnalysis) -> Parts:
     )
 
 
-def _reading(direct: np.ndarray, last: np.ndarray, alone: bool) -> str:
+def _reading(layer: LayerAnalysis, direct: np.ndarray, last: np.ndarray, alone: bool) -> str:
     words = (
         "The direct part leaves out what comes back through the layer's own recurrence: where it "
         "lies below the total, a hook on the output misses that much."
     )
     if np.isneginf(direct).any():
         words += " Exact zeros are dots at 0."
+    if len(np.unique(layer.data["length"].values)) > 1:
+        words += (
+            " Sequences end at different steps; every step shows the median of those still running."
+        )
     if not alone and not np.isnan(last).all():
         words += (
             " The total adds up all loss steps, so it need not fade; how far back one loss step "

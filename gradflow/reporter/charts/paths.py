@@ -27,17 +27,18 @@ class Paths(Chart):
     names: tuple[str, ...]  # P, the total last
     step: np.ndarray  # (T,) counted from 1
     gain: np.ndarray  # (P, T) log10
+    last: int  # the last step of the sequences measured
 
 
 def prepare(layer: LayerAnalysis) -> Paths:
     """The four terms and their sum at every step."""
     array = measured(layer, "path_gain")
     if array is None:
-        why = f"{layer.cell} has no cell state c; the four paths are those of an LSTM."
+        why = f"{layer.cell} is no LSTM; the four paths are those of an LSTM's cell state c."
         if layer.cell == "LSTM":
             why = "No step has a previous cell state, so there is no path to show."
         note = absent(layer, "path_gain", why)
-        return Paths(note=note, names=(), step=np.empty(0), gain=np.empty((0, 0)))
+        return Paths(note=note, names=(), step=np.empty(0), gain=np.empty((0, 0)), last=0)
     array = array.transpose("path", "step")
     names = tuple(str(name) for name in array["path"].values)
     with np.errstate(divide="ignore"):
@@ -51,8 +52,14 @@ def prepare(layer: LayerAnalysis) -> Paths:
         names=names,
         step=np.arange(1, gain.shape[1] + 1),
         gain=gain,
+        last=_last(gain),
         labels=layer.step_labels,
     )
+
+
+def _last(gain: np.ndarray) -> int:
+    known = np.flatnonzero(~np.isnan(gain).all(axis=0))
+    return int(known[-1]) + 1 if len(known) else gain.shape[1]
 
 
 def _message(names: Sequence[str], gain: np.ndarray) -> str:
@@ -83,7 +90,7 @@ def draw(axes: Sequence[Axes], paths: Paths) -> None:
         label = "all together" if name == TOTAL else name
         lines.append(Line(values, label, colour, 0.9 if name == TOTAL else 1.6, dash))
     draw_log_lines(ax, paths.step, lines, decades=8)
-    ax.set_xlim(0.5, len(paths.step) + 0.5)
+    ax.set_xlim(0.5, paths.last + 0.5)
     label_steps(ax.xaxis, paths.labels, paths.step[: len(paths.labels)])
     ax.set_xlabel("step", labelpad=2)
     ax.set_ylabel("gain per step", labelpad=2)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.reporter.charts.chart import Chart, absent, measured
+from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import DASHED, key, whole
 from gradflow.reporter.numbers import count_words, percent_words
@@ -57,6 +57,8 @@ def prepare(layer: LayerAnalysis) -> Saturation:
         note = f"No unit is stuck: none is ever {unused[0].removeprefix('h ')}."
     elif not gates and not limits:
         why = f"{layer.cell} has no gates and no limits at which a unit could be stuck."
+        if own_cell(layer):
+            why = "What happens inside a cell of your own is not known, so neither are its limits."
         note = absent(layer, "gate_value", why)
     reading = []
     if gates:
@@ -169,7 +171,7 @@ def _message(layer: LayerAnalysis, limits: Sequence[tuple[str, np.ndarray]]) -> 
         return "gates over the steps"
     count, mean, units, words = max(stuck)
     if count:
-        be, have = ("is", "has") if units == 1 else ("are", "have")
+        be, have = ("is", "has") if count == 1 else ("are", "have")
         verb = have if words.startswith(("gate", "tanh")) else be
         many = f"{'unit' if units == 1 else 'units'} {verb}"
         words = words.replace("h beyond", "beyond") if words.startswith("h ") else words

@@ -12,7 +12,7 @@ from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.numbers import count_words
 from gradflow.reporter.panels import draw_heat
-from gradflow.reporter.prepare import GONE, Heat, heat
+from gradflow.reporter.prepare import GONE, GREW, Heat, heat
 
 CARRIED = -1.0  # a unit that never falls below a tenth carries the gradient
 
@@ -56,8 +56,18 @@ def _message(layer: LayerAnalysis) -> str:
     left = int((raw[:, far] >= GONE).sum())
     steady = int((np.isnan(raw) | (raw >= CARRIED)).all(axis=1).sum())
     unit = "cell" if layer.main_state == "c" else "unit"
-    many = f"{unit} has" if left == 1 else f"{unit}s have"
-    said = f"{left} of {len(raw)} {many} 10⁻³ of the loss's gradient left {count_words(far, 'step')} back"
+    grown = int((raw[:, far] >= GREW).sum())
+    if 2 * grown > len(raw):
+        have = "has" if grown == 1 else "have"
+        return (
+            f"{grown} of {count_words(len(raw), unit)} {have} 1000 times the loss's gradient or more "
+            f"{count_words(far, 'step')} back"
+        )
+    have = "has" if left == 1 else "have"
+    said = (
+        f"{left} of {count_words(len(raw), unit)} {have} 10⁻³ of the loss's gradient left "
+        f"{count_words(far, 'step')} back"
+    )
     # the headline of the overview counts these
     keeps = "keeps" if steady == 1 else "keep"
     return f"{said}; {steady} {keeps} a tenth all the way" if left and far else said

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.reporter.charts.chart import Chart, absent, measured
+from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
 from gradflow.reporter.charts.marks import count_ticks, whole
-from gradflow.reporter.numbers import count_words, number_words
+from gradflow.reporter.numbers import number_words
 from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import SERIES
 
@@ -35,6 +35,8 @@ def prepare(layer: LayerAnalysis) -> TimeScales:
     known = np.empty(0) if array is None else array.values[~np.isnan(array.values)]
     if not len(known):
         why = f"{layer.cell} has no gate whose opening says for how long a unit remembers."
+        if own_cell(layer):
+            why = "The gates of a cell of your own are not known, so neither are their time-scales."
         nothing = np.empty(0)
         note = absent(layer, "time_scale", why)
         return TimeScales(note=note, edges=nothing, units=nothing, never=0, span=0, span_steps=0)
@@ -69,8 +71,8 @@ def _message(known: np.ndarray, span: int) -> str:
     most = "for good" if np.isinf(middle) else f"for {number_words(middle)} steps"
     if len(known) == 1:
         return f"its only unit remembers {most}, the span is {span}"
-    many = "unit remembers" if long == 1 else "units remember"
-    said = f"{long} of {count_words(len(known), 'unit').split()[0]} {many} as long as the span of {span}"
+    remember = "remembers" if long == 1 else "remember"
+    said = f"{long} of {len(known)} units {remember} as long as the span of {span}"
     return (
         f"half of the units remember no longer than {most[4:]}; {said}"
         if not np.isinf(middle)
