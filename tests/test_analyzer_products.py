@@ -14,7 +14,7 @@ from torch import Tensor
 from gradflow.analyzer import log_gain_map
 from gradflow.analyzer.jacobians import DenseOperator
 from gradflow.analyzer.products import log_gains
-from gradflow.analyzer.singular import log_singular_values, survivors
+from gradflow.analyzer.singular import log_singular_along, survivors
 from gradflow.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -288,11 +288,18 @@ def test_tanh_network_never_exceeds_the_norm_of_its_weights(seed: int, gain: flo
 # ----------------------------------------------------------------------------- singular values
 
 
+def log_singular(jacobians: Tensor, most_work: float = math.inf) -> np.ndarray:
+    """ln of the singular values of the product of all steps."""
+    steps = len(jacobians)
+    operator = DenseOperator(jacobians)
+    return log_singular_along(operator, range(steps), [steps], most_work=most_work)[0][-1]
+
+
 @pytest.mark.parametrize("gain", [0.7, 1.0, 1.6])
 def test_singular_values_equal_those_of_the_product(gain: float) -> None:
     jacobians = gaussian(6, 12, gain=gain)
     product = torch.linalg.multi_dot([jacobians[t, 0] for t in reversed(range(6))])
-    values = log_singular_values(DenseOperator(jacobians), range(6))
+    values = log_singular(jacobians)
     assert values == pytest.approx(torch.linalg.svdvals(product).log().numpy(), abs=1e-6)
 
 
@@ -300,7 +307,7 @@ def test_small_directions_are_counted_beside_huge_ones() -> None:
     sizes = torch.tensor([2.0, 1.0, 0.9, 0.5], dtype=torch.float64)
     turn = orthogonal(4)
     jacobians = repeated(turn @ torch.diag(sizes) @ turn.T, 200)
-    values = log_singular_values(DenseOperator(jacobians), range(200))
+    values = log_singular(jacobians)
     # float64 alone would drown all but the first, 2^200, in its rounding
     assert values == pytest.approx(200 * sizes.log().numpy(), abs=1e-6)
     assert survivors(values) == 2
@@ -309,9 +316,9 @@ def test_small_directions_are_counted_beside_huge_ones() -> None:
 def test_singular_values_of_a_cut_product_are_zero() -> None:
     jacobians = gaussian(5, 3)
     jacobians[2] = 0
-    assert np.isneginf(log_singular_values(DenseOperator(jacobians), range(5))).all()
+    assert np.isneginf(log_singular(jacobians)).all()
 
 
 def test_singular_values_give_up_where_the_work_is_too_much() -> None:
-    values = log_singular_values(DenseOperator(gaussian(5, 4)), range(5), most_work=100.0)
+    values = log_singular(gaussian(5, 4), most_work=100.0)
     assert np.isnan(values).all()

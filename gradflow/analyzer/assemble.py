@@ -6,30 +6,28 @@ Letters: T timesteps, B sequences, H units, S the state's width, k lag, t source
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from gradflow._version import __version__
 from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
-from gradflow.analyzer.certificates import broken
 from gradflow.analyzer.contributions import contributions
-from gradflow.analyzer.core import Progress, Settings, channels, half_life, measure
+from gradflow.analyzer.core import channels, half_life, measure
 from gradflow.analyzer.curve import finite_extremes
-from gradflow.analyzer.evidence import Evidence, number
+from gradflow.analyzer.evidence import Evidence
 from gradflow.analyzer.flow import with_flow
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.leading import rate_factors, watcher
 from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
-from gradflow.analyzer.lyapunov import SHORT, burn_in
+from gradflow.analyzer.lyapunov import SHORT
 from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.rates import (
-    decays_as_power,
-)
+from gradflow.analyzer.notes import provenance_of, warnings_of
+from gradflow.analyzer.rates import decays_as_power
+from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.analyzer.triangle import triangle
@@ -37,7 +35,6 @@ from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.recording import Recording, Track
 
-METHODS = ("auto", "exact", "sketch")
 TRIANGLE_SECONDS = 1.5  # predicted, for the triangles of all layers together
 LAG_SECONDS = 5.5  # predicted, for the gradients by lag of all layers together
 
@@ -95,13 +92,13 @@ def analyze(
             )
         )
     recording.require_tracks()
-    settings = _checked(recording, span, sequences, maps, method, stride, seed, progress)
+    settings = checked(recording, span, sequences, maps, method, stride, seed, progress)
     layers, refused = _layers(recording, settings)
     return Analysis(
         title=recording.model_name,
         layers=layers,
-        warnings=(*refused, *_warnings(recording, layers)),
-        provenance=dict(recording.provenance) | _provenance(layers, settings),
+        warnings=(*refused, *warnings_of(recording, layers)),
+        provenance=dict(recording.provenance) | provenance_of(layers, settings),
     )
 
 
@@ -122,66 +119,6 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
         for name, error in refused.items()
     ]
     return with_flow(recording, layers), said
-
-
-def _checked(
-    recording: Recording,
-    span: int | None,
-    sequences: Sequence[int] | None,
-    maps: int,
-    method: str,
-    stride: int | None,
-    seed: int,
-    progress: Progress | None,
-) -> Settings:
-    if span is not None:
-        _whole("span", span, 1, "leave it out for the median length")
-    _whole("maps", maps, 1, "leave it out for one map")
-    if stride is not None:
-        _whole("stride", stride, 1, "leave it out to let the predicted cost choose")
-    _whole("seed", seed, 0, "leave it out for 0")
-    if method not in METHODS:
-        raise InputError(
-            must_be("method", "one of auto, exact, sketch", repr(method), "leave it out for auto")
-        )
-    batch = min(track.batch for track in recording)
-    chosen: tuple[int, ...] | None = None
-    if sequences is not None:
-        if isinstance(sequences, str) or not isinstance(sequences, Iterable):
-            raise InputError(
-                must_be("sequences", "a list of indices", repr(sequences), "write it as [0]")
-            )
-        chosen = tuple(dict.fromkeys(sequences))
-        if not chosen:
-            raise InputError(
-                must_be("sequences", "at least one index", "none", "leave it out for all of them")
-            )
-        for index in chosen:
-            _whole("every index in sequences", index, 0, f"this recording has {batch} sequences")
-            if index >= batch:
-                raise InputError(
-                    must_be(
-                        "every index in sequences",
-                        f"below {batch}, the number of sequences",
-                        index,
-                        "count sequences from 0",
-                    )
-                )
-    return Settings(
-        span,
-        None if chosen is None else tuple(int(index) for index in chosen),
-        maps,
-        method,
-        stride,
-        seed,
-        len(recording),
-        progress or (lambda phase, share: None),
-    )
-
-
-def _whole(name: str, value: object, least: int, advice: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise InputError(must_be(name, f"a whole number of at least {least}", repr(value), advice))
 
 
 # ------------------------------------------------------------------------------------- one layer
@@ -280,86 +217,3 @@ def _leaves_range(track: Track, maps: plan.Maps) -> bool:
     limits = torch.finfo(track.states[track.main_state].dtype)
     low, high = finite_extremes(maps.log_gain["spectral"])
     return low < math.log(limits.tiny) or high > math.log(limits.max)
-
-
-# --------------------------------------------------------------------------- warnings, provenance
-
-
-def _warnings(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[str, ...]:
-    notes = list(recording.notes)
-    known = [track for track in recording if track.name in layers]
-    names = [track.name for track in known]
-    lost: dict[str, list[str]] = {}
-    for track in known:
-        if not track.has_gradient:
-            lost.setdefault(track.why_no_gradient, []).append(track.name)
-    for why, some in lost.items():
-        at = _listed(some, names)
-        notes.append(f"no gradient of the loss at {at}: {why}; gains and rates do not need it")
-    limited: dict[str, list[str]] = {}
-    for track in known:
-        layer = layers[track.name]
-        notes += track.notes
-        notes += [str(v.attrs["note"]) for v in layer.data.values() if "note" in v.attrs]
-        longest = int(track.lengths.max())
-        if 1 < longest < SHORT:
-            notes.append(
-                f"{track.name} ran for {longest} steps only: rates are taken without a burn-in and "
-                "include the transient"
-            )
-        if "range-limited" in layer.labels:
-            name = str(track.states[track.main_state].dtype).removeprefix("torch.")
-            limited.setdefault(name, []).append(track.name)
-        sides = layer.data["sum_rule"].values
-        if broken(sides):
-            notes.append(
-                f"the Lyapunov exponents of {track.name} add up to {number(sides[0])} per step, its "
-                f"determinants to {number(sides[1])}: the smallest exponents lie below rounding"
-            )
-    for name, some in limited.items():
-        notes.append(
-            f"gains of {_listed(some, names)} leave the range of {name}: there the model's own "
-            "gradient is 0 or infinite"
-        )
-    every = [track.name for track in known if _loss_at_every_step(layers[track.name])]
-    if every:
-        notes.append(
-            f"the loss reaches {_listed(every, names)} from many steps at once: the total gradient "
-            "need not fade even where nothing flows; read the overview, of the last loss step alone"
-        )
-    return tuple(dict.fromkeys(notes))
-
-
-def _listed(names: list[str], every: list[str]) -> str:
-    """Layers by name, as long as that is short.
-
-    >>> _listed(["a", "b"], ["a", "b", "c"]), _listed(["a", "b"], ["a", "b"]), _listed(["a"], ["a"])
-    ('a, b', 'both layers', 'a')
-    """
-    if 1 < len(names) == len(every):
-        return "both layers" if len(names) == 2 else f"all {len(names)} layers"
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
-
-
-def _loss_at_every_step(layer: LayerAnalysis) -> bool:
-    """Whether the last loss step alone falls short of the total at most steps."""
-    states = list(layer.data["state"].values)
-    norms = layer.data["grad_norm"].sel(state="h" if "h" in states else layer.main_state)
-    total, last = norms.sel(kind="total").values, norms.sel(kind="last").values
-    known = np.isfinite(total) & np.isfinite(last) & (total > 0)
-    more = np.abs(total[known] - last[known]) > 0.01 * total[known]
-    return int(known.sum()) > 2 and float(more.mean()) > 0.5
-
-
-def _provenance(layers: dict[str, LayerAnalysis], settings: Settings) -> dict[str, object]:
-    longest = max(layer.steps for layer in layers.values())
-    return {
-        "gradflow": __version__,
-        "torch": torch.__version__,
-        "method": "; ".join(dict.fromkeys(layer.method for layer in layers.values())),
-        "burn_in": f"{burn_in(longest)} of {longest} steps",
-        "seed": settings.seed,
-        "computed_in": "float64, but where the method says otherwise",
-        "start": "seeded random basis, the same for every sequence",
-    }

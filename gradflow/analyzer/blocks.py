@@ -13,17 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.norms import (
-    EXACT_ROWS,
-    SMALL,
-    WIDTH,
-    row_norms,
-    spectral_by_gram,
-    spectral_by_iteration,
-    spectral_from,
-)
+from gradflow.analyzer.iteration import CARRIED, spectral_by_iteration
+from gradflow.analyzer.norms import EXACT_ROWS, SMALL, row_norms, spectral_by_gram, spectral_from
 
 ROOM = {torch.float64: 32, torch.float32: 8}  # powers of two a row may leave 1 before rescaling
+FARTHEST = 40  # powers of two by which images may have drifted before they are made anew
 DEEPEST = 2000  # powers of two below the largest row at which a row counts for nothing in a sum
 
 
@@ -38,16 +32,24 @@ class Blocks:
         dtype: torch.dtype,
         capacity: int,
         widths: Sequence[int] = (),
+        *,
+        tolerance: float = 0.0,
     ) -> None:
         self.rank, self.size = rank, size
+        self.tolerance = tolerance  # of the spectral norms, 0 where they are not asked for
+        # what the iteration carries is pushed with the rows of every block
+        self._followed = tolerance > 0 and rank > EXACT_ROWS
+        self.height = rank + (CARRIED if self._followed else 0)
         self.widths = list(widths) or [size]  # of the states, side by side in the columns
         self.count = 0
-        self._now = torch.empty(batch, capacity, rank, size, dtype=dtype)
+        self._now = torch.empty(batch, capacity, self.height, size, dtype=dtype)
         self._next = torch.empty_like(self._now)
         self.exponent = torch.zeros(batch, 0, rank, dtype=torch.float64)  # powers of two taken out
         self.start = torch.zeros(0, dtype=torch.long)  # (n,) which start
         self.retry = torch.zeros(0, dtype=torch.long)  # (n,) step t of the next truncation
-        self.guess = torch.empty(batch, 0, rank, WIDTH, dtype=dtype)  # of the spectral iteration
+        # of the spectral norm at the last lag: the leading vector, or all that is carried
+        self.guess = torch.empty(batch, 0, rank, CARRIED if self._followed else 1, dtype=dtype)
+        self._held = torch.zeros(batch, 0, dtype=torch.float64)  # (B, n) powers of the images
         k = len(self.widths)
         # (B, n, k, r, r): Q_aᵀ Q_a of the source's states a, where rows are Qᵀ Pᵀ after a truncation
         self.gram = torch.empty(batch, 0, k, rank, rank, dtype=dtype)
@@ -65,7 +67,7 @@ class Blocks:
     @property
     def values(self) -> Tensor:
         """The live blocks, (B, n, r, S), rows without their powers of two."""
-        return self._now[:, : self.count]
+        return self._now[:, : self.count, : self.rank]
 
     @property
     def bytes(self) -> int:
@@ -90,33 +92,38 @@ class Blocks:
         needed = self.count + values.shape[1]
         if needed > self._now.shape[1]:
             grown = self._now.new_empty(
-                len(values), max(needed, 2 * self.count), self.rank, self.size
+                len(values), max(needed, 2 * self.count), self.height, self.size
             )
-            grown[:, : self.count] = self.values
+            grown[:, : self.count] = self._now[:, : self.count]
             self._now, self._next = grown, torch.empty_like(grown)
-        self._now[:, self.count : needed] = values
+        self._now[:, self.count : needed, : self.rank] = values
+        if self._followed and guess is not None:
+            guess = torch.linalg.qr(guess)[0]
+            self._now[:, self.count : needed, self.rank :] = guess.mT @ values
         self.count = needed
         self.exponent = torch.cat([self.exponent, exponent], 1)
         self._even &= bool((exponent == exponent[..., :1]).all())
         self.start, self.retry = torch.cat([self.start, start]), torch.cat([self.retry, retry])
         if guess is not None:
-            self.guess = torch.cat([self.guess, guess], 1)
+            self.guess = torch.cat([self.guess, guess[..., : self.guess.shape[-1]]], 1)
+        self._held = torch.cat([self._held, exponent[..., 0]], 1)
         if gram is not None:
             self.gram = torch.cat([self.gram, gram], 1)
 
     def keep(self, chosen: Tensor) -> None:
         """Forget all blocks but the chosen (n,) ones."""
-        kept = self.values[:, chosen]
+        kept = self._now[:, : self.count][:, chosen]
         self.count = int(chosen.sum())
         self._now[:, : self.count] = kept
-        self.exponent, self.guess = self.exponent[:, chosen], self.guess[:, chosen]
+        self.exponent, self._held = self.exponent[:, chosen], self._held[:, chosen]
+        self.guess = self.guess[:, chosen]
         self.start, self.retry = self.start[chosen], self.retry[chosen]
         if self.gram.shape[1]:
             self.gram = self.gram[:, chosen]
 
     def advance(self, step: Tensor) -> None:
         """Push every row through one step, given as A_tᵀ (B, S, S)."""
-        rows = self.count * self.rank
+        rows = self.count * self.height
         for b in range(len(step)):
             torch.mm(
                 self._now[b, : self.count].view(rows, self.size),
@@ -127,12 +134,13 @@ class Blocks:
 
     @property
     def rows(self) -> Tensor:
-        """All rows of all live blocks, (B, n·r, S)."""
-        return self.values.reshape(len(self._now), -1, self.size)
+        """All that is pushed: the rows of all live blocks, (B, n·height, S)."""
+        return self._now[:, : self.count].reshape(len(self._now), -1, self.size)
 
     def replace(self, rows: Tensor) -> None:
-        """Put pushed rows (B, n·r, S) in place of the old ones."""
-        self._now[:, : self.count] = rows.view_as(self.values)
+        """Put pushed rows (B, n·height, S) in place of the old ones."""
+        every = self._now[:, : self.count]
+        every[...] = rows.view_as(every)
 
     def rescale(self) -> Tensor:
         """Take powers of two out of rows that left the room; return ln ‖V‖_F with them, (B, n)."""
@@ -163,31 +171,46 @@ class Blocks:
         self.norm = row_norms(relative.flatten(2))
         return self._logarithm(self.norm)
 
-    def spectral(self, generator: torch.Generator) -> Tensor:
-        """ln ‖V‖₂, (B, n), after `rescale`; exact up to 64 rows, beyond iterated to 1e-4."""
+    def spectral(self) -> Tensor:
+        """ln ‖V‖₂, (B, n), after `rescale`; exact up to 64 rows, beyond iterated."""
         if self.rank == 1:
             return self._logarithm(self.norm)
         good = torch.isfinite(self.norm) & (self.norm > 0)
         result = self.norm.clone()  # zero, infinite and NaN stand for themselves
-        aligned = self._aligned()
-        chosen = aligned if bool(good.all()) else aligned[good]
-        blocks = chosen.reshape(-1, self.rank, self.size)
-        if len(blocks) == 0:
-            return self._logarithm(result)
-        if self.rank < SMALL:
-            result[good] = spectral_by_gram(blocks)
-        elif self.rank <= EXACT_ROWS:
-            guess = self.guess[good]
-            result[good], guess[..., 0] = spectral_from(blocks, guess[..., 0])
-            self.guess[good] = guess
-        else:
-            guess = self.guess[good]
-            # the weakest vector gets a fresh part: the best direction may change at any step
-            guess[..., 0] += torch.randn(
-                guess.shape[:-1], generator=generator, dtype=guess.dtype
-            ) / math.sqrt(self.rank)
-            result[good], self.guess[good] = spectral_by_iteration(blocks, guess)
+        for b in range(len(result)):
+            if bool(good[b].any()):
+                which = slice(None) if bool(good[b].all()) else good[b]
+                make = self._iterated if self._followed else self._exact
+                result[b, which] = make(b, which)
         return self._logarithm(result)
+
+    def _exact(self, b: int, which: slice | Tensor) -> Tensor:
+        blocks = self._aligned(b)[which]
+        if self.rank < SMALL:
+            return spectral_by_gram(blocks)
+        norms, self.guess[b, which, :, 0] = spectral_from(blocks, self.guess[b, which, :, 0])
+        return norms
+
+    def _iterated(self, b: int, which: slice | Tensor) -> Tensor:
+        scale = None if self._shift is None else self._shift[b, which].exp2()
+        images = self._images(b)[which]
+        drift = (self._held - self.top)[b, which]  # a row may have died or overtaken the others
+        near = bool((drift.abs() <= FARTHEST).all())
+        images *= drift.to(images.dtype).exp2()[:, None, None]
+        norms, self.guess[b, which], new = spectral_by_iteration(
+            self.values[b, which],
+            self.guess[b, which],
+            images if near else None,
+            scale,
+            self.norm[b, which],
+            self.tolerance,
+        )
+        self._images(b)[which] = new
+        self._held[b, which] = self.top[b, which]
+        return norms
+
+    def _images(self, b: int) -> Tensor:
+        return self._now[b, : self.count, self.rank :]
 
     def between_states(self) -> Tensor:
         """ln ‖P_ba‖_F for states b of the target (first), a of the source, (k, k, B, n).
@@ -226,14 +249,14 @@ class Blocks:
     def align(self) -> None:
         """Give all rows of a block the same power of two, after `rescale`."""
         if self._shift is not None:
-            self._now[:, : self.count] = self._aligned()
+            self.values[...] = self._aligned()
         self.exponent = self.top[..., None].expand_as(self.exponent).clone()
         self._even, self._shift = True, None
 
-    def _aligned(self) -> Tensor:
+    def _aligned(self, b: int | slice = slice(None)) -> Tensor:
         if self._shift is None:
-            return self.values
-        return self.values * self._shift.exp2()[..., None]
+            return self.values[b]
+        return self.values[b] * self._shift[b].exp2()[..., None]
 
     def _logarithm(self, norm: Tensor) -> Tensor:
         return norm.double().log() + self.top * math.log(2)

@@ -6,7 +6,7 @@ Letters: T timesteps, B sequences, S the state's width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,28 +27,13 @@ from gradflow.analyzer.rates import (
     rate_of_one,
     rate_over_sequences,
 )
+from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.singular import survivors
 from gradflow.recording import Track
 
 MAP_SECONDS = 5.0  # predicted, for the maps of all layers together
 RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
 CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
-
-Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `analyze` was asked for, checked."""
-
-    span: int | None
-    sequences: tuple[int, ...] | None
-    maps: int
-    method: str
-    stride: int | None
-    seed: int
-    layers: int  # how many share the budgets
-    progress: Progress
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Norms of many blocks at once: of rows without overflow, spectral by Gram matrix or iteration.
+"""Norms of many blocks at once: of rows without overflow, spectral by the Gram matrix.
 
 Letters: N blocks, r rows, S columns.
 """
@@ -11,10 +11,6 @@ import torch
 from torch import Tensor
 
 EXACT_ROWS = 64  # up to here the largest eigenvalue of the Gram matrix gives the spectral norm
-TOLERANCE = 1e-4  # beyond: relative error at which block Lanczos iteration stops
-WIDTH = 4  # vectors that every step of the iteration adds
-DEPTH = 6  # steps until the basis is cut back to 4 vectors
-RESTARTS = 6  # then the Gram matrix after all
 SMALL = 24  # rows below which eigenvalues are cheaper than trying without
 POWERS = 4  # products with the Gram matrix between two looks at what they found
 LOOKS = 4  # then the eigenvalues
@@ -86,64 +82,3 @@ def _power(gram: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     error = (image - theta[:, None] * vector).square().sum(-1)  # e²
     gap = 2 * theta - 1  # θ − ρ
     return theta, vector, (gap > 0) & (error <= torch.finfo(gram.dtype).eps * theta * gap)
-
-
-def spectral_by_iteration(blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest singular value of finite blocks (N, r, S) to 1e-4, and the basis to start from next.
-
-    Block Lanczos on V Vᵀ (Golub & Underwood 1977): every step adds 4 vectors to the basis, the
-    Rayleigh–Ritz values rise to ‖V‖₂, and what is still missing is foretold from the last two
-    rises (Aitken). `start` is (N, r, 4), the basis found at the previous lag.
-    """
-    value = blocks.new_zeros(len(blocks))
-    basis = start.clone()
-    left = torch.arange(len(blocks))  # the blocks not yet done
-    part = blocks
-    for restart in range(RESTARTS):
-        # most need two steps from their last basis, and none should wait for the few that do not
-        top, rows, done = _lanczos(part, basis[left], 2 if restart == 0 else DEPTH)
-        value[left], basis[left] = top, rows
-        if bool(done.all()):
-            return value, basis
-        keep = (~done).nonzero()[:, 0]
-        left, part = left[keep], part[keep]
-    value[left] = spectral_by_gram(part)
-    return value, basis
-
-
-def _lanczos(blocks: Tensor, start: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to `depth` block steps; the value, the 4 best row vectors, and which blocks settled."""
-    basis = torch.linalg.qr(start)[0]
-    images = blocks.mT @ basis
-    newest = images
-    values = [_top(images)]
-    settled = torch.zeros(len(blocks), dtype=torch.bool)
-    for _ in range(depth):
-        rows = blocks @ newest
-        for _again in range(2):  # orthogonalise twice, or rounding lets old directions back in
-            rows = rows - basis @ (basis.mT @ rows)
-        rows = torch.linalg.qr(rows)[0]
-        newest = blocks.mT @ rows
-        basis, images = torch.cat([basis, rows], -1), torch.cat([images, newest], -1)
-        values.append(_top(images))
-        settled = _settled(values)
-        if bool(settled.all()):
-            break
-    best = torch.linalg.eigh(images.mT @ images)[1][..., -WIDTH:]
-    return values[-1], basis @ best, settled
-
-
-def _top(images: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(images.mT @ images)[..., -1].clamp_min(0).sqrt()
-
-
-def _settled(values: list[Tensor]) -> Tensor:
-    """Whether what is still missing, foretold from the last rises, is far below the tolerance."""
-    now = (values[-1] - values[-2]).clamp_min(0) / values[-1]
-    at_once = now <= TOLERANCE / 50
-    if len(values) < 3:
-        return at_once
-    before = (values[-2] - values[-3]).clamp_min(0) / values[-1]
-    ratio = torch.where(before > 0, now / before, torch.zeros_like(now))
-    ratio = ratio.clamp(0.5, 0.999)  # a sudden fall of the rises foretells nothing
-    return at_once | (now * ratio / (1 - ratio) <= TOLERANCE / 10)

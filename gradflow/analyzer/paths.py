@@ -14,14 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.analyzer.iteration import CARRIED, spectral_by_iteration
 from gradflow.analyzer.jacobians import HostOperator, operator_of
 from gradflow.analyzer.loss import masked_median
-from gradflow.analyzer.norms import (
-    EXACT_ROWS,
-    WIDTH,
-    spectral_by_gram,
-    spectral_by_iteration,
-)
+from gradflow.analyzer.norms import EXACT_ROWS, spectral_by_gram
 from gradflow.analyzer.order import cuts_before, in_processing_order, input_time
 from gradflow.recording import Track
 
@@ -154,7 +150,7 @@ def _spectral(blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     alive = blocks.flatten(1).any(-1)
     norms = blocks.new_zeros(len(blocks))
     if bool(alive.any()):
-        top, rows = spectral_by_iteration(blocks[alive].float(), start[alive])
+        top, rows, _ = spectral_by_iteration(blocks[alive].float(), start[alive])
         start = start.clone()
         norms[alive], start[alive] = top.double(), rows
     return norms, start
@@ -162,7 +158,7 @@ def _spectral(blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 def _random(count: int, hidden: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    width = min(WIDTH, hidden)
+    width = min(CARRIED, hidden)
     return torch.randn(count, hidden, width, generator=generator, dtype=torch.float64)
 
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from gradflow.analyzer.cellpath import log_cell_path
 from gradflow.analyzer.direction import loss_map
+from gradflow.analyzer.iteration import TOLERANCE
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.products import NORMS, log_gains, spectral_work
-from gradflow.analyzer.sweep import CALLS, SPEED
+from gradflow.analyzer.sweep import CALLS, SKETCHED, SPEED
 from gradflow.analyzer.truncation import SPOILED, TRUNCATION
 from gradflow.recording import Operator, Track
 
-WIDE = 384  # states wider than this are sketched in float32
+WIDE = 192  # states wider than this are sketched in float32
 MEMORY = 256 * 2**20  # bytes of the maps of one layer
 LEVELS = 8  # ranks that a sketch has at a time, for what its calls take
 
@@ -233,7 +234,7 @@ def _words(making: _Making, every: int, predicted: float | None) -> str:
             f"{SPOILED:g} may be missing are left out"
         )
     if making.size > 64:
-        words += ", spectral norms iterated to 1e-4"
+        words += f", spectral norms iterated to {SKETCHED if making.sketch else TOLERANCE:.0e}"
     if making.dtype == torch.float32:
         words += ", products in float32"
     if predicted is not None and (making.sketch or making.stride > 1):

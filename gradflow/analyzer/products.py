@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.blocks import Blocks
+from gradflow.analyzer.iteration import CARRIED
 from gradflow.analyzer.jacobians import DenseOperator, transposed_step
 from gradflow.analyzer.norms import EXACT_ROWS
 from gradflow.analyzer.sweep import CALLS, SPEED, Sweep
@@ -134,11 +135,11 @@ def _run(sweep: Sweep, spend: Callable[[float], None] | None) -> bool:
 def _advance(sweep: Sweep, t: int, begun: int | None) -> None:
     """Push every block through A_t; the block of a start one step back is A_tᵀ itself."""
     operator, live = sweep.operator, sweep.live
-    rows = sum(level.count * level.rank for level in live)
+    rows = sum(level.count * level.height for level in live)
     if begun is None and rows < operator.size:  # cheaper than to write A_t out
         if live:
             pushed = operator.push(t, torch.cat([level.rows for level in live], 1))
-            shares = pushed.split([level.count * level.rank for level in live], 1)
+            shares = pushed.split([level.count * level.height for level in live], 1)
             for level, share in zip(live, shares, strict=True):
                 level.replace(share)
     else:
@@ -154,7 +155,7 @@ def _advance(sweep: Sweep, t: int, begun: int | None) -> None:
 
 def _begin(sweep: Sweep, place: int, step: Tensor) -> None:
     batch, size = sweep.operator.batch, sweep.operator.size
-    guess = torch.randn(batch, 1, size, 4, generator=sweep.generator, dtype=step.dtype)
+    guess = torch.randn(batch, 1, size, CARRIED, generator=sweep.generator, dtype=step.dtype)
     sweep.level(size, 4 if sweep.sketch else len(sweep.sources)).add(
         step[:, None],
         torch.zeros(batch, 1, size, dtype=torch.float64),
@@ -184,7 +185,7 @@ def _write(sweep: Sweep, level: Blocks, t: int, dropped: Tensor | None) -> None:
     if "rms" in sweep.result:
         sweep.result["rms"][:, places, t] = total - math.log(operator.size) / 2
     if "spectral" in sweep.result:
-        sweep.result["spectral"][:, places, t] = known(level.spectral(sweep.generator), lost)
+        sweep.result["spectral"][:, places, t] = known(level.spectral(), lost)
         work = spectral_work(level.rank, level.size) * level.count * operator.batch
         sweep.spent += work / SPEED[operator.dtype]
     if "blocks" in sweep.result:
@@ -201,4 +202,4 @@ def spectral_work(rank: int, size: int) -> float:
         return 0.0
     if rank <= EXACT_ROWS:
         return 2.0 * rank**2 * size + 14.0 * rank**3 + 2e5
-    return 900.0 * rank * size + 5e6
+    return 600.0 * rank * size + 1e6

@@ -23,25 +23,14 @@ SNAPSHOT = 20.0  # operations of one set of singular values of n rows, in n³
 SEED = 0
 
 
-def log_singular_values(
-    operator: Operator, steps: Iterable[int], *, most_work: float = math.inf
-) -> np.ndarray:
-    """ln of the singular values of A_last … A_first of one sequence, (S,) float64, largest first.
-
-    −inf where they are exactly 0, NaN where they lie under the rounding of the largest, or under
-    10⁻⁴ of it where a wide block was truncated; all NaN if it would take more than `most_work`
-    floating point operations.
-    """
-    walked = list(steps)
-    return log_singular_along(operator, walked, [len(walked)], most_work=most_work)[0][-1]
-
-
 def log_singular_along(
     operator: Operator, steps: Iterable[int], lags: Sequence[int], *, most_work: float = math.inf
 ) -> tuple[np.ndarray, float]:
-    """The same after each of the lags (ascending), (lags, S), and the operations it took.
+    """ln of the singular values of A_k … A_1 of one sequence, (lags, S) float64, largest first.
 
-    NaN at the lags that `most_work` or the steps do not reach.
+    After each of the lags k (ascending) along the steps; and the operations it took. −inf where they
+    are exactly 0, NaN where they lie under the rounding of the largest, or under 10⁻⁴ of it where a
+    wide block was truncated; all NaN at lags that `most_work` operations or the steps do not reach.
     """
     size = operator.size
     found = np.full((len(lags), size), np.nan)

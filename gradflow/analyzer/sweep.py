@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.blocks import Blocks
+from gradflow.analyzer.iteration import TOLERANCE
 from gradflow.recording import Operator
 
-LADDER = 0.7  # each rank a sketch may have, as a share of the one above
+LADDER = 0.5  # each rank a sketch may have, as a share of the one above
+SKETCHED = 1e-3  # relative error of a sketch's wide spectral norms
 CALLS = 2e-4  # seconds that the calls for one step of one rank take, however small
 SPEED = {torch.float64: 30e9, torch.float32: 100e9}  # operations a second on two cores
 
@@ -49,7 +51,12 @@ class Sweep:
     def blocks(self, rank: int, capacity: int) -> Blocks:
         """No blocks yet."""
         batch, size = self.operator.batch, self.operator.size
-        return Blocks(batch, rank, size, self.operator.dtype, capacity, self.widths)
+        tolerance = SKETCHED if self.sketch else TOLERANCE
+        if "spectral" not in self.result:
+            tolerance = 0.0
+        return Blocks(
+            batch, rank, size, self.operator.dtype, capacity, self.widths, tolerance=tolerance
+        )
 
     @property
     def live(self) -> list[Blocks]:

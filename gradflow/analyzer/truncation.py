@@ -17,7 +17,7 @@ from gradflow.analyzer.blocks import Blocks
 from gradflow.analyzer.sweep import CALLS, SPEED, Sweep
 
 TRUNCATION = 1e-3  # of a block's Frobenius norm, the most one truncation drops
-FIRST = 4  # lag of the first truncation
+FIRST = 3  # lag of the first truncation
 PROBES = 2  # vectors through what was dropped of each start
 SPOILED = 0.05  # of a norm: where more than that was dropped, it is not known
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.graph import Between, Edge, NotReadable, called, edge_of, outputs
-from gradflow.hooks.links import close_to, probe_of
+from gradflow.hooks.loops.links import close_to, probe_of
 
 # operations that multiply a state by zero, or put a zero in its place
 MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill", "CopySlices")

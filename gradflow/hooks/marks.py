@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.dense import Incomplete, Place, Step, within
 from gradflow.hooks.graph import NotReadable
-from gradflow.hooks.links import probe_of
+from gradflow.hooks.lengths import GivenLengths
+from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tapped import WIDEST, Mark, TapSource
 from gradflow.recording import Track
 
@@ -27,10 +28,10 @@ class Owner(Protocol):
     handles: list[RemovableHandle]
     jacobians: bool | None
     training: bool
+    lengths: GivenLengths
 
     def scale(self) -> float: ...
     def wants_track(self, name: str) -> bool: ...
-    def lengths_of(self, batch: int) -> Tensor | None: ...
     def add_track(self, base: str, track: Track) -> None: ...
 
 
@@ -68,7 +69,7 @@ class Marks:
         """A loop whose first mark is the only one of the source."""
         mark = source.marks[0]
         batch, device = len(place.like), place.like.device
-        source.lengths = self.owner.lengths_of(batch)
+        source.lengths = self.owner.lengths.of_steps(batch)
         track = Track(
             name=name,
             cell=source.cell,

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
-from gradflow.hooks.source import LoopSource
+from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unseen import foreign_code
 from gradflow.recording import Recording, Track

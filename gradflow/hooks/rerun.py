@@ -19,11 +19,11 @@ from torch import Tensor
 from gradflow.errors import RecordingError
 from gradflow.hooks.call import Call
 from gradflow.hooks.kernels import whole_call
-from gradflow.hooks.linked import pushed
-from gradflow.hooks.links import Factor, Link, close_to
-from gradflow.hooks.loop import Loop
-from gradflow.hooks.source import LoopSource
-from gradflow.hooks.stitch import Chain
+from gradflow.hooks.loops.linked import pushed
+from gradflow.hooks.loops.links import Factor, Link, close_to
+from gradflow.hooks.loops.loop import Loop
+from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.stitch import Chain
 from gradflow.recording import GATES, Parity, Recording, Track
 
 KEEPING = {"LSTM": "forget", "GRU": "update"}  # the gate that keeps the state, second of its kind

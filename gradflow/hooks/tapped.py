@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.errors import RecordingError
 from gradflow.hooks.dense import Dense
 from gradflow.hooks.graph import Edge
-from gradflow.hooks.loop import ROUNDING, difference, trimmed
+from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
 from gradflow.recording import Backward, Forward, Operator, Parity
 
 WIDEST = 64  # states up to which step Jacobians are taken unasked

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gradflow.cells import Scan
-from gradflow.hooks.arrivals import Arrivals
-from gradflow.hooks.flow import Sheet, by_lag, by_time, gathered, sheets, taken
-from gradflow.hooks.loop import Loop
+from gradflow.hooks.loops.arrivals import Arrivals
+from gradflow.hooks.loops.flow import Sheet, by_lag, by_time, gathered, sheets, taken
+from gradflow.hooks.loops.loop import Loop
 from gradflow.recording import Contributions, Outer
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from gradflow.hooks.comeback import Output
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import edge_of
-from gradflow.hooks.leaves import Path
+from gradflow.hooks.own.comeback import Output
+from gradflow.hooks.own.leaves import Path
 
 LARGEST = 2**20  # entries of a tensor that may be a state
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from gradflow.cells import CELLS, Scan, Steps
 from gradflow.errors import RecordingError
-from gradflow.hooks.linked import Linked, pulled
-from gradflow.hooks.links import Link
+from gradflow.hooks.loops.linked import Linked, pulled
+from gradflow.hooks.loops.links import Link
+from gradflow.hooks.loops.steps import Group
+from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.replay import masked
-from gradflow.hooks.steps import Group
-from gradflow.hooks.stitch import Chain
 
 ROUNDING = 64  # units of rounding, of what was subtracted, below which a difference counts as 0
 Known = TypeVar("Known")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gradflow.cells import Scan, Steps
-from gradflow.hooks.arrivals import Arrivals
-from gradflow.hooks.linked import pulled
-from gradflow.hooks.loop import Loop, linearised
+from gradflow.hooks.loops.arrivals import Arrivals
+from gradflow.hooks.loops.linked import pulled
+from gradflow.hooks.loops.loop import Loop, linearised
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradflow.hooks.dense import Incomplete, Place, Step, unit_rows
 from gradflow.hooks.graph import Between, NotReadable
-from gradflow.hooks.links import close_to
+from gradflow.hooks.loops.links import close_to
 from gradflow.hooks.tapped import Mark, TapSource
 
 

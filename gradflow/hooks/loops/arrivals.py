@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradflow.hooks.loop import Loop, difference
-from gradflow.hooks.steps import Group
+from gradflow.hooks.loops.loop import Loop, difference
+from gradflow.hooks.loops.steps import Group
 
 Arrivals = list[tuple[Tensor, Tensor | None]]  # per layer: at h (T, B, P), at c (T, B, H) if any
 

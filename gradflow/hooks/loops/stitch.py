@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradflow.hooks import links
 from gradflow.hooks.call import Call
 from gradflow.hooks.graph import edge_of
-from gradflow.hooks.links import End, Link
-from gradflow.hooks.steps import Group, grouped
+from gradflow.hooks.loops import links
+from gradflow.hooks.loops.links import End, Link
+from gradflow.hooks.loops.steps import Group, grouped
 from gradflow.recording import Track
 
 OPEN = 8  # loops over one module that may be under way at the same moment

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.graph import DEPTH, NODES, Edge, edge_of
-from gradflow.hooks.leaves import Path
+from gradflow.hooks.own.leaves import Path
 
 _MOVES = (
     "Alias AsStrided Cat Chunk Clone Contiguous Copy CopySlices Detach Diagonal Expand Flatten "

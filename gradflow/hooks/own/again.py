@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from gradflow.hooks import patch
 from gradflow.hooks.dense import Place, Step
 from gradflow.hooks.graph import NotReadable, saved_tensors_are_hooked
-from gradflow.hooks.leaves import Path, leaves, replaced
-from gradflow.hooks.returned import row_of, version_of
+from gradflow.hooks.own.leaves import Path, leaves, replaced
+from gradflow.hooks.own.returned import row_of, version_of
 
 # what copying or running a module of the user's own may raise, if it is not made to be copied
 UNWILLING = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError)

@@ -1,0 +1,119 @@
+"""Copies of what a call was given and returned, made while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gradflow.hooks.call import Call
+from gradflow.hooks.lengths import GivenLengths
+from gradflow.hooks.patch import CellCall, FusedCall
+
+
+class Copies:
+    """Makes the copies, and keeps those of the weights, which many calls share.
+
+    ``key`` gives the name under which the gradient of a weight is caught.
+    """
+
+    def __init__(self, lengths: GivenLengths, key: Callable[[Tensor], int]) -> None:
+        self.lengths, self._key = lengths, key
+        self._known: dict[object, Tensor] = {}  # weights, by id, or by owner and place
+
+    def call(self, seen: FusedCall, owner: str) -> Call:
+        """One fused call."""
+        device = seen.data.device.type
+        return Call(
+            cell=seen.cell,
+            owner=owner,
+            data=copied(seen.data),
+            batch_sizes=seen.batch_sizes,
+            unsorted=seen.unsorted,
+            h0=copied(seen.initial[0]),
+            c0=copied(seen.initial[1]) if len(seen.initial) == 2 else None,
+            weights=self._weights(owner, seen.weights),
+            weight_keys=tuple(self._key(weight) for weight in seen.weights),
+            has_biases=seen.has_biases,
+            layers=seen.layers,
+            dropout=seen.dropout,
+            training=seen.training,
+            bidirectional=seen.bidirectional,
+            batch_first=seen.batch_first,
+            rng=seen.rng,
+            autocast=_autocast(device),
+            returned={
+                name: copied(tensor)
+                for name, tensor in zip(("output", "h_n", "c_n"), seen.results, strict=False)
+            },
+            grad_enabled=torch.is_grad_enabled(),
+            differentiable=any(tensor.requires_grad for tensor in seen.results),
+            lengths=self.lengths.of_call(seen),
+        )
+
+    def step(self, seen: CellCall, owner: str) -> Call:
+        """A single step as a fused call of one layer and T = 1."""
+        h = seen.results[0]
+        c = seen.results[1] if len(seen.results) == 2 else None
+        output = copied(h).unsqueeze(0)
+        returned = {"output": output, "h_n": output}
+        if c is not None:
+            returned["c_n"] = copied(c).unsqueeze(0)
+        self.lengths.of_steps(seen.data.shape[0])
+        return Call(
+            cell=seen.cell,
+            owner=owner,
+            data=copied(seen.data).unsqueeze(0),
+            batch_sizes=None,
+            unsorted=None,
+            h0=copied(seen.initial[0]).unsqueeze(0),
+            c0=copied(seen.initial[1]).unsqueeze(0) if len(seen.initial) == 2 else None,
+            weights=self._weights(owner, seen.weights),
+            weight_keys=tuple(self._key(weight) for weight in seen.weights),
+            has_biases=len(seen.weights) > 2,
+            layers=1,
+            dropout=0.0,
+            training=seen.training,
+            bidirectional=False,
+            batch_first=False,
+            rng=None,
+            autocast=_autocast(seen.data.device.type),
+            returned=returned,
+            grad_enabled=torch.is_grad_enabled(),
+            differentiable=any(tensor.requires_grad for tensor in seen.results),
+            lengths=None,
+            single=True,
+            # nn.LSTMCell on a CPU computes h from c's own tensor; one kernel for both does not
+            c_is_total=c is not None and h.grad_fn is not c.grad_fn,
+        )
+
+    def _weights(self, owner: str, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Copies of the weights as they are now; one copy serves all calls that saw the same values.
+
+        A weight is known by itself or, where it is computed anew for every call, by its place.
+        """
+        found = []
+        for place, weight in enumerate(weights):
+            known = [self._known.get(id(weight)), self._known.get((owner, place))]
+            same = [k for k in known if k is not None and _equal(k, weight)]
+            found.append(same[0] if same else copied(weight))
+            self._known[id(weight)] = self._known[owner, place] = found[-1]
+        return tuple(found)
+
+    def clear(self) -> None:
+        """Keep no weight any longer."""
+        self._known.clear()
+
+
+def _autocast(device: str) -> tuple[str, bool, torch.dtype]:
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A contiguous copy outside any graph."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

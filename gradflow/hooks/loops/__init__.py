@@ -1,0 +1,1 @@
+"""Loops of calls: stitched together, replayed in groups, read as one track."""

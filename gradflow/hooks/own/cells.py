@@ -1,0 +1,302 @@
+"""Cells of the user's own, found by the fact that what they return comes back as their argument.
+
+A module is a cell if one of the tensors that it returned is an argument of its next call, directly or
+after no more than `comeback` allows. Such calls are the steps of a loop: the tensors that come back
+are its states, marked where the cell returns them, and read as those of `gradflow.tap` are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradflow.hooks.graph import edge_of
+from gradflow.hooks.marks import Marks, Owner
+from gradflow.hooks.own.again import Given
+from gradflow.hooks.own.candidates import (
+    DOUBTFUL,
+    OPEN,
+    Candidate,
+    CellLoop,
+    First,
+    UnderWay,
+    cell_name,
+    is_over,
+    is_plain,
+    let_go,
+    may_be,
+    may_be_the_input,
+    move_to_end,
+    of_one_batch,
+    parameters_of,
+    was_the_input,
+)
+from gradflow.hooks.own.comeback import Output, came_back, handed_on
+from gradflow.hooks.own.leaves import Path, arguments, leaves, named
+from gradflow.hooks.own.returned import LARGEST, key_of, likely_states, possible_states, row_of
+from gradflow.hooks.own.steps import OwnSteps
+from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.unseen import NO_NUMBERS, TRANSFORMED, has_no_numbers, why_not_read
+from gradflow.recording import Track
+
+STOCK = ":"  # before a module's path: torch's own recurrent functions with its weights
+
+
+class CellOwner(Owner, Protocol):
+    """The recorder, as far as cells of the user's own need it."""
+
+    def drop_tracks(self, tracks: list[Track]) -> None: ...
+
+
+class OwnCells:
+    """The modules of one model that may be cells, and the loops over those that are."""
+
+    def __init__(self, owner: CellOwner, model: nn.Module, paths: dict[int, str]) -> None:
+        self.owner = owner
+        self.marks = Marks(owner)
+        self.steps = OwnSteps(self.marks)
+        self.modules = [m for m in model.modules() if may_be(m)]
+        self._cells = {id(m): Candidate(m, paths[id(m)], parameters_of(m)) for m in self.modules}
+        self._under_way: list[UnderWay] = []
+        self.seen = False  # also where no track was wanted
+        self.unseen: dict[str, str] = {}  # modules whose calls could not be read -> why
+        self.model_unseen: dict[str, str] = {}  # the same of the model itself
+        self._like_cells: list[Candidate] = []
+
+    # -- what the recorder calls -------------------------------------------------------------
+
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module is called; gives what `left` wants back."""
+        cell = self._cells.get(id(module))
+        if cell is None or cell.ignored or torch._C._current_graph_task_id() != -1:
+            return None  # during a backward: a checkpoint's second run
+        if _is_transformed():
+            self._leave(cell, TRANSFORMED)
+            return None
+        if any(call.cell is cell for call in self._under_way):
+            return None
+        named_arguments = arguments(cell.parameters, args, kwargs)
+        if any(has_no_numbers(tensor) for tensor in leaves(named_arguments).values()):
+            self._leave(cell, NO_NUMBERS)
+            return None
+        given = Given.of(args, kwargs, named_arguments)
+        call = UnderWay(cell, given, None, {})
+        cell.calls += 1
+        call.origin, call.came = self._origin(cell, given)
+        self._under_way.append(call)
+        return call
+
+    def _origin(
+        self, cell: Candidate, given: Given
+    ) -> tuple[First | CellLoop | None, dict[Path, Path]]:
+        """The loop, or else the earlier call, that a call goes on with, and what came back where."""
+        known = [(end.outputs, end.given_at) for end in cell.ends]
+        came = list(zip(cell.ends, came_back(given.tensors, known, cell.inputs), strict=True))[::-1]
+        for end, found in came:
+            if isinstance(end, CellLoop) and set(found.values()) & set(end.entry.values()):
+                return end, found
+        for end, found in came:
+            if not found or not isinstance(end, First):
+                continue
+            doubted = next(
+                (d for d in cell.ends if isinstance(d, CellLoop) and end in d.doubts), None
+            )
+            if doubted is not None and not was_the_input(doubted, given, found):
+                continue
+            if doubted is not None:
+                self._take_back(cell, doubted)
+                return self._origin(cell, given)
+            return end, found
+        return None, {}
+
+    def _take_back(self, cell: Candidate, loop: CellLoop) -> None:
+        """One layer calls the module after the other: what comes in as the input is no state."""
+        cell.inputs |= set(loop.entry.values())
+        cell.ends.remove(loop)
+        cell.tracks.remove(loop.end.track)
+        self.owner.drop_tracks([loop.end.track])
+
+    def _leave(self, cell: Candidate, reason: str) -> None:
+        """Say why a module is not read; of the model itself only where nothing inside is named."""
+        named_so = f"{cell.path} ({type(cell.module).__name__})"
+        if cell.owner:
+            self.unseen[named_so] = reason
+        else:
+            self.model_unseen[named_so] = reason
+
+    def left(self, call: UnderWay, result: Any) -> None:
+        """The call is over; result is None where it raised."""
+        self._under_way.remove(call)
+        if result is None or call.cell.ignored:
+            return
+        returned = leaves(result)
+        self._tell_outer(call.cell.path, list(returned.values()))
+        cell, origin = call.cell, call.origin
+        if isinstance(origin, CellLoop) and self.steps.goes_on(origin, call.given, returned):
+            move_to_end(cell, origin)
+            self._doubt(cell, origin, call, returned)
+            return
+        first = self._first(call, returned)
+        if isinstance(origin, First):
+            loop = self._second(call, origin, returned)
+            if cell.ignored:
+                return
+            if loop is not None:
+                doubtful = may_be_the_input(loop, origin)
+                if doubtful:
+                    loop.doubts = [one for one in (origin, first) if one is not None]
+                    cell.ends += [] if first is None else [first]
+                else:
+                    cell.ends.remove(origin)
+                    for handle in origin.handles:
+                        handle.remove()
+                    let_go(first)
+                cell.ends.append(loop)
+                return
+        if first is not None:
+            cell.ends.append(first)
+        while len(cell.ends) > OPEN and is_over(cell):
+            let_go(cell.ends.pop(0))
+
+    def _doubt(
+        self, cell: Candidate, loop: CellLoop, call: UnderWay, returned: dict[Path, Tensor]
+    ) -> None:
+        """Each call of a doubtful loop may begin another one, up to as many as there are layers."""
+        if not loop.doubts:
+            return
+        first = self._first(call, returned) if len(loop.doubts) < DOUBTFUL else None
+        if first is not None:
+            loop.doubts.append(first)
+            cell.ends.insert(-1, first)
+            return
+        for doubt in loop.doubts:
+            let_go(doubt)
+        cell.ends = [end for end in cell.ends if end not in loop.doubts]
+        loop.doubts = []
+
+    def saw_stock(self, owner: str, results: tuple[Tensor, ...]) -> None:
+        """A recurrent function of torch's own ran, perhaps inside some of the modules."""
+        self._tell_outer(STOCK + owner, list(results))
+
+    def close(self) -> None:
+        """Let go of the user's tensors and graph."""
+        for cell in self._cells.values():
+            for end in cell.ends:
+                let_go(end)
+            nodes = [n for end in cell.ends if isinstance(end, CellLoop) for n in end.end.older]
+            for end in cell.ends:
+                vars(end).clear()
+            cell.ends.clear()
+            # newest first, one step at a time: freed as one long chain they overflow the stack
+            nodes.sort(key=lambda node: int(node._sequence_nr()))
+            while nodes:
+                nodes.pop()
+        self._under_way.clear()
+
+    @property
+    def without_state(self) -> dict[str, int]:
+        """Modules that take and return what could be a state, none of which came back -> calls."""
+        return {
+            f"{cell.path} ({type(cell.module).__name__})": cell.calls
+            for cell in dict.fromkeys(self._like_cells)
+            if not cell.tracks
+        }
+
+    def _tell_outer(self, path: str, results: list[Tensor]) -> None:
+        for call in self._under_way:
+            call.inner[path] = results
+
+    # -- the steps of a loop -----------------------------------------------------------------
+
+    def _first(self, call: UnderWay, returned: dict[Path, Tensor]) -> First | None:
+        """A call that may be the first step of a loop, listened to before it is known."""
+        given = call.given.tensors
+        tensors = possible_states(
+            returned, given.values(), call.given.unchanged(), open_end=call.given.leaves_out()
+        )
+        if not tensors:
+            reason = why_not_read(given.values(), returned.values())
+            if reason:
+                self._leave(call.cell, reason)
+            return None
+        outputs = {p: Output(edge_of(t), row_of(t), t.shape) for p, t in tensors.items()}
+        rows = {key_of(path): out.row for path, out in outputs.items()}
+        edges = {key_of(path): out.edge for path, out in outputs.items() if out.edge is not None}
+        place = likely_states(outputs, given.values())
+        mark = Marks.new(place, rows)
+        source = TapSource(self.owner.scale, cell=cell_name(call.cell.module), marks=[mark])
+        self._note_likeness(call, outputs)
+        size = sum(t.numel() for t in given.values())
+        if len(place.parts) > 1 and self.marks.wanted(place):
+            Marks.read_within(
+                source, place, mark
+            )  # a backward may free the graph before it is known
+        return First(
+            source=source,
+            outputs=outputs,
+            made_by={p: handed_on(outputs[p].edge, t, call.inner) for p, t in tensors.items()},
+            handles=source.listen(mark, edges),
+            place=place,
+            given=call.given if size <= LARGEST else None,
+            given_at=set(given),
+            size=min(size, LARGEST) + sum(t.numel() for t in tensors.values()),
+            called=call.cell.calls,
+        )
+
+    def _note_likeness(self, call: UnderWay, outputs: dict[Path, Output]) -> None:
+        """Whether a tensor was returned that has the shape of an argument other than the first."""
+        later = [tensor.shape for tensor in call.given.tensors.values()][1:]
+        if any(out.shape in later for out in outputs.values()):
+            self._like_cells.append(call.cell)
+
+    def _second(
+        self, call: UnderWay, first: First, returned: dict[Path, Tensor]
+    ) -> CellLoop | None:
+        """The second step: by now the states are known, and whether they are this module's own."""
+        came = {path: where for path, where in call.came.items() if path in returned}
+        shapes = {path: first.outputs[path].shape for path in came}
+        came = {path: w for path, w in came.items() if returned[path].shape == shapes[path]}
+        came = of_one_batch(came, first)
+        if not came:
+            return None
+        cell = call.cell
+        if self._hands_on(first, came):
+            cell.ignored = True
+            for end in cell.ends:
+                let_go(end)
+            return None
+        order = sorted(came, key=lambda path: list(call.given.tensors).index(came[path]))
+        places = [came[path] for path in order]
+        names = named(places if len(set(places)) == len(places) else order)
+        states = dict(zip(names, order, strict=True))
+        self.seen = True
+        if not self.owner.wants_track(cell.path):
+            cell.ignored = True
+            return None
+        self._hide_inner(call)
+        loop = self.steps.begin(cell, first, states, dict(zip(names, places, strict=True)))
+        return loop if self.steps.goes_on(loop, call.given, returned) else None
+
+    def _hands_on(self, first: First, came: dict[Path, Path]) -> bool:
+        """Whether all the states are those of tracks inside this module."""
+        known = {cell.path for cell in self._cells.values() if cell.tracks and not is_plain(cell)}
+        return all(
+            any(maker in known or maker.startswith(STOCK) for maker in first.made_by[path])
+            for path in came
+        )
+
+    def _hide_inner(self, call: UnderWay) -> None:
+        """Of nested cells the outer one is kept: it carries all that those inside it do."""
+        for cell in self._cells.values():
+            if cell.path in call.inner:
+                cell.ignored = True
+                self.owner.drop_tracks(cell.tracks)
+                cell.tracks.clear()
+
+
+def _is_transformed() -> bool:
+    """Whether this is a trace, or inside a transform of torch.func."""
+    tracing = bool(torch.jit.is_tracing())
+    return tracing or torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,0 +1,269 @@
+"""The recorder: what every recurrent call was given and returned, and the gradients that reach it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradflow.hooks.ancestry import clean, holder_of
+from gradflow.hooks.call import Call
+from gradflow.hooks.copies import Copies
+from gradflow.hooks.lengths import GivenLengths, Lengths
+from gradflow.hooks.loops.loop import Loop
+from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.stitch import Chain, Stitcher
+from gradflow.hooks.own.cells import OwnCells
+from gradflow.hooks.parity import WeightUses
+from gradflow.hooks.patch import CellCall, FusedCall
+from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.taps import Taps
+from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers
+from gradflow.recording import Recording, Track, matches_any
+
+
+class Recorder:
+    """The observer behind one ``with record(model)`` block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[str] | None,
+        lengths: Lengths,
+        scaler: Any,
+        jacobians: bool | None = None,
+    ) -> None:
+        self.thread = threading.get_ident()
+        self.model = model
+        self.layers = layers
+        self.lengths = GivenLengths(lengths)
+        self.scaler = scaler
+        self.jacobians = jacobians
+        self.training = model.training
+        self.recording = Recording(type(model).__name__)
+        self.uses = WeightUses(model)
+        self.calls: list[Call] = []
+        self.handles: list[RemovableHandle] = []
+        self.runs: Counter[str] = Counter()
+        self.strangers: dict[str, None] = {}  # recurrent calls that are not the model's, in words
+        self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
+        self.stitcher = Stitcher()
+        self.taps = Taps(self)
+        self._copies = Copies(self.lengths, lambda weight: self.uses.key(weight, self.scale))
+        self._paths = {id(module): clean(name) for name, module in model.named_modules()}
+        self.own = OwnCells(self, model, self._paths)
+        self._holders = {
+            id(parameter): clean(name).rpartition(".")[0]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+
+    # -- what the patch calls ----------------------------------------------------------------
+
+    def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool:
+        """A call belongs to this recording if its module or its weights are the model's."""
+        if any(has_no_numbers(weight) for weight in weights):
+            self.own.unseen[clean(self._owner(weights, module) or "a layer")] = NO_NUMBERS
+            return False
+        mine = self._owner(weights, module) is not None
+        if not mine:
+            kind = (
+                "a function of torch" if module is None else f"a module ({type(module).__name__})"
+            )
+            self.strangers[kind] = None
+        return mine
+
+    def _owner(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> str | None:
+        if module is not None and id(module) in self._paths:
+            return self._paths[id(module)]
+        for weight in weights:
+            if id(weight) in self._holders:
+                return self._holders[id(weight)]
+        return holder_of(weights, self._holders)
+
+    def saw(self, seen: FusedCall) -> None:
+        """Copy one fused call and listen for its gradients."""
+        owner = self._owner(seen.weights, seen.module)
+        if owner is not None and not seen.initial[0].numel():
+            self.own.unseen[owner or seen.cell] = NO_SEQUENCE
+        elif owner is not None:
+            self._admit(self._copies.call(seen, owner), seen.initial, seen.results)
+            self.own.saw_stock(owner, seen.results)
+
+    def saw_cell(self, seen: CellCall) -> None:
+        """Copy one call of a single-step function and listen for its gradients."""
+        owner = self._owner(seen.weights, seen.module)
+        if owner is not None and not seen.initial[0].numel():
+            self.own.unseen[owner or "cell"] = NO_SEQUENCE
+        elif owner is not None:
+            self._admit(self._copies.step(seen, owner), seen.initial, seen.results)
+            self.own.saw_stock(owner, seen.results)
+
+    def saw_tap(
+        self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
+    ) -> None:
+        """Copy the states that a hand-written loop marks; every recording of the thread does."""
+        self.taps.saw(name, states, rows, frame)
+
+    def saw_scaler(self, scaler: Any) -> None:
+        """Note that a loss was multiplied by somebody's scale."""
+        if self.scaler is None and scaler.is_enabled():
+            self.scalers_scale = scaler.get_scale
+
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module that may be a cell of the user's own is called."""
+        return self.own.entered(module, args, kwargs)
+
+    def left(self, call: Any, result: Any) -> None:
+        """That call is over; result is None where it raised."""
+        self.own.left(call, result)
+
+    def wants_track(self, name: str) -> bool:
+        """Whether a tap or a cell of this name is picked."""
+        return self.layers is None or matches_any(name, self.layers)
+
+    def add_track(self, base: str, track: Track) -> None:
+        """Take up a new loop, tapped or over a cell, under a name of its own."""
+        self.runs[base] += 1
+        while f"{base}@{self.runs[base]}" in self.recording._tracks:  # some were dropped
+            self.runs[base] += 1
+        track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
+        self.recording.add(track)
+
+    def drop_tracks(self, tracks: list[Track]) -> None:
+        """Forget loops over one cell that turned out to be part of another."""
+        for track in tracks:
+            self.recording.drop(track)
+            self.runs[track.name.partition("@")[0]] -= 1
+
+    def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != -1:
+            known = self._recomputed(call)
+            if known is None:
+                return  # a non-reentrant checkpoint: the first call's own tensors get the gradients
+            kept = {name: getattr(known, name) for name in ("grads", "graph_tasks", "entering")}
+            vars(known).update(vars(call) | kept | {"within": task})
+            self.stitcher.made_again(known, initial, results)
+            self._listen(known, results)
+            return
+        self._listen(call, results)
+        self.calls.append(call)
+        chain, new = self.stitcher.place(call, initial, results)
+        if new:
+            self._add_tracks(chain)
+        elif _goes_around(chain):
+            for name, tensor in zip("hc", initial, strict=False):
+                self.handles += call.listen_at_entry(name, tensor, self.scale)
+
+    def _listen(self, call: Call, results: tuple[Tensor, ...]) -> None:
+        names = ("output", "c_n") if call.single else ("output", "h_n", "c_n")
+        for name, tensor in zip(names, results, strict=False):
+            self.handles += call.listen(name, tensor, self.scale)
+
+    def scale(self) -> float:
+        """What losses are multiplied by at this moment: the scaler's scale, or 1."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def _recomputed(self, call: Call) -> Call | None:
+        """The call made without gradient that a reentrant checkpoint is now making again."""
+        for known in reversed(self.calls):
+            if (
+                known.owner == call.owner
+                and not known.differentiable
+                and known.data.shape == call.data.shape
+                and known.h0.shape == call.h0.shape
+                and torch.equal(known.data, call.data)
+                and torch.equal(known.h0, call.h0)
+            ):
+                return known
+        return None
+
+    # -- tracks ------------------------------------------------------------------------------
+
+    def _add_tracks(self, chain: Chain) -> None:
+        call = chain.calls[0]
+        picked = [
+            (layer, direction, name)
+            for layer, direction, name in _names(call)
+            if self.layers is None or matches_any(name, self.layers)
+        ]
+        if not picked:
+            return
+        notes: list[str] = []
+        if chain.sizes == [1] and call.batch_sizes is None:
+            chain.lengths = self.lengths.of_loop()
+            notes += self.lengths.notes
+        loop = Loop(chain)
+        replay = loop.groups[0].replay
+        self.runs[call.owner] += 1
+        run = self.runs[call.owner]
+        picked = [(i, j, base if run == 1 else f"{base}@{run}") for i, j, base in picked]
+        for layer, direction, name in picked:
+            source = LoopSource(loop, layer, direction, self.uses)
+            self.uses.note(LoopSource(loop, layer, direction, None))
+            track = Track(
+                name=name,
+                cell=call.cell,
+                reverse=bool(direction),
+                lengths=replay.lengths,
+                mask=replay.mask,
+                cuts=torch.zeros_like(replay.mask),
+                weights=replay.weights(layer, direction).named(),
+                source=source,
+                training=call.training,
+                batch_first=call.batch_first,
+                notes=list(notes),
+                owner=call.owner,
+                above=tuple(upper for i, _, upper in picked if i == layer + 1),
+            )
+            chain.tracks.append(track)
+            self.recording.add(track)
+
+    @property
+    def marked(self) -> list[TapSource]:
+        """All loops that were tapped or run over a cell of the user's own."""
+        return [t.source for t in self.recording if isinstance(t.source, TapSource)]
+
+    def close(self) -> None:
+        """Stop listening; the recording keeps what it has."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.uses.close()
+        self.stitcher.close()
+        self.taps.close()
+        self.own.close()
+        self._copies.clear()
+        for track in self.recording:
+            if isinstance(track.source, LoopSource):
+                track.source.loop.chain.tracks.clear()
+
+    def forget(self) -> None:
+        """Hold on to nothing that was recorded: from now on only the user does."""
+        self.recording, self.uses = Recording(""), WeightUses(nn.Module())
+        self.calls.clear()
+        del self.taps, self.own, self._copies
+
+
+def _names(call: Call) -> list[tuple[int, int, str]]:
+    """(layer, direction, name) of every track of a call."""
+    if call.single:
+        return [(0, 0, call.owner or "cell")]
+    found = []
+    for layer in range(call.layers):
+        for direction in range(1 + call.bidirectional):
+            suffix = f"l{layer}{'_reverse' if direction else ''}"
+            found.append((layer, direction, f"{call.owner}.{suffix}" if call.owner else suffix))
+    return found
+
+
+def _goes_around(chain: Chain) -> bool:
+    """Whether the last call's initial state holds some of that of the call before (zoneout)."""
+    link = chain.links[-1]
+    return link is not None and link.around is not None
