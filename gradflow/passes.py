@@ -40,9 +40,6 @@ def recorded_pass(model: nn.Module, batch: loading.Batch, settings: Settings) ->
         if value.requires_grad:
             with _user_code(settings.guard, "the backward pass", "the same loss must train"):
                 value.backward()
-    dropout = [m for m in model.modules() if getattr(m, "p", 0) or getattr(m, "dropout", 0)]
-    if not model.training and dropout:
-        recording.notes.append("the model ran in evaluation mode, so its dropout was off")
     # only now: what was recorded is described when the block ends
     recording.provenance |= {"input": _shapes(batch.inputs), "loss": words}
     recording.provenance = with_notes(recording.provenance, batch.notes)
@@ -66,7 +63,7 @@ def _loss(
                 "choose its part: loss=lambda output, target: criterion(output[0], target)"
             ) from error
         name = getattr(settings.loss, "__name__", type(settings.loss).__name__)
-        return _scalar(value), name
+        return _scalar(value), name.replace("<lambda>", "a lambda of the caller's")
     output, where = loading.choose_output(result, settings.output)
     lengths = loading.output_lengths(result, settings.output)
     lengths = batch.lengths if lengths is None else lengths

@@ -206,6 +206,7 @@ def _from_weights(
     tried: list[str] = []
     assumed: list[str] = []
     provenance: dict[str, Any] = {}
+    snippet = loading.save_snippet(opened.path, opened)
     for module in opened.recurrent:
         runs = []
         probes = loading.probes(module, request.seq_len, request.batch, request.seed)
@@ -217,7 +218,7 @@ def _from_weights(
             # only the last probe is shown; the others need their rates, not their maps
             coarse = None if number == len(probes) - 1 else max(1, request.seq_len)
             runs.append(analyze(recording, stride=coarse, seed=request.seed, progress=step))
-        run = agreed(runs, [probe.name for probe in probes])
+        run = agreed(runs, [probe.name for probe in probes], snippet.splitlines()[-1])
         run = with_predictions(recording, run, batch=probes[-1].name, seed=request.seed)
         layers |= {
             _probed_name(module, name): _renamed(module, layer)
@@ -229,14 +230,14 @@ def _from_weights(
         provenance |= run.provenance
     names = ", ".join(dict.fromkeys(tried))
     told = (
-        f"analyzed from the weights alone, under {names}; the input decides the rate, so give --input "
-        "for your own data"
+        f"probes instead of your data: analyzed from the weights alone, under {names}; the input "
+        "decides the rate, so give --input for your own"
     )
     provenance |= {
         "input": f"probes: {names}; B = {request.batch}, T = {request.seq_len}",
         "loss": "⟨r, h_T⟩ with seeded r",
         "seed": request.seed,
-        "snippet": loading.save_snippet(opened.path, opened),
+        "snippet": snippet,
     }
     provenance = with_notes(provenance, assumed)
     return Analysis(opened.title, layers, tuple(dict.fromkeys([told, *notes])), provenance)

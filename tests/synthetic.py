@@ -408,6 +408,44 @@ def predicted() -> Analysis:
     return analysis(*many, title="Tried")
 
 
+def crowded() -> Analysis:
+    """Three layers with long names, two warnings, three findings and what was tried: much to say."""
+    batch = "this batch, 3 layers changed together (what other modules feed it is taken as it was "
+    batch += "recorded)"
+    tried = (prediction(2, batch=batch), prediction(1, batch=batch))
+    owner = "encoder.temporal_backbone.context_recurrent_layer_number_"
+    many = []
+    for number in ("one", "two", "three"):
+        path, name = f"model.{owner}{number}", f"{owner}{number}.l0"
+        chrono = finding(
+            name,
+            "forget-gates-closed",
+            message="forget gates average 0.05: cells keep their memory for 0.326 steps, of your 100",
+            where="gate f, 61% of its values closed, below 0.05",
+            code=f"{path}.bias_hh_l0.data[:64] = 0.0\n{path}.bias_ih_l0.data[32:64].uniform_(1, 99)"
+            f".log_()\n{path}.bias_ih_l0.data[:32] = -{path}.bias_ih_l0.data[32:64]",
+        )
+        many.append(
+            layer(
+                name, "LSTM", predictions=tried, findings=(finding(name), chrono),
+                labels=("range-limited",),
+                sentence=f"{name} vanishes: the gradient shrinks 2.66-fold at every step and is gone "
+                "after 8 of your 100 steps",
+                title=f"{name} (LSTM): the gradient is gone 8 steps before the loss",
+            )
+        )  # fmt: skip
+    return analysis(
+        *many,
+        title="Crowded",
+        warnings=(
+            "gains of all 3 layers leave the range of float32: there the model's own gradient is 0 or "
+            "infinite",
+            "the loss reaches all 3 layers from many steps at once: the total gradient need not fade "
+            "even where nothing flows; read the profile of the last loss step alone",
+        ),
+    )
+
+
 def everything() -> Analysis:
     """One analysis with a layer of every kind."""
     return analysis(
@@ -433,6 +471,7 @@ CASES = {
     "bidirectional": bidirectional,
     "twelve": twelve,
     "predicted": predicted,
+    "crowded": crowded,
     "everything": everything,
     "long": lambda: vanishing(steps=1000),
     "short": lambda: vanishing(steps=10),

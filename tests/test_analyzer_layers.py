@@ -456,6 +456,33 @@ def test_vanishing_lstm_names_its_forget_gates() -> None:
     assert torch.equal(model.bias_ih_l0.data[:8], -model.bias_ih_l0.data[8:16])
 
 
+def test_a_long_path_is_said_once_and_the_code_still_runs() -> None:
+    model = nn.ModuleDict({"encoder_of_context": nn.ModuleDict({"backbone": nn.LSTM(2, 8)})})
+    rnn = model["encoder_of_context"]["backbone"]
+    with gradflow.record(model) as recording:
+        rnn(torch.randn(100, 8, 2))[0][-1].sum().backward()
+    code = only(analyze(recording)).findings[1].code
+    assert code.startswith("layer = model.encoder_of_context.backbone\n")
+    assert code.count("backbone") == 1
+    exec(code, {"model": model, "torch": torch})  # noqa: S102 — must run as printed
+    assert rnn.bias_ih_l0.data[8:16].min() >= 0 and bool((rnn.bias_hh_l0.data[:16] == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [(300, "over 33 steps before it fades"), (30, "has not faded after the 29 steps measured")],
+    ids=["comes down", "still up"],
+)
+def test_transient_growth_says_whether_it_fades(steps: int, said: str) -> None:
+    rnn = nn.RNN(1, 2, bias=False, dtype=torch.float64)
+    with torch.no_grad():  # ‖W^k‖ is all but 5k · 0.97^(k−1), 62 at its highest, k = 33
+        rnn.weight_hh_l0.copy_(torch.tensor([[0.97, 5.0], [0.0, 0.97]]))
+    layer = only(analyze(record(rnn, steps, batch=1, inputs=0.0)))
+    (finding,) = (f for f in layer.findings if f.name == "transient-growth")
+    assert finding.message.startswith("the gain rises by 1.79 decades")
+    assert said in finding.message
+
+
 def test_gains_out_of_the_models_own_range_are_said() -> None:
     layer_range = analyze(record(nn.RNN(2, 8), 300, 3))
     assert "range-limited" in only(layer_range).labels
@@ -469,6 +496,51 @@ def test_short_and_every_step_losses_are_said() -> None:
     assert any("from many steps at once" in note for note in analysis.warnings)
     quiet = analyze(record(nn.RNN(2, 4), 20))
     assert quiet.warnings == ()
+
+
+def test_what_holds_for_many_layers_is_said_once() -> None:
+    model = nn.RNN(2, 4, num_layers=4)
+    with gradflow.record(model) as recording:
+        model(torch.randn(400, 3, 2))[0].sum().backward()
+    said = analyze(recording).warnings
+    assert sum("from many steps at once" in note for note in said) == 1
+    assert any(note.startswith("the loss reaches all 4 layers from") for note in said)
+    assert any(note.startswith("gains of all 4 layers leave the range") for note in said)
+
+
+def test_a_report_without_a_backward_says_so() -> None:
+    model = nn.LSTM(2, 4, num_layers=2)
+    with pytest.warns(GradflowWarning), gradflow.record(model) as recording:
+        model(torch.randn(20, 3, 2))
+    (said,) = analyze(recording).warnings
+    assert said.startswith(
+        "no gradient of the loss at both layers: no backward ran inside the block"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.LSTM(2, 4, num_layers=2, dropout=0.5), True),
+        (nn.Sequential(nn.Dropout(0.1), nn.LSTM(2, 4)), True),
+        (nn.ModuleDict({"rnn": nn.LSTM(2, 4), "norm": nn.PairwiseDistance(p=2.0)}), False),
+        (nn.LSTM(2, 4), False),
+    ],
+    ids=["between layers", "module", "p that is no rate", "none"],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_dropout_that_was_off_is_said(model: nn.Module, said: bool, training: bool) -> None:
+    model.train(training)
+    rnn = next(module for module in model.modules() if isinstance(module, nn.LSTM))
+    with gradflow.record(model) as recording:
+        rnn(torch.randn(20, 3, 2))[0][-1].sum().backward()
+    notes = [note for note in analyze(recording).warnings if "evaluation mode" in note]
+    assert bool(notes) == (said and not training)
+
+
+def test_provenance_keeps_the_models_dtype() -> None:
+    provenance = analyze(record(nn.RNN(2, 4), 20)).provenance
+    assert provenance["dtype"] == ["float32"] and "float64" in provenance["computed_in"]
 
 
 def test_several_layers_are_named_in_their_titles() -> None:

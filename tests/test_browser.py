@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import synthetic
@@ -38,6 +39,8 @@ const said = JSON.stringify({
   verdicts: bottom(".verdicts"), overview: bottom(".overview"), findings: bottom(".findings"),
   left: document.querySelector(".findings").getBoundingClientRect().left,
   overviewLeft: document.querySelector(".overview").getBoundingClientRect().left,
+  title: document.title, scripts: document.scripts.length,
+  unfolded: [...document.querySelectorAll("details[open]")].map(one => one.innerText).join(),
   broken: [...document.images].filter(one => !one.naturalWidth).length,
   out: [...document.querySelectorAll("p, li, h1, h2, pre, summary, .span, figure, dd, dt, .outlook")]
     .filter(one => one.getBoundingClientRect().right > root.clientWidth + 1).length});
@@ -57,30 +60,52 @@ def browser() -> str:
 
 
 def measured(
-    browser: str, folder: Path, text: str, width: int, height: int, *, open_all: bool = False
-) -> dict[str, float]:
-    """The measures of a page laid out at a size, by the probe above."""
+    browser: str,
+    folder: Path,
+    text: str,
+    width: int,
+    height: int,
+    *,
+    open_all: bool = False,
+    place: str = "",
+) -> dict[str, Any]:
+    """The measures of a page laid out at a size, by the probe above; place is a "#fragment"."""
     # the page forbids every script; the probe of the test needs one
     text = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)
     probe = PROBE.replace("OPEN", "true" if open_all else "false")
     (folder / "page.html").write_text(text.replace("</body>", probe + "</body>"), "utf-8")
-    frame = LISTEN + FRAME.format(page="page.html", width=width, height=height)
+    frame = LISTEN + FRAME.format(page=f"page.html{place}", width=width, height=height)
     (folder / "frame.html").write_text(frame, "utf-8")
-    command = [
-        browser, *FLAGS, f"--user-data-dir={folder / 'profile'}",
-        f"--window-size={max(width, 500)},{height}", "--virtual-time-budget=10000",
-        "--allow-file-access-from-files", "--dump-dom", (folder / "frame.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False
-    )
+    done = opened(
+        browser, folder, folder / "frame.html", f"--window-size={max(width, 500)},{height}",
+        "--virtual-time-budget=10000", "--allow-file-access-from-files", "--dump-dom",
+    )  # fmt: skip
     said = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL)
     assert said, f"the browser said nothing: {done.stdout[:300]} {done.stderr[-2000:]}"
-    measures: dict[str, float] = json.loads(unescape(said[1]))
+    measures: dict[str, Any] = json.loads(unescape(said[1]))
     return measures
 
 
-@pytest.fixture(scope="module", params=["vanishing", "everything", "predicted"])
+def opened(
+    browser: str, folder: Path, file: Path, *options: str
+) -> subprocess.CompletedProcess[str]:
+    """What the browser says of a file."""
+    command = [browser, *FLAGS, f"--user-data-dir={folder / 'profile'}", *options, file.as_uri()]
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False
+    )
+
+
+def printed(browser: str, folder: Path, text: str) -> bytes:
+    """The page as a PDF."""
+    (folder / "page.html").write_text(text, "utf-8")
+    paper = folder / "page.pdf"
+    done = opened(browser, folder, folder / "page.html", f"--print-to-pdf={paper}")
+    assert paper.is_file(), done.stderr[-2000:]
+    return paper.read_bytes()
+
+
+@pytest.fixture(scope="module", params=["vanishing", "everything", "predicted", "crowded"])
 def text(request: pytest.FixtureRequest) -> str:
     analysis = synthetic.CASES[request.param]()
     return page(analysis, draw(analysis))
@@ -106,6 +131,15 @@ def test_the_first_screen_holds_verdicts_overview_and_findings(
     assert seen["overviewLeft"] > seen["left"] + 300  # side by side
 
 
+def test_much_to_say_is_set_denser(browser: str, tmp_path: Path) -> None:
+    """Without, the findings of a page with long names would end far below the first screen."""
+    analysis = synthetic.crowded()
+    text = page(analysis, draw(analysis))
+    assert 'class="first dense"' in text
+    loose = text.replace('class="first dense"', 'class="first"')
+    assert measured(browser, tmp_path, loose, 1280, 800)["findings"] > 900
+
+
 def test_a_narrow_page_is_stacked(browser: str, tmp_path: Path, text: str) -> None:
     seen = measured(browser, tmp_path, text, 400, 800)
     assert seen["verdicts"] < seen["overview"] < seen["findings"]
@@ -123,3 +157,39 @@ def test_a_layer_name_runs_no_script(browser: str, tmp_path: Path) -> None:
     analysis = synthetic.analysis(synthetic.layer(evil), title=evil)
     seen = measured(browser, tmp_path, page(analysis, draw(analysis)), 400, 800)
     assert seen["broken"] == 0 and seen["scroll"] == 400
+    assert seen["title"].startswith(evil) and seen["scripts"] == 1  # that of the probe
+
+
+def test_the_page_forbids_every_script(browser: str, tmp_path: Path) -> None:
+    text = page(synthetic.vanishing(), {})
+    slipped_in = text.replace("</body>", "<script>document.title = 'ran'</script></body>")
+    forbids = re.compile(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>")
+    titles = []
+    for one in (slipped_in, forbids.sub("", slipped_in)):
+        (tmp_path / "page.html").write_text(one, "utf-8")
+        said = opened(browser, tmp_path, tmp_path / "page.html", "--dump-dom").stdout
+        titles += re.findall("<title>(.*?)</title>", said)
+    assert titles == ["RNN net: gradient flow", "ran"]
+
+
+@pytest.mark.parametrize(("case", "place", "says"), [
+    ("everything", "#all-layers", "Overview of all 5 layers"),
+    ("crowded", "#words", "Gains become smaller or larger than the model's own numbers can be"),
+])  # fmt: skip
+def test_a_link_unfolds_what_it_leads_to(
+    browser: str, tmp_path: Path, case: str, place: str, says: str
+) -> None:
+    analysis = synthetic.CASES[case]()
+    text = page(analysis, draw(analysis))
+    assert f'href="{place}"' in text
+    assert says not in measured(browser, tmp_path, text, 1280, 800)["unfolded"]
+    assert says in measured(browser, tmp_path, text, 1280, 800, place=place)["unfolded"]
+
+
+def test_paper_shows_what_is_folded(browser: str, tmp_path: Path) -> None:
+    analysis = synthetic.vanishing()
+    text = page(analysis, draw(analysis))
+    count = text.count("<img")
+    assert printed(browser, tmp_path, text).count(b"/Subtype /Image") >= count >= 8
+    kept_folded = text.replace("details::details-content", "details::nothing")
+    assert printed(browser, tmp_path, kept_folded).count(b"/Subtype /Image") < count

@@ -405,6 +405,24 @@ def test_very_short_sequences(steps: str, here: Path, capsys: pytest.CaptureFixt
         assert "T = 1" in capsys.readouterr().out
 
 
+def test_probes_that_disagree_name_the_command_for_this_file(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rnn = nn.RNN(6, 24)
+    with torch.no_grad():
+        rnn.weight_hh_l0.mul_(2.2)
+        rnn.weight_ih_l0.mul_(6)
+        rnn.bias_ih_l0.zero_()
+        rnn.bias_hh_l0.zero_()
+    torch.save(rnn.state_dict(), here / "open.pt")
+    assert run("analyze", "open.pt", "--seq-len", "40", "--json") == 0
+    (finding, *_) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["name"] == "depends-on-input"
+    assert (
+        finding["code"] == "gradflow analyze open.pt --model 'pkg.mod:Net(10, 20)' --input batch.pt"
+    )
+
+
 def test_one_sequence(here: Path) -> None:
     save_state_dict(here / "model.pt")
     assert run("analyze", "model.pt", "--batch", "1") == 0
@@ -413,12 +431,12 @@ def test_one_sequence(here: Path) -> None:
 def test_weights_that_are_not_numbers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = stacked()
     with torch.no_grad():
-        model.rnn.weight_hh_l0[3, 3] = float("nan")
+        model.rnn.weight_hh_l0[3, 2] = float("nan")
     torch.save(model.state_dict(), here / "model.pt")
     assert run("analyze", "model.pt", "--seq-len", "20") == 0
-    assert "weight_hh holds one entry that is not finite" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    words = " ".join(capsys.readouterr().out.split())
+    # the place is that of Python, to be looked up
+    assert "weight_hh holds one entry that is not finite (weight_hh[3, 2] is NaN)" in words
     for condition in ("horizon<5", "vanishing"):
         assert run("analyze", "model.pt", "--seq-len", "20", "--fail-on", condition) == 1
         assert "its states are not finite" in capsys.readouterr().err

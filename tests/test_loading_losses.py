@@ -180,7 +180,7 @@ def test_a_loss_that_the_target_chose_says_which(target: Tensor, name: str) -> N
     assert loss.note == ""
     loss(STEPS, target)
     assert loss.name == name
-    assert loss.note == f"no --loss was given: the target chose {name}; --loss sets another"
+    assert loss.note == f"no loss was given: the target chose {name}; loss= or --loss sets another"
     assert make_loss(None, target_present=True).name == "the loss that the target chooses"
     with pytest.raises(InputError, match="the target must be a tensor, got none"):
         loss(STEPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 from dataclasses import replace
@@ -13,9 +14,10 @@ import pytest
 import synthetic
 
 from gradflow.analysis import Analysis
+from gradflow.analyzer import agreement, assemble
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.files import draw
-from gradflow.reporter.page import BUDGET, page
+from gradflow.reporter.page import BUDGET, LABELS, embed, page
 
 EVIL = "</script><b>x"
 
@@ -23,7 +25,7 @@ EVIL = "</script><b>x"
 class Outline(HTMLParser):
     """Tags, their balance, their attributes, and the words between."""
 
-    VOID: ClassVar = {"meta", "img", "br", "!doctype"}
+    VOID: ClassVar = {"meta", "img", "br", "wbr", "!doctype"}
     OPTIONAL: ClassVar = {"td", "th"}  # HTML lets their end tags go
 
     def __init__(self, text: str) -> None:
@@ -148,6 +150,33 @@ def test_a_healthy_model_has_no_findings() -> None:
     assert "No findings" in words and "Nothing here needs a remedy." in words
 
 
+def test_an_open_verdict_is_not_called_healthy() -> None:
+    open_still = replace(synthetic.layer(findings=()), verdict="inconclusive")
+    words = " ".join(Outline(made(synthetic.analysis(open_still))).words)
+    assert "No cause was found; the verdict says what would decide." in words
+    assert "Nothing here needs a remedy." not in words
+
+
+def test_every_label_is_explained_where_it_is_shown() -> None:
+    labels = ("range-limited", "transient growth")
+    words = " ".join(Outline(made(synthetic.analysis(synthetic.layer(labels=labels)))).words)
+    for label in LABELS:
+        assert (label in labels) == (LABELS[label] in words)
+
+
+def test_labels_that_an_analysis_gives_are_all_known() -> None:
+    source = inspect.getsource(assemble._labels)
+    given = set(re.findall(r'"([a-z][a-z -]+)": ', source)) | {"no recurrence", agreement.LABEL}
+    assert given == set(LABELS)
+
+
+def test_the_bar_says_how_far_the_gradient_reaches() -> None:
+    whole, gone = synthetic.carrying(), synthetic.vanishing()
+    part = replace(synthetic.layer(rate=-0.05), searched=60)
+    assert "reaches all 100 steps" in made(whole) and "reaches 8 of 100 steps" in made(gone)
+    assert "reaches ≥ 60 of 100 steps" in made(synthetic.analysis(part))
+
+
 def test_snippet_and_next_command_get_a_box() -> None:
     provenance = {
         "snippet": "torch.save(\n  batch)",
@@ -169,6 +198,22 @@ def test_a_page_with_too_many_pictures_leaves_the_least_important_out() -> None:
     assert left_out and "overview" not in left_out[1]
 
 
+def test_the_maps_of_the_worst_layers_come_before_anything_folded() -> None:
+    analysis, pictures = drawn("bidirectional")
+    room = BUDGET // 9  # in PNG bytes a picture needs a third less: the overviews and six more fit
+    heavy = {key: png.ljust(room * 3 // 4, b"\0") for key, png in pictures.items()}
+    shown, _ = embed(analysis, heavy)
+    worst = [layer.name for layer in analysis.worst_first][:3]
+    maps = {(kind, name) for kind in ("gain-map", "total-vs-direct") for name in worst}
+    assert set(shown) == maps | {("overview", "top"), ("overview", "")}
+
+
+def test_a_picture_that_is_left_out_is_not_announced() -> None:
+    analysis = synthetic.vanishing()
+    pictures = {key: png for key, png in draw(analysis).items() if key[0] != "total-vs-direct"}
+    assert "What a hook on" not in page(analysis, pictures)
+
+
 def test_a_folded_picture_says_what_it_shows() -> None:
     analysis, pictures = drawn("bidirectional")
     assert ("layers", "") in pictures and ("paths", "rnn.l0") not in pictures  # a GRU has none
@@ -180,7 +225,8 @@ def test_a_folded_picture_says_what_it_shows() -> None:
 
 def test_dark_and_print_are_thought_of() -> None:
     text = made(synthetic.vanishing())
-    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    assert "@media screen and (prefers-color-scheme: dark)" in text  # paper stays white
+    assert "@media print" in text
     assert "figure { margin: 0 0 8px; padding: 6px; background: #ffffff" in text
 
 

@@ -510,6 +510,15 @@ def test_an_exploding_rnn_is_told_which_factor_would_hold_it() -> None:
     assert only.message.startswith(f"W_hh × {only.value:g}: stable, rate ")
 
 
+def test_a_prediction_is_of_the_sequence_that_the_present_numbers_are_of() -> None:
+    """With padding, another one may be too short for anything to be compared."""
+    torch.manual_seed(0)
+    model, lengths = nn.LSTM(3, 8), [6, 8, 10, 12, 40, 9, 7, 30]
+    run = gradflow.diagnose(model, torch.randn(40, 8, 3), lengths=lengths, span=30)["l0"]
+    assert run.predictions
+    assert {one.searched for one in run.predictions} == {run.searched}
+
+
 def test_layers_that_need_it_are_changed_together_and_the_others_are_left() -> None:
     torch.manual_seed(0)
     model = nn.LSTM(3, 6, 2)

@@ -43,6 +43,16 @@ def test_diagnose_leaves_the_model_as_found() -> None:
         assert torch.equal(grad, value)
 
 
+def test_provenance_names_the_loss() -> None:
+    x, y = torch.randn(4, 12, 3), torch.randn(4, 2)
+    for loss, name in (
+        (nn.functional.mse_loss, "mse_loss"),
+        (nn.MSELoss(), "MSELoss"),
+        (lambda output, target: (output - target).square().sum(), "a lambda of the caller's"),
+    ):
+        assert gradflow.diagnose(Net(), x, target=y, loss=loss).provenance["loss"] == name
+
+
 def test_diagnose_leaves_the_random_state_and_the_input_as_found() -> None:
     x = torch.randn(12, 4, 3, requires_grad=True)
     before = torch.get_rng_state()
@@ -134,7 +144,7 @@ def test_a_layer_whose_jacobians_are_unknown_is_left_out_and_named(
     monkeypatch.setattr(recording["0.0.l0"].source, "operator", unknown)
     run = gradflow.analyze(recording)
     assert list(run.layers) == ["1.l0"]
-    assert "not known" in run.warnings[0]
+    assert " is not in this report: " in run.warnings[0] and "not known" in run.warnings[0]
     monkeypatch.setattr(recording["1.l0"].source, "operator", unknown)
     with pytest.raises(RecordingError, match="not known"):
         gradflow.analyze(recording)

@@ -10,8 +10,10 @@ from gradflow.analysis import Analysis, Finding, LayerAnalysis, Rate
 LABEL = "depends on the input"
 
 
-def agreed(runs: Sequence[Analysis], probes: Sequence[str]) -> Analysis:
+def agreed(runs: Sequence[Analysis], probes: Sequence[str], command: str = "") -> Analysis:
     """Merge the analyses of one module under several probes, given with their names.
+
+    ``command`` is what to type for a verdict on one's own data.
 
     The last probe is the one shown. Where all verdicts agree, the rate's interval is widened to
     hold those of all probes; where they do not, the verdict is ``inconclusive`` with the label
@@ -19,12 +21,15 @@ def agreed(runs: Sequence[Analysis], probes: Sequence[str]) -> Analysis:
     """
     shown = runs[-1]
     layers = {
-        name: _agreed_layer([run.layers[name] for run in runs], probes) for name in shown.layers
+        name: _agreed_layer([run.layers[name] for run in runs], probes, command)
+        for name in shown.layers
     }
     return replace(shown, layers=layers)
 
 
-def _agreed_layer(layers: Sequence[LayerAnalysis], probes: Sequence[str]) -> LayerAnalysis:
+def _agreed_layer(
+    layers: Sequence[LayerAnalysis], probes: Sequence[str], command: str
+) -> LayerAnalysis:
     shown = layers[-1]
     if len(layers) == 1:
         return shown
@@ -44,7 +49,7 @@ def _agreed_layer(layers: Sequence[LayerAnalysis], probes: Sequence[str]) -> Lay
         message="verdicts differ from probe to probe, so none is given; numbers and pictures are "
         f"those under {probes[-1]}",
         advice="give a batch of your own data; the input decides how far the gradient flows",
-        code="gradflow analyze MODEL --model 'pkg.mod:Net(10, 20)' --input batch.pt",
+        code=command,
     )
     kept = [f for f in shown.findings if all(f.name in _names(layer) for layer in layers)]
     return replace(

@@ -105,16 +105,20 @@ def analyze(
 def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAnalysis], list[str]]:
     """All layers that can be measured, and a sentence on each that cannot."""
     layers: dict[str, LayerAnalysis] = {}
-    refused: list[RecordingError] = []
+    refused: dict[str, RecordingError] = {}
     for track in recording:
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
                 layers[track.name] = _layer(track, settings)
         except RecordingError as error:  # its Jacobians or its replay are not to be had
-            refused.append(error)
+            refused[track.name] = error
     if not layers:
-        raise refused[0]
-    return with_flow(recording, layers), [str(error) for error in refused]
+        raise next(iter(refused.values()))
+    said = [
+        f"{name} is not in this report: {str(error).removeprefix(f'{name}: ')}"
+        for name, error in refused.items()
+    ]
+    return with_flow(recording, layers), said
 
 
 # ------------------------------------------------------------------------------------- one layer

@@ -34,7 +34,14 @@ class Brief:
     channels: int | None
 
 
-def brief(track: Track, *, span: int | None = None, share: int = 1, seed: int = 0) -> Brief:
+def brief(
+    track: Track,
+    *,
+    span: int | None = None,
+    share: int = 1,
+    seed: int = 0,
+    sequences: tuple[int, ...] | None = None,
+) -> Brief:
     """Measure one layer shortly.
 
     Args:
@@ -42,6 +49,7 @@ def brief(track: Track, *, span: int | None = None, share: int = 1, seed: int = 
         span: the distance of interest in steps; the median length by default.
         share: how many measurements share the budgets of one `analyze`.
         seed: of every random start.
+        sequences: which may be mapped; all by default.
 
     Raises:
         RecordingError: its step Jacobians are not known.
@@ -55,7 +63,9 @@ def brief(track: Track, *, span: int | None = None, share: int = 1, seed: int = 
     >>> found.verdict, round(found.half_life, 4), found.horizon, found.channels
     ('vanishing', 6.5788, 66, 0)
     """
-    settings = core.Settings(span, None, 1, "auto", None, seed, share, lambda phase, done: None)
+    settings = core.Settings(
+        span, sequences, 1, "auto", None, seed, share, lambda phase, done: None
+    )
     with fitting_threads(state_size(track)):
         return _measured(track, settings)
 

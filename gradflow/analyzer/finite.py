@@ -72,11 +72,12 @@ def bad_weight(track: Track) -> Origin | None:
         places = (~torch.isfinite(weight)).nonzero()
         if len(places):
             value = f"{float(weight[tuple(places[0])]):g}".replace("nan", "NaN")
-            spot = ", ".join(str(int(n) + 1) for n in places[0])
+            # as Python finds it: people paste this behind the weight's name
+            spot = ", ".join(str(int(n)) for n in places[0])
             count = "one entry" if len(places) == 1 else f"{len(places)} entries"
             return Origin(
                 f"{name} holds {count} that {'is' if len(places) == 1 else 'are'} not finite "
-                f"({value} at [{spot}])",
+                f"({name}[{spot}] is {value})",
                 "the weights themselves are broken: go back to an earlier checkpoint, and clip the "
                 "gradient or lower the learning rate from there",
                 "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)",

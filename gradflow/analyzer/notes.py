@@ -17,6 +17,15 @@ from gradflow.recording import Recording
 def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[str, ...]:
     notes = list(recording.notes)
     known = [track for track in recording if track.name in layers]
+    names = [track.name for track in known]
+    lost: dict[str, list[str]] = {}
+    for track in known:
+        if not track.has_gradient:
+            lost.setdefault(track.why_no_gradient, []).append(track.name)
+    for why, some in lost.items():
+        at = _listed(some, names)
+        notes.append(f"no gradient of the loss at {at}: {why}; gains and rates do not need it")
+    limited: dict[str, list[str]] = {}
     for track in known:
         layer = layers[track.name]
         notes += track.notes
@@ -29,23 +38,37 @@ def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple
             )
         if "range-limited" in layer.labels:
             name = str(track.states[track.main_state].dtype).removeprefix("torch.")
-            notes.append(
-                f"gains of {track.name} leave the range of {name}: the model's own gradient "
-                "over- or underflows there"
-            )
+            limited.setdefault(name, []).append(track.name)
         sides = layer.data["sum_rule"].values
         if broken(sides):
             notes.append(
                 f"the Lyapunov exponents of {track.name} add up to {number(sides[0])} per step, its "
                 f"determinants to {number(sides[1])}: the smallest exponents lie below rounding"
             )
+    for name, some in limited.items():
+        notes.append(
+            f"gains of {_listed(some, names)} leave the range of {name}: there the model's own "
+            "gradient is 0 or infinite"
+        )
     every = [track.name for track in known if _loss_at_every_step(layers[track.name])]
     if every:
         notes.append(
-            f"the loss reaches {', '.join(every)} from many steps at once: the total gradient need "
-            "not fade even where nothing flows; read the profile of the last loss step alone"
+            f"the loss reaches {_listed(every, names)} from many steps at once: the total gradient "
+            "need not fade even where nothing flows; read the overview, of the last loss step alone"
         )
     return tuple(dict.fromkeys(notes))
+
+
+def _listed(names: list[str], every: list[str]) -> str:
+    """Layers by name, as long as that is short.
+
+    >>> _listed(["a", "b"], ["a", "b", "c"]), _listed(["a", "b"], ["a", "b"]), _listed(["a"], ["a"])
+    ('a, b', 'both layers', 'a')
+    """
+    if 1 < len(names) == len(every):
+        return "both layers" if len(names) == 2 else f"all {len(names)} layers"
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def _loss_at_every_step(layer: LayerAnalysis) -> bool:
@@ -66,6 +89,6 @@ def provenance_of(layers: dict[str, LayerAnalysis], settings: Settings) -> dict[
         "method": "; ".join(dict.fromkeys(layer.method for layer in layers.values())),
         "burn_in": f"{burn_in(longest)} of {longest} steps",
         "seed": settings.seed,
-        "dtype": "float64, but where the method says otherwise",
+        "computed_in": "float64, but where the method says otherwise",
         "start": "seeded random basis, the same for every sequence",
     }

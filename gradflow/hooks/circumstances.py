@@ -35,6 +35,18 @@ def per_rank(model: nn.Module) -> list[str]:
     ]
 
 
+def without_dropout(model: nn.Module) -> list[str]:
+    """What to know where dropout, which training has, was off."""
+    rates = [getattr(m, name, 0) for m in model.modules() for name in ("p", "dropout")]
+    # the same names mean other things in other modules: only a share is a rate
+    if model.training or not any(isinstance(rate, float) and 0 < rate < 1 for rate in rates):
+        return []
+    return [
+        "the model ran in evaluation mode, so its dropout was off: gradients in training differ; call "
+        "model.train() to measure those"
+    ]
+
+
 def unseen_cells(model: nn.Module, seen: Collection[str]) -> tuple[list[str], list[str]]:
     """The cells, in words, that were not seen where torch.compile was used: in a compiled part, others.
 

@@ -154,6 +154,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
+    recording.notes += circumstances.without_dropout(recorder.model)
     _, perhaps = _unseen(recorder)
     recording.notes += [circumstances.perhaps_not_seen(perhaps)] if perhaps else []
     recording.provenance = {

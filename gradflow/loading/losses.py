@@ -121,8 +121,8 @@ def time_axis(model: nn.Module) -> int:
 class Loss:
     """A loss by name; call it with (output, target, lengths) for a scalar tensor.
 
-    Where no ``--loss`` was given the target chooses, so ``name`` and ``note`` say which loss it was
-    only after the call.
+    Where no loss was given the target chooses, so ``name`` and ``note`` say which loss it was only
+    after the call.
     """
 
     name: str  # for the provenance, in words
@@ -138,7 +138,9 @@ class Loss:
         function = self.function
         if function is None:
             self.name, _, function = _LOSSES[_by_target(output, target)]
-            self.note = f"no --loss was given: the target chose {self.name}; --loss sets another"
+            self.note = (
+                f"no loss was given: the target chose {self.name}; loss= or --loss sets another"
+            )
         return function(output, target, lengths, self.time_axis)
 
 
@@ -321,8 +323,4 @@ _LOSSES = {
         _last,
     ),
 }
-_CHOSEN_LATER = (
-    "the loss that the target chooses",
-    "",
-    None,
-)
+_CHOSEN_LATER = ("the loss that the target chooses", "", None)

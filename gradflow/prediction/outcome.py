@@ -11,11 +11,17 @@ from gradflow.recording import Recording
 
 
 def measured(
-    recording: Recording, name: str, span: int | None = None, share: int = 1, seed: int = 0
+    recording: Recording,
+    name: str,
+    span: int | None = None,
+    share: int = 1,
+    seed: int = 0,
+    sequences: tuple[int, ...] | None = None,
 ) -> Brief | str:
     """The numbers of a layer, or why there are none."""
     try:
-        return brief(recording[name], span=span, share=share, seed=seed)
+        track = recording[name]
+        return brief(track, span=span, share=share, seed=seed, sequences=sequences)
     except RecordingError as error:
         return str(error)
 

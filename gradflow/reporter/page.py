@@ -8,11 +8,13 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from gradflow._version import __version__
 from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
@@ -28,6 +30,8 @@ from gradflow.reporter.numbers import (
 )
 
 BUDGET = 1_000_000  # bytes of a page, and what leaves room for its words
+ROOM = 780  # pixels of the first screen that words may fill before they are set denser
+LONG = 40  # letters of a word from which on it may be broken
 TOP = 3  # layers said at the top of the page; the others follow below
 TITLES = {  # of folded pictures, where the name of the kind does not say it
     "triangle": "loss triangle",
@@ -44,6 +48,20 @@ TITLES = {  # of folded pictures, where the name of the kind does not say it
 WORDS = ("snippet", "next_command")  # provenance shown in a box of its own
 
 FRONT = ("overview", "gain-map", "total-vs-direct")  # kinds that are not folded away
+
+LABELS = {  # in plain words; a page explains those it shows
+    "depends on the input": "The verdict is not the same under all probes; your own data decides.",
+    "no recurrence": "One step only: no state was handed on.",
+    "not finite": "NaN or infinity occurs, so no rate can be given.",
+    "not exponential": "The gain falls fast at first and ever more slowly later, as a power of the "
+    "distance: read the curve, not the half-life.",
+    "one sequence": "The interval is over sequences, and a single one has none.",
+    "range-limited": "Gains become smaller or larger than the model's own numbers can be. gradflow's "
+    "go on; the model's gradient is 0 or infinite there.",
+    "short": "So few steps that the first ones, which settle, are counted as well.",
+    "transient growth": "The gain rises by more than a power of ten at some distance, which the rate "
+    "does not show.",
+}
 
 FigureKey = tuple[str, str]  # (kind, layer name); "" for all layers, "top" for the worst
 
@@ -95,21 +113,26 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
     the least important first, and the page says so.
     """
     rows = [_row(layer) for layer in analysis.worst_first]
+    findings = top_findings(analysis)
+    high = first_screen(analysis, rows, findings)
     pictures, left_out = embed(analysis, figures)
     return _template().render(
         analysis=analysis,
+        dense=high > ROOM,
         top=rows[:TOP],
         others=rows[TOP:],
         rows=[_row(layer) for layer in analysis],
-        findings=top_findings(analysis),
+        findings=findings,
         more_findings=other_findings(analysis),
-        # one shown, the others folded: the first screen holds all findings
-        opened=next((f for f in top_findings(analysis) if predictions(analysis, f)), None),
+        # one shown where there is room, the others folded: the first screen holds all findings
+        opened=next((f for f in findings if predictions(analysis, f) and high < 1.2 * ROOM), None),
+        labels={name: LABELS[name] for name in LABELS if _shown(name, analysis)},
         outlooks=functools.partial(outlooks, analysis),
         pictures=pictures,
         left_out=left_out,
         kinds=[kind for kind in KINDS if kind not in FRONT],
         provenance=provenance_rows(analysis.provenance),
+        healthy=all(layer.verdict == "stable" for layer in analysis),
         snippet=analysis.provenance.get("snippet", ""),
         next_command=analysis.provenance.get("next_command", ""),
         version=__version__,
@@ -125,7 +148,48 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breaks"] = breaks
     return environment.get_template("page.html")
+
+
+def breaks(text: str) -> Markup:
+    """Very long dotted names with places where a line may end, behind every dot and underscore.
+
+    >>> breaks("rnn.l0 halves"), breaks(f"encoder.{'temporal' * 4}_backbone <")
+    (Markup('rnn.l0 halves'), Markup('encoder.<wbr>temporaltemporaltemporaltemporal_<wbr>backbone &lt;'))
+    """
+    words = str(escape(text)).split(" ")
+    return Markup(" ").join(
+        Markup(re.sub(r"([._])(?=[A-Za-z])", r"\1<wbr>", word) if len(word) > LONG else word)
+        for word in words
+    )
+
+
+def first_screen(analysis: Analysis, rows: Sequence[Row], findings: Sequence[Finding]) -> int:
+    """About how many pixels high warnings, verdicts and findings are in a window 1280 wide."""
+    high = 45 + sum(6 + 19 * _lines(warning, 150) for warning in analysis.warnings)
+    for row in rows[:TOP]:
+        words = [row.layer.verdict, row.layer.sentence, *row.layer.labels]
+        high += 30 + 20 * _lines(" ".join(words), 60)
+    high += 35 * (len(rows) > TOP)
+    for finding in findings:
+        high += 12 + 17 * _lines(f"{finding.layer}: {finding.message} {finding.where}", 60)
+        high += 2 + 17 * _lines(f"Try: {finding.advice} {finding.source}", 66)
+        high += (12 + 15 * _lines(finding.code, 72)) if finding.code else 0
+        high += 20 if predictions(analysis, finding) else 0
+    shown = next((n for one in findings if (n := len(predictions(analysis, one)))), 0)
+    high += 17 * (2 + shown) if shown else 0
+    boxes = [str(analysis.provenance[name]) for name in WORDS if analysis.provenance.get(name)]
+    return high + sum(40 + 15 * _lines(box, 72) for box in boxes)
+
+
+def _lines(text: str, letters: int) -> int:
+    """How many lines a text takes, a line holding so many letters."""
+    return sum(max(1, -(-len(line) // letters)) for line in text.split("\n"))
+
+
+def _shown(label: str, analysis: Analysis) -> bool:
+    return any(label in layer.labels for layer in analysis)
 
 
 def _row(layer: LayerAnalysis) -> Row:
@@ -180,7 +244,8 @@ def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
     of_span = f"{reach} of {layer.span} steps"
     if short:
         whole = layer.horizon is None and layer.searched >= layer.span - 1
-        return f"all {layer.span} steps" if whole else of_span
+        least = "≥ " if layer.horizon is None else ""
+        return f"reaches all {layer.span} steps" if whole else f"reaches {least}{of_span}"
     if layer.horizon is None:
         return f"above 10⁻³ at every distance measured, up to {of_span}"
     return f"below 10⁻³ after {of_span}"
@@ -226,8 +291,9 @@ def _importance(analysis: Analysis, key: FigureKey) -> tuple[int, int, int]:
     worst = [layer.name for layer in analysis.worst_first]
     place = worst.index(name) if name in worst else -1
     order = list(KINDS).index(kind)
-    # the head of the page, then everything of the worst layer, then the next layer
-    return (0 if kind == "overview" else 1, place, order)
+    # the head of the page, what is not folded of the layers named there, then layer by layer
+    part = 0 if kind == "overview" else 1 if kind in FRONT and place < TOP else 2
+    return (part, place, order)
 
 
 def _message(analysis: Analysis, key: FigureKey) -> str:

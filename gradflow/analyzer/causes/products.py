@@ -74,7 +74,7 @@ def _finding(e: Evidence, name: str, weight: Rate, activation: Rate) -> Finding:
         layer=e.track.name,
         message="at every step the weights multiply the leading direction by "
         f"{number(math.exp(weight.value))}, the activations by {number(math.exp(activation.value))}: "
-        f"rate {_sum(weight.value, activation.value)}",
+        f"rate {_sum(weight.value, activation.value)} per step",
         where=counted(e.track.batch, "sequence"),
         value=shown.value,
         low=shown.low,
@@ -85,10 +85,11 @@ def _finding(e: Evidence, name: str, weight: Rate, activation: Rate) -> Finding:
 
 
 def _sum(weight: float, activation: float) -> str:
-    """The two summands; rounding errors of a vanishing one are no digits.
+    """The two summands and what they make; rounding errors of a vanishing one are no digits.
 
     >>> _sum(-0.5, -0.25), _sum(1e-9, -2.0), _sum(0.3, 1e-17)
-    ('−0.5 − 0.25', '0 − 2', '0.3 + 0')
+    ('−0.5 − 0.25 = −0.75', '0 − 2 = −2', '0.3 + 0 = 0.3')
     """
     weight, activation = (value if abs(value) > 5e-5 else 0.0 for value in (weight, activation))
-    return f"{number(weight)} {'−' if activation < 0 else '+'} {number(abs(activation))}"
+    sign = "−" if activation < 0 else "+"
+    return f"{number(weight)} {sign} {number(abs(activation))} = {number(weight + activation)}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from gradflow.analyzer.activity import over_all, sigmoid_and_other
-from gradflow.analyzer.evidence import Evidence
+from gradflow.analyzer.evidence import Evidence, module
 
+LONG = 24  # letters of a module's path that several lines need not repeat
 BAND = "one decade over the span"  # the band of the verdict's equivalence test
 MAJORITY = "more than half of them"
 CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # before optimizer.step()"
@@ -49,6 +50,9 @@ def chrono(e: Evidence) -> str:
     ]
     if e.kind == "LSTM":
         lines.append(f"{bias}.data[:{hidden}] = -{bias}.data[{hidden}:{2 * hidden}]")
+    path = module(e.track.owner)
+    if len(path) > LONG:  # said once
+        lines = [f"layer = {path}", *(line.replace(path, "layer") for line in lines)]
     return "\n".join(lines)
 
 

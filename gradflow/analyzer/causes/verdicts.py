@@ -52,7 +52,7 @@ def vanishing(e: Evidence) -> Iterator[Finding]:
         name="vanishing",
         layer=e.track.name,
         message=f"the gradient loses {number(-e.decades)} decades over {counted(e.span, 'step')}: "
-        f"rate {_interval(e)} per step, below −{number(e.band)}",
+        f"rate {_interval(e)} per step (vanishing: below −{number(e.band)})",
         where=_sequences(e),
         value=e.rate.value,
         low=e.rate.low,
@@ -75,7 +75,7 @@ def exploding(e: Evidence) -> Iterator[Finding]:
         name="exploding",
         layer=e.track.name,
         message=f"the gradient gains {number(e.decades)} decades over {counted(e.span, 'step')}: "
-        f"rate {_interval(e)} per step, above {number(e.band)}",
+        f"rate {_interval(e)} per step (exploding: above {number(e.band)})",
         where=_sequences(e),
         value=e.rate.value,
         low=e.rate.low,
@@ -99,8 +99,8 @@ def transient(e: Evidence) -> Iterator[Finding]:
     yield Finding(
         name="transient-growth",
         layer=e.track.name,
-        message=f"before it fades, the gain rises to 10^{number(peak / math.log(10))} at a distance of "
-        f"{counted(lag, 'step')}",
+        message=f"the gain rises by {number(peak / math.log(10))} decades over {counted(lag, 'step')}"
+        f"{_afterwards(e, peak)}",
         where=f"lag {lag}",
         value=peak,
         low=float(e.curve.low[lag]),
@@ -112,6 +112,14 @@ def transient(e: Evidence) -> Iterator[Finding]:
         advice="clip the norm of the gradient, or shrink the norm of the recurrent weights",
         code=CLIP,
     )
+
+
+def _afterwards(e: Evidence, peak: float) -> str:
+    """Whether a gain that rose comes down again within what was measured."""
+    last = next(value for value in reversed(e.curve.median) if not math.isnan(value))
+    if peak - last > math.log(10):
+        return " before it fades"
+    return f" and has not faded after the {counted(e.curve.searched, 'step')} measured"
 
 
 def few_channels(e: Evidence) -> Iterator[Finding]:
