@@ -277,7 +277,8 @@ def test_a_saved_map_is_packed(analyses: dict[str, Analysis], tmp_path: Path) ->
     layer = analyses["bidirectional"]["l0"]
     map_of_half = np.full((3, 1, 80, 80), np.nan)
     map_of_half[..., np.triu_indices(80)[0], np.triu_indices(80)[1]] = math.log(0.5)
-    data = xr.Dataset({"log_gain": (("norm", "sequence", "source", "target"), map_of_half)})
+    dims = ("norm", "sequence", "source", "target")
+    data = layer.data.drop_dims(dims[2:]).assign(log_gain=(dims, map_of_half))
     analysis = dataclasses.replace(
         analyses["bidirectional"], layers={"l0": dataclasses.replace(layer, data=data)}
     )
