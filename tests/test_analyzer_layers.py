@@ -11,7 +11,6 @@ import cases
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 from compare import assert_jacobians_close
 from torch import Tensor, nn
 
@@ -275,8 +274,8 @@ def test_saving_and_loading_gives_the_same_back(
 
 def test_a_saved_map_is_packed(analyses: dict[str, Analysis], tmp_path: Path) -> None:
     layer = analyses["bidirectional"]["l0"]
-    map_of_half = np.full((3, 1, 80, 80), np.nan)
-    map_of_half[..., np.triu_indices(80)[0], np.triu_indices(80)[1]] = math.log(0.5)
+    map_of_half = np.full((3, 1, 200, 200), np.nan)
+    map_of_half[..., np.triu_indices(200)[0], np.triu_indices(200)[1]] = math.log(0.5)
     dims = ("norm", "sequence", "source", "target")
     data = layer.data.drop_dims(dims[2:]).assign(log_gain=(dims, map_of_half))
     analysis = dataclasses.replace(

@@ -18,8 +18,7 @@ from compare import assert_steps_close
 from torch import Tensor, nn
 
 import gradflow
-from gradflow import analysis
-from gradflow.analysis import LayerAnalysis
+from gradflow.analysis import LayerAnalysis, saved
 from gradflow.errors import GradflowWarning, InputError
 from gradflow.hooks.rerun import Change, rerun
 from gradflow.recording import Recording
@@ -572,12 +571,12 @@ def test_predictions_are_read_back_and_old_runs_load_without(
     run = diagnosed(nn.LSTM(3, 6, 2))
     again = gradflow.load(run.save(f"{tmp_path}/run.nc"))
     assert again["l0"].predictions == run["l0"].predictions != ()
-    header = analysis._layer_header
+    header = saved._layer_header
 
     def old(layer: LayerAnalysis) -> dict[str, object]:
         return {name: value for name, value in header(layer).items() if name != "predictions"}
 
-    monkeypatch.setattr(analysis, "_layer_header", old)
+    monkeypatch.setattr(saved, "_layer_header", old)
     assert gradflow.load(run.save(f"{tmp_path}/old.nc"))["l0"].predictions == ()
 
 

@@ -1,0 +1,144 @@
+"""Tidy tables of an analysis; the CSVs are the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gradflow.analysis.results import Finding, LayerAnalysis
+
+FRAMES = ("layers", "steps", "lags", "units", "findings")
+HEADLINE = ["layer", "verdict", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels"]
+
+
+def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
+    rows = [
+        {
+            "layer": layer.name,
+            "cell": layer.cell,
+            "hidden": layer.hidden,
+            "state_size": layer.size,
+            "steps": layer.steps,
+            "sequences": layer.sequences,
+            "span": layer.span,
+            "verdict": layer.verdict,
+            "labels": "; ".join(layer.labels),
+            "rate": layer.rate.value,
+            "rate_low": layer.rate.low,
+            "rate_high": layer.rate.high,
+            "decades_over_span": layer.rate.value * layer.span / math.log(10),
+            "half_life": layer.half_life,
+            "horizon": layer.horizon,
+            "searched": layer.searched,
+            "channels": layer.channels,
+            "parity": layer.parity.status,
+            "parity_error": layer.parity.error,
+            "sentence": layer.sentence,
+        }
+        for layer in layers
+    ]
+    frame = pd.DataFrame(rows)
+    return frame.astype({"horizon": "Int64", "channels": "Int64"}) if rows else frame
+
+
+def _steps_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
+    tables = []
+    for layer in layers:
+        data = layer.data
+        columns: dict[str, Any] = {
+            "layer": layer.name,
+            "step": np.arange(1, data.sizes["step"] + 1),
+        }
+        if layer.step_labels:
+            columns["label"] = layer.step_labels
+        for state in data["state"].values:
+            columns[f"norm_{state}"] = data["state_norm"].sel(state=state).values
+            for kind in data["kind"].values:
+                if kind == "direct" and state != "h":
+                    continue
+                columns[f"grad_{state}_{kind}"] = (
+                    data["grad_norm"].sel(kind=kind, state=state).values
+                )
+        for gate in data["gate"].values:
+            for what in ("mean", "closed", "open"):
+                columns[f"gate_{gate}_{what}"] = data[f"gate_{what}"].sel(gate=gate).values
+        for name in ("step_growth", "grad_input_norm"):
+            if name in data:  # older runs do not have it
+                columns[name] = data[name].values
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _lags_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
+    names = ("median", "low", "high", "count", "zero_share", "slope", "fit")
+    tables = [
+        pd.DataFrame(
+            {"layer": layer.name, "lag": layer.data["lag"].values}
+            | {name: layer.data[f"lag_{name}"].values for name in names}
+            | _by_parameter(layer)
+        )
+        for layer in layers
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _by_parameter(layer: LayerAnalysis) -> dict[str, np.ndarray]:
+    """What every lag brings to a weight's gradient, and what is lost without the lags beyond it."""
+    if "lag_contribution" not in layer.data:  # older runs do not have it
+        return {}
+    each = [str(name) for name in layer.data["parameter"].values]
+    return {
+        f"{column}_{name}": layer.data[variable].sel(parameter=name).values
+        for column, variable in (
+            ("contribution", "lag_contribution"),
+            ("truncation_error", "truncation_error"),
+        )
+        for name in each
+    }
+
+
+def _units_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
+    tables = []
+    for layer in layers:
+        for state in layer.data["state"].values:
+            order = layer.data["unit_order"].sel(state=state).values
+            rank = {int(unit): place for place, unit in enumerate(order[order >= 0], start=1)}
+            units = sorted(rank)
+            table = pd.DataFrame({"layer": layer.name, "state": state, "unit": np.add(units, 1)})
+            table["memory_rank"] = [rank[unit] for unit in units]
+            table["memory_steps"] = layer.data["memory_steps"].sel(state=state).values[units]
+            for name in ("time_scale", "unit_saturated", "unit_idle"):
+                if name in layer.data:  # older runs do not have it
+                    table[name] = _of_state(layer, name, str(state))[units]
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _of_state(layer: LayerAnalysis, name: str, state: str) -> np.ndarray:
+    """A quantity of every unit; one that no state is named for belongs to the main state."""
+    values = layer.data[name]
+    if "state" in values.dims:
+        return np.asarray(values.sel(state=state).values)
+    own = np.asarray(values.values)
+    return own if state == layer.main_state else np.full_like(own, np.nan)
+
+
+def _findings_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
+    columns = list(Finding.__dataclass_fields__)
+    return pd.DataFrame(
+        [asdict(finding) for layer in layers for finding in layer.findings], columns=columns
+    )
+
+
+BUILDERS = {
+    "layers": _layers_frame,
+    "steps": _steps_frame,
+    "lags": _lags_frame,
+    "units": _units_frame,
+    "findings": _findings_frame,
+}

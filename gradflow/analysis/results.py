@@ -1,0 +1,140 @@
+"""What one layer turned out to be: its verdict, findings, predictions and arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import xarray as xr
+
+from gradflow.recording import Parity
+
+VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Growth of ln gain per step in nats, with its 95 % interval over sequences."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, the evidence for it, and what to try.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
+    >>> finding = gradflow.diagnose(rnn, torch.zeros(50, 2, 1)).findings[0]
+    >>> finding.name, round(finding.value, 4), round(finding.severity, 1)     # ln 0.5; 50 log10 0.5
+    ('vanishing', -0.6931, -15.1)
+    """
+
+    name: str  # stable, e.g. "vanishing", "forget-gates-closed"
+    layer: str  # its name
+    message: str  # one sentence with numbers
+    where: str = ""  # steps, units or sequences
+    value: float | None = None  # what was measured, in the units that the message names
+    low: float | None = None  # its 95 % interval over sequences, if there is one
+    high: float | None = None  # the same interval's other end
+    threshold: float | None = None  # what the value was held against
+    source: str = ""  # author and year of the remedy, or of what the finding rests on
+    severity: float | None = None  # decades over the span; negative = lost
+    advice: str = ""  # one sentence
+    code: str = ""  # a line to paste
+    basis: str = ""  # where the threshold comes from: author and year, or a definition in words
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a remedy would make of a layer, tried on the recorded batch without training.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
+    >>> prediction = gradflow.diagnose(rnn, torch.zeros(50, 2, 1))["l0"].predictions[0]
+    >>> prediction.words, prediction.verdict
+    ('W_hh × 2', 'stable')
+    """
+
+    remedy: str  # an argument of `gradflow.what_if`: "forget_bias" or "scale_hh"
+    value: float  # of that argument
+    words: str  # the remedy as people write it: "forget bias + 1"
+    verdict: str  # one of VERDICTS
+    rate: Rate  # nats per step
+    half_life: float  # steps; inf if the gain never halves
+    horizon: int | None  # first lag with gain < 1e-3; None if not reached
+    searched: int  # how many lags the horizon was searched over
+    channels: int | None  # directions that survive the span
+    helps: float  # powers of ten over the span by which the gain comes nearer to 1
+    batch: str  # what it was tried on
+    message: str  # one line, before and after
+
+    @property
+    def never_gone(self) -> bool:
+        """Whether the gain stays above 1e-3 for good; see `LayerAnalysis.never_gone`."""
+        return _never_gone(self)
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """The verdict on one layer in one direction, and the numbers behind it.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.9)
+    >>> layer = gradflow.diagnose(rnn, torch.zeros(100, 2, 1))["l0"]
+    >>> layer.verdict, round(layer.rate.value, 4), layer.horizon              # ln 0.9
+    ('vanishing', -0.1054, 66)
+    >>> round(layer.data["lag_median"].sel(lag=10).item(), 4)                 # 10 ln 0.9
+    -1.0536
+    """
+
+    name: str  # of its track: "rnn.l0", "encoder.lstm.l1_reverse"
+    cell: str  # "LSTM", "GRU", "RNN_TANH", "RNN_RELU"; a user's class name; "tap"
+    reverse: bool  # true: the past of a step is the larger t
+    hidden: int  # H
+    size: int  # S
+    steps: int  # T of the longest sequence
+    sequences: int  # B
+    span: int  # the distance of interest, in steps
+    verdict: str  # one of VERDICTS
+    labels: tuple[str, ...]  # what else it is: "transient growth", "not exponential"
+    rate: Rate  # the largest Lyapunov exponent, nats per step
+    half_life: float  # steps; inf if the gain never halves
+    horizon: int | None  # first lag with gain < 1e-3; None if not reached
+    searched: int  # how many lags the horizon was searched over
+    channels: int | None  # directions that survive the span; None where undefined
+    lyapunov: np.ndarray | None  # (k,) nats per step: the rate, then the others, largest first
+    findings: tuple[Finding, ...]  # what is wrong and what to try; none in a healthy layer
+    parity: Parity  # parameter gradients rebuilt from what was recorded, against the model's own
+    sentence: str  # the verdict in words with numbers
+    title: str  # the overview's headline for this row
+    gradient_note: str  # "" or why there is no gradient of the loss here
+    method: str  # "exact" or "sketch", and how it was chosen
+    data: xr.Dataset = field(repr=False)  # every array; see `gradflow.analysis`
+    predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
+    step_labels: tuple[str, ...] = ()  # T words for the steps in input time, or none
+
+    @property
+    def never_gone(self) -> bool:
+        """Whether the gain stays above 1e-3 for good, as far as a verdict can say.
+
+        A layer that vanishes, or that is open with a falling gain, is only longer-lived than what
+        was measured: its horizon lies beyond ``searched``.
+        """
+        return _never_gone(self)
+
+    @property
+    def main_state(self) -> str:
+        """The state the overview shows: c where there is one, else h, else the first."""
+        names = [str(name) for name in self.data["state"].values]
+        return next((name for name in ("c", "h") if name in names), names[0])
+
+
+def _never_gone(found: LayerAnalysis | Prediction) -> bool:
+    open_and_falling = found.verdict == "inconclusive" and not found.rate.value >= 0
+    return found.horizon is None and found.verdict != "vanishing" and not open_and_falling

@@ -1,0 +1,213 @@
+"""An `Analysis`: all layers of one run, as a table, a file and a page hold them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gradflow.analysis import saved
+from gradflow.analysis.frames import BUILDERS, FRAMES, HEADLINE
+from gradflow.analysis.results import Finding, LayerAnalysis
+from gradflow.errors import InputError, must_be
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The result of `gradflow.analyze`: prints as a table, saves to one netCDF file.
+
+    ``analysis[name]`` is a `LayerAnalysis`; the start of a name does if it fits one only.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.9)
+    >>> run = gradflow.diagnose(rnn, torch.zeros(100, 2, 1))
+    >>> [(layer.name, layer.verdict, round(layer.half_life, 2)) for layer in run.worst_first]
+    [('l0', 'vanishing', 6.58)]
+    """
+
+    title: str  # the model's name
+    layers: Mapping[str, LayerAnalysis]  # by name, in the order in which they ran
+    warnings: tuple[str, ...]  # settings that shape or limit the numbers
+    provenance: Mapping[str, Any]  # versions, settings, input and loss in words
+
+    def __getitem__(self, name: str) -> LayerAnalysis:
+        if name in self.layers:
+            return self.layers[name]
+        matches = [known for known in self.layers if known.startswith(name)]
+        if len(matches) == 1:
+            return self.layers[matches[0]]
+        raise InputError(f"there is no layer {name!r}; this analysis has {', '.join(self.layers)}")
+
+    def __iter__(self) -> Iterator[LayerAnalysis]:
+        return iter(self.layers.values())
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def titled(self, title: str) -> Analysis:
+        """The same analysis under another name.
+
+        Args:
+            title: what pictures and tables shall call it.
+
+        Returns:
+            A new analysis with the same layers.
+
+        >>> import gradflow
+        >>> gradflow.Analysis("RNN", {}, (), {}).titled("before training").title
+        'before training'
+        """
+        return replace(self, title=title)
+
+    def labelled(self, labels: Sequence[str]) -> Analysis:
+        """The same analysis with a word for every step: tokens, or times.
+
+        Pictures write them along their axes of steps, tables in a column; they are saved with the
+        run. A layer with fewer steps than the longest keeps its numbers.
+
+        Args:
+            labels: (T,) strings, the steps of the longest layer in input time.
+
+        Returns:
+            A copy whose layers carry the words in ``step_labels``.
+
+        Raises:
+            InputError: they are not strings, or not as many as there are steps.
+
+        >>> import torch, gradflow
+        >>> words = "the clouds are in the".split()
+        >>> run = gradflow.diagnose(torch.nn.RNN(3, 4), torch.randn(5, 1, 3)).labelled(words)
+        >>> run["l0"].step_labels[1]
+        'clouds'
+        """
+        steps = max((layer.steps for layer in self), default=0)
+        words = checked_labels(labels, steps)
+        layers = {
+            name: replace(layer, step_labels=words if layer.steps == steps else ())
+            for name, layer in self.layers.items()
+        }
+        return replace(self, layers=layers)
+
+    @property
+    def worst_first(self) -> list[LayerAnalysis]:
+        """Layers by how much of the gradient they lose or blow up, then in order of running."""
+        rank = {"dead": 0, "exploding": 1, "vanishing": 1, "inconclusive": 2, "stable": 3}
+
+        def key(layer: LayerAnalysis) -> tuple[int, float]:
+            size = abs(layer.rate.value) if math.isfinite(layer.rate.value) else 0.0
+            return rank[layer.verdict], -size
+
+        return sorted(self.layers.values(), key=key)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings, those of the worst layers first."""
+        return [finding for layer in self.worst_first for finding in layer.findings]
+
+    def frame(self, kind: str = "layers") -> pd.DataFrame:
+        """A tidy table, one row for each of the things that it is about, of all layers.
+
+        Args:
+            kind: "layers" (verdict, rate in nats per step, half-life, horizon and span in steps),
+                "steps" (norms of states and gradients, gates), "lags" (ln gain against distance),
+                "units" (memory and time scales, saturation) or "findings".
+
+        Returns:
+            A frame with the column ``layer``; steps and units count from 1.
+
+        Raises:
+            InputError: another kind.
+
+        >>> import torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> len(run.frame("steps")), len(run.frame("units"))
+        (20, 8)
+        """
+        if kind not in FRAMES:
+            raise InputError(f"kind must be one of {', '.join(FRAMES)}, got {kind!r}")
+        return BUILDERS[kind](self.worst_first if kind == "findings" else self)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything to one netCDF file, which `gradflow.load` reads back exactly.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The path.
+
+        Raises:
+            FileError: it cannot be written.
+
+        >>> import tempfile, torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run.save(f"{folder}/run.nc").name
+        'run.nc'
+        """
+        return saved.save(self, Path(path))
+
+    def __repr__(self) -> str:
+        lines = [f"gradflow analysis of {self.title}"]
+        lines += [f"  {layer.sentence}" for layer in self.worst_first]
+        lines += [f"  note: {warning}" for warning in self.warnings]
+        table = self.frame("layers")[HEADLINE]
+        return "\n".join(lines) + "\n" + table.to_string(index=False, float_format="%.4g")
+
+    def _repr_html_(self) -> str:
+        sentences = "".join(f"<li>{escape(layer.sentence)}</li>" for layer in self.worst_first)
+        return f"<b>{escape(self.title)}</b><ul>{sentences}</ul>" + self.frame("layers").to_html(
+            index=False, border=0
+        )
+
+
+def checked_labels(labels: Sequence[str], steps: int) -> tuple[str, ...]:
+    """Labels as a tuple, if there is a string for each of so many steps."""
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        advice = "split a text into words, e.g. text.split()"
+        raise InputError(must_be("labels", "a list of strings", type(labels).__name__, advice))
+    words = tuple(labels)
+    wrong = next((word for word in words if not isinstance(word, str)), None)
+    if wrong is not None:
+        advice = "turn numbers into text first: [str(time) for time in times]"
+        raise InputError(must_be("labels", "strings", type(wrong).__name__, advice))
+    if len(words) != steps:
+        advice = "give one for every step that the layer reads"
+        raise InputError(must_be("labels", f"{steps}, one per step", len(words), advice))
+    return words
+
+
+def load(path: str | os.PathLike[str]) -> Analysis:
+    """Read a run back: a ``run.nc`` file, or a report folder that holds one.
+
+    Args:
+        path: of the file or of the folder.
+
+    Returns:
+        The analysis as it was saved, number by number.
+
+    Raises:
+        InputError: what was given is no path.
+        FileError: there is no run, it is none of gradflow's, or another version's.
+
+    >>> import tempfile, torch, gradflow
+    >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = gradflow.load(run.save(f"{folder}/run.nc"))
+    >>> again["l0"].rate == run["l0"].rate
+    True
+    """
+    header, layers = saved.read(path)
+    return Analysis(
+        title=header["title"],
+        layers={layer.name: layer for layer in layers},
+        warnings=tuple(header["warnings"]),
+        provenance=header["provenance"],
+    )
