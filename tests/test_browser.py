@@ -33,12 +33,14 @@ width="{width}" height="{height}"></iframe><title>waiting</title>"""
 PROBE = """<script>addEventListener("load", () => {
 for (const one of document.querySelectorAll("details")) if (OPEN) one.open = true;
 const root = document.documentElement, rest = document.querySelector(".findings, .overview");
+const card = document.querySelector(".overview figure"), drawn = card.querySelector("img");
 const bottom = name => document.querySelector(name).getBoundingClientRect().bottom;
 const said = JSON.stringify({
   client: root.clientWidth, scroll: root.scrollWidth,
   verdicts: bottom(".verdicts"), overview: bottom(".overview"), findings: bottom(".findings"),
   left: document.querySelector(".findings").getBoundingClientRect().left,
   overviewLeft: document.querySelector(".overview").getBoundingClientRect().left,
+  hidden: card.scrollWidth - card.clientWidth, shape: drawn.clientHeight / drawn.clientWidth,
   title: document.title, scripts: document.scripts.length,
   unfolded: [...document.querySelectorAll("details[open]")].map(one => one.innerText).join(),
   broken: [...document.images].filter(one => !one.naturalWidth).length,
@@ -144,6 +146,10 @@ def test_a_narrow_page_is_stacked(browser: str, tmp_path: Path, text: str) -> No
     seen = measured(browser, tmp_path, text, 400, 800)
     assert seen["verdicts"] < seen["overview"] < seen["findings"]
     assert seen["overviewLeft"] == seen["left"]
+    # its overview is one of its own: every curve below its heat map, all of it seen at once
+    assert seen["hidden"] <= 1
+    wide = measured(browser, tmp_path, text, 1280, 800)
+    assert seen["shape"] > 1.5 * wide["shape"]
 
 
 def test_the_check_sees_what_sticks_out(browser: str, tmp_path: Path, text: str) -> None:

@@ -76,12 +76,13 @@ def _lost_above(track: Track, layers: Mapping[str, LayerAnalysis]) -> Finding | 
     share = arrives / sent
     decades = math.log10(share) if share else -math.inf
     names = " and ".join(layer.name for layer in above)
-    left = f"10^{number(decades)} of it" if share else "nothing of it"
+    left = f"what comes down to {track.name} is smaller by {number(-decades)} decades"
+    if not share:
+        left = f"nothing of it comes down to {track.name}"
     return Finding(
         name="lost-between-layers",
         layer=track.name,
-        message=f"{names} {'has' if len(above) == 1 else 'have'} a gradient, but {left} comes down "
-        f"to {track.name}",
+        message=f"{names} {'has' if len(above) == 1 else 'have'} a gradient, but {left}",
         where=f"between {names} and {track.name}",
         value=share,
         threshold=LOST,

@@ -148,9 +148,15 @@ def _by_loss(e: Evidence, profile: np.ndarray) -> str:
     if e.verdict.name == "vanishing" and level[back] > 0:
         return _by_gain(e)  # the layer above passes gradient down at steps far from the loss, too
     if e.verdict.name == "vanishing":
-        return f"the gradient fades by {number(-float(level[back]))} decades over {_steps(back)}"
+        return _faded(-float(level[back]), back)
     carrying, units = carriers(profile)
     return _carried(carrying, units, unit, len(known))
+
+
+def _faded(decades: float, back: int) -> str:
+    if decades < 1:
+        return f"the gradient falls to {number(10**-decades)} of its level over {_steps(back)}"
+    return f"the gradient fades by {number(decades)} decades over {_steps(back)}"
 
 
 def _grown(decades: float, back: int) -> str:

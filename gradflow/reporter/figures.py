@@ -17,6 +17,7 @@ from gradflow.reporter.charts.labels import writable
 from gradflow.reporter.fonts import legible
 from gradflow.reporter.kinds import KINDS, Kind
 from gradflow.reporter.overview import (
+    NARROW,
     UNWRITTEN,
     Entry,
     draw_overview,
@@ -63,6 +64,12 @@ def plot(
             return _draw_into(ax, kind, entries)
         drawn = KINDS[kind]
         return draw_overview(entries) if drawn is None else _draw_blocks(drawn, entries)
+
+
+def plot_narrow(analysis: Analysis) -> Figure:
+    """The overview for a narrow screen: every curve below its heat map."""
+    with look():
+        return draw_overview(_entries(analysis, None), NARROW)
 
 
 def _entries(x: Analysis | Sequence[Analysis], layer: str | None) -> list[Entry]:

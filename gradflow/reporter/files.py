@@ -10,7 +10,7 @@ from pathlib import Path
 from gradflow.analysis import FRAMES, Analysis
 from gradflow.errors import InputError, must_be
 from gradflow.reporter.digest import summary
-from gradflow.reporter.figures import plot
+from gradflow.reporter.figures import plot, plot_narrow
 from gradflow.reporter.folders import check_folder, whole_folder
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.page import TOP, FigureKey, page
@@ -79,7 +79,8 @@ def report(
 def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
     """Every picture of an analysis as PNG bytes, by (kind, layer name)."""
     worst = [layer.name for layer in analysis.worst_first]
-    pictures = {("overview", "top"): png(plot(_part(analysis, worst[:TOP])))}
+    top = _part(analysis, worst[:TOP])
+    pictures = {("overview", "top"): png(plot(top)), ("overview", "narrow"): png(plot_narrow(top))}
     if len(worst) > TOP:
         pictures["overview", ""] = png(plot(analysis))
     for name, kind in KINDS.items():

@@ -7,6 +7,7 @@ gain against the distance. Colours and axes are shared by all rows, so rows can 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,9 @@ from gradflow.reporter.picture import INK, SOFT, Picture
 from gradflow.reporter.prepare import Heat, LagLine
 from gradflow.reporter.scale import BAD, UNDEFINED, VERDICT_COLOURS, WRONG, ZERO
 
-WIDTH, LEFT, HEAT, GAP, CURVE = 8.8, 0.5, 5.55, 0.32, 1.85  # inches
+LEFT, GAP = 0.5, 0.32  # inches
 HEAD, TICKS, LABEL = 0.45, 0.34, 0.17  # above a row's panels; below them; its axis labels
+WORDS, LOW = 0.24, 1.05  # a curve below its heat map: the line above it, and its height
 # rows in the figure -> height of a row's panels; more rows are lower
 HEIGHTS = {1: 2.3, 2: 1.7, 3: 1.35, 4: 1.15, 6: 0.95, 12: 0.8}
 LOWEST = 0.62
@@ -35,6 +37,30 @@ UNWRITTEN = (
     "for Chinese e.g. Noto Sans CJK."
 )
 SMALLEST = 7.0  # points: on a page the figure is shown at four fifths of its size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The widths, in inches, and whether the curve stands beside its heat map or below it."""
+
+    width: float
+    heat: float
+    curve: float
+    beside: bool
+
+    @property
+    def room(self) -> float:
+        """For a line of words across the figure."""
+        return self.width - LEFT - 0.1
+
+    @property
+    def curve_left(self) -> float:
+        """Where the curve begins."""
+        return LEFT + self.heat + GAP if self.beside else LEFT
+
+
+WIDE = Layout(8.8, 5.55, 1.85, beside=True)
+NARROW = Layout(4.5, 3.85, 3.35, beside=False)  # for a telephone held upright
 
 
 @dataclass(frozen=True)
@@ -58,7 +84,7 @@ class Entry:
         return f"{self.group} — {self.layer.name}" if self.group else self.layer.name
 
 
-def draw_overview(entries: Sequence[Entry]) -> Figure:
+def draw_overview(entries: Sequence[Entry], layout: Layout = WIDE) -> Figure:
     """The overview figure of these layers."""
     heats = [prepare.heat(entry.layer) for entry in entries]
     lines = [prepare.lag_line(entry.layer) for entry in entries]
@@ -67,37 +93,52 @@ def draw_overview(entries: Sequence[Entry]) -> Figure:
     height = panel_height(len(entries))
     specials = special_colours([(heat.values, heat.bad) for heat in heats if not heat.note])
     labelled = labelled_rows(heats)
+    figure = Picture(layout.width, 1.0)  # to measure words; its height comes when all is placed
+    heads = [_headline(figure, entry, layout) for entry in entries]
     places, place = [], 0.08
-    for number in range(len(entries)):
-        places.append(place)
-        place += HEAD + height + TICKS + below(heats[number].labels)
+    for number, head in enumerate(heads):
+        places.append(place + LINE * (len(head) - 1))
+        place = places[-1] + HEAD + height + TICKS + below(heats[number].labels)
         place += LABEL if number in labelled else 0
-    words = captions(entries, heats)
-    foot = place + footer_height(specials)
-    figure = Picture(WIDTH, foot + LINE * len(words))
+        if not layout.beside:
+            place += WORDS + LOW + TICKS + (LABEL if number in labelled else 0)
+    words = [
+        line
+        for caption in captions(entries, heats, layout)
+        for line in ([caption] if layout.beside else textwrap.wrap(caption, 64))
+    ]
+    legend = place + (0.04 if layout.beside else footer_height(specials) + 0.06)
+    foot = place + footer_height(specials) + (0 if layout.beside else 0.5)
+    figure.set_size_inches(layout.width, foot + LINE * len(words))
     for number, (entry, heat, line) in enumerate(zip(entries, heats, lines, strict=True)):
-        label = number in labelled
-        _head(figure, entry, heat, line, places[number])
-        left = figure.inches(LEFT, places[number] + HEAD, HEAT, height)
+        label, top_of_row = number in labelled, places[number]
+        _head(figure, entry, heat, layout, top_of_row, heads[number])
+        left = figure.inches(LEFT, top_of_row + HEAD, layout.heat, height)
         panels.draw_heat(left, heat, label=label)
-        right = figure.inches(LEFT + HEAT + GAP, places[number] + HEAD, CURVE, height)
+        above = top_of_row + HEAD - WORDS + 0.02
+        if not layout.beside:
+            above += height + TICKS + below(heat.labels) + (LABEL if label else 0) + WORDS
+        _said(figure, entry, line, layout, above)
+        high = height if layout.beside else LOW
+        right = figure.inches(layout.curve_left, above + WORDS - 0.02, layout.curve, high)
         right.yaxis.tick_right()
         right.yaxis.set_label_position("right")
         right.set_ylabel("" if line.note else "gain", labelpad=4)
         panels.draw_lag(right, line, entry.layer, reach, top, label=label)
-    footer(figure, specials, LEFT, place + 0.04, HEAT, _bar)
-    _legend(figure, place + 0.04)
+    footer(figure, specials, LEFT, place + 0.04, layout.heat, _bar)
+    _legend(figure, layout, legend)
     for number, caption in enumerate(words):
         said = figure.words(LEFT, foot + LINE * (number - 0.2), caption, fontsize=8, color=SOFT)
-        figure.fit(said, WIDTH - LEFT - 0.1)
+        figure.fit(said, layout.room)
     return figure
 
 
-def captions(entries: Sequence[Entry], heats: Sequence[Heat]) -> list[str]:
+def captions(entries: Sequence[Entry], heats: Sequence[Heat], layout: Layout = WIDE) -> list[str]:
     """How to read the figure: one line, and one more for what would puzzle in these rows."""
+    heat, curve = ("left", "right") if layout.beside else ("above", "below")
     lines = [
-        "Left: how much of the last loss step's gradient reaches each unit, step by step. Right: the "
-        "most that any direction keeps from step t to t′."
+        f"{heat.capitalize()}: how much of the last loss step's gradient reaches each unit, step by "
+        f"step. {curve.capitalize()}: the most that any direction keeps from step t to t′."
     ]
     if any(entry.unwritten for entry in entries):
         lines.append(UNWRITTEN)
@@ -105,9 +146,13 @@ def captions(entries: Sequence[Entry], heats: Sequence[Heat]) -> list[str]:
     if any(_is_fed(layer, [entry.layer for entry in entries]) for layer in shown):
         lines.append(
             "A layer below another also gets gradient from above at every step: it may stay bright "
-            "on the left where its own memory, on the right, is gone."
+            f"{_where(heat)} where its own memory, {_where(curve)}, is gone."
         )
     return lines
+
+
+def _where(side: str) -> str:
+    return f"on the {side}" if side in ("left", "right") else side
 
 
 _NUMBER = re.compile(r"^(.*?)l(\d+)(?:_reverse)?(@\d+)?$")
@@ -176,27 +221,42 @@ def _named(entry: Entry) -> list[str]:
     return [] if entry.layer.name in entry.title else [entry.layer.name]
 
 
-def _head(figure: Picture, entry: Entry, heat: Heat, line: LagLine, place: float) -> None:
-    style: dict[str, Any] = {"fontsize": 10.5, "fontweight": "bold", "color": INK}
-    room = WIDTH - LEFT - 0.1
-    wanted = figure.shortened(entry.title, entry.layer.name, 1.3 * room, **style)
-    figure.fit(figure.words(LEFT, place, wanted, **style), room, 8.0)
+TITLE: dict[str, Any] = {"fontsize": 10.5, "fontweight": "bold", "color": INK}
+
+
+def _headline(figure: Picture, entry: Entry, layout: Layout) -> list[str]:
+    """The finding, on two lines where one is too narrow for it."""
+    wanted = figure.shortened(entry.title, entry.layer.name, 1.3 * layout.room, **TITLE)
+    return [wanted] if layout.beside else figure.folded(wanted, layout.room, **TITLE)
+
+
+def _head(
+    figure: Picture, entry: Entry, heat: Heat, layout: Layout, place: float, headline: list[str]
+) -> None:
+    """The finding above a row, and what its heat map shows; the last line of the headline at `place`."""
+    for above, words in enumerate(reversed(headline)):
+        figure.fit(figure.words(LEFT, place - LINE * above, words, **TITLE), layout.room, 8.0)
     below = figure.words(LEFT, place + 0.23, describe(entry, heat), fontsize=8, color=SOFT)
     if heat.broken:
         said = figure.words(
-            LEFT + HEAT, place + 0.23, heat.broken, fontsize=8, color=WRONG, ha="right",
+            LEFT + layout.heat, place + 0.23, heat.broken, fontsize=8, color=WRONG, ha="right",
             fontweight="bold",
         )  # fmt: skip
         below.set_text(
             "  ·  ".join([*_named(entry), f"|∂L/∂{heat.state}| ÷ its typical size at the loss"])
         )
-        figure.fit(below, HEAT - figure.width_of(said) - 0.2, SMALLEST)
-    figure.fit(below, HEAT, SMALLEST)
-    if line.words:
-        dot = figure.words(LEFT + HEAT + GAP, place + 0.23, "●" if line.dot else "—", fontsize=8)
-        dot.set(color=VERDICT_COLOURS[entry.layer.verdict], fontweight="bold")
-        said = figure.words(LEFT + HEAT + GAP + 0.14, place + 0.23, line.words, fontsize=8)
-        figure.fit(said, CURVE, SMALLEST)
+        figure.fit(below, layout.heat - figure.width_of(said) - 0.2, SMALLEST)
+    figure.fit(below, layout.heat, SMALLEST)
+
+
+def _said(figure: Picture, entry: Entry, line: LagLine, layout: Layout, place: float) -> None:
+    """How far the gain reaches, above the curve."""
+    if not line.words:
+        return
+    left = layout.curve_left
+    dot = figure.words(left, place, "●" if line.dot else "—", fontsize=8)
+    dot.set(color=VERDICT_COLOURS[entry.layer.verdict], fontweight="bold")
+    figure.fit(figure.words(left + 0.14, place, line.words, fontsize=8), layout.curve, SMALLEST)
 
 
 def footer(
@@ -238,10 +298,10 @@ def special_colours(
     return found
 
 
-def _legend(figure: Picture, top: float) -> None:
-    left = LEFT + HEAT + GAP
+def _legend(figure: Picture, layout: Layout, top: float) -> None:
+    left = layout.curve_left
     said = "largest gain from step t to t′"
-    figure.fit(figure.words(left, top - 0.05, said, fontsize=8, color=SOFT), CURVE + 0.4)
+    figure.fit(figure.words(left, top - 0.05, said, fontsize=8, color=SOFT), layout.curve + 0.4)
     handles = [
         Line2D([], [], color=SOFT, lw=1.8, label="median"),
         Patch(color=SOFT, alpha=0.3, lw=0, label="10–90 %"),

@@ -108,9 +108,10 @@ class Outlook:
 def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
     """Build the page from an analysis and its pictures, PNG bytes by (kind, layer name).
 
-    The picture ``("overview", "top")`` heads the page, ``("overview", "")`` is the overview of all
-    layers where there are more. Pictures that would take the page above a megabyte are left out,
-    the least important first, and the page says so.
+    The picture ``("overview", "top")`` heads the page, ``("overview", "narrow")`` stands for it on
+    a narrow screen, ``("overview", "")`` is the overview of all layers where there are more. Pictures
+    that would take the page above a megabyte are left out, the least important first, and the page
+    says so.
     """
     rows = [_row(layer) for layer in analysis.worst_first]
     findings = top_findings(analysis)
