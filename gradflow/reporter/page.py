@@ -29,7 +29,7 @@ from gradflow.reporter.numbers import (
     rate_words,
 )
 
-BUDGET = 1_000_000  # bytes of a page, and what leaves room for its words
+BUDGET = 1_000_000  # bytes of a page
 ROOM = 780  # pixels of the first screen that words may fill before they are set denser
 LONG = 40  # letters of a word from which on it may be broken
 TOP = 3  # layers said at the top of the page; the others follow below
@@ -116,8 +116,8 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
     rows = [_row(layer) for layer in analysis.worst_first]
     findings = top_findings(analysis)
     high = first_screen(analysis, rows, findings)
-    pictures, left_out = embed(analysis, figures)
-    return _template().render(
+    render = functools.partial(
+        _template().render,
         analysis=analysis,
         dense=high > ROOM,
         top=rows[:TOP],
@@ -129,8 +129,6 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         opened=next((f for f in findings if predictions(analysis, f) and high < 1.2 * ROOM), None),
         labels={name: LABELS[name] for name in LABELS if _shown(name, analysis)},
         outlooks=functools.partial(outlooks, analysis),
-        pictures=pictures,
-        left_out=left_out,
         kinds=[kind for kind in KINDS if kind not in FRONT],
         provenance=provenance_rows(analysis.provenance),
         healthy=all(layer.verdict == "stable" for layer in analysis),
@@ -138,6 +136,9 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         next_command=analysis.provenance.get("next_command", ""),
         version=__version__,
     )
+    words = len(render(pictures={}, left_out=[]).encode())
+    pictures, left_out = embed(analysis, figures, words)
+    return render(pictures=pictures, left_out=left_out)
 
 
 @functools.cache
@@ -253,10 +254,10 @@ def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
 
 
 def embed(
-    analysis: Analysis, figures: Mapping[FigureKey, bytes]
+    analysis: Analysis, figures: Mapping[FigureKey, bytes], words: int
 ) -> tuple[dict[FigureKey, Shown], list[str]]:
-    """The pictures that fit on the page, by importance, and the names of those that do not."""
-    room = BUDGET - 90_000 - 1_500 * len(analysis)
+    """The pictures that fit beside so many bytes of words, and the names of those that do not."""
+    room = BUDGET - words - 1_000 * len(figures)  # what is said of each picture
     shown: dict[FigureKey, Shown] = {}
     left_out: list[FigureKey] = []
     for key in sorted(figures, key=functools.partial(_importance, analysis)):
