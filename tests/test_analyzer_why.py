@@ -545,6 +545,23 @@ def test_a_gate_shut_by_its_biases_is_told_from_one_shut_by_what_it_reads() -> N
     assert codes["input"] == "x = (x - x.mean()) / x.std()"
 
 
+class Reader(nn.Module):
+    """Reads tokens, which have no mean to take away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(5, 4), nn.RNN(4, 6)
+
+    def forward(self, tokens: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.rnn(20 * self.embedding(tokens), hx)
+
+
+def test_the_remedy_for_saturation_asks_no_mean_of_tokens() -> None:
+    layer = layer_of(Reader().double(), torch.randint(0, 5, (30, 4)))
+    code = named(layer, "saturated-activations").code
+    assert code == "model.rnn.weight_ih_l0.data *= 0.5  # as if it read half of its input"
+
+
 def test_the_factor_that_fades_is_the_one_to_change() -> None:
     weights, activations = nn.RNN(1, 8, dtype=torch.float64), nn.RNN(1, 8, dtype=torch.float64)
     nn.init.orthogonal_(weights.weight_hh_l0, gain=0.6)
