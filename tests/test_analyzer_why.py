@@ -367,6 +367,9 @@ def test_segments_between_cuts() -> None:
         "35, 35, 30 steps, your span is 100"
     )
     assert (finding.value, finding.threshold, finding.severity) == (35.0, 100.0, -math.inf)
+    assert finding.advice.startswith(
+        "nothing where an episode or a document ends there; if the task"
+    )
 
 
 def test_what_is_passed_down_is_the_gradient_of_the_input() -> None:
