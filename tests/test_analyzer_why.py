@@ -367,6 +367,9 @@ def test_segments_between_cuts() -> None:
         "35, 35, 30 steps, your span is 100"
     )
     assert (finding.value, finding.threshold, finding.severity) == (35.0, 100.0, -math.inf)
+    assert finding.advice.startswith(
+        "nothing where an episode or a document ends there; if the task"
+    )
 
 
 def test_what_is_passed_down_is_the_gradient_of_the_input() -> None:
@@ -545,6 +548,23 @@ def test_a_gate_shut_by_its_biases_is_told_from_one_shut_by_what_it_reads() -> N
         codes[shut] = named(layer_of(lstm, 1 + normal(30, 4, 1).abs()), "saturated-gates").code
     assert codes["bias"].splitlines()[0] == "model.bias_ih_l0.data[0:6] = 0.0"
     assert codes["input"] == "x = (x - x.mean()) / x.std()"
+
+
+class Reader(nn.Module):
+    """Reads tokens, which have no mean to take away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(5, 4), nn.RNN(4, 6)
+
+    def forward(self, tokens: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.rnn(20 * self.embedding(tokens), hx)
+
+
+def test_the_remedy_for_saturation_asks_no_mean_of_tokens() -> None:
+    layer = layer_of(Reader().double(), torch.randint(0, 5, (30, 4)))
+    code = named(layer, "saturated-activations").code
+    assert code == "model.rnn.weight_ih_l0.data *= 0.5  # as if it read half of its input"
 
 
 def test_the_factor_that_fades_is_the_one_to_change() -> None:

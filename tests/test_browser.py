@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import synthetic
 
+from gradflow.analysis import Rate
 from gradflow.reporter.files import draw
 from gradflow.reporter.page import page
 
@@ -43,6 +44,8 @@ const said = JSON.stringify({
   hidden: card.scrollWidth - card.clientWidth, shape: drawn.clientHeight / drawn.clientWidth,
   title: document.title, scripts: document.scripts.length,
   unfolded: [...document.querySelectorAll("details[open]")].map(one => one.innerText).join(),
+  tight: [...document.querySelectorAll(".outlook")]
+    .filter(one => one.scrollWidth > one.clientWidth).length,
   broken: [...document.images].filter(one => !one.naturalWidth).length,
   out: [...document.querySelectorAll("p, li, h1, h2, pre, summary, .span, figure, dd, dt, .outlook")]
     .filter(one => one.getBoundingClientRect().right > root.clientWidth + 1).length});
@@ -150,6 +153,17 @@ def test_a_narrow_page_is_stacked(browser: str, tmp_path: Path, text: str) -> No
     assert seen["hidden"] <= 1
     wide = measured(browser, tmp_path, text, 1280, 800)
     assert seen["shape"] > 1.5 * wide["shape"]
+
+
+def test_what_was_tried_fits_a_narrow_page(browser: str, tmp_path: Path) -> None:
+    rate = Rate(-0.0132, -0.0136, -0.0128)
+    wide = synthetic.prediction(
+        2, rate=rate, verdict="inconclusive", horizon=None, half_life=52.7, channels=30
+    )
+    now = synthetic.layer("rnn.l0", "LSTM", hidden=48, predictions=(wide,))
+    analysis = synthetic.analysis(now)
+    seen = measured(browser, tmp_path, page(analysis, draw(analysis)), 400, 800)
+    assert seen["unfolded"] and seen["tight"] == 0
 
 
 def test_the_check_sees_what_sticks_out(browser: str, tmp_path: Path, text: str) -> None:

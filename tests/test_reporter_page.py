@@ -10,11 +10,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import synthetic
 
 from gradflow.analysis import Analysis
 from gradflow.analyzer import agreement, assemble
+from gradflow.analyzer.rates import decays_as_power
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.files import draw
 from gradflow.reporter.page import BUDGET, LABELS, embed, page
@@ -168,6 +170,11 @@ def test_labels_that_an_analysis_gives_are_all_known() -> None:
     source = inspect.getsource(assemble._labels)
     given = set(re.findall(r'"([a-z][a-z -]+)": ', source)) | {"no recurrence", agreement.LABEL}
     assert given == set(LABELS)
+
+
+def test_a_power_law_that_grows_is_not_said_to_fall() -> None:
+    assert decays_as_power(np.log1p(np.arange(1.0, 200.0)) * np.ones((2, 1)))
+    assert "falls or grows" in LABELS["not exponential"]
 
 
 def test_the_bar_says_how_far_the_gradient_reaches() -> None:

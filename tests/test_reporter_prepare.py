@@ -186,6 +186,16 @@ def test_a_map_ends_where_its_sequence_ends() -> None:
     assert "Sequence 4 of 8." in made.reading
 
 
+def test_a_map_with_a_cut_counts_measured_pairs() -> None:
+    layer = synthetic.layer(steps=20)
+    data = layer.data.copy(deep=True)
+    across = (data["source"] < 8) & (data["target"] >= 8)
+    data["log_gain"] = data["log_gain"].where(~across)
+    made = gain_map.prepare(replace(layer, data=data))
+    assert made.unknown and "measured pair" in made.message
+    assert "measured" not in gain_map.prepare(layer).message
+
+
 def test_gain_map_rows_are_targets() -> None:
     layer = synthetic.layer(steps=20)
     gain = gain_map.prepare(layer)

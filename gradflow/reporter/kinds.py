@@ -84,7 +84,7 @@ def _gate_specials(charts: Sequence[saturation.Saturation]) -> dict[str, str]:
 def _map_specials(charts: Sequence[gain_map.GainMap]) -> dict[str, str]:
     unknown = any(chart.unknown for chart in charts)
     return _plain([chart.values for chart in charts],
-                  "t′ before t, or not measured" if unknown else "t′ before t")  # fmt: skip
+                  "t′ before t, cut apart, or not measured" if unknown else "t′ before t")  # fmt: skip
 
 
 def _below(chart: Chart) -> float:

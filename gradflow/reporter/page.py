@@ -53,8 +53,8 @@ LABELS = {  # in plain words; a page explains those it shows
     "depends on the input": "The verdict is not the same under all probes; your own data decides.",
     "no recurrence": "One step only: no state was handed on.",
     "not finite": "NaN or infinity occurs, so no rate can be given.",
-    "not exponential": "The gain falls fast at first and ever more slowly later, as a power of the "
-    "distance: read the curve, not the half-life.",
+    "not exponential": "The gain falls or grows fast at first and ever more slowly later, as a power of "
+    "the distance: read the curve, not the rate or the half-life.",
     "one sequence": "The interval is over sequences, and a single one has none.",
     "range-limited": "Gains become smaller or larger than the model's own numbers can be. gradflow's "
     "go on; the model's gradient is 0 or infinite there.",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradflow.analysis import Finding
 from gradflow.analyzer.activity import CANDIDATES, sigmoid_and_other
-from gradflow.analyzer.causes.remedies import MAJORITY, NORMALISE, identity
+from gradflow.analyzer.causes.remedies import MAJORITY, calmer_input, identity
 from gradflow.analyzer.census import SATURATED
 from gradflow.analyzer.evidence import Evidence, over_sequences
 
@@ -37,7 +37,7 @@ def saturated_activations(e: Evidence) -> Iterator[Finding]:
             threshold=MOST,
             basis=MAJORITY,
             advice="scale the inputs or the weights down, or add layer normalisation",
-            code=NORMALISE,
+            code=calmer_input(e),
             source="Pascanu et al. 2013",
         )
 

@@ -16,7 +16,7 @@ from gradflow.analyzer.activity import (
     over_all,
     sigmoid_and_other,
 )
-from gradflow.analyzer.causes.remedies import BAND, MAJORITY, NORMALISE, chrono
+from gradflow.analyzer.causes.remedies import BAND, MAJORITY, calmer_input, chrono
 from gradflow.analyzer.causes.walls import FEW
 from gradflow.analyzer.census import KEEPERS
 from gradflow.analyzer.evidence import Evidence, number, over_sequences
@@ -129,7 +129,10 @@ def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
         if name in e.track.weights
     )
     if not bias < math.log(CLOSED / (1 - CLOSED)):
-        return "scale the inputs or the weights down, or add layer normalisation", NORMALISE
+        return (
+            "scale the inputs or the weights down, or add layer normalisation",
+            calmer_input(e),
+        )
     first, last = block * e.track.hidden, (block + 1) * e.track.hidden
     return (
         f"set its biases to 0: they average {number(bias)}, which alone shuts it",

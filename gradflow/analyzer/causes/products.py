@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gradflow.analysis import Finding, Rate
-from gradflow.analyzer.causes.remedies import BAND, NORMALISE, orthogonal, shrunk
+from gradflow.analyzer.causes.remedies import BAND, calmer_input, orthogonal, shrunk
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.rates import rate_over_sequences
 
@@ -43,7 +43,7 @@ def activations_contract(e: Evidence) -> Iterator[Finding]:
         advice="smaller inputs or biases keep the activations where they are steep; larger recurrent "
         "weights would only flatten them further",
         source="Pascanu et al. 2013",
-        code=NORMALISE,
+        code=calmer_input(e),
     )
 
 

@@ -165,7 +165,8 @@ def cut(e: Evidence) -> Iterator[Finding]:
         threshold=float(e.span),
         basis="the longest stretch against the span",
         severity=-math.inf if short else None,
-        advice="carry the state without detach() if the task reaches across, or use a longer window",
+        advice="nothing where an episode or a document ends there; if the task reaches across, carry "
+        "the state without detach(), or use a longer window",
         source="Williams & Peng 1990",
         code=f"windows = x.split({e.span}{', dim=1' if e.track.batch_first else ''})"
         "  # one backward per window"

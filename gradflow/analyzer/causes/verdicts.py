@@ -9,8 +9,8 @@ from gradflow.analysis import Finding
 from gradflow.analyzer.causes.remedies import (
     BAND,
     CLIP,
-    NORMALISE,
     against_vanishing,
+    calmer_input,
     identity,
     orthogonal,
 )
@@ -39,7 +39,7 @@ def dead(e: Evidence) -> Iterator[Finding]:
         else "look for gates or activations that saturate to exactly 0: scale inputs and weights down",
         source="Le et al. 2015" if relu else "",
         severity=-math.inf,
-        code=identity(e) if relu else NORMALISE,
+        code=identity(e) if relu else calmer_input(e),
     )
 
 

@@ -29,7 +29,9 @@ class GainMap(Chart):
     sequence: int  # index in the user's batch
     norm: str
     contour: bool  # whether some gains lie above and some below 10⁻³
-    unknown: bool  # whether gains of t' ≥ t are missing
+    unknown: (
+        bool  # whether gains of t' ≥ t are missing: a cut lies between, or nothing was measured
+    )
     reverse: bool
 
 
@@ -52,8 +54,9 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
     shown = pooled(values, down.pool, across.pool)
     low = shown[~np.isnan(shown)]
     contour = bool(len(low) and low.min() < GONE < low.max() and len(targets) > 2)
+    unknown = bool(np.isnan(values[targets[:, None] >= sources[None, :]]).any())
     return GainMap(
-        message=_message(known),
+        message=_message(known, "measured pair" if unknown else "pair"),
         reading=_reading(layer, sequence, contour, down, across),
         values=shown,
         rows=down.edges,
@@ -62,7 +65,7 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
         sequence=sequence,
         norm=norm,
         contour=contour,
-        unknown=bool(np.isnan(values[targets[:, None] >= sources[None, :]]).any()),
+        unknown=unknown,
         reverse=layer.reverse,
         labels=_labels(layer),
     )
@@ -112,14 +115,14 @@ def _note(layer: LayerAnalysis, sources: np.ndarray, known: np.ndarray) -> str:
     return ""
 
 
-def _message(known: np.ndarray) -> str:
+def _message(known: np.ndarray, pair: str) -> str:
     """How many of the measured pairs of different steps keep a gain of 10⁻³."""
     kept = float((known >= GONE).mean())
     if kept == 1:
-        return "every pair of steps keeps a gain above 10⁻³"
+        return f"every {pair} of steps keeps a gain above 10⁻³"
     if kept == 0:
-        return "no pair of different steps keeps a gain of 10⁻³"
-    return f"{percent_words(kept)} of the pairs of steps keep a gain above 10⁻³"
+        return f"no {pair} of different steps keeps a gain of 10⁻³"
+    return f"{percent_words(kept)} of the {pair}s of steps keep a gain above 10⁻³"
 
 
 def _reading(layer: LayerAnalysis, sequence: int, contour: bool, down: _Axis, across: _Axis) -> str:
