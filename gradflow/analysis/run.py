@@ -158,8 +158,18 @@ class Analysis:
         lines = [f"gradflow analysis of {self.title}"]
         lines += [f"  {layer.sentence}" for layer in self.worst_first]
         lines += [f"  note: {warning}" for warning in self.warnings]
-        table = self.frame("layers")[HEADLINE]
+        table = self._headline()
         return "\n".join(lines) + "\n" + table.to_string(index=False, float_format="%.4g")
+
+    def _headline(self) -> pd.DataFrame:
+        """The columns of a verdict, for reading: what is never reached is said so."""
+        table = self.frame("layers")[HEADLINE].astype({"half_life": object, "horizon": object})
+        for row, layer in enumerate(self):
+            if math.isinf(layer.half_life):
+                table.loc[row, "half_life"] = "never"
+            if layer.horizon is None:
+                table.loc[row, "horizon"] = "never" if layer.never_gone else f"> {layer.searched}"
+        return table
 
     def _repr_html_(self) -> str:
         sentences = "".join(f"<li>{escape(layer.sentence)}</li>" for layer in self.worst_first)

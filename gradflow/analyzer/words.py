@@ -139,7 +139,10 @@ def _by_loss(e: Evidence, profile: np.ndarray) -> str:
     unit = "cell" if e.main_state == "c" else "unit"
     gone = steps_until_gone(profile)
     if gone is not None:
-        return f"the gradient is gone {counted(gone, 'step')} before the loss"
+        where = f"gone {counted(gone, 'step')} before the loss"
+        if e.verdict.name == "stable":  # not for want of the layer
+            return f"this loss's gradient is {where}, though the layer could carry it"
+        return f"the gradient is {where}"
     level = rms_over_units(profile)
     known = np.flatnonzero(~np.isnan(level))
     back = int(known[-1])
