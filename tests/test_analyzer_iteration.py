@@ -127,6 +127,11 @@ def systems() -> dict[str, Tensor]:
     hidden = torch.full((steps, size), 0.9, dtype=F64)
     hidden[:12, 50] = 1e-3  # one that nothing could see any more
     hidden[12:, 50] = 4.0
+    crowd = torch.ones(steps, size, dtype=F64)
+    crowd[1] = torch.linspace(1, 0.9, size)
+    crowd[2:12, 40] = 0.6  # one that is forgotten, and comes back
+    crowd[12:22, 40] = 1 / 0.6
+    crowd[22:, 40] = 1.03  # to overtake a crowd slowly
     projection = turns.clone()
     projection[10] = projection[10] @ torch.diag((torch.arange(size) % 3 == 0).to(F64))
     matrices = {
@@ -136,6 +141,7 @@ def systems() -> dict[str, Tensor]:
         "nearly one": torch.eye(size).double() + 0.01 * noise,
         "one overtakes": torch.diag_embed(late),
         "one returns from nothing": torch.diag_embed(hidden),
+        "one overtakes a crowd": torch.diag_embed(crowd),
         "the same matrix": noise[:1].expand(steps, -1, -1),
         "shear": (torch.eye(size) + torch.eye(size).roll(1, 0).triu()).double().expand(steps, -1, -1),
     }  # fmt: skip

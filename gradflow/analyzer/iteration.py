@@ -39,7 +39,9 @@ def spectral_by_iteration(
     λ_{q+1}, which is not known. E is added to the basis until the least of these bounds is small. What
     the basis leaves of ‖V‖_F² is ρ = ‖V‖_F² − Σθ: if ρ < θ₁ no direction was missed. Elsewhere one step
     is taken in any case, also from a direction outside the basis, random at first, that moves on to
-    what G makes of it, so that over the lags it turns to the largest singular vector left out.
+    what G makes of it, so that over the lags it turns to the largest singular vector left out; and
+    a Cholesky factorisation of (1 + 2 tolerance) θ₁ − G tells whether any larger one was missed, for
+    which the eigenvalues of G are taken.
 
     Args:
         blocks: (N, r, S), more rows than directions: r ≥ 32.
@@ -61,12 +63,15 @@ def spectral_by_iteration(
     carried = carried.clone()
     images = factors.down(left, carried) if images is None else images * one
     ritz = _Ritz.exploring(carried, images)
+    doubtful = []
     for step in range(STEPS):
         moved = factors.up(left, ritz.leading(explore=step == 0))
         outside = moved - ritz.basis @ (ritz.basis.mT @ moved)
         done = ritz.settled(outside[..., : NEW - 1], tolerance)
+        sure = 1 - ritz.values.sum(-1) < ritz.values[:, 0]  # ρ < θ₁; ‖V‖_F is 1 here
         if step == 0:
-            done &= 1 - ritz.values.sum(-1) < ritz.values[:, 0]  # ρ < θ₁; ‖V‖_F is 1 here
+            done &= sure
+        doubtful += left[done & ~sure].tolist()
         value[left] = ritz.values[:, 0].sqrt()
         carried[left, :, :KEPT] = ritz.basis[..., :KEPT]
         images[left, :KEPT] = ritz.images[:, :KEPT]
@@ -81,7 +86,18 @@ def spectral_by_iteration(
         ritz = ritz.wider(new, pushed)
     else:
         value[left] = spectral_by_gram(factors.blocks[left] * factors.scale[left])
+    for i in doubtful:
+        block = factors.blocks[i] * factors.scale[i]
+        if not _bounded(block, value[i] * (1 + tolerance)):
+            value[i] = spectral_by_gram(block[None])[0]
     return value * frobenius, carried, images / one
+
+
+def _bounded(block: Tensor, limit: Tensor) -> bool:
+    """Whether no singular value exceeds the limit: limit² − V Vᵀ is then positive definite."""
+    rest = -(block @ block.mT)
+    rest.diagonal().add_(limit.square())
+    return int(torch.linalg.cholesky_ex(rest)[1]) == 0
 
 
 class _Factors:
