@@ -159,17 +159,18 @@ class Analysis:
         lines += [f"  {layer.sentence}" for layer in self.worst_first]
         lines += [f"  note: {warning}" for warning in self.warnings]
         table = self._headline()
-        return "\n".join(lines) + "\n" + table.to_string(index=False, float_format="%.4g")
+        return "\n".join(lines) + "\n" + table.to_string(index=False, float_format="{:.4g}".format)
 
     def _headline(self) -> pd.DataFrame:
         """The columns of a verdict, for reading: what is never reached is said so."""
-        table = self.frame("layers")[HEADLINE].astype({"half_life": object, "horizon": object})
-        for row, layer in enumerate(self):
-            if math.isinf(layer.half_life):
-                table.loc[row, "half_life"] = "never"
-            if layer.horizon is None:
-                table.loc[row, "horizon"] = "never" if layer.never_gone else f"> {layer.searched}"
-        return table
+        gone = ["never" if layer.never_gone else f"> {layer.searched}" for layer in self]
+        return self.frame("layers")[HEADLINE].assign(
+            half_life=["never" if math.isinf(h.half_life) else f"{h.half_life:.4g}" for h in self],
+            horizon=[
+                words if layer.horizon is None else str(layer.horizon)
+                for layer, words in zip(self, gone, strict=True)
+            ],
+        )
 
     def _repr_html_(self) -> str:
         sentences = "".join(f"<li>{escape(layer.sentence)}</li>" for layer in self.worst_first)
