@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.iteration import CARRIED, spectral_by_iteration
+from gradflow.analyzer.iteration import KEPT, spectral_by_iteration
 from gradflow.analyzer.norms import EXACT_ROWS, SMALL, row_norms, spectral_by_gram, spectral_from
 
 ROOM = {torch.float64: 32, torch.float32: 8}  # powers of two a row may leave 1 before rescaling
@@ -39,7 +39,7 @@ class Blocks:
         self.tolerance = tolerance  # of the spectral norms, 0 where they are not asked for
         # what the iteration carries is pushed with the rows of every block
         self._followed = tolerance > 0 and rank > EXACT_ROWS
-        self.height = rank + (CARRIED if self._followed else 0)
+        self.height = rank + (KEPT if self._followed else 0)
         self.widths = list(widths) or [size]  # of the states, side by side in the columns
         self.count = 0
         self._now = torch.empty(batch, capacity, self.height, size, dtype=dtype)
@@ -48,7 +48,7 @@ class Blocks:
         self.start = torch.zeros(0, dtype=torch.long)  # (n,) which start
         self.retry = torch.zeros(0, dtype=torch.long)  # (n,) step t of the next truncation
         # of the spectral norm at the last lag: the leading vector, or all that is carried
-        self.guess = torch.empty(batch, 0, rank, CARRIED if self._followed else 1, dtype=dtype)
+        self.guess = torch.empty(batch, 0, rank, KEPT if self._followed else 1, dtype=dtype)
         self._held = torch.zeros(batch, 0, dtype=torch.float64)  # (B, n) powers of the images
         k = len(self.widths)
         # (B, n, k, r, r): Q_aᵀ Q_a of the source's states a, where rows are Qᵀ Pᵀ after a truncation

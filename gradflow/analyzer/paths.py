@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.iteration import CARRIED, spectral_by_iteration
+from gradflow.analyzer.iteration import KEPT, spectral_by_iteration
 from gradflow.analyzer.jacobians import HostOperator, operator_of
 from gradflow.analyzer.loss import masked_median
 from gradflow.analyzer.norms import EXACT_ROWS, spectral_by_gram
@@ -158,7 +158,7 @@ def _spectral(blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 def _random(count: int, hidden: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    width = min(CARRIED, hidden)
+    width = min(KEPT, hidden)
     return torch.randn(count, hidden, width, generator=generator, dtype=torch.float64)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.blocks import Blocks
-from gradflow.analyzer.iteration import CARRIED
+from gradflow.analyzer.iteration import KEPT
 from gradflow.analyzer.jacobians import DenseOperator, transposed_step
 from gradflow.analyzer.norms import EXACT_ROWS
 from gradflow.analyzer.sweep import CALLS, SPEED, Sweep
@@ -92,7 +92,8 @@ def log_gains(
     gains = {norm: torch.full(shape, torch.nan, dtype=torch.float64) for norm in norms}
     if widths:
         gains["blocks"] = torch.full((len(widths) ** 2, *shape), torch.nan, dtype=torch.float64)
-    each = operator.batch * operator.size**2 * torch.finfo(operator.dtype).bits // 8 * 2
+    rows = 2 * operator.size + 3 * KEPT  # two buffers, and what the spectral norms carry
+    each = operator.batch * rows * operator.size * torch.finfo(operator.dtype).bits // 8
     many = len(starts) if sketch else max(1, CHUNK // each)
     waiting = [slice(first, first + many) for first in range(0, len(starts), many)]
     while waiting:
@@ -155,7 +156,7 @@ def _advance(sweep: Sweep, t: int, begun: int | None) -> None:
 
 def _begin(sweep: Sweep, place: int, step: Tensor) -> None:
     batch, size = sweep.operator.batch, sweep.operator.size
-    guess = torch.randn(batch, 1, size, CARRIED, generator=sweep.generator, dtype=step.dtype)
+    guess = torch.randn(batch, 1, size, KEPT, generator=sweep.generator, dtype=step.dtype)
     sweep.level(size, 4 if sweep.sketch else len(sweep.sources)).add(
         step[:, None],
         torch.zeros(batch, 1, size, dtype=torch.float64),
