@@ -8,6 +8,7 @@ are pushed with it, so that every lag begins with Ritz values of its own G.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -107,21 +108,26 @@ class _Factors:
     def up(self, which: Tensor, rows: Tensor) -> Tensor:
         """V rowsᵀ, (N, r, m), of rows (N, m, S)."""
         columns = rows.mT.contiguous()
-        if len(which) == len(self.blocks):
-            return self.blocks @ columns * self.scale
-        each = zip(which.tolist(), columns, strict=True)
-        return torch.stack([self.blocks[i] @ part for i, part in each]) * self.scale[which]
+        return self._each(which, columns, torch.matmul) * self.scale[which]
+
+    def down(self, which: Tensor, columns: Tensor) -> Tensor:
+        """columnsᵀ V, (N, m, S), of columns (N, r, m)."""
+        rows = (columns * self.scale[which]).mT
+        return self._each(which, rows, lambda block, part: part @ block)
+
+    def _each(
+        self, which: Tensor, parts: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """The product of each of these blocks with its part; all at once if they stand side by side."""
+        first = int(which[0])
+        if int(which[-1]) - first + 1 == len(which):
+            return product(self.blocks[first : first + len(which)], parts)
+        each = zip(which.tolist(), parts, strict=True)
+        return torch.stack([product(self.blocks[i], part) for i, part in each])
 
     def of(self, i: int) -> Tensor:
         """One block, written out."""
         return self.blocks[i] * self.scale[i]
-
-    def down(self, which: Tensor, columns: Tensor) -> Tensor:
-        """columnsᵀ V, (N, m, S), of columns (N, r, m)."""
-        if len(which) == len(self.blocks):
-            return (columns * self.scale).mT @ self.blocks
-        each = zip(which.tolist(), (columns * self.scale[which]).mT, strict=True)
-        return torch.stack([part @ self.blocks[i] for i, part in each])
 
 
 @dataclass
