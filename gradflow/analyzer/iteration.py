@@ -20,6 +20,7 @@ TOLERANCE = 1e-4  # relative error of a norm, unless told otherwise
 SAFETY = 10.0  # how far below it the estimated error has to be
 KEPT = 12  # directions that go on to the next lag
 NEW = 4  # directions that a step of the iteration adds
+MOST = 0.6  # of ‖V‖_F² in one direction: no other can be larger
 STEPS = 12  # then the eigenvectors of G, about as dear as that many steps
 
 
@@ -36,8 +37,9 @@ def spectral_by_iteration(
     With Ritz values θ₁ ≥ θ₂ ≥ … of G in the basis, and E_q what G makes of the first q Ritz vectors
     outside it, λ₁ − θ₁ ≤ ‖E_q‖²/(θ₁ − λ_{q+1}) (Temple 1928, Kato 1949), with θ_{q+1} in place of
     λ_{q+1}, which is not known. E is added to the basis until the least of these bounds is small. Then
-    no direction was missed if θ₁ is more than half of ‖V‖_F², or if (1 + 2 tolerance) θ₁ − G has a
-    Cholesky factor; where it has none the eigenvectors of G are taken.
+    no direction was missed if θ₁ is 0.6 ‖V‖_F² or more: all others together have 0.4, so that the true
+    gap is at least a third of the one used. Or if (1 + tolerance)² θ₁ − G has a Cholesky factor; where
+    it has none the eigenvectors of G are taken.
 
     Args:
         blocks: (N, r, S), more rows than directions: r ≥ 32.
@@ -69,7 +71,7 @@ def spectral_by_iteration(
             break
         new = torch.linalg.qr(torch.cat([ritz.basis, outside], -1))[0][..., -NEW:]
         ritz = ritz.wider(new, factors.down(left, new))
-    doubtful = value.square() <= 0.5
+    doubtful = value.square() < MOST
     doubtful[left] = False
     missed = [
         i
