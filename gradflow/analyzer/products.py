@@ -193,7 +193,7 @@ def _write(sweep: Sweep, level: Blocks, t: int, dropped: Tensor | None) -> None:
     if "spectral" in sweep.result:
         sweep.result["spectral"][:, places, t] = known(level.spectral(), lost)
         work = spectral_work(level.rank, level.size) * level.count * operator.batch
-        sweep.spent += work / SPEED[operator.dtype]
+        sweep.spent += work / SPEED[torch.float64]  # small matrices: no faster in float32
     if "blocks" in sweep.result:
         columns = torch.tensor(sweep.widths, dtype=torch.float64).log() / 2
         each = known(level.between_states(), lost) - columns.view(1, -1, 1, 1)
