@@ -218,7 +218,7 @@ def test_the_maps_of_the_worst_layers_come_before_anything_folded() -> None:
 def test_a_picture_that_is_left_out_is_not_announced() -> None:
     analysis = synthetic.vanishing()
     pictures = {key: png for key, png in draw(analysis).items() if key[0] != "total-vs-direct"}
-    said = "A hook on the output shows no more than that."
+    said = "directly, beside the whole gradient."
     assert said in page(analysis, draw(analysis)) and said not in page(analysis, pictures)
 
 

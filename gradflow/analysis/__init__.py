@@ -84,7 +84,7 @@ grad_input_norm     (step)                         median over sequences of â€–â
 """
 
 from gradflow.analysis.frames import FRAMES, HEADLINE
-from gradflow.analysis.results import VERDICTS, Finding, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.results import Finding, LayerAnalysis, Prediction, Rate
 from gradflow.analysis.run import Analysis, checked_labels, load
 from gradflow.analysis.saved import SCHEMA
 
@@ -92,7 +92,6 @@ __all__ = [
     "FRAMES",
     "HEADLINE",
     "SCHEMA",
-    "VERDICTS",
     "Analysis",
     "Finding",
     "LayerAnalysis",

@@ -9,8 +9,6 @@ import xarray as xr
 
 from gradflow.recording import Parity
 
-VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
-
 
 @dataclass(frozen=True)
 class Rate:
@@ -63,7 +61,7 @@ class Prediction:
     remedy: str  # an argument of `gradflow.what_if`: "forget_bias" or "scale_hh"
     value: float  # of that argument
     words: str  # the remedy as people write it: "forget bias + 1"
-    verdict: str  # one of VERDICTS
+    verdict: str  # one of gradflow.conditions.VERDICTS
     rate: Rate  # nats per step
     half_life: float  # steps; inf if the gain never halves
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
@@ -101,7 +99,7 @@ class LayerAnalysis:
     steps: int  # T of the longest sequence
     sequences: int  # B
     span: int  # the distance of interest, in steps
-    verdict: str  # one of VERDICTS
+    verdict: str  # one of gradflow.conditions.VERDICTS
     labels: tuple[str, ...]  # what else it is: "transient growth", "not exponential"
     rate: Rate  # the largest Lyapunov exponent, nats per step
     half_life: float  # steps; inf if the gain never halves

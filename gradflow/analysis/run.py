@@ -163,13 +163,9 @@ class Analysis:
 
     def _headline(self) -> pd.DataFrame:
         """The columns of a verdict, for reading: what is never reached is said so."""
-        gone = ["never" if layer.never_gone else f"> {layer.searched}" for layer in self]
         return self.frame("layers")[HEADLINE].assign(
             half_life=["never" if math.isinf(h.half_life) else f"{h.half_life:.4g}" for h in self],
-            horizon=[
-                words if layer.horizon is None else str(layer.horizon)
-                for layer, words in zip(self, gone, strict=True)
-            ],
+            horizon=[_horizon(layer) for layer in self],
         )
 
     def _repr_html_(self) -> str:
@@ -177,6 +173,12 @@ class Analysis:
         return f"<b>{escape(self.title)}</b><ul>{sentences}</ul>" + self.frame("layers").to_html(
             index=False, border=0
         )
+
+
+def _horizon(layer: LayerAnalysis) -> str:
+    if layer.horizon is not None:
+        return str(layer.horizon)
+    return "never" if layer.never_gone else f"> {layer.searched}"
 
 
 def checked_labels(labels: Sequence[str], steps: int) -> tuple[str, ...]:

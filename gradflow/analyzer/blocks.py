@@ -65,9 +65,14 @@ class Blocks:
         return self.rank < self.size
 
     @property
+    def _live(self) -> Tensor:
+        """(B, n, height, S): the rows of every block, and below them what the iteration carries."""
+        return self._now[:, : self.count]
+
+    @property
     def values(self) -> Tensor:
         """The live blocks, (B, n, r, S), rows without their powers of two."""
-        return self._now[:, : self.count, : self.rank]
+        return self._live[:, :, : self.rank]
 
     @property
     def bytes(self) -> int:
@@ -94,7 +99,7 @@ class Blocks:
             grown = self._now.new_empty(
                 len(values), max(needed, 2 * self.count), self.height, self.size
             )
-            grown[:, : self.count] = self._now[:, : self.count]
+            grown[:, : self.count] = self._live
             self._now, self._next = grown, torch.empty_like(grown)
         self._now[:, self.count : needed, : self.rank] = values
         if self._followed and guess is not None:
@@ -112,7 +117,7 @@ class Blocks:
 
     def keep(self, chosen: Tensor) -> None:
         """Forget all blocks but the chosen (n,) ones."""
-        kept = self._now[:, : self.count][:, chosen]
+        kept = self._live[:, chosen]
         self.count = int(chosen.sum())
         self._now[:, : self.count] = kept
         self.exponent, self._held = self.exponent[:, chosen], self._held[:, chosen]
@@ -135,12 +140,11 @@ class Blocks:
     @property
     def rows(self) -> Tensor:
         """All that is pushed: the rows of all live blocks, (B, n·height, S)."""
-        return self._now[:, : self.count].reshape(len(self._now), -1, self.size)
+        return self._live.reshape(len(self._now), -1, self.size)
 
     def replace(self, rows: Tensor) -> None:
         """Put pushed rows (B, n·height, S) in place of the old ones."""
-        every = self._now[:, : self.count]
-        every[...] = rows.view_as(every)
+        self._live[...] = rows.view_as(self._live)
 
     def rescale(self) -> Tensor:
         """Take powers of two out of rows that left the room; return ln ‖V‖_F with them, (B, n)."""
@@ -210,7 +214,7 @@ class Blocks:
         return norms
 
     def _images(self, b: int) -> Tensor:
-        return self._now[b, : self.count, self.rank :]
+        return self._live[b, :, self.rank :]
 
     def between_states(self) -> Tensor:
         """ln ‖P_ba‖_F for states b of the target (first), a of the source, (k, k, B, n).

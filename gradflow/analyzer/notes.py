@@ -15,6 +15,7 @@ from gradflow.recording import Recording
 
 
 def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[str, ...]:
+    """What was noted of the recording and its layers, each sentence once."""
     notes = list(recording.notes)
     known = [track for track in recording if track.name in layers]
     names = [track.name for track in known]
@@ -82,6 +83,7 @@ def _loss_at_every_step(layer: LayerAnalysis) -> bool:
 
 
 def provenance_of(layers: dict[str, LayerAnalysis], settings: Settings) -> dict[str, object]:
+    """With what, and how, the numbers were made."""
     longest = max(layer.steps for layer in layers.values())
     return {
         "gradflow": __version__,

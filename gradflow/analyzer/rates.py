@@ -27,7 +27,7 @@ EDGE = "a span further from one decade: the rate lies on the edge of the band"
 class Verdict:
     """The outcome of the equivalence test, and what would decide it if it is open."""
 
-    name: str  # one of gradflow.analysis.VERDICTS
+    name: str  # one of gradflow.conditions.VERDICTS
     needed: str = ""  # "about 12 sequences", only for an inconclusive one
 
 

@@ -38,6 +38,7 @@ def checked(
     seed: int,
     progress: Progress | None,
 ) -> Settings:
+    """The arguments of `analyze`, each refused in a sentence where it is out of its range."""
     if span is not None:
         _whole("span", span, 1, "leave it out for the median length")
     _whole("maps", maps, 1, "leave it out for one map")
