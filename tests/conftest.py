@@ -22,6 +22,7 @@ FUSED = [
 ]
 FOUND = {name: getattr(torch._VF, name) for name in FUSED}
 FOUND_ALIASES = {name: getattr(torch, name) for name in FUSED}
+FOUND_BACKWARD = torch.autograd._engine_run_backward
 FOUND_FORWARD = torch.nn.Sequential.forward
 FOUND_VF_NAMES = set(vars(torch._VF))
 
@@ -32,6 +33,7 @@ def torch_is_as_found() -> bool:
         all(getattr(torch._VF, name) is FOUND[name] for name in FUSED)
         and all(getattr(torch, name) is FOUND_ALIASES[name] for name in FUSED)
         and set(vars(torch._VF)) == FOUND_VF_NAMES
+        and torch.autograd._engine_run_backward is FOUND_BACKWARD
         and torch.nn.Sequential.forward is FOUND_FORWARD
         and not torch.nn.modules.module._global_forward_hooks
         and not torch.nn.modules.module._global_forward_pre_hooks

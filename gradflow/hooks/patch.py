@@ -6,7 +6,9 @@ recording is open they are replaced by wrappers that call the original and then 
 the calling thread. A TorchFunctionMode would see the same calls, but moves torch off its fast paths.
 
 What torch.compile makes into a graph stays the graph it would be without a recording: there the
-wrapper is traced as the original alone, and nothing is seen. ``GradScaler.scale`` is watched too.
+wrapper is traced as the original alone, and nothing is seen. ``GradScaler.scale`` is watched too, and
+so is the one door through which every backward enters torch's engine: there the graph is complete and
+nothing of it is freed yet.
 """
 
 from __future__ import annotations
@@ -84,6 +86,7 @@ class Observer(Protocol):
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
     ) -> None: ...
     def saw_scaler(self, scaler: torch.amp.GradScaler) -> None: ...
+    def before_backward(self, roots: tuple[Any, ...]) -> None: ...
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def left(self, call: Any, result: Any) -> None: ...
 
@@ -144,6 +147,9 @@ def _install() -> None:
     scale = torch.amp.GradScaler.scale
     _replaced.append((torch.amp.GradScaler, "scale", scale))
     torch.amp.GradScaler.scale = _watched_scale(scale)  # type: ignore[method-assign]
+    run: Any = torch.autograd._engine_run_backward
+    _replaced.append((torch.autograd, "_engine_run_backward", run))
+    torch.autograd._engine_run_backward = _watched_backward(run)
 
 
 def _restore() -> None:
@@ -195,6 +201,20 @@ def _watched_scale(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, outputs)
 
     return _traced_as(original, functools.wraps(original)(scale))
+
+
+@functools.lru_cache(maxsize=64)
+def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @untraced
+    def heard(outputs: Any) -> None:
+        for observer in observers_here():
+            observer.before_backward(tuple(outputs))
+
+    def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        heard(outputs)
+        return original(outputs, *args, **kwargs)
+
+    return _traced_as(original, functools.wraps(original)(run_backward))
 
 
 def _traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:

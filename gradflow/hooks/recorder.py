@@ -115,6 +115,9 @@ class Recorder:
         if self.scaler is None and scaler.is_enabled():
             self.scalers_scale = scaler.get_scale
 
+    def before_backward(self, roots: tuple[Any, ...]) -> None:
+        """A backward is about to run from these tensors: their graph is complete, nothing is freed."""
+
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that may be a cell of the user's own is called."""
         return self.own.entered(module, args, kwargs)
