@@ -118,7 +118,8 @@ def why_no_track(
     if foreign:
         return f"no recurrent layer ran: {foreign}"
     compiled = (
-        "; cells of your own are not looked for where torch.compile was used"
+        "; where torch.compile was used cells of your own are not looked for, nor is a tap seen in its "
+        "graphs: record the uncompiled model"
         if something_is_compiled()
         else ""
     )
@@ -207,13 +208,13 @@ def _reason(track: Track) -> str:
     """What went wrong with one track, or nothing."""
     seen: Sequence[Call | Mark]
     if isinstance(track.source, TapSource):
-        seen, second_order = track.source.marks, track.source.second_order
+        seen, lost = track.source.marks, track.source.lost
         states = [state for mark in track.source.marks for state in mark.states.values()]
     else:
         seen = calls = _calls(track)
-        second_order = any(call.second_order for call in calls)
+        lost = next((call.lost for call in calls if call.lost), "")
         states = [call.returned["output"] for call in calls]
-    if not any(one.grads for one in seen) or second_order:
+    if not any(one.grads for one in seen) or lost:
         return track.why_no_gradient
     if not all(bool(torch.isfinite(state).all()) for state in states):
         return "its states are not finite (NaN or infinity), so neither are its gradients"

@@ -70,7 +70,7 @@ class Loop:
     def _scans(self, layer: int) -> list[tuple[Tensor, Scan]] | None:
         found, some = [], False
         for group in self.groups:
-            if group.call.second_order:
+            if group.call.lost:
                 return None
             scanned = group.scans.scanned("total")
             some |= scanned is not None
