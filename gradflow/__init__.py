@@ -70,7 +70,7 @@ _importing = threading.RLock()
 os.register_at_fork(
     before=_importing.acquire,
     after_in_parent=_importing.release,
-    after_in_child=_importing.release,
+    after_in_child=_importing._at_fork_reinit,  # type: ignore[attr-defined]
 )
 
 

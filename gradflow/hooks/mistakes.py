@@ -12,6 +12,7 @@ from torch import nn
 
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
+from gradflow.hooks.guard import Failed, Point, hook
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unseen import foreign_code
@@ -41,7 +42,7 @@ class Ran:
     again; where either could be, nothing is hooked and the message does without.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, failed: Failed) -> None:
         self.names: dict[str, None] = {}
         delicate = (nn.MultiheadAttention, torch.jit.ScriptModule)
         self._handles = []
@@ -49,7 +50,8 @@ class Ran:
             return
         for name, child in model.named_children():
             note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
-            self._handles.append(child.register_forward_pre_hook(note))
+            guarded_note = hook(Point.RAN, failed, note)
+            self._handles.append(child.register_forward_pre_hook(guarded_note))
 
     def close(self) -> None:
         """Take the hooks away."""

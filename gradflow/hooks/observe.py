@@ -118,7 +118,7 @@ class _Block:
         """Begin to listen; what cannot be listened to is noted."""
         model, remark = self.recorder.model, self.recorder.withheld.remark
         self.marks = guarded(Point.OPENING, remark, mistakes.gradient_marks, model)
-        self.ran = guarded(Point.OPENING, remark, mistakes.Ran, model)
+        self.ran = guarded(Point.OPENING, remark, mistakes.Ran, model, remark)
         self.watching = guarded(Point.OPENING, remark, self._candidates)
         guarded(Point.OPENING, remark, listen, self.recorder)
         if self.watching is not None:

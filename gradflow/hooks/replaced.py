@@ -88,9 +88,8 @@ def at_fork(in_child: Callable[[], None]) -> None:
             lock.release()
 
     def child() -> None:
-        try:
-            in_child()
-        finally:
-            after()
+        held.clear()
+        lock._at_fork_reinit()  # type: ignore[attr-defined]  # its holder may not be in this process
+        in_child()
 
     os.register_at_fork(before=before, after_in_parent=after, after_in_child=child)

@@ -75,6 +75,7 @@ class Telling:
     cell: str
     single: bool  # a function of one step
     module: nn.Module | None = None  # whose forward makes the call
+    locals: dict[str, Any] = field(default_factory=dict)  # of that forward
     known: dict[str, Any] = field(default_factory=dict)
     interested: list[Any] = field(default_factory=list)
 
@@ -85,6 +86,7 @@ class Telling:
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the arguments, and who wants to hear of them."""
+        guarded(self.point, self._missed_by_all, self._find)
         guarded(self.point, self._missed_by_all, self._look, args, kwargs)
 
     def after(self, results: Any) -> None:
@@ -93,8 +95,10 @@ class Telling:
             missed = functools.partial(self._missed_by, listener)
             guarded(self.point, missed, self._tell, listener, results)
 
+    def _find(self) -> None:
+        self.module, self.locals = _calling_module()
+
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.module, locals_ = _calling_module()
         args = _in_order(args, kwargs, fused=not self.single)
         known = _of_cell(args) if self.single else _of_layer(args)
         interested = [o for o in self.listeners if o.wants(known["weights"], self.module)]
@@ -102,8 +106,8 @@ class Telling:
             draws = known["dropout"] and known["training"] and known["layers"] > 1
             known["rng"] = torch.get_rng_state() if interested and draws else None
             packed = known["batch_sizes"] is not None
-            known["unsorted"] = locals_.get("unsorted_indices") if packed else None
-            known["module_input"] = locals_.get("orig_input")
+            known["unsorted"] = self.locals.get("unsorted_indices") if packed else None
+            known["module_input"] = self.locals.get("orig_input")
         self.known, self.interested = known, interested
 
     def _tell(self, listener: Listener, results: Any) -> None:
