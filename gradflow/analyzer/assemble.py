@@ -27,6 +27,7 @@ from gradflow.analyzer.lyapunov import SHORT
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.notes import provenance_of, warnings_of
 from gradflow.analyzer.rates import decays_as_power
+from gradflow.analyzer.reading import Reading, readings
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
@@ -106,10 +107,11 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
     """All layers that can be measured, and a sentence on each that cannot."""
     layers: dict[str, LayerAnalysis] = {}
     refused: dict[str, RecordingError] = {}
+    read = readings(recording)
     for track in recording:
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
-                layers[track.name] = _layer(track, settings)
+                layers[track.name] = _layer(track, read[track.name], settings)
         except RecordingError as error:  # its Jacobians or its replay are not to be had
             refused[track.name] = error
     if not layers:
@@ -124,7 +126,7 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
 # ------------------------------------------------------------------------------------- one layer
 
 
-def _layer(track: Track, settings: Settings) -> LayerAnalysis:
+def _layer(track: Track, read: Reading, settings: Settings) -> LayerAnalysis:
     """Measure one layer in one direction, then judge it and put it into words."""
     withheld = track.has_gradient and track.parity.status == "failed"
     weight = watcher(track)
@@ -156,6 +158,7 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     evidence = Evidence(
         **vars(measured),
         alone=settings.layers == 1,
+        reading=read,
         size=state_size(track),
         labels=labels,
         half_life=half_life(core.rate, core.curve, labels),

@@ -126,6 +126,22 @@ class LoopSource:
         found = self._arrivals()
         return None if found is None else reached(found)
 
+    def arriving(self) -> Tensor | None:
+        """Where a gradient comes to this layer from outside it, padding included."""
+        single = self._single()
+        if single is not None:
+            return single.arriving()
+        found = self._arrivals()
+        if found is None:
+            return None
+        with torch.no_grad():
+            direct = self.loop.direct(self.layer)
+        at_c = found[self.layer][1]
+        if bool(direct.isnan().any()):
+            return None
+        arrives = (direct != 0).any(2)
+        return arrives if at_c is None else arrives | (at_c != 0).any(2)
+
     def loss_steps(
         self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
     ) -> Backward | None:
@@ -247,6 +263,18 @@ class LoopSource:
                 assert self.uses is not None
                 found.append(self.uses.check(part))
         return max(found, key=lambda parity: (SEVERITY.index(parity.status), parity.error or 0.0))
+
+    def trains_recurrence(self) -> bool | None:
+        """Whether ∂L/∂W_hh has an entry that is not exactly 0; None without a gradient."""
+        with torch.no_grad():
+            found = [part.rebuilt() for part in self._layers()]
+        known = [part["weight_hh"] for part in found if part is not None]
+        return any(bool((grad != 0).any()) for grad in known) if known else None
+
+    def unread(self) -> bool:
+        """Whether a backward ran and did not come here, though it could have."""
+        able = any(call.grad_enabled and call.differentiable for call in self.calls)
+        return able and self.ran_backward and not any(call.graph_tasks for call in self.calls)
 
     def why_no_gradient(self) -> str:
         """Why there is no gradient here, and what to do."""

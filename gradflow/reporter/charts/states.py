@@ -54,7 +54,7 @@ def _message(layer: LayerAnalysis) -> str:
         return f"∂L/∂{layer.main_state} is not finite"
     far = int(known[-1])
     if far == 0:
-        return "nothing lies further back than the loss step"
+        return "the loss reads a step that the layer starts at: it has no step before it"
     left = int((raw[:, far] >= GONE).sum())
     steady = int((np.isnan(raw) | (raw >= CARRIED)).all(axis=1).sum())
     unit = "cell" if layer.main_state == "c" else "unit"
