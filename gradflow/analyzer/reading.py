@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.order import in_processing_order
+from gradflow.errors import RecordingError
 from gradflow.recording import Recording, Track
 
 UNREAD = "unread"  # no gradient comes
@@ -49,7 +50,7 @@ class Reading:
 def readings(recording: Recording) -> dict[str, Reading]:
     """The reading of every layer, by its name."""
     seen = _seen_lengths(recording)
-    found = {track.name: reading(track, seen.get(track.name)) for track in recording}
+    found = {track.name: _known(track, seen.get(track.name)) for track in recording}
     names = set(found)
     for track in recording:
         other = track.name.replace("_reverse", "")
@@ -58,6 +59,14 @@ def readings(recording: Recording) -> dict[str, Reading]:
         under = (above, found[above].kind) if above else ("", "")
         found[track.name] = replace(found[track.name], bidirectional=both, under=under)
     return found
+
+
+def _known(track: Track, seen_lengths: Tensor | None) -> Reading:
+    """The reading, or one that says nothing where the layer's numbers are not to be had."""
+    try:
+        return reading(track, seen_lengths)
+    except RecordingError:
+        return Reading()
 
 
 def reading(track: Track, seen_lengths: Tensor | None = None) -> Reading:
@@ -154,35 +163,38 @@ def _after_end(raw: Tensor, lengths: Tensor) -> tuple[tuple[int, ...], int] | No
 
 def _seen_lengths(recording: Recording) -> dict[str, Tensor]:
     """Track name -> (B,) real steps, of every layer whose input, or whose stack's input, is padded."""
+    known = {track.name: track for track in recording if _has_inputs(track)}
     found: dict[str, Tensor] = {}
-    for track in recording:
+    for name, track in known.items():
         lengths = padded_lengths(track)
         if lengths is not None:
-            found[track.name] = lengths
+            found[name] = lengths
     if not found:
         return {}
-    every = {track.name: track for track in recording}
-    for track in recording:  # in the order in which they ran: the lower ones first
-        if track.name in found:
-            continue
-        bottom = re.sub(r"l\d+(_reverse)?(@\d+)?$", r"l0\2", track.name)
-        below = bottom if bottom in found else _read_from(track, every, found)
-        if below:
-            found[track.name] = found[below]
+    for name, track in known.items():  # in the order in which they ran: the lower ones first
+        if name not in found:
+            bottom = re.sub(r"l\d+(_reverse)?(@\d+)?$", r"l0\2", name)
+            below = bottom if bottom in found else _read_from(track, known, found)
+            if below:
+                found[name] = found[below]
     return found
+
+
+def _has_inputs(track: Track) -> bool:
+    try:
+        return track.has_inputs
+    except RecordingError:  # its replay is not to be had
+        return False
 
 
 def _read_from(track: Track, every: Mapping[str, Track], known: Mapping[str, Tensor]) -> str:
     """The name of a layer with known lengths whose states this one reads as they are, or ""."""
-    if not track.has_inputs:
-        return ""
-    inputs = track.inputs
     for name in known:
         other = every[name]
         if other is track or "h" not in other.states or other.mask.shape != track.mask.shape:
             continue
         width = other.h.shape[-1]
-        if width <= inputs.shape[-1] and torch.equal(inputs[..., :width], other.h):
+        if width <= track.inputs.shape[-1] and torch.equal(track.inputs[..., :width], other.h):
             return name
     return ""
 

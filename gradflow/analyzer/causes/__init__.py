@@ -26,6 +26,7 @@ __all__ = ["FINDERS", "SPOILERS", "Finder", "findings"]
 Finder = Callable[[Evidence], Iterator[Finding]]
 SPOILERS: tuple[Finder, ...] = (not_finite, no_recurrence, parity_failed)
 VERDICTS: tuple[Finder, ...] = (dead, vanishing, exploding)
+WITHOUT_GAINS: tuple[Finder, ...] = (*SPOILERS, read_by_loss, cut)  # a cause needs a verdict
 FINDERS: tuple[Finder, ...] = (
     *SPOILERS,
     read_by_loss,
@@ -48,9 +49,11 @@ FINDERS: tuple[Finder, ...] = (
 
 def findings(evidence: Evidence) -> tuple[Finding, ...]:
     """Every finding on one layer, the most telling first."""
-    if evidence.reading.amiss and "not finite" not in evidence.labels:
+    finders = WITHOUT_GAINS if evidence.no_gains else FINDERS
+    if "not finite" in evidence.labels:
+        finders = SPOILERS
+    elif evidence.reading.amiss and not evidence.no_gains:
         return _before_the_loss_is_mended(evidence)
-    finders = SPOILERS if "not finite" in evidence.labels else FINDERS
     return tuple(finding for find in finders for finding in find(evidence))
 
 
