@@ -27,6 +27,7 @@ from gradflow.analyzer.lyapunov import SHORT
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.notes import provenance_of, warnings_of
 from gradflow.analyzer.rates import decays_as_power
+from gradflow.analyzer.read_states import ReadPart, read_part
 from gradflow.analyzer.reading import Reading, readings
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
@@ -110,11 +111,15 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
     """All layers whose states can be read, and a sentence on each whose states cannot."""
     layers: dict[str, LayerAnalysis] = {}
     refused: dict[str, RecordingError] = {}
+    unread: list[str] = []
     read = readings(recording)
     for track in recording:
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
-                layers[track.name] = _layer(track, read[track.name], settings)
+                part = read_part(track)
+                layers[track.name] = _layer(part, read[track.name], settings)
+            if part.unread:
+                unread.append(part.words)
         except RecordingError as error:  # its replay is not to be had
             refused[track.name] = error
     if not layers:
@@ -123,18 +128,19 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
         f"{name} is not in this report: {str(error).removeprefix(f'{name}: ')}"
         for name, error in refused.items()
     ]
-    return with_flow(recording, layers), said
+    return with_flow(recording, layers), [*said, *unread]
 
 
 # ------------------------------------------------------------------------------------- one layer
 
 
-def _layer(track: Track, read: Reading, settings: Settings) -> LayerAnalysis:
+def _layer(part: ReadPart, read: Reading, settings: Settings) -> LayerAnalysis:
     """Measure one layer in one direction, then judge it and put it into words."""
+    track = part.shown
     withheld = track.has_gradient and track.parity.status == "failed"
     weight = watcher(track)
     try:
-        core = measure(track, settings, withheld=withheld, watch=weight)
+        core = measure(part.judged, settings, withheld=withheld, watch=weight)
     except RecordingError as error:  # no step Jacobians; what needs none is shown all the same
         core, weight = without_gains(track, settings, str(error)), None
 
@@ -165,10 +171,10 @@ def _layer(track: Track, read: Reading, settings: Settings) -> LayerAnalysis:
         **vars(measured),
         alone=settings.layers == 1,
         reading=read,
-        size=state_size(track),
+        size=state_size(part.judged),
         labels=labels,
         half_life=half_life(core.rate, core.curve, labels),
-        channels=channels(track, core.ranks.singular),
+        channels=channels(part.judged, core.ranks.singular),
         gradient_note=gradient_note(track) or ("" if grows else arrives_elsewhere(seen)),
         data=dataset(measured),
     )
