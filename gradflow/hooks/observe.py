@@ -105,7 +105,9 @@ def _notes(track: Track) -> list[str]:
     chain = source.loop.chain
     notes = []
     reason = source.loop.why_no_operator()
-    if reason:
+    if chain.closed is not None:
+        notes.append(chain.closed.note(track.name))
+    elif reason:
         notes.append(f"its step Jacobians and last loss step alone are not known: {reason}")
     elif any(link is not None and link.around is not None for link in chain.links):
         notes.append(
