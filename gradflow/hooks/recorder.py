@@ -120,7 +120,7 @@ class Recorder:
     def before_backward(self, roots: tuple[Any, ...]) -> None:
         """A backward is about to run from these tensors: their graph is complete, nothing is freed."""
         if torch._C._current_graph_task_id() == -1:
-            self.closed.decide()
+            self.closed.decide(roots)
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that may be a cell of the user's own is called."""
@@ -212,7 +212,7 @@ class Recorder:
             return
         notes: list[str] = []
         if chain.sizes == [1] and call.batch_sizes is None:
-            chain.lengths = self.lengths.of_loop()
+            chain.lengths = self.lengths.of_steps(chain.batch)
             notes += self.lengths.notes
         loop = Loop(chain)
         replay = loop.groups[0].replay

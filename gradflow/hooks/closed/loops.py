@@ -92,7 +92,7 @@ class ClosedLoop:
             RecordingError: the joint state is another track's, or is not known.
         """
         source = self._joint(part)
-        if not self.own or source is None or source.why_no_operator():
+        if not self.own or source is None or self.why():
             raise self.refuse(self._member(part).track)
         found = source.operator(dtype, sequences)
         if part.loop.why_no_operator():
@@ -127,7 +127,7 @@ class ClosedLoop:
         if len(source.marks) == len(chain.calls) or not chain.calls:
             return
         member = source.members[0]
-        source.marks, source.ends, source.lengths = [], [], chain.lengths
+        source.marks, source.ends, source.lengths = [], [], chain.real
         closed_form = None
         reason = part.loop.why_no_operator()
         if not reason:
@@ -161,28 +161,27 @@ class ClosedLoop:
 
     def refuse(self, name: str) -> RecordingError:
         """Why a track of the loop has no step Jacobians, or none of its own."""
-        reason = self.unknown or self.source.why_no_operator()
+        alone = f"recording[{name!r}].alone has those of the layer with its inputs held fixed"
+        reason = self.why()
         if reason:
-            return RecordingError(
-                f"step Jacobians of {name} must be those of its closed loop ({self.how()}), got "
-                f"{reason}; those of the layer alone, its inputs held fixed, are in "
-                f"recording[{name!r}].alone"
-            )
+            return RecordingError(f"{name}: {self.how()}, and {reason}; {alone}")
         assert self.track is not None
         return RecordingError(
-            f"step Jacobians of {name} must be read of {self.track.name}, the closed loop it is a "
-            f"part of, got {name} by itself; read recording[{self.track.name!r}], or, with the "
-            f"inputs held fixed, recording[{name!r}].alone"
+            f"{name}: it is a part of {self.track.name}, a closed loop that is judged as one; read "
+            f"recording[{self.track.name!r}]; {alone}"
         )
+
+    def why(self) -> str:
+        """Why the step Jacobians of the whole are not known, a clause, or nothing."""
+        return self.unknown or self.source.why_no_operator()
 
     def note(self, name: str) -> str:
         """What a reader of one of its tracks should know."""
-        reason = self.unknown or self.source.why_no_operator()
+        reason = self.why()
         if reason:
             return (
-                f"{self.how()}; of the whole loop gains and a verdict are not known ({reason}), and "
-                f"those of {name} alone, its inputs held fixed, would not be the loss's; totals are "
-                "exact all the same"
+                f"{self.how()}, and {reason}: no gains or verdict of {name}, for those of the layer "
+                "alone, its inputs held fixed, are not what the loss sees; totals are exact all the same"
             )
         if self.own:
             return f"{self.how()}, so gains and verdict are those of the whole step, its input included"

@@ -16,17 +16,18 @@ from gradflow.hooks.closed.crossing import crossing
 from gradflow.hooks.closed.loops import ClosedLoop, State
 from gradflow.hooks.closed.source import Member
 from gradflow.hooks.closed.standing import Standing, View, view_of_tensor, views_of_call
-from gradflow.hooks.dense import Incomplete, Mixed, Step, within
+from gradflow.hooks.dense import Step, within
 from gradflow.hooks.graph import Between, Edge, NotReadable
 from gradflow.hooks.tapped import WIDEST, Mark
 
 MORE = (
-    "more that goes around it than its states: what an earlier step made is read again later "
-    "(attention over all earlier steps, a memory that grows)"
+    "more goes around it than its states: what an earlier step made is read again later (attention "
+    "over all earlier steps, a memory that grows)"
 )
-BATCHES = "parts that run with different numbers of sequences"
-NO_GRAPH = "steps that ran without a graph; run the whole loop with gradients enabled"
-LATE = "a backward in the middle of it that freed what its later steps depend on"
+BATCHES = "its parts run with different numbers of sequences, or its batch changes between steps"
+NO_GRAPH = "some of its steps ran without a graph; run the whole loop with gradients enabled"
+LATE = "a backward in the middle of it freed what its later steps depend on"
+NO_BATCH = "something without a batch axis goes around it"
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Ask:
         """Why it is not."""
         if self.jacobians is None:
             return (
-                f"a joint state {width} wide, and above {WIDEST} step Jacobians are taken only on "
-                "request; ask for them with gradflow.record(model, jacobians=True)"
+                f"its joint state is {width} wide: above {WIDEST} step Jacobians of a closed loop are "
+                "taken only on request, with gradflow.record(model, jacobians=True)"
             )
-        return "jacobians=False; leave it out, or ask for them with jacobians=True"
+        return "step Jacobians were turned off with jacobians=False"
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,12 @@ class Reading:
     slots: list[tuple[tuple[int, ...], Any]]  # shape and dtype of those
 
     @staticmethod
-    def of(loop: ClosedLoop, states: Sequence[State], every: set[Any]) -> Reading:
-        """Look at what crosses; every is the nodes of all calls of the loop.
+    def of(
+        loop: ClosedLoop, states: Sequence[State], every: set[Any], loss: Sequence[Any]
+    ) -> Reading:
+        """Look at what crosses.
+
+        every is the nodes of all calls of the loop, loss those that a backward starts from.
 
         Raises:
             NotReadable: more crosses than a state, or there is no graph.
@@ -75,6 +80,10 @@ class Reading:
             known = {edge for seen in state.values() for edge in seen.edges}
             extras.append(sorted(edges - known, key=lambda e: (-e[0]._sequence_nr(), e[1])))
         slots = _slots(extras[:-1])
+        if slots and loss:
+            known = {edge for seen in states[-1].values() for edge in seen.edges}
+            ended = crossing(loss, every, ends[-2:])[1] - known
+            extras[-1] = _at_the_end(extras[-2], ended, ends[-2])
         if loop.slots is not None and loop.slots != slots:
             raise NotReadable(MORE)
         return Reading(loop, states, extras, slots)
@@ -104,7 +113,7 @@ class Reading:
         ):
             view = view_of_tensor(name, shape, batch)
             if view is None:
-                raise NotReadable("something that goes around it and has no batch axis")
+                raise NotReadable(NO_BATCH)
             like = next(iter(rows.values()))
             rows[name] = like.new_zeros(batch, torch.Size(shape).numel() // batch, dtype=dtype)
             if edge is not None:
@@ -124,6 +133,18 @@ def _slots(extras: Sequence[Sequence[Edge]]) -> list[tuple[tuple[int, ...], Any]
     if not fits or (settled and settled + 1 >= len(kinds)):
         raise NotReadable(MORE)
     return last
+
+
+def _at_the_end(before: Sequence[Edge], found: set[Edge], since: int) -> list[Edge]:
+    """What goes on from the last step to the loss in the place of what crossed before it."""
+    last = [edge for edge in found if edge[0]._sequence_nr() >= since]
+    chosen = []
+    for edge in before:
+        like = [e for e in last if (_kind(e), type(e[0])) == (_kind(edge), type(edge[0]))]
+        if len(like) != 1:
+            return []
+        chosen += like
+    return chosen
 
 
 def _kind(edge: Edge) -> tuple[tuple[int, ...], Any]:
@@ -193,8 +214,8 @@ def _values(reading: Reading, number: int, *, one: bool) -> dict[str, Tensor]:
 
 
 def in_words(error: NotReadable) -> str:
-    """Why a loop could not be read."""
-    if isinstance(error, Mixed | Incomplete):
-        return str(error)
+    """Why a loop could not be read, as a clause."""
     text = str(error)
-    return text if text in (MORE, BATCHES, NO_GRAPH, LATE) else f"{text} between two of its steps"
+    clauses = (MORE, BATCHES, NO_GRAPH, LATE, NO_BATCH)
+    whole = text in clauses or text.startswith(("its joint state", "step Jacobians"))
+    return text if whole else f"between two of its steps lies {text}"

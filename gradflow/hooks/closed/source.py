@@ -143,8 +143,8 @@ class JointSource(TapSource):
         scans = member.loop.scans(member.layer)
         if scans is None:
             return None
-        starts, sizes = member.loop.starts, member.chain.sizes
-        last = [starts[e[id(member.chain)]] + sizes[e[id(member.chain)]] - 1 for e in self.ends]
+        parts = member.chain.layout.parts
+        last = [int(parts[ends[id(member.chain)]].ends[0]) for ends in self.ends]
         return {
             state: member.loop.in_time([scan.grads[state] for _, scan in scans])[last]
             for state in member.names

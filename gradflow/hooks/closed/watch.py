@@ -49,6 +49,7 @@ class ClosedLoops:
         self.given = GivenInputs()
         self._calls: list[Seen] = []
         self._fresh = False
+        self._loss: list[Any] = []
 
     # -- what the recorder calls -------------------------------------------------------------
 
@@ -59,11 +60,15 @@ class ClosedLoops:
             self._fresh = True
             self.given.saw(chain, end, data)
 
-    def decide(self) -> None:
-        """Look at all calls that came since, while the graph is whole."""
+    def decide(self, roots: Sequence[Tensor] = ()) -> None:
+        """Look at all calls that came since, while the graph is whole.
+
+        roots are what a backward starts from.
+        """
         if not self._fresh:
             return
         self._fresh = False
+        self._loss = [root.grad_fn for root in roots if root.grad_fn is not None]
         chains = {id(seen.chain) for seen in self._calls if seen.place}
         calls = [seen for seen in self._calls if id(seen.chain) in chains]
         dependence = Dependence(calls)
@@ -74,6 +79,7 @@ class ClosedLoops:
         for several in closed:
             self._take_up(several, calls, dependence)
         self._prune()
+        self._loss = []
 
     def close(self) -> None:
         """Decide what no backward came through, and let go of the graph."""
@@ -136,7 +142,7 @@ class ClosedLoops:
         return loop
 
     def _read(self, loop: ClosedLoop, states: list[State], every: set[Any]) -> None:
-        reading = Reading.of(loop, states, every)
+        reading = Reading.of(loop, states, every, self._loss)
         source = loop.source
         if not loop.begun:
             loop.slots = reading.slots
@@ -147,7 +153,7 @@ class ClosedLoops:
         elif reading.slots:
             raise NotReadable(LATE)  # what crossed at the backward was not known then
         one = bool(source.one_system)
-        if len(reading.batches) > 1:
+        if len(reading.batches) > 1 or not all(chain.layout.even for chain in loop.chains):
             raise NotReadable(BATCHES)
         try:
             if loop.own:
@@ -210,7 +216,7 @@ class ClosedLoops:
         track, steps = loop.track, len(source.marks)
         track.cuts = torch.cat([track.cuts, mark.cut.unsqueeze(0)])
         track.lengths = torch.full_like(track.lengths, steps)
-        lengths = loop.chains[0].lengths
+        lengths = loop.chains[0].real
         if lengths is not None and not source.one_system:
             source.lengths = lengths
             track.lengths = torch.minimum(track.lengths, lengths.to(device))
