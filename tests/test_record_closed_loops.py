@@ -65,7 +65,7 @@ JOINT = {
 @pytest.mark.parametrize("case", JOINT.values(), ids=JOINT)
 def test_the_product_of_all_steps_is_that_of_autograd(case: tuple) -> None:
     model = made(*case)
-    recording, states = recorded(model)
+    recording, _ = recorded(model)
     track = recording[model.track]
     assert list(track.states) == list(model.names)
     matrices = step_jacobians(track)
@@ -87,7 +87,7 @@ def test_the_product_of_all_steps_is_that_of_autograd(case: tuple) -> None:
 @pytest.mark.parametrize("case", JOINT.values(), ids=JOINT)
 def test_totals_compose_by_the_joint_steps(case: tuple) -> None:
     model = made(*case)
-    recording, states = recorded(model)
+    recording, _ = recorded(model)
     plain = made(*case)
     twin = plain(loops.B)
     for state in twin:

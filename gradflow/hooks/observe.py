@@ -154,6 +154,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
     ]
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
+        track.inputs_unknown = recorder.closed.given.unknown(track)
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
     recording.notes += circumstances.without_dropout(recorder.model)

@@ -39,6 +39,8 @@ class Track:
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
     owner: str = ""  # path of its module in the model, "" for the model itself
     above: tuple[str, ...] = ()  # names of the tracks of the same stack that read this one
+    inputs_unknown: str = ""  # why it cannot be told whether its inputs depend on its own states
+    unseen_states: tuple[str, ...] = ()  # states whose values were not seen, and stand as NaN
     loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
 
@@ -96,6 +98,11 @@ class Track:
     def states(self) -> dict[str, Tensor]:
         """State name -> its value after every step, (T, B, width)."""
         return self._forward().states
+
+    @property
+    def seen_states(self) -> dict[str, Tensor]:
+        """`states` without those whose values were not seen: what crosses beside a closed loop's layers."""
+        return {n: s for n, s in self.states.items() if n not in self.unseen_states}
 
     @property
     def initial(self) -> dict[str, Tensor]:
@@ -405,6 +412,15 @@ class Track:
         """
         source = self.source.alone()
         return None if source is None else replace(self, source=source, loop="", _cache={})
+
+    @property
+    def first_step_seen(self) -> bool:
+        """Whether how the first state came from the initial one is part of the step Jacobians.
+
+        Not where nothing before the first state was seen, and not in a closed loop: its first input
+        may have been made from the initial state, as every other input was from the state before.
+        """
+        return bool(self.initial) and self.source.alone() is None
 
     @property
     def steps(self) -> int:

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from gradflow.hooks.loops.links import End
+from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain
+from gradflow.recording import Track
 
 
 class GivenInputs:
@@ -33,6 +35,16 @@ class GivenInputs:
         if len(chain.calls) > 1 and not known and not self._from_below(key, data):
             self.unsure[key] = chain
         self._last[key] = tuple(end.returned.values())
+
+    def unknown(self, track: Track) -> str:
+        """Why it cannot be told whether the inputs of a track depend on its own states, or nothing."""
+        source = track.source
+        if not isinstance(source, LoopSource) or id(source.loop.chain) not in self.unsure:
+            return ""
+        return (
+            "without a graph it cannot be told whether they depend on its own earlier states; record "
+            "it with gradients enabled"
+        )
 
     def _from_below(self, key: int, data: Tensor) -> bool:
         """Whether the input is what another chain just returned, whose own inputs are given."""

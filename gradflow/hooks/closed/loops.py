@@ -50,14 +50,12 @@ class ClosedLoop:
     def how(self) -> str:
         """How much of it is closed, in words."""
         calls = sum(len(chain.calls) for chain in self.chains)
-        some = len(self.depending)
-        if len(self.chains) == 1:
-            return (
-                f"its loop is closed: at {some} of {calls} calls its input depends on its own "
-                "earlier states"
-            )
         owners = dict.fromkeys(chain.calls[0].owner or "the model" for chain in self.chains)
-        return f"the loop over {' and '.join(owners)} is closed: each reads what the other returned"
+        over = f"the loop over {' and '.join(owners)} is closed"
+        if len(self.chains) > 1:
+            return f"{over}: each depends on what the others returned"
+        some = len(self.depending)
+        return f"{over}: at {some} of {calls} calls its input depends on its own earlier states"
 
     # -- what the tracks of its layers read ----------------------------------------------------
 

@@ -173,6 +173,10 @@ class JointSource(TapSource):
             for place, call in enumerate(member.chain.calls)
         )
 
+    def reached(self) -> Tensor | None:
+        """(T, B): where the loss reaches the loop, or None."""
+        return super().reached() if self.knows_alone() else None
+
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone, or None."""
         return super().last() if self.knows_alone() else None

@@ -207,11 +207,15 @@ class ClosedLoops:
                 source=source,
                 training=self.owner.training,
                 owner=loop.holder,
+                unseen_states=tuple(source.extras),
             )
             known = self.owner.recording.tracks
             base = loop.holder or "loop"
             self.owner.add_track(f"{base}.loop" if base in known else base, loop.track)
             source.name = loop.track.name
+            for chain in loop.chains:
+                for part in chain.tracks:
+                    part.loop = source.name
             return
         track, steps = loop.track, len(source.marks)
         track.cuts = torch.cat([track.cuts, mark.cut.unsqueeze(0)])
