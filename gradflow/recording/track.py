@@ -101,7 +101,10 @@ class Track:
 
     @property
     def seen_states(self) -> dict[str, Tensor]:
-        """`states` without those whose values were not seen: what crosses beside a closed loop's layers."""
+        """`states`, (T, B, width) each, without those whose values were not seen.
+
+        Unseen is what goes around a closed loop and was returned by no recurrent layer.
+        """
         return {n: s for n, s in self.states.items() if n not in self.unseen_states}
 
     @property
