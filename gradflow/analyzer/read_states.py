@@ -298,6 +298,10 @@ class PartSource:
         """As of the whole."""
         return self.inner.why_no_gradient()
 
+    def alone(self) -> Source | None:
+        """As of the whole."""
+        return self.inner.alone()
+
     def unread(self) -> bool:
         """As of the whole."""
         return self.inner.unread()

@@ -105,7 +105,9 @@ def _notes(track: Track) -> list[str]:
     chain = source.loop.chain
     notes = []
     reason = source.loop.why_no_operator()
-    if reason:
+    if chain.closed is not None:
+        notes.append(chain.closed.note(track.name))
+    elif reason:
         notes.append(f"its step Jacobians and last loss step alone are not known: {reason}")
     elif any(link is not None and link.around is not None for link in chain.links):
         notes.append(
@@ -152,6 +154,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
     ]
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
+        track.inputs_unknown = recorder.closed.given.unknown(track)
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
     recording.notes += circumstances.without_dropout(recorder.model)

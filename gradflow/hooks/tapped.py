@@ -200,7 +200,7 @@ class TapSource:
     def unread(self) -> bool:
         """Whether a backward ran and did not come here, though it could have."""
         able = any(mark.grad_enabled and mark.differentiable for mark in self.marks)
-        return able and self.ran_backward and not self.graph_tasks
+        return able and self.ran_backward and not self.version
 
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
@@ -319,6 +319,9 @@ class TapSource:
                 matrix = matrix.masked_fill(padded.view(-1, 1, 1), 0.0)
             matrices.append(matrix)
         return Dense(matrices, dtype)
+
+    def alone(self) -> None:
+        """There is no other reading: what goes into the steps was not seen."""
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""
