@@ -146,12 +146,11 @@ class _Block:
         return [*dict.fromkeys([*sentences, *said])]
 
     def _put_back(self) -> None:
-        stop_listening(self.recorder)
-        if self.watching is not None:
-            self.watching.close()
-        self.recorder.close()
-        if self.ran is not None:
-            self.ran.close()
+        remark = self.recorder.withheld.remark
+        guarded(Point.CLOSING, remark, stop_listening, self.recorder)
+        for opened in (self.watching, self.recorder, self.ran):
+            if opened is not None:
+                guarded(Point.CLOSING, remark, opened.close)
 
     def _ran_backward(self) -> bool:
         seen = any(call.graph_tasks for call in self.recorder.calls) or any(
@@ -168,7 +167,9 @@ def _notes(track: Track) -> list[str]:
     chain = source.loop.chain
     notes = [BATCHED] if any(call.batched for call in chain.calls) else []
     reason = source.loop.why_no_operator()
-    if reason:
+    if chain.closed is not None:
+        notes.append(chain.closed.note(track.name))
+    elif reason:
         notes.append(f"its step Jacobians and last loss step alone are not known: {reason}")
     elif any(link is not None and link.around is not None for link in chain.links):
         notes.append(
@@ -217,6 +218,7 @@ def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
     ]
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
+        track.inputs_unknown = recorder.closed.given.unknown(track)
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
     recording.notes += circumstances.without_dropout(recorder.model)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
+from gradflow.hooks.closed.watch import ClosedLoops
 from gradflow.hooks.copies import Copies
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import GivenLengths, Lengths
@@ -58,6 +59,7 @@ class Recorder:
         self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
         self.withheld = Withheld()
         self.stitcher = Stitcher()
+        self.closed = ClosedLoops(self)
         self.taps = Taps(self)
         self._copies = Copies(self.lengths, lambda weight: self.uses.key(weight, self.scale))
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
@@ -104,7 +106,7 @@ class Recorder:
         if owner is not None and not seen.initial[0].numel():
             self.own.unseen[owner or seen.cell] = NO_SEQUENCE
         elif owner is not None:
-            self._admit(self._copies.call(seen, owner), seen.initial, seen.results)
+            self._admit(self._copies.call(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
 
     def saw_cell(self, seen: CellCall) -> None:
@@ -113,14 +115,21 @@ class Recorder:
         if owner is not None and not seen.initial[0].numel():
             self.own.unseen[owner or "cell"] = NO_SEQUENCE
         elif owner is not None:
-            self._admit(self._copies.step(seen, owner), seen.initial, seen.results)
+            self._admit(self._copies.step(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
 
     def missed(self, module: nn.Module | None, why: str) -> None:
         """A call of a stock layer was not recorded as a whole: what is known of that layer goes."""
         path = self._paths.get(id(module)) if module is not None else None
         self.withheld.leave_stock(path, why)
-        self._drop(lambda t: isinstance(t.source, LoopSource) and path in (None, t.owner))
+
+        def concerned(chain: Chain) -> bool:
+            return path in (None, chain.calls[0].owner)
+
+        self.closed.leave(concerned, why)
+        self._drop(lambda t: isinstance(t.source, LoopSource) and concerned(t.source.loop.chain))
+        joint = [loop.track for loop in self.closed.loops if any(map(concerned, loop.chains))]
+        self._drop(lambda t: any(t is track for track in joint))
 
     def did_not_see(self, name: str, why: str) -> None:
         """Something ran where nothing may be read."""
@@ -146,6 +155,7 @@ class Recorder:
     def graph_unknown(self, why: str) -> None:
         """The graph of a backward was not looked at as a whole."""
         self.withheld.remark(f"{why}: what it would have shown of these layers is not known")
+        self.closed.unread(why)
 
     def _drop(self, concerned: Callable[[Track], bool]) -> None:
         for track in [track for track in self.recording if concerned(track)]:
@@ -164,6 +174,8 @@ class Recorder:
 
     def before_backward(self, roots: tuple[Any, ...]) -> None:
         """A backward is about to run from these tensors: their graph is complete, nothing is freed."""
+        if torch._C._current_graph_task_id() == -1:
+            self.closed.decide(roots)
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that may be a cell of the user's own is called."""
@@ -193,7 +205,13 @@ class Recorder:
             self.recording.drop(track)
             self.runs[track.name.partition("@")[0]] -= 1
 
-    def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+    def _admit(
+        self,
+        call: Call,
+        data: Tensor,
+        initial: tuple[Tensor, ...],
+        results: tuple[Tensor, ...],
+    ) -> None:
         task = torch._C._current_graph_task_id()
         if task != -1:
             known = self._recomputed(call)
@@ -206,8 +224,10 @@ class Recorder:
             return
         self._listen(call, results)
         self.calls.append(call)
-        chain, new = self.stitcher.place(call, initial, results)
-        if new:
+        chain, end = self.stitcher.place(call, initial, results)
+        if end is not None:
+            self.closed.saw(chain, end, data)
+        if len(chain.calls) == 1:
             self._add_tracks(chain)
         elif _goes_around(chain):
             for name, tensor in zip("hc", initial, strict=False):
@@ -284,6 +304,7 @@ class Recorder:
 
     def close(self) -> None:
         """Stop listening; the recording keeps what it has."""
+        guarded(Point.CLOSING, self.graph_unknown, self.closed.close)
         for close in (
             self._remove_handles,
             self.uses.close,

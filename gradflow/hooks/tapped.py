@@ -115,19 +115,23 @@ class TapSource:
         self.lost = self.lost or why
         self.graph_tasks.add(torch._C._current_graph_task_id())
 
+    def _counts(self, grad: Tensor) -> bool:
+        """Note that a backward came by; whether what it brings is to be added up."""
+        if is_batched(grad) or why_hidden():
+            self.batched = True
+            return False
+        if torch.is_grad_enabled():
+            self.lost = self.lost or SECOND_ORDER
+        self.graph_tasks.add(torch._C._current_graph_task_id())
+        return True
+
     def _catcher(
         self, mark: Mark, name: str, output: int
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def catch(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[output]
-            if grad is None:
+            if grad is None or not self._counts(grad):
                 return
-            if is_batched(grad) or why_hidden():
-                self.batched = True
-                return
-            if torch.is_grad_enabled():
-                self.lost = self.lost or SECOND_ORDER
-            self.graph_tasks.add(torch._C._current_graph_task_id())
             grad = grad.detach().reshape(mark.states[name].shape) / self.scale()
             mark.grads[name] = mark.grads[name] + grad if name in mark.grads else grad
 
@@ -204,6 +208,18 @@ class TapSource:
             return None
         with torch.no_grad():
             return (torch.stack(self._direct()) != 0).any(2)
+
+    def arriving(self) -> Tensor | None:
+        """The same: what reaches the marked states from outside their own recurrence."""
+        return self.reached()
+
+    def trains_recurrence(self) -> None:
+        """The weights of such a loop were not seen."""
+
+    def unread(self) -> bool:
+        """Whether a backward ran and did not come here, though it could have."""
+        able = any(mark.grad_enabled and mark.differentiable for mark in self.marks)
+        return able and self.ran_backward and not self.version
 
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
@@ -322,6 +338,9 @@ class TapSource:
                 matrix = matrix.masked_fill(padded.view(-1, 1, 1), 0.0)
             matrices.append(matrix)
         return Dense(matrices, dtype)
+
+    def alone(self) -> None:
+        """There is no other reading: what goes into the steps was not seen."""
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""
