@@ -52,9 +52,16 @@ def failing(
     return work, visits
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("only", [None, 1, 2], ids=["always", "second", "third"])
-@pytest.mark.parametrize("point", Point)
+CASES = [
+    pytest.param(point, only, late, id=f"{point.name}-{only}-{'after' if late else 'before'}")
+    for point in Point
+    for only in (None, 1, 2)  # every visit, or one
+    for late in (False, True)
+    if (point, only, late) != (Point.CLOSING, None, False)  # nothing at all would be closed
+]
+
+
+@pytest.mark.parametrize(("point", "only", "late"), CASES)
 def test_a_fault_at_any_point_is_a_note_and_changes_no_bit(
     point: Point, only: int | None, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

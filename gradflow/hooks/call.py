@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks.guard import Point, hook
+from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.unseen import is_batched, why_hidden
 
 SECOND_ORDER = (
@@ -86,7 +86,7 @@ class Call:
                 return
             work(grad)
 
-        return [node.register_prehook(hook(Point.GRADIENT, self.lose, reached))]
+        return [node.register_prehook(Hook(Point.GRADIENT, self.lose, reached))]
 
     def lose(self, why: str) -> None:
         """What the backwards brought, and will bring, is no total."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -84,13 +85,16 @@ class alone:  # used as a function
         self._functions.__exit__(*error)
 
 
-def hook(point: Point, failed: Failed, work: Callable[..., object]) -> Callable[..., None]:
+@dataclass(frozen=True)
+class Hook:
     """A guarded hook that changes nothing of what it is given."""
 
-    def hooked(*args: Any, **kwargs: Any) -> None:
-        guarded(point, failed, work, *args, **kwargs)
+    point: Point
+    failed: Failed
+    work: Callable[..., object]
 
-    return hooked
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        guarded(self.point, self.failed, self.work, *args, **kwargs)
 
 
 def briefly(error: BaseException) -> str:

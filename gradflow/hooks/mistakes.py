@@ -13,7 +13,7 @@ from torch import nn
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.source import JointSource
-from gradflow.hooks.guard import Failed, Point, hook
+from gradflow.hooks.guard import Failed, Hook, Point
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unseen import foreign_code
@@ -51,7 +51,7 @@ class Ran:
             return
         for name, child in model.named_children():
             note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
-            guarded_note = hook(Point.RAN, failed, note)
+            guarded_note = Hook(Point.RAN, failed, note)
             self._handles.append(child.register_forward_pre_hook(guarded_note))
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks.guard import Point, hook
+from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.unseen import is_batched, why_hidden
 from gradflow.recording import Parity
 
@@ -65,7 +65,7 @@ class WeightUses:
             self._tied_keys.add(key)
         if weight.requires_grad:
             lose = functools.partial(self._lost.__setitem__, key)
-            add = hook(Point.WEIGHT, lose, self._adder(key, scale))
+            add = Hook(Point.WEIGHT, lose, self._adder(key, scale))
             self._handles.append(weight.register_hook(add))
         else:
             self._frozen.add(key)

@@ -18,7 +18,7 @@ from gradflow.errors import RecordingError
 from gradflow.hooks.call import SECOND_ORDER
 from gradflow.hooks.dense import Dense
 from gradflow.hooks.graph import Edge
-from gradflow.hooks.guard import Point, hook
+from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
 from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.recording import Backward, Forward, Operator, Parity
@@ -105,7 +105,7 @@ class TapSource:
         """Add up the gradients that reach the marked tensors, after all hooks of the user's own."""
         return [
             node.register_prehook(
-                hook(Point.GRADIENT, self.lose, self._catcher(mark, name, output))
+                Hook(Point.GRADIENT, self.lose, self._catcher(mark, name, output))
             )
             for name, (node, output) in edges.items()
         ]

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.standing import Standing
-from gradflow.hooks.guard import Point, hook
+from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.tapped import Mark, TapSource, Words
@@ -79,7 +79,7 @@ class JointSource(TapSource):
             if grad is not None and self._counts(grad):
                 self._add(mark, view.name, view.take(grad.detach()) / self.scale())
 
-        return hook(Point.GRADIENT, self.lose, catch)
+        return Hook(Point.GRADIENT, self.lose, catch)
 
     def _add(self, mark: Mark, name: str, rows: Tensor) -> None:
         rows = rows.reshape(mark.states[name].shape)
