@@ -25,6 +25,10 @@ MOVES = ("View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", 
          "ToCopy", "AsStrided")  # fmt: skip
 SUMS = ("Add", "Sub", *MOVES)
 TOGETHER = 128  # units whose products are taken at once
+MIXED = (
+    "an operation that mixes the sequences of a batch (batch normalisation in training, perhaps), so "
+    "that no sequence has a Jacobian of its own"
+)
 
 
 class Incomplete(NotReadable):
@@ -164,10 +168,7 @@ class Step:
             again = (probe.unsqueeze(1) @ found).squeeze(1)
             size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
             if not close_to(self.pull(probe).to(self._coarsest()), again, size):
-                raise NotReadable(
-                    "an operation that mixes the sequences of a batch (batch normalisation in "
-                    "training, perhaps), so that no sequence has a Jacobian of its own"
-                )
+                raise NotReadable(MIXED)
         return found
 
     def _coarsest(self) -> torch.dtype:
@@ -275,10 +276,9 @@ def within(place: Place) -> Tensor | None:
     """
     blocks = []
     for name, root in place.edges.items():
-        others = {n: e for n, e in place.edges.items() if n != name and e[0] is not root[0]}
-        if not others:
+        made = others_of(place, name)
+        if made is None:
             continue
-        made = Place(others, place.parts, place.shapes, place.dtypes, place.like)
         between = Between([root], made.nodes, made.since)
         if between.reached:
             blocks.append((place.parts[name], _block(place, made, between, name)))
@@ -288,6 +288,15 @@ def within(place: Place) -> Tensor | None:
     for part, block in blocks:
         result[:, part] = block
     return result
+
+
+def others_of(place: Place, name: str) -> Place | None:
+    """The place of the other states of the same step, but those made by the very same operation."""
+    root = place.edges[name]
+    others = {n: e for n, e in place.edges.items() if n != name and e[0] is not root[0]}
+    if not others:
+        return None
+    return Place(others, place.parts, place.shapes, place.dtypes, place.like)
 
 
 def _block(place: Place, made: Place, between: Between, name: str) -> Tensor:
