@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import gradflow
 from gradflow.errors import RecordingError
-from gradflow.hooks import marks, tape
+from gradflow.hooks import marks, tape, wide
 from gradflow.hooks.wide import Wide
 from gradflow.recording import Track
 
@@ -33,6 +33,7 @@ Between = Callable[[int, States], States]
 @pytest.fixture
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(marks, "WIDEST", 0)
+    monkeypatch.setattr(wide, "WRITING", -1.0)
 
 
 def nothing(_: int, states: States) -> States:
@@ -79,15 +80,15 @@ def recorded(kind: str, between: Between, reads: tuple[int, ...], **options: obj
 
 def assert_operators_agree(mine: Track, theirs: Track, sequences: list[int]) -> None:
     chosen = torch.tensor(sequences)
-    wide, dense = (track.operator(sequences=chosen) for track in (mine, theirs))
-    assert isinstance(wide, Wide) and not isinstance(dense, Wide)
-    assert (wide.length, wide.batch, wide.size) == (dense.length, dense.batch, dense.size)
+    thin, dense = (track.operator(sequences=chosen) for track in (mine, theirs))
+    assert isinstance(thin, Wide) and not isinstance(dense, Wide)
+    assert (thin.length, thin.batch, thin.size) == (dense.length, dense.batch, dense.size)
     generator = torch.Generator().manual_seed(1)
-    block = torch.randn(len(chosen), 3, wide.size, generator=generator, dtype=F64)
-    for t in range(wide.length):
-        assert_whole_close(wide.push(t, block), dense.push(t, block), bound=1e-12)
-        assert_whole_close(wide.pull(t, block), dense.pull(t, block), bound=1e-12)
-        assert_whole_close(wide.push(t, block[:, :1]), dense.push(t, block[:, :1]), bound=1e-12)
+    block = torch.randn(len(chosen), 3, thin.size, generator=generator, dtype=F64)
+    for t in range(thin.length):
+        assert_whole_close(thin.push(t, block), dense.push(t, block), bound=1e-12)
+        assert_whole_close(thin.pull(t, block), dense.pull(t, block), bound=1e-12)
+        assert_whole_close(thin.push(t, block[:, :1]), dense.push(t, block[:, :1]), bound=1e-12)
 
 
 @pytest.mark.parametrize("between", [nothing, detached, dropped, done], ids=lambda f: f.__name__)
@@ -105,12 +106,12 @@ def test_products_are_those_of_the_dense_steps(kind: str, between: Between) -> N
 
 
 @pytest.mark.parametrize("between", [nothing, detached, dropped], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("kind", ["from scratch", "peephole", "layer norm", "three states", "leaky"])
+@pytest.mark.parametrize(
+    "kind", ["from scratch", "peephole", "layer norm", "three states", "leaky"]
+)
 @pytest.mark.parametrize("reads", [(2, STEPS - 1), (STEPS - 1,), (1,)], ids=str)
 @pytest.mark.usefixtures("_narrow")
-def test_gradients_that_need_the_steps(
-    kind: str, between: Between, reads: tuple[int, ...]
-) -> None:
+def test_gradients_that_need_the_steps(kind: str, between: Between, reads: tuple[int, ...]) -> None:
     mine, theirs = (recorded(kind, between, reads, jacobians=wanted) for wanted in (None, True))
     assert mine.reached is not None and theirs.reached is not None
     assert torch.equal(mine.reached, theirs.reached)

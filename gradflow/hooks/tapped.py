@@ -86,6 +86,10 @@ class TapSource:
     graph_tasks: set[int] = field(default_factory=set)
     second_order: bool = False
     ran_backward: bool = False
+    _written: tuple[tuple[tuple[int, ...], int], list[Tensor]] | None = field(
+        default=None, repr=False
+    )
+    _known_direct: tuple[int, list[Tensor]] | None = field(default=None, repr=False)
 
     @property
     def words(self) -> Words:
@@ -249,6 +253,12 @@ class TapSource:
         return found
 
     def _direct(self) -> list[Tensor]:
+        """(B, S) per step, see `_told_apart`; kept as long as no further backward comes."""
+        if self._known_direct is None or self._known_direct[0] != self.version:
+            self._known_direct = (self.version, self._told_apart())
+        return self._known_direct[1]
+
+    def _told_apart(self) -> list[Tensor]:
         """(B, S) per step: what reaches the independent states not through the next step.
 
         An entry no larger than 64 units of rounding of the largest term of its step, sequence and
@@ -300,7 +310,7 @@ class TapSource:
             lengths = None if self.lengths is None else self.lengths.to(device)[chosen]
             steps = [m.jacobian for m in self.marks if not isinstance(m.jacobian, Tensor)]
             assert len(steps) == len(self.marks)
-            return Wide(steps, dtype, chosen, size, lengths)
+            return self._wide(Wide(steps, dtype, chosen, size, lengths))
         eye = torch.eye(size, dtype=dtype, device=device).expand(len(chosen), -1, -1)
         matrices = []
         for t, mark in enumerate(self.marks):
@@ -314,6 +324,15 @@ class TapSource:
                 matrix = matrix.masked_fill(padded.view(-1, 1, 1), 0.0)
             matrices.append(matrix)
         return Dense(matrices, dtype)
+
+    def _wide(self, operator: Wide) -> Operator:
+        """Products, or the matrices themselves where all of them are cheap to write out."""
+        if not operator.is_cheap:
+            return operator
+        which = tuple(operator.sequences.tolist())
+        if self._written is None or self._written[0] != (which, len(self.marks)):
+            self._written = ((which, len(self.marks)), operator.written())
+        return Dense(self._written[1], operator.dtype)
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""

@@ -23,7 +23,9 @@ from gradflow.hooks.graph import Between, NotReadable
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tape import Constants, Tape
 
-MEMORY = 2**29  # bytes of graphs for pushing that are kept from one product to the next
+MEMORY = 2**28  # bytes of graphs for pushing that are kept, and of matrices written out after all
+WRITING = 2.0  # predicted seconds up to which matrices are written out after all
+SPEED, CALL = 5e9, 2e-4  # multiplications a second, and seconds of one vector however small
 AGREED = 64  # units of rounding of the terms, within which pushing and pulling must agree
 
 
@@ -36,6 +38,10 @@ class WideStep:
 
     tape: Tape | None  # None: the matrix is 0
     order: Tensor | None = None  # (S,) a permutation: this is A[order][:, order] of the tape's A
+
+    def like(self, dtype: torch.dtype) -> Tensor:
+        """A tensor of the dtype in which it computes; of the given one where it is 0."""
+        return torch.zeros(0, dtype=dtype) if self.tape is None else self.tape.like
 
     def pull(self, block: Tensor) -> Tensor:
         """Aᵀ of every row of (B, m, S), in the block's dtype."""
@@ -181,7 +187,6 @@ class Wide:
     sequences: Tensor  # (n,)
     size: int
     lengths: Tensor | None = None  # (n,) past which the matrices are 0
-    thin: bool = True  # products of a few vectors only are affordable
     _graphs: dict[int, tuple[Tensor, Tensor] | None] = field(default_factory=dict, repr=False)
     _whole: int = 0  # B
 
@@ -202,10 +207,29 @@ class Wide:
         return len(self.sequences)
 
     @property
-    def work(self) -> float:
-        """Multiplications of one vector through one step of one sequence, about."""
+    def seconds(self) -> float:
+        """Predicted seconds of one vector of every sequence through one step."""
         every = [s.tape.work for s in self.steps if s is not None and s.tape is not None]
-        return max(every, default=float(self.size)) / len(self.sequences)
+        return max(every, default=0.0) / SPEED + CALL
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether the matrices of these sequences are better written out after all."""
+        each = self.length * self.size
+        numbers = each * self.size * len(self.sequences)
+        return each * self.seconds <= WRITING and numbers * self._itemsize() <= MEMORY
+
+    def _itemsize(self) -> int:
+        return max((s.tape.like.element_size() for s in self.steps if s and s.tape), default=8)
+
+    def written(self) -> list[Tensor]:
+        """The matrices themselves, (n, S, S) each, in the dtype of the steps."""
+        size, found = self.size, []
+        for t, step in enumerate(self.steps):
+            like = torch.zeros(0, dtype=self.dtype) if step is None else step.like(self.dtype)
+            eye = torch.eye(size, dtype=like.dtype, device=self.sequences.device)
+            found.append(self.pull(t, eye.expand(self.batch, -1, -1)).contiguous())
+        return found
 
     def push(self, t: int, block: Tensor) -> Tensor:
         """Map every row v of block (B, m, S) to A_t v."""
