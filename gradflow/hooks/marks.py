@@ -18,7 +18,7 @@ from gradflow.hooks.dense import Incomplete, Place, Step, within
 from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.loops.links import probe_of
-from gradflow.hooks.tape import Constants
+from gradflow.hooks.tape import Constants, TooMuch
 from gradflow.hooks.tapped import WIDEST, Mark, TapSource
 from gradflow.hooks.wide import WideStep, wide_step, wide_within
 from gradflow.recording import Track
@@ -134,6 +134,8 @@ class Marks:
             return self._read(end, place, mark)
         except Incomplete as error:
             mark.unknown = f"{error}, so {words.more}"
+        except TooMuch as error:
+            mark.unknown = str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two {words.steps}"
         return True
@@ -179,6 +181,8 @@ class Marks:
             elif not place.twice:
                 mark.within = within(place)
             mark.within_known = True
+        except TooMuch as error:
+            mark.unknown = str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two states of one {source.words.step}"
 

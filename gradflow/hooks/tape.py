@@ -30,6 +30,10 @@ SAME = ("aten.detach.default", "aten.alias.default")
 MATRIX = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}  # the two factors
 
 
+class TooMuch(NotReadable):
+    """What a wide step reads is too much to keep."""
+
+
 class Constants:
     """Copies of the tensors that tapes read, each kept once."""
 
@@ -49,7 +53,7 @@ class Constants:
             return known
         self.bytes += tensor.numel() * tensor.element_size()
         if self.bytes > MOST_KEPT:
-            raise NotReadable(
+            raise TooMuch(
                 f"wide steps whose weights and activations take more than {MOST_KEPT >> 30} GiB to "
                 "keep; record fewer sequences or fewer steps"
             )

@@ -334,6 +334,9 @@ class TapSource:
             self._written = ((which, len(self.marks)), operator.written())
         return Dense(self._written[1], operator.dtype)
 
+    def alone(self) -> None:
+        """There is no other reading: what goes into the steps was not seen."""
+
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""
         return Parity(

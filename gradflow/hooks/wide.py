@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import RecordingError
-from gradflow.hooks.dense import MIXED, Incomplete, Place, Step, others_of
+from gradflow.hooks.dense import Incomplete, Place, Step
 from gradflow.hooks.graph import Between, NotReadable
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tape import Constants, Tape
+from gradflow.recording import Operator
 
 MEMORY = 2**28  # bytes of graphs for pushing that are kept, and of matrices written out after all
 WRITING = 2.0  # predicted seconds up to which matrices are written out after all
@@ -38,6 +39,11 @@ class WideStep:
 
     tape: Tape | None  # None: the matrix is 0
     order: Tensor | None = None  # (S,) a permutation: this is A[order][:, order] of the tape's A
+
+    @property
+    def batch(self) -> int:
+        """B, 0 where any will do."""
+        return 0 if self.tape is None else len(self.tape.like)
 
     def like(self, dtype: torch.dtype) -> Tensor:
         """A tensor of the dtype in which it computes; of the given one where it is 0."""
@@ -72,6 +78,48 @@ class WideStep:
         return block if self.order is None else block[..., self.order]
 
 
+@dataclass(eq=False)
+class GivenStep(WideStep):
+    """A step of a wide loop that is known in another way: step t of an operator over all sequences."""
+
+    operator: Operator | None = None
+    t: int = 0
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return 0 if self.operator is None else self.operator.batch
+
+    def pull(self, block: Tensor) -> Tensor:
+        """Aᵀ of every row of (B, m, S)."""
+        assert self.operator is not None
+        return self.operator.pull(self.t, block.to(self.operator.dtype)).to(block.dtype)
+
+    def push(self, block: Tensor, graph: tuple[Tensor, Tensor] | None) -> Tensor:
+        """A of every row of (B, m, S)."""
+        assert self.operator is not None
+        return self.operator.push(self.t, block.to(self.operator.dtype)).to(block.dtype)
+
+
+@dataclass(eq=False)
+class ThroughStep(WideStep):
+    """M where the first of two states of one width is a factor of each unit of the second."""
+
+    through: Tensor | None = None  # (B, S/2)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return 0 if self.through is None else len(self.through)
+
+    def pull(self, block: Tensor) -> Tensor:
+        """Mᵀ of every row of (B, m, S)."""
+        assert self.through is not None
+        first, _ = block.chunk(2, dim=2)
+        moved = first * self.through.unsqueeze(1).to(block.dtype)
+        return torch.cat([torch.zeros_like(first), moved], dim=2)
+
+
 def wide_step(step: Step, constants: Constants, number: int) -> WideStep:
     """The tape of a step that was found in the user's graph.
 
@@ -98,12 +146,13 @@ def wide_step(step: Step, constants: Constants, number: int) -> WideStep:
         tape = Tape.of(linear, probe_of(step.now.like), constants)
     if any(bool((grad != 0).any()) for grad in beside):
         raise Incomplete("a state that depends on another result of what made those before it")
-    _refuse_mixing(tape, number)
+    if _mixes(tape, number):
+        raise step.mixed()
     return WideStep(tape)
 
 
-def _refuse_mixing(tape: Tape, number: int) -> None:
-    """What is pulled back to a sequence must come from that sequence.
+def _mixes(tape: Tape, number: int) -> bool:
+    """Whether sequences depend on one another: what is pulled back to one must come from that one.
 
     Two sequences have numbers that differ in some bit: those with the bit must bring nothing to those
     without, and the other way round.
@@ -118,7 +167,8 @@ def _refuse_mixing(tape: Tape, number: int) -> None:
             seed = probe_of(tape.like).masked_fill(~chosen.unsqueeze(1), 0.0)
             there = tape.pull(seed.unsqueeze(1))[~chosen]
             if bool(((there != 0) & there.isfinite()).any()):
-                raise NotReadable(MIXED)
+                return True
+    return False
 
 
 def wide_within(place: Place, constants: Constants) -> WideStep | None:
@@ -128,7 +178,7 @@ def wide_within(place: Place, constants: Constants) -> WideStep | None:
     """
     ways = []
     for name, root in place.edges.items():
-        made = others_of(place, name)
+        made = place.apart_from(name)
         if made is None:
             continue
         between = Between([root], made.nodes, made.since)
@@ -171,9 +221,9 @@ def _of_all(
     run: Callable[[Tensor], Tensor], step: WideStep, block: Tensor, sequences: Tensor | None
 ) -> Tensor:
     """A product with the chosen sequences alone: the others carry zeros."""
-    if sequences is None or step.tape is None:
+    if sequences is None or not step.batch:
         return run(block)
-    whole = block.new_zeros(len(step.tape.like), *block.shape[1:])
+    whole = block.new_zeros(step.batch, *block.shape[1:])
     whole[sequences] = block
     return run(whole)[sequences]
 
@@ -192,7 +242,8 @@ class Wide:
 
     def __post_init__(self) -> None:
         tapes = [step.tape for step in self.steps if step is not None and step.tape is not None]
-        self._whole = max((len(tape.like) for tape in tapes), default=len(self.sequences))
+        known = [step.batch for step in self.steps if step is not None]
+        self._whole = max(known, default=0) or len(self.sequences)
         each = max((tape.numbers * tape.like.element_size() for tape in tapes), default=0)
         self._keeps = each * len(tapes) <= MEMORY
 
