@@ -36,7 +36,8 @@ def _thin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(track: Track, span: int | None = None) -> LayerAnalysis:
-    return _layer(track, Settings(span, None, 1, "auto", None, 0, 1, lambda phase, share: None))
+    settings = Settings(span, None, 1, "auto", None, 0, 1, lambda phase, share: None)
+    return _layer(track, track, settings)
 
 
 def exact(track: Track) -> Callable[[int, int, int], Tensor]:
