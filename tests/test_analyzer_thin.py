@@ -19,11 +19,9 @@ from wide_cells import WIDE, Convolutional, convolved
 import gradflow
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer import thin
-from gradflow.analyzer.assemble import _layer
 from gradflow.analyzer.jacobians import step_jacobians
-from gradflow.analyzer.settings import Settings
 from gradflow.hooks import wide
-from gradflow.recording import Track
+from gradflow.recording import Recording, Track
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,8 +34,10 @@ def _thin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(track: Track, span: int | None = None) -> LayerAnalysis:
-    settings = Settings(span, None, 1, "auto", None, 0, 1, lambda phase, share: None)
-    return _layer(track, track, settings)
+    recording = Recording("model")
+    recording.add(track)
+    (layer,) = gradflow.analyze(recording, span=span)
+    return layer
 
 
 def exact(track: Track) -> Callable[[int, int, int], Tensor]:
