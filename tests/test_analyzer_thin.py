@@ -162,3 +162,22 @@ def test_the_convlstm_of_a_small_real_size() -> None:
     assert float(gain) == pytest.approx(size.log().item() / 2, abs=0.02)
     assert layer.verdict == "vanishing"
     assert np.isfinite(layer.data["log10_grad"].values).any()
+
+
+@pytest.mark.usefixtures("_thin")
+def test_a_counter_beside_a_wide_state_has_no_vote() -> None:
+    torch.manual_seed(1)
+    weight = (torch.randn(70, 70, dtype=torch.float64) / 12).requires_grad_()
+    with gradflow.record(nn.Module()) as recording:
+        h, n = torch.randn(2, 70, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+        for _ in range(9):
+            h, n = gradflow.tap(h=torch.tanh(h @ weight.T), n=2 * n + h[:, :1])
+        h.pow(2).sum().backward()
+    layer = measured(recording["loop"])
+    assert "by products with few directions" in layer.method
+    spectral = layer.data["log_gain"].sel(norm="spectral").isel(sequence=0, source=0, target=8)
+    jacobians = step_jacobians(recording["loop"])[1:, int(layer.data["sequence"][0]), :70, :70]
+    product = torch.linalg.multi_dot(list(jacobians.flip(0)))
+    assert float(spectral) == pytest.approx(
+        torch.linalg.matrix_norm(product, 2).log().item(), abs=0.01
+    )
