@@ -291,7 +291,8 @@ class LoopSource:
         """See `WeightUses.check`; the worst of all groups of calls."""
         lost = self._lost()
         if lost:
-            reason = SECOND_ORDER.partition(",")[0] if lost == SECOND_ORDER else lost
+            create_graph = "a backward with create_graph=True came through the layer"
+            reason = create_graph if lost == SECOND_ORDER else lost
             return Parity("not applicable", None, reason)
         checked, found = [], []
         for part in self.parts():
