@@ -158,7 +158,7 @@ class _Block:
         seen = any(call.graph_tasks for call in self.recorder.calls) or any(
             source.graph_tasks for source in self.recorder.marked
         )
-        return seen or self.marks != mistakes.gradient_marks(self.recorder.model)
+        return self.marks != mistakes.gradient_marks(self.recorder.model) or seen
 
 
 def _notes(track: Track) -> list[str]:
