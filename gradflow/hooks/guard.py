@@ -40,7 +40,6 @@ class Point(Enum):
     BACKWARD = "the graph of a backward could not be looked at"
     GRADIENT = "a gradient that reached it could not be read"
     WEIGHT = "a gradient of its weights could not be read"
-    RAN = "that a module ran could not be noted"
     CLOSING = "the recording could not be closed in order"
 
 

@@ -13,12 +13,13 @@ nothing of it is freed yet.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import AbstractContextManager, contextmanager
+from types import CodeType, FrameType
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,7 @@ class Observer(Listener, Protocol):
     def missed_cell(self, module: nn.Module, why: str) -> None: ...
     def scale_unknown(self, why: str) -> None: ...
     def graph_unknown(self, why: str) -> None: ...
+    def unwatched(self) -> AbstractContextManager[None]: ...
     def before_backward(self, roots: tuple[Any, ...]) -> None: ...
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def left(self, call: Any, result: Any) -> None: ...
@@ -114,6 +116,7 @@ def _install() -> None:
                 replace(space, name, make, _replaced.append)
     replace(torch.amp.GradScaler, "scale", _watched_scale, _replaced.append)
     replace(torch.autograd, "_engine_run_backward", _watched_backward, _replaced.append)
+    replace(torch.jit, "script", _watched_script, _replaced.append)
 
 
 def _restore() -> None:
@@ -194,6 +197,19 @@ def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
     return traced_as(original, functools.wraps(original)(run_backward))
 
 
+@functools.lru_cache(maxsize=64)
+def _watched_script(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.jit.script reads is the source of a module, which must be the user's own."""
+
+    def script(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for observer in observers_here():
+                stack.enter_context(observer.unwatched())
+            return original(*args, **kwargs)
+
+    return traced_as(original, functools.wraps(original)(script))
+
+
 def _before_backward(observer: Observer, roots: Any, grads: Any = ()) -> None:
     if not why_hidden() and not any(is_batched(grad) for grad in grads):
         observer.before_backward(tuple(roots))
@@ -205,11 +221,14 @@ def traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Cal
     Called from where nothing is compiled it runs as it is, never as a compiled graph of its own.
     """
     function._torchdynamo_inline = original  # type: ignore[attr-defined]
-    strategy = eval_frame._FrameExecStrategy(
-        eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
-    )
-    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    run_as_it_is(function.__code__)
     return function
+
+
+def run_as_it_is(code: CodeType) -> None:
+    """Never compile this code as a graph of its own; what it calls is not concerned."""
+    skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+    eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
