@@ -290,6 +290,12 @@ class PartSource:
         kept = torch.cat([self.kept[name] for name in self.inner.forward().states])
         return PartOperator(self.inner.operator(dtype, sequences), kept.nonzero().flatten())
 
+    def changed(
+        self, *, forget_bias: float, scale_hh: float, scale_ih: float
+    ) -> tuple[Source, dict[str, Tensor]]:
+        """As of the whole."""
+        return self.inner.changed(forget_bias=forget_bias, scale_hh=scale_hh, scale_ih=scale_ih)
+
     def parity(self) -> Parity:
         """As of the whole."""
         return self.inner.parity()

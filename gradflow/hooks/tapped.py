@@ -18,7 +18,7 @@ from gradflow.errors import RecordingError
 from gradflow.hooks.dense import Dense
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
-from gradflow.recording import Backward, Forward, Operator, Parity
+from gradflow.recording import Backward, Forward, Operator, Parity, Source
 
 WIDEST = 64  # states up to which step Jacobians are taken unasked
 
@@ -322,6 +322,14 @@ class TapSource:
 
     def alone(self) -> None:
         """There is no other reading: what goes into the steps was not seen."""
+
+    def changed(self, **_: float) -> tuple[Source, dict[str, Tensor]]:
+        """Nothing: the loop is the user's own.
+
+        Raises:
+            RecordingError: always.
+        """
+        raise RecordingError("its steps are the user's own code, which is not run again")
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""

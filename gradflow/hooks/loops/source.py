@@ -17,7 +17,7 @@ from gradflow.hooks.loops.flow import Sheet, by_time, gathered, sheets
 from gradflow.hooks.loops.lags import Lags
 from gradflow.hooks.loops.loop import Loop, trimmed
 from gradflow.hooks.parity import WeightUser, WeightUses
-from gradflow.recording import Backward, Contributions, Forward, Operator, Parity
+from gradflow.recording import Backward, Contributions, Forward, Operator, Parity, Source
 
 SEVERITY = ("not applicable", "passed", "failed")
 
@@ -282,6 +282,14 @@ class LoopSource:
         with torch.no_grad():
             sequences = sequences.to(self.calls[0].h0.device)
             return self.loop.operator(self.layer, dtype, sequences)
+
+    def changed(
+        self, *, forget_bias: float, scale_hh: float, scale_ih: float
+    ) -> tuple[Source, dict[str, Tensor]]:
+        """The layer run again with changed weights, and these."""
+        from gradflow.hooks.rerun import Change, changed  # which is made of these sources
+
+        return changed(self, Change(forget_bias, scale_hh, scale_ih))
 
     def parity(self) -> Parity:
         """See `WeightUses.check`; the worst of all groups of calls."""
