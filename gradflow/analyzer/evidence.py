@@ -30,7 +30,7 @@ class Evidence(Measured):
     channels: int | None
     gradient_note: str
     data: xr.Dataset
-    tries: dict[tuple[float, ...], Any] = field(default_factory=dict)  # see `tried`
+    tries: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # see `tried`
 
     @property
     def kind(self) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gradflow.analyzer.activity import CLOSED, over_all
 from gradflow.analyzer.evidence import Evidence
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.order import cuts_before
@@ -21,54 +22,69 @@ from gradflow.recording import Track
 VECTORS = 4  # random ones, of a seed of their own
 MOST = 8  # sequences
 PATIENCE = 1.0  # predicted seconds of one try, of all layers together
-LEAST = 0.05  # decades over the span that count as help
+LEAST = 0.05  # decades over the span by which the gain is to come nearer to 1
+LESS_SHUT = 0.1  # share of its values by which a gate is to be shut less often
 
 
 @dataclass(frozen=True)
 class Try:
     """What a change did."""
 
-    decades: float  # powers of ten over the span by which the gain came nearer to 1; NaN: not tried
+    won: float  # of what the remedy promises; NaN: not tried
+    least: float  # of it that counts
     why_not: str = ""  # in words, where it was not tried
 
     @property
     def helps(self) -> bool:
         """Whether the change is worth an advice."""
-        return self.decades >= LEAST
+        return self.won >= self.least
 
 
 def tried(
-    e: Evidence, *, forget_bias: float = 0.0, scale_hh: float = 1.0, scale_ih: float = 1.0
+    e: Evidence,
+    *,
+    forget_bias: float = 0.0,
+    scale_hh: float = 1.0,
+    scale_ih: float = 1.0,
+    opens: str = "",
 ) -> Try:
-    """Run a layer again with changed weights, and see whether its gain comes nearer to 1.
+    """Run a layer again with changed weights, and see whether it does what the remedy promises.
 
     Args:
         e: of the layer.
         forget_bias: see `Track.changed`, as the others.
         scale_hh: a factor.
         scale_ih: a factor.
+        opens: a gate that is to be shut less often; by default the gain is to come nearer to 1.
     """
-    key = (forget_bias, scale_hh, scale_ih)
+    key = (opens, forget_bias, scale_hh, scale_ih)
     if key not in e.tries:
-        e.tries[key] = _try(e, *key)
+        changes = {"forget_bias": forget_bias, "scale_hh": scale_hh, "scale_ih": scale_ih}
+        e.tries[key] = _try(e, changes, opens)
     return e.tries[key]
 
 
-def _try(e: Evidence, forget_bias: float, scale_hh: float, scale_ih: float) -> Try:
+def _try(e: Evidence, changes: dict[str, float], opens: str) -> Try:
+    least = LESS_SHUT if opens else LEAST
     seconds = _seconds(e.track)
     if seconds > PATIENCE * e.share:
-        return Try(math.nan, f"that would take about {max(1, round(seconds))} s")
+        return Try(math.nan, least, f"that would take about {max(1, round(seconds))} s")
     others = [b for b in range(e.track.batch) if b not in e.mapped]
     sequences = [*e.mapped, *others][:MOST]
+
+    def amiss(track: Track) -> float:
+        """What the change is to make smaller."""
+        if opens:
+            return over_all((track.gates[opens] < CLOSED).double(), track.mask)
+        return abs(decades(track, sequences, e.span))
+
     try:
-        track = e.track.changed(forget_bias=forget_bias, scale_hh=scale_hh, scale_ih=scale_ih)
-        was = abs(decades(e.track, sequences, e.span))
-        now = abs(decades(track, sequences, e.span))
+        was, now = amiss(e.track), amiss(e.track.changed(**changes))
     except RecordingError as error:
-        return Try(math.nan, str(error))
+        return Try(math.nan, least, str(error))
     if math.isnan(now):
-        return Try(-math.inf)
-    return Try(0.0 if was == now else was - now)
+        return Try(-math.inf, least)
+    return Try(0.0 if was == now else was - now, least)
 
 
 def decades(track: Track, sequences: list[int], span: int) -> float:

@@ -49,10 +49,13 @@ def forget_gates(e: Evidence) -> Iterator[Finding]:
         where=_shut("f", "closed, below", forget, e),
         **_scale(e, pace),
         basis=BAND,
-        **_drawn(
-            e,
+        source="" if foreign_biases(e) else "Tallec & Ollivier 2018",
+        code=chrono(e),
+        advice=FOREIGN
+        if foreign_biases(e)
+        else (
             "draw the forget biases from the range of distances in the task (chrono initialisation) and "
-            "train again; of the two bias vectors, which add up, set one to zero",
+            "train again; of the two bias vectors, which add up, set one to zero"
         ),
     )
 
@@ -73,19 +76,15 @@ def update_gates(e: Evidence) -> Iterator[Finding]:
         where=_shut("z", "below", update, e),
         **_scale(e, pace),
         basis=BAND,
-        **_drawn(
-            e,
+        source="" if foreign_biases(e) else "Tallec & Ollivier 2018",
+        code=chrono(e),
+        advice=FOREIGN
+        if foreign_biases(e)
+        else (
             "draw the update biases from the range of distances in the task (chrono initialisation), so "
-            "that units keep their state, and train again; of the two bias vectors set one to zero",
+            "that units keep their state, and train again; of the two bias vectors set one to zero"
         ),
     )
-
-
-def _drawn(e: Evidence, advice: str) -> dict[str, str]:
-    """Chrono initialisation, where the biases that ran are the module's own."""
-    if foreign_biases(e):
-        return {"advice": FOREIGN}
-    return {"advice": advice, "source": "Tallec & Ollivier 2018", "code": chrono(e)}
 
 
 def _at_most_steps(logs: Tensor, e: Evidence) -> float:
@@ -146,7 +145,7 @@ def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
         if name in e.track.weights
     )
     if not bias < math.log(CLOSED / (1 - CLOSED)):
-        return calmer(e, "scale the inputs or the weights down, or add layer normalisation")
+        return calmer(e, "scale the inputs or the weights down, or add layer normalisation", gate)
     if not all(own(e, name) for name in ("bias_ih", "bias_hh")):
         return "change what makes its biases: they are no parameters of its own", ""
     first, last = block * e.track.hidden, (block + 1) * e.track.hidden

@@ -74,6 +74,8 @@ def chrono(e: Evidence) -> str:
     """Biases log(u), u uniform in [1, span − 1]; the LSTM's input gate gets the opposite."""
     if "bias_ih" not in e.track.weights:
         return NO_BIAS
+    if foreign_biases(e):
+        return ""
     hidden, bias = e.track.hidden, e.parameter("bias_ih")
     longest = max(e.span - 1, 2)
     lines = [
@@ -88,8 +90,10 @@ def chrono(e: Evidence) -> str:
     return "\n".join(lines)
 
 
-def calmer_input(e: Evidence) -> str:
+def calmer_input(e: Evidence, opens: str = "") -> str:
     """Smaller inputs, where they help on this batch; "" where they do not, or it was not tried.
+
+    They are to open a gate, or else to bring the gain nearer to 1.
 
     Of the model where it is this layer and reads large numbers, else through the layer's own weights:
     a layer inside a model reads what others make, and the model may read tokens, which have no mean.
@@ -98,19 +102,19 @@ def calmer_input(e: Evidence) -> str:
     if not e.track.owner and lowest and e.track.has_inputs:
         x = e.track.inputs[e.track.mask].double()
         spread = float(x.std())
-        if spread > LARGE and tried(e, scale_ih=1 / spread).helps:
+        if spread > LARGE and tried(e, scale_ih=1 / spread, opens=opens).helps:
             return NORMALISE
     if own(e, "weight_ih"):
         for factor in (0.5, 0.1):
-            if tried(e, scale_ih=factor).helps:
+            if tried(e, scale_ih=factor, opens=opens).helps:
                 share = "half" if factor == 0.5 else "a tenth"
                 return f"{e.parameter('weight_ih')}.data *= {factor}  # as if it read {share} of its input"
     return ""
 
 
-def calmer(e: Evidence, advice: str) -> tuple[str, str]:
+def calmer(e: Evidence, advice: str, opens: str = "") -> tuple[str, str]:
     """Advice with the code of `calmer_input`, or what is left where smaller inputs do not help."""
-    code = calmer_input(e)
+    code = calmer_input(e, opens)
     return (advice, code) if code else (NOT_CALMER, "")
 
 
