@@ -225,6 +225,8 @@ class TapSource:
     def unread(self) -> bool:
         """Whether a backward ran and did not come here, though it could have."""
         able = any(mark.grad_enabled and mark.differentiable for mark in self.marks)
+        if self.lost or self.batched:
+            return False
         return able and self.ran_backward and not self.version
 
     def last(self) -> Backward | None:

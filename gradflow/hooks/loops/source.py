@@ -320,6 +320,8 @@ class LoopSource:
 
     def unread(self) -> bool:
         """Whether a backward ran and did not come here, though it could have."""
+        if self._lost() or any(call.batched for call in self.calls):
+            return False
         able = any(call.grad_enabled and call.differentiable for call in self.calls)
         return able and self.ran_backward and not any(call.graph_tasks for call in self.calls)
 
