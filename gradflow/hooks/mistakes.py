@@ -15,7 +15,7 @@ from gradflow.hooks.call import Call
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unseen import foreign_code
-from gradflow.recording import Recording, Track
+from gradflow.recording import Recording, Track, Unseen
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 MANY = 64  # tracks of one layer in one block
@@ -78,6 +78,7 @@ def why_no_track(
     own: Mapping[str, int],
     strangers: Collection[str],
     unseen: Mapping[str, str],
+    unrolled: Sequence[Unseen],
 ) -> str:
     """Why a recording is empty, and what to do."""
     did = f"; what ran: {', '.join(ran)}" if ran else ""
@@ -88,6 +89,8 @@ def why_no_track(
             f"no recurrent layer fits layers={picked}; leave layers out to record all of them, "
             "names look like 'rnn.l0'"
         )
+    if unrolled:
+        return "; ".join(one.sentence for one in unrolled)
     if unseen:
         said = {words: [n for n in unseen if unseen[n] == words] for words in unseen.values()}
         return "; ".join(f"{listed(names)} {words}" for words, names in said.items())

@@ -122,6 +122,7 @@ def _misleading(recorder: Recorder) -> list[str]:
     found = []
     if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
         found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
+    found += [one.sentence for one in recorder.recording.unseen]
     unseen, _ = _unseen(recorder)
     return found + ([circumstances.not_seen(unseen)] if unseen else [])
 
@@ -136,6 +137,7 @@ def _unseen(recorder: Recorder) -> tuple[list[str], list[str]]:
 def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
+    recording.unseen = recorder.unseen()
     ran_some = bool(calls) or recorder.taps.seen or recorder.own.seen
     recording.empty_reason = mistakes.why_no_track(
         recorder.model,
@@ -145,6 +147,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
         recorder.own.without_state,
         recorder.strangers,
         recorder.own.unseen or recorder.own.model_unseen,
+        recording.unseen,
     )
     training = [call.training for call in calls] or [recorder.training]
     tensors = [call.weights[0] for call in calls] + [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
 from gradflow.hooks.copies import Copies
+from gradflow.hooks.graph import Edge
 from gradflow.hooks.lengths import GivenLengths, Lengths
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.source import LoopSource
@@ -24,8 +25,9 @@ from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.patch import CellCall, FusedCall
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.taps import Taps
+from gradflow.hooks.unrolled.watch import Watch, within_a_backward
 from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers
-from gradflow.recording import Recording, Track, matches_any
+from gradflow.recording import Recording, Track, Unseen, matches_any
 
 
 class Recorder:
@@ -55,6 +57,7 @@ class Recorder:
         self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
         self.stitcher = Stitcher()
         self.taps = Taps(self)
+        self.watch = Watch(model)
         self._copies = Copies(self.lengths, lambda weight: self.uses.key(weight, self.scale))
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
         self.own = OwnCells(self, model, self._paths)
@@ -94,6 +97,7 @@ class Recorder:
         elif owner is not None:
             self._admit(self._copies.call(seen, owner), seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
+            self.watch.saw_stock((seen.data, *seen.initial), seen.results)
 
     def saw_cell(self, seen: CellCall) -> None:
         """Copy one call of a single-step function and listen for its gradients."""
@@ -103,6 +107,7 @@ class Recorder:
         elif owner is not None:
             self._admit(self._copies.step(seen, owner), seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
+            self.watch.saw_stock((seen.data, *seen.initial), seen.results)
 
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
@@ -117,6 +122,12 @@ class Recorder:
 
     def before_backward(self, roots: tuple[Any, ...]) -> None:
         """A backward is about to run from these tensors: their graph is complete, nothing is freed."""
+        if not within_a_backward():
+            self.watch.before_backward(roots)
+
+    def marked_at(self, edges: Iterable[Edge]) -> None:
+        """States of a track sit at these edges of the graph."""
+        self.watch.marked(edges)
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that may be a cell of the user's own is called."""
@@ -233,6 +244,15 @@ class Recorder:
         """All loops that were tapped or run over a cell of the user's own."""
         return [t.source for t in self.recording if isinstance(t.source, TapSource)]
 
+    def unseen(self) -> tuple[Unseen, ...]:
+        """Recurrences that are in no track, of those that are picked."""
+        return tuple(
+            one
+            for one in self.watch.unseen.values()
+            if self.layers is None
+            or any(matches_any(name, self.layers) for name in (one.module, *one.weights))
+        )
+
     def close(self) -> None:
         """Stop listening; the recording keeps what it has."""
         for handle in self.handles:
@@ -242,6 +262,7 @@ class Recorder:
         self.stitcher.close()
         self.taps.close()
         self.own.close()
+        self.watch.close()
         self._copies.clear()
         for track in self.recording:
             if isinstance(track.source, LoopSource):
@@ -251,7 +272,7 @@ class Recorder:
         """Hold on to nothing that was recorded: from now on only the user does."""
         self.recording, self.uses = Recording(""), WeightUses(nn.Module())
         self.calls.clear()
-        del self.taps, self.own, self._copies
+        del self.taps, self.own, self.watch, self._copies
 
 
 def _names(call: Call) -> list[tuple[int, int, str]]:

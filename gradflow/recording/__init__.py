@@ -17,6 +17,7 @@ from gradflow.recording.source import (
     Source,
 )
 from gradflow.recording.track import GATES, Track
+from gradflow.recording.unseen import Unseen
 
 __all__ = [
     "GATES",
@@ -29,5 +30,6 @@ __all__ = [
     "Recording",
     "Source",
     "Track",
+    "Unseen",
     "matches_any",
 ]

@@ -1,0 +1,243 @@
+"""Where in the user's source a loop stands, and which variables it carries."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+STOCK = "torch."
+Loop = ast.For | ast.While
+
+
+@dataclass(frozen=True)
+class Found:
+    """A loop of the user's source."""
+
+    file: str
+    line: int
+    carried: tuple[str, ...]  # variables it carries that reach the weights, in the order of their values
+    certain: bool  # whether that order is that in which the values are made
+
+    @property
+    def where(self) -> str:
+        """The file as a reader would name it, and the line."""
+        name = os.path.relpath(self.file) if os.path.isabs(self.file) else self.file
+        return f"{self.file if name.startswith('..') else name}:{self.line}"
+
+
+def find(module: nn.Module, attributes: set[str], frames: Iterable[FrameType]) -> Found | None:
+    """The loop of a module's class that uses these attributes of it, or else one of the code around.
+
+    Args:
+        module: of the user's own.
+        attributes: names of parameters or modules that it holds.
+        frames: of the code that runs, innermost first.
+    """
+    for kind in type(module).__mro__:
+        file = _file_of(kind)
+        if file is None or kind.__module__.startswith(STOCK):
+            continue
+        for scope in _scopes(file):
+            if isinstance(scope, ast.ClassDef) and scope.name == kind.__name__:
+                found = _in_class(file, scope, attributes)
+                if found is not None:
+                    return found
+        found = _anywhere(file, attributes)
+        if found is not None:
+            return found
+    for file in dict.fromkeys(frame.f_code.co_filename for frame in frames):
+        found = _anywhere(file, attributes)
+        if found is not None:
+            return found
+    return None
+
+
+def insertion(found: Found | None) -> str:
+    """The line that marks the states of a loop."""
+    names = found.carried if found is not None else ()
+    plain = [name.removeprefix("self.") for name in names]
+    if not names or not all(name.isidentifier() for name in plain) or len(set(plain)) < len(plain):
+        return "h, c = gradflow.tap(h=h, c=c)" if len(names) > 1 else "h = gradflow.tap(h=h)"
+    given = ", ".join(f"{short}={name}" for short, name in zip(plain, names, strict=True))
+    return f"{', '.join(names)} = gradflow.tap({given})"
+
+
+# --------------------------------------------------------------------------------------- the files
+
+
+def _file_of(kind: type) -> str | None:
+    try:
+        return inspect.getsourcefile(kind)
+    except (TypeError, OSError):
+        pass
+    forward = inspect.unwrap(vars(kind)["forward"]) if "forward" in vars(kind) else None
+    code = getattr(forward, "__code__", None)
+    return code.co_filename if code is not None else None
+
+
+def _scopes(file: str) -> Iterator[ast.AST]:
+    tree = _tree(file, "".join(linecache.getlines(file)))
+    return iter(()) if tree is None else ast.walk(tree)
+
+
+@functools.lru_cache(maxsize=16)
+def _tree(file: str, text: str) -> ast.Module | None:
+    try:
+        return ast.parse(text) if text else None
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _in_class(file: str, scope: ast.ClassDef, attributes: set[str]) -> Found | None:
+    """The loop of one of a class's methods that uses them, itself or through another method."""
+    methods = [s for s in scope.body if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef)]
+    wanted = set(attributes)
+    for _ in range(4):  # a method that calls a method that uses them uses them
+        for method in methods:
+            found = _innermost(method, wanted, own=True)
+            if found is not None:
+                return _described(file, found, wanted)
+        more = {m.name for m in methods if _mentions(m, wanted, own=True)} - wanted
+        if not more:
+            return None
+        wanted |= more
+    return None
+
+
+def _anywhere(file: str, attributes: set[str]) -> Found | None:
+    for scope in _scopes(file):
+        if isinstance(scope, ast.Module):
+            found = _innermost(scope, attributes, own=False)
+            if found is not None:
+                return _described(file, found, attributes)
+    return None
+
+
+# --------------------------------------------------------------------------------------- the loops
+
+
+def _mentions(node: ast.AST, attributes: set[str], *, own: bool) -> bool:
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute) and part.attr in attributes:
+            if not own or isinstance(part.value, ast.Name):
+                return True
+    return False
+
+
+def _innermost(node: ast.AST, attributes: set[str], *, own: bool) -> Loop | None:
+    """The innermost loop whose body uses them; one that only goes over them is passed by."""
+    best: Loop | None = None
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef) and own:
+            continue
+        inner = _innermost(child, attributes, own=own)
+        best = best or inner
+    if best is not None or not isinstance(node, ast.For | ast.While):
+        return best
+    index = _names(node.target) if isinstance(node, ast.For) else set()
+    for statement in node.body:
+        for part in ast.walk(statement):
+            if isinstance(part, ast.Subscript) and _mentions(part.value, attributes, own=own):
+                if index & _names(part.slice):
+                    return None  # another weight every time: a loop over layers
+    body = ast.Module(body=node.body, type_ignores=[])
+    return node if _mentions(body, attributes, own=own) else None
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+# --------------------------------------------------------------------------- what a loop carries
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One assignment in a loop's body."""
+
+    writes: tuple[str, ...]
+    reads: frozenset[str]
+    uses: bool  # whether the weights are in it
+
+
+def _described(file: str, loop: Loop, attributes: set[str]) -> Found:
+    steps = list(_steps(loop.body, attributes))
+    written: set[str] = set()
+    carried: list[str] = []
+    later = {name for step in steps for name in step.writes}
+    for step in steps:
+        for name in step.reads:
+            if name not in written and name in later and name not in carried:
+                carried.append(name)
+        written |= set(step.writes)
+    reach: set[str] = {name for step in steps if step.uses for name in step.reads}
+    for _ in steps:  # what goes into what the weights are used on
+        reach |= {n for step in steps if reach & set(step.writes) for n in step.reads}
+    kept = [name for name in carried if name in reach]
+    last = {name: place for place, step in enumerate(steps) for name in step.writes}
+    kept.sort(key=lambda name: (last[name], steps[last[name]].writes.index(name)))
+    places = [last[name] for name in kept]
+    return Found(file, loop.lineno, tuple(kept), len(set(places)) == len(places))
+
+
+def _steps(body: list[ast.stmt], attributes: set[str]) -> Iterator[_Step]:
+    for statement in body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            yield _assignment(statement, attributes)
+        elif isinstance(statement, ast.For | ast.While | ast.If | ast.With | ast.Try):
+            head = getattr(statement, "iter", getattr(statement, "test", None))
+            if head is not None:
+                yield _Step((), frozenset(_reads(head)), _mentions(head, attributes, own=False))
+            for part in ("body", "orelse", "finalbody"):
+                yield from _steps(getattr(statement, part, []), attributes)
+        elif isinstance(statement, ast.Expr):
+            uses = _mentions(statement, attributes, own=False)
+            yield _Step((), frozenset(_reads(statement)), uses)
+
+
+def _assignment(statement: Any, attributes: set[str]) -> _Step:
+    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    writes: list[str] = []
+    reads = _reads(statement.value) if statement.value is not None else set()
+    for target in targets:
+        flat = target.elts if isinstance(target, ast.Tuple | ast.List) else [target]
+        for part in flat:
+            if isinstance(part, ast.Subscript):
+                reads |= _reads(part.slice)
+            name = _name(part)
+            if name is not None:
+                writes.append(name)
+    if isinstance(statement, ast.AugAssign):
+        reads |= set(writes)
+    return _Step(tuple(writes), frozenset(reads), _mentions(statement, attributes, own=False))
+
+
+def _name(node: ast.AST) -> str | None:
+    """A variable, an attribute of self, or "hs[...]" for a place in one."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return f"{node.value.id}.{node.attr}"
+    if isinstance(node, ast.Subscript):
+        whole = _name(node.value)
+        return f"{whole}[...]" if whole is not None else None
+    return None
+
+
+def _reads(node: ast.AST) -> set[str]:
+    found: set[str] = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name | ast.Attribute | ast.Subscript):
+            name = _name(part)
+            if name is not None:
+                found.add(name)
+    return found
