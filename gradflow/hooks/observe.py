@@ -122,7 +122,8 @@ def _misleading(recorder: Recorder) -> list[str]:
     found = []
     if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
         found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
-    found += [one.sentence for one in recorder.recording.unseen]
+    if len(recorder.recording):  # without a track they are why there is none
+        found += [one.sentence for one in recorder.recording.unseen]
     unseen, _ = _unseen(recorder)
     return found + ([circumstances.not_seen(unseen)] if unseen else [])
 

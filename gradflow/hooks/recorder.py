@@ -21,6 +21,7 @@ from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
 from gradflow.hooks.own.cells import OwnCells
+from gradflow.hooks.own.leaves import leaves
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.patch import CellCall, FusedCall
 from gradflow.hooks.tapped import TapSource
@@ -57,7 +58,7 @@ class Recorder:
         self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
         self.stitcher = Stitcher()
         self.taps = Taps(self)
-        self.watch = Watch(model)
+        self.watch = Watch(self, model)
         self._copies = Copies(self.lengths, lambda weight: self.uses.key(weight, self.scale))
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
         self.own = OwnCells(self, model, self._paths)
@@ -131,11 +132,17 @@ class Recorder:
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that may be a cell of the user's own is called."""
-        return self.own.entered(module, args, kwargs)
+        call = self.own.entered(module, args, kwargs)
+        if call is not None and torch.is_grad_enabled():
+            self.watch.held.hold(call.given.tensors.values())
+            self.watch.held.hold_locals()
+        return call
 
     def left(self, call: Any, result: Any) -> None:
         """That call is over; result is None where it raised."""
         self.own.left(call, result)
+        if torch.is_grad_enabled():
+            self.watch.held.hold(leaves(result).values())
 
     def wants_track(self, name: str) -> bool:
         """Whether a tap or a cell of this name is picked."""

@@ -68,6 +68,15 @@ CALLED = Words(
     kind="a cell of your own: how it uses its weights is not known",
 )
 
+UNROLLED = Words(
+    step="step",
+    steps="steps",
+    states="states",
+    more="the loop carries more than its states; mark every state that it carries with "
+    "h, c = gradflow.tap(h=h, c=c) inside the loop, once per step",
+    kind="a loop written by hand: how it uses its weights is not known",
+)
+
 
 @dataclass(eq=False)
 class TapSource:
@@ -84,10 +93,13 @@ class TapSource:
     graph_tasks: set[int] = field(default_factory=set)
     second_order: bool = False
     ran_backward: bool = False
+    words_: Words | None = None  # how to speak of it, where the name of the cell does not tell
 
     @property
     def words(self) -> Words:
         """How to speak of this loop."""
+        if self.words_ is not None:
+            return self.words_
         return TAPPED if self.cell == "tap" else CALLED
 
     @property
@@ -348,6 +360,11 @@ class TapSource:
     def notes(self) -> list[str]:
         """What a reader should know about the track."""
         reason = self.why_no_operator()
+        if reason and self.words is UNROLLED:
+            return [
+                *self.remarks,
+                f"its step Jacobians and last loss step alone are not known: {reason}",
+            ]
         if reason:
             return [f"its step Jacobians and last loss step alone are not known: {reason}"]
         if self.words is TAPPED and starts_constant(self):

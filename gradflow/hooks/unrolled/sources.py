@@ -167,6 +167,7 @@ class _Step:
     writes: tuple[str, ...]
     reads: frozenset[str]
     uses: bool  # whether the weights are in it
+    alias: str = ""  # another variable whose value it takes over
 
 
 def _described(file: str, loop: Loop, attributes: set[str]) -> Found:
@@ -183,16 +184,25 @@ def _described(file: str, loop: Loop, attributes: set[str]) -> Found:
     for _ in steps:  # what goes into what the weights are used on
         reach |= {n for step in steps if reach & set(step.writes) for n in step.reads}
     kept = [name for name in carried if name in reach]
-    last = {name: place for place, step in enumerate(steps) for name in step.writes}
-    kept.sort(key=lambda name: (last[name], steps[last[name]].writes.index(name)))
-    places = [last[name] for name in kept]
+    places = [_made_at(name, steps, len(steps)) for name in kept]
+    order = sorted(range(len(kept)), key=places.__getitem__)
+    kept = [kept[i] for i in order]
     return Found(file, loop.lineno, tuple(kept), len(set(places)) == len(places))
+
+
+def _made_at(name: str, steps: list[_Step], before: int) -> int:
+    """The last assignment that made the value of a variable."""
+    for place in range(before - 1, -1, -1):
+        if name in steps[place].writes:
+            alias = steps[place].alias
+            return _made_at(alias, steps, place) if alias else place
+    return before
 
 
 def _steps(body: list[ast.stmt], attributes: set[str]) -> Iterator[_Step]:
     for statement in body:
         if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
-            yield _assignment(statement, attributes)
+            yield from _assignments(statement, attributes)
         elif isinstance(statement, ast.For | ast.While | ast.If | ast.With | ast.Try):
             head = getattr(statement, "iter", getattr(statement, "test", None))
             if head is not None:
@@ -204,21 +214,44 @@ def _steps(body: list[ast.stmt], attributes: set[str]) -> Iterator[_Step]:
             yield _Step((), frozenset(_reads(statement)), uses)
 
 
-def _assignment(statement: Any, attributes: set[str]) -> _Step:
+def _assignments(statement: Any, attributes: set[str]) -> Iterator[_Step]:
+    """One per value, in the order in which the values are made."""
     targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-    writes: list[str] = []
-    reads = _reads(statement.value) if statement.value is not None else set()
+    if statement.value is None:
+        return
+    pair = targets[0]
+    if len(targets) == 1 and isinstance(pair, ast.Tuple) and isinstance(statement.value, ast.Tuple):
+        if len(pair.elts) == len(statement.value.elts):
+            reads = frozenset(_reads(statement.value))  # all are read before one is written
+            for target, value in zip(pair.elts, statement.value.elts, strict=True):
+                uses = _mentions(value, attributes, own=False)
+                name = _name(target)
+                writes = () if name is None else (name,)
+                yield _Step(writes, reads if target is pair.elts[0] else _own(value), uses, _alias(value))
+            return
+    writes_all: list[str] = []
+    read = _reads(statement.value)
     for target in targets:
         flat = target.elts if isinstance(target, ast.Tuple | ast.List) else [target]
         for part in flat:
             if isinstance(part, ast.Subscript):
-                reads |= _reads(part.slice)
+                read |= _reads(part.slice)
             name = _name(part)
             if name is not None:
-                writes.append(name)
+                writes_all.append(name)
     if isinstance(statement, ast.AugAssign):
-        reads |= set(writes)
-    return _Step(tuple(writes), frozenset(reads), _mentions(statement, attributes, own=False))
+        read |= set(writes_all)
+    uses = _mentions(statement, attributes, own=False)
+    alias = _alias(statement.value) if not isinstance(statement, ast.AugAssign) else ""
+    yield _Step(tuple(writes_all), frozenset(read), uses, alias)
+
+
+def _own(value: ast.AST) -> frozenset[str]:
+    return frozenset(_reads(value))
+
+
+def _alias(value: ast.AST) -> str:
+    return value.id if isinstance(value, ast.Name) else ""
 
 
 def _name(node: ast.AST) -> str | None:

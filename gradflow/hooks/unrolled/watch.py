@@ -6,25 +6,42 @@ import sys
 from collections.abc import Iterable
 from itertools import takewhile
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.graph import Edge, edge_of
+from gradflow.hooks.marks import Marks, Owner
 from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
+from gradflow.hooks.unrolled.crossing import FAR, earliest
+from gradflow.hooks.unrolled.held import Held
 from gradflow.hooks.unrolled.order import TooLarge, Unrolled
+from gradflow.hooks.unrolled.steps import NoState, Steps, steps_of
+from gradflow.hooks.unrolled.takeup import checked, rows_of, take_up
+from gradflow.hooks.unrolled.values import Values
 from gradflow.recording import Unseen
 
+EARLY = (
+    "its last step is not shown: the loss does not depend on all states that the loop ends with"
+)
 FRAMES = 24  # how far up the code that called backward is looked for
+
+
+class WatchOwner(Owner, Protocol):
+    """The recorder, as far as loops written by hand need it."""
+
+    def wants_track(self, name: str) -> bool: ...
 
 
 class Watch:
     """What one recording knows of the graphs that backwards went through."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, owner: WatchOwner, model: nn.Module) -> None:
+        self.owner = owner
+        self.marks = Marks(owner)
         self.model = model
         self.modules = {clean(name): module for name, module in model.named_modules()}
         self.names = {
@@ -32,7 +49,10 @@ class Watch:
             for name, parameter in model.named_parameters(remove_duplicate=False)
         }
         self.states: set[int] = set()  # numbers of nodes that made states of some track
+        self.taken: set[int] = set()  # the same of loops that were taken up here
+        self.walked: set[int] = set()  # numbers of nodes of earlier backwards
         self.given: dict[int, list[Edge]] = {}  # what recurrent functions of torch's were given
+        self.held = Held()
         self.unseen: dict[tuple[str, ...], Unseen] = {}
 
     def saw_stock(self, given: Iterable[Tensor], results: Iterable[Tensor]) -> None:
@@ -63,26 +83,73 @@ class Watch:
         weights = {place: key for place, key in weights.items() if key in self.names}
         states = {p for p, number in enumerate(graph.numbers) if number in self.states}
         for found in recurrences(graph, chains(graph, weights, states)):
-            self._note(found, [self.names[weights[chain.weight]] for chain in found.chains])
+            self._found(graph, found, [self.names[weights[c.weight]] for c in found.chains])
+        self.walked.update(graph.numbers)
+        self.held.clear()
 
     def close(self) -> None:
         """Let go of the user's graph."""
         self.given.clear()
+        self.held.clear()
+
+    # -- one recurrence ----------------------------------------------------------------------
+
+    def _found(self, graph: Unrolled, found: Recurrence, names: list[str]) -> None:
+        """Take a loop up, or note that it is in no track and why."""
+        path, loop = self.place_of(names)
+        try:
+            steps, rows = self._states(graph, found)
+        except NoState as error:
+            self._note(found, names, path, loop, str(error))
+            return
+        name = path or "loop"
+        if self.owner.wants_track(name):
+            known = self._called(steps) or _names(loop, len(steps.edges[0]))
+            cell = type(self.modules[path]).__name__
+            self.taken.update(n._sequence_nr() for edges in steps.edges for n, _ in edges)
+            track = take_up(self.marks, name, cell, steps, known, rows)
+            track.notes += [EARLY] if steps.ends_early else []
+
+    def _states(
+        self, graph: Unrolled, found: Recurrence
+    ) -> tuple[Steps, list[list[Tensor]]]:
+        uses = {place for chain in found.chains for place in chain.depth}
+        if any(graph.numbers[place] in self.walked for place in uses):
+            raise NoState("an earlier backward went through it that was not recorded")
+        taken = {p: 0 for p, number in enumerate(graph.numbers) if number in self.taken}
+        if any(since < FAR for place, since in enumerate(earliest(graph, taken)) if place in uses):
+            raise NoState("a backward ran in the middle of it")
+        steps = steps_of(graph, found)
+        checked(graph, steps)
+        return steps, rows_of(Values(graph, self.held.tensors), steps)
+
+    def _called(self, steps: Steps) -> list[str]:
+        """What the user's variables of the states were called in a middle step, if all are known."""
+        edges = steps.edges[len(steps.edges) // 2]
+        names = [self.held.names.get(edge, "") for edge in edges]
+        return names if all(names) and len(set(names)) == len(names) else []
 
     # -- words -------------------------------------------------------------------------------
 
-    def _note(self, found: Recurrence, names: list[str]) -> None:
+    def _note(
+        self,
+        found: Recurrence,
+        names: list[str],
+        path: str,
+        loop: sources.Found | None,
+        reason: str,
+    ) -> None:
         key = tuple(sorted(names))
         known = self.unseen.get(key)
         if known is not None and known.steps >= found.steps:
             return
-        path, loop = self.place_of(names)
         self.unseen[key] = Unseen(
             module=path or type(self.model).__name__,
             weights=tuple(names),
             steps=found.steps,
             line=loop.where if loop is not None else "",
             insert=sources.insertion(loop),
+            reason=reason,
         )
 
     def place_of(self, names: list[str]) -> tuple[str, sources.Found | None]:
@@ -92,14 +159,28 @@ class Watch:
         common = [n[0] for n in takewhile(lambda level: len(set(level)) == 1, levels)]
         for depth in range(len(common), -1, -1):
             path = ".".join(common[:depth])
-            module = self.modules.get(path)
-            if module is None or type(module).__module__.startswith(sources.STOCK):
+            if not self._is_users(path):
                 continue
             attributes = {name.split(".")[depth] for name in names}
-            loop = sources.find(module, attributes, _frames() if not depth else ())
+            loop = sources.find(self.modules[path], attributes, _frames() if not depth else ())
             if loop is not None:
                 return path, loop
+        while common and not self._is_users(".".join(common)):
+            common = common[:-1]
         return ".".join(common), None
+
+    def _is_users(self, path: str) -> bool:
+        module = self.modules.get(path)
+        return module is not None and not type(module).__module__.startswith(sources.STOCK)
+
+
+def _names(loop: sources.Found | None, count: int) -> list[str]:
+    """Names of states in the order in which they are made."""
+    if loop is not None and len(loop.carried) == count and (loop.certain or count == 1):
+        names = [name.rpartition(".")[2] for name in loop.carried]
+        if all(name.isidentifier() for name in names) and len(set(names)) == count:
+            return names
+    return ["h"] if count == 1 else [f"s{i}" for i in range(count)]
 
 
 def _node_of(root: Any) -> Any:
