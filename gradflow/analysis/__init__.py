@@ -42,7 +42,8 @@ sum_rule            (side)                         sum of all exponents as "meas
                                                    no closed form is known
 log10_grad          (state, unit, back)            |∂L/∂s_t| of the last loss step, rms over sequences
                                                    aligned at that step (back = 0), divided by the
-                                                   layer's own rms value there; log10
+                                                   layer's own rms value there; log10. Where grad_norm
+                                                   of kind "last" is NaN, of the whole loss instead
 unit_order          (state, unit)                  units sorted, longest memory first
 grad_norm           (kind, state, step)            median over sequences of ‖∂L/∂s_t‖₂; kind is
                                                    "total", "direct" (h only) or "last"; input-time order

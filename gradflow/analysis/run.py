@@ -178,6 +178,8 @@ class Analysis:
 def _horizon(layer: LayerAnalysis) -> str:
     if layer.horizon is not None:
         return str(layer.horizon)
+    if layer.searched == 0:
+        return "none"
     return "never" if layer.never_gone else f"> {layer.searched}"
 
 

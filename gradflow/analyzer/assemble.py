@@ -31,6 +31,7 @@ from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.analyzer.triangle import triangle
+from gradflow.analyzer.unmeasured import without_gains
 from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.recording import Recording, Track
@@ -69,7 +70,9 @@ def analyze(
 
     Returns:
         An `Analysis`, layer name -> `LayerAnalysis`: rate in nats per step, half-life and horizon in
-        steps, channels, verdict, findings, and every array in ``.data``.
+        steps, channels, verdict, findings, and every array in ``.data``. A layer whose step
+        Jacobians are not known has the label "no gains": totals and states, no rate, and a sentence
+        that says why.
 
     Raises:
         RecordingError: nothing was recorded.
@@ -103,14 +106,14 @@ def analyze(
 
 
 def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAnalysis], list[str]]:
-    """All layers that can be measured, and a sentence on each that cannot."""
+    """All layers whose states can be read, and a sentence on each whose states cannot."""
     layers: dict[str, LayerAnalysis] = {}
     refused: dict[str, RecordingError] = {}
     for track in recording:
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
                 layers[track.name] = _layer(track, settings)
-        except RecordingError as error:  # its Jacobians or its replay are not to be had
+        except RecordingError as error:  # its replay is not to be had
             refused[track.name] = error
     if not layers:
         raise next(iter(refused.values()))
@@ -128,7 +131,10 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     """Measure one layer in one direction, then judge it and put it into words."""
     withheld = track.has_gradient and track.parity.status == "failed"
     weight = watcher(track)
-    core = measure(track, settings, withheld=withheld, watch=weight)
+    try:
+        core = measure(track, settings, withheld=withheld, watch=weight)
+    except RecordingError as error:  # no step Jacobians; what needs none is shown all the same
+        core, weight = without_gains(track, settings, str(error)), None
 
     # what the loss sees
     seen = profile(track, withheld)
@@ -201,13 +207,15 @@ def _labels(m: Measured) -> tuple[str, ...]:
     if longest == 1:
         return ("no recurrence", "short")
     found = {
+        "no gains": bool(m.no_gains),
         "not finite": not m.finite.all(),
         # growth that goes on is no transient
         "transient growth": m.curve.transient_growth and m.verdict.name != "exploding",
         "not exponential": decays_as_power(m.log_curves),
         "range-limited": _leaves_range(m.track, m.maps),
         "short": longest < SHORT,
-        "one sequence": int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1,
+        "one sequence": not m.no_gains
+        and (int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1),
     }
     return tuple(label for label, holds in found.items() if holds)
 

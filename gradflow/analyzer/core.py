@@ -50,6 +50,7 @@ class Core:
     maps: plan.Maps
     curve: LagCurve
     ranks: Ranks
+    no_gains: str  # why no gains could be measured, "" where they were
 
     @property
     def log_curves(self) -> np.ndarray:
@@ -61,7 +62,7 @@ def measure(
     track: Track, settings: Settings, *, withheld: bool, watch: WeightGrowth | None = None
 ) -> Core:
     """How fast every sequence grows or fades, and the maps of a few."""
-    span = settings.span or max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+    span = span_of(track, settings)
     finite = finite_sequences(track)
     growth = growth_of(track, settings, watch)
     rates = growth.exponents[:, 0].numpy().copy()
@@ -81,7 +82,13 @@ def measure(
         maps=maps,
         curve=lag_curve(maps.log_gain["spectral"], maps.sources),
         ranks=measure_ranks(track, mapped, span, CHANNEL_WORK / settings.layers),
+        no_gains="",
     )
+
+
+def span_of(track: Track, settings: Settings) -> int:
+    """The distance of interest in steps: as asked for, or the median length."""
+    return settings.span or max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
 
 
 def finite_sequences(track: Track) -> np.ndarray:

@@ -84,6 +84,8 @@ def _inconclusive(e: Evidence) -> str:
         return "ran for one step only: no recurrence is exercised, so there is nothing to measure"
     if "not finite" in e.labels:
         return "holds NaN or Inf: no rate can be given until its values are finite"
+    if e.no_gains:
+        return f"gets no verdict, since its gains are not known: {e.no_gains}"
     if math.isnan(e.rate.value):
         return "has no step without a cut to measure: no rate can be given"
     if math.isnan(e.rate.low):
@@ -122,10 +124,12 @@ def _headline(e: Evidence) -> str:
         return "one step only, so no recurrence to measure"
     if "not finite" in e.labels:
         return "NaN or Inf, so no rate can be given"
+    if e.no_gains:
+        return "no verdict, its gains are not known"
     if e.verdict.name == "dead":
         return f"exact zeros cut every path{_within(e)}"
     profile = e.main_profile
-    if e.gradient_note or not np.isfinite(profile).any():
+    if e.gradient_note or e.profile.whole or not np.isfinite(profile).any():
         return _by_gain(e)
     if np.isnan(profile[:, 1:]).all():
         return _by_gain(e)  # the loss reads the first step alone, or a cut lies right before it

@@ -218,7 +218,7 @@ class Recorder:
             return
         notes: list[str] = []
         if chain.sizes == [1] and call.batch_sizes is None:
-            chain.lengths = self.lengths.of_loop()
+            chain.lengths = self.lengths.of_steps(chain.batch)
             notes += self.lengths.notes
         loop = Loop(chain)
         replay = loop.groups[0].replay

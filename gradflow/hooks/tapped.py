@@ -302,9 +302,7 @@ class TapSource:
         """
         reason = self.why_no_operator()
         if reason:
-            raise RecordingError(
-                f"step Jacobians of {self.name} must be read when its state comes back, got {reason}"
-            )
+            raise RecordingError(f"{self.name}: its step Jacobians are not known: {reason}")
         device = self.marks[0].cut.device
         chosen = sequences.to(device)
         first = self.marks[0]

@@ -53,6 +53,8 @@ LABELS = {  # in plain words; a page explains those it shows
     "depends on the input": "The verdict is not the same under all probes; your own data decides.",
     "no recurrence": "One step only: no state was handed on.",
     "not finite": "NaN or infinity occurs, so no rate can be given.",
+    "no gains": "How one step's state depends on the one before is not known; states and gradients of "
+    "the loss are shown all the same.",
     "not exponential": "The gain falls or grows fast at first and ever more slowly later, as a power of "
     "the distance: read the curve, not the rate or the half-life.",
     "one sequence": "The interval is over sequences, and a single one has none.",

@@ -35,6 +35,7 @@ class Heat:
     broken: str  # where NaN or Inf begin, or ""
     labels: tuple[str, ...] = ()  # of the steps 0, 1, … back from the loss; none: their numbers
     beyond: int = 0  # how many columns on the left have no step so far back
+    whole: bool = False  # of the whole loss, since its last step alone is not known
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,15 @@ def heat(layer: LayerAnalysis, state: str | None = None) -> Heat:
         broken=_broken(layer, bad),
         labels=_labels_back(layer),
         beyond=_beyond(values, bad_blocks),
+        whole=is_whole(layer),
     )
+
+
+def is_whole(layer: LayerAnalysis) -> bool:
+    """Whether the profile is that of the whole loss: its last step alone is not known."""
+    norms = layer.data["grad_norm"]
+    known = ~np.isnan(layer.data["log10_grad"].values).all()
+    return bool(known and np.isnan(norms.sel(kind="last").values).all())
 
 
 def _beyond(values: np.ndarray, bad: np.ndarray) -> int:
@@ -109,7 +118,8 @@ def _beyond(values: np.ndarray, bad: np.ndarray) -> int:
 
 def _labels_back(layer: LayerAnalysis) -> tuple[str, ...]:
     """Labels from the loss step backwards; none for several sequences, aligned at steps of their own."""
-    norms = layer.data["grad_norm"].sel(kind="last").values  # (state, step)
+    kind = "total" if is_whole(layer) else "last"
+    norms = layer.data["grad_norm"].sel(kind=kind).values  # (state, step)
     reached = np.flatnonzero((norms != 0).any(axis=0) & ~np.isnan(norms).all(axis=0))
     if layer.sequences != 1 or not layer.step_labels or not len(reached):
         return ()
@@ -122,10 +132,7 @@ def _missing(layer: LayerAnalysis, raw: np.ndarray, bad: np.ndarray) -> str:
     if layer.gradient_note:
         return layer.gradient_note
     if raw.size == 0 or (np.isnan(raw).all() and not bad.any()):
-        return (
-            "The gradient of the last loss step alone was not measured for this layer; "
-            "record a backward, for cells of your own with record(model, jacobians=True)."
-        )
+        return "The gradient of the loss was not measured for this layer; record a backward."
     return ""
 
 
@@ -163,10 +170,15 @@ def lag_line(layer: LayerAnalysis) -> LagLine:
         dot=dot,
         words=words,
         zero_from=zero_from,
-        note=("one step: no distance to measure" if layer.steps <= 1 else "no finite gain to show")
-        if nothing
-        else "",
+        note=_no_curve(layer) if nothing else "",
     )
+
+
+def _no_curve(layer: LayerAnalysis) -> str:
+    """Why there is no lag curve."""
+    if layer.steps <= 1:
+        return "one step: no distance to measure"
+    return "gains are not known" if "no gains" in layer.labels else "no finite gain to show"
 
 
 def _floor(values: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ __all__ = ["FINDERS", "SPOILERS", "Finder", "findings"]
 
 Finder = Callable[[Evidence], Iterator[Finding]]
 SPOILERS: tuple[Finder, ...] = (not_finite, no_recurrence, parity_failed)
+WITHOUT_GAINS: tuple[Finder, ...] = (*SPOILERS, cut)  # a cause needs a verdict
 FINDERS: tuple[Finder, ...] = (
     *SPOILERS,
     dead,
@@ -46,5 +47,7 @@ FINDERS: tuple[Finder, ...] = (
 
 def findings(evidence: Evidence) -> tuple[Finding, ...]:
     """Every finding on one layer, the most telling first."""
-    finders = SPOILERS if "not finite" in evidence.labels else FINDERS
+    finders = WITHOUT_GAINS if evidence.no_gains else FINDERS
+    if "not finite" in evidence.labels:
+        finders = SPOILERS
     return tuple(finding for find in finders for finding in find(evidence))

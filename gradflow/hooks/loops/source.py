@@ -66,7 +66,7 @@ class LoopSource:
         ]
 
     def _single(self) -> LayerSource | None:
-        plain = len(self.calls) == 1 and self.loop.chain.lengths is None
+        plain = len(self.calls) == 1 and self.loop.chain.lengths is None  # also where it is packed
         return self._layers()[0] if plain else None
 
     def _in_time(self, arrays: list[Tensor]) -> Tensor:
@@ -74,17 +74,16 @@ class LoopSource:
 
     def _trimmed(self, array: Tensor) -> Tensor:
         dtype = self.calls[0].returned["output"].dtype
-        return trimmed(array.to(dtype), self.loop.chain.lengths)
+        return trimmed(array.to(dtype), self.loop.chain.real)
 
     def forward(self) -> Forward:
         """States, gates and inputs."""
         parts = [part.forward() for part in self._layers()]
         if self._single() is not None:
             return parts[0]
-        first = self.loop.groups[0]
         return Forward(
             states={n: self._in_time([p.states[n] for p in parts]) for n in parts[0].states},
-            initial={n: state[first.columns(0)] for n, state in parts[0].initial.items()},
+            initial={n: self.loop.initial([p.initial[n] for p in parts]) for n in parts[0].initial},
             gates={n: self._in_time([p.gates[n] for p in parts]) for n in parts[0].gates},
             inputs=self._in_time([p.inputs for p in parts if p.inputs is not None]),
         )
@@ -112,8 +111,8 @@ class LoopSource:
         if arrives is None:
             return None
         time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
-        if self.loop.chain.lengths is not None:
-            arrives &= time < self.loop.chain.lengths.to(arrives.device)
+        if self.loop.chain.real is not None:
+            arrives &= time < self.loop.chain.real.to(arrives.device)
         chosen = torch.where(arrives, time, -1).max(0).values.unsqueeze(0)
         dtype = self.loop.groups[0].replay.work_dtype
         return self._pulled(chosen, dtype, self._every(), self._trimmed)
@@ -135,7 +134,7 @@ class LoopSource:
             return single.loss_steps(sequences, loss_steps, dtype)
         every = self._every()
         sequences, loss_steps = sequences.to(every.device), loss_steps.to(every.device)
-        lengths = self.loop.chain.lengths
+        lengths = self.loop.chain.real
         count = len(loss_steps)
         if lengths is not None:
             lengths = lengths.to(every.device)[sequences].repeat(count)
