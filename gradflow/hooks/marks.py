@@ -34,7 +34,7 @@ class Owner(Protocol):
     def scale(self) -> float: ...
     def wants_track(self, name: str) -> bool: ...
     def add_track(self, base: str, track: Track) -> None: ...
-    def marked_at(self, edges: Iterable[Edge]) -> None: ...
+    def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None: ...
 
 
 @dataclass(eq=False)
@@ -107,7 +107,7 @@ class Marks:
         if self.wanted(place) and not mark.unknown and not mark.within_known:
             self.read_within(end.source, place, mark)
         self.owner.handles += end.source.listen(mark, place.edges)
-        self.owner.marked_at(place.edges.values())
+        self.owner.marked_at(place.edges.values(), end.source)
         end.since = end.place.since if end.place.edges else end.number
         end.older |= end.place.nodes
         if bool(mark.cut.all()):

@@ -86,7 +86,7 @@ class Observer(Protocol):
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
     ) -> None: ...
     def saw_scaler(self, scaler: torch.amp.GradScaler) -> None: ...
-    def before_backward(self, roots: tuple[Any, ...]) -> None: ...
+    def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None: ...
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def left(self, call: Any, result: Any) -> None: ...
 
@@ -206,12 +206,13 @@ def _watched_scale(original: Callable[..., Any]) -> Callable[..., Any]:
 @functools.lru_cache(maxsize=64)
 def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
     @untraced
-    def heard(outputs: Any) -> None:
+    def heard(outputs: Any, args: tuple[Any, ...]) -> None:
+        create_graph = len(args) > 2 and bool(args[2])  # after grad_tensors and retain_graph
         for observer in observers_here():
-            observer.before_backward(tuple(outputs))
+            observer.before_backward(tuple(outputs), create_graph)
 
     def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        heard(outputs)
+        heard(outputs, args)
         return original(outputs, *args, **kwargs)
 
     return _traced_as(original, functools.wraps(original)(run_backward))

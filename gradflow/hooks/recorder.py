@@ -121,22 +121,21 @@ class Recorder:
         if self.scaler is None and scaler.is_enabled():
             self.scalers_scale = scaler.get_scale
 
-    def before_backward(self, roots: tuple[Any, ...]) -> None:
+    def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None:
         """A backward is about to run from these tensors: their graph is complete, nothing is freed."""
         if not within_a_backward():
-            self.watch.before_backward(roots)
+            self.watch.before_backward(roots, create_graph)
 
-    def marked_at(self, edges: Iterable[Edge]) -> None:
+    def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None:
         """States of a track sit at these edges of the graph."""
-        self.watch.marked(edges)
+        self.watch.marked(edges, source)
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that may be a cell of the user's own is called."""
-        call = self.own.entered(module, args, kwargs)
-        if call is not None and torch.is_grad_enabled():
-            self.watch.held.hold(call.given.tensors.values())
+        if torch.is_grad_enabled():
+            self.watch.held.hold(leaves((args, kwargs)).values())
             self.watch.held.hold_locals()
-        return call
+        return self.own.entered(module, args, kwargs)
 
     def left(self, call: Any, result: Any) -> None:
         """That call is over; result is None where it raised."""
@@ -161,6 +160,11 @@ class Recorder:
         for track in tracks:
             self.recording.drop(track)
             self.runs[track.name.partition("@")[0]] -= 1
+
+    def drop_sources(self, sources: list[TapSource]) -> None:
+        """Forget the loops over modules that turned out to be only part of a step."""
+        self.drop_tracks([track for track in self.recording if track.source in sources])
+        self.own.ignore(sources)
 
     def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
         task = torch._C._current_graph_task_id()

@@ -93,6 +93,7 @@ class TapSource:
     graph_tasks: set[int] = field(default_factory=set)
     second_order: bool = False
     ran_backward: bool = False
+    part_of_a_step: bool = False  # other terms are added to what the cell returns
     words_: Words | None = None  # how to speak of it, where the name of the cell does not tell
 
     @property

@@ -204,6 +204,13 @@ class OwnCells:
             if not cell.tracks
         }
 
+    def ignore(self, sources: list[TapSource]) -> None:
+        """The modules of these loops are no cells."""
+        for cell in self._cells.values():
+            if any(track.source in sources for track in cell.tracks):
+                cell.ignored = True
+                cell.tracks.clear()
+
     def _tell_outer(self, path: str, results: list[Tensor]) -> None:
         for call in self._under_way:
             call.inner[path] = results

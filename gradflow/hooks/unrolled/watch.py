@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.graph import Edge, edge_of
 from gradflow.hooks.marks import Marks, Owner
+from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
 from gradflow.hooks.unrolled.crossing import FAR, earliest
@@ -33,7 +34,7 @@ FRAMES = 24  # how far up the code that called backward is looked for
 class WatchOwner(Owner, Protocol):
     """The recorder, as far as loops written by hand need it."""
 
-    def wants_track(self, name: str) -> bool: ...
+    def drop_sources(self, sources: list[TapSource]) -> None: ...
 
 
 class Watch:
@@ -48,9 +49,11 @@ class Watch:
             id(parameter): clean(name)
             for name, parameter in model.named_parameters(remove_duplicate=False)
         }
-        self.states: set[int] = set()  # numbers of nodes that made states of some track
+        # numbers of nodes that made states of some track -> its source, None for torch's own
+        self.states: dict[int, TapSource | None] = {}
         self.taken: set[int] = set()  # the same of loops that were taken up here
         self.walked: set[int] = set()  # numbers of nodes of earlier backwards
+        self.differentiated: set[int] = set()  # of those whose backward made a graph of its own
         self.given: dict[int, list[Edge]] = {}  # what recurrent functions of torch's were given
         self.held = Held()
         self.unseen: dict[tuple[str, ...], Unseen] = {}
@@ -62,18 +65,20 @@ class Watch:
             if result.grad_fn is not None:
                 number = result.grad_fn._sequence_nr()
                 self.given[number] = edges
-                self.states.add(number)
+                self.states[number] = None
 
-    def marked(self, edges: Iterable[Edge]) -> None:
+    def marked(self, edges: Iterable[Edge], source: TapSource) -> None:
         """These are states of a track."""
-        self.states.update(node._sequence_nr() for node, _ in edges)
+        self.states.update((node._sequence_nr(), source) for node, _ in edges)
 
-    def before_backward(self, roots: Iterable[Any]) -> None:
+    def before_backward(self, roots: Iterable[Any], create_graph: bool) -> None:
         """Look at the graph of a backward that is about to run."""
         nodes = [node for root in roots if (node := _node_of(root)) is not None]
         try:
             graph = Unrolled(nodes, self.given)
         except TooLarge:
+            return
+        if self._is_second_order(graph):
             return
         weights = {
             place: id(node.variable)
@@ -81,11 +86,25 @@ class Watch:
             if graph.is_leaf(place) and hasattr(node, "variable")
         }
         weights = {place: key for place, key in weights.items() if key in self.names}
-        states = {p for p, number in enumerate(graph.numbers) if number in self.states}
+        states = {p for p, number in enumerate(graph.numbers) if self._is_state(number)}
         for found in recurrences(graph, chains(graph, weights, states)):
             self._found(graph, found, [self.names[weights[c.weight]] for c in found.chains])
         self.walked.update(graph.numbers)
+        if create_graph:
+            self.differentiated.update(graph.numbers)
         self.held.clear()
+
+    def _is_second_order(self, graph: Unrolled) -> bool:
+        """Whether a gradient is part of what is differentiated: such a graph holds every use twice."""
+        return not self.differentiated.isdisjoint(
+            number for place, number in enumerate(graph.numbers) if not graph.is_leaf(place)
+        )
+
+    def _is_state(self, number: int) -> bool:
+        if number not in self.states:
+            return False
+        source = self.states[number]
+        return source is None or not source.part_of_a_step
 
     def close(self) -> None:
         """Let go of the user's graph."""
@@ -97,6 +116,7 @@ class Watch:
     def _found(self, graph: Unrolled, found: Recurrence, names: list[str]) -> None:
         """Take a loop up, or note that it is in no track and why."""
         path, loop = self.place_of(names)
+        self._drop_parts(graph, found)
         try:
             steps, rows = self._states(graph, found)
         except NoState as error:
@@ -109,6 +129,14 @@ class Watch:
             self.taken.update(n._sequence_nr() for edges in steps.edges for n, _ in edges)
             track = take_up(self.marks, name, cell, steps, known, rows)
             track.notes += [EARLY] if steps.ends_early else []
+
+    def _drop_parts(self, graph: Unrolled, found: Recurrence) -> None:
+        """Forget the loops over modules that are only part of a step of this one."""
+        ends = [chain.numbers(graph) for chain in found.chains]
+        first, last = min(start for start, _ in ends), max(end for _, end in ends)
+        numbers = (n for n in graph.numbers if first <= n <= last and n in self.states)
+        sources = {id(s): s for n in numbers if (s := self.states[n]) is not None}
+        self.owner.drop_sources([s for s in sources.values() if s.part_of_a_step])
 
     def _states(
         self, graph: Unrolled, found: Recurrence
