@@ -153,6 +153,19 @@ def truncated() -> Recording:
     return recording
 
 
+def by_hand() -> Recording:
+    inner, outer = nn.Linear(3, 4), nn.Linear(4, 4)
+    model = nn.ModuleList([inner, outer])
+
+    def run() -> Tensor:
+        h = torch.zeros(2, 4)
+        for x_t in data():
+            h = torch.tanh(inner(x_t) + outer(h))
+        return h
+
+    return recorded(model, run)
+
+
 def tapped() -> Recording:
     weight = nn.Linear(4, 4)
 
@@ -219,6 +232,11 @@ SUPPORTED = [
         "found by the state that they return and take again (peephole, coupled gates, layer norm, any "
         "signature)",
         own_cell,
+    ),
+    Supported(
+        "loops by hand",
+        "by themselves, where a backward runs through them and what crosses from step to step can be told",
+        by_hand,
     ),
     Supported("loops by hand", "that mark their states with `gradflow.tap`", tapped),
     Supported(
@@ -350,9 +368,17 @@ def batch_normed() -> str:
     return said(recorded(norm, run)["loop"].operator)
 
 
-def no_loop() -> str:
-    model = nn.Linear(3, 4)
-    return said(lambda: recorded(model, lambda: model(data())))
+def growing_memory() -> str:
+    model = nn.Linear(4, 4)
+
+    def run() -> Tensor:
+        h, memory = torch.ones(2, 4), []
+        for _ in range(5):
+            memory.append(model(h))
+            h = torch.stack(memory).mean(0)
+        return h
+
+    return said(lambda: recorded(model, run))
 
 
 REFUSED = [
@@ -375,10 +401,10 @@ REFUSED = [
         nobodys_weights,
     ),
     Refused(
-        "a loop with neither a known cell nor a tap",
-        "nothing",
-        "mark its states: h, c = gradflow.tap(h=h, c=c) inside the loop",
-        no_loop,
+        "a loop by hand without a tap that carries a growing memory, or whose states cannot be told",
+        "its weights, steps and line",
+        "it was not taken up by itself",
+        growing_memory,
     ),
     Refused(
         "a model that runs without gradient",

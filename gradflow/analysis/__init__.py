@@ -85,7 +85,7 @@ grad_input_norm     (step)                         median over sequences of â€–â
 """
 
 from gradflow.analysis.frames import FRAMES, HEADLINE
-from gradflow.analysis.results import Finding, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.results import Alone, Finding, LayerAnalysis, Prediction, Rate
 from gradflow.analysis.run import Analysis, checked_labels, load
 from gradflow.analysis.saved import SCHEMA
 
@@ -93,6 +93,7 @@ __all__ = [
     "FRAMES",
     "HEADLINE",
     "SCHEMA",
+    "Alone",
     "Analysis",
     "Finding",
     "LayerAnalysis",

@@ -15,6 +15,7 @@ from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
+from gradflow.analyzer.closed import judged, told_once, with_alone
 from gradflow.analyzer.contributions import contributions
 from gradflow.analyzer.core import channels, half_life, measure
 from gradflow.analyzer.curve import finite_extremes
@@ -102,6 +103,7 @@ def analyze(
         layers=layers,
         warnings=(*refused, *warnings_of(recording, layers)),
         provenance=dict(recording.provenance) | provenance_of(layers, settings),
+        unseen=recording.unseen,
     )
 
 
@@ -112,7 +114,8 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
     for track in recording:
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
-                layers[track.name] = _layer(track, settings)
+                shown, loop = judged(recording, track)
+                layers[track.name] = with_alone(track, _layer(shown, loop, settings), settings)
         except RecordingError as error:  # its replay is not to be had
             refused[track.name] = error
     if not layers:
@@ -121,18 +124,21 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
         f"{name} is not in this report: {str(error).removeprefix(f'{name}: ')}"
         for name, error in refused.items()
     ]
-    return with_flow(recording, layers), said
+    return with_flow(recording, told_once(recording, layers)), said
 
 
 # ------------------------------------------------------------------------------------- one layer
 
 
-def _layer(track: Track, settings: Settings) -> LayerAnalysis:
-    """Measure one layer in one direction, then judge it and put it into words."""
+def _layer(track: Track, loop: Track, settings: Settings) -> LayerAnalysis:
+    """Measure one layer in one direction, then judge it and put it into words.
+
+    loop is the track whose gains are its verdict: itself, if it is no part of a closed loop.
+    """
     withheld = track.has_gradient and track.parity.status == "failed"
     weight = watcher(track)
     try:
-        core = measure(track, settings, withheld=withheld, watch=weight)
+        core = measure(loop, settings, withheld=withheld, watch=weight)
     except RecordingError as error:  # no step Jacobians; what needs none is shown all the same
         core, weight = without_gains(track, settings, str(error)), None
 
@@ -162,10 +168,10 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     evidence = Evidence(
         **vars(measured),
         alone=settings.layers == 1,
-        size=state_size(track),
+        size=state_size(loop),
         labels=labels,
         half_life=half_life(core.rate, core.curve, labels),
-        channels=channels(track, core.ranks.singular),
+        channels=channels(loop, core.ranks.singular),
         gradient_note=gradient_note(track) or ("" if grows else arrives_elsewhere(seen)),
         data=dataset(measured),
     )

@@ -95,7 +95,7 @@ def finite_sequences(track: Track) -> np.ndarray:
     """(B,) whether every real state of a sequence, its initial one included, is finite."""
     finite = torch.ones(track.batch, dtype=torch.bool)
     real = track.mask.cpu()
-    for values in track.states.values():
+    for values in track.seen_states.values():
         finite &= (torch.isfinite(values.cpu()).all(-1) | ~real).all(0)
     for values in track.initial.values():
         finite &= torch.isfinite(values.cpu()).all(-1)
@@ -112,7 +112,7 @@ def growth_of(track: Track, settings: Settings, watch: WeightGrowth | None) -> G
     wide = qr_seconds(length, batch, size, 1) > 2 * allowed
     operator = operator_of(track, torch.float32 if wide else torch.float64)
     cuts = cuts_before(track).diff(dim=0, prepend=torch.zeros(1, batch, dtype=torch.int)) > 0
-    cuts[0] |= not track.initial  # what leads into the first state was not seen
+    cuts[0] |= not track.first_step_seen  # what leads into the first state was not seen
     return log_growth(
         operator,
         track.lengths,

@@ -105,7 +105,9 @@ def _notes(track: Track) -> list[str]:
     chain = source.loop.chain
     notes = []
     reason = source.loop.why_no_operator()
-    if reason:
+    if chain.closed is not None:
+        notes.append(chain.closed.note(track.name))
+    elif reason:
         notes.append(f"its step Jacobians and last loss step alone are not known: {reason}")
     elif any(link is not None and link.around is not None for link in chain.links):
         notes.append(
@@ -123,6 +125,8 @@ def _misleading(recorder: Recorder) -> list[str]:
     if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
         found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
     if len(recorder.recording):  # without a track they are why there is none
+        hidden = recorder.out_of_reach()
+        found += [mistakes.out_of_reach(hidden)] if hidden else []
         found += [one.sentence for one in recorder.recording.unseen]
     unseen, _ = _unseen(recorder)
     return found + ([circumstances.not_seen(unseen)] if unseen else [])
@@ -145,7 +149,12 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
         recorder.layers,
         ran_some,
         ran,
-        recorder.own.without_state,
+        mistakes.CellsThatRan(
+            recorder.own.without_state,
+            {} if recorder.watch.walked else recorder.own.loops_inside(),
+            recorder.own.kept_inside(),
+            recorder.out_of_reach(),
+        ),
         recorder.strangers,
         recorder.own.unseen or recorder.own.model_unseen,
         recording.unseen,
@@ -156,6 +165,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
     ]
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
+        track.inputs_unknown = recorder.closed.given.unknown(track)
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
     recording.notes += circumstances.without_dropout(recorder.model)

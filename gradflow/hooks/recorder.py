@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
+from gradflow.hooks.closed.watch import ClosedLoops
 from gradflow.hooks.copies import Copies
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.lengths import GivenLengths, Lengths
@@ -26,7 +27,7 @@ from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.patch import CellCall, FusedCall
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.taps import Taps
-from gradflow.hooks.unrolled.watch import Watch, within_a_backward
+from gradflow.hooks.unrolled.watch import Watch
 from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers
 from gradflow.recording import Recording, Track, Unseen, matches_any
 
@@ -57,6 +58,7 @@ class Recorder:
         self.strangers: dict[str, None] = {}  # recurrent calls that are not the model's, in words
         self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
         self.stitcher = Stitcher()
+        self.closed = ClosedLoops(self)
         self.taps = Taps(self)
         self.watch = Watch(self, model)
         self._copies = Copies(self.lengths, lambda weight: self.uses.key(weight, self.scale))
@@ -96,7 +98,7 @@ class Recorder:
         if owner is not None and not seen.initial[0].numel():
             self.own.unseen[owner or seen.cell] = NO_SEQUENCE
         elif owner is not None:
-            self._admit(self._copies.call(seen, owner), seen.initial, seen.results)
+            self._admit(self._copies.call(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
             self.watch.saw_stock((seen.data, *seen.initial), seen.results)
 
@@ -106,7 +108,7 @@ class Recorder:
         if owner is not None and not seen.initial[0].numel():
             self.own.unseen[owner or "cell"] = NO_SEQUENCE
         elif owner is not None:
-            self._admit(self._copies.step(seen, owner), seen.initial, seen.results)
+            self._admit(self._copies.step(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
             self.watch.saw_stock((seen.data, *seen.initial), seen.results)
 
@@ -123,7 +125,8 @@ class Recorder:
 
     def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None:
         """A backward is about to run from these tensors: their graph is complete, nothing is freed."""
-        if not within_a_backward():
+        if torch._C._current_graph_task_id() == -1:
+            self.closed.decide(roots)
             self.watch.before_backward(roots, create_graph)
 
     def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None:
@@ -166,7 +169,17 @@ class Recorder:
         self.drop_tracks([track for track in self.recording if track.source in sources])
         self.own.ignore(sources)
 
-    def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+    def in_closed_loop(self) -> bool:
+        """Whether some stock layer's input depends on its own earlier state."""
+        return bool(self.closed.loops)
+
+    def _admit(
+        self,
+        call: Call,
+        data: Tensor,
+        initial: tuple[Tensor, ...],
+        results: tuple[Tensor, ...],
+    ) -> None:
         task = torch._C._current_graph_task_id()
         if task != -1:
             known = self._recomputed(call)
@@ -179,8 +192,10 @@ class Recorder:
             return
         self._listen(call, results)
         self.calls.append(call)
-        chain, new = self.stitcher.place(call, initial, results)
-        if new:
+        chain, end = self.stitcher.place(call, initial, results)
+        if end is not None:
+            self.closed.saw(chain, end, data)
+        if len(chain.calls) == 1:
             self._add_tracks(chain)
         elif _goes_around(chain):
             for name, tensor in zip("hc", initial, strict=False):
@@ -264,8 +279,18 @@ class Recorder:
             or any(matches_any(name, self.layers) for name in (one.module, *one.weights))
         )
 
+    def out_of_reach(self) -> list[str]:
+        """Torch's own layers that a backward went through, though no call of theirs was seen."""
+        seen = {call.owner for call in self.calls}
+        return [
+            f"{path or type(module).__name__} ({type(module).__name__})"
+            for path, module in self.watch.fused.items()
+            if path not in seen
+        ]
+
     def close(self) -> None:
         """Stop listening; the recording keeps what it has."""
+        self.closed.close()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

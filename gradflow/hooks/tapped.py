@@ -321,6 +321,9 @@ class TapSource:
             matrices.append(matrix)
         return Dense(matrices, dtype)
 
+    def alone(self) -> None:
+        """There is no other reading: what goes into the steps was not seen."""
+
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""
         return Parity(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,17 @@ class Unseen:
     line: str  # "file.py:12" of the loop, "" where its source is not to be had
     insert: str  # the line of code that makes it a track
     reason: str = ""  # why it was not taken up without that line
+
+    @staticmethod
+    def of(read: Mapping[str, Any]) -> Unseen:
+        """The same, read back from a file.
+
+        >>> from gradflow.recording import Unseen
+        >>> read = {"module": "rnn", "weights": ["rnn.h.weight"], "steps": 9, "line": "", "insert": "…"}
+        >>> Unseen.of(read).weights
+        ('rnn.h.weight',)
+        """
+        return Unseen(**{**read, "weights": tuple(read["weights"])})
 
     @property
     def sentence(self) -> str:

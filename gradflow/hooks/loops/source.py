@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,17 @@ class LoopSource:
     def version(self) -> int:
         """How many backwards reached the calls."""
         return self.loop.chain.version
+
+    @property
+    def closed(self) -> Any:
+        """The `ClosedLoop` that the calls are a part of, if any."""
+        return self.loop.chain.closed
+
+    def alone(self) -> LoopSource | None:
+        """The same layer with its inputs held fixed, if it is part of a closed loop."""
+        if self.closed is None:
+            return None
+        return AloneSource(self.loop, self.layer, self.direction, self.uses, self.ran_backward)
 
     def parts(self) -> Sequence[WeightUser]:
         """What the gradients of the weights are rebuilt from: itself, or each group of calls."""
@@ -97,8 +109,9 @@ class LoopSource:
             scans = self.loop.scans(self.layer)
             if scans is None:
                 return None
+            closed = self.closed
             return self._gathered(
-                self.loop.direct(self.layer),
+                self.loop.direct(self.layer) if closed is None else closed.direct(self),
                 lambda part: self.loop.in_time([part(scan) for _, scan in scans]),
             )
 
@@ -107,6 +120,8 @@ class LoopSource:
         single = self._single()
         if single is not None:
             return single.last()
+        if self.closed is not None:
+            return self.closed.last(self)
         arrives = self.reached()
         if arrives is None:
             return None
@@ -122,6 +137,8 @@ class LoopSource:
         single = self._single()
         if single is not None:
             return single.reached()
+        if self.closed is not None:
+            return self.closed.reached(self)
         found = self._arrivals()
         return None if found is None else reached(found)
 
@@ -132,6 +149,8 @@ class LoopSource:
         single = self._single()
         if single is not None:
             return single.loss_steps(sequences, loss_steps, dtype)
+        if self.closed is not None:
+            return self.closed.loss_steps(self, sequences, loss_steps, dtype)
         every = self._every()
         sequences, loss_steps = sequences.to(every.device), loss_steps.to(every.device)
         lengths = self.loop.chain.real
@@ -147,6 +166,8 @@ class LoopSource:
 
     def contributions(self, sequences: Tensor) -> Contributions | None:
         """∂L/∂W_hh and ∂L/∂W_ih of some sequences by lag; None where there is no lag."""
+        if self.closed is not None:
+            return None  # what a lag brings comes through other parts of the loop as well
         found = self._arrivals()
         if found is None or not self._has_lags():
             return None
@@ -212,14 +233,14 @@ class LoopSource:
             return {name: self._in_time([part[name] for part in parts]) for name in parts[0]}
 
     def _gathered(
-        self, direct: Tensor, gather: Callable[[Callable[[Scan], Tensor]], Tensor]
+        self, direct: Tensor | None, gather: Callable[[Callable[[Scan], Tensor]], Tensor]
     ) -> Backward:
         grads = {"h": gather(lambda scan: scan.grads["h"])}
         if self.calls[0].c0 is not None:
             grads["c"] = gather(lambda scan: scan.grads["c"])
         return Backward(
             grads={name: self._trimmed(grad) for name, grad in grads.items()},
-            direct=self._trimmed(direct),
+            direct=None if direct is None else self._trimmed(direct),
             delta=self._trimmed(gather(lambda scan: scan.delta)),
             delta_hh=self._trimmed(gather(lambda scan: scan.delta_hh)),
         )
@@ -229,6 +250,8 @@ class LoopSource:
         single = self._single()
         if single is not None:
             return single.operator(dtype, sequences)
+        if self.closed is not None:
+            return self.closed.operator(self, dtype, sequences)
         with torch.no_grad():
             sequences = sequences.to(self.calls[0].h0.device)
             return self.loop.operator(self.layer, dtype, sequences)
@@ -267,3 +290,12 @@ class LoopSource:
                 "ignores it; make the loss depend on it"
             )
         return "no backward ran inside the block; call loss.backward() before the block ends"
+
+
+class AloneSource(LoopSource):
+    """A layer of a closed loop, its inputs held fixed."""
+
+    @property
+    def closed(self) -> Any:
+        """Nothing: the loop is left open."""
+        return None

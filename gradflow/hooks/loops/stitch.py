@@ -7,6 +7,7 @@ A call that starts from what an earlier call of the same module returned goes on
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Chain:
     tracks: list[Track] = field(default_factory=list)
     lengths: Tensor | None = None  # the user's own, over the whole loop
     changes: int = 0
+    closed: Any = None  # the `ClosedLoop` that it is a part of, if any
     layout: Layout = field(default_factory=Layout)
     _groups: tuple[int, list[Group]] = (-1, [])
 
@@ -119,11 +121,11 @@ class Stitcher:
 
     def place(
         self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
-    ) -> tuple[Chain, bool]:
-        """The chain this call belongs to, and whether it is a new one."""
-        end = _end(call, initial, results)
+    ) -> tuple[Chain, End | None]:
+        """The chain this call belongs to, new if it is the only one, and its end if it may go on."""
         if not _can_go_on(call):
-            return Chain([call], [None]), True
+            return Chain([call], [None]), None
+        end = _end(call, initial, results)
         ends = self._ends.setdefault(call.owner, [])
         for number in reversed(range(len(ends))):
             known, chain = ends[number]
@@ -136,12 +138,12 @@ class Stitcher:
             chain.add(call, link)
             ends.append((end, chain))
             self._chains[id(call)] = (chain, len(chain.calls) - 1)
-            return chain, False
+            return chain, end
         chain = Chain([call], [None])
         self._chains[id(call)] = (chain, 0)
         ends.append((end, chain))
         del ends[:-OPEN]
-        return chain, True
+        return chain, end
 
     def made_again(
         self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]

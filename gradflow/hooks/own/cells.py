@@ -38,6 +38,7 @@ from gradflow.hooks.own.leaves import Path, arguments, leaves, named
 from gradflow.hooks.own.returned import LARGEST, key_of, likely_states, possible_states, row_of
 from gradflow.hooks.own.steps import OwnSteps
 from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unseen import NO_NUMBERS, TRANSFORMED, has_no_numbers, why_not_read
 from gradflow.recording import Track
 
@@ -201,7 +202,25 @@ class OwnCells:
         return {
             f"{cell.path} ({type(cell.module).__name__})": cell.calls
             for cell in dict.fromkeys(self._like_cells)
-            if not cell.tracks
+            if not cell.tracks and not _is_no_cell(cell.module)
+        }
+
+    def loops_inside(self) -> dict[str, str]:
+        """Modules that ran, are in no track and loop in their own forward -> where, in the source."""
+        found = {}
+        for cell in self._cells.values():
+            if cell.calls and not cell.tracks and not cell.ignored:
+                loop = sources.inside(cell.module)
+                if loop is not None:
+                    found[f"{cell.path} ({type(cell.module).__name__})"] = loop.where
+        return found
+
+    def kept_inside(self) -> dict[str, str]:
+        """Modules called again and again that keep something in an attribute -> that attribute."""
+        return {
+            f"{cell.path} ({type(cell.module).__name__})": name
+            for cell in self._cells.values()
+            if cell.calls > 1 and not cell.tracks and (name := sources.kept(cell.module))
         }
 
     def ignore(self, sources: list[TapSource]) -> None:
@@ -301,6 +320,12 @@ class OwnCells:
                 cell.ignored = True
                 self.owner.drop_tracks(cell.tracks)
                 cell.tracks.clear()
+
+
+def _is_no_cell(module: nn.Module) -> bool:
+    """Whether its name says that it is something else, whatever it takes and returns."""
+    name = type(module).__name__.lower()
+    return any(word in name for word in ("norm", "embed", "dropout", "attention"))
 
 
 def _is_transformed() -> bool:

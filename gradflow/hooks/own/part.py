@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gradflow.hooks.graph import Between, Edge, NotReadable
 from gradflow.hooks.unrolled.chains import PRODUCTS
@@ -71,10 +70,9 @@ def _is_mixture(roots: list[Edge], ends: set[Any]) -> bool:
         found = Between(roots, ends).pull(seeds)
     except NotReadable:
         return True
-    whole: Tensor | float = 0.0
-    shapes = {grad.shape for grad in found.values()}
-    for grad in found.values():
-        whole = whole + grad.detach()
+    grads = [grad.detach() for grad in found.values()]
+    if len({grad.shape for grad in grads}) != 1:
+        return True
     # of several states of one shape each adds up to one, so all of them to their number
-    same = len(shapes) == 1 and isinstance(whole, Tensor)
-    return not same or bool(((whole - len(roots)).abs() <= 1e-3 * len(roots)).all())
+    whole = torch.stack(grads).sum(0)
+    return bool(((whole - len(roots)).abs() <= 1e-3 * len(roots)).all())

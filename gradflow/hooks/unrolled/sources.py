@@ -24,8 +24,11 @@ class Found:
 
     file: str
     line: int
-    carried: tuple[str, ...]  # variables it carries that reach the weights, in the order of their values
+    carried: tuple[
+        str, ...
+    ]  # variables it carries that reach the weights, in the order of their values
     certain: bool  # whether that order is that in which the values are made
+    before_written: tuple[str, ...] = ()  # all that it reads before it writes it
 
     @property
     def where(self) -> str:
@@ -34,31 +37,59 @@ class Found:
         return f"{self.file if name.startswith('..') else name}:{self.line}"
 
 
-def find(module: nn.Module, attributes: set[str], frames: Iterable[FrameType]) -> Found | None:
-    """The loop of a module's class that uses these attributes of it, or else one of the code around.
-
-    Args:
-        module: of the user's own.
-        attributes: names of parameters or modules that it holds.
-        frames: of the code that runs, innermost first.
-    """
-    for kind in type(module).__mro__:
-        file = _file_of(kind)
-        if file is None or kind.__module__.startswith(STOCK):
-            continue
+def in_class(module: nn.Module, attributes: set[str]) -> Found | None:
+    """The loop of a module's class that uses these attributes of it: parameters or modules."""
+    for kind, file in _classes(module):
         for scope in _scopes(file):
             if isinstance(scope, ast.ClassDef) and scope.name == kind.__name__:
                 found = _in_class(file, scope, attributes)
                 if found is not None:
                     return found
-        found = _anywhere(file, attributes)
-        if found is not None:
-            return found
-    for file in dict.fromkeys(frame.f_code.co_filename for frame in frames):
+    return None
+
+
+def in_functions(
+    module: nn.Module, attributes: set[str], frames: Iterable[FrameType]
+) -> Found | None:
+    """The same loop in a function beside the module's class, or in one of the code that runs."""
+    files = [file for _, file in _classes(module)] + [f.f_code.co_filename for f in frames]
+    for file in dict.fromkeys(files):
         found = _anywhere(file, attributes)
         if found is not None:
             return found
     return None
+
+
+def inside(module: nn.Module) -> Found | None:
+    """A loop in a module's own methods that uses its weights and carries something, if there is one."""
+    attributes = {name for name, _ in module.named_children()}
+    attributes |= {name for name, _ in module.named_parameters(recurse=False)}
+    found = in_class(module, attributes)
+    return found if found is not None and found.carried else None
+
+
+def kept(module: nn.Module) -> str:
+    """The attribute in which a module's forward keeps something for its next call, or nothing."""
+    for kind, file in _classes(module):
+        for scope in _scopes(file):
+            if not isinstance(scope, ast.ClassDef) or scope.name != kind.__name__:
+                continue
+            for method in scope.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "forward":
+                    found = _described(file, _as_loop(method), set()).before_written
+                    return next((name for name in found if name.startswith("self.")), "")
+    return ""
+
+
+def _as_loop(method: ast.FunctionDef) -> ast.While:
+    """A method's body as that of a loop: what it carries is what it keeps from call to call."""
+    return ast.While(test=ast.Constant(True), body=method.body, orelse=[], lineno=method.lineno)
+
+
+def _classes(module: nn.Module) -> list[tuple[type, str]]:
+    """The classes of a module that are the user's own, and their files."""
+    kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith(STOCK)]
+    return [(kind, file) for kind in kinds if (file := _file_of(kind)) is not None]
 
 
 def insertion(found: Found | None) -> str:
@@ -127,9 +158,10 @@ def _anywhere(file: str, attributes: set[str]) -> Found | None:
 
 def _mentions(node: ast.AST, attributes: set[str], *, own: bool) -> bool:
     for part in ast.walk(node):
-        if isinstance(part, ast.Attribute) and part.attr in attributes:
-            if not own or isinstance(part.value, ast.Name):
-                return True
+        if not isinstance(part, ast.Attribute) or part.attr not in attributes:
+            continue
+        if not own or isinstance(part.value, ast.Name):
+            return True
     return False
 
 
@@ -137,7 +169,7 @@ def _innermost(node: ast.AST, attributes: set[str], *, own: bool) -> Loop | None
     """The innermost loop whose body uses them; one that only goes over them is passed by."""
     best: Loop | None = None
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef) and own:
+        if isinstance(child, ast.ClassDef):
             continue
         inner = _innermost(child, attributes, own=own)
         best = best or inner
@@ -146,9 +178,10 @@ def _innermost(node: ast.AST, attributes: set[str], *, own: bool) -> Loop | None
     index = _names(node.target) if isinstance(node, ast.For) else set()
     for statement in node.body:
         for part in ast.walk(statement):
-            if isinstance(part, ast.Subscript) and _mentions(part.value, attributes, own=own):
-                if index & _names(part.slice):
-                    return None  # another weight every time: a loop over layers
+            if not isinstance(part, ast.Subscript) or not index & _names(part.slice):
+                continue
+            if _mentions(part.value, attributes, own=own):
+                return None  # another weight every time: a loop over layers
     body = ast.Module(body=node.body, type_ignores=[])
     return node if _mentions(body, attributes, own=own) else None
 
@@ -183,11 +216,10 @@ def _described(file: str, loop: Loop, attributes: set[str]) -> Found:
     reach: set[str] = {name for step in steps if step.uses for name in step.reads}
     for _ in steps:  # what goes into what the weights are used on
         reach |= {n for step in steps if reach & set(step.writes) for n in step.reads}
-    kept = [name for name in carried if name in reach]
-    places = [_made_at(name, steps, len(steps)) for name in kept]
-    order = sorted(range(len(kept)), key=places.__getitem__)
-    kept = [kept[i] for i in order]
-    return Found(file, loop.lineno, tuple(kept), len(set(places)) == len(places))
+    states = [name for name in carried if name in reach]
+    places = [_made_at(name, steps, len(steps)) for name in states]
+    states = [states[i] for i in sorted(range(len(states)), key=places.__getitem__)]
+    return Found(file, loop.lineno, tuple(states), len(set(places)) == len(places), tuple(carried))
 
 
 def _made_at(name: str, steps: list[_Step], before: int) -> int:
@@ -219,16 +251,18 @@ def _assignments(statement: Any, attributes: set[str]) -> Iterator[_Step]:
     targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
     if statement.value is None:
         return
-    pair = targets[0]
-    if len(targets) == 1 and isinstance(pair, ast.Tuple) and isinstance(statement.value, ast.Tuple):
-        if len(pair.elts) == len(statement.value.elts):
-            reads = frozenset(_reads(statement.value))  # all are read before one is written
-            for target, value in zip(pair.elts, statement.value.elts, strict=True):
-                uses = _mentions(value, attributes, own=False)
-                name = _name(target)
-                writes = () if name is None else (name,)
-                yield _Step(writes, reads if target is pair.elts[0] else _own(value), uses, _alias(value))
-            return
+    pairs = _one_by_one(targets, statement.value)
+    if pairs:
+        reads = frozenset(_reads(statement.value))  # all are read before one is written
+        for number, (target, value) in enumerate(pairs):
+            name = _name(target)
+            yield _Step(
+                () if name is None else (name,),
+                frozenset(_reads(value)) if number else reads,
+                _mentions(value, attributes, own=False),
+                _alias(value),
+            )
+        return
     writes_all: list[str] = []
     read = _reads(statement.value)
     for target in targets:
@@ -246,8 +280,14 @@ def _assignments(statement: Any, attributes: set[str]) -> Iterator[_Step]:
     yield _Step(tuple(writes_all), frozenset(read), uses, alias)
 
 
-def _own(value: ast.AST) -> frozenset[str]:
-    return frozenset(_reads(value))
+def _one_by_one(targets: list[ast.expr], value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
+    """Of h, c = a, b the pairs (h, a) and (c, b); of anything else none."""
+    left = targets[0]
+    if len(targets) > 1 or not isinstance(left, ast.Tuple) or not isinstance(value, ast.Tuple):
+        return []
+    return (
+        list(zip(left.elts, value.elts, strict=True)) if len(left.elts) == len(value.elts) else []
+    )
 
 
 def _alias(value: ast.AST) -> str:

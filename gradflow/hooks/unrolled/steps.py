@@ -203,9 +203,7 @@ class _Loop:
             raise NoState("its states change their shape from step to step")
         return found
 
-    def _is_all(
-        self, edges: list[list[Edge]], shown: list[list[int | None]], cut: int
-    ) -> bool:
+    def _is_all(self, edges: list[list[Edge]], shown: list[list[int | None]], cut: int) -> bool:
         """Whether exactly these edges cross at every step; the last of them lead out of the loop."""
         boundaries = []
         for step in range(len(edges) - 1):

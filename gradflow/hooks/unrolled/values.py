@@ -7,7 +7,6 @@ under any other hook on saved tensors, is not touched: reading it would run some
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,14 +19,20 @@ from gradflow.hooks.unrolled.order import Unrolled, kind_of
 DEEP = 6  # sums and products that are computed again to get one value
 
 
-@functools.lru_cache(maxsize=1024)
-def _saved_names(kind: type) -> tuple[str, ...]:
-    return tuple(name[len("_raw_saved") :] for name in dir(kind) if name.startswith("_raw_saved"))
+_known_names: dict[type, tuple[str, ...]] = {}  # kind of operation -> what it saves
+
+
+def _saved_names(node: Any) -> tuple[str, ...]:
+    kind = type(node)
+    if kind not in _known_names:
+        prefix = "_raw_saved"
+        _known_names[kind] = tuple(n[len(prefix) :] for n in dir(kind) if n.startswith(prefix))
+    return _known_names[kind]
 
 
 def is_hooked(node: Any) -> bool:
     """Whether reading what an operation saved would run somebody's code, or whether that cannot be told."""
-    for name in _saved_names(type(node)):
+    for name in _saved_names(node):
         raw = getattr(node, f"_raw_saved{name}")
         for one in raw if isinstance(raw, list | tuple) else (raw,):
             try:
@@ -42,7 +47,7 @@ def is_hooked(node: Any) -> bool:
 
 def _saved(node: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    for name in _saved_names(type(node)):
+    for name in _saved_names(node):
         try:
             value = getattr(node, f"_saved{name}")
         except RuntimeError:  # freed, or changed in place since
@@ -82,7 +87,8 @@ class Values:
         if edge in self._known:
             return self._known[edge]
         if hasattr(edge[0], "variable"):
-            return edge[0].variable  # type: ignore[no-any-return]
+            leaf: Tensor = edge[0].variable
+            return leaf
         place = self._places.get(edge[0])
         if place is None:
             return None

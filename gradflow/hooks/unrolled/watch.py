@@ -8,7 +8,6 @@ from itertools import takewhile
 from types import FrameType
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.ancestry import clean
@@ -17,17 +16,17 @@ from gradflow.hooks.marks import Marks, Owner
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
-from gradflow.hooks.unrolled.crossing import FAR, earliest
+from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
 from gradflow.hooks.unrolled.held import Held
 from gradflow.hooks.unrolled.order import TooLarge, Unrolled
 from gradflow.hooks.unrolled.steps import NoState, Steps, steps_of
 from gradflow.hooks.unrolled.takeup import checked, rows_of, take_up
 from gradflow.hooks.unrolled.values import Values
+from gradflow.hooks.unseen import foreign_code, has_no_numbers
 from gradflow.recording import Unseen
 
-EARLY = (
-    "its last step is not shown: the loss does not depend on all states that the loop ends with"
-)
+FUSED = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
+EARLY = "its last step is not shown: the loss does not depend on all states that the loop ends with"
 FRAMES = 24  # how far up the code that called backward is looked for
 
 
@@ -35,6 +34,7 @@ class WatchOwner(Owner, Protocol):
     """The recorder, as far as loops written by hand need it."""
 
     def drop_sources(self, sources: list[TapSource]) -> None: ...
+    def in_closed_loop(self) -> bool: ...
 
 
 class Watch:
@@ -55,6 +55,7 @@ class Watch:
         self.walked: set[int] = set()  # numbers of nodes of earlier backwards
         self.differentiated: set[int] = set()  # of those whose backward made a graph of its own
         self.given: dict[int, list[Edge]] = {}  # what recurrent functions of torch's were given
+        self.fused: dict[str, nn.Module] = {}  # layers whose fused functions ran unseen, by path
         self.held = Held()
         self.unseen: dict[tuple[str, ...], Unseen] = {}
 
@@ -86,13 +87,27 @@ class Watch:
             if graph.is_leaf(place) and hasattr(node, "variable")
         }
         weights = {place: key for place, key in weights.items() if key in self.names}
+        if any(has_no_numbers(graph.nodes[place].variable) for place in weights):
+            return
+        self._note_fused(graph, weights)
         states = {p for p, number in enumerate(graph.numbers) if self._is_state(number)}
         for found in recurrences(graph, chains(graph, weights, states)):
+            if is_empty(graph, found) or self._is_around_stock(graph, found):
+                continue
             self._found(graph, found, [self.names[weights[c.weight]] for c in found.chains])
         self.walked.update(graph.numbers)
         if create_graph:
             self.differentiated.update(graph.numbers)
         self.held.clear()
+
+    def _note_fused(self, graph: Unrolled, weights: dict[int, int]) -> None:
+        """Fused functions that ran unseen: what was seen is stepped over, and shows no weights."""
+        for place, inputs in enumerate(graph.inputs):
+            mine = [weights[child] for child, _ in inputs if child in weights]
+            if mine and graph.kind(place) in FUSED:
+                path = self.names[mine[0]].rpartition(".")[0]
+                if isinstance(self.modules[path], nn.RNNBase):
+                    self.fused[path] = self.modules[path]
 
     def _is_second_order(self, graph: Unrolled) -> bool:
         """Whether a gradient is part of what is differentiated: such a graph holds every use twice."""
@@ -118,7 +133,7 @@ class Watch:
         path, loop = self.place_of(names)
         self._drop_parts(graph, found)
         try:
-            steps, rows = self._states(graph, found)
+            steps, rows = self._states(graph, found, names)
         except NoState as error:
             self._note(found, names, path, loop, str(error))
             return
@@ -130,6 +145,15 @@ class Watch:
             track = take_up(self.marks, name, cell, steps, known, rows)
             track.notes += [EARLY] if steps.ends_early else []
 
+    def _is_around_stock(self, graph: Unrolled, found: Recurrence) -> bool:
+        """Whether calls of torch's own recurrent functions are part of it: a closed loop, told as one."""
+        if not self.owner.in_closed_loop():
+            return False
+        marks = {place: 0 for chain in found.chains for place in chain.depth}
+        since, until = earliest(graph, marks), latest(graph, marks)
+        stock = [p for p, n in enumerate(graph.numbers) if self.states.get(n, found) is None]
+        return any(since[place] < FAR and until[place] >= 0 for place in stock)
+
     def _drop_parts(self, graph: Unrolled, found: Recurrence) -> None:
         """Forget the loops over modules that are only part of a step of this one."""
         ends = [chain.numbers(graph) for chain in found.chains]
@@ -139,8 +163,11 @@ class Watch:
         self.owner.drop_sources([s for s in sources.values() if s.part_of_a_step])
 
     def _states(
-        self, graph: Unrolled, found: Recurrence
+        self, graph: Unrolled, found: Recurrence, names: list[str]
     ) -> tuple[Steps, list[list[Tensor]]]:
+        foreign = foreign_code([self.modules[path] for path in self._holders(names)])
+        if foreign:
+            raise NoState(foreign)
         uses = {place for chain in found.chains for place in chain.depth}
         if any(graph.numbers[place] in self.walked for place in uses):
             raise NoState("an earlier backward went through it that was not recorded")
@@ -185,21 +212,36 @@ class Watch:
         holders = [name.split(".")[:-1] for name in names]
         levels = zip(*holders, strict=False)
         common = [n[0] for n in takewhile(lambda level: len(set(level)) == 1, levels)]
-        for depth in range(len(common), -1, -1):
-            path = ".".join(common[:depth])
-            if not self._is_users(path):
-                continue
-            attributes = {name.split(".")[depth] for name in names}
-            loop = sources.find(self.modules[path], attributes, _frames() if not depth else ())
+        paths = [".".join(common[:depth]) for depth in range(len(common), -1, -1)]
+        users = [path for path in paths if self._is_users(path)]
+        used = {path: {_below(name, path) for name in names} for path in users}
+        for path in users:
+            loop = sources.in_class(self.modules[path], used[path])
+            if loop is not None:
+                return path, loop
+        frames = _frames()
+        for path in users:
+            loop = sources.in_functions(self.modules[path], used[path], frames)
             if loop is not None:
                 return path, loop
         while common and not self._is_users(".".join(common)):
             common = common[:-1]
         return ".".join(common), None
 
+    def _holders(self, names: list[str]) -> set[str]:
+        """The paths of the modules that hold these weights, and of all that hold those."""
+        parts = [name.split(".")[:-1] for name in names]
+        paths = {".".join(some[:n]) for some in parts for n in range(len(some) + 1)}
+        return {path for path in paths if path in self.modules}
+
     def _is_users(self, path: str) -> bool:
         module = self.modules.get(path)
         return module is not None and not type(module).__module__.startswith(sources.STOCK)
+
+
+def _below(name: str, path: str) -> str:
+    """The attribute of the module at a path that a weight is, or that holds it."""
+    return name.removeprefix(f"{path}." if path else "").split(".")[0]
 
 
 def _names(loop: sources.Found | None, count: int) -> list[str]:
@@ -209,6 +251,15 @@ def _names(loop: sources.Found | None, count: int) -> list[str]:
         if all(name.isidentifier() for name in names) and len(set(names)) == count:
             return names
     return ["h"] if count == 1 else [f"s{i}" for i in range(count)]
+
+
+def is_empty(graph: Unrolled, found: Recurrence) -> bool:
+    """Whether it ran on no sequences at all."""
+    return any(
+        0 in tuple(known.shape)
+        for place in list(found.chains[0].depth)[:1]
+        for known in graph.nodes[place]._input_metadata
+    )
 
 
 def _node_of(root: Any) -> Any:
@@ -227,8 +278,3 @@ def _frames() -> list[FrameType]:
             found.append(frame)
         frame = frame.f_back
     return found
-
-
-def within_a_backward() -> bool:
-    """Whether a backward is running: a checkpoint's own, for one."""
-    return torch._C._current_graph_task_id() != -1
