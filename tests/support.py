@@ -166,18 +166,6 @@ def by_hand() -> Recording:
     return recorded(model, run)
 
 
-def tapped() -> Recording:
-    weight = nn.Linear(4, 4)
-
-    def run() -> Tensor:
-        h = torch.ones(2, 4)
-        for _ in range(5):
-            h = gradflow.tap(h=torch.tanh(weight(h)))
-        return h
-
-    return recorded(weight, run)
-
-
 def trained() -> Recording:
     model, x = nn.LSTM(3, 4, 2, dropout=0.3), data().requires_grad_()
 
@@ -235,10 +223,9 @@ SUPPORTED = [
     ),
     Supported(
         "loops by hand",
-        "by themselves, where a backward runs through them and what crosses from step to step can be told",
+        "where their states can be told from the graph; all that mark them with `gradflow.tap`",
         by_hand,
     ),
-    Supported("loops by hand", "that mark their states with `gradflow.tap`", tapped),
     Supported(
         "truncation",
         "carried and detached states, one track with cuts, with updates between",

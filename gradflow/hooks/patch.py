@@ -87,6 +87,7 @@ class Observer(Protocol):
     ) -> None: ...
     def saw_scaler(self, scaler: torch.amp.GradScaler) -> None: ...
     def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None: ...
+    def after_backward(self) -> None: ...
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def left(self, call: Any, result: Any) -> None: ...
 
@@ -211,9 +212,16 @@ def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
         for observer in observers_here():
             observer.before_backward(tuple(outputs), create_graph)
 
+    @untraced
+    def over() -> None:
+        for observer in observers_here():
+            observer.after_backward()
+
     def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         heard(outputs, args)
-        return original(outputs, *args, **kwargs)
+        result = original(outputs, *args, **kwargs)
+        over()
+        return result
 
     return _traced_as(original, functools.wraps(original)(run_backward))
 

@@ -129,6 +129,11 @@ class Recorder:
             self.closed.decide(roots)
             self.watch.before_backward(roots, create_graph)
 
+    def after_backward(self) -> None:
+        """That backward is over."""
+        if torch._C._current_graph_task_id() == -1:
+            self.watch.after_backward()
+
     def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None:
         """States of a track sit at these edges of the graph."""
         self.watch.marked(edges, source)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.graph import Edge, edge_of
-from gradflow.hooks.marks import Marks, Owner
+from gradflow.hooks.marks import Marks, Owner, newest
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
@@ -53,7 +53,9 @@ class Watch:
         self.states: dict[int, TapSource | None] = {}
         self.taken: set[int] = set()  # the same of loops that were taken up here
         self.walked: set[int] = set()  # numbers of nodes of earlier backwards
-        self.differentiated: set[int] = set()  # of those whose backward made a graph of its own
+        # from and to which number backwards made nodes of their own, with create_graph=True
+        self.differentiated: list[tuple[int, int]] = []
+        self._since = -1
         self.given: dict[int, list[Edge]] = {}  # what recurrent functions of torch's were given
         self.fused: dict[str, nn.Module] = {}  # layers whose fused functions ran unseen, by path
         self.held = Held()
@@ -74,6 +76,7 @@ class Watch:
 
     def before_backward(self, roots: Iterable[Any], create_graph: bool) -> None:
         """Look at the graph of a backward that is about to run."""
+        self._since = newest() if create_graph else -1
         nodes = [node for root in roots if (node := _node_of(root)) is not None]
         try:
             graph = Unrolled(nodes, self.given)
@@ -96,9 +99,13 @@ class Watch:
                 continue
             self._found(graph, found, [self.names[weights[c.weight]] for c in found.chains])
         self.walked.update(graph.numbers)
-        if create_graph:
-            self.differentiated.update(graph.numbers)
         self.held.clear()
+
+    def after_backward(self) -> None:
+        """That backward is over: what it made of nodes are gradients."""
+        if self._since >= 0:
+            self.differentiated.append((self._since, newest()))
+            self._since = -1
 
     def _note_fused(self, graph: Unrolled, weights: dict[int, int]) -> None:
         """Fused functions that ran unseen: what was seen is stepped over, and shows no weights."""
@@ -111,8 +118,8 @@ class Watch:
 
     def _is_second_order(self, graph: Unrolled) -> bool:
         """Whether a gradient is part of what is differentiated: such a graph holds every use twice."""
-        return not self.differentiated.isdisjoint(
-            number for place, number in enumerate(graph.numbers) if not graph.is_leaf(place)
+        return any(
+            start <= number < end for number in graph.numbers for start, end in self.differentiated
         )
 
     def _is_state(self, number: int) -> bool:
