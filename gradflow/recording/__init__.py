@@ -15,6 +15,7 @@ from gradflow.recording.source import (
     Outer,
     Parity,
     Source,
+    ThinOperator,
 )
 from gradflow.recording.track import GATES, Track
 from gradflow.recording.unseen import Unseen
@@ -29,6 +30,7 @@ __all__ = [
     "Parity",
     "Recording",
     "Source",
+    "ThinOperator",
     "Track",
     "Unseen",
     "matches_any",

@@ -17,7 +17,16 @@ from gradflow.hooks.call import Call
 from gradflow.hooks.closed.dependence import Dependence, Seen
 from gradflow.hooks.closed.given import GivenInputs
 from gradflow.hooks.closed.loops import ClosedLoop, State, states_of
-from gradflow.hooks.closed.reading import BATCHES, LATE, Ask, Reading, in_words, read, step_between
+from gradflow.hooks.closed.reading import (
+    BATCHES,
+    LATE,
+    WHY_NOT,
+    Ask,
+    Reading,
+    in_words,
+    read,
+    step_between,
+)
 from gradflow.hooks.closed.source import JointSource, Member
 from gradflow.hooks.dense import Mixed
 from gradflow.hooks.graph import NotReadable
@@ -162,8 +171,7 @@ class ClosedLoops:
             marks = read(reading, self.ask, one=one)
         except Mixed:
             batch = next(iter(reading.batches))
-            width = reading.place(0, one=True).like.shape[1]
-            if one or loop.begun or not self.ask.wants(width):
+            if one or loop.begun:
                 raise
             loop.own, source.one_system, loop.read = False, batch, {}
             marks = read(reading, self.ask, one=True)
@@ -176,14 +184,13 @@ class ClosedLoops:
         """The steps of one layer whose input descends from it; all others are in closed form."""
         before = reading.place(0, one=False)
         chain = loop.chains[0]
-        width = before.like.shape[1]
-        if not self.ask.wants(width):
-            raise NotReadable(self.ask.why_not(width))
+        if not self.ask.wants:
+            raise NotReadable(WHY_NOT)
         for number, state in enumerate(reading.states[1:], start=1):
             seen = state[id(chain)]
             now = reading.place(number, one=False)
             if id(seen.call) in loop.depending:
-                loop.read[seen.place] = step_between(before, now)
+                loop.read[seen.place] = step_between(before, now, self.ask, number)
             before = now
         for place, (_, cut) in loop.read.items():
             for track in chain.tracks:
