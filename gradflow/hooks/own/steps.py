@@ -15,7 +15,7 @@ from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.leaves import Path
 from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.wide import WideStep, wide_step
+from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
 
 
 class OwnSteps:
@@ -48,7 +48,7 @@ class OwnSteps:
                 parts = [first.place.parts[key_of(path)] for path in states.values()]
                 order = torch.cat([torch.arange(part.start, part.stop) for part in parts])
                 mark.within = (
-                    guess.within.turned(order)
+                    TurnedStep(guess.within, order)
                     if isinstance(guess.within, WideStep)
                     else guess.within[:, order][:, :, order]
                 )
@@ -108,7 +108,7 @@ class OwnSteps:
     def _led_in(self, place: Place, step: Step | None) -> Tensor | WideStep:
         """∂s_1/∂s_0 of a step that was run again; 0 where no path leads back."""
         if self.marks.wide(place):
-            return WideStep(None) if step is None else wide_step(step, self.marks.constants, 0)
+            return WideStep() if step is None else wide_step(step, self.marks.constants, 0)
         if step is None:
             size = place.like.shape[1]
             return place.like.new_zeros(len(place.like), size, size)
