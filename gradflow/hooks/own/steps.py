@@ -128,8 +128,8 @@ class OwnSteps:
         mark = Marks.new(place, rows)
         entering, values = entering_of(given, loop.entry, rows)
         mixed = loop.around.mixed or loop.around.goes_around(entering)
-        dense = self.marks.wanted and not self.marks.wide(place)
-        if mixed and entering is not None and entering.edges and dense:
+        if mixed and entering is not None and entering.edges and self.marks.wanted:
+            loop.around.constants = self.marks.constants if self.marks.wide(place) else None
             self._goes_around(loop, entering, place, mark)
         elif not self.marks.by_graph(loop.end, place, mark):
             self.marks.without_graph(loop.end, place, mark)
