@@ -221,16 +221,16 @@ def _mixes(tape: Tape, number: int) -> bool:
     without, and the other way round.
     """
     batch, device = len(tape.like), tape.like.device
-    bits = (batch - 1).bit_length()
     every = torch.arange(batch, device=device)
-    asked = range(bits) if number <= 1 else [number % bits] if bits else []
-    for bit in asked:
-        for side in (0, 1):
-            chosen = (every >> bit & 1) == side
-            seed = probe_of(tape.like).masked_fill(~chosen.unsqueeze(1), 0.0)
-            there = tape.pull(seed.unsqueeze(1))[~chosen]
-            if bool(((there != 0) & there.isfinite()).any()):
-                return True
+    asked = [(bit, side) for bit in range((batch - 1).bit_length()) for side in (0, 1)]
+    if number > 1 and asked:
+        asked = [asked[number % len(asked)]]
+    for bit, side in asked:
+        chosen = (every >> bit & 1) == side
+        seed = probe_of(tape.like).masked_fill(~chosen.unsqueeze(1), 0.0)
+        there = tape.pull(seed.unsqueeze(1))[~chosen]
+        if bool(((there != 0) & there.isfinite()).any()):
+            return True
     return False
 
 
