@@ -164,7 +164,7 @@ class Marks:
             if not self.wanted:
                 mark.unknown = self._why_not()
             elif self.wide(place):
-                mark.jacobian = WideStep(None)
+                mark.jacobian = WideStep()
             else:
                 size = place.like.shape[1]
                 mark.jacobian = place.like.new_zeros(len(place.like), size, size)
@@ -188,6 +188,5 @@ class Marks:
 
 
 def newest() -> int:
-    """The number that the next node of the graph will have, 0 where torch does not tell."""
-    tell = getattr(torch._C._autograd, "_get_sequence_nr", None)
-    return int(tell()) if tell is not None else 0
+    """The number that the next node of the graph will have."""
+    return int(torch._C._autograd._get_sequence_nr())

@@ -6,7 +6,7 @@ came through is decided when the block ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -104,6 +104,25 @@ class ClosedLoops:
         nodes.sort(key=lambda node: int(node._sequence_nr()))
         while nodes:
             nodes.pop()
+
+    def unread(self, why: str) -> None:
+        """The graph was not looked at as a whole: what is closed among what came since is not known."""
+        self._fresh = False
+        for seen in self._calls:
+            if seen.place:
+                seen.chain.unread = seen.chain.unread or why
+        for loop in self.loops:
+            loop.unknown = loop.unknown or why
+
+    def leave(self, concerned: Callable[[Chain], bool], why: str) -> None:
+        """Forget calls that were not recorded as a whole; a loop they are part of has no joint state."""
+        self._calls = [seen for seen in self._calls if not concerned(seen.chain)]
+        for loop in self.loops:
+            if not any(concerned(chain) for chain in loop.chains):
+                continue
+            loop.unknown = loop.unknown or why
+            for part in (part for chain in loop.chains for part in chain.tracks):
+                part.loop = ""
 
     def _prune(self) -> None:
         """Of every chain its last call is enough to tell what the next one depends on."""

@@ -15,7 +15,7 @@ from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.leaves import Path
 from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.wide import WideStep, wide_step
+from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
 
 
 class OwnSteps:
@@ -31,9 +31,9 @@ class OwnSteps:
             TapSource(self.marks.owner.scale, cell=first.source.cell),
             first.source.marks[0],
         )
-        source.graph_tasks, source.second_order = (
+        source.graph_tasks, source.lost = (
             set(first.source.graph_tasks),
-            first.source.second_order,
+            first.source.lost,
         )
         outputs = {name: first.outputs[path] for name, path in states.items()}
         rows = {name: out.row for name, out in outputs.items()}
@@ -48,7 +48,7 @@ class OwnSteps:
                 parts = [first.place.parts[key_of(path)] for path in states.values()]
                 order = torch.cat([torch.arange(part.start, part.stop) for part in parts])
                 mark.within = (
-                    guess.within.turned(order)
+                    TurnedStep(guess.within, order)
                     if isinstance(guess.within, WideStep)
                     else guess.within[:, order][:, :, order]
                 )
@@ -108,7 +108,7 @@ class OwnSteps:
     def _led_in(self, place: Place, step: Step | None) -> Tensor | WideStep:
         """∂s_1/∂s_0 of a step that was run again; 0 where no path leads back."""
         if self.marks.wide(place):
-            return WideStep(None) if step is None else wide_step(step, self.marks.constants, 0)
+            return WideStep() if step is None else wide_step(step, self.marks.constants, 0)
         if step is None:
             size = place.like.shape[1]
             return place.like.new_zeros(len(place.like), size, size)
@@ -128,8 +128,8 @@ class OwnSteps:
         mark = Marks.new(place, rows)
         entering, values = entering_of(given, loop.entry, rows)
         mixed = loop.around.mixed or loop.around.goes_around(entering)
-        dense = self.marks.wanted and not self.marks.wide(place)
-        if mixed and entering is not None and entering.edges and dense:
+        if mixed and entering is not None and entering.edges and self.marks.wanted:
+            loop.around.constants = self.marks.constants if self.marks.wide(place) else None
             self._goes_around(loop, entering, place, mark)
         elif not self.marks.by_graph(loop.end, place, mark):
             self.marks.without_graph(loop.end, place, mark)
