@@ -12,7 +12,7 @@ from gradflow.errors import RecordingError
 from gradflow.hooks import graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-B, T, I, H = 3, 5, 2, 4
+BATCH, STEPS, INPUTS, HIDDEN = 3, 5, 2, 4
 
 
 class Own(nn.Module):
@@ -20,7 +20,7 @@ class Own(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.map = nn.Linear(I + H, H)
+        self.map = nn.Linear(INPUTS + HIDDEN, HIDDEN)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         return torch.tanh(self.map(torch.cat([x, h], dim=1)))
@@ -32,7 +32,7 @@ class Between(nn.Module):
     def __init__(self, cell: nn.Module, deep: int, residual: bool) -> None:
         super().__init__()
         self.cell, self.residual = cell, residual
-        self.weight = nn.Parameter(torch.randn(deep, H, H) / H**0.5)
+        self.weight = nn.Parameter(torch.randn(deep, HIDDEN, HIDDEN) / HIDDEN**0.5)
 
     def between(self, h: Tensor) -> Tensor:
         out = h
@@ -41,14 +41,14 @@ class Between(nn.Module):
         return h + out if self.residual else out
 
     def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:
-        h = x.new_zeros(x.shape[1], H)
+        h = x.new_zeros(x.shape[1], HIDDEN)
         for t, x_t in enumerate(x):
             h = self.cell(x_t, self.between(h) if t else h)
             h = first if t == 0 and first is not None else h
         return h
 
 
-CELLS = {"stock": lambda: nn.GRUCell(I, H), "own": Own}
+CELLS = {"stock": lambda: nn.GRUCell(INPUTS, HIDDEN), "own": Own}
 
 
 WAYS = [("stock", deep, True) for deep in (2, 12, 300)] + [("own", deep, True) for deep in (2, 12)]
@@ -57,12 +57,15 @@ WAYS = [("stock", deep, True) for deep in (2, 12, 300)] + [("own", deep, True) f
 @pytest.mark.parametrize(("cell", "deep", "residual"), [*WAYS, ("stock", 12, False)])
 def test_a_long_way_between_two_calls_is_read_whole(cell: str, deep: int, residual: bool) -> None:
     torch.manual_seed(0)
-    model, x = Between(CELLS[cell](), deep, residual).double(), torch.randn(T, B, I).double()
+    model, x = (
+        Between(CELLS[cell](), deep, residual).double(),
+        torch.randn(STEPS, BATCH, INPUTS).double(),
+    )
     with gradflow.record(model) as recording:
         model(x).sum().backward()
     matrices = step_jacobians(recording["cell"])
     first = recording["cell"].h[0]
-    for b in range(B):
+    for b in range(BATCH):
         product = torch.linalg.multi_dot(list(matrices[1:, b].flip(0)))
         exact = torch.autograd.functional.jacobian(
             lambda row, b=b: model(x, torch.cat([first[:b], row[None], first[b + 1 :]]))[b],
@@ -75,7 +78,10 @@ def test_a_long_way_between_two_calls_is_read_whole(cell: str, deep: int, residu
 def test_more_than_is_looked_at_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "MOST_BETWEEN", 500)
     torch.manual_seed(0)
-    model, x = Between(nn.GRUCell(I, H), 300, True).double(), torch.randn(T, B, I).double()
+    model, x = (
+        Between(nn.GRUCell(INPUTS, HIDDEN), 300, True).double(),
+        torch.randn(STEPS, BATCH, INPUTS).double(),
+    )
     with gradflow.record(model) as recording:
         model(x).sum().backward()
     with pytest.raises(RecordingError, match="more than 500 operations"):
