@@ -167,7 +167,7 @@ class Marks:
             if not self.wanted:
                 mark.unknown = self._why_not()
             elif self.wide(place):
-                mark.jacobian = WideStep(None)
+                mark.jacobian = WideStep()
             else:
                 size = place.like.shape[1]
                 mark.jacobian = place.like.new_zeros(len(place.like), size, size)
