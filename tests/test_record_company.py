@@ -519,7 +519,7 @@ def spin():
     while not stop.is_set():
         with gradflow.record(m): pass
 thread = threading.Thread(target=spin); thread.start(); hung = 0
-for _ in range(10):
+for _ in range(6):
     child = os.fork()
     if child == 0:
         signal.alarm(5)

@@ -68,9 +68,10 @@ def _do(point: Point, work: Callable[..., Value], *args: Any, **kwargs: Any) -> 
 
 
 class alone:  # used as a function
-    """No mode and no tensor subclass of the user's sees what runs inside."""
+    """No mode and no tensor subclass of the user's sees what runs inside; the grad mode stays."""
 
     def __enter__(self) -> None:
+        self._grad = torch.is_grad_enabled()
         self._functions = torch._C.DisableTorchFunction()
         self._functions.__enter__()
         self._modes: Any = None
@@ -82,6 +83,8 @@ class alone:  # used as a function
         if self._modes is not None:
             self._modes.__exit__(*error)
         self._functions.__exit__(*error)
+        if torch.is_grad_enabled() is not self._grad:  # where even leaving no_grad was cut short
+            torch.set_grad_enabled(self._grad)
 
 
 @dataclass(frozen=True)

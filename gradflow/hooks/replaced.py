@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ABSENT = object()
@@ -25,7 +25,7 @@ class Beneath:
     """What lies beneath a replacement of ours."""
 
     original: Any
-    inherited: bool  # the space held nothing of that name: it has it from elsewhere
+    inherited: set[int] = field(default_factory=set)  # ids of spaces that have it from elsewhere
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,11 @@ def replace(
     """Put what is made of a function in its place; noted before, so that it is put back in any case."""
     there = vars(space).get(name, ABSENT)
     ours = _known(there)  # left from a recording that somebody had put another on top of
-    inherited = there is ABSENT if ours is None else ours.inherited
+    inherited = there is ABSENT if ours is None else id(space) in ours.inherited
     original = original_of(getattr(space, name))
     new = make(original)
-    _beneath[new] = Beneath(original, inherited)
+    beneath = _beneath.setdefault(new, Beneath(original))  # one may stand in several spaces
+    beneath.inherited.update({id(space)} if inherited else ())
     noted(Replaced(space, name))
     _set(space, name, new)
 
@@ -70,7 +71,7 @@ def put_back(replaced: Replaced) -> None:
     ours = _known(there)
     if ours is None:
         return  # somebody else's, who may call ours, or nothing of ours any more
-    if ours.inherited:
+    if id(replaced.space) in ours.inherited:
         delattr(replaced.space, replaced.name)
     else:
         _set(replaced.space, replaced.name, original_of(there))
