@@ -131,7 +131,8 @@ class Step:
         between = Between(roots, before.nodes, min(since, before.since))
         if not between.reached:
             return None
-        if (between.seen & older) - before.nodes:
+        farther = (between.seen & older) - before.nodes
+        if farther and farther & between.touched(roots):
             raise Incomplete("a state that depends on more of the past than the states before it")
         return Step(before, now, between)
 

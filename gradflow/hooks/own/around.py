@@ -40,8 +40,10 @@ class Around:
         if set(entering.edges.values()) <= set(self.returned.edges.values()):
             return False
         ends = self.returned.nodes | self.entered.nodes
-        between = Between(list(entering.edges.values()), ends)
-        return bool(between.reached & (self.entered.nodes - self.returned.nodes))
+        roots = list(entering.edges.values())
+        between = Between(roots, ends)
+        beside = between.reached & (self.entered.nodes - self.returned.nodes)
+        return bool(beside) and bool(beside & between.touched(roots))
 
     def read(self, source: TapSource, entering: Place, now: Place, mark: Mark) -> None:
         """Put J_n on the new mark, and lead the step before to the states that now enter.

@@ -14,15 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradflow.hooks.graph import DEPTH, NODES, Edge, edge_of
+from gradflow.hooks.graph import DEPTH, MOVES, NODES, Edge, edge_of, kind_of
 from gradflow.hooks.own.leaves import Path
 
-_MOVES = (
-    "Alias AsStrided Cat Chunk Clone Contiguous Copy CopySlices Detach Diagonal Expand Flatten "
-    "Gather Index IndexSelect Narrow Permute Repeat ReshapeAlias Reshape Select Slice Split "
-    "SplitWithSizes Squeeze Stack Swapaxes T Take ToCopy Transpose Unbind Unflatten UnsafeSplit "
-    "UnsafeView Unsqueeze View"
-)
 _ELEMENTWISE = (
     "Abs Add Addcdiv Addcmul Atan Clamp ClampMax ClampMin Cos Cosh Div Elu Erf Exp Expm1 Fmax Fmin "
     "FusedDropout Gelu Hardshrink Hardsigmoid Hardswish Hardtanh IndexCopy IndexFill IndexPut "
@@ -31,7 +25,7 @@ _ELEMENTWISE = (
     "SelectScatter Softplus Softshrink Softsign Sqrt Sub Tan Tanh Threshold Where"
 )
 BY_VALUE = 16  # earlier calls whose outputs are looked for by their values
-MOVES, ELEMENTWISE = frozenset(_MOVES.split()), frozenset(_ELEMENTWISE.split())
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 
 @dataclass(frozen=True)
@@ -102,10 +96,6 @@ def _by_value(
     ]
 
 
-def _kind(node: Any) -> str:
-    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-
-
 def _walk(root: Edge, ends: Collection[Edge]) -> dict[Edge, int]:
     """The ends that are reached, and over how many operations."""
     found: dict[Edge, int] = {}
@@ -120,7 +110,7 @@ def _walk(root: Edge, ends: Collection[Edge]) -> dict[Edge, int]:
             found[edge] = distance
             continue
         node = edge[0]
-        passes = _kind(node) in MOVES or _kind(node) in ELEMENTWISE
+        passes = kind_of(node) in MOVES or kind_of(node) in ELEMENTWISE
         own = isinstance(node, torch.autograd.function.BackwardCFunction)
         if distance < DEPTH and (passes or own):
             queue.extend((child, distance + 1) for child in node.next_functions if child[0])
@@ -157,7 +147,7 @@ def _sources(edge: Edge, known: dict[Edge, set[str]], depth: int) -> set[str]:
     if edge in known:
         return known[edge]
     node = edge[0]
-    if not depth or _kind(node) not in MOVES:
+    if not depth or kind_of(node) not in MOVES:
         return set()
     found: set[str] = set()
     for child in node.next_functions:
