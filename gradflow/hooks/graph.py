@@ -16,14 +16,13 @@ from torch import Tensor
 Edge = tuple[Any, int]  # a node of the graph and which of its outputs
 
 # operations that only move entries: what they make of zeros tells which entries lead where
-MOVES = frozenset(
-    (
-        "Alias AsStrided Cat Chunk Clone Contiguous Copy CopySlices Detach Diagonal Expand Flatten "
-        "Gather Index IndexSelect Narrow Permute Repeat ReshapeAlias Reshape Select Slice Split "
-        "SplitWithSizes Squeeze Stack Swapaxes T Take ToCopy Transpose Unbind Unflatten UnsafeSplit "
-        "UnsafeView Unsqueeze View"
-    ).split()
+_MOVES = (
+    "Alias AsStrided Cat Chunk Clone Contiguous Copy CopySlices Detach Diagonal Expand Flatten "
+    "Gather Index IndexSelect Narrow Permute Repeat ReshapeAlias Reshape Select Slice Split "
+    "SplitWithSizes Squeeze Stack Swapaxes T Take ToCopy Transpose Unbind Unflatten UnsafeSplit "
+    "UnsafeView Unsqueeze View"
 )
+MOVES = frozenset(_MOVES.split())
 PLACES = MOVES | {"IndexPut", "IndexCopy", "SliceScatter", "SelectScatter", "DiagonalScatter"}
 DEPTH, NODES = 16, 400  # how far from the new state, and how many nodes are looked at
 MOST = 100_000  # nodes of one step of a hand-written loop
@@ -113,9 +112,7 @@ class Between:
         return found
 
     @staticmethod
-    def _sorted(
-        roots: list[Edge], children: dict[Any, list[Any]], wanted: set[Any]
-    ) -> list[Any]:
+    def _sorted(roots: list[Edge], children: dict[Any, list[Any]], wanted: set[Any]) -> list[Any]:
         """The wanted nodes, every node after all that lead to it."""
         below = {n: [c for c in children[n] if c in wanted] for n in wanted}
         waiting = dict.fromkeys(wanted, 0)

@@ -18,6 +18,7 @@ from gradflow.hooks.dense import Incomplete, Place, Step, within
 from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.loops.links import probe_of
+from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.tapped import WIDEST, Mark, TapSource
 from gradflow.recording import Track
 
@@ -63,6 +64,7 @@ class Marks:
             grad_enabled=torch.is_grad_enabled(),
             differentiable=bool(place.edges),
             cut=torch.zeros(len(place.like), dtype=torch.bool, device=place.like.device),
+            axes=place.axes,
         )
 
     def begin(self, name: str, source: TapSource, states: dict[str, Tensor], place: Place) -> End:
@@ -70,6 +72,7 @@ class Marks:
         mark = source.marks[0]
         batch, device = len(place.like), place.like.device
         source.lengths = self.owner.lengths.of_steps(batch)
+        source.layout.join(torch.ones(batch, dtype=torch.long))
         track = Track(
             name=name,
             cell=source.cell,
@@ -88,17 +91,10 @@ class Marks:
     @staticmethod
     def extend(end: End, mark: Mark) -> None:
         """One more step."""
-        source, track = end.source, end.track
+        source = end.source
         source.marks.append(mark)
-        steps = len(source.marks)
-        track.cuts = torch.cat([track.cuts, mark.cut.unsqueeze(0)])
-        longest = torch.full_like(track.lengths, steps)
-        lengths = source.lengths
-        track.lengths = (
-            longest if lengths is None else torch.minimum(longest, lengths.to(longest.device))
-        )
-        track.mask = torch.arange(steps, device=longest.device).unsqueeze(1) < track.lengths
-        track.read_anew()
+        source.layout.join(torch.ones(len(mark.cut), dtype=torch.long), rows=mark.rows)
+        source.layout.grown(end.track, mark.cut, source.lengths)
 
     def settle(self, end: End, states: dict[str, Tensor], place: Place, mark: Mark) -> None:
         """What these states pass to one another, and from now on they are the end of the loop."""
@@ -134,7 +130,8 @@ class Marks:
             mark.unknown = f"{error}, so {words.more}"
         except NotReadable as error:
             mark.unknown = f"{error} between two {words.steps}"
-        return True
+        # of another batch it goes on only if it is known which sequences they are
+        return mark.rows is not None or len(end.place.like) == len(place.like)
 
     def _read(self, end: End, place: Place, mark: Mark) -> bool:
         step = Step.find(end.place, place, end.older, end.since)
@@ -143,12 +140,19 @@ class Marks:
         if end.place.twice or place.twice:
             mark.unknown = "a tap that was given one tensor as two states; give each its own"
         elif self.wanted(place):
-            mark.jacobian = step.jacobian()
+            try:
+                mark.jacobian = step.jacobian()
+            finally:
+                mark.rows = step.rows
             mark.cut = step.cut(mark.jacobian.flatten(1).any(1))
         else:
             mark.unknown = self._why_not(place)
-            mark.cut = step.cut((step.pull(probe_of(place.like)) != 0).any(1))
-        return True
+            if len(place.like) != len(end.place.like):
+                step.find_rows()
+            mark.rows = step.rows
+            pulled = picked(step.pull(probe_of(place.like)), step.rows, 0)
+            mark.cut = step.cut((pulled != 0).any(1))
+        return mark.rows is not None or len(place.like) == len(end.place.like)
 
     def without_graph(self, end: End, place: Place, mark: Mark) -> None:
         """No path leads back: a detached state, or no graph at all."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradflow.hooks.axes import Axis, alike, as_rows
 from gradflow.hooks.graph import DEPTH, MOVES, NODES, Edge, edge_of, kind_of
+from gradflow.hooks.loops.rows import equal_rows
 from gradflow.hooks.own.leaves import Path
 
 _ELEMENTWISE = (
@@ -35,6 +36,7 @@ class Output:
     edge: Edge | None
     row: Tensor  # (B, width), a copy
     shape: torch.Size
+    axis: Axis  # which of its axes is the batch
 
 
 def came_back(
@@ -118,13 +120,22 @@ def _walk(root: Edge, ends: Collection[Edge]) -> dict[Edge, int]:
 
 
 def _is_equal(tensor: Tensor, out: Output) -> bool:
-    """Whether every sequence of a tensor is that of the output, or zeros; one must tell."""
-    if tensor.shape != out.shape or tensor.device != out.row.device:
+    """Whether every sequence of a tensor is one of the output's, or zeros; one must tell."""
+    if tensor.device != out.row.device or not alike(tensor.shape, out.shape, out.axis):
         return False
-    given = tensor.detach().reshape(out.row.shape)
-    same = (given == out.row).all(1)
-    telling = same & ((out.row != 0) & (out.row != out.row.round())).any(1)
-    return bool(telling.any()) and bool((same | (given == 0).all(1)).all())
+    given = as_rows(tensor.detach(), out.axis)
+    if given.dtype != out.row.dtype or not bool(_telling(given).any()):
+        return False
+    if given.shape == out.row.shape:
+        same = (given == out.row).all(1)
+        if bool((same & _telling(given)).any()) and bool((same | (given == 0).all(1)).all()):
+            return True
+    return equal_rows(given, out.row) is not None
+
+
+def _telling(rows: Tensor) -> Tensor:
+    """(B,) whether a sequence holds something that is not to be met by chance."""
+    return ((rows != 0) & (rows != rows.round())).any(1)
 
 
 def handed_on(edge: Edge | None, tensor: Tensor, inner: dict[str, list[Tensor]]) -> set[str]:
