@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from gradflow.analysis.results import Finding, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.results import Alone, Finding, LayerAnalysis, Prediction, Rate
 from gradflow.errors import FileError, InputError
 from gradflow.recording import Parity
 
@@ -53,12 +53,13 @@ def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
     header = {
         name: getattr(layer, name)
         for name in LayerAnalysis.__dataclass_fields__
-        if name not in ("data", "lyapunov", "rate", "parity", "findings", "predictions")
+        if name not in ("data", "lyapunov", "rate", "parity", "findings", "predictions", "alone")
     }
     header["lyapunov"] = None if layer.lyapunov is None else layer.lyapunov.tolist()
     header["rate"] = asdict(layer.rate)
     header["parity"] = asdict(layer.parity)
     header["findings"] = [asdict(finding) for finding in layer.findings]
+    header["alone"] = None if layer.alone is None else asdict(layer.alone)
     header["predictions"] = [asdict(prediction) for prediction in layer.predictions]
     return header
 
@@ -140,9 +141,14 @@ def _layer_from(data: xr.Dataset) -> LayerAnalysis:
             "findings": tuple(Finding(**finding) for finding in header["findings"]),
             "predictions": tuple(_prediction_from(p) for p in header.get("predictions", ())),
             "lyapunov": None if lyapunov is None else np.asarray(lyapunov, dtype=float),
+            "alone": _alone_from(header.get("alone")),
             "data": data,
         }
     )
+
+
+def _alone_from(header: dict[str, Any] | None) -> Alone | None:
+    return None if header is None else Alone(**header | {"rate": Rate(**header["rate"])})
 
 
 def _prediction_from(header: dict[str, Any]) -> Prediction:

@@ -8,6 +8,7 @@ import torch
 from gradflow._version import __version__
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer.certificates import broken
+from gradflow.analyzer.closed import alone_words
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.lyapunov import SHORT, burn_in
 from gradflow.analyzer.settings import Settings
@@ -30,6 +31,7 @@ def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple
     for track in known:
         layer = layers[track.name]
         notes += [note for note in track.notes if not _is_said(note, layer)]
+        notes += [alone_words(layer)] if layer.alone else []
         notes += [str(v.attrs["note"]) for v in layer.data.values() if "note" in v.attrs]
         longest = int(track.lengths.max())
         if 1 < longest < SHORT:

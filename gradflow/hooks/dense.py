@@ -39,6 +39,10 @@ class Incomplete(NotReadable):
     """The loop carries more from step to step than its known states."""
 
 
+class Mixed(NotReadable):
+    """One sequence's next state depends on another sequence's state."""
+
+
 @dataclass(eq=False)
 class Place:
     """Where the states of one step sit in the graph, and how they lie side by side."""
@@ -106,6 +110,12 @@ class Place:
     def axis_of(self, name: str, shape: torch.Size) -> Axis:
         """The batch axis of a tensor of this shape that is, or becomes, the named state."""
         return self.axes[name] if len(shape) == len(self.shapes[name]) else usual_axis(shape)
+
+    def apart_from(self, name: str) -> Place | None:
+        """The other states, those of the same node left out; None where there is none."""
+        node = self.edges[name][0]
+        others = {n: e for n, e in self.edges.items() if n != name and e[0] is not node}
+        return replace(self, edges=others) if others else None
 
     def seeds(self, seed: Tensor, names: list[str]) -> list[tuple[Edge, Tensor]]:
         """Columns of a seed (B, S) at the edges of the named states."""
@@ -194,21 +204,21 @@ class Step:
                 for name in self.now.parts
             ],
             dim=1,
-        )
+        ).to(self._widest())
         if not moved and (len(found) == 1 or self._is(found)):
             return found
         if not moved:
             self.find_rows()
         found = picked(found, self.rows, 0)
         if self.rows is None or not self._is(found):
-            raise NotReadable(MIXING)
+            raise self.mixed()
         return found
 
     def _is(self, found: Tensor) -> bool:
         """Whether a product shows that this is the Jacobian; what is not finite tells nothing."""
         if not bool(torch.stack(found.aminmax()).isfinite().all()):
             return True
-        probe = probe_of(self.now.like)
+        probe = probe_of(self.now.like).to(found.dtype)
         again = (probe.unsqueeze(1) @ found).squeeze(1)
         size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
         return close_to(picked(self.pull(probe), self.rows, 0).to(self._coarsest()), again, size)
@@ -227,14 +237,31 @@ class Step:
 
         found = origins(pull, count, probe.device)
         if found is None:
-            raise NotReadable(MIXING)
+            raise self.mixed()
         found = completed(found, before)
         unmoved = bool(((found == torch.arange(count, device=found.device)) | (found < 0)).all())
         self.rows = None if unmoved and count == before else found
 
+    def _widest(self) -> torch.dtype:
+        """The dtype that holds the states of both steps."""
+        return torch.promote_types(self.before.like.dtype, self.now.like.dtype)
+
+    def mixed(self) -> Mixed:
+        """What to say of a step whose sequences depend on one another."""
+        return Mixed(f"{self._what_mixes()}, so that no sequence has a Jacobian of its own")
+
+    def _what_mixes(self) -> str:
+        """Batch normalisation where the graph has it, else what can be seen of it."""
+        if any("BatchNorm" in type(node).__name__ for node in self.between.order):
+            return "batch normalisation in training, which mixes the sequences of a batch"
+        return (
+            "an operation that mixes the sequences of a batch (messages between the nodes of a "
+            "graph, statistics over the batch, a view that folds one axis into another)"
+        )
+
     def _coarsest(self) -> torch.dtype:
         """The least exact dtype on the way: under autocast it is not that of the states."""
-        dtypes = {self.now.like.dtype}
+        dtypes = {self.now.like.dtype, self.before.like.dtype}
         for node in self.between.order:
             dtypes |= {m.dtype for m in node._input_metadata if m.dtype.is_floating_point}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -339,10 +366,9 @@ def within(place: Place) -> Tensor | None:
     """
     blocks = []
     for name, root in place.edges.items():
-        others = {n: e for n, e in place.edges.items() if n != name and e[0] is not root[0]}
-        if not others:
+        made = place.apart_from(name)
+        if made is None:
             continue
-        made = replace(place, edges=others)
         between = Between([root], made.nodes, made.since)
         if between.reached:
             blocks.append((place.parts[name], _block(place, made, between, name)))

@@ -110,6 +110,10 @@ def _cannot(track: Track, change: Change) -> str:
     """Why this track cannot be run again with this change, or nothing."""
     if not isinstance(track.source, LoopSource):
         return "its steps are the user's own code, which is not run again"
+    if track.source.closed is not None:
+        return (
+            "it is part of a closed loop: its inputs would change with it, and are the user's own"
+        )
     if change.forget_bias and track.cell not in KEEPING:
         return "a vanilla RNN has no gate that keeps its state"
     return ""
@@ -178,7 +182,7 @@ def _run(call: Call) -> Call:
         returned=dict(zip(call.returned, results, strict=True)),
         grads={},
         graph_tasks=set(),
-        second_order=False,
+        lost="",
         within=None,
         entering={},
     )

@@ -7,7 +7,7 @@ of independent states: a = (I − Mᵀ) g.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,13 +16,17 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.errors import RecordingError
 from gradflow.hooks.axes import Axis, as_rows, usual_axis
+from gradflow.hooks.call import SECOND_ORDER
 from gradflow.hooks.dense import Dense
 from gradflow.hooks.graph import Edge
+from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
+from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
+from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.recording import Backward, Forward, Operator, Parity
 
-WIDEST = 64  # states up to which step Jacobians are taken unasked
+WIDEST = 64  # states up to which step Jacobians are written out unasked
 
 
 @dataclass(eq=False)
@@ -33,8 +37,9 @@ class Mark:
     grad_enabled: bool
     differentiable: bool
     cut: Tensor  # (B,)
-    jacobian: Tensor | None = None  # (B, S, S), None at the first mark and where it is not known
-    within: Tensor | None = None  # M, (B, S, S); None: zero
+    # (B, S, S), or a map where that is too wide; None at the first mark and where it is not known
+    jacobian: Tensor | WideStep | None = None
+    within: Tensor | WideStep | None = None  # M, (B, S, S) or a map; None: zero
     within_known: bool = False
     unknown: str = ""  # why there is no Jacobian
     grads: dict[str, Tensor] = field(default_factory=dict)
@@ -87,9 +92,14 @@ class TapSource:
     remarks: list[str] = field(default_factory=list)
     initial: dict[str, Tensor] = field(default_factory=dict)  # state name -> (B, width), if seen
     graph_tasks: set[int] = field(default_factory=set)
-    second_order: bool = False
+    lost: str = ""  # why what the backwards brought is no total, if it is none
+    batched: bool = False  # a backward of several outputs at once came by, which is not counted
     ran_backward: bool = False
-    _steps: tuple[tuple[int, int], list[Mark]] | None = None
+    _steps: tuple[tuple[int, int], list[Mark]] | None = field(default=None, repr=False)
+    _written: tuple[tuple[tuple[int, ...], int], list[Tensor]] | None = field(
+        default=None, repr=False
+    )
+    _known_direct: tuple[int, list[Tensor]] | None = field(default=None, repr=False)
 
     @property
     def words(self) -> Words:
@@ -106,19 +116,34 @@ class TapSource:
     def listen(self, mark: Mark, edges: dict[str, Edge]) -> list[RemovableHandle]:
         """Add up the gradients that reach the marked tensors, after all hooks of the user's own."""
         return [
-            node.register_prehook(self._catcher(mark, name, output))
+            node.register_prehook(
+                Hook(Point.GRADIENT, self.lose, self._catcher(mark, name, output))
+            )
             for name, (node, output) in edges.items()
         ]
+
+    def lose(self, why: str) -> None:
+        """What the backwards brought, and will bring, is no total."""
+        self.lost = self.lost or why
+        self.graph_tasks.add(torch._C._current_graph_task_id())
+
+    def _counts(self, grad: Tensor) -> bool:
+        """Note that a backward came by; whether what it brings is to be added up."""
+        if is_batched(grad) or why_hidden():
+            self.batched = True
+            return False
+        if torch.is_grad_enabled():
+            self.lost = self.lost or SECOND_ORDER
+        self.graph_tasks.add(torch._C._current_graph_task_id())
+        return True
 
     def _catcher(
         self, mark: Mark, name: str, output: int
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def catch(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[output]
-            if grad is None:
+            if grad is None or not self._counts(grad):
                 return
-            self.second_order |= torch.is_grad_enabled()
-            self.graph_tasks.add(torch._C._current_graph_task_id())
             axis = mark.axes.get(name, usual_axis(grad.shape))
             grad = as_rows(grad.detach(), axis) / self.scale()
             mark.grads[name] = mark.grads[name] + grad if name in mark.grads else grad
@@ -141,7 +166,7 @@ class TapSource:
     @property
     def real(self) -> Tensor | None:
         """(B,) the real steps of every sequence; None where all are T."""
-        return self.layout.real(self.lengths)
+        return self.layout.real(self.lengths) if self.layout.parts else self.lengths
 
     @property
     def names(self) -> list[str]:
@@ -160,7 +185,7 @@ class TapSource:
         return trimmed(array, self.real)
 
     def _has_gradient(self) -> bool:
-        return not self.second_order and any(mark.grads for mark in self.marks)
+        return not self.lost and any(mark.grads for mark in self.marks)
 
     def backward(self) -> Backward | None:
         """Total gradients; None without a backward."""
@@ -213,6 +238,18 @@ class TapSource:
         with torch.no_grad():
             return (torch.stack(self._direct()) != 0).any(2)
 
+    def arriving(self) -> Tensor | None:
+        """The same: what reaches the marked states from outside their own recurrence."""
+        return self.reached()
+
+    def trains_recurrence(self) -> None:
+        """The weights of such a loop were not seen."""
+
+    def unread(self) -> bool:
+        """Whether a backward ran and did not come here, though it could have."""
+        able = any(mark.grad_enabled and mark.differentiable for mark in self.marks)
+        return able and self.ran_backward and not self.version
+
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
         arrives = self.reached()
@@ -257,8 +294,7 @@ class TapSource:
             mark = self.steps[t]
             carried = carried + direct[t].masked_fill((chosen != t).unsqueeze(2), 0.0)
             rows.append(_with_moving(mark, carried, None if whole else sequences))
-            matrix = mark.jacobian
-            carried = _pulled(matrix if matrix is None or whole else matrix[sequences], carried)
+            carried = _pulled(mark.jacobian, carried, None if whole else sequences)
         return torch.stack(rows[::-1])
 
     def _split(self, rows: Tensor) -> dict[str, Tensor]:
@@ -271,6 +307,12 @@ class TapSource:
         return found
 
     def _direct(self) -> list[Tensor]:
+        """(B, S) per step, see `_told_apart`; kept as long as no further backward comes."""
+        if self._known_direct is None or self._known_direct[0] != self.version:
+            self._known_direct = (self.version, self._told_apart())
+        return self._known_direct[1]
+
+    def _told_apart(self) -> list[Tensor]:
         """(B, S) per step: what reaches the independent states not through the next step.
 
         An entry no larger than 64 units of rounding of the largest term of its step, sequence and
@@ -319,18 +361,36 @@ class TapSource:
         real = self.real
         first = self.marks[0]
         size = sum(state.shape[1] for state in first.states.values())
+        if any(isinstance(mark.jacobian, WideStep) for mark in self.marks):
+            lengths = None if self.lengths is None else self.lengths.to(device)[chosen]
+            steps = [m.jacobian for m in self.marks if not isinstance(m.jacobian, Tensor)]
+            assert len(steps) == len(self.marks)
+            return self._wide(Wide(steps, dtype, chosen, size, lengths))
         eye = torch.eye(size, dtype=dtype, device=device).expand(len(chosen), -1, -1)
         matrices = []
         for t, mark in enumerate(self.steps):
             if mark.jacobian is None:
                 matrices.append(eye)
                 continue
+            assert isinstance(mark.jacobian, Tensor)
             matrix = mark.jacobian if _is_all(chosen, len(mark.cut)) else mark.jacobian[chosen]
             if real is not None:
                 padded = t >= real.to(device)[chosen]
                 matrix = matrix.masked_fill(padded.view(-1, 1, 1), 0.0)
             matrices.append(matrix)
         return Dense(matrices, dtype)
+
+    def _wide(self, operator: Wide) -> Operator:
+        """Products, or the matrices themselves where all of them are cheap to write out."""
+        if not operator.is_cheap:
+            return operator
+        which = tuple(operator.sequences.tolist())
+        if self._written is None or self._written[0] != (which, len(self.marks)):
+            self._written = ((which, len(self.marks)), operator.written())
+        return Dense(self._written[1], operator.dtype)
+
+    def alone(self) -> None:
+        """There is no other reading: what goes into the steps was not seen."""
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""
@@ -342,11 +402,10 @@ class TapSource:
 
     def why_no_gradient(self) -> str:
         """Why there is no gradient here, and what to do."""
-        if self.second_order:
-            return (
-                "a backward with create_graph=True came through it, and what it brings is not a total; "
-                "record a backward of the loss alone"
-            )
+        if self.lost:
+            return self.lost
+        if self.batched:
+            return ONLY_BATCHED
         if not any(mark.grad_enabled for mark in self.marks):
             return (
                 "it ran inside torch.no_grad(), or inside a checkpoint with use_reentrant=True; run it "
@@ -369,6 +428,9 @@ class TapSource:
 
     def notes(self) -> list[str]:
         """What a reader should know about the track."""
+        return ([BATCHED] if self.batched else []) + self._notes()
+
+    def _notes(self) -> list[str]:
         reason = self.why_no_operator()
         if reason:
             return [f"its step Jacobians and last loss step alone are not known: {reason}"]
@@ -404,14 +466,14 @@ def _joined(here: list[tuple[Mark, Tensor, Tensor]], batch: int) -> Mark:
     """The chosen rows of some marks at the sequences that they are."""
     first = here[0][0]
 
-    def put(parts: list[Tensor | None], identity: bool = False) -> Tensor | None:
-        one = next((part for part in parts if part is not None), None)
-        if one is None:
+    def put(parts: Sequence[Tensor | WideStep | None], identity: bool = False) -> Tensor | None:
+        one = next((part for part in parts if isinstance(part, Tensor)), None)
+        if one is None:  # or wide ones, of which such a batch is not known
             return None
         result = one.new_zeros(batch, *one.shape[1:])
         for part, (_, rows, sequences) in zip(parts, here, strict=True):
             at = sequences.to(one.device)
-            if part is not None:
+            if isinstance(part, Tensor):
                 result[at] = part[rows.to(one.device)]
             elif identity:  # begins here, with nothing before it
                 result[at] = torch.eye(one.shape[1], dtype=one.dtype, device=one.device)
@@ -449,11 +511,19 @@ def _grad(mark: Mark, name: str) -> Tensor:
     return mark.grads.get(name, torch.zeros_like(mark.states[name]))
 
 
-def _pulled(matrix: Tensor | None, rows: Tensor, *, absolute: bool = False) -> Tensor:
-    """Matrixᵀ rows, (B, S) or (B, n, S); zero where there is no matrix."""
+def _pulled(
+    matrix: Tensor | WideStep | None,
+    rows: Tensor,
+    sequences: Tensor | None = None,
+    *,
+    absolute: bool = False,
+) -> Tensor:
+    """Matrixᵀ rows, (B, S) or (B, n, S), of some sequences; zero where there is no matrix."""
     if matrix is None:
         return torch.zeros_like(rows)
-    matrix = matrix.to(rows.dtype)
+    if isinstance(matrix, WideStep):
+        return pulled(matrix, rows, sequences, absolute=absolute)
+    matrix = (matrix if sequences is None else matrix[sequences]).to(rows.dtype)
     if absolute:
         matrix, rows = matrix.abs(), rows.abs()
     return rows @ matrix if rows.dim() == 3 else (rows.unsqueeze(1) @ matrix).squeeze(1)
@@ -467,9 +537,8 @@ def _with_moving(mark: Mark, rows: Tensor, sequences: Tensor | None = None) -> T
     total, term = rows, rows
     if mark.within is None:
         return total
-    within = mark.within if sequences is None else mark.within[sequences]
     for _ in mark.states:
-        term = _pulled(within, term)
+        term = _pulled(mark.within, term, sequences)
         total = total + term
     return total
 

@@ -7,6 +7,7 @@ A call that starts from what an earlier call of the same module returned goes on
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +30,9 @@ class Chain:
     links: list[Link | None]
     tracks: list[Track] = field(default_factory=list)
     lengths: Tensor | None = None  # the user's own, over the whole loop
+    unread: str = ""  # why it is not known whether more than its states goes around the loop
     changes: int = 0
+    closed: Any = None  # the `ClosedLoop` that it is a part of, if any
     layout: Layout = field(default_factory=Layout)
     _groups: tuple[int, list[Group]] = (-1, [])
 
@@ -97,11 +100,11 @@ class Stitcher:
 
     def place(
         self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
-    ) -> tuple[Chain, bool]:
-        """The chain this call belongs to, and whether it is a new one."""
-        end = _end(call, initial, results)
+    ) -> tuple[Chain, End | None]:
+        """The chain this call belongs to, new if it is the only one, and its end if it may go on."""
         if not _can_go_on(call):
-            return Chain([call], [None]), True
+            return Chain([call], [None]), None
+        end = _end(call, initial, results)
         ends = self._ends.setdefault(call.owner, [])
         for number in reversed(range(len(ends))):
             known, chain = ends[number]
@@ -114,12 +117,12 @@ class Stitcher:
             chain.add(call, link)
             ends.append((end, chain))
             self._chains[id(call)] = (chain, len(chain.calls) - 1)
-            return chain, False
+            return chain, end
         chain = Chain([call], [None])
         self._chains[id(call)] = (chain, 0)
         ends.append((end, chain))
         del ends[:-OPEN]
-        return chain, True
+        return chain, end
 
     def made_again(
         self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
