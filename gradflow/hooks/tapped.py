@@ -77,6 +77,15 @@ CALLED = Words(
     kind="a cell of your own: how it uses its weights is not known",
 )
 
+UNROLLED = Words(
+    step="step",
+    steps="steps",
+    states="states",
+    more="the loop carries more than its states; mark every state that it carries with "
+    "h, c = gradflow.tap(h=h, c=c) inside the loop, once per step",
+    kind="a loop written by hand: how it uses its weights is not known",
+)
+
 
 @dataclass(eq=False)
 class TapSource:
@@ -96,6 +105,8 @@ class TapSource:
     batched: bool = False  # a backward of several outputs at once came by, which is not counted
     ran_backward: bool = False
     _steps: tuple[tuple[int, int], list[Mark]] | None = field(default=None, repr=False)
+    part_of_a_step: bool = False  # other terms are added to what the cell returns
+    words_: Words | None = None  # how to speak of it, where the name of the cell does not tell
     _written: tuple[tuple[tuple[int, ...], int], list[Tensor]] | None = field(
         default=None, repr=False
     )
@@ -104,6 +115,8 @@ class TapSource:
     @property
     def words(self) -> Words:
         """How to speak of this loop."""
+        if self.words_ is not None:
+            return self.words_
         return TAPPED if self.cell == "tap" else CALLED
 
     @property
@@ -432,6 +445,11 @@ class TapSource:
 
     def _notes(self) -> list[str]:
         reason = self.why_no_operator()
+        if reason and self.words is UNROLLED:
+            return [
+                *self.remarks,
+                f"its step Jacobians and last loss step alone are not known: {reason}",
+            ]
         if reason:
             return [f"its step Jacobians and last loss step alone are not known: {reason}"]
         if self.words is TAPPED and starts_constant(self):

@@ -15,9 +15,12 @@ from gradflow.hooks.own.around import Around
 from gradflow.hooks.own.candidates import Candidate, CellLoop, First
 from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.part import is_part
 from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.wide import WideStep, wide_step
+from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
+
+LOOKED = 4  # calls of a loop after which it is known whether its module is only part of a step
 
 MOVED = "the batch changes between two calls while a state is mixed with the one before (zoneout, a mask)"
 
@@ -53,7 +56,7 @@ class OwnSteps:
                 parts = [first.place.parts[key_of(path)] for path in states.values()]
                 order = torch.cat([torch.arange(part.start, part.stop) for part in parts])
                 mark.within = (
-                    guess.within.turned(order)
+                    TurnedStep(guess.within, order)
                     if isinstance(guess.within, WideStep)
                     else guess.within[:, order][:, :, order]
                 )
@@ -117,11 +120,14 @@ class OwnSteps:
     def _led_in(self, place: Place, step: Step | None) -> Tensor | WideStep:
         """∂s_1/∂s_0 of a step that was run again; 0 where no path leads back."""
         if self.marks.wide(place):
-            return WideStep(None) if step is None else wide_step(step, self.marks.constants, 0)
+            return WideStep() if step is None else wide_step(step, self.marks.constants, 0)
         if step is None:
             size = place.like.shape[1]
             return place.like.new_zeros(len(place.like), size, size)
-        return step.jacobian()
+        found = step.jacobian()
+        if step.rows is not None:
+            raise NotReadable("a cell that puts its sequences in another order")
+        return found
 
     def goes_on(self, loop: CellLoop, given: Given, returned: dict[Path, Tensor]) -> bool:
         """One more step, if the module returned the states as it did before."""
@@ -138,9 +144,12 @@ class OwnSteps:
         place = Place.of(states, rows, axes)
         mark = Marks.new(place, rows)
         entering, values = entering_of(given, loop.entry, place)
+        self._look_between(loop, given)
         mixed = loop.around.mixed or loop.around.goes_around(entering)
         moved = len(place.like) != len(before.like)
-        if mixed and not moved and self._is_read(entering, place):
+        read = entering is not None and bool(entering.edges) and self.marks.wanted
+        if mixed and not moved and read:
+            loop.around.constants = self.marks.constants if self.marks.wide(place) else None
             self._goes_around(loop, entering, place, mark)
         elif not self.marks.by_graph(loop.end, place, mark):
             if moved and not self._by_values(loop, values, mark):
@@ -157,10 +166,6 @@ class OwnSteps:
         }
         return True
 
-    def _is_read(self, entering: Place | None, place: Place) -> bool:
-        dense = self.marks.wanted and not self.marks.wide(place)
-        return entering is not None and bool(entering.edges) and dense
-
     @staticmethod
     def _by_values(loop: CellLoop, values: Tensor | None, mark: Mark) -> bool:
         """Whether the values that entered tell which of the sequences before they are."""
@@ -170,6 +175,18 @@ class OwnSteps:
             return False
         mark.rows = completed(found[0], len(known))
         return True
+
+    @staticmethod
+    def _look_between(loop: CellLoop, given: Given) -> None:
+        """See, at the first few calls, whether what was returned is only part of a step."""
+        source = loop.end.source
+        if source.part_of_a_step or len(source.marks) >= LOOKED:
+            return
+        tensors = (given.tensors.get(path) for path in dict.fromkeys(loop.entry.values()))
+        entering = [edge for t in tensors if t is not None and (edge := edge_of(t)) is not None]
+        if entering and loop.around.returned.edges:
+            source.part_of_a_step = is_part(entering, loop.around.returned.nodes, loop.entering)
+        loop.entering = entering
 
     @staticmethod
     def _goes_around(loop: CellLoop, entering: Place | None, place: Place, mark: Mark) -> None:
