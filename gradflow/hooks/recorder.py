@@ -318,6 +318,7 @@ class Recorder:
                 mask=replay.mask,
                 cuts=torch.zeros_like(replay.mask),
                 weights=replay.weights(layer, direction).named(),
+                foreign=self.uses.foreign(replay.weight_keys(layer, direction)),
                 source=source,
                 training=call.training,
                 batch_first=call.batch_first,

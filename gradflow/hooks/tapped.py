@@ -22,7 +22,7 @@ from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
 from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.hooks.wide import Wide, WideStep, pulled
-from gradflow.recording import Backward, Forward, Operator, Parity
+from gradflow.recording import Backward, Forward, Operator, Parity, Source
 
 WIDEST = 64  # states up to which step Jacobians are written out unasked
 
@@ -238,6 +238,8 @@ class TapSource:
     def unread(self) -> bool:
         """Whether a backward ran and did not come here, though it could have."""
         able = any(mark.grad_enabled and mark.differentiable for mark in self.marks)
+        if self.lost or self.batched:
+            return False
         return able and self.ran_backward and not self.version
 
     def last(self) -> Backward | None:
@@ -380,6 +382,14 @@ class TapSource:
 
     def alone(self) -> None:
         """There is no other reading: what goes into the steps was not seen."""
+
+    def changed(self, **_: float) -> tuple[Source, dict[str, Tensor]]:
+        """Nothing: the loop is the user's own.
+
+        Raises:
+            RecordingError: always.
+        """
+        raise RecordingError("its steps are the user's own code, which is not run again")
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""
