@@ -164,18 +164,28 @@ class Step:
             NotReadable: an operation is not to be read, or sequences are mixed (batch
                 normalisation), so that no sequence has a Jacobian of its own.
         """
-        rows = [
-            self._complete(*unit_rows(self.now, self.before, self.between, name))
-            for name in self.now.parts
-        ]
-        found = torch.cat(rows, dim=1).to(self._widest())
-        if len(found) > 1 and bool(torch.stack(found.aminmax()).isfinite().all()):
-            probe = probe_of(self.now.like).to(found.dtype)
-            again = (probe.unsqueeze(1) @ found).squeeze(1)
-            size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
-            if not close_to(self.pull(probe).to(self._coarsest()), again, size):
+        found = self._rows(together=True)
+        if not self._is_right(found):  # torch batches some operations wrongly, `cdist` for one
+            found = self._rows(together=False)
+            if len(found) > 1 and not self._is_right(found):
                 raise self.mixed()
         return found
+
+    def _rows(self, *, together: bool) -> Tensor:
+        rows = [
+            self._complete(*unit_rows(self.now, self.before, self.between, name, together=together))
+            for name in self.now.parts
+        ]
+        return torch.cat(rows, dim=1).to(self._widest())
+
+    def _is_right(self, found: Tensor) -> bool:
+        """Whether a random vector, pulled by itself, gives what the rows give; so where one is NaN."""
+        if not bool(torch.stack(found.aminmax()).isfinite().all()):
+            return True
+        probe = probe_of(self.now.like).to(found.dtype)
+        again = (probe.unsqueeze(1) @ found).squeeze(1)
+        size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
+        return close_to(self.pull(probe).to(self._coarsest()), again, size)
 
     def _widest(self) -> torch.dtype:
         """The dtype that holds the states of both steps."""
@@ -337,11 +347,11 @@ def _block(place: Place, made: Place, between: Between, name: str) -> Tensor:
 
 
 def unit_rows(
-    now: Place, before: Place, between: Between, name: str
+    now: Place, before: Place, between: Between, name: str, *, together: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
     """The vector-Jacobian products of every unit of one state, (B, width, S), and what came beside.
 
-    All units go at once where every operation on the way can be batched, else one by one.
+    All units go at once where they may and every operation on the way can be batched, else one by one.
     """
     part, batch = now.parts[name], len(now.like)
     seeds = torch.eye(now.like.shape[1], dtype=now.like.dtype, device=now.like.device)[part]
@@ -352,6 +362,8 @@ def unit_rows(
 
     with torch.autocast(now.like.device.type, enabled=False):
         try:
+            if not together:
+                raise NotReadable("one by one")
             with warnings.catch_warnings():
                 # torch says that an operation is batched by a loop: no slower than one by one
                 warnings.simplefilter("ignore")

@@ -199,9 +199,8 @@ def wide_step(step: Step, constants: Constants, number: int) -> TapedStep:
     beside: list[Tensor] = []
 
     def linear(seed: Tensor) -> Tensor:
-        row, more = step.before.gathered(
-            step.between.pull(step.now.seeds(seed, list(step.now.parts)))
-        )
+        seeds = step.now.seeds(seed, list(step.now.parts))
+        row, more = step.before.gathered(step.between.pull(seeds, differentiable=True))
         beside.extend(more)
         return row
 
@@ -380,19 +379,25 @@ def transposed(tape: Tape) -> tuple[Tensor, Tensor] | None:
     """
     try:
         made = tape.transposed()
+        agree = _agree(tape, made)
     except (NotReadable, RuntimeError) as error:
         raise RecordingError(
-            f"its step Jacobians are not known: vectors cannot be pushed through its step "
-            f"({str(error).splitlines()[0]})"
+            "its step Jacobians are not known: vectors cannot be pushed through its step "
+            f"({str(error).splitlines()[0]}); have them written out with jacobians=True, or use "
+            "another operation"
         ) from error
-    _hold_together(tape, made)
+    if not agree:
+        raise RecordingError(
+            "its step Jacobians are not known: vectors pushed through its step and pulled through it "
+            "do not agree, so an operation of it hides what it depends on"
+        )
     return made
 
 
-def _hold_together(tape: Tape, graph: tuple[Tensor, Tensor] | None) -> None:
-    """⟨u, A v⟩ = ⟨Aᵀ u, v⟩ of every sequence, or a sentence: an operation that is not linear in u."""
+def _agree(tape: Tape, graph: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether ⟨u, A v⟩ = ⟨Aᵀ u, v⟩ of every sequence: not so where an operation is not linear in u."""
     if graph is None:
-        return
+        return True
     u = probe_of(tape.like)
     v = probe_of(tape.like.new_zeros(len(u), tape.width)).flip(1)
     there, back = tape.push(v.unsqueeze(1), graph)[:, 0], tape.pull(u.unsqueeze(1))[:, 0]
@@ -400,8 +405,4 @@ def _hold_together(tape: Tape, graph: tuple[Tensor, Tensor] | None) -> None:
     left, right = (u * there).sum(1), (back * v).sum(1)
     size = (u * there).abs().sum(1) + (back * v).abs().sum(1)
     apart = (left - right).abs() > AGREED * eps * size
-    if bool((apart & size.isfinite()).any()):
-        raise RecordingError(
-            "its step Jacobians are not known: vectors pushed through its step and pulled through it "
-            "do not agree, so an operation of it hides what it depends on"
-        )
+    return not bool((apart & size.isfinite()).any())
