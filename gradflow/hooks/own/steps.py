@@ -13,9 +13,12 @@ from gradflow.hooks.own.around import Around
 from gradflow.hooks.own.candidates import Candidate, CellLoop, First
 from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.part import is_part
 from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
+
+LOOKED = 4  # calls of a loop after which it is known whether its module is only part of a step
 
 
 class OwnSteps:
@@ -127,6 +130,7 @@ class OwnSteps:
         place = Place.of(states, rows)
         mark = Marks.new(place, rows)
         entering, values = entering_of(given, loop.entry, rows)
+        self._look_between(loop, given)
         mixed = loop.around.mixed or loop.around.goes_around(entering)
         if mixed and entering is not None and entering.edges and self.marks.wanted:
             loop.around.constants = self.marks.constants if self.marks.wide(place) else None
@@ -141,6 +145,18 @@ class OwnSteps:
             for name, path in loop.states.items()
         }
         return True
+
+    @staticmethod
+    def _look_between(loop: CellLoop, given: Given) -> None:
+        """See, at the first few calls, whether what was returned is only part of a step."""
+        source = loop.end.source
+        if source.part_of_a_step or len(source.marks) >= LOOKED:
+            return
+        tensors = (given.tensors.get(path) for path in dict.fromkeys(loop.entry.values()))
+        entering = [edge for t in tensors if t is not None and (edge := edge_of(t)) is not None]
+        if entering and loop.around.returned.edges:
+            source.part_of_a_step = is_part(entering, loop.around.returned.nodes, loop.entering)
+        loop.entering = entering
 
     @staticmethod
     def _goes_around(loop: CellLoop, entering: Place, place: Place, mark: Mark) -> None:
