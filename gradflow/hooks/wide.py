@@ -31,6 +31,16 @@ SPEED, PASS, CALL = 1.2e10, 1e-9, 1e-4
 AGREED = 64  # units of rounding of the terms, within which pushing and pulling must agree
 
 
+MOVED = (
+    "a batch that shrinks, grows or is reordered while its states are too wide to be written out, of "
+    "which that is not followed; ask for all their entries with gradflow.record(model, jacobians=True)"
+)
+
+
+class Moved(NotReadable):
+    """The sequences of a wide state are others than those before."""
+
+
 Push = Callable[[Tensor], Tensor]  # of every row of (B, m, S)
 
 
@@ -193,7 +203,8 @@ def wide_step(step: Step, constants: Constants, number: int) -> TapedStep:
             others at the next; the first ones ask for all.
 
     Raises:
-        NotReadable: an operation is not to be read, too much would be kept, or sequences mix.
+        NotReadable: an operation is not to be read, too much would be kept, sequences mix, or are
+            in another order than before.
         Incomplete: the new states depend on more than the states before.
     """
     beside: list[Tensor] = []
@@ -209,7 +220,8 @@ def wide_step(step: Step, constants: Constants, number: int) -> TapedStep:
     if any(bool((grad != 0).any()) for grad in beside):
         raise Incomplete("a state that depends on another result of what made those before it")
     if _mixes(tape, number):
-        raise step.mixed()
+        step.find_rows()
+        raise Moved(MOVED)
     return TapedStep(tape)
 
 
