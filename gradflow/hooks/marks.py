@@ -33,6 +33,7 @@ class Owner(Protocol):
     def scale(self) -> float: ...
     def wants_track(self, name: str) -> bool: ...
     def add_track(self, base: str, track: Track) -> None: ...
+    def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None: ...
 
 
 @dataclass(eq=False)
@@ -110,6 +111,7 @@ class Marks:
         if bool(mark.cut.all()):
             end.older.clear()
         end.states, end.place, end.number = states, place, newest()
+        self.owner.saw_mark(end.source, end.track, place, mark)
 
     def wanted(self, place: Place) -> bool:
         """Whether step Jacobians of states of this width are taken."""

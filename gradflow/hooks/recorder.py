@@ -16,6 +16,7 @@ from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.watch import ClosedLoops
 from gradflow.hooks.copies import Copies
+from gradflow.hooks.dense import Place
 from gradflow.hooks.lengths import GivenLengths, Lengths
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.source import LoopSource
@@ -23,7 +24,7 @@ from gradflow.hooks.loops.stitch import Chain, Stitcher
 from gradflow.hooks.own.cells import OwnCells
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.patch import CellCall, FusedCall
-from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.taps import Taps
 from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers
 from gradflow.recording import Recording, Track, matches_any
@@ -141,6 +142,10 @@ class Recorder:
             self.runs[base] += 1
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
         self.recording.add(track)
+
+    def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None:
+        """One more step of a loop that is tapped, or over a cell of the user's own."""
+        self.closed.saw_mark(source, track, place, mark)
 
     def drop_tracks(self, tracks: list[Track]) -> None:
         """Forget loops over one cell that turned out to be part of another."""

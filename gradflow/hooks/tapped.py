@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,7 @@ class TapSource:
     graph_tasks: set[int] = field(default_factory=set)
     second_order: bool = False
     ran_backward: bool = False
+    closed: Any = None  # the `ClosedLoop` that it is a part of, if any
 
     @property
     def words(self) -> Words:
@@ -280,6 +282,8 @@ class TapSource:
 
     def why_no_operator(self) -> str:
         """Why the step Jacobians are not known, or nothing."""
+        if self.closed is not None:
+            return str(self.closed.instead())
         return next((mark.unknown for mark in self.marks if mark.unknown), "")
 
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
@@ -288,6 +292,8 @@ class TapSource:
         Raises:
             RecordingError: they were not taken, or could not be.
         """
+        if self.closed is not None:
+            raise self.closed.refuse(self.name)
         reason = self.why_no_operator()
         if reason:
             raise RecordingError(f"{self.name}: its step Jacobians are not known: {reason}")
@@ -348,6 +354,8 @@ class TapSource:
 
     def notes(self) -> list[str]:
         """What a reader should know about the track."""
+        if self.closed is not None:
+            return [self.closed.note(self.name)]
         reason = self.why_no_operator()
         if reason:
             return [f"its step Jacobians and last loss step alone are not known: {reason}"]
