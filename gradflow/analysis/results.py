@@ -9,6 +9,14 @@ import xarray as xr
 
 from gradflow.recording import Parity
 
+FIRST = (  # findings on what the loss reads, which stand before those of all layers
+    "unread",
+    "reads-one-sequence",
+    "reads-past-packed",
+    "reads-first-step",
+    "reads-after-end",
+)
+
 
 @dataclass(frozen=True)
 class Rate:

@@ -28,6 +28,8 @@ from gradflow.analyzer.lyapunov import SHORT
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.notes import provenance_of, warnings_of
 from gradflow.analyzer.rates import decays_as_power
+from gradflow.analyzer.read_states import read_part
+from gradflow.analyzer.reading import Reading, readings
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
@@ -110,11 +112,18 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
     """All layers whose states can be read, and a sentence on each whose states cannot."""
     layers: dict[str, LayerAnalysis] = {}
     refused: dict[str, RecordingError] = {}
+    unread: list[str] = []
+    read = readings(recording)
     for track in recording:
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
                 shown, loop = judged(recording, track)
-                layers[track.name] = with_alone(track, _layer(shown, loop, settings), settings)
+                part = read_part(loop)
+                shown = part.shown if shown is loop else shown
+                made = _layer(shown, part.judged, read[track.name], settings)
+                layers[track.name] = with_alone(track, made, settings)
+            if part.unread and part.words not in unread:
+                unread.append(part.words)
         except RecordingError as error:  # its replay is not to be had
             refused[track.name] = error
     if not layers:
@@ -123,16 +132,17 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
         f"{name} is not in this report: {str(error).removeprefix(f'{name}: ')}"
         for name, error in refused.items()
     ]
-    return with_flow(recording, told_once(recording, layers)), said
+    return with_flow(recording, told_once(recording, layers)), [*said, *unread]
 
 
 # ------------------------------------------------------------------------------------- one layer
 
 
-def _layer(track: Track, loop: Track, settings: Settings) -> LayerAnalysis:
+def _layer(track: Track, loop: Track, read: Reading, settings: Settings) -> LayerAnalysis:
     """Measure one layer in one direction, then judge it and put it into words.
 
-    loop is the track whose gains are its verdict: itself, if it is no part of a closed loop.
+    loop is what of it has a vote in gains and verdict: mostly itself, of a closed loop the joint
+    state, and of either what the loss reads.
     """
     withheld = track.has_gradient and track.parity.status == "failed"
     weight = watcher(track)
@@ -167,6 +177,7 @@ def _layer(track: Track, loop: Track, settings: Settings) -> LayerAnalysis:
     evidence = Evidence(
         **vars(measured),
         alone=settings.layers == 1,
+        reading=read,
         size=state_size(loop),
         labels=labels,
         half_life=half_life(core.rate, core.curve, labels),

@@ -16,6 +16,7 @@ from gradflow.analyzer import core
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.plan import exact_seconds
 from gradflow.analyzer.rates import decays_as_power
+from gradflow.analyzer.read_states import read_part
 from gradflow.analyzer.sweep import SPEED
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.recording import Track
@@ -66,6 +67,7 @@ def brief(
     settings = core.Settings(
         span, sequences, 1, "auto", None, seed, share, lambda phase, done: None
     )
+    track = read_part(track).judged
     with fitting_threads(state_size(track)):
         return _measured(track, settings)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from gradflow.analyzer.causes.reading import headline, opening
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
 
@@ -15,7 +16,11 @@ from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
 
 def sentence(evidence: Evidence) -> str:
     """The verdict on a layer in words with its numbers."""
-    return f"{evidence.track.name} {_SENTENCES[evidence.verdict.name](evidence)}"
+    said = _SENTENCES[evidence.verdict.name](evidence)
+    first = opening(evidence)
+    if first and evidence.labels[:1] != ("no recurrence",):
+        return f"{evidence.track.name} {first}; the layer itself {said}"
+    return f"{evidence.track.name} {said}"
 
 
 def _vanishing(e: Evidence) -> str:
@@ -124,6 +129,9 @@ def _headline(e: Evidence) -> str:
         return "one step only, so no recurrence to measure"
     if "not finite" in e.labels:
         return "NaN or Inf, so no rate can be given"
+    read = headline(e)
+    if read:
+        return read
     if e.no_gains:
         return "no verdict, its gains are not known"
     if e.verdict.name == "dead":

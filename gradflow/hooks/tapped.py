@@ -192,6 +192,18 @@ class TapSource:
         with torch.no_grad():
             return (torch.stack(self._direct()) != 0).any(2)
 
+    def arriving(self) -> Tensor | None:
+        """The same: what reaches the marked states from outside their own recurrence."""
+        return self.reached()
+
+    def trains_recurrence(self) -> None:
+        """The weights of such a loop were not seen."""
+
+    def unread(self) -> bool:
+        """Whether a backward ran and did not come here, though it could have."""
+        able = any(mark.grad_enabled and mark.differentiable for mark in self.marks)
+        return able and self.ran_backward and not self.version
+
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
         arrives = self.reached()

@@ -193,6 +193,8 @@ def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Ro
         error, said = _truncation_error(layers[name], keep)
         if math.isnan(error):
             note = "how far that takes ∂L/∂W_hh off is not known"
+            if recording[name].trains_recurrence is False:
+                note = "∂L/∂W_hh is exactly 0: there is nothing to truncate"
             if not recording[name].has_gradient:
                 note += ": there is no gradient to truncate"
         else:

@@ -251,6 +251,31 @@ class Track:
         result = self._read("reached")
         return result if isinstance(result, Tensor) else None
 
+    @property
+    def arriving(self) -> Tensor | None:
+        """(T, B) true where a gradient comes to this layer not through its own recurrence, or None.
+
+        It is of this layer, where `reached` is of the whole module. Steps past a sequence's length
+        are told as well: a loss may read them. None without a gradient, and where the direct part
+        is not known.
+        """
+        result = self._read("arriving")
+        return result if isinstance(result, Tensor) else None
+
+    @property
+    def trains_recurrence(self) -> bool | None:
+        """Whether ∂L/∂W_hh = Σ δʰ_t h_{t−1}ᵀ has an entry that is not exactly 0.
+
+        None without a gradient, and for cells whose weights were not seen.
+        """
+        result = self._read("trains_recurrence")
+        return result if isinstance(result, bool) else None
+
+    @property
+    def unread(self) -> bool:
+        """Whether a backward ran in the block and did not come to this layer, though it could have."""
+        return self.source.unread()
+
     def loss_steps(
         self,
         steps: Sequence[int],

@@ -142,6 +142,33 @@ class LoopSource:
         found = self._arrivals()
         return None if found is None else reached(found)
 
+    def arriving(self) -> Tensor | None:
+        """Where a gradient comes to this layer from outside it, padding included."""
+        single = self._single()
+        if single is not None:
+            return single.arriving()
+        if self.closed is not None:
+            return self.closed.reached(self)
+        found = self._arrivals()
+        if found is None:
+            return None
+        with torch.no_grad():
+            direct = self.loop.direct(self.layer)
+        if bool(
+            self._trimmed_to_zero(direct).isnan().any()
+        ):  # what lies between two calls is not known
+            return None
+        arrives = (direct.nan_to_num() != 0).any(2)
+        at_c = found[self.layer][1]
+        return arrives if at_c is None else arrives | (at_c.nan_to_num() != 0).any(2)
+
+    def _trimmed_to_zero(self, array: Tensor) -> Tensor:
+        real = self.loop.chain.real
+        if real is None:
+            return array
+        time = torch.arange(len(array), device=array.device).unsqueeze(1)
+        return array.masked_fill((time >= real.to(array.device)).unsqueeze(2), 0.0)
+
     def loss_steps(
         self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
     ) -> Backward | None:
@@ -269,6 +296,18 @@ class LoopSource:
                 assert self.uses is not None
                 found.append(self.uses.check(part))
         return max(found, key=lambda parity: (SEVERITY.index(parity.status), parity.error or 0.0))
+
+    def trains_recurrence(self) -> bool | None:
+        """Whether ∂L/∂W_hh has an entry that is not exactly 0; None without a gradient."""
+        with torch.no_grad():
+            found = [part.rebuilt() for part in self._layers()]
+        known = [part["weight_hh"] for part in found if part is not None]
+        return any(bool((grad != 0).any()) for grad in known) if known else None
+
+    def unread(self) -> bool:
+        """Whether a backward ran and did not come here, though it could have."""
+        able = any(call.grad_enabled and call.differentiable for call in self.calls)
+        return able and self.ran_backward and not any(call.graph_tasks for call in self.calls)
 
     def why_no_gradient(self) -> str:
         """Why there is no gradient here, and what to do."""

@@ -57,7 +57,7 @@ def _message(layer: LayerAnalysis, whose: str) -> str:
         return f"∂L/∂{layer.main_state} is not finite"
     far = int(known[-1])
     if far == 0:
-        return "nothing lies further back than the loss step"
+        return "the loss reads a step at which the layer starts, or starts anew: there is none before it"
     left = int((raw[:, far] >= GONE).sum())
     steady = int((np.isnan(raw) | (raw >= CARRIED)).all(axis=1).sum())
     unit = "cell" if layer.main_state == "c" else "unit"
