@@ -11,6 +11,8 @@ log_gain            (norm, sequence, source,       ln ‖P(t'←t)‖; norm is "
                     target)                        ln (‖P(t'←t)ᵀ a_t'‖/‖a_t'‖) along the state-partial
                                                    gradient a_t' of the loss; sequence is the index in
                                                    the user's batch; processing order
+log_rms_error       (sequence, source, target)     standard error of the rms ln gain, of layers so wide
+                                                   that random probes give it; none for others
 log_block_gain      (block, sequence, source,      ln (‖P_block‖_F/√columns) of the blocks of the joint
                     target)                        product, rows first: "hc" is ∂h_t'/∂c_t; none for a
                                                    single state

@@ -15,9 +15,10 @@ import torch
 from gradflow.analysis import Rate
 from gradflow.analyzer import plan
 from gradflow.analyzer.curve import LagCurve, lag_curve
-from gradflow.analyzer.jacobians import operator_of, state_size
+from gradflow.analyzer.jacobians import operator_of, state_size, vector_seconds
 from gradflow.analyzer.leading import WeightGrowth
 from gradflow.analyzer.lyapunov import Growth, log_growth
+from gradflow.analyzer.norms import EXACT_ROWS
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.ranks import Ranks, measure_ranks
 from gradflow.analyzer.rates import (
@@ -29,6 +30,7 @@ from gradflow.analyzer.rates import (
 )
 from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.singular import survivors
+from gradflow.analyzer.thin import thin_maps
 from gradflow.recording import Track
 
 MAP_SECONDS = 5.0  # predicted, for the maps of all layers together
@@ -70,7 +72,7 @@ def measure(
     rate = _rate(track, growth, rates, finite)
     measurable = int(np.isfinite(rates).sum())
     mapped = _mapped(track, rates, finite, settings)
-    maps = _maps(track, mapped, withheld, settings)
+    maps, ranks = _maps(track, mapped, span, withheld, settings)
     return Core(
         span=span,
         finite=finite,
@@ -81,7 +83,7 @@ def measure(
         mapped=mapped,
         maps=maps,
         curve=lag_curve(maps.log_gain["spectral"], maps.sources),
-        ranks=measure_ranks(track, mapped, span, CHANNEL_WORK / settings.layers),
+        ranks=ranks,
         no_gains="",
     )
 
@@ -107,10 +109,12 @@ def growth_of(track: Track, settings: Settings, watch: WeightGrowth | None) -> G
     length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
     allowed = RATE_SECONDS / settings.layers
     affordable = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < size] + [size]
-    fitting = [k for k in affordable if qr_seconds(length, batch, size, k) <= allowed]
+    operator = operator_of(track)
+    thin = vector_seconds(operator) if operator.thin else None
+    fitting = [k for k in affordable if qr_seconds(length, batch, size, k, thin) <= allowed]
     count = fitting[-1] if fitting else 1
-    wide = qr_seconds(length, batch, size, 1) > 2 * allowed
-    operator = operator_of(track, torch.float32 if wide else torch.float64)
+    if thin is None and qr_seconds(length, batch, size, 1) > 2 * allowed:
+        operator = operator_of(track, torch.float32)
     cuts = cuts_before(track).diff(dim=0, prepend=torch.zeros(1, batch, dtype=torch.int)) > 0
     cuts[0] |= not track.first_step_seen  # what leads into the first state was not seen
     return log_growth(
@@ -124,10 +128,14 @@ def growth_of(track: Track, settings: Settings, watch: WeightGrowth | None) -> G
     )
 
 
-def qr_seconds(length: int, batch: int, size: int, k: int) -> float:
-    """Predicted seconds: the pushes, and for more than one direction a small QR per sequence."""
+def qr_seconds(length: int, batch: int, size: int, k: int, thin: float | None = None) -> float:
+    """Predicted seconds: the pushes, and for more than one direction a small QR per sequence.
+
+    thin is what one vector of every sequence takes at one step of a thin operator.
+    """
     factoring = (8.0 * size * k * k + 3e5) if k > 1 else 4.0 * size
-    return length * (batch * (2.0 * size**2 * k + factoring) / 8e9 + 2e-4)
+    push = batch * 2.0 * size**2 / 8e9 if thin is None else thin
+    return length * (k * push + batch * factoring / 8e9 + 2e-4)
 
 
 def _rate(track: Track, growth: Growth, rates: np.ndarray, finite: np.ndarray) -> Rate:
@@ -157,7 +165,18 @@ def _mapped(
     return tuple(known[place] for place in order[: settings.maps])
 
 
-def _maps(track: Track, mapped: Sequence[int], withheld: bool, settings: Settings) -> plan.Maps:
+def _maps(
+    track: Track, mapped: Sequence[int], span: int, withheld: bool, settings: Settings
+) -> tuple[plan.Maps, Ranks]:
+    if state_size(track) > EXACT_ROWS and operator_of(track, sequences=mapped).thin:
+        return thin_maps(
+            track,
+            mapped,
+            span,
+            seconds=MAP_SECONDS / settings.layers,
+            withheld=withheld,
+            progress=lambda share: settings.progress(f"{track.name}: gains", share),
+        )
     maps = plan.make_maps(
         track,
         mapped,
@@ -172,7 +191,7 @@ def _maps(track: Track, mapped: Sequence[int], withheld: bool, settings: Setting
     crossing = segments[:, maps.sources, None] != segments[:, None, :]
     for values in maps.planes:
         values[crossing] = np.nan
-    return maps
+    return maps, measure_ranks(track, mapped, span, CHANNEL_WORK / settings.layers)
 
 
 def channels(track: Track, singular: np.ndarray) -> int | None:

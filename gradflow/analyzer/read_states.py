@@ -23,6 +23,7 @@ from gradflow.recording import (
     Forward,
     Operator,
     Parity,
+    ThinOperator,
     Track,
 )
 from gradflow.recording.source import Source
@@ -228,6 +229,17 @@ class PartOperator:
 
 
 @dataclass(frozen=True)
+class ThinPart(PartOperator):
+    """The same of a state through which few vectors at a time can be sent."""
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of one vector of every sequence through one step."""
+        assert isinstance(self.inner, ThinOperator)
+        return self.inner.seconds
+
+
+@dataclass(frozen=True)
 class PartSource:
     """A source without what the loss never reads; state name -> (width,) true on what is kept."""
 
@@ -288,7 +300,9 @@ class PartSource:
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
         """A_t of the entries that are kept."""
         kept = torch.cat([self.kept[name] for name in self.inner.forward().states])
-        return PartOperator(self.inner.operator(dtype, sequences), kept.nonzero().flatten())
+        found = self.inner.operator(dtype, sequences)
+        part = ThinPart if isinstance(found, ThinOperator) else PartOperator
+        return part(found, kept.nonzero().flatten())
 
     def parity(self) -> Parity:
         """As of the whole."""

@@ -174,8 +174,12 @@ class Step:
             again = (probe.unsqueeze(1) @ found).squeeze(1)
             size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
             if not close_to(self.pull(probe).to(self._coarsest()), again, size):
-                raise Mixed(f"{self._what_mixes()}, so that no sequence has a Jacobian of its own")
+                raise self.mixed()
         return found
+
+    def mixed(self) -> Mixed:
+        """What to say of a step whose sequences depend on one another."""
+        return Mixed(f"{self._what_mixes()}, so that no sequence has a Jacobian of its own")
 
     def _what_mixes(self) -> str:
         """Batch normalisation where the graph has it, else what can be seen of it."""

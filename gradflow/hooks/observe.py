@@ -44,8 +44,10 @@ def record(
             input that gives them. Packed input needs none. Of a loop over single steps they are
             the real steps of the loop; a callable is not asked there.
         jacobians: step Jacobians of cells of your own and of loops that mark their states with
-            `gradflow.tap`, at one backward of the step per unit: by default up to 64 units, with True
-            at any width, with False never.
+            `gradflow.tap`. By default they are written out up to 64 units, at one backward of the
+            step per unit; beyond, each step is kept as products with vectors, at about one backward
+            of the step and copies of what it reads. With True they are written out at any width,
+            with False there are none.
             Stock layers have theirs in closed form and need no such request.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
 

@@ -19,9 +19,10 @@ from gradflow.errors import RecordingError
 from gradflow.hooks.dense import Dense
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
+from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.recording import Backward, Forward, Operator, Parity
 
-WIDEST = 64  # states up to which step Jacobians are taken unasked
+WIDEST = 64  # states up to which step Jacobians are written out unasked
 
 
 @dataclass(eq=False)
@@ -32,8 +33,9 @@ class Mark:
     grad_enabled: bool
     differentiable: bool
     cut: Tensor  # (B,)
-    jacobian: Tensor | None = None  # (B, S, S), None at the first mark and where it is not known
-    within: Tensor | None = None  # M, (B, S, S); None: zero
+    # (B, S, S), or a map where that is too wide; None at the first mark and where it is not known
+    jacobian: Tensor | WideStep | None = None
+    within: Tensor | WideStep | None = None  # M, (B, S, S) or a map; None: zero
     within_known: bool = False
     unknown: str = ""  # why there is no Jacobian
     grads: dict[str, Tensor] = field(default_factory=dict)
@@ -86,6 +88,10 @@ class TapSource:
     second_order: bool = False
     ran_backward: bool = False
     closed: Any = None  # the `ClosedLoop` that it is a part of, if any
+    _written: tuple[tuple[tuple[int, ...], int], list[Tensor]] | None = field(
+        default=None, repr=False
+    )
+    _known_direct: tuple[int, list[Tensor]] | None = field(default=None, repr=False)
 
     @property
     def words(self) -> Words:
@@ -248,8 +254,7 @@ class TapSource:
             mark = self.marks[t]
             carried = carried + direct[t].masked_fill((chosen != t).unsqueeze(2), 0.0)
             rows.append(_with_moving(mark, carried, None if whole else sequences))
-            matrix = mark.jacobian
-            carried = _pulled(matrix if matrix is None or whole else matrix[sequences], carried)
+            carried = _pulled(mark.jacobian, carried, None if whole else sequences)
         return torch.stack(rows[::-1])
 
     def _split(self, rows: Tensor) -> dict[str, Tensor]:
@@ -262,6 +267,12 @@ class TapSource:
         return found
 
     def _direct(self) -> list[Tensor]:
+        """(B, S) per step, see `_told_apart`; kept as long as no further backward comes."""
+        if self._known_direct is None or self._known_direct[0] != self.version:
+            self._known_direct = (self.version, self._told_apart())
+        return self._known_direct[1]
+
+    def _told_apart(self) -> list[Tensor]:
         """(B, S) per step: what reaches the independent states not through the next step.
 
         An entry no larger than 64 units of rounding of the largest term of its step, sequence and
@@ -313,18 +324,33 @@ class TapSource:
         chosen = sequences.to(device)
         first = self.marks[0]
         size = sum(state.shape[1] for state in first.states.values())
+        if any(isinstance(mark.jacobian, WideStep) for mark in self.marks):
+            lengths = None if self.lengths is None else self.lengths.to(device)[chosen]
+            steps = [m.jacobian for m in self.marks if not isinstance(m.jacobian, Tensor)]
+            assert len(steps) == len(self.marks)
+            return self._wide(Wide(steps, dtype, chosen, size, lengths))
         eye = torch.eye(size, dtype=dtype, device=device).expand(len(chosen), -1, -1)
         matrices = []
         for t, mark in enumerate(self.marks):
             if mark.jacobian is None:
                 matrices.append(eye)
                 continue
+            assert isinstance(mark.jacobian, Tensor)
             matrix = mark.jacobian if _is_all(chosen, len(mark.cut)) else mark.jacobian[chosen]
             if self.lengths is not None:
                 padded = t >= self.lengths.to(device)[chosen]
                 matrix = matrix.masked_fill(padded.view(-1, 1, 1), 0.0)
             matrices.append(matrix)
         return Dense(matrices, dtype)
+
+    def _wide(self, operator: Wide) -> Operator:
+        """Products, or the matrices themselves where all of them are cheap to write out."""
+        if not operator.is_cheap:
+            return operator
+        which = tuple(operator.sequences.tolist())
+        if self._written is None or self._written[0] != (which, len(self.marks)):
+            self._written = ((which, len(self.marks)), operator.written())
+        return Dense(self._written[1], operator.dtype)
 
     def alone(self) -> None:
         """There is no other reading: what goes into the steps was not seen."""
@@ -396,11 +422,19 @@ def _grad(mark: Mark, name: str) -> Tensor:
     return mark.grads.get(name, torch.zeros_like(mark.states[name]))
 
 
-def _pulled(matrix: Tensor | None, rows: Tensor, *, absolute: bool = False) -> Tensor:
-    """Matrixᵀ rows, (B, S) or (B, n, S); zero where there is no matrix."""
+def _pulled(
+    matrix: Tensor | WideStep | None,
+    rows: Tensor,
+    sequences: Tensor | None = None,
+    *,
+    absolute: bool = False,
+) -> Tensor:
+    """Matrixᵀ rows, (B, S) or (B, n, S), of some sequences; zero where there is no matrix."""
     if matrix is None:
         return torch.zeros_like(rows)
-    matrix = matrix.to(rows.dtype)
+    if isinstance(matrix, WideStep):
+        return pulled(matrix, rows, sequences, absolute=absolute)
+    matrix = (matrix if sequences is None else matrix[sequences]).to(rows.dtype)
     if absolute:
         matrix, rows = matrix.abs(), rows.abs()
     return rows @ matrix if rows.dim() == 3 else (rows.unsqueeze(1) @ matrix).squeeze(1)
@@ -414,9 +448,8 @@ def _with_moving(mark: Mark, rows: Tensor, sequences: Tensor | None = None) -> T
     total, term = rows, rows
     if mark.within is None:
         return total
-    within = mark.within if sequences is None else mark.within[sequences]
     for _ in mark.states:
-        term = _pulled(within, term)
+        term = _pulled(mark.within, term, sequences)
         total = total + term
     return total
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ class Operator(Protocol):
     def pull(self, t: int, block: Tensor) -> Tensor:
         """Map every row u of block (B, m, S) to A_tᵀ u."""
         ...
+
+
+@runtime_checkable
+class ThinOperator(Protocol):
+    """An `Operator` of a state so wide that few vectors at a time can be sent through it."""
+
+    @property
+    def seconds(self) -> float: ...  # predicted, of one vector of every sequence through one step
 
 
 @dataclass(frozen=True)

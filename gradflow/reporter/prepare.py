@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import xarray as xr
 
 from gradflow.analysis import LayerAnalysis
 
@@ -154,7 +155,7 @@ def lag_line(layer: LayerAnalysis) -> LagLine:
     """The median spectral gain against the lag, its 10–90 % band, the fit, and what to say of it."""
     data = layer.data
     lag = data["lag"].values.astype(float)
-    raw = data["lag_median"].values / LN10
+    raw = joined(data["lag_median"].values, data["lag_count"].values) / LN10
     zeros = np.flatnonzero(np.isneginf(raw))
     zero_from = int(lag[zeros[0]]) if len(zeros) else None
     median = np.where(np.isfinite(raw), raw, np.nan)
@@ -163,15 +164,46 @@ def lag_line(layer: LayerAnalysis) -> LagLine:
     return LagLine(
         lag=lag,
         median=median,
-        low=_floor(data["lag_low"].values / LN10),
-        high=_floor(data["lag_high"].values / LN10),
+        low=_floor(joined(data["lag_low"].values, data["lag_count"].values) / LN10),
+        high=_floor(joined(data["lag_high"].values, data["lag_count"].values) / LN10),
         fit=data["lag_fit"].values / LN10,
-        slope=data["lag_slope"].values,
+        slope=_slope(data),
         dot=dot,
         words=words,
         zero_from=zero_from,
         note=_no_curve(layer) if nothing else "",
     )
+
+
+def joined(values: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Distances that were not measured, by the straight line between their measured neighbours.
+
+    >>> joined(np.array([0.0, np.nan, -2.0, np.nan]), np.array([1, 0, 1, 0]))
+    array([ 0., -1., -2., nan])
+    """
+    known = np.flatnonzero((count > 0) & np.isfinite(values))
+    if len(known) < 2:
+        return values
+    lags = np.arange(len(values))
+    between = (count == 0) & (lags < known[-1]) & (lags > known[0])
+    return np.where(between, np.interp(lags, known, values[known]), values)
+
+
+def measured_distances(layer: LayerAnalysis) -> str:
+    """The distances at which gains were measured, in words, where some were left out."""
+    known = np.flatnonzero(layer.data["lag_count"].values[1:]) + 1
+    if not len(known) or known[-1] == len(known):
+        return ""
+    return ", ".join(str(lag) for lag in known)
+
+
+def _slope(data: xr.Dataset) -> np.ndarray:
+    """Local slope of the lag curve, nats per step; along the line where distances are left out."""
+    count = data["lag_count"].values
+    if (count[1:] > 0).all():
+        return np.asarray(data["lag_slope"].values)
+    with np.errstate(invalid="ignore"):
+        return np.diff(joined(data["lag_median"].values, count), prepend=np.nan)
 
 
 def _no_curve(layer: LayerAnalysis) -> str:

@@ -19,7 +19,8 @@ from gradflow.hooks.closed.parts import Member, Seen
 from gradflow.hooks.closed.source import JointSource
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark
-from gradflow.recording import Backward, Operator, Track
+from gradflow.hooks.wide import GivenStep, ThroughStep, WideStep
+from gradflow.recording import Backward, Operator, ThinOperator, Track
 
 State = dict[int, Seen]  # id of a part -> its last step
 
@@ -35,7 +36,9 @@ class ClosedLoop:
     own: bool = False  # the state is that of one layer, which is judged under its own name
     track: Track | None = None  # of the joint state of several
     unknown: str = ""  # why there is no joint state
-    read: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # own: call -> A, cut
+    read: dict[int, tuple[Tensor | WideStep, Tensor]] = field(
+        default_factory=dict
+    )  # own: call -> A, cut
     anchor: Any = None
     ended: State = field(default_factory=dict)  # the joint state at the end of what was read
     slots: list[tuple[tuple[int, ...], object]] | None = None  # shape, dtype of what else crosses
@@ -102,7 +105,9 @@ class ClosedLoop:
         if part.loop.why_no_operator():
             return found
         device = part.calls[0].h0.device
-        return OwnOperator(found, part.loop.operator(part.layer, dtype, sequences.to(device)))
+        alone = part.loop.operator(part.layer, dtype, sequences.to(device))
+        kind = OwnThin if isinstance(found, ThinOperator) else OwnOperator
+        return kind(found, alone)
 
     def _member(self, part: LoopSource) -> Member:
         return self.source.member_of(part.loop.chain, part.layer)
@@ -133,6 +138,7 @@ class ClosedLoop:
         member = source.members[0]
         source.marks, source.ends, source.lengths = [], [], chain.real
         closed_form = None
+        wide = any(isinstance(step, WideStep) for step, _ in self.read.values())
         reason = part.loop.why_no_operator()
         if not reason:
             every = torch.arange(chain.batch, device=chain.calls[0].h0.device)
@@ -151,11 +157,13 @@ class ClosedLoop:
                 differentiable=call.differentiable,
                 cut=cut,
                 jacobian=jacobian,
-                within=_within(part, place) if call.c_is_total else None,
+                within=_within(part, place, wide=wide) if call.c_is_total else None,
             )
             if jacobian is None and place:
                 if closed_form is None:
                     mark.unknown = reason
+                elif wide:
+                    mark.jacobian = GivenStep(None, operator=closed_form, t=place)
                 else:
                     eye = torch.eye(closed_form.size, dtype=torch.float64, device=cut.device)
                     rows = closed_form.push(place, eye.expand(chain.batch, -1, -1))
@@ -200,13 +208,15 @@ class ClosedLoop:
         )
 
 
-def _within(part: LoopSource, place: int) -> Tensor:
-    """M of an LSTM cell: h = o ⊙ tanh c moves with c, (B, S, S)."""
+def _within(part: LoopSource, place: int, *, wide: bool) -> Tensor | WideStep:
+    """M of an LSTM cell: h = o ⊙ tanh c moves with c, (B, S, S) or a map."""
     through = part.loop.once(
         "through",
         lambda: part.loop.per_call([g.replay.steps(0, 0).through for g in part.loop.groups]),  # type: ignore[attr-defined]
     )[place][0]
     width = through.shape[1]
+    if wide:
+        return ThroughStep(None, through=through)
     found = through.new_zeros(len(through), 2 * width, 2 * width)
     found[:, :width, width:] = torch.diag_embed(through)
     return found
@@ -227,6 +237,16 @@ class OwnOperator:
     def pull(self, t: int, block: Tensor) -> Tensor:
         """Map every row u of block (B, m, S) to A_tᵀ u."""
         return (self.loop if t else self.alone).pull(t, block)
+
+
+class OwnThin(OwnOperator):
+    """The same of a wide layer, through which few vectors at a time can be sent."""
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of one vector of every sequence through one step."""
+        assert isinstance(self.loop, ThinOperator)
+        return self.loop.seconds
 
 
 def states_of(calls: Sequence[Seen], loop: ClosedLoop) -> list[State]:

@@ -6,7 +6,7 @@ Letters: B sequences, S the width of the joint state, A_t = ∂s_t/∂s_{t−1}.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,10 @@ from gradflow.hooks.closed.parts import MarkedPart, Seen
 from gradflow.hooks.closed.standing import Standing, View, view_of_tensor
 from gradflow.hooks.dense import Step, within
 from gradflow.hooks.graph import Between, Edge, NotReadable
-from gradflow.hooks.tapped import WIDEST, Mark
+from gradflow.hooks.loops.links import probe_of
+from gradflow.hooks.tape import Constants
+from gradflow.hooks.tapped import TAPPED, WIDEST, Mark
+from gradflow.hooks.wide import WideStep, wide_step, wide_within
 
 MORE = (
     "more goes around it than its states: what an earlier step made is read again later (attention "
@@ -31,24 +34,24 @@ NOT_A_STATE = "depends on more of the past"  # of a marked loop that was read st
 NO_BATCH = "something without a batch axis goes around it"
 
 
+WHY_NOT = "step Jacobians were turned off with jacobians=False"
+
+
 @dataclass(frozen=True)
 class Ask:
     """What of the Jacobians is wanted."""
 
     jacobians: bool | None  # of `record`
+    constants: Constants = field(default_factory=Constants)  # of wide steps
 
-    def wants(self, width: int) -> bool:
-        """Whether a state of this width is written out."""
-        return width <= WIDEST if self.jacobians is None else self.jacobians
+    @property
+    def wants(self) -> bool:
+        """Whether step Jacobians are taken at all."""
+        return self.jacobians is not False
 
-    def why_not(self, width: int) -> str:
-        """Why it is not."""
-        if self.jacobians is None:
-            return (
-                f"its joint state is {width} wide: above {WIDEST} step Jacobians of a closed loop are "
-                "taken only on request, with gradflow.record(model, jacobians=True)"
-            )
-        return "step Jacobians were turned off with jacobians=False"
+    def wide(self, width: int) -> bool:
+        """Whether those of this width are kept as products, and not written out."""
+        return self.jacobians is None and width > WIDEST
 
 
 @dataclass(frozen=True)
@@ -181,25 +184,33 @@ def read(reading: Reading, ask: Ask, *, one: bool) -> list[tuple[Standing, Mark]
             differentiable=True,
             cut=torch.zeros(len(place.like), dtype=torch.bool, device=place.like.device),
         )
-        if not ask.wants(place.like.shape[1]):
-            mark.unknown = ask.why_not(place.like.shape[1])
+        if not ask.wants:
+            mark.unknown = WHY_NOT
         else:
-            mark.within, mark.within_known = within(place), True
+            wide = ask.wide(place.like.shape[1])
+            mark.within = wide_within(place, ask.constants) if wide else within(place)
+            mark.within_known = True
             if found:
-                mark.jacobian, mark.cut = step_between(found[-1][0], place)
+                mark.jacobian, mark.cut = step_between(found[-1][0], place, ask, number)
         found.append((place, mark))
     return found
 
 
-def step_between(before: Standing, now: Standing) -> tuple[Tensor, Tensor]:
+def step_between(
+    before: Standing, now: Standing, ask: Ask, number: int
+) -> tuple[Tensor | WideStep, Tensor]:
     """A_t (B, S, S), and the sequences (B,) in which nothing of the state before arrives."""
+    wide = ask.wide(now.like.shape[1])
     roots = [edge for edge, _ in now.roots.values()]
     between = Between(roots, before.nodes, before.since)
     if not between.reached:
         size = now.like.shape[1]
-        zero = now.like.new_zeros(len(now.like), size, size)
+        zero = WideStep(None) if wide else now.like.new_zeros(len(now.like), size, size)
         return zero, torch.ones(len(now.like), dtype=torch.bool, device=now.like.device)
     step = Step(before, now, between)
+    if wide:
+        flows = (step.pull(probe_of(now.like)) != 0).any(1)
+        return wide_step(step, ask.constants, number), step.cut(flows)
     jacobian = step.jacobian()
     return jacobian, step.cut(jacobian.flatten(1).any(1))
 
@@ -240,9 +251,16 @@ def carries_more(part: MarkedPart, steps: Sequence[Seen]) -> bool:
     return False
 
 
+def note_more(part: MarkedPart) -> None:
+    """Say on the last mark of a tapped loop that it carries more, unless something is said already."""
+    mark = part.source.marks[-1]
+    if not any(mark.unknown for mark in part.source.marks):
+        mark.unknown = f"a state that {NOT_A_STATE} than the states before it, so {TAPPED.more}"
+
+
 def in_words(error: NotReadable) -> str:
     """Why a loop could not be read, as a clause."""
     text = str(error)
     clauses = (MORE, BATCHES, NO_GRAPH, LATE, NO_BATCH)
-    whole = text in clauses or text.startswith(("its joint state", "step Jacobians"))
+    whole = text in clauses or text.startswith(("wide steps", "step Jacobians"))
     return text if whole else f"between two of its steps lies {text}"

@@ -20,10 +20,12 @@ from gradflow.hooks.closed.parts import MarkedPart, Member, Seen, StockPart
 from gradflow.hooks.closed.reading import (
     BATCHES,
     LATE,
+    WHY_NOT,
     Ask,
     Reading,
     carries_more,
     in_words,
+    note_more,
     read,
     step_between,
 )
@@ -34,6 +36,8 @@ from gradflow.hooks.loops.links import End
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.recording import Recording, Track
+
+TAP = "tap"  # the cell of a loop that is tapped
 
 
 class Owner(Protocol):
@@ -93,12 +97,16 @@ class ClosedLoops:
         dropped = {id(part) for part in self._parts.values() if self._is_dropped(part)}
         several = {id(seen.part) for seen in self._calls if seen.place} - dropped
         calls = in_order([seen for seen in self._calls if id(seen.part) in several])
+        whole = {id(part) for part in self._parts.values() if self._is_whole(part, calls)}
+        calls = [seen for seen in calls if id(seen.part) not in whole]
         dependence = Dependence(calls)
         closed = dependence.closed()
+        known = [part for parts in closed for part in parts]
+        every = dict.fromkeys(seen.part for seen in calls if isinstance(seen.part, MarkedPart))
+        closed += [[part] for part in every if part not in known]
         for loop in self.loops:  # now over more than was thought
             if any(set(loop.parts) < set(parts) for parts in closed):
                 loop.unknown = loop.unknown or LATE
-        closed += [[part] for part in self._marked_with_more(calls, closed)]
         for parts in closed:
             self._take_up(parts, calls, dependence)
         self._prune()
@@ -131,17 +139,17 @@ class ClosedLoops:
         marked = isinstance(part, MarkedPart)
         return marked and part.track not in self.owner.recording.tracks.values()
 
-    def _marked_with_more(
-        self, calls: Sequence[Seen], closed: Sequence[Sequence[Any]]
-    ) -> list[MarkedPart]:
-        """Marked loops that carry more than their states, or whose sequences are one system."""
-        found = []
-        for part in dict.fromkeys(seen.part for seen in calls):
-            if not isinstance(part, MarkedPart) or any(part in parts for parts in closed):
-                continue
-            if part.closed is not None or carries_more(part, [s for s in calls if s.part is part]):
-                found.append(part)
-        return found
+    def _is_whole(self, part: Any, calls: Sequence[Seen]) -> bool:
+        """Whether a marked loop is read by itself: its states are all that it carries, or it is tapped.
+
+        In a tapped loop the states are what the user says; that there are more is said, not mended.
+        """
+        if not isinstance(part, MarkedPart) or part.closed is not None:
+            return False
+        more = carries_more(part, [seen for seen in calls if seen.part is part])
+        if more and part.source.cell == TAP:
+            note_more(part)
+        return not more or part.source.cell == TAP
 
     # -- one loop ----------------------------------------------------------------------------
 
@@ -206,8 +214,7 @@ class ClosedLoops:
             marks = read(reading, self.ask, one=one)
         except Mixed:
             batch = next(iter(reading.batches))
-            width = reading.place(0, one=True).like.shape[1]
-            if one or loop.begun or not self.ask.wants(width):
+            if one or loop.begun:
                 raise
             loop.own, source.one_system, loop.read = False, batch, {}
             marks = read(reading, self.ask, one=True)
@@ -220,14 +227,13 @@ class ClosedLoops:
         """The steps of one layer whose input descends from it; all others are in closed form."""
         before = reading.place(0, one=False)
         part = loop.parts[0]
-        width = before.like.shape[1]
-        if not self.ask.wants(width):
-            raise NotReadable(self.ask.why_not(width))
+        if not self.ask.wants:
+            raise NotReadable(WHY_NOT)
         for number, state in enumerate(reading.states[1:], start=1):
             seen = state[id(part)]
             now = reading.place(number, one=False)
             if (id(part), seen.place) in loop.depending:
-                loop.read[seen.place] = step_between(before, now)
+                loop.read[seen.place] = step_between(before, now, self.ask, number)
             before = now
         for place, (_, cut) in loop.read.items():
             for track in part.tracks:

@@ -13,7 +13,7 @@ from gradflow.analysis import LayerAnalysis, Rate
 from gradflow.reporter import overview, panels
 from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.numbers import half_life_words, rate_words
-from gradflow.reporter.prepare import LagLine, lag_line
+from gradflow.reporter.prepare import LagLine, lag_line, measured_distances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def prepare(layer: LayerAnalysis) -> LagCurve:
     slope = _smoothed(line.slope, window)
     return LagCurve(
         message="" if line.note else _message(layer, line),
-        reading=_reading(layer.rate, slope, window),
+        reading=_reading(layer.rate, slope, window) + _joined(layer),
         note=line.note,
         line=line,
         slope=slope,
@@ -66,6 +66,12 @@ def _reading(rate: Rate, slope: np.ndarray, window: int) -> str:
         return f"{words}."
     interval = math.isfinite(rate.low) and math.isfinite(rate.high)
     return f"{words}, which is dotted{', with its interval' * interval}."
+
+
+def _joined(layer: LayerAnalysis) -> str:
+    """What was measured, where not every distance was."""
+    distances = measured_distances(layer)
+    return f" Measured at distances of {distances} steps; a line joins them." if distances else ""
 
 
 def _window(layer: LayerAnalysis, reach: float) -> int:
