@@ -168,14 +168,18 @@ class Step:
             self._complete(*unit_rows(self.now, self.before, self.between, name))
             for name in self.now.parts
         ]
-        found = torch.cat(rows, dim=1)
+        found = torch.cat(rows, dim=1).to(self._widest())
         if len(found) > 1 and bool(torch.stack(found.aminmax()).isfinite().all()):
-            probe = probe_of(self.now.like)
+            probe = probe_of(self.now.like).to(found.dtype)
             again = (probe.unsqueeze(1) @ found).squeeze(1)
             size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
             if not close_to(self.pull(probe).to(self._coarsest()), again, size):
                 raise self.mixed()
         return found
+
+    def _widest(self) -> torch.dtype:
+        """The dtype that holds the states of both steps."""
+        return torch.promote_types(self.before.like.dtype, self.now.like.dtype)
 
     def mixed(self) -> Mixed:
         """What to say of a step whose sequences depend on one another."""
@@ -192,7 +196,7 @@ class Step:
 
     def _coarsest(self) -> torch.dtype:
         """The least exact dtype on the way: under autocast it is not that of the states."""
-        dtypes = {self.now.like.dtype}
+        dtypes = {self.now.like.dtype, self.before.like.dtype}
         for node in self.between.order:
             dtypes |= {m.dtype for m in node._input_metadata if m.dtype.is_floating_point}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

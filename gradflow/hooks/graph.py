@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradflow.hooks.guard import briefly
+
 Edge = tuple[Any, int]  # a node of the graph and which of its outputs
 
 DEPTH, NODES = 16, 400  # how far from the new state, and how many nodes are looked at
+_SAVED: dict[type, tuple[str, ...]] = {}  # see `_saved_by`
 MOST = 100_000  # nodes of one step of a hand-written loop
 
 
@@ -142,16 +145,46 @@ def called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         raise NotReadable("what a checkpoint recomputes")
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         raise NotReadable("an autograd.Function of your own")
-    if saved_tensors_are_hooked() and any(name.startswith("_raw_saved") for name in dir(node)):
-        raise NotReadable("what a checkpoint recomputes")
+    if type(node).__name__ == "CppFunction":  # called before the engine does, it can break later
+        raise NotReadable(_foreign(node.name()))
     try:
+        if is_hooked(node):
+            raise NotReadable("what a checkpoint recomputes, or hooks on saved tensors keep")
         found = node(*grads)
     except RuntimeError as error:  # freed by a backward, or a node that only the engine can run
-        raise NotReadable(f"{type(node).__name__}, which could not be read ({error})") from error
+        raise NotReadable(
+            f"{type(node).__name__}, which could not be read ({briefly(error)})"
+        ) from error
     return found if isinstance(found, tuple) else (found,)
+
+
+def _foreign(name: str) -> str:
+    """A node of which Python knows nothing but that it is there."""
+    if "jit" in name or "DifferentiableGraph" in name:
+        return "a function of torch.jit.script, whose derivative only torch's own backward can run"
+    return f"an operation written in C++ ({name.split('::')[-1]})"
+
+
+def _saved_by(kind: type) -> tuple[str, ...]:
+    """The attributes in which nodes of one kind keep what their derivative needs."""
+    if kind not in _SAVED:
+        _SAVED[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved"))
+    return _SAVED[kind]
+
+
+def is_hooked(node: Any) -> bool:
+    """Whether reading what a node keeps would run somebody's code."""
+    saved = _saved_by(type(node))
+    if saved and saved_tensors_are_hooked():
+        return True
+    for name in saved:
+        kept = getattr(node, name)
+        for one in kept if isinstance(kept, (tuple, list)) else (kept,):
+            if getattr(one, "unpack_hook", None) is not None:
+                return True
+    return False
 
 
 def saved_tensors_are_hooked() -> bool:
     """Whether unpacking a saved tensor now would run somebody's code, a checkpoint's for one."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

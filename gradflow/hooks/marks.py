@@ -190,6 +190,5 @@ class Marks:
 
 
 def newest() -> int:
-    """The number that the next node of the graph will have, 0 where torch does not tell."""
-    tell = getattr(torch._C._autograd, "_get_sequence_nr", None)
-    return int(tell()) if tell is not None else 0
+    """The number that the next node of the graph will have."""
+    return int(torch._C._autograd._get_sequence_nr())

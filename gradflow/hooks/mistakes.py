@@ -13,6 +13,7 @@ from torch import nn
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.source import JointSource
+from gradflow.hooks.guard import Failed, Hook, Point
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unseen import foreign_code
@@ -42,7 +43,7 @@ class Ran:
     again; where either could be, nothing is hooked and the message does without.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, failed: Failed) -> None:
         self.names: dict[str, None] = {}
         delicate = (nn.MultiheadAttention, torch.jit.ScriptModule)
         self._handles = []
@@ -50,7 +51,8 @@ class Ran:
             return
         for name, child in model.named_children():
             note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
-            self._handles.append(child.register_forward_pre_hook(note))
+            guarded_note = Hook(Point.RAN, failed, note)
+            self._handles.append(child.register_forward_pre_hook(guarded_note))
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -119,7 +121,8 @@ def why_no_track(
     if foreign:
         return f"no recurrent layer ran: {foreign}"
     compiled = (
-        "; cells of your own are not looked for where torch.compile was used"
+        "; where torch.compile was used cells of your own are not looked for, nor is a tap seen in its "
+        "graphs: record the uncompiled model"
         if something_is_compiled()
         else ""
     )
@@ -210,13 +213,13 @@ def _reason(track: Track) -> str:
     if isinstance(track.source, JointSource):
         return ""  # the tracks of its layers say it
     if isinstance(track.source, TapSource):
-        seen, second_order = track.source.marks, track.source.second_order
+        seen, lost = track.source.marks, track.source.lost
         states = [state for mark in track.source.marks for state in mark.states.values()]
     else:
         seen = calls = _calls(track)
-        second_order = any(call.second_order for call in calls)
+        lost = next((call.lost for call in calls if call.lost), "")
         states = [call.returned["output"] for call in calls]
-    if not any(one.grads for one in seen) or second_order:
+    if not any(one.grads for one in seen) or lost:
         return track.why_no_gradient
     if not all(bool(torch.isfinite(state).all()) for state in states):
         return "its states are not finite (NaN or infinity), so neither are its gradients"

@@ -14,19 +14,21 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
-from gradflow.hooks.closed.watch import ClosedLoops
+from gradflow.hooks.closed.watch import ClosedLoops, is_of
 from gradflow.hooks.copies import Copies
 from gradflow.hooks.dense import Place
+from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import GivenLengths, Lengths
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
 from gradflow.hooks.own.cells import OwnCells
 from gradflow.hooks.parity import WeightUses
-from gradflow.hooks.patch import CellCall, FusedCall
+from gradflow.hooks.seen import CellCall, FusedCall
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.taps import Taps
-from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers
+from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers, why_hidden
+from gradflow.hooks.withheld import Withheld
 from gradflow.recording import Recording, Track, matches_any
 
 
@@ -40,6 +42,7 @@ class Recorder:
         lengths: Lengths,
         scaler: Any,
         jacobians: bool | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self.thread = threading.get_ident()
         self.model = model
@@ -48,13 +51,14 @@ class Recorder:
         self.scaler = scaler
         self.jacobians = jacobians
         self.training = model.training
-        self.recording = Recording(type(model).__name__)
+        self.recording = Recording(type(model).__name__) if recording is None else recording
         self.uses = WeightUses(model)
         self.calls: list[Call] = []
         self.handles: list[RemovableHandle] = []
         self.runs: Counter[str] = Counter()
         self.strangers: dict[str, None] = {}  # recurrent calls that are not the model's, in words
         self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
+        self.withheld = Withheld()
         self.stitcher = Stitcher()
         self.closed = ClosedLoops(self)
         self.taps = Taps(self)
@@ -70,6 +74,14 @@ class Recorder:
 
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool:
         """A call belongs to this recording if its module or its weights are the model's."""
+        hidden = why_hidden()
+        if hidden:
+            path = None if module is None else self._paths.get(id(module))
+            if path is not None or module is None:
+                self.did_not_see(path or ("a layer" if module is None else "the layer"), hidden)
+            return False
+        if self.withheld.stock(self._paths.get(id(module), "")):
+            return False
         if any(has_no_numbers(weight) for weight in weights):
             self.own.unseen[clean(self._owner(weights, module) or "a layer")] = NO_NUMBERS
             return False
@@ -107,6 +119,53 @@ class Recorder:
             self._admit(self._copies.step(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
 
+    def missed(self, module: nn.Module | None, why: str) -> None:
+        """A call of a stock layer was not recorded as a whole: what is known of that layer goes."""
+        path = self._paths.get(id(module)) if module is not None else None
+        self.withheld.leave_stock(path, why)
+
+        def concerned(chain: Chain) -> bool:
+            return path in (None, chain.calls[0].owner)
+
+        self.closed.leave(concerned, why)
+        self._drop(lambda t: isinstance(t.source, LoopSource) and concerned(t.source.loop.chain))
+        joint = [
+            loop.track
+            for loop in self.closed.loops
+            if any(is_of(part, concerned) for part in loop.parts)
+        ]
+        self._drop(lambda t: any(t is track for track in joint))
+
+    def did_not_see(self, name: str, why: str) -> None:
+        """Something ran where nothing may be read."""
+        self.own.unseen[name] = why
+
+    def missed_tap(self, name: str, why: str) -> None:
+        """The same of a tap."""
+        self.withheld.leave(name, why)
+        self._drop(lambda t: t.cell == "tap" and t.name.partition("@")[0] == name)
+
+    def missed_cell(self, module: nn.Module, why: str) -> None:
+        """The same of a cell of the user's own."""
+        path = self._paths.get(id(module), "")
+        self.withheld.leave(path or type(module).__name__, why)
+        self.own.leave(module)
+        base = path or "cell"
+        self._drop(lambda t: t.cell != "tap" and t.name.partition("@")[0] == base)
+
+    def scale_unknown(self, why: str) -> None:
+        """A loss was multiplied by a scale that is not known."""
+        self.withheld.remark(f"the gradients are perhaps scaled: {why}")
+
+    def graph_unknown(self, why: str) -> None:
+        """The graph of a backward was not looked at as a whole."""
+        self.withheld.remark(f"{why}: what it would have shown of these layers is not known")
+        self.closed.unread(why)
+
+    def _drop(self, concerned: Callable[[Track], bool]) -> None:
+        for track in [track for track in self.recording if concerned(track)]:
+            self.recording.drop(track)
+
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
     ) -> None:
@@ -133,7 +192,9 @@ class Recorder:
 
     def wants_track(self, name: str) -> bool:
         """Whether a tap or a cell of this name is picked."""
-        return self.layers is None or matches_any(name, self.layers)
+        return not self.withheld.has(name) and (
+            self.layers is None or matches_any(name, self.layers)
+        )
 
     def add_track(self, base: str, track: Track) -> None:
         """Take up a new loop, tapped or over a cell, under a name of its own."""
@@ -252,15 +313,23 @@ class Recorder:
 
     def close(self) -> None:
         """Stop listening; the recording keeps what it has."""
-        self.closed.close()
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        self.uses.close()
-        self.stitcher.close()
-        self.taps.close()
-        self.own.close()
-        self._copies.clear()
+        guarded(Point.CLOSING, self.graph_unknown, self.closed.close)
+        for close in (
+            self._remove_handles,
+            self.uses.close,
+            self.stitcher.close,
+            self.taps.close,
+            self.own.close,
+            self._copies.clear,
+            self._let_tracks_go,
+        ):
+            guarded(Point.CLOSING, self.withheld.remark, close)
+
+    def _remove_handles(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _let_tracks_go(self) -> None:
         for track in self.recording:
             if isinstance(track.source, LoopSource):
                 track.source.loop.chain.tracks.clear()

@@ -182,7 +182,7 @@ def _run(call: Call) -> Call:
         returned=dict(zip(call.returned, results, strict=True)),
         grads={},
         graph_tasks=set(),
-        second_order=False,
+        lost="",
         within=None,
         entering={},
     )

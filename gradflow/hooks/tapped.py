@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.errors import RecordingError
+from gradflow.hooks.call import SECOND_ORDER
 from gradflow.hooks.dense import Dense
 from gradflow.hooks.graph import Edge
+from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
+from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.recording import Backward, Forward, Operator, Parity
 
@@ -85,7 +88,8 @@ class TapSource:
     remarks: list[str] = field(default_factory=list)
     initial: dict[str, Tensor] = field(default_factory=dict)  # state name -> (B, width), if seen
     graph_tasks: set[int] = field(default_factory=set)
-    second_order: bool = False
+    lost: str = ""  # why what the backwards brought is no total, if it is none
+    batched: bool = False  # a backward of several outputs at once came by, which is not counted
     ran_backward: bool = False
     closed: Any = None  # the `ClosedLoop` that it is a part of, if any
     _written: tuple[tuple[tuple[int, ...], int], list[Tensor]] | None = field(
@@ -108,19 +112,34 @@ class TapSource:
     def listen(self, mark: Mark, edges: dict[str, Edge]) -> list[RemovableHandle]:
         """Add up the gradients that reach the marked tensors, after all hooks of the user's own."""
         return [
-            node.register_prehook(self._catcher(mark, name, output))
+            node.register_prehook(
+                Hook(Point.GRADIENT, self.lose, self._catcher(mark, name, output))
+            )
             for name, (node, output) in edges.items()
         ]
+
+    def lose(self, why: str) -> None:
+        """What the backwards brought, and will bring, is no total."""
+        self.lost = self.lost or why
+        self.graph_tasks.add(torch._C._current_graph_task_id())
+
+    def _counts(self, grad: Tensor) -> bool:
+        """Note that a backward came by; whether what it brings is to be added up."""
+        if is_batched(grad) or why_hidden():
+            self.batched = True
+            return False
+        if torch.is_grad_enabled():
+            self.lost = self.lost or SECOND_ORDER
+        self.graph_tasks.add(torch._C._current_graph_task_id())
+        return True
 
     def _catcher(
         self, mark: Mark, name: str, output: int
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def catch(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[output]
-            if grad is None:
+            if grad is None or not self._counts(grad):
                 return
-            self.second_order |= torch.is_grad_enabled()
-            self.graph_tasks.add(torch._C._current_graph_task_id())
             grad = grad.detach().reshape(mark.states[name].shape) / self.scale()
             mark.grads[name] = mark.grads[name] + grad if name in mark.grads else grad
 
@@ -145,7 +164,7 @@ class TapSource:
         return trimmed(array, self.lengths)
 
     def _has_gradient(self) -> bool:
-        return not self.second_order and any(mark.grads for mark in self.marks)
+        return not self.lost and any(mark.grads for mark in self.marks)
 
     def backward(self) -> Backward | None:
         """Total gradients; None without a backward."""
@@ -365,11 +384,10 @@ class TapSource:
 
     def why_no_gradient(self) -> str:
         """Why there is no gradient here, and what to do."""
-        if self.second_order:
-            return (
-                "a backward with create_graph=True came through it, and what it brings is not a total; "
-                "record a backward of the loss alone"
-            )
+        if self.lost:
+            return self.lost
+        if self.batched:
+            return ONLY_BATCHED
         if not any(mark.grad_enabled for mark in self.marks):
             return (
                 "it ran inside torch.no_grad(), or inside a checkpoint with use_reentrant=True; run it "
@@ -392,6 +410,9 @@ class TapSource:
 
     def notes(self) -> list[str]:
         """What a reader should know about the track."""
+        return ([BATCHED] if self.batched else []) + self._notes()
+
+    def _notes(self) -> list[str]:
         if self.closed is not None:
             return [self.closed.note(self.name)]
         reason = self.why_no_operator()

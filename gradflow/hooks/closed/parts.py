@@ -81,9 +81,14 @@ class StockPart:
         return set().union(*(call.graph_tasks for call in self.chain.calls))
 
     @property
-    def second_order(self) -> bool:
-        """Whether a backward with create_graph=True came by."""
-        return any(call.second_order for call in self.chain.calls)
+    def lost(self) -> str:
+        """Why what the backwards brought is no total, if it is none."""
+        return next((call.lost for call in self.chain.calls if call.lost), "")
+
+    @property
+    def batched(self) -> bool:
+        """Whether a backward of several outputs at once came by."""
+        return any(call.batched for call in self.chain.calls)
 
     @property
     def closed(self) -> Any:
@@ -93,6 +98,10 @@ class StockPart:
     @closed.setter
     def closed(self, loop: Any) -> None:
         self.chain.closed = loop
+
+    def leave_unread(self, why: str) -> None:
+        """Whether more than its states goes around was not looked at."""
+        self.chain.unread = self.chain.unread or why
 
     def states(self, layer: int) -> list[str]:
         """h, and c of an LSTM."""
@@ -170,9 +179,14 @@ class MarkedPart:
         return self.source.graph_tasks
 
     @property
-    def second_order(self) -> bool:
-        """Whether a backward with create_graph=True came by."""
-        return self.source.second_order
+    def lost(self) -> str:
+        """Why what the backwards brought is no total, if it is none."""
+        return self.source.lost
+
+    @property
+    def batched(self) -> bool:
+        """Whether a backward of several outputs at once came by."""
+        return self.source.batched
 
     @property
     def closed(self) -> Any:
@@ -182,6 +196,11 @@ class MarkedPart:
     @closed.setter
     def closed(self, loop: Any) -> None:
         self.source.closed = loop
+
+    def leave_unread(self, why: str) -> None:
+        """Whether more than its states goes around was not looked at."""
+        mark = self.source.marks[-1]
+        mark.unknown = mark.unknown or why
 
     def states(self, layer: int) -> list[str]:
         """As they are marked."""

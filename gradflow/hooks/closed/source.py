@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.closed.parts import Member, StockPart
 from gradflow.hooks.closed.standing import Standing
+from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.tapped import Mark, TapSource, Words
 from gradflow.recording import Backward, Forward, Parity
@@ -68,12 +69,10 @@ class JointSource(TapSource):
     def _at(self, mark: Mark, output: int, view: Any) -> Any:
         def catch(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[output]
-            if grad is not None:
-                self.second_order |= torch.is_grad_enabled()
-                self.graph_tasks.add(torch._C._current_graph_task_id())
+            if grad is not None and self._counts(grad):
                 self._add(mark, view.name, view.take(grad.detach()) / self.scale())
 
-        return catch
+        return Hook(Point.GRADIENT, self.lose, catch)
 
     def _add(self, mark: Mark, name: str, rows: Tensor) -> None:
         rows = rows.reshape(mark.states[name].shape)
@@ -87,7 +86,8 @@ class JointSource(TapSource):
         if self._filled == stamp:
             return
         self._filled = stamp
-        self.second_order |= any(part.second_order for part in self.parts)
+        self.lost = self.lost or next((part.lost for part in self.parts if part.lost), "")
+        self.batched |= any(part.batched for part in self.parts)
         for mark, ends in zip(self.marks, self.ends, strict=True):
             for member in self.members:
                 step = ends[id(member.part)]

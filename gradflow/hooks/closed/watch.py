@@ -6,7 +6,7 @@ came through is decided when the block ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -126,6 +126,25 @@ class ClosedLoops:
         nodes.sort(key=lambda node: int(node._sequence_nr()))
         while nodes:
             nodes.pop()
+
+    def unread(self, why: str) -> None:
+        """The graph was not looked at as a whole: what is closed among what came since is not known."""
+        self._fresh = False
+        for seen in self._calls:
+            if seen.place:
+                seen.part.leave_unread(why)
+        for loop in self.loops:
+            loop.unknown = loop.unknown or why
+
+    def leave(self, concerned: Callable[[Chain], bool], why: str) -> None:
+        """Forget calls that were not recorded as a whole; a loop they are part of has no joint state."""
+        self._calls = [seen for seen in self._calls if not is_of(seen.part, concerned)]
+        for loop in self.loops:
+            if not any(is_of(part, concerned) for part in loop.parts):
+                continue
+            loop.unknown = loop.unknown or why
+            for track in (track for part in loop.parts for track in part.tracks):
+                track.loop = ""
 
     def _prune(self) -> None:
         """Of every chain its last call is enough to tell what the next one depends on."""
@@ -285,6 +304,11 @@ def in_order(calls: Sequence[Seen]) -> list[Seen]:
         newest = max(newest, seen.number)
         numbers.append(seen.number or newest)
     return [calls[place] for place in sorted(range(len(calls)), key=numbers.__getitem__)]
+
+
+def is_of(part: StockPart | MarkedPart, concerned: Callable[[Chain], bool]) -> bool:
+    """Whether a part is a chain that is concerned."""
+    return isinstance(part, StockPart) and concerned(part.chain)
 
 
 def _is_one_layer(loop: ClosedLoop) -> bool:

@@ -32,6 +32,7 @@ class Chain:
     links: list[Link | None]
     tracks: list[Track] = field(default_factory=list)
     lengths: Tensor | None = None  # the user's own, over the whole loop
+    unread: str = ""  # why it is not known whether more than its states goes around the loop
     changes: int = 0
     closed: Any = None  # the `ClosedLoop` that it is a part of, if any
     layout: Layout = field(default_factory=Layout)

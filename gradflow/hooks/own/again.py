@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from gradflow.hooks import patch
 from gradflow.hooks.dense import Place, Step
 from gradflow.hooks.graph import NotReadable, saved_tensors_are_hooked
+from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.own.leaves import Path, leaves, replaced
 from gradflow.hooks.own.returned import row_of, version_of
 
-# what copying or running a module of the user's own may raise, if it is not made to be copied
-UNWILLING = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+EVERYWHERE = tuple(f"_global{name}" for name in HOOKS)  # the same, of all modules
 
 
 @dataclass(eq=False)
@@ -99,7 +99,9 @@ def first_step(
         NotReadable: the module cannot be copied, or does not repeat itself.
     """
     if saved_tensors_are_hooked() or _is_watched():
-        raise NotReadable("what a checkpoint, or a mode of torch, would take for a call of yours")
+        raise NotReadable(
+            "what hooks of yours, a checkpoint or a mode would take for a call of yours"
+        )
     fresh = {path: given.still(path).detach() for path in given.tensors}
     initial = {name: fresh[path].clone().requires_grad_() for name, path in entry.items()}
     fresh.update({path: initial[name] for name, path in entry.items()})
@@ -115,30 +117,51 @@ def first_step(
 
 
 def _is_watched() -> bool:
-    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+    """Whether somebody would hear of a module that runs, or of what it computes."""
+    modes = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
+    return bool(modes) or any(vars(nn.modules.module)[hooks] for hooks in EVERYWHERE)
 
 
 def _run(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> Any:
     """What a copy of the module returns for these tensors in place of those that were given."""
+    why: list[str] = []
+    result = guarded(Point.AGAIN, why.append, _run_copy, module, given, tensors)
+    if why:
+        raise NotReadable(f"a module that cannot be run on a copy: {why[0]}")
+    return result
+
+
+def _run_copy(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> Any:
     devices = {t.device for t in given.tensors.values() if t.device.type == "cuda"}
     device, enabled, dtype = given.autocast
-    try:
-        named = replaced(given.named, tensors)
-        args = [named[key] for key in list(named)[: len(given.args)]]
-        kwargs = {key: named[key] for key in given.kwargs}
-        copied = copy.deepcopy(module)
-        for part in copied.modules():
-            for hooks in HOOKS:
-                vars(part)[hooks].clear()
-        with (
-            patch.paused(),
-            torch.random.fork_rng(list(devices)),
-            torch.enable_grad(),
-            torch.autocast(device, dtype=dtype, enabled=enabled),
-        ):
-            torch.set_rng_state(given.rng)
-            return copied.forward(*args, **kwargs)
-    except UNWILLING as error:
-        raise NotReadable(
-            f"a module that cannot be run on a copy ({str(error).splitlines()[0]})"
-        ) from error
+    named = replaced(given.named, tensors)
+    args = [named[key] for key in list(named)[: len(given.args)]]
+    kwargs = {key: named[key] for key in given.kwargs}
+    copied = copy.deepcopy(module)
+    if _shares(module, copied):
+        raise TypeError("its copy shares parts with it")
+    for part in copied.modules():
+        for hooks in HOOKS:
+            vars(part)[hooks].clear()
+    with (
+        patch.paused(),
+        torch.random.fork_rng(list(devices)),
+        torch.enable_grad(),
+        torch.autocast(device, dtype=dtype, enabled=enabled),
+    ):
+        torch.set_rng_state(given.rng)
+        return copied.forward(*args, **kwargs)
+
+
+def _shares(module: nn.Module, copied: nn.Module) -> bool:
+    """Whether what a copy does can be seen in the module: in a part, a weight, a list or a dict."""
+    mine = {id(part) for part in module.modules()}
+    mine |= {id(value) for part in module.modules() for value in _kept_by(part)}
+    theirs = list(copied.modules())
+    return any(id(value) in mine for value in [*theirs, *(v for m in theirs for v in _kept_by(m))])
+
+
+def _kept_by(module: nn.Module) -> list[Any]:
+    """The tensors and containers that a module keeps."""
+    held = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+    return [value for value in held if isinstance(value, Tensor | list | dict | set)]

@@ -39,7 +39,7 @@ from gradflow.hooks.own.returned import LARGEST, key_of, likely_states, possible
 from gradflow.hooks.own.steps import OwnSteps
 from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TapSource
-from gradflow.hooks.unseen import NO_NUMBERS, TRANSFORMED, has_no_numbers, why_not_read
+from gradflow.hooks.unseen import NO_NUMBERS, has_no_numbers, why_hidden, why_not_read
 from gradflow.recording import Track
 
 STOCK = ":"  # before a module's path: torch's own recurrent functions with its weights
@@ -73,8 +73,9 @@ class OwnCells:
         cell = self._cells.get(id(module))
         if cell is None or cell.ignored or torch._C._current_graph_task_id() != -1:
             return None  # during a backward: a checkpoint's second run
-        if _is_transformed():
-            self._leave(cell, TRANSFORMED)
+        hidden = why_hidden()
+        if hidden:
+            self._leave(cell, hidden)
             return None
         if any(call.cell is cell for call in self._under_way):
             return None
@@ -126,6 +127,15 @@ class OwnCells:
             self.unseen[named_so] = reason
         else:
             self.model_unseen[named_so] = reason
+
+    def leave(self, module: nn.Module) -> None:
+        """Something failed at a call of this module: it is not followed any more."""
+        cell = self._cells.get(id(module))
+        if cell is None:
+            return
+        cell.ignored = True
+        self._under_way = [call for call in self._under_way if call.cell is not cell]
+        cell.tracks.clear()
 
     def left(self, call: UnderWay, result: Any) -> None:
         """The call is over; result is None where it raised."""
@@ -294,9 +304,3 @@ class OwnCells:
                 cell.ignored = True
                 self.owner.drop_tracks(cell.tracks)
                 cell.tracks.clear()
-
-
-def _is_transformed() -> bool:
-    """Whether this is a trace, or inside a transform of torch.func."""
-    tracing = bool(torch.jit.is_tracing())
-    return tracing or torch._C._functorch.peek_interpreter_stack() is not None

@@ -31,9 +31,9 @@ class OwnSteps:
             TapSource(self.marks.owner.scale, cell=first.source.cell),
             first.source.marks[0],
         )
-        source.graph_tasks, source.second_order = (
+        source.graph_tasks, source.lost = (
             set(first.source.graph_tasks),
-            first.source.second_order,
+            first.source.lost,
         )
         outputs = {name: first.outputs[path] for name, path in states.items()}
         rows = {name: out.row for name, out in outputs.items()}
