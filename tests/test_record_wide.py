@@ -216,3 +216,32 @@ def test_a_wide_step_is_the_same_after_the_weights_have_changed() -> None:
     before = track.operator().pull(2, torch.ones(3, 1, 100, dtype=F64))
     again = track.operator().pull(2, torch.ones(3, 1, 100, dtype=F64))
     assert torch.equal(before, again)
+
+
+def zoned_out(kind: str, jacobians: bool | None, *, padded: bool, start: bool) -> Track:
+    """Between two calls the state is mixed with the one before, or kept on padding."""
+    torch.manual_seed(0)
+    case = CELLS[kind]
+    module = case.make().double()
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=F64)
+    state = {name: torch.randn_like(s) * 0.3 for name, s in case.initial().items()}
+    if start:
+        state = {name: s.requires_grad_() for name, s in state.items()}
+    with gradflow.record(module, jacobians=jacobians) as recording:
+        for t, x_t in enumerate(x):
+            result = case.take(case.call(module, x_t, state))
+            alive = torch.tensor([[t < 4], [True]]).double() if padded else torch.tensor(0.7)
+            state = {n: alive * result[n] + (1 - alive) * state[n] for n in case.names}
+        sum(s.pow(3).sum() for s in state.values()).backward()  # type: ignore[union-attr]
+    return recording["cell"]
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["constant start", "start with gradient"])
+@pytest.mark.parametrize("padded", [False, True], ids=["zoneout", "padded"])
+@pytest.mark.parametrize("kind", ["from scratch", "leaky", "three states"])
+@pytest.mark.usefixtures("_narrow")
+def test_states_that_go_around_the_calls(kind: str, padded: bool, start: bool) -> None:
+    mine, theirs = (zoned_out(kind, wanted, padded=padded, start=start) for wanted in (None, True))
+    assert torch.equal(mine.cuts, theirs.cuts) and mine.notes == theirs.notes
+    assert_operators_agree(mine, theirs, [0, 1])
+    assert_operators_agree(mine, theirs, [1])

@@ -20,6 +20,7 @@ Edge = tuple[Any, int]  # a node of the graph and which of its outputs
 DEPTH, NODES = 16, 400  # how far from the new state, and how many nodes are looked at
 _SAVED: dict[type, tuple[str, ...]] = {}  # see `_saved_by`
 MOST = 100_000  # nodes of one step of a hand-written loop
+MOST_BETWEEN = 20_000  # nodes between two calls
 
 
 class NotReadable(Exception):
@@ -42,28 +43,40 @@ class Between:
 
     Given `since`, the walk has no limit in depth but passes no node older than that number: nodes
     are numbered as they are made, and what lies on a path is younger than where the path ends.
+    Without it a few nodes are looked at; where they are not all, the walk is made again down to the
+    oldest end, for a sum over some of the paths is no derivative of anything.
     """
 
     def __init__(self, roots: list[Edge], ends: set[Any], since: int | None = None) -> None:
         self.ends = ends
         self.since = since
+        self.whole = True  # whether every path has been walked
         children = self._collect([node for node, _ in roots])
+        if not self.whole and ends:
+            self.since, self.whole = min(node._sequence_nr() for node in ends), True
+            children = self._collect([node for node, _ in roots], MOST_BETWEEN)
         self.seen = children.keys()
         self.on_path = self._leading_to_ends(children)
         self.order = self._sorted(roots, children)
         self.reached = {node for node in self.order if node in ends}
 
-    def _collect(self, roots: list[Any]) -> dict[Any, list[Any]]:
+    def _collect(self, roots: list[Any], most: int | None = None) -> dict[Any, list[Any]]:
         children: dict[Any, list[Any]] = {}
         queue = deque((node, 0) for node in roots)
-        while queue and (self.since is not None or len(children) < NODES):
+        limit = most or (NODES if self.since is None else MOST)
+        while queue:
             node, depth = queue.popleft()
             if node in children:
                 continue
-            if len(children) >= MOST:
-                raise NotReadable(f"more than {MOST} operations")
-            far = depth >= DEPTH if self.since is None else node._sequence_nr() < self.since
-            stop = node in self.ends or far
+            if len(children) >= limit:
+                if limit == MOST:
+                    raise NotReadable(f"more than {MOST} operations")
+                self.whole = False
+                break
+            older = self.since is not None and node._sequence_nr() < self.since
+            far = self.since is None and depth >= DEPTH
+            self.whole &= not far or node in self.ends
+            stop = node in self.ends or older or far
             children[node] = [] if stop else [n for n, _ in node.next_functions if n is not None]
             queue.extend((child, depth + 1) for child in children[node])
         return children
@@ -104,8 +117,11 @@ class Between:
         """The vector-Jacobian product: what the seeds at the roots bring to the ends' edges.
 
         Raises:
-            NotReadable: a node is the user's own, or its saved tensors are gone or hooked.
+            NotReadable: a node is the user's own, its saved tensors are gone or hooked, or there
+                are too many of them.
         """
+        if not self.whole:
+            raise NotReadable(f"more than {MOST_BETWEEN} operations")
         arrived: dict[Edge, Tensor] = {}
         for edge, seed in seeds:
             if edge[0] in self.on_path:

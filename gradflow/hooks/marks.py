@@ -6,6 +6,7 @@ gradients that reach them are added up, the step Jacobian is read from the graph
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.dense import Incomplete, Place, Step, within
-from gradflow.hooks.graph import NotReadable
+from gradflow.hooks.graph import Edge, NotReadable
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tape import Constants, TooMuch
@@ -36,6 +37,7 @@ class Owner(Protocol):
     def wants_track(self, name: str) -> bool: ...
     def add_track(self, base: str, track: Track) -> None: ...
     def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None: ...
+    def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None: ...
 
 
 @dataclass(eq=False)
@@ -109,6 +111,7 @@ class Marks:
         if self.wanted and not mark.unknown and not mark.within_known:
             self.read_within(end.source, place, mark)
         self.owner.handles += end.source.listen(mark, place.edges)
+        self.owner.marked_at(place.edges.values(), end.source)
         end.since = end.place.since if end.place.edges else end.number
         end.older |= end.place.nodes
         if bool(mark.cut.all()):
@@ -166,7 +169,7 @@ class Marks:
             if not self.wanted:
                 mark.unknown = self._why_not()
             elif self.wide(place):
-                mark.jacobian = WideStep(None)
+                mark.jacobian = WideStep()
             else:
                 size = place.like.shape[1]
                 mark.jacobian = place.like.new_zeros(len(place.like), size, size)

@@ -188,6 +188,10 @@ def _misleading(recorder: Recorder) -> list[str]:
     found = []
     if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
         found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
+    if len(recorder.recording):  # without a track they are why there is none
+        hidden = recorder.out_of_reach()
+        found += [mistakes.out_of_reach(hidden)] if hidden else []
+        found += [one.sentence for one in recorder.recording.unseen]
     unseen, _ = _unseen(recorder)
     return found + ([circumstances.not_seen(unseen)] if unseen else [])
 
@@ -202,15 +206,22 @@ def _unseen(recorder: Recorder) -> tuple[list[str], list[str]]:
 def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
+    recording.unseen = recorder.unseen()
     ran_some = bool(calls) or recorder.taps.seen or recorder.own.seen
     recording.empty_reason = mistakes.why_no_track(
         recorder.model,
         recorder.layers,
         ran_some,
         ran,
-        recorder.own.without_state,
+        mistakes.CellsThatRan(
+            recorder.own.without_state,
+            {} if recorder.watch.walked else recorder.own.loops_inside(),
+            recorder.own.kept_inside(),
+            recorder.out_of_reach(),
+        ),
         recorder.strangers,
         recorder.own.unseen or recorder.own.model_unseen,
+        recording.unseen,
     )
     if recorder.withheld.layers:
         recording.empty_reason = "; ".join(recorder.withheld.layers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -51,6 +51,7 @@ class WeightUses:
         names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._tied = {known for known, count in names.items() if count > 1}
         self._tied_keys: set[int] = set()
+        self._own, self._own_keys = set(names), set[int]()
 
     def key(self, weight: Tensor, scale: Callable[[], float]) -> int:
         """A number for this weight tensor; from now on its gradients are added up."""
@@ -63,6 +64,8 @@ class WeightUses:
         self._bounds[key] = _bound(weight)
         if id(weight) in self._tied:
             self._tied_keys.add(key)
+        if id(weight) in self._own:
+            self._own_keys.add(key)
         if weight.requires_grad:
             lose = functools.partial(self._lost.__setitem__, key)
             add = Hook(Point.WEIGHT, lose, self._adder(key, scale))
@@ -79,6 +82,10 @@ class WeightUses:
             self._grads[key] = self._grads[key] + grad if key in self._grads else grad
 
         return add
+
+    def foreign(self, keys: Mapping[str, int]) -> frozenset[str]:
+        """Of weight name -> key, the names of those that are no parameters of the model."""
+        return frozenset(name for name, key in keys.items() if key not in self._own_keys)
 
     def note(self, user: LoopUser) -> None:
         """Remember a layer whose δ_t will be asked for."""

@@ -49,7 +49,8 @@ class Observer(Listener, Protocol):
     def missed_cell(self, module: nn.Module, why: str) -> None: ...
     def scale_unknown(self, why: str) -> None: ...
     def graph_unknown(self, why: str) -> None: ...
-    def before_backward(self, roots: tuple[Any, ...]) -> None: ...
+    def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None: ...
+    def after_backward(self) -> None: ...
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def left(self, call: Any, result: Any) -> None: ...
 
@@ -185,18 +186,27 @@ def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
     @untraced
     def heard(args: tuple[Any, ...]) -> None:
         for observer in observers_here():
-            guarded(Point.BACKWARD, observer.graph_unknown, _before_backward, observer, *args[:2])
+            guarded(Point.BACKWARD, observer.graph_unknown, _before_backward, observer, *args[:4])
+
+    @untraced
+    def over() -> None:
+        for observer in observers_here():
+            guarded(Point.BACKWARD, observer.graph_unknown, observer.after_backward)
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
         heard(args)
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        over()
+        return result
 
     return traced_as(original, functools.wraps(original)(run_backward))
 
 
-def _before_backward(observer: Observer, roots: Any, grads: Any = ()) -> None:
+def _before_backward(
+    observer: Observer, roots: Any, grads: Any = (), _keep: Any = False, create_graph: Any = False
+) -> None:
     if not why_hidden() and not any(is_batched(grad) for grad in grads):
-        observer.before_backward(tuple(roots))
+        observer.before_backward(tuple(roots), bool(create_graph))
 
 
 def traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:

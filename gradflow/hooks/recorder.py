@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -17,19 +17,22 @@ from gradflow.hooks.call import Call
 from gradflow.hooks.closed.watch import ClosedLoops, is_of
 from gradflow.hooks.copies import Copies
 from gradflow.hooks.dense import Place
+from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import GivenLengths, Lengths
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
 from gradflow.hooks.own.cells import OwnCells
+from gradflow.hooks.own.leaves import leaves
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.seen import CellCall, FusedCall
-from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
+from gradflow.hooks.unrolled.watch import Watch
 from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers, why_hidden
 from gradflow.hooks.withheld import Withheld
-from gradflow.recording import Recording, Track, matches_any
+from gradflow.recording import Recording, Track, Unseen, matches_any
 
 
 class Recorder:
@@ -62,6 +65,7 @@ class Recorder:
         self.stitcher = Stitcher()
         self.closed = ClosedLoops(self)
         self.taps = Taps(self)
+        self.watch = Watch(self, model)
         self._copies = Copies(self.lengths, lambda weight: self.uses.key(weight, self.scale))
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
         self.own = OwnCells(self, model, self._paths)
@@ -109,6 +113,7 @@ class Recorder:
         elif owner is not None:
             self._admit(self._copies.call(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
+            self.watch.saw_stock((seen.data, *seen.initial), seen.results)
 
     def saw_cell(self, seen: CellCall) -> None:
         """Copy one call of a single-step function and listen for its gradients."""
@@ -118,6 +123,7 @@ class Recorder:
         elif owner is not None:
             self._admit(self._copies.step(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
+            self.watch.saw_stock((seen.data, *seen.initial), seen.results)
 
     def missed(self, module: nn.Module | None, why: str) -> None:
         """A call of a stock layer was not recorded as a whole: what is known of that layer goes."""
@@ -161,6 +167,7 @@ class Recorder:
         """The graph of a backward was not looked at as a whole."""
         self.withheld.remark(f"{why}: what it would have shown of these layers is not known")
         self.closed.unread(why)
+        self._drop(lambda t: isinstance(t.source, TapSource) and t.source.words is UNROLLED)
 
     def _drop(self, concerned: Callable[[Track], bool]) -> None:
         for track in [track for track in self.recording if concerned(track)]:
@@ -177,18 +184,33 @@ class Recorder:
         if self.scaler is None and scaler.is_enabled():
             self.scalers_scale = scaler.get_scale
 
-    def before_backward(self, roots: tuple[Any, ...]) -> None:
+    def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None:
         """A backward is about to run from these tensors: their graph is complete, nothing is freed."""
         if torch._C._current_graph_task_id() == -1:
             self.closed.decide(roots)
+            self.watch.before_backward(roots, create_graph)
+
+    def after_backward(self) -> None:
+        """That backward is over."""
+        if torch._C._current_graph_task_id() == -1:
+            self.watch.after_backward()
+
+    def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None:
+        """States of a track sit at these edges of the graph."""
+        self.watch.marked(edges, source)
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that may be a cell of the user's own is called."""
+        if torch.is_grad_enabled():
+            self.watch.held.hold(leaves((args, kwargs)).values())
+            self.watch.held.hold_locals()
         return self.own.entered(module, args, kwargs)
 
     def left(self, call: Any, result: Any) -> None:
         """That call is over; result is None where it raised."""
         self.own.left(call, result)
+        if torch.is_grad_enabled():
+            self.watch.held.hold(leaves(result).values())
 
     def wants_track(self, name: str) -> bool:
         """Whether a tap or a cell of this name is picked."""
@@ -213,6 +235,15 @@ class Recorder:
         for track in tracks:
             self.recording.drop(track)
             self.runs[track.name.partition("@")[0]] -= 1
+
+    def drop_sources(self, sources: list[TapSource]) -> None:
+        """Forget the loops over modules that turned out to be only part of a step."""
+        self.drop_tracks([track for track in self.recording if track.source in sources])
+        self.own.ignore(sources)
+
+    def in_closed_loop(self) -> bool:
+        """Whether some stock layer's input depends on its own earlier state."""
+        return bool(self.closed.loops)
 
     def _admit(
         self,
@@ -296,6 +327,7 @@ class Recorder:
                 mask=replay.mask,
                 cuts=torch.zeros_like(replay.mask),
                 weights=replay.weights(layer, direction).named(),
+                foreign=self.uses.foreign(replay.weight_keys(layer, direction)),
                 source=source,
                 training=call.training,
                 batch_first=call.batch_first,
@@ -311,6 +343,24 @@ class Recorder:
         """All loops that were tapped or run over a cell of the user's own."""
         return [t.source for t in self.recording if isinstance(t.source, TapSource)]
 
+    def unseen(self) -> tuple[Unseen, ...]:
+        """Recurrences that are in no track, of those that are picked."""
+        return tuple(
+            one
+            for one in self.watch.unseen.values()
+            if self.layers is None
+            or any(matches_any(name, self.layers) for name in (one.module, *one.weights))
+        )
+
+    def out_of_reach(self) -> list[str]:
+        """Torch's own layers that a backward went through, though no call of theirs was seen."""
+        seen = {call.owner for call in self.calls}
+        return [
+            f"{path or type(module).__name__} ({type(module).__name__})"
+            for path, module in self.watch.fused.items()
+            if path not in seen
+        ]
+
     def close(self) -> None:
         """Stop listening; the recording keeps what it has."""
         guarded(Point.CLOSING, self.graph_unknown, self.closed.close)
@@ -320,6 +370,7 @@ class Recorder:
             self.stitcher.close,
             self.taps.close,
             self.own.close,
+            self.watch.close,
             self._copies.clear,
             self._let_tracks_go,
         ):
@@ -338,7 +389,7 @@ class Recorder:
         """Hold on to nothing that was recorded: from now on only the user does."""
         self.recording, self.uses = Recording(""), WeightUses(nn.Module())
         self.calls.clear()
-        del self.taps, self.own, self._copies
+        del self.taps, self.own, self.watch, self._copies
 
 
 def _names(call: Call) -> list[tuple[int, int, str]]:

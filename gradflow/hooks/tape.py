@@ -145,6 +145,7 @@ class Tape:
     operations: list[_Operation]
     result: int | None  # the slot of Jᵀ u; None where it does not depend on u: J is 0
     like: Tensor  # (B, N) zeros
+    width: int  # N' of Jᵀ u
     work: float  # multiplications of one run
     numbers: int  # that all values of one run hold
     coarsest: torch.dtype  # the least exact on the way
@@ -175,6 +176,7 @@ class Tape:
             operations=copied,
             result=slot,
             like=torch.zeros_like(given),
+            width=int(found.shape[1]),
             work=sum(_work(operation, writing.shapes) for operation in kept),
             numbers=sum(shape.numel() for shape in writing.shapes.values()),
             coarsest=max(writing.dtypes, key=lambda dtype: torch.finfo(dtype).eps),
@@ -198,9 +200,9 @@ class Tape:
         return made
 
     def pull(self, block: Tensor) -> Tensor:
-        """Jᵀ of every vector of (B, m, N)."""
+        """Jᵀ of every vector of (B, m, N), (B, m, N')."""
         if self.result is None:
-            return torch.zeros_like(block)
+            return block.new_zeros(*block.shape[:2], self.width)
         with torch.no_grad(), torch.autocast(block.device.type, enabled=False):
             return self._side_by_side(self.run, block)
 
@@ -222,9 +224,9 @@ class Tape:
         return (given, found) if found.requires_grad else None
 
     def push(self, block: Tensor, graph: tuple[Tensor, Tensor] | None) -> Tensor:
-        """J of every vector of (B, m, N), given what `transposed` made."""
+        """J of every vector of (B, m, N'), given what `transposed` made."""
         if graph is None:
-            return torch.zeros_like(block)
+            return block.new_zeros(*block.shape[:2], self.like.shape[1])
         given, found = graph
 
         def one(vector: Tensor) -> Tensor:

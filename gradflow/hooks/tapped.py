@@ -23,7 +23,7 @@ from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
 from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.hooks.wide import Wide, WideStep, pulled
-from gradflow.recording import Backward, Forward, Operator, Parity
+from gradflow.recording import Backward, Forward, Operator, Parity, Source
 
 WIDEST = 64  # states up to which step Jacobians are written out unasked
 
@@ -74,6 +74,15 @@ CALLED = Words(
     kind="a cell of your own: how it uses its weights is not known",
 )
 
+UNROLLED = Words(
+    step="step",
+    steps="steps",
+    states="states",
+    more="the loop carries more than its states; mark every state that it carries with "
+    "h, c = gradflow.tap(h=h, c=c) inside the loop, once per step",
+    kind="a loop written by hand: how it uses its weights is not known",
+)
+
 
 @dataclass(eq=False)
 class TapSource:
@@ -92,6 +101,8 @@ class TapSource:
     batched: bool = False  # a backward of several outputs at once came by, which is not counted
     ran_backward: bool = False
     closed: Any = None  # the `ClosedLoop` that it is a part of, if any
+    part_of_a_step: bool = False  # other terms are added to what the cell returns
+    words_: Words | None = None  # how to speak of it, where the name of the cell does not tell
     _written: tuple[tuple[tuple[int, ...], int], list[Tensor]] | None = field(
         default=None, repr=False
     )
@@ -100,6 +111,8 @@ class TapSource:
     @property
     def words(self) -> Words:
         """How to speak of this loop."""
+        if self.words_ is not None:
+            return self.words_
         return TAPPED if self.cell == "tap" else CALLED
 
     @property
@@ -227,6 +240,8 @@ class TapSource:
     def unread(self) -> bool:
         """Whether a backward ran and did not come here, though it could have."""
         able = any(mark.grad_enabled and mark.differentiable for mark in self.marks)
+        if self.lost or self.batched:
+            return False
         return able and self.ran_backward and not self.version
 
     def last(self) -> Backward | None:
@@ -374,6 +389,14 @@ class TapSource:
     def alone(self) -> None:
         """There is no other reading: what goes into the steps was not seen."""
 
+    def changed(self, **_: float) -> tuple[Source, dict[str, Tensor]]:
+        """Nothing: the loop is the user's own.
+
+        Raises:
+            RecordingError: always.
+        """
+        raise RecordingError("its steps are the user's own code, which is not run again")
+
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""
         return Parity(
@@ -416,6 +439,11 @@ class TapSource:
         if self.closed is not None:
             return [self.closed.note(self.name)]
         reason = self.why_no_operator()
+        if reason and self.words is UNROLLED:
+            return [
+                *self.remarks,
+                f"its step Jacobians and last loss step alone are not known: {reason}",
+            ]
         if reason:
             return [f"its step Jacobians and last loss step alone are not known: {reason}"]
         if self.words is TAPPED and starts_constant(self):

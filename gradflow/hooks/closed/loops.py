@@ -163,7 +163,7 @@ class ClosedLoop:
                 if closed_form is None:
                     mark.unknown = reason
                 elif wide:
-                    mark.jacobian = GivenStep(None, operator=closed_form, t=place)
+                    mark.jacobian = GivenStep(closed_form, place)
                 else:
                     eye = torch.eye(closed_form.size, dtype=torch.float64, device=cut.device)
                     rows = closed_form.push(place, eye.expand(chain.batch, -1, -1))
@@ -216,7 +216,7 @@ def _within(part: LoopSource, place: int, *, wide: bool) -> Tensor | WideStep:
     )[place][0]
     width = through.shape[1]
     if wide:
-        return ThroughStep(None, through=through)
+        return ThroughStep(through)
     found = through.new_zeros(len(through), 2 * width, 2 * width)
     found[:, :width, width:] = torch.diag_embed(through)
     return found

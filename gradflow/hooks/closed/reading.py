@@ -205,7 +205,7 @@ def step_between(
     between = Between(roots, before.nodes, before.since)
     if not between.reached:
         size = now.like.shape[1]
-        zero = WideStep(None) if wide else now.like.new_zeros(len(now.like), size, size)
+        zero = WideStep() if wide else now.like.new_zeros(len(now.like), size, size)
         return zero, torch.ones(len(now.like), dtype=torch.bool, device=now.like.device)
     step = Step(before, now, between)
     if wide:

@@ -18,7 +18,7 @@ from gradflow.hooks.loops.lags import Lags
 from gradflow.hooks.loops.loop import Loop, trimmed
 from gradflow.hooks.parity import WeightUser, WeightUses
 from gradflow.hooks.unseen import ONLY_BATCHED
-from gradflow.recording import Backward, Contributions, Forward, Operator, Parity
+from gradflow.recording import Backward, Contributions, Forward, Operator, Parity, Source
 
 SEVERITY = ("not applicable", "passed", "failed")
 
@@ -284,6 +284,14 @@ class LoopSource:
             sequences = sequences.to(self.calls[0].h0.device)
             return self.loop.operator(self.layer, dtype, sequences)
 
+    def changed(
+        self, *, forget_bias: float, scale_hh: float, scale_ih: float
+    ) -> tuple[Source, dict[str, Tensor]]:
+        """The layer run again with changed weights, and these."""
+        from gradflow.hooks.rerun import Change, changed  # which is made of these sources
+
+        return changed(self, Change(forget_bias, scale_hh, scale_ih))
+
     def _lost(self) -> str:
         return next((call.lost for call in self.calls if call.lost), "")
 
@@ -312,6 +320,8 @@ class LoopSource:
 
     def unread(self) -> bool:
         """Whether a backward ran and did not come here, though it could have."""
+        if self._lost() or any(call.batched for call in self.calls):
+            return False
         able = any(call.grad_enabled and call.differentiable for call in self.calls)
         return able and self.ran_backward and not any(call.graph_tasks for call in self.calls)
 

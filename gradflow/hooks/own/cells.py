@@ -39,6 +39,7 @@ from gradflow.hooks.own.returned import LARGEST, key_of, likely_states, possible
 from gradflow.hooks.own.steps import OwnSteps
 from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unseen import NO_NUMBERS, has_no_numbers, why_hidden, why_not_read
 from gradflow.recording import Track
 
@@ -212,8 +213,33 @@ class OwnCells:
         return {
             f"{cell.path} ({type(cell.module).__name__})": cell.calls
             for cell in dict.fromkeys(self._like_cells)
-            if not cell.tracks
+            if not cell.tracks and not _is_no_cell(cell.module)
         }
+
+    def loops_inside(self) -> dict[str, str]:
+        """Modules that ran, are in no track and loop in their own forward -> where, in the source."""
+        found = {}
+        for cell in self._cells.values():
+            if cell.calls and not cell.tracks and not cell.ignored:
+                loop = sources.inside(cell.module)
+                if loop is not None:
+                    found[f"{cell.path} ({type(cell.module).__name__})"] = loop.where
+        return found
+
+    def kept_inside(self) -> dict[str, str]:
+        """Modules called again and again that keep something in an attribute -> that attribute."""
+        return {
+            f"{cell.path} ({type(cell.module).__name__})": name
+            for cell in self._cells.values()
+            if cell.calls > 1 and not cell.tracks and (name := sources.kept(cell.module))
+        }
+
+    def ignore(self, sources: list[TapSource]) -> None:
+        """The modules of these loops are no cells."""
+        for cell in self._cells.values():
+            if any(track.source in sources for track in cell.tracks):
+                cell.ignored = True
+                cell.tracks.clear()
 
     def _tell_outer(self, path: str, results: list[Tensor]) -> None:
         for call in self._under_way:
@@ -304,3 +330,9 @@ class OwnCells:
                 cell.ignored = True
                 self.owner.drop_tracks(cell.tracks)
                 cell.tracks.clear()
+
+
+def _is_no_cell(module: nn.Module) -> bool:
+    """Whether its name says that it is something else, whatever it takes and returns."""
+    name = type(module).__name__.lower()
+    return any(word in name for word in ("norm", "embed", "dropout", "attention"))

@@ -13,9 +13,12 @@ from gradflow.hooks.own.around import Around
 from gradflow.hooks.own.candidates import Candidate, CellLoop, First
 from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.part import is_part
 from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.wide import WideStep, wide_step
+from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
+
+LOOKED = 4  # calls of a loop after which it is known whether its module is only part of a step
 
 
 class OwnSteps:
@@ -48,7 +51,7 @@ class OwnSteps:
                 parts = [first.place.parts[key_of(path)] for path in states.values()]
                 order = torch.cat([torch.arange(part.start, part.stop) for part in parts])
                 mark.within = (
-                    guess.within.turned(order)
+                    TurnedStep(guess.within, order)
                     if isinstance(guess.within, WideStep)
                     else guess.within[:, order][:, :, order]
                 )
@@ -108,7 +111,7 @@ class OwnSteps:
     def _led_in(self, place: Place, step: Step | None) -> Tensor | WideStep:
         """∂s_1/∂s_0 of a step that was run again; 0 where no path leads back."""
         if self.marks.wide(place):
-            return WideStep(None) if step is None else wide_step(step, self.marks.constants, 0)
+            return WideStep() if step is None else wide_step(step, self.marks.constants, 0)
         if step is None:
             size = place.like.shape[1]
             return place.like.new_zeros(len(place.like), size, size)
@@ -127,9 +130,10 @@ class OwnSteps:
         place = Place.of(states, rows)
         mark = Marks.new(place, rows)
         entering, values = entering_of(given, loop.entry, rows)
+        self._look_between(loop, given)
         mixed = loop.around.mixed or loop.around.goes_around(entering)
-        dense = self.marks.wanted and not self.marks.wide(place)
-        if mixed and entering is not None and entering.edges and dense:
+        if mixed and entering is not None and entering.edges and self.marks.wanted:
+            loop.around.constants = self.marks.constants if self.marks.wide(place) else None
             self._goes_around(loop, entering, place, mark)
         elif not self.marks.by_graph(loop.end, place, mark):
             self.marks.without_graph(loop.end, place, mark)
@@ -141,6 +145,18 @@ class OwnSteps:
             for name, path in loop.states.items()
         }
         return True
+
+    @staticmethod
+    def _look_between(loop: CellLoop, given: Given) -> None:
+        """See, at the first few calls, whether what was returned is only part of a step."""
+        source = loop.end.source
+        if source.part_of_a_step or len(source.marks) >= LOOKED:
+            return
+        tensors = (given.tensors.get(path) for path in dict.fromkeys(loop.entry.values()))
+        entering = [edge for t in tensors if t is not None and (edge := edge_of(t)) is not None]
+        if entering and loop.around.returned.edges:
+            source.part_of_a_step = is_part(entering, loop.around.returned.nodes, loop.entering)
+        loop.entering = entering
 
     @staticmethod
     def _goes_around(loop: CellLoop, entering: Place, place: Place, mark: Mark) -> None:

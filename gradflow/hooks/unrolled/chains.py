@@ -168,7 +168,7 @@ class Recurrence:
         """How often its weights are used in a row, most of them."""
         lengths = [c.length for c in self.chains if c.uses.product]
         lengths = lengths or [c.length for c in self.chains]
-        return max(lengths, key=lambda n: (lengths.count(n), -n))
+        return max(lengths, key=lambda n: (lengths.count(n), n))
 
 
 def recurrences(graph: Unrolled, found: list[Chain]) -> list[Recurrence]:
