@@ -161,12 +161,12 @@ class MarkedPart:
     @property
     def even(self) -> bool:
         """Whether the batch stays as it is."""
-        return len({len(mark.cut) for mark in self.source.marks}) == 1
+        return self.source.layout.even
 
     @property
     def real(self) -> Tensor | None:
         """(B,) real steps."""
-        return self.source.lengths
+        return self.source.real
 
     @property
     def layers(self) -> int:
