@@ -29,12 +29,6 @@ SUMS = ("Add", "Sub", *MOVES)
 TOGETHER = 128  # units whose products are taken at once
 
 
-MIXING = (
-    "an operation that mixes the sequences of a batch (batch normalisation in training, perhaps), so "
-    "that no sequence has a Jacobian of its own"
-)
-
-
 class Incomplete(NotReadable):
     """The loop carries more from step to step than its known states."""
 
