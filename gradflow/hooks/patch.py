@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
-from gradflow.hooks.guard import Point, guarded
+from gradflow.hooks.guard import Point, busy, guarded
 from gradflow.hooks.replaced import Replaced, at_fork, lock, put_back, replace
 from gradflow.hooks.seen import Listener, Telling
 from gradflow.hooks.unseen import is_batched, why_hidden
@@ -93,7 +93,7 @@ def is_observed() -> bool:
 def observers_here() -> list[Observer]:
     """The observers of the calling thread."""
     thread = threading.get_ident()
-    if thread in _paused:
+    if thread in _paused or thread in busy:
         return []
     return [observer for observer in _observers if observer.thread == thread]
 
@@ -131,6 +131,7 @@ def _in_child() -> None:
     here = threading.get_ident()
     _paused.intersection_update({here})
     _under_way.intersection_update({here})
+    busy.intersection_update({here})
     _keep([observer for observer in _observers if observer.thread == here])
     if not _observers:
         _restore()
