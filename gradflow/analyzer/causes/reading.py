@@ -67,7 +67,7 @@ _HEADLINES: dict[str, Callable[[Evidence], str]] = {
     reading.PACKED_ROWS: lambda e: f"the loss reads the longest {_share(e)} only",
     reading.FIRST_STEP: lambda e: (
         "the loss reads its first step only"
-        + (": its recurrence is not trained" if e.reading.still else "")
+        + (", so its recurrence is not trained" if e.reading.still else "")
     ),
     reading.AFTER_END: lambda e: f"the loss reads padding in {_share(e)}",
 }
