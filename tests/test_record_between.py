@@ -32,11 +32,13 @@ class Between(nn.Module):
     def __init__(self, cell: nn.Module, deep: int, residual: bool) -> None:
         super().__init__()
         self.cell, self.residual = cell, residual
-        self.weight = nn.Parameter(torch.randn(deep, HIDDEN, HIDDEN) / HIDDEN**0.5)
+        self.weights = nn.ParameterList(
+            torch.randn(HIDDEN, HIDDEN) / HIDDEN**0.5 for _ in range(deep)
+        )
 
     def between(self, h: Tensor) -> Tensor:
         out = h
-        for weight in self.weight:
+        for weight in self.weights:
             out = torch.tanh(out @ weight + 0.1)
         return h + out if self.residual else out
 

@@ -169,3 +169,19 @@ def test_chunks_have_one_step_per_call() -> None:
         rows_of(model, states[0])[0],
     )
     assert same(product(step_jacobians(closed[0])[:, 0], 0, loops.T - 1), exact)
+
+
+@pytest.mark.parametrize(
+    "case", [JOINT["fused lstm"], JOINT["lstm cell"], JOINT["fused gru, batch first"]]
+)
+def test_the_last_loss_step_alone_is_that_of_a_loss_at_the_last_step(case: tuple) -> None:
+    alone, _ = recorded(made(*case))
+    model = made(*case)
+    with gradflow.record(model) as every:
+        states = model(loops.B)
+        sum((value**2).sum() for state in states for value in state.values()).backward()
+    last = every[model.track].last_grads
+    assert last is not None
+    for name, grad in alone[model.track].grads.items():
+        assert same(last[name], grad), name
+    assert gradflow.analyze(every)[model.track].sentence

@@ -17,6 +17,15 @@ from gradflow.hooks.guard import briefly
 
 Edge = tuple[Any, int]  # a node of the graph and which of its outputs
 
+# operations that only move entries: what they make of zeros tells which entries lead where
+_MOVES = (
+    "Alias AsStrided Cat Chunk Clone Contiguous Copy CopySlices Detach Diagonal Expand Flatten "
+    "Gather Index IndexSelect Narrow Permute Repeat ReshapeAlias Reshape Select Slice Split "
+    "SplitWithSizes Squeeze Stack Swapaxes T Take ToCopy Transpose Unbind Unflatten UnsafeSplit "
+    "UnsafeView Unsqueeze View"
+)
+MOVES = frozenset(_MOVES.split())
+PLACES = MOVES | {"IndexPut", "IndexCopy", "SliceScatter", "SelectScatter", "DiagonalScatter"}
 DEPTH, NODES = 16, 400  # how far from the new state, and how many nodes are looked at
 _SAVED: dict[type, tuple[str, ...]] = {}  # see `_saved_by`
 MOST = 100_000  # nodes of one step of a hand-written loop
@@ -55,10 +64,33 @@ class Between:
         if not self.whole and ends:
             self.since, self.whole = min(node._sequence_nr() for node in ends), True
             children = self._collect([node for node, _ in roots], MOST_BETWEEN)
+        self.children = children
         self.seen = children.keys()
         self.on_path = self._leading_to_ends(children)
-        self.order = self._sorted(roots, children)
+        self.order = self._sorted(roots, children, self.on_path)
         self.reached = {node for node in self.order if node in ends}
+
+    def touched(self, roots: list[Edge]) -> set[Any]:
+        """The nodes that the roots depend on, if what only moves entries is followed entry by entry.
+
+        A state taken out of a stack of several leads to that one alone, not to its neighbours.
+        """
+        found = {node for node, _ in roots}
+        entries: dict[Edge, Tensor] = {edge: _ones(edge) for edge in roots}
+        for node in self._sorted(roots, self.children, set(self.children)):
+            if node not in found or node in self.ends or not self.children[node]:
+                continue
+            given = [entries.pop((node, place), None) for place in range(outputs(node))]
+            passed = _entries(node, given)
+            for place, edge in enumerate(node.next_functions):
+                if edge[0] is None or edge[0] not in self.children:
+                    continue
+                one = _ones(edge) if passed is None else passed[place]
+                if one is None or not bool(one.any()):
+                    continue
+                found.add(edge[0])
+                entries[edge] = entries[edge] + one if edge in entries else one
+        return found
 
     def _collect(self, roots: list[Any], most: int | None = None) -> dict[Any, list[Any]]:
         children: dict[Any, list[Any]] = {}
@@ -95,11 +127,12 @@ class Between:
                     stack.append(parent)
         return found
 
-    def _sorted(self, roots: list[Edge], children: dict[Any, list[Any]]) -> list[Any]:
-        """The nodes on the paths, every node after all that lead to it."""
-        below = {n: [c for c in children[n] if c in self.on_path] for n in self.on_path}
-        waiting = dict.fromkeys(self.on_path, 0)
-        for node in self.on_path:
+    @staticmethod
+    def _sorted(roots: list[Edge], children: dict[Any, list[Any]], wanted: set[Any]) -> list[Any]:
+        """The wanted nodes, every node after all that lead to it."""
+        below = {n: [c for c in children[n] if c in wanted] for n in wanted}
+        waiting = dict.fromkeys(wanted, 0)
+        for node in wanted:
             for child in below[node]:
                 waiting[child] += 1
         ready = [node for node, count in waiting.items() if not count]
@@ -138,6 +171,31 @@ class Between:
                         grad = _fitted(grad, edge)
                         arrived[edge] = arrived[edge] + grad if edge in arrived else grad
         return {edge: grad for edge, grad in arrived.items() if edge[0] in self.ends}
+
+
+def kind_of(node: Any) -> str:
+    """The operation a node is of: "Mul" for MulBackward0."""
+    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+
+
+def _ones(edge: Edge) -> Tensor:
+    known = edge[0]._input_metadata[edge[1]]
+    return torch.ones(tuple(known.shape), dtype=known.dtype, device=known.device)
+
+
+def _entries(node: Any, given: list[Tensor | None]) -> list[Tensor | None] | None:
+    """Which entries of its inputs (not 0) the given entries of its outputs are; None: all of them."""
+    if kind_of(node) not in PLACES:
+        return None
+    try:
+        with torch.no_grad():
+            found = called(node, [None if g is None else (g != 0).to(g.dtype) for g in given])
+    except NotReadable:
+        return None
+    return [
+        None if grad is None or edge[0] is None else _fitted(grad, edge)
+        for edge, grad in zip(node.next_functions, found, strict=False)
+    ]
 
 
 def _fitted(grad: Tensor, edge: Edge) -> Tensor:

@@ -19,10 +19,16 @@ from gradflow.hooks.dense import Incomplete, Place, Step, within
 from gradflow.hooks.graph import Edge, NotReadable
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.loops.links import probe_of
+from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.tape import Constants, TooMuch
 from gradflow.hooks.tapped import WIDEST, Mark, TapSource
 from gradflow.hooks.wide import WideStep, wide_step, wide_within
 from gradflow.recording import Track
+
+WIDE_AND_MOVED = (
+    f"a batch that shrinks, grows or is reordered while its states are more than {WIDEST} wide, of "
+    "which that is not followed; ask for all their entries with gradflow.record(model, jacobians=True)"
+)
 
 
 class Owner(Protocol):
@@ -68,6 +74,7 @@ class Marks:
             grad_enabled=torch.is_grad_enabled(),
             differentiable=bool(place.edges),
             cut=torch.zeros(len(place.like), dtype=torch.bool, device=place.like.device),
+            axes=place.axes,
         )
 
     def begin(self, name: str, source: TapSource, states: dict[str, Tensor], place: Place) -> End:
@@ -75,6 +82,7 @@ class Marks:
         mark = source.marks[0]
         batch, device = len(place.like), place.like.device
         source.lengths = self.owner.lengths.of_steps(batch)
+        source.layout.join(torch.ones(batch, dtype=torch.long))
         track = Track(
             name=name,
             cell=source.cell,
@@ -93,17 +101,10 @@ class Marks:
     @staticmethod
     def extend(end: End, mark: Mark) -> None:
         """One more step."""
-        source, track = end.source, end.track
+        source = end.source
         source.marks.append(mark)
-        steps = len(source.marks)
-        track.cuts = torch.cat([track.cuts, mark.cut.unsqueeze(0)])
-        longest = torch.full_like(track.lengths, steps)
-        lengths = source.lengths
-        track.lengths = (
-            longest if lengths is None else torch.minimum(longest, lengths.to(longest.device))
-        )
-        track.mask = torch.arange(steps, device=longest.device).unsqueeze(1) < track.lengths
-        track.read_anew()
+        source.layout.join(torch.ones(len(mark.cut), dtype=torch.long), rows=mark.rows)
+        source.layout.grown(end.track, mark.cut, source.lengths)
 
     def settle(self, end: End, states: dict[str, Tensor], place: Place, mark: Mark) -> None:
         """What these states pass to one another, and from now on they are the end of the loop."""
@@ -141,7 +142,8 @@ class Marks:
             mark.unknown = str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two {words.steps}"
-        return True
+        # of another batch it goes on only if it is known which sequences they are
+        return mark.rows is not None or len(end.place.like) == len(place.like)
 
     def _read(self, end: End, place: Place, mark: Mark) -> bool:
         step = Step.find(end.place, place, end.older, end.since)
@@ -150,15 +152,25 @@ class Marks:
         if end.place.twice or place.twice:
             mark.unknown = "a tap that was given one tensor as two states; give each its own"
         elif self.wanted and not self.wide(place):
-            mark.jacobian = step.jacobian()
+            try:
+                mark.jacobian = step.jacobian()
+            finally:
+                mark.rows = step.rows
             mark.cut = step.cut(mark.jacobian.flatten(1).any(1))
         else:
-            mark.cut = step.cut((step.pull(probe_of(place.like)) != 0).any(1))
-            if self.wanted:
+            moved = len(place.like) != len(end.place.like)
+            if moved:
+                step.find_rows()
+            mark.rows = step.rows
+            pulled = picked(step.pull(probe_of(place.like)), step.rows, 0)
+            mark.cut = step.cut((pulled != 0).any(1))
+            if self.wanted and (moved or not end.source.layout.even):
+                mark.unknown = WIDE_AND_MOVED
+            elif self.wanted:
                 mark.jacobian = wide_step(step, self.constants, len(end.source.marks))
             else:
                 mark.unknown = self._why_not()
-        return True
+        return mark.rows is not None or len(place.like) == len(end.place.like)
 
     def without_graph(self, end: End, place: Place, mark: Mark) -> None:
         """No path leads back: a detached state, or no graph at all."""

@@ -155,10 +155,12 @@ class Taps:
         self, end: End, states: dict[str, Tensor], place: Place, mark: Mark, frame: FrameType
     ) -> bool:
         """Whether these states come from those of the last tap; if so, how is put on the mark."""
-        if end.place.parts != place.parts or len(end.place.like) != len(place.like):
+        if end.place.parts != place.parts:
             return False
         if self.marks.by_graph(end, place, mark):
             return True
+        if len(end.place.like) != len(place.like):
+            return False
         if not _by_value(end, states, place, mark, frame):
             return False
         self.marks.without_graph(end, place, mark)

@@ -207,7 +207,7 @@ class JointSource(TapSource):
             [g.replay.steps(member.layer, 0).through for g in groups]  # type: ignore[attr-defined]
         )
         calls = [ends[id(member.chain)] for ends in self.ends]
-        through = torch.cat([each[place] for place in calls])[:, sequences].unsqueeze(1)
+        through = torch.cat([each[place] for place in calls])[:, sequences].unsqueeze(2)
         weight = groups[0].replay.steps(member.layer, 0).weight_hr  # type: ignore[attr-defined]
         if weight is not None:
             at_h = at_h @ weight.to(at_h.dtype)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradflow.hooks import patch
+from gradflow.hooks.axes import Axis
 from gradflow.hooks.dense import Place, Step
 from gradflow.hooks.graph import NotReadable, saved_tensors_are_hooked
 from gradflow.hooks.guard import Point, guarded
@@ -37,6 +38,7 @@ class Given:
     versions: dict[Path, int | None]
     rng: Tensor
     autocast: tuple[str, bool, torch.dtype]
+    views: dict[Path, Tensor] = field(default_factory=dict)  # copies, see `keep_views`
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Given:
@@ -62,6 +64,12 @@ class Given:
             if self.versions[path] == version_of(tensor)
         }
 
+    def keep_views(self) -> None:
+        """Copy what is a view: a buffer that later steps are written into counts as changed."""
+        for path, tensor in self.tensors.items():
+            if tensor._is_view() and self.versions[path] == version_of(tensor):
+                self.views[path] = tensor.detach().clone()
+
     def leaves_out(self) -> bool:
         """Whether some argument is None: a state that the module makes itself, perhaps."""
         return any(value is None for value in self.named.values())
@@ -71,6 +79,8 @@ class Given:
         tensor = self.tensors.get(path)
         if tensor is None:
             raise NotReadable("no initial state was given")
+        if version_of(tensor) != self.versions[path] and path in self.views:
+            return self.views[path]
         if version_of(tensor) != self.versions[path]:
             raise NotReadable("an argument was changed in place since")
         return tensor
@@ -81,6 +91,7 @@ def first_step(
     given: Given,
     entry: dict[str, Path],
     states: Mapping[str, Path],
+    place: Place,
     rows: dict[str, Tensor],
 ) -> Step | None:
     """The way from the states that a first call returned back to those it was given.
@@ -90,6 +101,7 @@ def first_step(
         given: what it was given.
         entry: state name -> where it was among the arguments.
         states: state name -> where it was among what the call returned.
+        place: of the states that were returned.
         rows: state name -> what it was, (B, width).
 
     Returns:
@@ -108,12 +120,49 @@ def first_step(
     returned = leaves(_run(module, given, fresh))
     again = {name: returned[path] for name, path in states.items() if path in returned}
     if any(
-        name not in again or not torch.equal(row_of(again[name]), row) for name, row in rows.items()
+        name not in again or not torch.equal(row_of(again[name], place.axes[name]), row)
+        for name, row in rows.items()
     ):
         raise NotReadable("a module that, run again on a copy, gives other numbers")
-    before = Place.of(initial, {name: row_of(tensor) for name, tensor in initial.items()})
-    now = Place.of(again, rows)
+    axes = {name: place.axis_of(name, tensor.shape) for name, tensor in initial.items()}
+    initial_rows = {name: row_of(tensor, axes[name]) for name, tensor in initial.items()}
+    before = Place.of(initial, initial_rows, axes)
+    now = Place.of(again, rows, place.axes)
     return Step.find(before, now, set(), 0)
+
+
+def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -> Axis:
+    """Of several axes of one output that may be its batch, the one that an input shares.
+
+    A copy of the module runs with inputs that need a gradient: the first entry along the batch
+    depends on the first sequence of the input and on no other. Where that cannot be seen it is the
+    first of the axes.
+    """
+    if saved_tensors_are_hooked() or _is_watched():
+        return axes[0]
+    try:
+        fresh = {place: given.still(place).detach() for place in given.tensors}
+        inputs = [
+            fresh.setdefault(place, tensor).requires_grad_()
+            for place, tensor in fresh.items()
+            if tensor.is_floating_point() and tensor.dim() > 1
+        ]
+        output = leaves(_run(module, given, fresh)).get(path)
+    except NotReadable:
+        return axes[0]
+    if output is None or not output.requires_grad:
+        return axes[0]
+    inputs = [one for one in inputs if one.shape != output.shape]
+    for axis in axes:
+        if axis is None:
+            continue
+        grads = torch.autograd.grad(
+            output.select(axis, 0).sum(), inputs, retain_graph=True, allow_unused=True
+        )
+        rows = [(grad != 0).flatten(1).any(1) for grad in grads if grad is not None]
+        if rows and all(bool(row[0]) and not bool(row[1:].any()) for row in rows):
+            return axis
+    return axes[0]
 
 
 def _is_watched() -> bool:

@@ -47,8 +47,10 @@ class Around:
         if set(entering.edges.values()) <= set(self.returned.edges.values()):
             return False
         ends = self.returned.nodes | self.entered.nodes
-        between = Between(list(entering.edges.values()), ends)
-        return bool(between.reached & (self.entered.nodes - self.returned.nodes))
+        roots = list(entering.edges.values())
+        between = Between(roots, ends)
+        beside = between.reached & (self.entered.nodes - self.returned.nodes)
+        return bool(beside) and bool(beside & between.touched(roots))
 
     def read(self, source: TapSource, entering: Place, now: Place, mark: Mark) -> None:
         """Put J_n on the new mark, and lead the step before to the states that now enter.
@@ -91,9 +93,12 @@ class Around:
         step = Step.find(before, now, older.nodes, older.since)
         if step is None:
             return None
-        return (
-            step.jacobian() if self.constants is None else wide_step(step, self.constants, number)
-        )
+        if self.constants is not None:
+            return wide_step(step, self.constants, number)
+        found = step.jacobian()
+        if step.rows is not None:
+            raise NotReadable("a cell that puts its sequences in another order")
+        return found
 
     def _link(self, entering: Place, returned: Place, entered: Place | None) -> Link | WideLink:
         """K and R of the states that enter a call, by those the call before returned and was given."""

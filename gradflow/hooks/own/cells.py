@@ -7,14 +7,16 @@ are its states, marked where the cell returns them, and read as those of `gradfl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows
 from gradflow.hooks.graph import edge_of
 from gradflow.hooks.marks import Marks, Owner
-from gradflow.hooks.own.again import Given
+from gradflow.hooks.own.again import Given, axis_by_run
 from gradflow.hooks.own.candidates import (
     DOUBTFUL,
     OPEN,
@@ -258,7 +260,11 @@ class OwnCells:
             if reason:
                 self._leave(call.cell, reason)
             return None
-        outputs = {p: Output(edge_of(t), row_of(t), t.shape) for p, t in tensors.items()}
+        outputs = {}
+        for path, tensor in tensors.items():
+            axis = self._axes(call.given, tensor.shape)[0]
+            outputs[path] = Output(edge_of(tensor), row_of(tensor, axis), tensor.shape, axis)
+        call.given.keep_views()
         rows = {key_of(path): out.row for path, out in outputs.items()}
         edges = {key_of(path): out.edge for path, out in outputs.items() if out.edge is not None}
         place = likely_states(outputs, given.values())
@@ -292,8 +298,13 @@ class OwnCells:
     ) -> CellLoop | None:
         """The second step: by now the states are known, and whether they are this module's own."""
         came = {path: where for path, where in call.came.items() if path in returned}
-        shapes = {path: first.outputs[path].shape for path in came}
-        came = {path: w for path, w in came.items() if returned[path].shape == shapes[path]}
+        known = {path: first.outputs[path] for path in came}
+        came = {
+            path: where
+            for path, where in came.items()
+            if alike(returned[path].shape, known[path].shape, known[path].axis)
+        }
+        self._tell_axes(call.cell, first, came)
         came = of_one_batch(came, first)
         if not came:
             return None
@@ -314,6 +325,30 @@ class OwnCells:
         self._hide_inner(call)
         loop = self.steps.begin(cell, first, states, dict(zip(names, places, strict=True)))
         return loop if self.steps.goes_on(loop, call.given, returned) else None
+
+    @staticmethod
+    def _axes(given: Given, shape: torch.Size) -> list[Axis]:
+        others = [t.shape for t in given.tensors.values() if t.shape != shape]
+        return batch_axes(shape, others)
+
+    def _tell_axes(self, cell: Candidate, first: First, came: dict[Path, Path]) -> None:
+        """Where as many layers as sequences are in a state, a run on a copy tells which is which."""
+        for path in came:
+            out = first.outputs[path]
+            axes = [] if first.given is None else self._axes(first.given, out.shape)
+            if len(axes) < 2 or first.given is None:
+                continue
+            axis = axis_by_run(cell.module, first.given, path, axes)
+            mark, key = first.source.marks[0], key_of(path)
+
+            def turned(rows: Tensor, out: Output = out, axis: Axis = axis) -> Tensor:
+                return row_of(from_rows(rows, out.shape, out.axis), axis)
+
+            first.outputs[path] = replace(out, row=turned(out.row), axis=axis)
+            if key in mark.grads:
+                mark.grads[key] = turned(mark.grads[key])
+            if axis != out.axis:
+                mark.within_known = False
 
     def _hands_on(self, first: First, came: dict[Path, Path]) -> bool:
         """Whether all the states are those of tracks inside this module."""

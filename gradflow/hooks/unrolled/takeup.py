@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from gradflow.hooks.axes import usual_axis
 from gradflow.hooks.dense import Place, Step
 from gradflow.hooks.graph import Edge, NotReadable
 from gradflow.hooks.loops.links import probe_of
@@ -80,7 +81,10 @@ def _place(edges: list[Edge]) -> Place:
     """The place of some states of unknown value."""
     known = {f"s{i}": node._input_metadata[output] for i, (node, output) in enumerate(edges)}
     rows = {
-        name: row_of(torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device))
+        name: row_of(
+            torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device),
+            usual_axis(torch.Size(m.shape)),
+        )
         for name, m in known.items()
     }
     shapes = {name: torch.Size(m.shape) for name, m in known.items()}
@@ -98,7 +102,7 @@ def rows_of(values: Values, steps: Steps) -> list[list[Tensor]]:
         tensors = [values.of(edge) for edge in edges]
         if any(tensor is None for tensor in tensors):
             raise NoState("no operation keeps the values of its states")
-        found.append([row_of(tensor) for tensor in tensors if tensor is not None])
+        found.append([row_of(t, usual_axis(t.shape)) for t in tensors if t is not None])
     return found
 
 

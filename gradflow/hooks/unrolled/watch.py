@@ -97,7 +97,8 @@ class Watch:
         for found in recurrences(graph, chains(graph, weights, states)):
             if is_empty(graph, found) or self._is_around_stock(graph, found):
                 continue
-            self._found(graph, found, [self.names[weights[c.weight]] for c in found.chains])
+            names = [self.names[weights[chain.weight]] for chain in found.chains]
+            self._found(graph, found, list(dict.fromkeys(names)))
         self.walked.update(graph.numbers)
         self.held.clear()
 
