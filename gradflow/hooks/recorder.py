@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
-from gradflow.hooks.closed.watch import ClosedLoops
+from gradflow.hooks.closed.watch import ClosedLoops, is_of
 from gradflow.hooks.copies import Copies
+from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import GivenLengths, Lengths
@@ -26,7 +27,7 @@ from gradflow.hooks.own.cells import OwnCells
 from gradflow.hooks.own.leaves import leaves
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.seen import CellCall, FusedCall
-from gradflow.hooks.tapped import UNROLLED, TapSource
+from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
 from gradflow.hooks.unrolled.watch import Watch
 from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers, why_hidden
@@ -134,7 +135,11 @@ class Recorder:
 
         self.closed.leave(concerned, why)
         self._drop(lambda t: isinstance(t.source, LoopSource) and concerned(t.source.loop.chain))
-        joint = [loop.track for loop in self.closed.loops if any(map(concerned, loop.chains))]
+        joint = [
+            loop.track
+            for loop in self.closed.loops
+            if any(is_of(part, concerned) for part in loop.parts)
+        ]
         self._drop(lambda t: any(t is track for track in joint))
 
     def did_not_see(self, name: str, why: str) -> None:
@@ -220,6 +225,10 @@ class Recorder:
             self.runs[base] += 1
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
         self.recording.add(track)
+
+    def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None:
+        """One more step of a loop that is tapped, or over a cell of the user's own."""
+        self.closed.saw_mark(source, track, place, mark)
 
     def drop_tracks(self, tracks: list[Track]) -> None:
         """Forget loops over one cell that turned out to be part of another."""
