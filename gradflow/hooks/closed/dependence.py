@@ -71,9 +71,15 @@ class Dependence:
         self.bit = {id(chain): 1 << number for number, chain in enumerate(chains)}
         self._above: dict[int, int] = {}  # id of a call -> the chains it descends from
         self.into: dict[int, int] = {}  # id of a call -> the chains that its input descends from
+        self.further: set[int] = set()  # ids of calls whose start holds states of several calls ago
         feeds = dict.fromkeys(self.bit.values(), 0)
+        before: dict[int, Seen] = {}
         for seen in calls:
             own, starts = self.bit[id(seen.chain)], self._chains(seen.starts)
+            if self._reaches_further(seen, before.get(id(seen.chain))):
+                self.further.add(id(seen))
+                feeds[own] |= own
+            before[id(seen.chain)] = seen
             into = self.into[id(seen)] = self._chains([] if seen.input is None else [seen.input])
             self._above[id(seen)] = starts | into
             feeds[own] |= into | (starts & ~own)
@@ -109,8 +115,31 @@ class Dependence:
             stack.pop()
         return self._near[root]
 
+    def _reaches_further(self, seen: Seen, before: Seen | None) -> bool:
+        """Whether a call starts from more of its chain than what the call before returned or was given."""
+        if before is None or before.place != seen.place - 1:
+            return False
+        ends = before.nodes | set(before.starts)
+        stack, known = list(seen.starts), set()
+        while stack:
+            node = stack.pop()
+            if node in known or node in ends:
+                continue
+            known.add(node)
+            owner = self._owner.get(node)
+            if owner is not None:
+                if owner.chain is seen.chain:
+                    return True
+                continue
+            if self._since <= node._sequence_nr() < LEAF:
+                stack += [child for child, _ in node.next_functions if child is not None]
+        return False
+
     def closed(self) -> list[list[Chain]]:
-        """The chains of every closed loop: those that feed each other, or themselves by their input."""
+        """The chains of every closed loop: those that feed each other, or themselves by their input.
+
+        Also those whose calls start from the states of several calls ago.
+        """
         found, left = [], list(self._known)
         while left:
             one = left.pop(0)

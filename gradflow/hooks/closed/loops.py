@@ -32,6 +32,7 @@ class ClosedLoop:
     chains: list[Chain]
     source: JointSource
     depending: set[int] = field(default_factory=set)  # ids of calls whose input descends from it
+    further: int = 0  # calls that start from states of several calls ago
     own: bool = False  # the state is that of one layer, which is judged under its own name
     track: Track | None = None  # of the joint state of several
     unknown: str = ""  # why there is no joint state
@@ -58,6 +59,8 @@ class ClosedLoop:
         if len(self.chains) > 1:
             return f"{over}: each depends on what the others returned"
         some = len(self.depending)
+        if not some:
+            return f"{over}: {self.further} of {calls} calls start from states of several calls ago"
         return f"{over}: at {some} of {calls} calls its input depends on its own earlier states"
 
     # -- what the tracks of its layers read ----------------------------------------------------

@@ -139,6 +139,7 @@ class ClosedLoops:
             loop = self._begin(chains)
         mine = [seen for seen in calls if seen.chain in chains]
         loop.depending |= {id(s.call) for s in mine if dependence.depends(s, chains)}
+        loop.further += sum(id(s) in dependence.further for s in mine)
         if loop.unknown:
             return
         old = {id(seen) for seen in loop.ended.values()}
