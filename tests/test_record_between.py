@@ -118,7 +118,7 @@ def test_a_state_that_skips_a_call_is_part_of_the_joint_state(kind: str) -> None
     with gradflow.record(model) as recording:
         model.run(x, zero, zero, zero).sum().backward()
     (name,) = (track.name for track in recording if track.name.startswith("cell"))
-    assert "of 7 calls start from states of several calls ago" in recording[name].notes[0]
+    assert "depend on more of its past than the states before" in recording[name].notes[0]
     matrices = step_jacobians(recording["loop"])
 
     def states(steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +154,7 @@ def test_the_mean_of_several_calls_that_goes_on(calls: int) -> None:
     with gradflow.record(cell) as recording:
         run(x.new_zeros(BATCH, HIDDEN), 0).sum().backward()
     if calls == 3:
-        with pytest.raises(RecordingError, match=r"5 of 18 calls start from states of several"):
+        with pytest.raises(RecordingError, match="depend on more of its past than"):
             step_jacobians(recording["cell"])
         return
     product = torch.eye(HIDDEN, dtype=torch.float64)
