@@ -22,13 +22,8 @@ from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.tape import Constants, TooMuch
 from gradflow.hooks.tapped import WIDEST, Mark, TapSource
-from gradflow.hooks.wide import WideStep, wide_step, wide_within
+from gradflow.hooks.wide import MOVED, Moved, WideStep, wide_step, wide_within
 from gradflow.recording import Track
-
-WIDE_AND_MOVED = (
-    f"a batch that shrinks, grows or is reordered while its states are more than {WIDEST} wide, of "
-    "which that is not followed; ask for all their entries with gradflow.record(model, jacobians=True)"
-)
 
 
 class Owner(Protocol):
@@ -42,6 +37,7 @@ class Owner(Protocol):
     def scale(self) -> float: ...
     def wants_track(self, name: str) -> bool: ...
     def add_track(self, base: str, track: Track) -> None: ...
+    def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None: ...
     def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None: ...
 
 
@@ -117,6 +113,7 @@ class Marks:
         if bool(mark.cut.all()):
             end.older.clear()
         end.states, end.place, end.number = states, place, newest()
+        self.owner.saw_mark(end.source, end.track, place, mark)
 
     @property
     def wanted(self) -> bool:
@@ -138,7 +135,7 @@ class Marks:
             return self._read(end, place, mark)
         except Incomplete as error:
             mark.unknown = f"{error}, so {words.more}"
-        except TooMuch as error:
+        except (TooMuch, Moved) as error:
             mark.unknown = str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two {words.steps}"
@@ -165,7 +162,7 @@ class Marks:
             pulled = picked(step.pull(probe_of(place.like)), step.rows, 0)
             mark.cut = step.cut((pulled != 0).any(1))
             if self.wanted and (moved or not end.source.layout.even):
-                mark.unknown = WIDE_AND_MOVED
+                mark.unknown = MOVED
             elif self.wanted:
                 mark.jacobian = wide_step(step, self.constants, len(end.source.marks))
             else:
@@ -189,7 +186,10 @@ class Marks:
     def read_within(
         self, source: TapSource, place: Place, mark: Mark, constants: Constants | None = None
     ) -> None:
-        """What these states pass to one another; constants are where copies of wide ones are kept."""
+        """What these states pass to one another; constants are where copies of wide ones are kept.
+
+        Where they are given and too few, it is left for later, when the loop is known.
+        """
         try:
             if not place.twice and self.wide(place):
                 mark.within = wide_within(place, constants or self.constants)
@@ -197,7 +197,7 @@ class Marks:
                 mark.within = within(place)
             mark.within_known = True
         except TooMuch as error:
-            mark.unknown = str(error)
+            mark.unknown = "" if constants is not None else str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two states of one {source.words.step}"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -14,19 +15,22 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
-from gradflow.hooks.closed.watch import ClosedLoops
+from gradflow.hooks.closed.watch import ClosedLoops, is_of
 from gradflow.hooks.copies import Copies, stamp_of
+from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import GivenLengths, Lengths
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
+from gradflow.hooks.mistakes import Ran
 from gradflow.hooks.own.cells import OwnCells
+from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.own.leaves import leaves
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.seen import CellCall, FusedCall
-from gradflow.hooks.tapped import UNROLLED, TapSource
+from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
 from gradflow.hooks.unrolled.watch import Watch
 from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers, why_hidden
@@ -61,6 +65,8 @@ class Recorder:
         self.strangers: dict[str, None] = {}  # recurrent calls that are not the model's, in words
         self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
         self.withheld = Withheld()
+        self.ran: Ran | None = None  # both as far as they could be opened
+        self.watching: Watching | None = None
         self.stitcher = Stitcher()
         self.closed = ClosedLoops(self)
         self.taps = Taps(self)
@@ -134,7 +140,11 @@ class Recorder:
 
         self.closed.leave(concerned, why)
         self._drop(lambda t: isinstance(t.source, LoopSource) and concerned(t.source.loop.chain))
-        joint = [loop.track for loop in self.closed.loops if any(map(concerned, loop.chains))]
+        joint = [
+            loop.track
+            for loop in self.closed.loops
+            if any(is_of(part, concerned) for part in loop.parts)
+        ]
         self._drop(lambda t: any(t is track for track in joint))
 
     def did_not_see(self, name: str, why: str) -> None:
@@ -179,6 +189,20 @@ class Recorder:
         if self.scaler is None and scaler.is_enabled():
             self.scalers_scale = scaler.get_scale
 
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Modules as they are without a recording."""
+        if self.ran is not None:
+            self.ran.close()
+        if self.watching is None:
+            yield
+            return
+        self.watching.close()
+        try:
+            yield
+        finally:
+            self.watching.open()
+
     def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None:
         """A backward is about to run from these tensors: their graph is complete, nothing is freed."""
         if torch._C._current_graph_task_id() == -1:
@@ -221,6 +245,10 @@ class Recorder:
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
         track.stamp = stamp_of(self.model)
         self.recording.add(track)
+
+    def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None:
+        """One more step of a loop that is tapped, or over a cell of the user's own."""
+        self.closed.saw_mark(source, track, place, mark)
 
     def drop_tracks(self, tracks: list[Track]) -> None:
         """Forget loops over one cell that turned out to be part of another."""

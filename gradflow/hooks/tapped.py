@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,6 +105,7 @@ class TapSource:
     lost: str = ""  # why what the backwards brought is no total, if it is none
     batched: bool = False  # a backward of several outputs at once came by, which is not counted
     ran_backward: bool = False
+    closed: Any = None  # the `ClosedLoop` that it is a part of, if any
     _steps: tuple[tuple[int, int], list[Mark]] | None = field(default=None, repr=False)
     part_of_a_step: bool = False  # other terms are added to what the cell returns
     words_: Words | None = None  # how to speak of it, where the name of the cell does not tell
@@ -360,6 +362,8 @@ class TapSource:
 
     def why_no_operator(self) -> str:
         """Why the step Jacobians are not known, or nothing."""
+        if self.closed is not None:
+            return str(self.closed.instead())
         return next((mark.unknown for mark in self.marks if mark.unknown), "")
 
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
@@ -368,6 +372,8 @@ class TapSource:
         Raises:
             RecordingError: they were not taken, or could not be.
         """
+        if self.closed is not None:
+            raise self.closed.refuse(self.name)
         reason = self.why_no_operator()
         if reason:
             raise RecordingError(f"{self.name}: its step Jacobians are not known: {reason}")
@@ -454,6 +460,8 @@ class TapSource:
         return ([BATCHED] if self.batched else []) + self._notes()
 
     def _notes(self) -> list[str]:
+        if self.closed is not None:
+            return [self.closed.note(self.name)]
         reason = self.why_no_operator()
         if reason and self.words is UNROLLED:
             return [
