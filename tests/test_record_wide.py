@@ -245,3 +245,84 @@ def test_states_that_go_around_the_calls(kind: str, padded: bool, start: bool) -
     assert torch.equal(mine.cuts, theirs.cuts) and mine.notes == theirs.notes
     assert_operators_agree(mine, theirs, [0, 1])
     assert_operators_agree(mine, theirs, [1])
+
+
+# ------------------------------------------------------------------------------------- operations
+
+
+def _operations() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Steps of (B, 64) whose backward has no derivative, is batched wrongly, or is out of the common."""
+    torch.manual_seed(0)
+    group, conv = nn.GroupNorm(2, 4).double(), nn.Conv2d(4, 4, 3, padding=1).double()
+    attention = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0).double()
+    line, twice = nn.Linear(64, 64).double(), nn.Bilinear(64, 64, 64).double()
+
+    def image(h: Tensor) -> Tensor:
+        return h.view(-1, 4, 4, 4)
+
+    def assigned(h: Tensor) -> Tensor:
+        new = torch.zeros_like(h)
+        new[:, :32] = line(h)[:, :32].tanh()
+        new[:, 32:] = h[:, :32] * 0.5
+        return new
+
+    def warped(h: Tensor) -> Tensor:
+        flow = torch.tanh(conv(image(h))[:, :2]).permute(0, 2, 3, 1)
+        return nn.functional.grid_sample(image(h), flow, align_corners=False).flatten(1)
+
+    return {
+        "group norm": lambda h: torch.tanh(group(conv(image(h)))).flatten(1),
+        "silu": lambda h: nn.functional.silu(line(h)),
+        "fused attention": lambda h: attention(h.view(-1, 16, 4)).flatten(1),
+        "bilinear": lambda h: torch.tanh(twice(h, h) / 4),
+        "assigned in place": assigned,
+        "warped": warped,
+        "dropout": lambda h: nn.functional.dropout(line(h), 0.3).tanh(),
+        "Fourier": lambda h: torch.fft.irfft(torch.fft.rfft(line(h)) * 0.9, n=64),
+    }
+
+
+OPERATIONS = _operations()
+
+
+def stepped(step: Callable[[Tensor], Tensor], jacobians: bool | None, batch: int = 3) -> Track:
+    torch.manual_seed(1)
+    with gradflow.record(nn.Module(), jacobians=jacobians) as recording:
+        h = (torch.randn(batch, 64, dtype=F64) / 2).requires_grad_()
+        for _ in range(3):
+            h = gradflow.tap(h=step(h))
+        h.pow(2).sum().backward()
+    return recording["loop"]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.usefixtures("_narrow")
+def test_operations_of_all_kinds(name: str) -> None:
+    mine, theirs = (stepped(OPERATIONS[name], wanted) for wanted in (None, True))
+    assert_operators_agree(mine, theirs, [0, 1, 2])
+
+
+def distances(h: Tensor) -> Tensor:
+    """Of 16 points: torch batches its backward wrongly, and gives it no derivative."""
+    points = h.view(-1, 16, 4)
+    return torch.cdist(points, points + 1)[:, :, :4].flatten(1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_torch_batches_wrongly_is_taken_one_by_one(batch: int) -> None:
+    dense = stepped(distances, True, batch).operator()
+    torch.manual_seed(1)
+    first = (torch.randn(batch, 64, dtype=F64) / 2).requires_grad_()
+    second = distances(first).detach()
+    for b in range(batch):
+        exact = torch.autograd.functional.jacobian(lambda row: distances(row)[0], second[b : b + 1])
+        block = torch.eye(64, dtype=F64).expand(batch, -1, -1)
+        found = dense.pull(1, block)[b]
+        assert_whole_close(found, exact[:, 0], bound=1e-12)
+
+
+@pytest.mark.usefixtures("_narrow")
+def test_what_cannot_be_pushed_through_is_said() -> None:
+    operator = stepped(distances, None).operator()
+    with pytest.raises(RecordingError, match=r"cannot be pushed through its step .*jacobians=True"):
+        operator.push(1, torch.ones(3, 1, 64, dtype=F64))

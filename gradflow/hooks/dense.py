@@ -192,21 +192,25 @@ class Step:
         moved = len(self.now.like) != len(self.before.like)
         if moved:
             self.find_rows()
-        found = torch.cat(
-            [
-                self._complete(*unit_rows(self.now, self.before, self.between, name))
-                for name in self.now.parts
-            ],
-            dim=1,
-        ).to(self._widest())
-        if not moved and (len(found) == 1 or self._is(found)):
+        found = self._rows(together=True)
+        if not moved and self._is(found):
             return found
-        if not moved:
+        if not moved:  # torch batches some operations wrongly, `cdist` for one
+            found = self._rows(together=False)
+            if len(found) == 1 or self._is(found):
+                return found
             self.find_rows()
         found = picked(found, self.rows, 0)
         if self.rows is None or not self._is(found):
             raise self.mixed()
         return found
+
+    def _rows(self, *, together: bool) -> Tensor:
+        rows = [
+            self._complete(*unit_rows(self.now, self.before, self.between, name, together=together))
+            for name in self.now.parts
+        ]
+        return torch.cat(rows, dim=1).to(self._widest())
 
     def _is(self, found: Tensor) -> bool:
         """Whether a product shows that this is the Jacobian; what is not finite tells nothing."""
@@ -398,11 +402,11 @@ def _block(place: Place, made: Place, between: Between, name: str) -> Tensor:
 
 
 def unit_rows(
-    now: Place, before: Place, between: Between, name: str
+    now: Place, before: Place, between: Between, name: str, *, together: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
     """The vector-Jacobian products of every unit of one state, (B, width, S), and what came beside.
 
-    All units go at once where every operation on the way can be batched, else one by one.
+    All units go at once where they may and every operation on the way can be batched, else one by one.
     """
     part, batch = now.parts[name], len(now.like)
     seeds = torch.eye(now.like.shape[1], dtype=now.like.dtype, device=now.like.device)[part]
@@ -413,6 +417,8 @@ def unit_rows(
 
     with torch.autocast(now.like.device.type, enabled=False):
         try:
+            if not together:
+                raise NotReadable("one by one")
             with warnings.catch_warnings():
                 # torch says that an operation is batched by a loop: no slower than one by one
                 warnings.simplefilter("ignore")

@@ -146,8 +146,12 @@ class Between:
                     ready.append(child)
         return order
 
-    def pull(self, seeds: list[tuple[Edge, Tensor]]) -> dict[Edge, Tensor]:
+    def pull(
+        self, seeds: list[tuple[Edge, Tensor]], *, differentiable: bool = False
+    ) -> dict[Edge, Tensor]:
         """The vector-Jacobian product: what the seeds at the roots bring to the ends' edges.
+
+        With `differentiable`, by operations that have a derivative where torch has the choice.
 
         Raises:
             NotReadable: a node is the user's own, its saved tensors are gone or hooked, or there
@@ -159,7 +163,7 @@ class Between:
         for edge, seed in seeds:
             if edge[0] in self.on_path:
                 arrived[edge] = arrived[edge] + seed if edge in arrived else seed
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable and not saved_tensors_are_hooked()):
             for node in self.order:
                 if node in self.ends:
                     continue

@@ -10,6 +10,7 @@ exit. In any case whoever was at work is told that it did not get to the end.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +24,7 @@ from gradflow.hooks.unseen import is_looked_at
 
 Value = TypeVar("Value")
 Failed = Callable[[str], object]  # told why, in a few words
+busy: set[int] = set()  # threads in which gradflow is computing: what it runs is nobody's step
 LONGEST = 120  # characters of a cause that are quoted
 
 
@@ -40,7 +42,6 @@ class Point(Enum):
     BACKWARD = "the graph of a backward could not be looked at"
     GRADIENT = "a gradient that reached it could not be read"
     WEIGHT = "a gradient of its weights could not be read"
-    RAN = "that a module ran could not be noted"
     CLOSING = "the recording could not be closed in order"
 
 
@@ -69,9 +70,16 @@ def _do(point: Point, work: Callable[..., Value], *args: Any, **kwargs: Any) -> 
 
 
 class alone:  # used as a function
-    """No mode and no tensor subclass of the user's sees what runs inside."""
+    """No mode and no tensor subclass of the user's sees what runs inside, nor does a recording.
+
+    The grad mode is afterwards what it was.
+    """
 
     def __enter__(self) -> None:
+        thread = threading.get_ident()
+        self._first = thread not in busy
+        busy.add(thread)
+        self._grad = torch.is_grad_enabled()
         self._functions = torch._C.DisableTorchFunction()
         self._functions.__enter__()
         self._modes: Any = None
@@ -83,6 +91,10 @@ class alone:  # used as a function
         if self._modes is not None:
             self._modes.__exit__(*error)
         self._functions.__exit__(*error)
+        if self._first:
+            busy.discard(threading.get_ident())
+        if torch.is_grad_enabled() is not self._grad:  # where even leaving no_grad was cut short
+            torch.set_grad_enabled(self._grad)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,8 @@ from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.tape import Constants, TooMuch
 from gradflow.hooks.tapped import WIDEST, Mark, TapSource
-from gradflow.hooks.wide import WideStep, wide_step, wide_within
+from gradflow.hooks.wide import MOVED, Moved, WideStep, wide_step, wide_within
 from gradflow.recording import Track
-
-WIDE_AND_MOVED = (
-    f"a batch that shrinks, grows or is reordered while its states are more than {WIDEST} wide, of "
-    "which that is not followed; ask for all their entries with gradflow.record(model, jacobians=True)"
-)
 
 
 class Owner(Protocol):
@@ -140,7 +135,7 @@ class Marks:
             return self._read(end, place, mark)
         except Incomplete as error:
             mark.unknown = f"{error}, so {words.more}"
-        except TooMuch as error:
+        except (TooMuch, Moved) as error:
             mark.unknown = str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two {words.steps}"
@@ -167,7 +162,7 @@ class Marks:
             pulled = picked(step.pull(probe_of(place.like)), step.rows, 0)
             mark.cut = step.cut((pulled != 0).any(1))
             if self.wanted and (moved or not end.source.layout.even):
-                mark.unknown = WIDE_AND_MOVED
+                mark.unknown = MOVED
             elif self.wanted:
                 mark.jacobian = wide_step(step, self.constants, len(end.source.marks))
             else:

@@ -14,7 +14,6 @@ from torch import nn
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.source import JointSource
-from gradflow.hooks.guard import Failed, Hook, Point
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unseen import foreign_code
@@ -89,7 +88,7 @@ class Ran:
     again; where either could be, nothing is hooked and the message does without.
     """
 
-    def __init__(self, model: nn.Module, failed: Failed) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.names: dict[str, None] = {}
         delicate = (nn.MultiheadAttention, torch.jit.ScriptModule)
         self._handles = []
@@ -97,8 +96,7 @@ class Ran:
             return
         for name, child in model.named_children():
             note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
-            guarded_note = Hook(Point.RAN, failed, note)
-            self._handles.append(child.register_forward_pre_hook(guarded_note))
+            self._handles.append(child.register_forward_pre_hook(note))
 
     def close(self) -> None:
         """Take the hooks away."""

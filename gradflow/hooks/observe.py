@@ -13,6 +13,7 @@ from torch import nn
 from gradflow._version import __version__
 from gradflow.errors import GradflowWarning, InputError, must_be
 from gradflow.hooks import circumstances, mistakes
+from gradflow.hooks.ancestry import clean
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.loops.source import LoopSource
@@ -112,19 +113,18 @@ class _Block:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self.ran: mistakes.Ran | None = None
-        self.watching: Watching | None = None
         self.marks: list[tuple[int, int] | None] | None = None
 
     def open(self) -> None:
         """Begin to listen; what cannot be listened to is noted."""
         model, remark = self.recorder.model, self.recorder.withheld.remark
         self.marks = guarded(Point.OPENING, remark, mistakes.gradient_marks, model)
-        self.ran = guarded(Point.OPENING, remark, mistakes.Ran, model, remark)
-        self.watching = guarded(Point.OPENING, remark, self._candidates)
+        # its hooks only write a name into a dict: a guard around them torch.compile could not read
+        self.recorder.ran = guarded(Point.OPENING, remark, mistakes.Ran, model)
+        self.recorder.watching = guarded(Point.OPENING, remark, self._candidates)
         guarded(Point.OPENING, remark, listen, self.recorder)
-        if self.watching is not None:
-            guarded(Point.OPENING, remark, self.watching.open)
+        if self.recorder.watching is not None:
+            guarded(Point.OPENING, remark, self.recorder.watching.open)
 
     def _candidates(self) -> Watching:
         return Watching([] if mistakes.something_is_compiled() else self.recorder.own.modules)
@@ -136,7 +136,7 @@ class _Block:
         finally:  # where Ctrl-C came meanwhile, first everything is put back
             self._put_back()
         recorder, recording = self.recorder, self.recorder.recording
-        names = [] if self.ran is None else list(self.ran.names)
+        names = [] if self.recorder.ran is None else list(self.recorder.ran.names)
         sentences: list[str] = []
         remark = recorder.withheld.remark
         guarded(Point.CLOSING, remark, lambda: _describe(recorder, names, self._ran_backward()))
@@ -150,7 +150,7 @@ class _Block:
     def _put_back(self) -> None:
         remark = self.recorder.withheld.remark
         guarded(Point.CLOSING, remark, stop_listening, self.recorder)
-        for opened in (self.watching, self.recorder, self.ran):
+        for opened in (self.recorder.watching, self.recorder, self.recorder.ran):
             if opened is not None:
                 guarded(Point.CLOSING, remark, opened.close)
 
@@ -254,6 +254,7 @@ def _patterns(layers: object) -> list[str] | None:
         return None
     patterns = [layers] if isinstance(layers, str) else layers
     if isinstance(patterns, list | tuple) and all(isinstance(name, str) for name in patterns):
-        return list(patterns)
+        # names as the tracks have them, and as the modules do, with "module" and "_orig_mod"
+        return [name for name in dict.fromkeys([*patterns, *map(clean, patterns)]) if name]
     expected = "a name, a glob or a list of them"
     raise InputError(must_be("layers", expected, repr(layers), "names look like 'rnn.l0'"))

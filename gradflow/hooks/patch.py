@@ -13,19 +13,20 @@ nothing of it is freed yet.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import AbstractContextManager, contextmanager
+from types import CodeType, FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
-from gradflow.hooks.guard import Point, guarded
+from gradflow.hooks.guard import Point, busy, guarded
 from gradflow.hooks.replaced import Replaced, at_fork, lock, put_back, replace
 from gradflow.hooks.seen import Listener, Telling
 from gradflow.hooks.unseen import is_batched, why_hidden
@@ -49,6 +50,7 @@ class Observer(Listener, Protocol):
     def missed_cell(self, module: nn.Module, why: str) -> None: ...
     def scale_unknown(self, why: str) -> None: ...
     def graph_unknown(self, why: str) -> None: ...
+    def unwatched(self) -> AbstractContextManager[None]: ...
     def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None: ...
     def after_backward(self) -> None: ...
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
@@ -91,7 +93,7 @@ def is_observed() -> bool:
 def observers_here() -> list[Observer]:
     """The observers of the calling thread."""
     thread = threading.get_ident()
-    if thread in _paused:
+    if thread in _paused or thread in busy:
         return []
     return [observer for observer in _observers if observer.thread == thread]
 
@@ -115,6 +117,7 @@ def _install() -> None:
                 replace(space, name, make, _replaced.append)
     replace(torch.amp.GradScaler, "scale", _watched_scale, _replaced.append)
     replace(torch.autograd, "_engine_run_backward", _watched_backward, _replaced.append)
+    replace(torch.jit, "script", _watched_script, _replaced.append)
 
 
 def _restore() -> None:
@@ -128,6 +131,7 @@ def _in_child() -> None:
     here = threading.get_ident()
     _paused.intersection_update({here})
     _under_way.intersection_update({here})
+    busy.intersection_update({here})
     _keep([observer for observer in _observers if observer.thread == here])
     if not _observers:
         _restore()
@@ -202,6 +206,19 @@ def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
     return traced_as(original, functools.wraps(original)(run_backward))
 
 
+@functools.lru_cache(maxsize=64)
+def _watched_script(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.jit.script reads is the source of a module, which must be the user's own."""
+
+    def script(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for observer in observers_here():
+                stack.enter_context(observer.unwatched())
+            return original(*args, **kwargs)
+
+    return traced_as(original, functools.wraps(original)(script))
+
+
 def _before_backward(
     observer: Observer, roots: Any, grads: Any = (), _keep: Any = False, create_graph: Any = False
 ) -> None:
@@ -215,11 +232,14 @@ def traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Cal
     Called from where nothing is compiled it runs as it is, never as a compiled graph of its own.
     """
     function._torchdynamo_inline = original  # type: ignore[attr-defined]
-    strategy = eval_frame._FrameExecStrategy(
-        eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
-    )
-    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    run_as_it_is(function.__code__)
     return function
+
+
+def run_as_it_is(code: CodeType) -> None:
+    """Never compile this code as a graph of its own; what it calls is not concerned."""
+    skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+    eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:

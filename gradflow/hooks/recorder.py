@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -23,7 +24,9 @@ from gradflow.hooks.lengths import GivenLengths, Lengths
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
+from gradflow.hooks.mistakes import Ran
 from gradflow.hooks.own.cells import OwnCells
+from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.own.leaves import leaves
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.seen import CellCall, FusedCall
@@ -62,6 +65,8 @@ class Recorder:
         self.strangers: dict[str, None] = {}  # recurrent calls that are not the model's, in words
         self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
         self.withheld = Withheld()
+        self.ran: Ran | None = None  # both as far as they could be opened
+        self.watching: Watching | None = None
         self.stitcher = Stitcher()
         self.closed = ClosedLoops(self)
         self.taps = Taps(self)
@@ -183,6 +188,20 @@ class Recorder:
         """Note that a loss was multiplied by somebody's scale."""
         if self.scaler is None and scaler.is_enabled():
             self.scalers_scale = scaler.get_scale
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Modules as they are without a recording."""
+        if self.ran is not None:
+            self.ran.close()
+        if self.watching is None:
+            yield
+            return
+        self.watching.close()
+        try:
+            yield
+        finally:
+            self.watching.open()
 
     def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None:
         """A backward is about to run from these tensors: their graph is complete, nothing is freed."""

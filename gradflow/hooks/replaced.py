@@ -11,59 +11,70 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ABSENT = object()
 
 lock = threading.RLock()  # held while anything is replaced or put back, and never for longer
-_originals: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_beneath: weakref.WeakKeyDictionary[Any, Beneath] = weakref.WeakKeyDictionary()
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class Beneath:
+    """What lies beneath a replacement of ours."""
+
+    original: Any
+    inherited: set[int] = field(default_factory=set)  # ids of spaces that have it from elsewhere
+
+
+@dataclass(frozen=True)
 class Replaced:
     """One attribute that is replaced."""
 
     space: Any
     name: str
-    held: Any  # what the space's own dict held: `ABSENT` where it inherits the function
-
-
-def ours(replacement: Any, original: Any) -> Any:
-    """Mark a replacement of ours, so that it is known again wherever it turns up."""
-    _originals[replacement] = original
-    return replacement
 
 
 def original_of(function: Any) -> Any:
     """The function beneath all replacements of ours that lie on top of it."""
-    while True:
-        try:
-            function = _originals[function]
-        except (KeyError, TypeError):  # not ours; not hashable or not to be referred to weakly
-            return function
+    while (beneath := _known(function)) is not None:
+        function = beneath.original
+    return function
+
+
+def _known(function: Any) -> Beneath | None:
+    try:
+        return _beneath.get(function)
+    except TypeError:  # not hashable, or not to be referred to weakly
+        return None
 
 
 def replace(
     space: Any, name: str, make: Callable[[Any], Any], noted: Callable[[Replaced], object]
 ) -> None:
     """Put what is made of a function in its place; noted before, so that it is put back in any case."""
+    there = vars(space).get(name, ABSENT)
+    ours = _known(there)  # left from a recording that somebody had put another on top of
+    inherited = there is ABSENT if ours is None else id(space) in ours.inherited
     original = original_of(getattr(space, name))
-    noted(Replaced(space, name, vars(space).get(name, ABSENT)))
-    _set(space, name, ours(make(original), original))
+    new = make(original)
+    beneath = _beneath.setdefault(new, Beneath(original))  # one may stand in several spaces
+    beneath.inherited.update({id(space)} if inherited else ())
+    noted(Replaced(space, name))
+    _set(space, name, new)
 
 
 def put_back(replaced: Replaced) -> None:
     """Take ours away; what others have put on top of it meanwhile stays."""
     there = vars(replaced.space).get(replaced.name, ABSENT)
-    beneath = original_of(there)
-    if beneath is there:
+    ours = _known(there)
+    if ours is None:
         return  # somebody else's, who may call ours, or nothing of ours any more
-    inherited = replaced.held is ABSENT
-    if inherited:
+    if id(replaced.space) in ours.inherited:
         delattr(replaced.space, replaced.name)
     else:
-        _set(replaced.space, replaced.name, beneath)
+        _set(replaced.space, replaced.name, original_of(there))
 
 
 def _set(space: Any, name: str, function: Any) -> None:

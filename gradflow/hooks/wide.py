@@ -31,6 +31,16 @@ SPEED, PASS, CALL = 1.2e10, 1e-9, 1e-4
 AGREED = 64  # units of rounding of the terms, within which pushing and pulling must agree
 
 
+MOVED = (
+    "a batch that shrinks, grows or is reordered while its states are too wide to be written out, of "
+    "which that is not followed; ask for all their entries with gradflow.record(model, jacobians=True)"
+)
+
+
+class Moved(NotReadable):
+    """The sequences of a wide state are others than those before."""
+
+
 Push = Callable[[Tensor], Tensor]  # of every row of (B, m, S)
 
 
@@ -193,15 +203,15 @@ def wide_step(step: Step, constants: Constants, number: int) -> TapedStep:
             others at the next; the first ones ask for all.
 
     Raises:
-        NotReadable: an operation is not to be read, too much would be kept, or sequences mix.
+        NotReadable: an operation is not to be read, too much would be kept, sequences mix, or are
+            in another order than before.
         Incomplete: the new states depend on more than the states before.
     """
     beside: list[Tensor] = []
 
     def linear(seed: Tensor) -> Tensor:
-        row, more = step.before.gathered(
-            step.between.pull(step.now.seeds(seed, list(step.now.parts)))
-        )
+        seeds = step.now.seeds(seed, list(step.now.parts))
+        row, more = step.before.gathered(step.between.pull(seeds, differentiable=True))
         beside.extend(more)
         return row
 
@@ -210,7 +220,8 @@ def wide_step(step: Step, constants: Constants, number: int) -> TapedStep:
     if any(bool((grad != 0).any()) for grad in beside):
         raise Incomplete("a state that depends on another result of what made those before it")
     if _mixes(tape, number):
-        raise step.mixed()
+        step.find_rows()
+        raise Moved(MOVED)
     return TapedStep(tape)
 
 
@@ -380,19 +391,25 @@ def transposed(tape: Tape) -> tuple[Tensor, Tensor] | None:
     """
     try:
         made = tape.transposed()
+        agree = _agree(tape, made)
     except (NotReadable, RuntimeError) as error:
         raise RecordingError(
-            f"its step Jacobians are not known: vectors cannot be pushed through its step "
-            f"({str(error).splitlines()[0]})"
+            "its step Jacobians are not known: vectors cannot be pushed through its step "
+            f"({str(error).splitlines()[0]}); have them written out with jacobians=True, or use "
+            "another operation"
         ) from error
-    _hold_together(tape, made)
+    if not agree:
+        raise RecordingError(
+            "its step Jacobians are not known: vectors pushed through its step and pulled through it "
+            "do not agree, so an operation of it hides what it depends on"
+        )
     return made
 
 
-def _hold_together(tape: Tape, graph: tuple[Tensor, Tensor] | None) -> None:
-    """⟨u, A v⟩ = ⟨Aᵀ u, v⟩ of every sequence, or a sentence: an operation that is not linear in u."""
+def _agree(tape: Tape, graph: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether ⟨u, A v⟩ = ⟨Aᵀ u, v⟩ of every sequence: not so where an operation is not linear in u."""
     if graph is None:
-        return
+        return True
     u = probe_of(tape.like)
     v = probe_of(tape.like.new_zeros(len(u), tape.width)).flip(1)
     there, back = tape.push(v.unsqueeze(1), graph)[:, 0], tape.pull(u.unsqueeze(1))[:, 0]
@@ -400,8 +417,4 @@ def _hold_together(tape: Tape, graph: tuple[Tensor, Tensor] | None) -> None:
     left, right = (u * there).sum(1), (back * v).sum(1)
     size = (u * there).abs().sum(1) + (back * v).abs().sum(1)
     apart = (left - right).abs() > AGREED * eps * size
-    if bool((apart & size.isfinite()).any()):
-        raise RecordingError(
-            "its step Jacobians are not known: vectors pushed through its step and pulled through it "
-            "do not agree, so an operation of it hides what it depends on"
-        )
+    return not bool((apart & size.isfinite()).any())

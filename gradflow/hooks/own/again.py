@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -211,6 +212,10 @@ def _shares(module: nn.Module, copied: nn.Module) -> bool:
 
 
 def _kept_by(module: nn.Module) -> list[Any]:
-    """The tensors and containers that a module keeps."""
+    """The tensors and containers that a module keeps, and what its functions have closed over."""
     held = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
-    return [value for value in held if isinstance(value, Tensor | list | dict | set)]
+    for function in [value for value in held if isinstance(value, FunctionType)]:
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        held += [getattr(value, "__self__", value) for value in cells]  # a method is its module's
+    kinds = nn.Module | Tensor | list | dict | set
+    return [value for value in held if isinstance(value, kinds)]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gradflow.hooks.guard import Point, guarded
-from gradflow.hooks.patch import observers_here, traced_as, untraced
+from gradflow.hooks.patch import observers_here, run_as_it_is, traced_as, untraced
 from gradflow.hooks.replaced import Replaced, lock, put_back, replace
 
 STOCK = "torch.nn."
@@ -86,8 +86,9 @@ class _Instead:
         self.original = original
         self.module = module
 
-    @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
         return _told(self.module, self.original, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -97,24 +98,37 @@ class _Instead:
         return copy.copy, (self.original,)
 
 
-@untraced
 def _told(
     module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    observers = observers_here()
-    if not observers:
-        return original(*args, **kwargs)
-    calls = []
-    for observer in observers:
-        missed = functools.partial(observer.missed_cell, module)
-        call = guarded(Point.ENTERED, missed, observer.entered, module, args, kwargs)
-        if call is not None:
-            calls.append((observer, missed, call))
+    calls = _entered(module, args, kwargs)
     result, done = None, False
     try:
         result = original(*args, **kwargs)
         done = True
     finally:
-        for observer, missed, call in calls:
-            guarded(Point.LEFT, missed, observer.left, call, result if done else None)
+        if calls:
+            _left(module, calls, result if done else None)
     return result
+
+
+@untraced
+def _entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    calls = []
+    for observer in observers_here():
+        missed = functools.partial(observer.missed_cell, module)
+        call = guarded(Point.ENTERED, missed, observer.entered, module, args, kwargs)
+        if call is not None:
+            calls.append((observer, call))
+    return calls
+
+
+@untraced
+def _left(module: nn.Module, calls: list[Any], result: Any) -> None:
+    for observer, call in calls:
+        missed = functools.partial(observer.missed_cell, module)
+        guarded(Point.LEFT, missed, observer.left, call, result)
+
+
+for _code in (_told.__code__, _Instead.__call__.__code__):
+    run_as_it_is(_code)  # what they call is compiled as it would be without them
