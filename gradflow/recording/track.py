@@ -452,6 +452,9 @@ class Track:
             scale_hh: what W_hh is multiplied by.
             scale_ih: what W_ih is multiplied by, as if the layer read so much of its input.
 
+        Returns:
+            A track of the same layer with its new states, gates, weights and step Jacobians.
+
         Raises:
             RecordingError: it cannot be run again, in words.
 
