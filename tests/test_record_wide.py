@@ -20,6 +20,7 @@ from wide_cells import WIDE, Convolutional, convolved
 import gradflow
 from gradflow.errors import RecordingError
 from gradflow.hooks import marks, tape, wide
+from gradflow.hooks.own import cells
 from gradflow.hooks.wide import Wide
 from gradflow.recording import Track
 
@@ -326,3 +327,16 @@ def test_what_cannot_be_pushed_through_is_said() -> None:
     operator = stepped(distances, None).operator()
     with pytest.raises(RecordingError, match=r"cannot be pushed through its step .*jacobians=True"):
         operator.push(1, torch.ones(3, 1, 64, dtype=F64))
+
+
+def test_little_is_kept_of_a_call_that_may_stay_the_only_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cells, "PERHAPS", 0)
+    monkeypatch.setattr(wide, "WRITING", -1.0)
+    mine, theirs = convolved(None), convolved(True)
+    assert_operators_agree(mine, theirs, [0, 1, 2])
+    partial, known = mine.partial_grads, theirs.partial_grads
+    assert partial is not None and known is not None
+    for name, grad in known.items():
+        torch.testing.assert_close(partial[name], grad, rtol=1e-10, atol=1e-14)

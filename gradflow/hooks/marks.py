@@ -186,7 +186,10 @@ class Marks:
     def read_within(
         self, source: TapSource, place: Place, mark: Mark, constants: Constants | None = None
     ) -> None:
-        """What these states pass to one another; constants are where copies of wide ones are kept."""
+        """What these states pass to one another; constants are where copies of wide ones are kept.
+
+        Where they are given and too few, it is left for later, when the loop is known.
+        """
         try:
             if not place.twice and self.wide(place):
                 mark.within = wide_within(place, constants or self.constants)
@@ -194,7 +197,7 @@ class Marks:
                 mark.within = within(place)
             mark.within_known = True
         except TooMuch as error:
-            mark.unknown = str(error)
+            mark.unknown = "" if constants is not None else str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two states of one {source.words.step}"
 

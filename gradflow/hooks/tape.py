@@ -70,7 +70,8 @@ class TooMuch(NotReadable):
 class Constants:
     """Copies of the tensors that tapes read, each kept once."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = MOST_KEPT if most is None else most  # bytes
         self.bytes = 0
         self._known: dict[tuple[Any, ...], Tensor] = {}
 
@@ -85,9 +86,9 @@ class Constants:
         if known is not None and torch.equal(known, tensor):
             return known
         self.bytes += tensor.numel() * tensor.element_size()
-        if self.bytes > MOST_KEPT:
+        if self.bytes > self.most:
             raise TooMuch(
-                f"wide steps whose weights and activations take more than {MOST_KEPT >> 30} GiB to "
+                f"wide steps whose weights and activations take more than {self.most >> 30} GiB to "
                 "keep; record fewer sequences or fewer steps"
             )
         self._known[key] = tensor.detach().clone()

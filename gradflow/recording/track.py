@@ -40,7 +40,7 @@ class Track:
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
     owner: str = ""  # path of its module in the model, "" for the model itself
     above: tuple[str, ...] = ()  # names of the tracks of the same stack that read this one
-    inputs_unknown: str = ""  # why it cannot be told whether its inputs depend on its own states
+    inputs_unknown: str = ""  # that steps ran without a graph, and what that hides of their inputs
     unseen_states: tuple[str, ...] = ()  # states whose values were not seen, and stand as NaN
     loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
@@ -451,6 +451,9 @@ class Track:
             forget_bias: added to the pre-activation of an LSTM's f, of a GRU's z.
             scale_hh: what W_hh is multiplied by.
             scale_ih: what W_ih is multiplied by, as if the layer read so much of its input.
+
+        Returns:
+            A track of the same layer with its new states, gates, weights and step Jacobians.
 
         Raises:
             RecordingError: it cannot be run again, in words.

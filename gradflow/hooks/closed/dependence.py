@@ -33,8 +33,12 @@ class Dependence:
         self._above: dict[int, int] = {}  # id of a call -> the parts it descends from
         self.into: dict[int, int] = {}  # id of a call -> the parts that its input descends from
         feeds = dict.fromkeys(self.bit.values(), 0)
+        before: dict[int, Seen] = {}
         for seen in calls:
             own, starts = self.bit[id(seen.part)], self._parts(seen.starts)
+            if self._reaches_further(seen, before.get(id(seen.part))):
+                feeds[own] |= own
+            before[id(seen.part)] = seen
             into = self.into[id(seen)] = self._parts(seen.inputs)
             self._above[id(seen)] = starts | into
             feeds[own] |= into | (starts & ~own)
@@ -70,8 +74,30 @@ class Dependence:
             stack.pop()
         return self._near[root]
 
+    def _reaches_further(self, seen: Seen, before: Seen | None) -> bool:
+        """Whether a call starts from more of its part than what the call before returned or was given."""
+        if seen.call is None or before is None or before.place != seen.place - 1:
+            return False
+        ends = before.nodes | set(before.starts)
+        stack, known = list(seen.starts), set()
+        while stack:
+            node = stack.pop()
+            if node in known or node in ends:
+                continue
+            known.add(node)
+            owner = self._owner.get(node)
+            if owner is not None:
+                if owner.part is seen.part:
+                    return True
+            elif self._since <= node._sequence_nr() < LEAF:
+                stack += [child for child, _ in node.next_functions if child is not None]
+        return False
+
     def closed(self) -> list[list[Part]]:
-        """The parts of every closed loop: those that feed each other, or themselves by their input."""
+        """The parts of every closed loop: those that feed each other, or themselves by their input.
+
+        Also those whose calls start from the states of several calls ago.
+        """
         found, left = [], list(self._known)
         while left:
             one = left.pop(0)

@@ -45,6 +45,7 @@ from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unseen import NO_NUMBERS, has_no_numbers, why_hidden, why_not_read
 from gradflow.recording import Track
 
+PERHAPS = 2**26  # bytes that are kept of a call of which it is not known whether another follows
 STOCK = ":"  # before a module's path: torch's own recurrent functions with its weights
 
 
@@ -274,7 +275,7 @@ class OwnCells:
         size = sum(t.numel() for t in given.values())
         if len(place.parts) > 1 and self.marks.wanted:
             # a backward may free the graph before it is known
-            self.marks.read_within(source, place, mark, Constants())
+            self.marks.read_within(source, place, mark, Constants(PERHAPS))
         return First(
             source=source,
             outputs=outputs,
