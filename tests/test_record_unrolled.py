@@ -72,6 +72,39 @@ def test_the_product_of_its_steps_is_what_autograd_says_of_the_whole_loop() -> N
     torch.testing.assert_close(product, whole, rtol=1e-12, atol=0)
 
 
+class StackedByHand(nn.Module):
+    """One layer of a stack whose layers loop by hand inside their own forward."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.w, self.u = nn.Linear(inputs, H), nn.Linear(H, H)
+
+    def forward(self, x: Tensor, tap: Any = None) -> Tensor:
+        h, out = x.new_zeros(x.shape[1], H), []
+        for u in self.w(x):
+            h = torch.tanh(u + self.u(h))
+            h = tap(h=h) if tap else h
+            out.append(h)
+        return torch.stack(out)
+
+
+def test_every_layer_of_a_stack_by_hand_is_a_track() -> None:
+    torch.manual_seed(3)
+    model, x = (
+        nn.Sequential(StackedByHand(3), StackedByHand(H), StackedByHand(H)).double(),
+        torch.randn(9, 4, 3, dtype=F64),
+    )
+    recording, _ = recorded(model, x)
+    assert sorted(track.name for track in recording) == ["0", "1", "2"]
+    assert not recording.unseen
+    for number, (_, layer) in enumerate(model.named_children()):
+        given = model[:number](x)
+        with gradflow.record(layer) as tapped:
+            (model[number + 1 :](layer(given, gradflow.tap)) ** 2).sum().backward()
+        (track,) = [track for track in tapped if track.name == "loop"]
+        assert torch.equal(track.grads["h"], recording[str(number)].grads["h"])
+
+
 # ------------------------------------------------------------------- what is only a part of a step
 
 

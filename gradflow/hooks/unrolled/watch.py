@@ -52,6 +52,7 @@ class Watch:
         # numbers of nodes that made states of some track -> its source, None for torch's own
         self.states: dict[int, TapSource | None] = {}
         self.taken: set[int] = set()  # the same of loops that were taken up here
+        self.taken_before: frozenset[int] = frozenset()  # those of earlier backwards
         self.walked: set[int] = set()  # numbers of nodes of earlier backwards
         # from and to which number backwards made nodes of their own, with create_graph=True
         self.differentiated: list[tuple[int, int]] = []
@@ -77,6 +78,7 @@ class Watch:
     def before_backward(self, roots: Iterable[Any], create_graph: bool) -> None:
         """Look at the graph of a backward that is about to run."""
         self._since = newest() if create_graph else -1
+        self.taken_before = frozenset(self.taken)
         nodes = [node for root in roots if (node := _node_of(root)) is not None]
         try:
             graph = Unrolled(nodes, self.given)
@@ -186,7 +188,7 @@ class Watch:
         uses = {place for chain in found.chains for place in chain.depth}
         if any(graph.numbers[place] in self.walked for place in uses):
             raise NoState("an earlier backward went through it that was not recorded")
-        taken = {p: 0 for p, number in enumerate(graph.numbers) if number in self.taken}
+        taken = {p: 0 for p, number in enumerate(graph.numbers) if number in self.taken_before}
         if any(since < FAR for place, since in enumerate(earliest(graph, taken)) if place in uses):
             raise NoState("a backward ran in the middle of it")
         steps = steps_of(graph, found)
