@@ -154,7 +154,7 @@ class ClosedLoops:
         self._calls = [seen for seen in self._calls if id(seen) in kept]
 
     def _is_dropped(self, part: Any) -> bool:
-        """Whether a loop over a cell turned out to be none."""
+        """Whether a loop over a cell turned out to be none, or what it returns is no state."""
         if not isinstance(part, MarkedPart):
             return False
         known = part.track in self.owner.recording.tracks.values()
