@@ -154,11 +154,11 @@ class ClosedLoops:
         self._calls = [seen for seen in self._calls if id(seen) in kept]
 
     def _is_dropped(self, part: Any) -> bool:
-        """Whether a loop over a cell turned out to be none, or to be only a part of its step."""
+        """Whether a loop over a cell turned out to be none, or what it returns is no state."""
         if not isinstance(part, MarkedPart):
             return False
-        known = self.owner.recording.tracks.values()
-        return part.source.part_of_a_step or part.track not in known
+        known = part.track in self.owner.recording.tracks.values()
+        return not known or part.source.part_of_a_step
 
     def _is_whole(self, part: Any, calls: Sequence[Seen]) -> bool:
         """Whether a marked loop is read by itself: its states are all that it carries, or it is tapped.
