@@ -263,6 +263,60 @@ def test_a_gradient_penalty_is_no_recurrence() -> None:
         assert not run().unseen
 
 
+class Kept(nn.Module):
+    """Its state stays in an attribute, cut off from the step before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.h = nn.Linear(H, H), torch.zeros(2, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.h = torch.tanh(x + self.w(self.h.detach()))
+        return self.h
+
+
+def test_a_state_kept_in_an_attribute_is_told_of() -> None:
+    model = Kept()
+
+    def run() -> None:
+        with gradflow.record(model):
+            torch.stack([model(u) for u in torch.randn(5, 2, H)]).sum().backward()
+
+    with pytest.warns(GradflowWarning, match=r"keeps self\.h .*self\.h = gradflow\.tap\(h=self\.h"):
+        run()
+
+
+class Given(nn.Module):
+    """A cell without weights of its own."""
+
+    def forward(self, x: Tensor, h: Tensor, w: Tensor) -> Tensor:
+        return torch.tanh(x + (w @ h.unsqueeze(2)).squeeze(2))
+
+
+class Hyper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.cell = nn.Linear(H, H * H), Given()
+
+    def forward(self, x: Tensor, tap: Any = None) -> Tensor:
+        w, h = self.make(x[0]).view(-1, H, H), torch.zeros(x.shape[1], H, dtype=x.dtype)
+        for u in x:
+            h = self.cell(u, h, w)
+            if tap:
+                h = tap(h=h)
+        return h
+
+
+def test_a_cell_whose_weights_come_from_elsewhere_is_a_cell() -> None:
+    torch.manual_seed(4)
+    model, x = Hyper().double(), torch.randn(6, 3, H, dtype=F64)
+    mine = recorded(model, x)[0]["cell"]
+    theirs = recorded(model, x, gradflow.tap)[0]["loop"]
+    assert (mine.cell, list(mine.states)) == ("Given", ["h"])
+    assert torch.equal(mine.grad_h, theirs.grad_h)
+    assert torch.equal(step_jacobians(mine)[1:], step_jacobians(theirs)[1:])
+
+
 class Layer(nn.Module):
     """(x, h0) → (y, h_n), as torch's own layers; the loop is inside."""
 

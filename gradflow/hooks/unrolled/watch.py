@@ -156,13 +156,20 @@ class Watch:
             track.notes += [EARLY] if steps.ends_early else []
 
     def _is_around_stock(self, graph: Unrolled, found: Recurrence) -> bool:
-        """Whether calls of torch's own recurrent functions are part of it: a closed loop, told as one."""
+        """Whether calls of other tracks are part of it: a closed loop, which is told as one."""
         if not self.owner.in_closed_loop():
             return False
         marks = {place: 0 for chain in found.chains for place in chain.depth}
         since, until = earliest(graph, marks), latest(graph, marks)
-        stock = [p for p, n in enumerate(graph.numbers) if self.states.get(n, found) is None]
-        return any(since[place] < FAR and until[place] >= 0 for place in stock)
+        return any(
+            since[place] < FAR and until[place] >= 0 and self._is_in_closed_loop(number)
+            for place, number in enumerate(graph.numbers)
+            if number in self.states
+        )
+
+    def _is_in_closed_loop(self, number: int) -> bool:
+        source = self.states[number]
+        return source is None or source.closed is not None
 
     def _drop_parts(self, graph: Unrolled, found: Recurrence) -> None:
         """Forget the loops over modules that are only part of a step of this one."""
