@@ -53,8 +53,10 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
     ([5, 3], 2, 1)
     """
     runs: dict[tuple[object, ...], list[list[Track]]] = {}
+    joint = {track.loop for track in recording}
     for track in recording:
-        alike = runs.setdefault(_kind(track), [])
+        kind = (track.name,) if track.name in joint else _kind(track)
+        alike = runs.setdefault(kind, [])
         known = next((run for run in alike if _of_same_weights(run[0], track)), None)
         if known is None:
             alike.append([track])
