@@ -105,6 +105,15 @@ def test_every_layer_of_a_stack_by_hand_is_a_track() -> None:
         assert torch.equal(track.grads["h"], recording[str(number)].grads["h"])
 
 
+def test_a_class_named_like_torchs_own_is_no_cell_of_torchs() -> None:
+    torch.manual_seed(4)
+    model = type("LSTM", (StackedByHand,), {})(3).double()
+    recording, _ = recorded(model, torch.randn(9, 4, 3, dtype=F64))
+    (track,) = recording
+    assert track.cell.endswith(".LSTM")
+    assert gradflow.analyze(recording)[track.name].sentence
+
+
 # ------------------------------------------------------------------- what is only a part of a step
 
 

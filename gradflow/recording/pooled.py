@@ -7,6 +7,7 @@ more of it than one. Letters: T steps of the longest run, B sequences of all run
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -53,9 +54,11 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
     ([5, 3], 2, 1)
     """
     runs: dict[tuple[object, ...], list[list[Track]]] = {}
+    bases = Counter(_base(track) for track in recording)
     joint = {track.loop for track in recording}
     for track in recording:
-        kind = (track.name,) if track.name in joint else _kind(track)
+        alone = bases[_base(track)] == 1 or track.name in joint
+        kind = (track.name,) if alone else _kind(track)
         alike = runs.setdefault(kind, [])
         known = next((run for run in alike if _of_same_weights(run[0], track)), None)
         if known is None:
@@ -76,12 +79,15 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
     return made, list(dict.fromkeys(filter(None, said)))
 
 
+def _base(track: Track) -> str:
+    return track.name.partition("@")[0]
+
+
 def _kind(track: Track) -> tuple[object, ...]:
-    base = track.name.partition("@")[0]
     if track.loop or track.alone is not None or not _is_known(track):
         return (track.name,)
     widths = tuple((name, state.shape[2]) for name, state in track.states.items())
-    return base, track.cell, track.owner, track.reverse, track.training, widths
+    return _base(track), track.cell, track.owner, track.reverse, track.training, widths
 
 
 def _is_known(track: Track) -> bool:
@@ -113,7 +119,7 @@ def _words(run: list[Track]) -> str:
 
 
 def _changed_words(alike: list[list[Track]]) -> str:
-    name = alike[0][0].name.partition("@")[0]
+    name = _base(alike[0][0])
     return (
         f"{name} ran several times, and its weights were not the same each time (an optimizer's step, "
         "weights computed anew): runs of different weights are layers of their own in this report"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.graph import Edge, edge_of
 from gradflow.hooks.marks import Marks, Owner, newest
+from gradflow.hooks.own.candidates import cell_name
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
@@ -150,7 +151,7 @@ class Watch:
         name = path or "loop"
         if self.owner.wants_track(name):
             known = self._called(steps) or _names(loop, len(steps.edges[0]))
-            cell = type(self.modules[path]).__name__
+            cell = cell_name(self.modules[path])
             self.taken.update(n._sequence_nr() for edges in steps.edges for n, _ in edges)
             track = take_up(self.marks, name, cell, steps, known, rows)
             track.notes += [EARLY] if steps.ends_early else []
