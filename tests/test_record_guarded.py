@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -111,3 +115,102 @@ def test_a_fault_would_be_seen_without_the_guard(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("gradflow.hooks.call._add", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         step(Everything())
+
+
+# what runs in the user's step outside the guard: doors that decide nothing, and the guard itself
+DOORS = {
+    "hooks/patch.py": {
+        "heard",
+        "over",
+        "observers_here",
+        "is_observed",
+        "run_backward",
+        "scale",
+        "watched",
+    },
+    "hooks/own/forwards.py": {"forward", "_told", "_entered", "_left"},
+    "hooks/seen.py": {"before", "after", "point", "__init__"},
+    "hooks/taps.py": {"tap", "_tell", "_untold"},
+    "hooks/mistakes.py": {"_note"},
+}
+
+
+def outside_the_guard(model: Everything) -> set[tuple[str, str]]:
+    """(file, function) of gradflow's own that the step runs with no guard around it."""
+    found: set[tuple[str, str]] = set()
+    root = str(Path(gradflow.__file__).parent)
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if event != "call" or not file.startswith(root) or function.startswith("<"):
+            return
+        above = frame.f_back
+        while above is not None and above.f_code is not guard._do.__code__:
+            above = above.f_back
+        if above is None:
+            found.add((str(Path(file).relative_to(root)), function))
+
+    with gradflow.record(model):
+        sys.setprofile(look)
+        try:
+            output = model(torch.randn(5, 2, 3))
+            torch.amp.GradScaler("cpu").scale(output.sum()).backward()
+        finally:
+            sys.setprofile(None)
+    return found
+
+
+def test_no_work_is_done_outside_the_guard() -> None:
+    """Whatever gradflow does more in a user's step has to go through a point of the table above."""
+    found = outside_the_guard(Everything())
+    assert ("hooks/patch.py", "heard") in found
+    assert [
+        (file, name)
+        for file, name in sorted(found)
+        if file != "hooks/guard.py" and name not in DOORS.get(file, set())
+    ] == []
+
+
+def test_work_outside_the_guard_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "gradflow.hooks.own.forwards.guarded", lambda _p, _f, work, *args: work(*args)
+    )
+    assert ("hooks/recorder.py", "entered") in outside_the_guard(Everything())
+
+
+class Interrupt:
+    """Ctrl-C at the n-th line of gradflow's own that is run."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.lines = at, 0
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.startswith(str(Path(gradflow.__file__).parent)):
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                raise KeyboardInterrupt
+        return self
+
+
+def interrupted(model: Everything, at: int) -> int:
+    """Run a step that is interrupted there; how many lines it ran."""
+    interrupt = Interrupt(at)
+    sys.settrace(interrupt)
+    try:
+        step(model)
+    finally:
+        sys.settrace(None)
+    return interrupt.lines
+
+
+def test_ctrl_c_anywhere_leaves_torch_as_found_and_is_what_the_user_sees() -> None:
+    model = Everything()
+    lines = interrupted(model, -1)
+    for at in random.Random(0).sample(range(1, lines), 15):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(model, at)
+        assert torch_is_as_found()
+        assert torch.is_grad_enabled()
+    assert step(model)[1]["cell"].has_gradient
