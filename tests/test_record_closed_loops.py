@@ -286,3 +286,16 @@ def test_what_is_alone_is_saved_and_read_again(tmp_path: Path) -> None:
     again = gradflow.load(analysis.save(tmp_path / "run.nc"))
     assert again["cell"].alone == analysis["cell"].alone is not None
     assert any("alone, its inputs held fixed" in note for note in again.warnings)
+
+
+def test_every_run_of_a_closed_loop_has_its_own_joint_track() -> None:
+    model = made(loops.TwoCells)
+    with gradflow.record(model) as recording:
+        for _ in range(2):
+            sum((value**2).sum() for value in model()[-1].values()).backward()
+    assert [t.loop for t in recording if t.loop] == ["loop", "loop", "loop@2", "loop@2"]
+    with pytest.raises(RecordingError, match="upper@2: it is a part of loop@2"):
+        recording["upper@2"].operator()
+    layers = gradflow.analyze(recording)
+    assert [layer.sequences for layer in layers] == [loops.B] * 6
+    assert layers["upper@2"].rate == layers["loop@2"].rate

@@ -300,3 +300,31 @@ def test_detached_and_shrunk() -> None:
     (track,) = recording
     assert track.lengths.tolist() in ([2, 4, 3], [3, 4, 2])
     assert bool(track.cuts[1:][track.mask[1:]].all())
+
+
+def zoneout(shape: tuple[int, ...], cell: nn.Module, order: list[int] | None) -> Track:
+    x, h = torch.randn(STEPS, 3, INPUTS).double(), torch.randn(shape).double().requires_grad_()
+    with gradflow.record(cell) as recording:
+        for x_t in x:
+            found = cell(x_t, h)
+            new = found[1] if isinstance(found, tuple) else found
+            h = 0.7 * new + 0.3 * h
+            h = h if order is None else h[order]
+        new.sum().backward()
+    (track,) = recording
+    return track
+
+
+def test_zoneout_of_a_batch_that_is_put_in_another_order_is_refused() -> None:
+    torch.manual_seed(0)
+    assert "another order" in zoneout((3, HIDDEN), Own(), [1, 2, 0]).notes[0]
+
+
+def test_zoneout_of_layers_in_front() -> None:
+    torch.manual_seed(0)
+    track = zoneout((2, 3, HIDDEN), Stacked(beside=False), None)
+    assert "another order" not in track.notes[0]
+    jacobians = step_jacobians(track)
+    assert jacobians.shape == (STEPS, 3, 2 * HIDDEN, 2 * HIDDEN)
+    assert bool((jacobians[:-1, :, :HIDDEN, HIDDEN:] == 0).all())  # nothing goes down a layer
+    assert bool((jacobians[:, :, HIDDEN:, :HIDDEN] != 0).all())

@@ -219,13 +219,13 @@ def wide_step(step: Step, constants: Constants, number: int) -> TapedStep:
         tape = Tape.of(linear, probe_of(step.now.like), constants)
     if any(bool((grad != 0).any()) for grad in beside):
         raise Incomplete("a state that depends on another result of what made those before it")
-    if _mixes(tape, number):
+    if mixes(tape, number):
         step.find_rows()
         raise Moved(MOVED)
     return TapedStep(tape)
 
 
-def _mixes(tape: Tape, number: int) -> bool:
+def mixes(tape: Tape, number: int) -> bool:
     """Whether sequences depend on one another: what is pulled back to one must come from that one.
 
     Two sequences have numbers that differ in some bit: those with the bit must bring nothing to those

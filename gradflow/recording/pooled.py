@@ -55,8 +55,10 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
     """
     runs: dict[tuple[object, ...], list[list[Track]]] = {}
     bases = Counter(_base(track) for track in recording)
+    joint = {track.loop for track in recording}
     for track in recording:
-        kind = _kind(track) if bases[_base(track)] > 1 else (track.name,)
+        alone = bases[_base(track)] == 1 or track.name in joint
+        kind = (track.name,) if alone else _kind(track)
         alike = runs.setdefault(kind, [])
         known = next((run for run in alike if _of_same_weights(run[0], track)), None)
         if known is None:

@@ -100,7 +100,7 @@ class ClosedLoop:
         """
         source = self._joint(part)
         if not self.own or source is None or self.why():
-            raise self.refuse(self._member(part).part.track_name(part.layer), stock=True)
+            raise self.refuse(self._member(part).track, stock=True)
         found = source.operator(dtype, sequences)
         if part.loop.why_no_operator():
             return found

@@ -28,6 +28,7 @@ class Member:
     part: StockPart | MarkedPart
     layer: int
     names: dict[str, str]  # of its states -> their names in the joint state
+    track: str  # the name of its own track
 
 
 @dataclass(eq=False)

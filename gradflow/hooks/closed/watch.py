@@ -282,7 +282,8 @@ class ClosedLoops:
             )
             known = self.owner.recording.tracks
             base = loop.holder or "loop"
-            self.owner.add_track(f"{base}.loop" if base in known else base, loop.track)
+            taken = base in known and known[base].cell != source.cell
+            self.owner.add_track(f"{base}.loop" if taken else base, loop.track)
             source.name = loop.track.name
             for part in loop.parts:
                 for each in part.tracks:
@@ -330,5 +331,5 @@ def _members(parts: list[Any]) -> list[Member]:
         for layer in range(part.layers):
             track = part.track_name(layer)
             names = {s: s if single else f"{track}.{s}" for s in part.states(layer)}
-            found.append(Member(part, layer, names))
+            found.append(Member(part, layer, names, track))
     return found

@@ -17,9 +17,12 @@ from gradflow.hooks.graph import Between, NotReadable
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.tape import Constants, Tape
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.wide import LedStep, MaskedStep, WideStep, wide_step
+from gradflow.hooks.wide import LedStep, MaskedStep, WideStep, mixes, wide_step
 
 BESIDE = "a state that depends on another result of what made those before it"
+REORDERED = (
+    "a step that mixes its sequences, or puts them in another order, beside a mixture (zoneout)"
+)
 HIDDEN = "a mixture with a constant start that the graph does not hold"
 
 
@@ -150,6 +153,16 @@ class Link:
             found.append(block)
         whole = torch.cat(found, dim=1)
         size = whole.shape[1]
+        probe = probe_of(entering.like)
+        seeds = entering.seeds(probe, list(entering.parts))
+        with torch.autocast(entering.like.device.type, enabled=False):
+            pulled = both.gathered(between.pull(seeds))[0]
+        again, bound = (
+            (v.unsqueeze(1).to(m.dtype) @ m).squeeze(1)
+            for v, m in ((probe, whole), (probe.abs(), whole.abs()))
+        )
+        if bool(pulled.isfinite().all()) and not close_to(pulled.to(again.dtype), again, bound):
+            raise NotReadable(REORDERED)
         return Link(whole[:, :, :size], whole[:, :, size:] if entered else whole.new_zeros(()))
 
     def flows(self) -> Tensor:
@@ -189,6 +202,8 @@ class WideLink:
             tape = Tape.of(linear, probe_of(entering.like), constants)
         if any(bool((grad != 0).any()) for grad in beside):
             raise Incomplete(BESIDE)
+        if mixes(tape, 0):
+            raise NotReadable(REORDERED)
         return WideLink(tape)
 
     def flows(self) -> Tensor:
@@ -213,12 +228,13 @@ def between_calls(entering: Place, returned: Place, entered: Place | None) -> tu
     places = (
         {"returned": returned} if entered is None else {"returned": returned, "entered": entered}
     )
-    edges, shapes, rows = {}, {}, {}
+    edges, shapes, rows, axes = {}, {}, {}, {}
     for which, place in places.items():
         for name, part in place.parts.items():
             key = f"{which} {name}"
+            axes[key] = place.axes[name]
             shapes[key], rows[key] = place.shapes[name], place.like[:, part].to(place.dtypes[name])
             if name in place.edges:
                 edges[key] = place.edges[name]
-    both = Place.at(edges, shapes, rows)
+    both = Place.at(edges, shapes, rows, axes)
     return both, Between(list(entering.edges.values()), both.nodes)

@@ -43,29 +43,28 @@ class Unrolled:
 
     def _collect(self, stack: list[Any], given: Mapping[int, list[Edge]]) -> None:
         place: dict[Any, int] = {}
-        opened: dict[Any, list[Edge]] = {}
+        opened: dict[Any, tuple[int, Any]] = {}  # node -> its number, and what it was made from
         while stack:
             node = stack[-1]
             if node in place:
                 stack.pop()
                 continue
-            edges = opened.get(node)
-            if edges is None:
+            if node not in opened:
                 number = node._sequence_nr()
                 edges = given.get(number) if given else None
-                if edges is None:
-                    edges = list(node.next_functions)
+                edges = node.next_functions if edges is None else edges
                 if len(opened) >= MOST:
                     raise TooLarge
-                opened[node] = edges
+                opened[node] = (number, edges)
                 below = [child for child, _ in edges if child is not None and child not in place]
                 if below:
                     stack += below
                     continue
             stack.pop()
+            number, edges = opened[node]
             place[node] = len(self.nodes)
             self.nodes.append(node)
-            self.numbers.append(node._sequence_nr())
+            self.numbers.append(number)
             made_from = [(place[c], output) for c, output in edges if c is not None and c in place]
             self.inputs.append(made_from)
             self.constants.append(len(made_from) < len(edges))
@@ -85,4 +84,11 @@ class Unrolled:
 
 def kind_of(node: Any) -> str:
     """The name of an operation, "Addmm" for AddmmBackward0."""
-    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+    known = _kinds.get(type(node))
+    if known is None:
+        known = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+        _kinds[type(node)] = known
+    return known
+
+
+_kinds: dict[type, str] = {}

@@ -102,6 +102,8 @@ class Watch:
                 continue
             names = [self.names[weights[chain.weight]] for chain in found.chains]
             self._found(graph, found, list(dict.fromkeys(names)))
+        here = {id(s): s for n in graph.numbers if (s := self.states.get(n)) is not None}
+        self.owner.drop_sources([s for s in here.values() if s.part_of_a_step])
         self.walked.update(graph.numbers)
         self.held.clear()
 
