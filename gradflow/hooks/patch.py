@@ -63,6 +63,12 @@ _observers: list[Observer] = []
 _replaced: list[Replaced] = []
 
 
+def nothing_is_under_way() -> None:
+    """A recording opens: what Ctrl-C may have left half done in this thread is over."""
+    for threads in (_paused, _under_way, busy):
+        threads.discard(threading.get_ident())
+
+
 def listen(observer: Observer) -> None:
     """Tell the observer of every recurrent call of its thread."""
     with lock:
