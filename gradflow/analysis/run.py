@@ -101,7 +101,7 @@ class Analysis:
         rank = {"dead": 0, "exploding": 1, "vanishing": 1, "inconclusive": 2, "stable": 3}
 
         def key(layer: LayerAnalysis) -> tuple[int, float]:
-            size = abs(layer.rate.value) if math.isfinite(layer.rate.value) else 0.0
+            size = abs(layer.decades) if math.isfinite(layer.decades) else 0.0
             return rank[layer.verdict], -size
 
         return sorted(self.layers.values(), key=key)

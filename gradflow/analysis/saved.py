@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from gradflow.analysis.results import Finding, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.results import UNMEASURED, Finding, Gain, LayerAnalysis, Prediction, Rate
 from gradflow.errors import FileError, InputError
 from gradflow.recording import Parity
 
@@ -53,10 +53,10 @@ def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
     header = {
         name: getattr(layer, name)
         for name in LayerAnalysis.__dataclass_fields__
-        if name not in ("data", "lyapunov", "rate", "parity", "findings", "predictions")
+        if name not in ("data", "lyapunov", "rate", "gain", "parity", "findings", "predictions")
     }
     header["lyapunov"] = None if layer.lyapunov is None else layer.lyapunov.tolist()
-    header["rate"] = asdict(layer.rate)
+    header["rate"], header["gain"] = asdict(layer.rate), asdict(layer.gain)
     header["parity"] = asdict(layer.parity)
     header["findings"] = [asdict(finding) for finding in layer.findings]
     header["predictions"] = [asdict(prediction) for prediction in layer.predictions]
@@ -136,6 +136,7 @@ def _layer_from(data: xr.Dataset) -> LayerAnalysis:
             "labels": tuple(header["labels"]),
             "step_labels": tuple(header.get("step_labels", ())),
             "rate": Rate(**header["rate"]),
+            "gain": _gain_from(header),
             "parity": Parity(**header["parity"]),
             "findings": tuple(Finding(**finding) for finding in header["findings"]),
             "predictions": tuple(_prediction_from(p) for p in header.get("predictions", ())),
@@ -146,4 +147,9 @@ def _layer_from(data: xr.Dataset) -> LayerAnalysis:
 
 
 def _prediction_from(header: dict[str, Any]) -> Prediction:
-    return Prediction(**header | {"rate": Rate(**header["rate"])})
+    return Prediction(**header | {"rate": Rate(**header["rate"]), "gain": _gain_from(header)})
+
+
+def _gain_from(header: dict[str, Any]) -> Gain:
+    """Older runs do not have it."""
+    return Gain(**header["gain"]) if "gain" in header else UNMEASURED

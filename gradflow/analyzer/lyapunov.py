@@ -88,12 +88,15 @@ def log_growth(
     *,
     cuts: Tensor | None = None,
     seed: int = SEED,
+    leading: Tensor | None = None,
     progress: Callable[[float], None] | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Growth:
     """Run the QR iteration over all sequences at once, step by step.
 
-    Every sequence starts from the same random basis, so identical sequences give identical rates.
+    Every sequence starts from the same random basis, so identical sequences give identical rates;
+    `leading` (B, S), the direction of each that the second step is to push first, takes the place of
+    the first of that basis where it is not zero.
     At a cut (T, B), in processing order, nothing of the past arrives: the step is left out, and a
     basis that had lost directions to exact zeros starts again.
     `watch` is shown the step and the leading direction (B, S) that it is about to push.
@@ -102,7 +105,6 @@ def log_growth(
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(k, size, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(first.T)[0].T.to(operator.dtype)
-    rows = basis.expand(batch, -1, -1).clone()
     lengths = lengths.cpu()
     # sequence b skips its own ⌈L/5⌉ steps
     skipped = torch.tensor([burn_in(int(length)) for length in lengths])
@@ -110,13 +112,17 @@ def log_growth(
     live = when < lengths
     if cuts is not None:
         live = live & ~cuts
+    rows = basis.expand(batch, -1, -1).clone()
+    if leading is not None:
+        rows = _led_by(_at_the_start(operator, leading.to(operator.dtype), live[0]), rows)
+    begun = rows
     growth = torch.full((steps, batch, k), torch.nan, dtype=torch.float64)
     fresh = torch.ones(batch, dtype=torch.bool)  # whose basis is still the random one
     for t in range(steps):
         usable = live[t]
         if t and cuts is not None:  # what an exact zero took before a cut is not missed behind it
             lost = (cuts[t] & (when[t] < lengths)) & (rows == 0).all(-1).any(-1)
-            rows[lost], fresh[lost] = basis, True
+            rows[lost], fresh[lost] = begun[lost], True
         if not bool(usable.any()):
             continue
         if watch is not None:
@@ -129,6 +135,24 @@ def log_growth(
         if progress is not None:
             progress((t + 1) / steps)
     return Growth(growth, live & (when >= skipped))
+
+
+def _at_the_start(operator: Operator, leading: Tensor, live: Tensor) -> Tensor:
+    """The directions (B, S) before the first step, where that step counts: pulled back through it."""
+    if not bool(live.any()):
+        return leading
+    back = operator.pull(0, leading[:, None])[:, 0]
+    length = torch.linalg.vector_norm(back, dim=-1, keepdim=True)
+    usable = live[:, None] & (length > 0) & torch.isfinite(length)
+    return torch.where(usable, back / torch.where(length > 0, length, 1.0), leading)
+
+
+def _led_by(leading: Tensor, rows: Tensor) -> Tensor:
+    """Orthonormal rows (B, k, S), the first along `leading`, the others from the basis given."""
+    led = torch.cat([leading[:, None], rows[:, 1:]], 1)
+    turned = torch.linalg.qr(led.mT)[0].mT
+    given = (leading != 0).any(-1) & torch.isfinite(leading).all(-1)
+    return torch.where(given[:, None, None], turned, rows)
 
 
 def _factor(pushed: Tensor, old: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,239 @@
+"""What a layer keeps over the span and at which rate, from one set of products of its Jacobians.
+
+Letters: T timesteps, B sequences, S the state's width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradflow.analysis import Gain, Rate
+from gradflow.analyzer.constant import constant_exponents
+from gradflow.analyzer.gains import (
+    SpanGains,
+    collected,
+    crossing,
+    dead_by_cuts,
+    span_windows,
+)
+from gradflow.analyzer.jacobians import operator_of, state_size
+from gradflow.analyzer.lyapunov import Growth, burn_in
+from gradflow.analyzer.order import cuts_before
+from gradflow.analyzer.rates import ROUNDING, quantile, rate_of_one, rate_over_sequences
+from gradflow.analyzer.settings import Settings
+from gradflow.analyzer.settling import PARTS, UNSETTLED, Settled, beyond_noise, parted, settled
+from gradflow.analyzer.windows import EXACT, ROUNDS, ROWS, log_norms
+from gradflow.recording import Track
+
+GAIN_SECONDS = 1.0  # predicted, for gains and rates of all layers together
+USUAL = 4  # rounds that the block iteration takes as a rule
+LEAST = 2  # rounds of it without which nothing is found
+MOST = 2**28  # bytes of the blocks of all windows together
+PIECES = 4  # means of one sequence where it does not hold enough autocorrelation times
+UNKNOWN = Rate(math.nan, math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Gains and rates of every sequence, and the direction that keeps most."""
+
+    gains: SpanGains
+    rates: np.ndarray | None  # (B,) NaN where it was not measured; None: read from the growth
+    common: float  # nats per step that all rates may be off alike; inf where not known
+    leading: Tensor  # (B, S) of each sequence's first window, at the first step
+    constant: np.ndarray | None  # (S,) exponents, where the step Jacobian never changes
+
+    def enough(self, rate: float, span: int) -> bool:
+        """Whether the rate may be told."""
+        return Settled(np.zeros(0), self.common).enough(rate, span)
+
+    def rates_with(self, growth: Growth) -> np.ndarray:
+        """(B,): the rates; −inf where the growth ended in an exact zero.
+
+        Where only some sequences could be afforded, the others are read from the growth of the
+        direction that keeps most, moved by what that was off on those.
+        """
+        grown = growth.exponents[:, 0].numpy()
+        if self.rates is None:
+            return grown.copy()
+        with np.errstate(invalid="ignore"):
+            off = (self.rates - grown)[np.isfinite(self.rates) & np.isfinite(grown)]
+        moved = grown + (float(off.mean()) if len(off) else 0.0)
+        rates = np.where(np.isnan(self.rates), moved, self.rates)
+        return np.where(np.isneginf(grown) | np.isnan(grown), grown, rates)
+
+
+def keeping(track: Track, settings: Settings, span: int) -> Keeping:
+    """Measure both together: all windows go through the steps at once."""
+    lengths, cuts = track.lengths.cpu(), cuts_of(track)
+    operator = operator_of(track, dtype_for(track, settings))
+    crossed = crossing(len(cuts), lengths, cuts)
+    counted = _counted(lengths, cuts)
+    plan = _planned(track, settings)
+    most = max(1, MOST // (16 * plan.rows * operator.size * operator.batch))
+    windows = span_windows(crossed, span, most)
+    together = windows + (parted(counted, 1) if plan.rated == track.batch else [])
+    norms = log_norms(operator, together, rows=plan.rows, rounds=plan.rounds)
+    gains = dead_by_cuts(collected(windows, norms, crossed), lengths.numpy())
+    leading = torch.zeros(track.batch, operator.size, dtype=torch.float64)
+    for place in reversed(range(len(windows))):
+        leading[windows[place].sequence] = norms.leading[place]
+    exponents = constant_exponents(operator, counted & crossed)
+    if exponents is not None and math.isfinite(exponents[0]):
+        counts = counted.any(0)
+        return Keeping(gains, np.where(counts, exponents[0], np.nan), 0.0, leading, exponents)
+    if plan.rated == track.batch:
+        found = settled(together[len(windows) :], norms.after(len(windows)), track.batch, 1)
+    elif plan.rated:
+        found = _of_some(track, settings, counted, plan)
+    else:
+        return Keeping(gains, None, math.inf, leading, None)
+    return Keeping(gains, found.rates, found.common, leading, None)
+
+
+def _of_some(track: Track, settings: Settings, counted: np.ndarray, plan: _Plan) -> Settled:
+    """Rates of as many sequences as can be afforded, evenly spread, NaN for the others."""
+    spread = np.linspace(0, track.batch - 1, plan.rated).round().astype(int)
+    chosen = np.unique(spread)
+    operator = operator_of(track, dtype_for(track, settings), chosen.tolist())
+    windows = parted(counted[: operator.length, chosen], 0)
+    norms = log_norms(operator, windows, rows=plan.rows, rounds=plan.rounds)
+    found = settled(windows, norms, len(chosen), 0)
+    rates = np.full(track.batch, math.nan)
+    rates[chosen] = found.rates
+    return replace(found, rates=rates)
+
+
+def cuts_of(track: Track) -> Tensor:
+    """(T, B) in processing order, also before a first state that came from where nothing was seen."""
+    steps = int(track.lengths.max())
+    first = torch.zeros(1, track.batch, dtype=torch.int)
+    cuts = cuts_before(track).diff(dim=0, prepend=first)[:steps] > 0
+    cuts[0] |= not track.initial
+    return cuts
+
+
+def _counted(lengths: Tensor, cuts: Tensor) -> np.ndarray:
+    """(T, B): the steps of a rate, past the burn-in and no cut."""
+    when = torch.arange(len(cuts))[:, None]
+    skipped = torch.tensor([burn_in(int(length)) for length in lengths])
+    return ((when < lengths) & (when >= skipped) & ~cuts).numpy()
+
+
+# -------------------------------------------------------------------------------------- intervals
+
+
+def interval_of_gains(gains: SpanGains, kept: Keeping, growth: Growth) -> Gain:
+    """Mean gain over the span with its t-interval over sequences; of one, by its batch means."""
+    over = gains.steps[gains.steps > 0]
+    steps = round(float(np.median(over))) if len(over) else 0
+    found = rate_over_sequences(gains.values)
+    finite = np.flatnonzero(np.isfinite(gains.values))
+    if math.isnan(found.low) and len(finite) == 1 and math.isfinite(found.value):
+        half = 0.0 if kept.constant is not None else steps * _half_of_one(growth, int(finite[0]))
+        found = Rate(found.value, found.value - half, found.value + half)
+    return Gain(found.value, found.low, found.high, steps)
+
+
+def interval_of_rates(rates: np.ndarray, kept: Keeping, growth: Growth) -> Rate:
+    """Mean rate with its interval over sequences, widened by what has not settled."""
+    found = rate_over_sequences(rates)
+    finite = np.flatnonzero(np.isfinite(rates))
+    if not math.isfinite(found.value) or kept.constant is not None:
+        return Rate(found.value, found.value, found.value)
+    if len(finite) == 1:
+        half = _half_of_one(growth, int(finite[0]))
+    elif float(np.ptp(rates[finite])) <= ROUNDING:  # the same sequence again and again
+        half = _half_of_one(growth, int(finite[0]), pieces=PIECES)
+    else:
+        half = (found.high - found.low) / 2
+    half = math.hypot(half, kept.common)
+    return Rate(found.value, found.value - half, found.value + half)
+
+
+def _half_of_one(growth: Growth, b: int, pieces: int = 0) -> float:
+    """Half the interval of one sequence's rate; NaN where it is too short to know its own spread."""
+    steps = growth.log_growth[growth.counted[:, b], b, 0].numpy()
+    found = rate_of_one(steps)
+    half = (found.high - found.low) / 2
+    if not math.isnan(half) or not pieces or len(steps) < 2 * pieces:
+        return half
+    length = len(steps) // pieces
+    means = steps[len(steps) - length * pieces :].reshape(pieces, length).mean(1)
+    return quantile(pieces - 1) * float(means.std(ddof=1)) / math.sqrt(pieces)
+
+
+def settling_by_halves(growth: Growth, j: int, sequences: np.ndarray) -> float:
+    """By how much an exponent of the later half of the steps differs from that of the earlier.
+
+    Beyond the noise of that difference over sequences; NaN where there are not two steps.
+    """
+    off = []
+    for b in sequences:
+        steps = growth.log_growth[growth.counted[:, b], b, j].numpy()
+        if len(steps) > 1 and np.isfinite(steps).all():
+            off.append(steps[len(steps) // 2 :].mean() - steps[: len(steps) // 2].mean())
+    return UNSETTLED * beyond_noise(np.array(off)) if off else math.nan
+
+
+# ----------------------------------------------------------------------------------------- budget
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How much of it can be afforded."""
+
+    rows: int
+    rounds: int
+    rated: int  # sequences whose rate is measured by parts
+
+
+def qr_seconds(length: int, batch: int, size: int, k: int) -> float:
+    """Predicted seconds: the pushes, and for more than one direction a small QR per sequence."""
+    factoring = (8.0 * size * k * k + 3e5) if k > 1 else 4.0 * size
+    return length * (batch * (2.0 * size**2 * k + factoring) / 8e9 + 2e-4)
+
+
+def dtype_for(track: Track, settings: Settings) -> torch.dtype:
+    """float32 where one direction alone would take longer than twice the budget."""
+    length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
+    wide = qr_seconds(length, batch, size, 1) > 2 * GAIN_SECONDS / settings.layers
+    return torch.float32 if wide else torch.float64
+
+
+def _pass_seconds(track: Track, batch: int, rows: int) -> float:
+    """One sweep of blocks over all steps."""
+    length, size = int(track.lengths.max()), state_size(track)
+    return length * (batch * (2.0 * size**2 + 10.0 * size) * rows / 8e9 + 2e-4)
+
+
+def _planned(track: Track, settings: Settings) -> _Plan:
+    """Whole where it fits; else fewer rows, rounds, and sequences whose rate is measured by parts."""
+    size, batch = state_size(track), track.batch
+    allowed, parts = GAIN_SECONDS / settings.layers, len(PARTS)
+    if size <= EXACT:
+        return _Plan(size, 1, batch)
+    usual = 2 * USUAL
+    if usual * _pass_seconds(track, batch, (1 + parts) * ROWS) <= allowed:
+        return _Plan(ROWS, ROUNDS, batch)
+    fitting = [r for r in (ROWS, 2) if usual * _pass_seconds(track, batch, r) <= allowed]
+    rows = fitting[0] if fitting else 1
+    rounds = int(allowed / (2 * _pass_seconds(track, batch, rows)))
+    each = usual * (_pass_seconds(track, 1, parts * rows) - _pass_seconds(track, 0, 0))
+    rated = int((allowed - usual * _pass_seconds(track, 0, 0)) / each)
+    return _Plan(rows, min(ROUNDS, max(LEAST, rounds)), min(batch, max(0, rated)))
+
+
+def keeping_seconds(track: Track, layers: int) -> float:
+    """Predicted seconds of `keeping` where so many measurements share its budget."""
+    size, batch, parts = state_size(track), track.batch, 1 + len(PARTS)
+    if size <= EXACT:
+        return _pass_seconds(track, batch, parts * size)
+    least = 2 * LEAST * _pass_seconds(track, batch, 1)
+    whole = 2 * USUAL * _pass_seconds(track, batch, parts * ROWS)
+    return max(least, min(whole, 2 * GAIN_SECONDS / layers))
