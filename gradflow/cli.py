@@ -44,6 +44,10 @@ TRUST = click.option(
 SPEC = click.option(
     "--model", "spec", metavar="SPEC", help="Your class and its arguments, 'pkg.mod:Net(10, 20)'."
 )
+MEMBER = click.option(
+    "--member", metavar="NAME",
+    help="One of several models in the file: decoder, 0, models.encoder.",
+)  # fmt: skip
 FOLDER = click.option(
     "-o", "folder", metavar="DIR", type=click.Path(path_type=Path),
     help="Folder for the files; by default a new one in reports/.",
@@ -105,7 +109,7 @@ def _all(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-RUNNING = _all(SPEC, INPUT, TARGET, LOSS, OUTPUT, SEQ_LEN, BATCH, SEED)
+RUNNING = _all(SPEC, MEMBER, INPUT, TARGET, LOSS, OUTPUT, SEQ_LEN, BATCH, SEED)
 SHOWING = _all(FOLDER, FORCE, AS_JSON, QUIET, VERBOSE, FAIL_ON)
 
 
@@ -151,7 +155,8 @@ def analyze(
     """Say where the gradient of MODEL vanishes or explodes, why, and what to change.
 
     MODEL is a state_dict, a checkpoint, a Lightning .ckpt, .safetensors, or a pickle of stock
-    torch modules. Without --input its weights are tried under several probes.
+    torch modules, or a list or dict of several, of which --member picks one. Without --input its
+    weights are tried under several probes.
 
     \b
     gradflow analyze model.pt
@@ -189,8 +194,9 @@ def demo() -> None:
 @gradflow.command(short_help="Say what a model file is and what to type next.")
 @MODEL
 @SPEC
+@MEMBER
 @TRUST
-def inspect(model: Path, spec: str | None, trust: bool) -> None:
+def inspect(model: Path, spec: str | None, member: str | None, trust: bool) -> None:
     """Say what the file MODEL is, which recurrent layers it holds, and what it does not say.
 
     \b
@@ -198,7 +204,7 @@ def inspect(model: Path, spec: str | None, trust: bool) -> None:
     """
     from gradflow.loading import describe
 
-    for line in describe(model, spec, trust).lines():
+    for line in describe(model, spec, trust, member).lines():
         click.echo(line)
 
 

@@ -17,7 +17,7 @@ from gradflow import loading
 from gradflow.analysis import Analysis, LayerAnalysis, checked_labels
 from gradflow.analyzer import analyze
 from gradflow.analyzer.agreement import agreed
-from gradflow.errors import GradflowWarning, InputError, must_be
+from gradflow.errors import FileError, GradflowWarning, InputError, must_be
 from gradflow.hooks import record
 from gradflow.passes import Settings, left_as_found, recorded_pass, with_notes
 from gradflow.prediction import with_predictions
@@ -115,6 +115,7 @@ class FileRequest:
 
     path: Path
     spec: str | None = None
+    member: str | None = None
     input: Path | None = None
     target: Path | None = None
     loss: str | None = None
@@ -137,7 +138,7 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
     labels = None if request.labels is None else loading.read_labels(request.labels)
     if labels is not None and request.input is None:
         checked_labels(labels, request.seq_len)
-    opened = loading.open_model(request.path, request.spec, request.trust)
+    opened = loading.open_model(request.path, request.spec, request.trust, request.member)
     with _collected_warnings() as sentences:
         if request.input is None:
             analysis = _from_weights(opened, request, progress)
@@ -148,7 +149,7 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
     return replace(
         analysis,
         title=opened.title,
-        warnings=tuple(dict.fromkeys([*analysis.warnings, *sentences])),
+        warnings=tuple(dict.fromkeys([*opened.said, *analysis.warnings, *sentences])),
         provenance={
             "file": opened.path.name,
             "kind": opened.kind,
@@ -164,12 +165,10 @@ def _from_batch(
     labels: tuple[str, ...] | None,
 ) -> Analysis:
     """Run the whole model on the user's batch."""
+    if opened.aged:
+        raise FileError(opened.aged)
     if opened.model is None:
-        raise InputError(
-            f"--input needs a model to run, but {opened.path} is {opened.kind}, which holds weights "
-            f"only; name your class too: gradflow analyze {opened.path} --model 'pkg.mod:Net(10, 20)' "
-            f"--input {request.input}"
-        )
+        raise InputError(loading.no_model_to_run(opened, request.input))
     assert request.input is not None
     batch = loading.fit_batch(loading.read_batch(request.input, request.target), opened.model)
     with torch.random.fork_rng(devices=[]):

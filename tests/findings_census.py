@@ -212,6 +212,22 @@ def packed() -> Visit:
     return Visit(module, noise(), gradflow.analyze(recording))
 
 
+def zero_padded() -> Tensor:
+    x = noise()
+    for sequence, length in enumerate([12, 40, 9, 23, 40, 17]):
+        x[length:, sequence] = 0.0
+    return x
+
+
+def packed_and_read_at_the_end() -> Visit:
+    lengths = torch.tensor([40, 38, 40, 36, 40, 39])
+    x = nn.utils.rnn.pack_padded_sequence(noise(), lengths, enforce_sorted=False)
+    module = keeping(nn.LSTM(INPUTS, HIDDEN))
+    with gradflow.record(module) as recording:
+        nn.utils.rnn.pad_packed_sequence(module(x)[0])[0][-1].sum().backward()
+    return Visit(module, noise(), gradflow.analyze(recording))
+
+
 def always_on() -> Visit:
     """An identity ReLU RNN whose units never reach 0; with signed input every unit dies early."""
     module = rnn(nn.init.eye_, "relu")
@@ -326,7 +342,8 @@ HEALTHY = [
     Patient("LSTMCell in a loop", lambda: run(CellLoop(keeping(nn.LSTMCell(INPUTS, HIDDEN))))),
     Patient("GRU, update bias", lambda: run(keeping(nn.GRU(INPUTS, HIDDEN)))),
     Patient(
-        "GRU, two directions", lambda: run(keeping(nn.GRU(INPUTS, HIDDEN, bidirectional=True)))
+        "GRU, two directions",
+        lambda: run(keeping(nn.GRU(INPUTS, HIDDEN, bidirectional=True)), loss=every),
     ),
     Patient("GRU, trained", lambda: run(trained(keeping(nn.GRU(INPUTS, HIDDEN), 5.0)))),
     Patient("GRUCell in a loop", lambda: run(CellLoop(keeping(nn.GRUCell(INPUTS, HIDDEN))))),
@@ -372,8 +389,34 @@ SICK = [
     ),
     sick(
         "default stack, two directions",
-        lambda: run(nn.LSTM(INPUTS, HIDDEN, num_layers=2, bidirectional=True)),
+        lambda: run(nn.LSTM(INPUTS, HIDDEN, num_layers=2, bidirectional=True), loss=every),
         "vanishing forget-gates-closed",
+    ),
+    sick(
+        "last step of two directions",
+        lambda: run(keeping(nn.GRU(INPUTS, HIDDEN, bidirectional=True))),
+        "reads-first-step",
+    ),
+    sick(
+        "padding before the last step",
+        lambda: run(keeping(nn.LSTM(INPUTS, HIDDEN)), zero_padded()),
+        "reads-after-end",
+    ),
+    sick("packed, padding read", packed_and_read_at_the_end, "reads-past-packed"),
+    sick(
+        "time and batch swapped",
+        lambda: run(keeping(nn.LSTM(INPUTS, HIDDEN)), loss=lambda output: output[:, -1].sum()),
+        "reads-one-sequence",
+    ),
+    sick(
+        "a loss over two sequences of six",
+        lambda: run(keeping(nn.GRU(INPUTS, HIDDEN)), loss=lambda output: output[-1, 1:3].sum()),
+        "reads-few-sequences",
+    ),
+    sick(
+        "a loss times zero",
+        lambda: run(keeping(nn.GRU(INPUTS, HIDDEN)), loss=lambda output: 0 * output.sum()),
+        "unread",
     ),
     sick("two walls", walled, "vanishing walls"),
     sick(

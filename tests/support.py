@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import gradflow
 from gradflow.cells import CELLS
 from gradflow.errors import GradflowWarning, RecordingError
+from gradflow.hooks import tape
 from gradflow.recording import Recording
 
 README = Path(__file__).parent.parent / "README.md"
@@ -307,7 +309,7 @@ def no_gradient() -> str:
 
 def mixed_sequences() -> str:
     cell = nn.GRUCell(3, 4)
-    track = recorded(cell, lambda: loop(cell, data(), lambda h: h.flip(0)))["cell"]
+    track = recorded(cell, lambda: loop(cell, data(), lambda h: h + h.flip(0)))["cell"]
     return said(track.operator)
 
 
@@ -335,7 +337,8 @@ def wide_cell() -> str:
             h = cell(x_t, h)
         return h
 
-    return said(recorded(cell, run)["cell"].operator)
+    with mock.patch.object(tape, "MOST_KEPT", 1000):
+        return said(recorded(cell, run)["cell"].operator)
 
 
 def batch_normed() -> str:
@@ -405,15 +408,15 @@ REFUSED = [
         other_dropout,
     ),
     Refused(
-        "a cell of your own or a tapped loop wider than 64, without `jacobians=True`",
+        "a cell of your own or a tapped loop of more than 64 states whose steps read too much to keep",
         "states, totals",
-        "above 64 they are taken only on request",
+        "record fewer sequences or fewer steps",
         wide_cell,
     ),
     Refused(
         "the same whose step mixes sequences (batch normalisation)",
         "states, totals",
-        "an operation that mixes the sequences of a batch",
+        "batch normalisation in training, which mixes the sequences of a batch",
         batch_normed,
     ),
 ]

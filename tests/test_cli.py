@@ -605,3 +605,24 @@ def test_compare_leaves_an_existing_folder_alone(
         "comparison.csv",
         "changes.csv",
     }
+
+
+def test_a_member_is_picked_in_every_command_that_reads_model_files(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.pt", "b.pt"):
+        held = {"net": [nn.Linear(2, 2), nn.GRU(3, 4)], "lm": nn.LSTM(2, 3), "loss": nn.MSELoss()}
+        torch.save(held, here / name)
+    few = ("--seq-len", "8", "--batch", "2")
+    assert run("analyze", "a.pt", *few, "-q") == 0
+    out = capsys.readouterr().out
+    assert "lm.l0" in out and "net.1.l0" in out
+    assert run("inspect", "a.pt", "--member", "net.1") == 0
+    assert "next: gradflow analyze a.pt --member net.1" in capsys.readouterr().out
+    assert run("compare", "a.pt", "b.pt", "--member", "lm", *few) == 0
+    out = capsys.readouterr().out
+    assert "l0" in out and "analyze b.pt --member lm --seq-len 8" in out and "net" not in out
+    assert run("analyze", "a.pt", "--member", "critic") == 2
+    said = capsys.readouterr().err
+    assert "got 'critic'; it holds 'lm', an LSTM with LSTM(2 → 3); 'net.1', a GRU" in said
+    assert said.count("\n") == 1

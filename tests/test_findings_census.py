@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 17  # not among those the command prints
 NO_DECADES = {  # what has no size in powers of ten
     "not-finite", "no-recurrence", "few-channels", "saturated-activations", "saturated-gates",
-    "idle-units", "hidden-paths-drown-cell",
+    "idle-units", "hidden-paths-drown-cell", "unread", "reads-one-sequence", "reads-past-packed",
+    "reads-first-step", "reads-after-end", "reads-few-sequences",
 }  # fmt: skip
 
 
@@ -48,6 +49,8 @@ def runs(code: str, visit: Visit) -> bool:
     optimised(visit.x)[0].sum().backward()
     names = {
         "model": optimised, "x": visit.x, "y": visit.x, "h": state, "c": state,
+        "output": optimised(visit.x)[0], "outputs": list(optimised(visit.x)[0]), "packed": visit.x,
+        "lengths": torch.full((visit.x.shape[1],), len(visit.x)), "x_t": visit.x[0],
         "torch": torch, "nn": nn, "gradflow": gradflow, "print": lambda *shown: None,
     }  # fmt: skip
     before = torch.is_anomaly_enabled()

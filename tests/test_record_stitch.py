@@ -15,7 +15,6 @@ import torch
 from loops import Run, State
 from test_record_cells import Stacked, check_direct, check_totals, check_weights
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import gradflow
@@ -445,15 +444,6 @@ def test_masks_between_two_calls() -> None:
         assert track.grad_h[1, 0].count_nonzero() > 0
 
 
-def test_a_batch_that_changes_its_size_starts_afresh() -> None:
-    module, x = nn.GRU(INPUTS, HIDDEN, dtype=torch.float64), data()
-    with gradflow.record(module) as recording:
-        _, h = module(x[:3])
-        module(x[3:, :2], h[:, :2])[0].sum().backward()
-    assert [(t.steps, t.batch) for t in recording] == [(3, 3), (3, 2)]
-    assert recording["l0@2"].parity.status == "passed"
-
-
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
 def test_lengths_of_a_loop_over_single_steps(kind: type[nn.RNNBase]) -> None:
     """A padded batch read step by step says what the same batch says in one call."""
@@ -503,16 +493,11 @@ def test_a_function_for_lengths_is_not_asked_of_single_steps() -> None:
     assert "give the lengths themselves" in recording["decoder"].notes[0]
 
 
-@pytest.mark.parametrize("how", ["bidirectional", "packed"])
-def test_calls_that_are_never_stitched(how: str) -> None:
-    module, x = lstm(bidirectional=how == "bidirectional"), data()
-
-    def given(part: Tensor) -> object:
-        return part if how == "bidirectional" else pack_padded_sequence(part, [3, 3, 2])
-
+def test_bidirectional_calls_are_never_stitched() -> None:
+    module, x = lstm(bidirectional=True), data()
     with gradflow.record(module) as recording:
-        _, state = module(given(x[:3]))
-        _, state = module(given(x[3:]), state)
+        _, state = module(x[:3])
+        _, state = module(x[3:], state)
         state[0].sum().backward()
     assert {t.name.partition("@")[2] for t in recording} == {"", "2"}
     assert all(t.steps == 3 and t.parity.status == "passed" for t in recording)

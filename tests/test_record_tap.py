@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -462,8 +463,7 @@ def test_without_gradient_states_alone() -> None:
     assert track.h.shape == (5, BATCH, HIDDEN)
     assert not track.cuts.any()
     assert not track.has_gradient
-    with pytest.raises(RecordingError, match="run the loop with gradients enabled"):
-        gradflow.analyze(recording)
+    assert re.search("run the loop with gradients enabled", without_gains(recording))
 
 
 def test_a_leaf_state_after_the_users_hook() -> None:
@@ -683,6 +683,14 @@ def test_under_a_checkpoint_nothing_is_invented(reentrant: bool) -> None:
 # --------------------------------------------------------------------------------- refused in words
 
 
+def without_gains(recording: gradflow.Recording) -> str:
+    """The sentence on a loop whose gains are not known; everything else of it is there."""
+    layer = gradflow.analyze(recording)["loop"]
+    assert (layer.verdict, "no gains" in layer.labels) == ("inconclusive", True)
+    assert math.isnan(layer.rate.value) and layer.channels is None and layer.horizon is None
+    return layer.sentence
+
+
 def test_a_forgotten_state_is_named_as_the_reason() -> None:
     step, state = lstm(peephole=False), zeros(("h", "c"))
     with gradflow.record(nn.Module()) as recording:
@@ -691,8 +699,7 @@ def test_a_forgotten_state_is_named_as_the_reason() -> None:
             state["h"] = gradflow.tap(h=state["h"])
         state["h"].sum().backward()
     assert bool((recording["loop"].grad_h[0] != 0).any())
-    with pytest.raises(RecordingError, match="the loop carries more than its marked states"):
-        gradflow.analyze(recording)
+    assert re.search("the loop carries more than its marked states", without_gains(recording))
     assert recording["loop"].last_grads is None
     with pytest.raises(RecordingError, match="no direct part of the gradient"):
         _ = recording["loop"].grad_h_direct
@@ -732,8 +739,7 @@ def test_sequences_that_are_mixed_have_no_jacobian() -> None:
         for _ in range(5):
             h = gradflow.tap(h=torch.tanh(norm(h @ u.T)))
         h.sum().backward()
-    with pytest.raises(RecordingError, match="mixes the sequences of a batch"):
-        gradflow.analyze(recording)
+    assert re.search("mixes the sequences of a batch", without_gains(recording))
 
 
 class Doubled(torch.autograd.Function):
@@ -754,20 +760,21 @@ def test_an_autograd_function_of_the_users_own() -> None:
             h = gradflow.tap(h=torch.tanh(Doubled.apply(h @ u.T)))
         h.sum().backward()
     assert bool((recording["loop"].grad_h != 0).all())
-    with pytest.raises(RecordingError, match=r"an autograd\.Function of your own between two taps"):
-        gradflow.analyze(recording)
+    assert re.search(
+        r"an autograd\.Function of your own between two taps", without_gains(recording)
+    )
 
 
 @pytest.mark.parametrize(
     ("width", "jacobians", "reason"),
     [
         (64, None, None),
-        (65, None, r"above 64 they are taken only on request.*jacobians=True"),
+        (65, None, None),
         (65, True, None),
         (4, False, "jacobians=False"),
     ],
 )
-def test_wide_states_have_jacobians_on_request(
+def test_states_of_any_width_have_jacobians_unless_they_are_turned_off(
     width: int, jacobians: bool | None, reason: str | None
 ) -> None:
     u = weights(width, width)

@@ -187,7 +187,9 @@ def test_the_units_of_the_states_are_counted_as_in_the_headline() -> None:
     assert made.message == "0 of 32 units have 10⁻³ of the loss's gradient left 29 steps back"
     data["log10_grad"][..., 1:] = np.nan
     made = states.prepare(replace(layer, data=data))
-    assert made.message == "nothing lies further back than the loss step"
+    assert made.message == (
+        "the loss reads a step at which the layer starts, or starts anew: there is none before it"
+    )
 
 
 def test_one_of_many_is_said_in_the_singular() -> None:

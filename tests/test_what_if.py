@@ -536,14 +536,26 @@ def test_a_prediction_for_a_loop_says_what_it_takes_as_recorded() -> None:
             super().__init__()
             self.cell = nn.GRUCell(4, 4)
 
-        def forward(self, h: Tensor) -> Tensor:
-            for _ in range(20):
-                h = self.cell(h, h)
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.zeros(6, 4)
+            for t in range(20):
+                h = self.cell(x[t], h)
             return h
 
-    layer = gradflow.diagnose(Decoder(), torch.randn(6, 4))["cell"]
+    layer = gradflow.diagnose(Decoder(), torch.randn(20, 6, 4))["cell"]
     note = "every call of the loop reads its input as it was recorded"
     assert layer.predictions[0].batch == f"this batch ({note})"
+
+
+def test_a_closed_loop_is_not_run_again_with_its_old_inputs() -> None:
+    cell = nn.GRUCell(4, 4)
+    with gradflow.record(cell) as recording:
+        h = torch.randn(6, 4)
+        for _ in range(20):
+            h = cell(h, h)
+        h.sum().backward()
+    row = gradflow.what_if(recording, forget_bias=1.0).iloc[0]
+    assert "closed loop" in row.note and math.isnan(row.rate_after)
 
 
 def test_a_stable_model_gets_none() -> None:

@@ -129,7 +129,7 @@ def test_analyze_of_nothing_names_the_reason() -> None:
         gradflow.analyze(recording)
 
 
-def test_a_layer_whose_jacobians_are_unknown_is_left_out_and_named(
+def test_a_layer_whose_jacobians_are_unknown_is_there_without_gains_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = nn.Sequential(nn.GRU(3, 4))
@@ -143,11 +143,37 @@ def test_a_layer_whose_jacobians_are_unknown_is_left_out_and_named(
 
     monkeypatch.setattr(recording["0.0.l0"].source, "operator", unknown)
     run = gradflow.analyze(recording)
+    assert list(run.layers) == ["0.0.l0", "1.l0"]
+    assert run["0.0.l0"].sentence == (
+        "0.0.l0 gets no verdict, since its gains are not known: what happens between two calls is "
+        "not known"
+    )
+    assert run["1.l0"].labels == gradflow.analyze(recording)["1.l0"].labels
+    assert "no gains" not in run["1.l0"].labels
+
+
+def test_a_layer_whose_states_cannot_be_read_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = nn.ModuleList([nn.GRU(3, 4), nn.GRU(3, 4)])
+    x = torch.randn(20, 4, 3)
+
+    def unknown() -> None:
+        raise RecordingError("0.l0: its dropout cannot be drawn again")
+
+    def recorded(*lost: str) -> gradflow.Recording:
+        with gradflow.record(both) as recording:
+            (both[0](x)[0].sum() + both[1](x)[0].sum()).backward()
+        for name in lost:
+            monkeypatch.setattr(recording[name].source, "forward", unknown)
+            recording[name].read_anew()
+        return recording
+
+    run = gradflow.analyze(recorded("0.l0"))
     assert list(run.layers) == ["1.l0"]
-    assert " is not in this report: " in run.warnings[0] and "not known" in run.warnings[0]
-    monkeypatch.setattr(recording["1.l0"].source, "operator", unknown)
-    with pytest.raises(RecordingError, match="not known"):
-        gradflow.analyze(recording)
+    assert run.warnings[0] == "0.l0 is not in this report: its dropout cannot be drawn again"
+    with pytest.raises(RecordingError, match="drawn again"):
+        gradflow.analyze(recorded("0.l0", "1.l0"))
 
 
 def test_a_run_is_read_back_exactly(tmp_path: object) -> None:

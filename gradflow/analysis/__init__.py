@@ -11,6 +11,8 @@ log_gain            (norm, sequence, source,       ln ‖P(t'←t)‖; norm is "
                     target)                        ln (‖P(t'←t)ᵀ a_t'‖/‖a_t'‖) along the state-partial
                                                    gradient a_t' of the loss; sequence is the index in
                                                    the user's batch; processing order
+log_rms_error       (sequence, source, target)     standard error of the rms ln gain, of layers so wide
+                                                   that random probes give it; none for others
 log_block_gain      (block, sequence, source,      ln (‖P_block‖_F/√columns) of the blocks of the joint
                     target)                        product, rows first: "hc" is ∂h_t'/∂c_t; none for a
                                                    single state
@@ -49,7 +51,8 @@ sum_rule            (side)                         sum of all exponents as "meas
                                                    no closed form is known
 log10_grad          (state, unit, back)            |∂L/∂s_t| of the last loss step, rms over sequences
                                                    aligned at that step (back = 0), divided by the
-                                                   layer's own rms value there; log10
+                                                   layer's own rms value there; log10. Where grad_norm
+                                                   of kind "last" is NaN, of the whole loss instead
 unit_order          (state, unit)                  units sorted, longest memory first
 grad_norm           (kind, state, step)            median over sequences of ‖∂L/∂s_t‖₂; kind is
                                                    "total", "direct" (h only) or "last"; input-time order
@@ -91,7 +94,15 @@ grad_input_norm     (step)                         median over sequences of ‖�
 """
 
 from gradflow.analysis.frames import FRAMES, HEADLINE
-from gradflow.analysis.results import Finding, Gain, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.results import (
+    UNMEASURED,
+    Alone,
+    Finding,
+    Gain,
+    LayerAnalysis,
+    Prediction,
+    Rate,
+)
 from gradflow.analysis.run import Analysis, checked_labels, load
 from gradflow.analysis.saved import SCHEMA
 
@@ -99,6 +110,8 @@ __all__ = [
     "FRAMES",
     "HEADLINE",
     "SCHEMA",
+    "UNMEASURED",
+    "Alone",
     "Analysis",
     "Finding",
     "Gain",

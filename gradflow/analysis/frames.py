@@ -12,7 +12,19 @@ import pandas as pd
 from gradflow.analysis.results import Finding, LayerAnalysis
 
 FRAMES = ("layers", "steps", "lags", "units", "findings")
-HEADLINE = ["layer", "verdict", "gain", "gain_low", "gain_high", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels"]
+HEADLINE = [
+    "layer",
+    "verdict",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "rate",
+    "rate_low",
+    "rate_high",
+    "half_life",
+    "horizon",
+    "channels",
+]
 
 
 def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:

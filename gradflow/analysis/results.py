@@ -10,6 +10,14 @@ import xarray as xr
 
 from gradflow.recording import Parity
 
+FIRST = (  # findings on what the loss reads, which stand before those of all layers
+    "unread",
+    "reads-one-sequence",
+    "reads-past-packed",
+    "reads-first-step",
+    "reads-after-end",
+)
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -110,6 +118,31 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Alone:
+    """A layer of a closed loop with its inputs held fixed: what its own equations do, no verdict.
+
+    >>> import torch, gradflow
+    >>> cell = torch.nn.RNNCell(1, 1, bias=False)
+    >>> for weight in cell.parameters():
+    ...     _ = torch.nn.init.constant_(weight, 0.5)
+    >>> with gradflow.record(cell) as recording:
+    ...     h = x = torch.zeros(2, 1)
+    ...     for _ in range(30):
+    ...         x = h = cell(x, h)
+    ...     h.sum().backward()
+    >>> layer = gradflow.analyze(recording)["cell"]
+    >>> round(layer.rate.value, 4), round(layer.alone.rate.value, 4)     # ln 1, ln 0.5
+    (0.0, -0.6931)
+    """
+
+    rate: Rate  # nats per step
+    half_life: float  # steps; inf if the gain never halves
+    horizon: int | None  # first lag with gain < 1e-3; None if not reached
+    searched: int  # how many lags the horizon was searched over
+    channels: int | None  # directions that survive the span
+
+
+@dataclass(frozen=True)
 class LayerAnalysis:
     """The verdict on one layer in one direction, and the numbers behind it.
 
@@ -147,6 +180,7 @@ class LayerAnalysis:
     method: str  # "exact" or "sketch", and how it was chosen
     data: xr.Dataset = field(repr=False)  # every array; see `gradflow.analysis`
     predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
+    alone: Alone | None = None  # of a layer in a closed loop: the same with its inputs held fixed
     step_labels: tuple[str, ...] = ()  # T words for the steps in input time, or none
     gain: Gain = UNMEASURED  # nats over the span: what the verdict judges
 

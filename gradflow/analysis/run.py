@@ -14,7 +14,7 @@ import pandas as pd
 
 from gradflow.analysis import saved
 from gradflow.analysis.frames import BUILDERS, FRAMES, HEADLINE
-from gradflow.analysis.results import Finding, LayerAnalysis
+from gradflow.analysis.results import FIRST, Finding, LayerAnalysis
 from gradflow.errors import InputError, must_be
 
 
@@ -97,19 +97,26 @@ class Analysis:
 
     @property
     def worst_first(self) -> list[LayerAnalysis]:
-        """Layers by how much of the gradient they lose or blow up, then in order of running."""
+        """Layers of which the loss reads the wrong steps; then by how much of the gradient is lost
+        or blown up; then in order of running."""
         rank = {"dead": 0, "exploding": 1, "vanishing": 1, "inconclusive": 2, "stable": 3}
 
-        def key(layer: LayerAnalysis) -> tuple[int, float]:
+        def key(layer: LayerAnalysis) -> tuple[bool, int, float]:
             size = abs(layer.decades) if math.isfinite(layer.decades) else 0.0
-            return rank[layer.verdict], -size
+            misread = any(finding.name in FIRST for finding in layer.findings)
+            return not misread, rank[layer.verdict], -size
 
         return sorted(self.layers.values(), key=key)
 
     @property
     def findings(self) -> list[Finding]:
-        """All findings, those of the worst layers first."""
-        return [finding for layer in self.worst_first for finding in layer.findings]
+        """All findings: what the loss reads, then those of the worst layers first."""
+        order: dict[int, list[Finding]] = {0: [], 1: [], 2: []}
+        for layer in self.worst_first:
+            misread = any(finding.name in FIRST for finding in layer.findings)
+            for finding in layer.findings:  # what cannot be mended before the reading comes last
+                order[0 if finding.name in FIRST else 1 + misread].append(finding)
+        return [finding for some in order.values() for finding in some]
 
     def frame(self, kind: str = "layers") -> pd.DataFrame:
         """A tidy table, one row for each of the things that it is about, of all layers.
@@ -178,6 +185,8 @@ class Analysis:
 def _horizon(layer: LayerAnalysis) -> str:
     if layer.horizon is not None:
         return str(layer.horizon)
+    if layer.searched == 0:
+        return "none"
     return "never" if layer.never_gone else f"> {layer.searched}"
 
 

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from gradflow.analysis.results import UNMEASURED, Finding, Gain, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.results import (
+    UNMEASURED,
+    Alone,
+    Finding,
+    Gain,
+    LayerAnalysis,
+    Prediction,
+    Rate,
+)
 from gradflow.errors import FileError, InputError
 from gradflow.recording import Parity
 
@@ -25,6 +33,8 @@ SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be 
 ESSENTIAL = ("log_gain", "lag_median", "sequence_rate", "log10_grad", "unit_order", "grad_norm")
 PACKED = {"zlib": True, "complevel": 1, "shuffle": True}  # of large arrays in a file; loses nothing
 LARGE = 1000  # entries
+# fields of a layer that are written in a way of their own
+APART = ("data", "lyapunov", "rate", "gain", "parity", "findings", "predictions", "alone")
 
 
 def save(analysis: Analysis, path: Path) -> Path:
@@ -53,12 +63,13 @@ def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
     header = {
         name: getattr(layer, name)
         for name in LayerAnalysis.__dataclass_fields__
-        if name not in ("data", "lyapunov", "rate", "gain", "parity", "findings", "predictions")
+        if name not in APART
     }
     header["lyapunov"] = None if layer.lyapunov is None else layer.lyapunov.tolist()
     header["rate"], header["gain"] = asdict(layer.rate), asdict(layer.gain)
     header["parity"] = asdict(layer.parity)
     header["findings"] = [asdict(finding) for finding in layer.findings]
+    header["alone"] = None if layer.alone is None else asdict(layer.alone)
     header["predictions"] = [asdict(prediction) for prediction in layer.predictions]
     return header
 
@@ -141,9 +152,14 @@ def _layer_from(data: xr.Dataset) -> LayerAnalysis:
             "findings": tuple(Finding(**finding) for finding in header["findings"]),
             "predictions": tuple(_prediction_from(p) for p in header.get("predictions", ())),
             "lyapunov": None if lyapunov is None else np.asarray(lyapunov, dtype=float),
+            "alone": _alone_from(header.get("alone")),
             "data": data,
         }
     )
+
+
+def _alone_from(header: dict[str, Any] | None) -> Alone | None:
+    return None if header is None else Alone(**header | {"rate": Rate(**header["rate"])})
 
 
 def _prediction_from(header: dict[str, Any]) -> Prediction:

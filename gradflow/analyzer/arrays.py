@@ -59,7 +59,8 @@ def _gains(m: Measured) -> Part:
             "log_block_gain": (("block", *pair), maps.blocks),
             "log_cell_path": (pair, maps.cell_path),
             "log_singular": (("sequence", "index"), m.ranks.singular),
-        },
+        }
+        | ({} if maps.rms_error is None else {"log_rms_error": (pair, maps.rms_error)}),
         {
             "norm": list(maps.log_gain),
             "block": np.array(maps.block_names, dtype=str),

@@ -15,6 +15,7 @@ from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
+from gradflow.analyzer.closed import judged, told_once, with_alone
 from gradflow.analyzer.contributions import contributions
 from gradflow.analyzer.core import channels, half_life, measure
 from gradflow.analyzer.curve import finite_extremes
@@ -27,10 +28,13 @@ from gradflow.analyzer.lyapunov import SHORT
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.notes import provenance_of, warnings_of
 from gradflow.analyzer.rates import decays_as_power
+from gradflow.analyzer.read_states import read_part
+from gradflow.analyzer.reading import Reading, readings
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.analyzer.triangle import triangle
+from gradflow.analyzer.unmeasured import without_gains
 from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.recording import Recording, Track
@@ -70,7 +74,9 @@ def analyze(
 
     Returns:
         An `Analysis`, layer name -> `LayerAnalysis`: gain in nats over the span, rate in nats per
-        step, half-life and horizon in steps, channels, verdict, findings, and every array in ``.data``.
+        step, half-life and horizon in steps, channels, verdict, findings, and every array in
+        ``.data``. A layer whose step Jacobians are not known has the label "no gains": totals and
+        states, no rate, and a sentence that says why.
 
     Raises:
         RecordingError: nothing was recorded.
@@ -104,14 +110,22 @@ def analyze(
 
 
 def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAnalysis], list[str]]:
-    """All layers that can be measured, and a sentence on each that cannot."""
+    """All layers whose states can be read, and a sentence on each whose states cannot."""
     layers: dict[str, LayerAnalysis] = {}
     refused: dict[str, RecordingError] = {}
+    unread: list[str] = []
+    read = readings(recording)
     for track in recording:
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
-                layers[track.name] = _layer(track, settings)
-        except RecordingError as error:  # its Jacobians or its replay are not to be had
+                shown, loop = judged(recording, track)
+                part = read_part(loop)
+                shown = part.shown if shown is loop else shown
+                made = _layer(shown, part.judged, read[track.name], settings)
+                layers[track.name] = with_alone(track, made, settings)
+            if part.unread and part.words not in unread:
+                unread.append(part.words)
+        except RecordingError as error:  # its replay is not to be had
             refused[track.name] = error
     if not layers:
         raise next(iter(refused.values()))
@@ -119,17 +133,24 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
         f"{name} is not in this report: {str(error).removeprefix(f'{name}: ')}"
         for name, error in refused.items()
     ]
-    return with_flow(recording, layers), said
+    return with_flow(recording, told_once(recording, layers)), [*said, *unread]
 
 
 # ------------------------------------------------------------------------------------- one layer
 
 
-def _layer(track: Track, settings: Settings) -> LayerAnalysis:
-    """Measure one layer in one direction, then judge it and put it into words."""
+def _layer(track: Track, loop: Track, read: Reading, settings: Settings) -> LayerAnalysis:
+    """Measure one layer in one direction, then judge it and put it into words.
+
+    loop is what of it has a vote in gains and verdict: mostly itself, of a closed loop the joint
+    state, and of either what the loss reads.
+    """
     withheld = track.has_gradient and track.parity.status == "failed"
     weight = watcher(track)
-    core = measure(track, settings, withheld=withheld, watch=weight)
+    try:
+        core = measure(loop, settings, withheld=withheld, watch=weight)
+    except RecordingError as error:  # no step Jacobians; what needs none is shown all the same
+        core, weight = without_gains(track, settings, str(error)), None
 
     # what the loss sees
     seen = profile(track, withheld)
@@ -157,10 +178,11 @@ def _layer(track: Track, settings: Settings) -> LayerAnalysis:
     evidence = Evidence(
         **vars(measured),
         alone=settings.layers == 1,
-        size=state_size(track),
+        reading=read,
+        size=state_size(loop),
         labels=labels,
         half_life=half_life(core, labels),
-        channels=channels(track, core.ranks.singular),
+        channels=channels(loop, core.ranks.singular),
         gradient_note=gradient_note(track) or ("" if grows else arrives_elsewhere(seen)),
         data=dataset(measured),
     )
@@ -203,6 +225,7 @@ def _labels(m: Measured) -> tuple[str, ...]:
     if longest == 1:
         return ("no recurrence", "short")
     found = {
+        "no gains": bool(m.no_gains),
         "not finite": not m.finite.all(),
         # growth that goes on is no transient
         "transient growth": m.curve.transient_growth and m.verdict.name != "exploding",
@@ -210,7 +233,8 @@ def _labels(m: Measured) -> tuple[str, ...]:
         "not exponential": decays_as_power(m.log_curves),
         "range-limited": _leaves_range(m.track, m.maps),
         "short": longest < SHORT,
-        "one sequence": int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1,
+        "one sequence": not m.no_gains
+        and (int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1),
     }
     return tuple(label for label, holds in found.items() if holds)
 

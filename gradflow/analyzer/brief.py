@@ -13,10 +13,11 @@ import torch
 
 from gradflow.analysis import Gain, Rate
 from gradflow.analyzer import core
-from gradflow.analyzer.jacobians import state_size
+from gradflow.analyzer.jacobians import operator_of, state_size, vector_seconds
 from gradflow.analyzer.keeping import keeping_seconds, qr_seconds
 from gradflow.analyzer.plan import exact_seconds
 from gradflow.analyzer.rates import decays_as_power
+from gradflow.analyzer.read_states import read_part
 from gradflow.analyzer.sweep import SPEED
 from gradflow.analyzer.threads import fitting_threads
 from gradflow.recording import Track
@@ -68,6 +69,7 @@ def brief(
     settings = core.Settings(
         span, sequences, 1, "auto", None, seed, share, lambda phase, done: None
     )
+    track = read_part(track).judged
     with fitting_threads(state_size(track)):
         return _measured(track, settings)
 
@@ -93,7 +95,8 @@ def brief_seconds(track: Track, span: int, share: int) -> float:
     weights = sum(weight.numel() for weight in track.weights.values())
     speed = SPEED[torch.float64]
     again = 8.0 * length * batch * weights / speed  # forward, gates, the same in float64
-    rate = qr_seconds(length, batch, size, 1) + keeping_seconds(track, share)
+    vector = vector_seconds(operator_of(track))
+    rate = qr_seconds(length, batch, size, 1, vector) + keeping_seconds(track, share)
     # a map that does not fit its budget still follows one source to its end
     pilot = 2.0 * length * size**3 / speed
     maps = min(exact_seconds(size, length), core.MAP_SECONDS / share + pilot)

@@ -42,7 +42,7 @@ def constant_exponents(operator: Operator, counted: np.ndarray) -> np.ndarray | 
         room = ALIKE * torch.linalg.vector_norm(first)
         if not bool((torch.linalg.vector_norm(images - first, dim=1) <= room).all()):
             return None
-    t, b = (int(place) for place in np.argwhere(counted)[0])
-    matrix = transposed_step(operator, t)[b]
+    start, sequence = (int(place) for place in np.argwhere(counted)[0])
+    matrix = transposed_step(operator, start)[sequence]
     with np.errstate(divide="ignore"):
         return np.log(np.sort(torch.linalg.eigvals(matrix).abs().numpy())[::-1])

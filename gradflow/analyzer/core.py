@@ -7,33 +7,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from gradflow.analysis import Gain, Rate
+from gradflow.analysis import UNMEASURED, Gain, Rate
 from gradflow.analyzer import plan
 from gradflow.analyzer.curve import LagCurve, lag_curve
 from gradflow.analyzer.gains import SpanGains
-from gradflow.analyzer.jacobians import operator_of, state_size
+from gradflow.analyzer.jacobians import operator_of, state_size, vector_seconds
 from gradflow.analyzer.keeping import (
     UNKNOWN,
     cuts_of,
-    dtype_for,
     interval_of_gains,
     interval_of_rates,
     keeping,
+    operator_for,
     qr_seconds,
     settling_by_halves,
 )
 from gradflow.analyzer.leading import WeightGrowth
 from gradflow.analyzer.lyapunov import Growth, log_growth
+from gradflow.analyzer.norms import EXACT_ROWS
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.ranks import Ranks, measure_ranks
 from gradflow.analyzer.rates import ROUNDING, Verdict, judge
 from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.singular import survivors
+from gradflow.analyzer.thin import thin_maps
 from gradflow.recording import Track
 
 MAP_SECONDS = 5.0  # predicted, for the maps of all layers together
@@ -60,6 +62,7 @@ class Core:
     maps: plan.Maps
     curve: LagCurve
     ranks: Ranks
+    no_gains: str  # why no gains could be measured, "" where they were
 
     @property
     def log_curves(self) -> np.ndarray:
@@ -71,7 +74,7 @@ def measure(
     track: Track, settings: Settings, *, withheld: bool, watch: WeightGrowth | None = None
 ) -> Core:
     """How much every sequence keeps over the span and how fast, and the maps of a few."""
-    span = settings.span or max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+    span = span_of(track, settings)
     finite = finite_sequences(track)
     kept = keeping(track, settings, span)
     growth = growth_of(track, settings, watch, kept.leading)
@@ -83,9 +86,9 @@ def measure(
         kept = replace(kept, common=settling_by_halves(growth, 0, alive))
     usable = bool(finite.all()) and track.steps > 1
     rate = interval_of_rates(rates, kept, growth) if usable else UNKNOWN
-    gain = interval_of_gains(gains, kept, growth) if usable else Gain(*astuple(UNKNOWN), 0)
+    gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
     mapped = _mapped(track, gains.values, finite, settings)
-    maps = _maps(track, mapped, withheld, settings)
+    maps, ranks = _maps(track, mapped, span, withheld, settings)
     measurable = int(np.isfinite(gains.values).sum())
     return Core(
         span=span,
@@ -102,15 +105,21 @@ def measure(
         mapped=mapped,
         maps=maps,
         curve=lag_curve(maps.log_gain["spectral"], maps.sources),
-        ranks=measure_ranks(track, mapped, span, CHANNEL_WORK / settings.layers),
+        ranks=ranks,
+        no_gains="",
     )
+
+
+def span_of(track: Track, settings: Settings) -> int:
+    """The distance of interest in steps: as asked for, or the median length."""
+    return settings.span or max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
 
 
 def finite_sequences(track: Track) -> np.ndarray:
     """(B,) whether every real state of a sequence, its initial one included, is finite."""
     finite = torch.ones(track.batch, dtype=torch.bool)
     real = track.mask.cpu()
-    for values in track.states.values():
+    for values in track.seen_states.values():
         finite &= (torch.isfinite(values.cpu()).all(-1) | ~real).all(0)
     for values in track.initial.values():
         finite &= torch.isfinite(values.cpu()).all(-1)
@@ -127,9 +136,11 @@ def growth_of(
     length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
     allowed = RATE_SECONDS / settings.layers
     affordable = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < size] + [size]
-    fitting = [k for k in affordable if qr_seconds(length, batch, size, k) <= allowed]
+    operator = operator_for(track, settings)
+    vector = vector_seconds(operator)
+    fitting = [k for k in affordable if qr_seconds(length, batch, size, k, vector) <= allowed]
     return log_growth(
-        operator_of(track, dtype_for(track, settings)),
+        operator,
         track.lengths,
         fitting[-1] if fitting else 1,
         cuts=cuts_of(track),
@@ -156,7 +167,18 @@ def _mapped(
     return tuple(known[place] for place in order[: settings.maps])
 
 
-def _maps(track: Track, mapped: Sequence[int], withheld: bool, settings: Settings) -> plan.Maps:
+def _maps(
+    track: Track, mapped: Sequence[int], span: int, withheld: bool, settings: Settings
+) -> tuple[plan.Maps, Ranks]:
+    if state_size(track) > EXACT_ROWS and operator_of(track, sequences=mapped).thin:
+        return thin_maps(
+            track,
+            mapped,
+            span,
+            seconds=MAP_SECONDS / settings.layers,
+            withheld=withheld,
+            progress=lambda share: settings.progress(f"{track.name}: gains", share),
+        )
     maps = plan.make_maps(
         track,
         mapped,
@@ -171,7 +193,7 @@ def _maps(track: Track, mapped: Sequence[int], withheld: bool, settings: Setting
     crossing = segments[:, maps.sources, None] != segments[:, None, :]
     for values in maps.planes:
         values[crossing] = np.nan
-    return maps
+    return maps, measure_ranks(track, mapped, span, CHANNEL_WORK / settings.layers)
 
 
 def channels(track: Track, singular: np.ndarray) -> int | None:

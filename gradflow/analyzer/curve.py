@@ -39,9 +39,15 @@ class LagCurve:
 
     @property
     def horizon(self) -> int | None:
-        """First lag k ≥ 1 with L(k) < ln 10⁻³, None if not reached."""
+        """First lag k ≥ 1 with L(k) < ln 10⁻³, None if not reached.
+
+        Where the lags before it were not measured, the straight line between the nearest tells it.
+        """
         gone = np.flatnonzero(self.median[1:] < GONE)
-        return int(gone[0]) + 1 if len(gone) else None
+        if len(gone) == 0:
+            return None
+        k = int(gone[0]) + 1
+        return min(k, math.floor(self._reached(k, GONE)) + 1)
 
     @property
     def half_life(self) -> float:
@@ -49,11 +55,16 @@ class LagCurve:
         fallen = np.flatnonzero(self.median[1:] <= HALF)
         if len(fallen) == 0:
             return math.inf
-        k = int(fallen[0]) + 1
-        before, after = float(self.median[k - 1]), float(self.median[k])
-        if not math.isfinite(after) or not math.isfinite(before):
+        return self._reached(int(fallen[0]) + 1, HALF)
+
+    def _reached(self, k: int, level: float) -> float:
+        """Where the line from the last measured lag before k to k meets a level; k if it has none."""
+        known = np.flatnonzero(~np.isnan(self.median[:k]))
+        earlier = int(known[-1]) if len(known) else k
+        before, after = float(self.median[earlier]), float(self.median[k])
+        if not math.isfinite(after) or not math.isfinite(before) or before <= after:
             return float(k)
-        return k - 1 + (before - HALF) / (before - after)
+        return earlier + (k - earlier) * (before - level) / (before - after)
 
     def falls_with(self, rate: float) -> bool:
         """Whether a rate < 0 tells of this curve: half-life and horizon are about where it has them.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.blocks import Blocks
-from gradflow.analyzer.jacobians import operator_of
+from gradflow.analyzer.jacobians import HostOperator, operator_of, vector_seconds
 from gradflow.analyzer.order import in_processing_order
 from gradflow.analyzer.sweep import SPEED
 from gradflow.recording import Operator, Track
@@ -49,10 +49,12 @@ def loss_map(
     return result, stride
 
 
-def _seconds(operator: Operator, stride: int) -> float:
+def _seconds(operator: HostOperator, stride: int) -> float:
     """Predicted for the pulls of all targets; what the calls of a step take is the same for any."""
-    pulls = operator.batch * operator.length * (operator.length / stride) / 2
-    return 2.0 * pulls * operator.size**2 / SPEED[operator.dtype]
+    pulls = operator.length * (operator.length / stride) / 2
+    if operator.thin:
+        return pulls * vector_seconds(operator)
+    return 2.0 * pulls * operator.batch * operator.size**2 / SPEED[operator.dtype]
 
 
 def loss_vectors(track: Track, sequences: Sequence[int]) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradflow.analysis import Rate
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.rates import DECADE, band, rate_over_sequences
+from gradflow.analyzer.reading import Reading
 from gradflow.recording import GATES, Track
 
 TELLING = 0.2 * DECADE  # between two gains, that is worth a word
@@ -23,6 +24,7 @@ class Evidence(Measured):
     """Everything measured on one track, and how it was judged."""
 
     alone: bool  # the only layer of its recording
+    reading: Reading  # at which steps of which sequences the loss reaches it
     size: int  # S
     labels: tuple[str, ...]
     half_life: float

@@ -118,7 +118,7 @@ def bad_start(track: Track) -> Origin | None:
 def bad_state(track: Track) -> Bad | None:
     """The first NaN or Inf of the forward pass, None without one; c, which makes h, before h."""
     main = {track.main_state: track.states[track.main_state]}
-    return first_not_finite(track, main | track.states)
+    return first_not_finite(track, main | track.seen_states)
 
 
 def bad_gradient(track: Track) -> Bad | None:

@@ -24,7 +24,9 @@ MOST = 2**28  # bytes of the blocks of all windows together; beyond, a few windo
 class SpanGains:
     """What each sequence keeps over the span."""
 
-    values: np.ndarray  # (B,) nats; −inf where exact zeros or cuts leave nothing, NaN if not measured
+    values: (
+        np.ndarray
+    )  # (B,) nats; −inf where exact zeros or cuts leave nothing, NaN if not measured
     steps: np.ndarray  # (B,) how many steps that is over, the median of its windows; 0 if none
 
 

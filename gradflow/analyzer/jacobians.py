@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import InputError, must_be
-from gradflow.recording import Operator, Track
+from gradflow.recording import Operator, ThinOperator, Track
 
 MEMORY_BUDGET = 4 * 2**30  # bytes of one dense stack
 CHUNK = 64 * 2**20  # bytes of pushed rows at a time
+SPEED = 8e9  # operations a second of products with few vectors
 
 
 class DenseOperator:
@@ -91,6 +92,11 @@ class HostOperator:
         """The dtype of its blocks."""
         return self.inner.dtype
 
+    @property
+    def thin(self) -> bool:
+        """Whether only few vectors at a time can be sent through it."""
+        return isinstance(self.inner, ThinOperator)
+
     def push(self, t: int, block: Tensor) -> Tensor:
         """Map every row v of block (B, m, S) to A_t v."""
         return self.inner.push(t, block.to(self.device)).cpu()
@@ -98,6 +104,13 @@ class HostOperator:
     def pull(self, t: int, block: Tensor) -> Tensor:
         """Map every row u of block (B, m, S) to A_tᵀ u."""
         return self.inner.pull(t, block.to(self.device)).cpu()
+
+
+def vector_seconds(operator: HostOperator) -> float:
+    """Predicted seconds of one vector of every sequence through one step."""
+    if isinstance(operator.inner, ThinOperator):
+        return operator.inner.seconds
+    return operator.batch * 2.0 * operator.size**2 / SPEED
 
 
 def operator_of(

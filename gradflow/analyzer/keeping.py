@@ -21,7 +21,7 @@ from gradflow.analyzer.gains import (
     dead_by_cuts,
     span_windows,
 )
-from gradflow.analyzer.jacobians import operator_of, state_size
+from gradflow.analyzer.jacobians import SPEED, HostOperator, operator_of, state_size, vector_seconds
 from gradflow.analyzer.lyapunov import Growth, burn_in
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.rates import ROUNDING, quantile, rate_of_one, rate_over_sequences
@@ -35,6 +35,7 @@ USUAL = 4  # rounds that the block iteration takes as a rule
 LEAST = 2  # rounds of it without which nothing is found
 MOST = 2**28  # bytes of the blocks of all windows together
 PIECES = 4  # means of one sequence where it does not hold enough autocorrelation times
+CALL = 2e-4  # seconds that the calls of one step take, however little they do
 UNKNOWN = Rate(math.nan, math.nan, math.nan)
 
 
@@ -71,10 +72,10 @@ class Keeping:
 def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     """Measure both together: all windows go through the steps at once."""
     lengths, cuts = track.lengths.cpu(), cuts_of(track)
-    operator = operator_of(track, dtype_for(track, settings))
+    operator = operator_for(track, settings)
     crossed = crossing(len(cuts), lengths, cuts)
     counted = _counted(lengths, cuts)
-    plan = _planned(track, settings)
+    plan = _planned(_cost(track, operator), operator.size, settings)
     most = max(1, MOST // (16 * plan.rows * operator.size * operator.batch))
     windows = span_windows(crossed, span, most)
     together = windows + (parted(counted, 1) if plan.rated == track.batch else [])
@@ -83,7 +84,7 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     leading = torch.zeros(track.batch, operator.size, dtype=torch.float64)
     for place in reversed(range(len(windows))):
         leading[windows[place].sequence] = norms.leading[place]
-    exponents = constant_exponents(operator, counted & crossed)
+    exponents = None if operator.thin else constant_exponents(operator, counted & crossed)
     if exponents is not None and math.isfinite(exponents[0]):
         counts = counted.any(0)
         return Keeping(gains, np.where(counts, exponents[0], np.nan), 0.0, leading, exponents)
@@ -100,7 +101,7 @@ def _of_some(track: Track, settings: Settings, counted: np.ndarray, plan: _Plan)
     """Rates of as many sequences as can be afforded, evenly spread, NaN for the others."""
     spread = np.linspace(0, track.batch - 1, plan.rated).round().astype(int)
     chosen = np.unique(spread)
-    operator = operator_of(track, dtype_for(track, settings), chosen.tolist())
+    operator = operator_for(track, settings, chosen.tolist())
     windows = parted(counted[: operator.length, chosen], 0)
     norms = log_norms(operator, windows, rows=plan.rows, rounds=plan.rounds)
     found = settled(windows, norms, len(chosen), 0)
@@ -114,7 +115,7 @@ def cuts_of(track: Track) -> Tensor:
     steps = int(track.lengths.max())
     first = torch.zeros(1, track.batch, dtype=torch.int)
     cuts = cuts_before(track).diff(dim=0, prepend=first)[:steps] > 0
-    cuts[0] |= not track.initial
+    cuts[0] |= not track.first_step_seen
     return cuts
 
 
@@ -193,47 +194,64 @@ class _Plan:
     rated: int  # sequences whose rate is measured by parts
 
 
-def qr_seconds(length: int, batch: int, size: int, k: int) -> float:
-    """Predicted seconds: the pushes, and for more than one direction a small QR per sequence."""
+@dataclass(frozen=True)
+class _Cost:
+    """What sweeps over all steps take."""
+
+    length: int
+    batch: int
+    vector: float  # seconds of one vector of every sequence through one step
+
+    def sweep(self, rows: int, batch: int | None = None) -> float:
+        """Predicted seconds of one sweep of blocks of so many rows."""
+        share = 1.0 if batch is None else batch / self.batch
+        return self.length * (rows * share * self.vector + CALL)
+
+
+def operator_for(
+    track: Track, settings: Settings, sequences: list[int] | None = None
+) -> HostOperator:
+    """The operator of some sequences, all by default; float32 where one direction is dear already."""
+    operator = operator_of(track, torch.float64, sequences)
+    whole = operator if sequences is None else operator_of(track)
+    wide = _cost(track, whole).sweep(1) > 2 * GAIN_SECONDS / settings.layers
+    return operator_of(track, torch.float32, sequences) if wide and not operator.thin else operator
+
+
+def _cost(track: Track, operator: HostOperator) -> _Cost:
+    return _Cost(int(track.lengths.max()), track.batch, vector_seconds(operator))
+
+
+def qr_seconds(length: int, batch: int, size: int, k: int, vector: float) -> float:
+    """Predicted seconds: the pushes, and for more than one direction a small QR per sequence.
+
+    vector is what one vector of every sequence takes at one step, see `vector_seconds`.
+    """
     factoring = (8.0 * size * k * k + 3e5) if k > 1 else 4.0 * size
-    return length * (batch * (2.0 * size**2 * k + factoring) / 8e9 + 2e-4)
+    return length * (k * vector + batch * factoring / SPEED + CALL)
 
 
-def dtype_for(track: Track, settings: Settings) -> torch.dtype:
-    """float32 where one direction alone would take longer than twice the budget."""
-    length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
-    wide = qr_seconds(length, batch, size, 1) > 2 * GAIN_SECONDS / settings.layers
-    return torch.float32 if wide else torch.float64
-
-
-def _pass_seconds(track: Track, batch: int, rows: int) -> float:
-    """One sweep of blocks over all steps."""
-    length, size = int(track.lengths.max()), state_size(track)
-    return length * (batch * (2.0 * size**2 + 10.0 * size) * rows / 8e9 + 2e-4)
-
-
-def _planned(track: Track, settings: Settings) -> _Plan:
+def _planned(cost: _Cost, size: int, settings: Settings) -> _Plan:
     """Whole where it fits; else fewer rows, rounds, and sequences whose rate is measured by parts."""
-    size, batch = state_size(track), track.batch
     allowed, parts = GAIN_SECONDS / settings.layers, len(PARTS)
     if size <= EXACT:
-        return _Plan(size, 1, batch)
+        return _Plan(size, 1, cost.batch)
     usual = 2 * USUAL
-    if usual * _pass_seconds(track, batch, (1 + parts) * ROWS) <= allowed:
-        return _Plan(ROWS, ROUNDS, batch)
-    fitting = [r for r in (ROWS, 2) if usual * _pass_seconds(track, batch, r) <= allowed]
+    if usual * cost.sweep((1 + parts) * ROWS) <= allowed:
+        return _Plan(ROWS, ROUNDS, cost.batch)
+    fitting = [rows for rows in (ROWS, 2) if usual * cost.sweep(rows) <= allowed]
     rows = fitting[0] if fitting else 1
-    rounds = int(allowed / (2 * _pass_seconds(track, batch, rows)))
-    each = usual * (_pass_seconds(track, 1, parts * rows) - _pass_seconds(track, 0, 0))
-    rated = int((allowed - usual * _pass_seconds(track, 0, 0)) / each)
-    return _Plan(rows, min(ROUNDS, max(LEAST, rounds)), min(batch, max(0, rated)))
+    rounds = int(allowed / (2 * cost.sweep(rows)))
+    each = usual * (cost.sweep(parts * rows, 1) - cost.sweep(0))
+    rated = int((allowed - usual * cost.sweep(0)) / each)
+    return _Plan(rows, min(ROUNDS, max(LEAST, rounds)), min(cost.batch, max(0, rated)))
 
 
 def keeping_seconds(track: Track, layers: int) -> float:
     """Predicted seconds of `keeping` where so many measurements share its budget."""
-    size, batch, parts = state_size(track), track.batch, 1 + len(PARTS)
+    size, parts = state_size(track), 1 + len(PARTS)
+    cost = _cost(track, operator_of(track))
     if size <= EXACT:
-        return _pass_seconds(track, batch, parts * size)
-    least = 2 * LEAST * _pass_seconds(track, batch, 1)
-    whole = 2 * USUAL * _pass_seconds(track, batch, parts * ROWS)
-    return max(least, min(whole, 2 * GAIN_SECONDS / layers))
+        return cost.sweep(parts * size)
+    whole = 2 * USUAL * cost.sweep(parts * ROWS)
+    return max(2 * LEAST * cost.sweep(1), min(whole, 2 * GAIN_SECONDS / layers))

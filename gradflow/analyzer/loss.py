@@ -23,11 +23,16 @@ KINDS = ("total", "direct", "last")
 
 @dataclass(frozen=True)
 class Profile:
-    """|∂L/∂s_t| of the last loss step, aligned at it; log10 of the layer's own level there."""
+    """|∂L/∂s_t| of the last loss step, aligned at it; log10 of the layer's own level there.
+
+    Where that step cannot be told from the others it is the whole loss's, aligned at the last step
+    that it reaches; with a loss at many steps it need not fade.
+    """
 
     log10_grad: np.ndarray  # (state, unit, back); −inf exact zeros, NaN undefined
     unit_order: np.ndarray  # (state, unit) longest memory first, −1 past a state's width
     memory_steps: np.ndarray  # (state, unit) steps until below 10⁻³, inf if never
+    whole: bool  # whether it is the whole loss's; then no unit's memory is known
 
 
 def gradient_note(track: Track) -> str:
@@ -45,10 +50,8 @@ def gradient_note(track: Track) -> str:
             "the parameter gradients rebuilt from the recorded ones do not match those of the "
             f"backward ({track.parity.reason}); what rests on the loss is withheld"
         )
-    last = track.last_grads
-    if last is None:
-        return "the gradient of the last loss step alone is not available for this layer"
-    if not any(bool(((g != 0) & ~g.isnan()).any()) for g in last.values()):
+    shown = track.last_grads or track.grads
+    if not any(bool(((g != 0) & ~g.isnan()).any()) for g in shown.values()):
         return "the gradient that reached this layer is zero everywhere"
     return ""
 
@@ -59,6 +62,8 @@ def arrives_elsewhere(seen: Profile) -> str:
     Below another layer, a gradient may come in at every step, and chiefly far from the loss step in
     this layer's own order: in a reverse layer under a forward one whose last step the loss reads.
     """
+    if seen.whole:
+        return ""
     for state in seen.log10_grad:
         level = rms_over_units(state)
         if np.isfinite(level).any() and np.nanmax(level[np.isfinite(level)]) > -GONE:
@@ -73,11 +78,15 @@ def profile(track: Track, withheld: bool) -> Profile:
     """Align the last loss step's gradient of every sequence at that step, rms over sequences.
 
     log10 of sqrt(mean_b g²) / level, the level being the rms over units and sequences at the loss
-    step. Steps before a cut and past a sequence's ends are no part of the mean.
+    step. Steps before a cut and past a sequence's ends are no part of the mean. Of a layer without
+    step Jacobians only the whole loss's gradient is known, and taken.
     """
     widths = {state: int(value.shape[-1]) for state, value in track.states.items()}
     unit_count = max(widths.values())
     grads = None if withheld else track.last_grads
+    whole = grads is None and not withheld and track.has_gradient
+    if whole:
+        grads = track.grads
     logs = np.full((len(widths), unit_count, track.steps), np.nan)
     if grads is not None:
         index, valid = _back_index(track, grads)
@@ -86,7 +95,7 @@ def profile(track: Track, withheld: bool) -> Profile:
             logs[place, :width] = _aligned(ordered, index, valid)
     memory = np.array([[_memory(unit) for unit in state] for state in logs])
     order = np.array([_order(logs[i], memory[i], w) for i, w in enumerate(widths.values())])
-    return Profile(logs, order, memory)
+    return Profile(logs, order, np.full_like(memory, math.nan) if whole else memory, whole)
 
 
 def _back_index(track: Track, grads: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

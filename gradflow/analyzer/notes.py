@@ -8,6 +8,7 @@ import torch
 from gradflow._version import __version__
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer.certificates import broken
+from gradflow.analyzer.closed import alone_words
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.lyapunov import SHORT, burn_in
 from gradflow.analyzer.settings import Settings
@@ -29,7 +30,8 @@ def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple
     limited: dict[str, list[str]] = {}
     for track in known:
         layer = layers[track.name]
-        notes += track.notes
+        notes += [note for note in track.notes if not _is_said(note, layer)]
+        notes += [alone_words(layer)] if layer.alone else []
         notes += [str(v.attrs["note"]) for v in layer.data.values() if "note" in v.attrs]
         longest = int(track.lengths.max())
         if 1 < longest < SHORT:
@@ -58,6 +60,12 @@ def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple
             "need not fade even where nothing flows; read the overview, of the last loss step alone"
         )
     return tuple(dict.fromkeys(notes))
+
+
+def _is_said(note: str, layer: LayerAnalysis) -> bool:
+    """Whether the sentence of a layer without gains gives this reason already."""
+    reason = note.partition(": ")[2]
+    return "no gains" in layer.labels and bool(reason) and reason in layer.sentence
 
 
 def _listed(names: list[str], every: list[str]) -> str:

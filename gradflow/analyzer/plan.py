@@ -43,6 +43,9 @@ class Maps:
     stride: int
     dtype: torch.dtype
     words: str
+    rms_error: np.ndarray | None = (
+        None  # (sequence, source, target) nats, where probes gave the rms
+    )
 
     @property
     def planes(self) -> list[np.ndarray]:

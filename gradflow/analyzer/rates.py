@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit  # scipy.stats takes a second to import
 
-from gradflow.analysis import Rate
+from gradflow.analysis import Gain, Rate
 
 CONFIDENCE = 0.95
 BATCHES = 20  # batch means of one sequence
@@ -127,7 +127,7 @@ def correlation_time(series: np.ndarray) -> float:
     return float(count)
 
 
-def judge(gain: Rate, sequences: int, steps: int) -> Verdict:
+def judge(gain: Rate | Gain, sequences: int, steps: int) -> Verdict:
     """Vanishing, exploding or stable if the whole interval says so; else inconclusive.
 
     What is said to be needed is where the interval of the same mean and spread comes free of the
@@ -159,7 +159,7 @@ def judge(gain: Rate, sequences: int, steps: int) -> Verdict:
     return Verdict("inconclusive", _needed(gain, sequences, steps))
 
 
-def _needed(gain: Rate, sequences: int, steps: int) -> str:
+def _needed(gain: Rate | Gain, sequences: int, steps: int) -> str:
     half = (gain.high - gain.low) / 2
     room = min(abs(gain.value - DECADE), abs(gain.value + DECADE))
     if room <= 0:

@@ -11,6 +11,7 @@ takes it out. The largest direction comes down to λ₁ from above; the mean ove
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ def parted(counted: np.ndarray, part: int) -> list[Window]:
             edges = [first + round((last - first) * i / pieces) for i in range(pieces + 1)]
             found += [
                 Window(b, start, end, part + place)
-                for start, end in zip(edges, edges[1:], strict=False)
+                for start, end in itertools.pairwise(edges)
                 if end > start
             ]
     return found

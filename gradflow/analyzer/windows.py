@@ -58,13 +58,14 @@ def log_norms(
     *,
     rows: int = ROWS,
     rounds: int = ROUNDS,
+    tolerance: float = TOLERANCE,
     progress: Callable[[float], None] | None = None,
 ) -> Norms:
     """ln ‖P‖₂ of every window by pushes and pulls alone.
 
     Up to S = 32 the unit vectors are pushed. Above, a block Krylov iteration on PᵀP: the rows are
     pulled back, made orthogonal to all earlier ones, pushed forward, and the largest singular value
-    over everything pushed is taken, until a round adds less than 2e-5 to any ln ‖P‖₂ (Golub &
+    over everything pushed is taken, until a round adds less than the tolerance to any ln ‖P‖₂ (Golub &
     Kahan 1965; Musco & Musco 2015). Each estimate is a lower bound.
 
     Args:
@@ -72,6 +73,7 @@ def log_norms(
         windows: those of one part of a sequence disjoint; at least one step each.
         rows: of the block that goes to and fro.
         rounds: at most so many.
+        tolerance: what one more round may still add, nats.
         progress: called with the share of the rounds done.
 
     >>> from gradflow.analyzer.jacobians import DenseOperator
@@ -84,19 +86,22 @@ def log_norms(
     if not windows:
         nothing = torch.zeros(0, dtype=torch.float64)
         return Norms(nothing, nothing, torch.zeros(0, size, dtype=torch.float64), 0.0)
-    sweep = _Sweep(operator, windows)
+    sweep = Sweep(operator, windows)
     if size <= EXACT:
         return _exact(sweep, size)
-    return _iterated(sweep, min(rows, size), rounds, progress or (lambda share: None))
+    tell = progress or (lambda share: None)
+    return _iterated(sweep, min(rows, size), rounds, tolerance, tell)
 
 
-def _exact(sweep: _Sweep, size: int) -> Norms:
+def _exact(sweep: Sweep, size: int) -> Norms:
     eye = torch.eye(size, dtype=sweep.operator.dtype).expand(len(sweep.windows), -1, -1)
     pushed, scale = sweep.push(eye)
     return _norms(eye.double(), pushed, scale, 0.0)
 
 
-def _iterated(sweep: _Sweep, rows: int, rounds: int, progress: Callable[[float], None]) -> Norms:
+def _iterated(
+    sweep: Sweep, rows: int, rounds: int, tolerance: float, progress: Callable[[float], None]
+) -> Norms:
     """Everything pulled back so far spans a space; its image is kept beside it."""
     count, size, dtype = len(sweep.windows), sweep.operator.size, sweep.operator.dtype
     generator = torch.Generator().manual_seed(SEED)
@@ -118,7 +123,7 @@ def _iterated(sweep: _Sweep, rows: int, rounds: int, progress: Callable[[float],
         added = torch.where(found == before, 0.0, found - before)  # −inf stays −inf
         missing = float(added.nan_to_num(0.0).max())
         progress((turn + 1) / rounds)
-        if turn and missing <= TOLERANCE:
+        if turn and missing <= tolerance:
             break
         before = found
         heads = torch.linalg.qr(pushed.nan_to_num(0.0).mT)[0].mT.to(dtype)
@@ -159,7 +164,7 @@ def _norms(basis: Tensor, images: Tensor, scales: Tensor, missing: float) -> Nor
     return Norms(spectral, frobenius, leading, missing)
 
 
-class _Sweep:
+class Sweep:
     """Pushes a block through each window, or pulls one back through it, all in one run over time."""
 
     def __init__(self, operator: Operator, windows: list[Window]) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gradflow.analyzer.evidence import Evidence, counted, number
+from gradflow.analyzer.causes.reading import headline, opening
 from gradflow.analyzer.cuts import cut_steps
+from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
 
 # ------------------------------------------------------------------------------------- sentence
@@ -17,7 +18,11 @@ from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
 def sentence(evidence: Evidence) -> str:
     """The verdict on a layer in words with its numbers."""
     said = _SENTENCES[evidence.verdict.name](evidence)
-    return f"{evidence.track.name} {said}{_in_the_long_run(evidence)}{_cut(evidence)}"
+    said += _in_the_long_run(evidence) + _cut(evidence)
+    first = opening(evidence)
+    if first and evidence.labels[:1] != ("no recurrence",):
+        return f"{evidence.track.name} {first}; the layer itself {said}"
+    return f"{evidence.track.name} {said}"
 
 
 def _in_the_long_run(e: Evidence) -> str:
@@ -42,7 +47,10 @@ def _cut(e: Evidence) -> str:
         return ""
     longest = int(e.data["segment_length"].max())
     where = f"at step {steps[0] + 1}" if len(steps) == 1 else f"at {len(steps)} steps"
-    return f"; it is cut off from its past {where}, no gradient crosses, stretches have up to {_steps(longest)}"
+    return (
+        f"; it is cut off from its past {where}, which no gradient crosses, in stretches of up to "
+        f"{_steps(longest)}"
+    )
 
 
 def _vanishing(e: Evidence) -> str:
@@ -116,6 +124,8 @@ def _inconclusive(e: Evidence) -> str:
         return "ran for one step only: no recurrence is exercised, so there is nothing to measure"
     if "not finite" in e.labels:
         return "holds NaN or Inf: no rate can be given until its values are finite"
+    if e.no_gains:
+        return f"gets no verdict, since its gains are not known: {e.no_gains}"
     if math.isnan(e.gain.value):
         return "has no step without a cut to measure: no gain can be given"
     if math.isnan(e.gain.low):
@@ -154,12 +164,17 @@ def _headline(e: Evidence) -> str:
         return "one step only, so no recurrence to measure"
     if "not finite" in e.labels:
         return "NaN or Inf, so no rate can be given"
+    read = headline(e)
+    if read:
+        return read
+    if e.no_gains:
+        return "no verdict, its gains are not known"
     if e.verdict.name == "dead" and not e.gain.steps:
         return "cut off from its past at every step"
     if e.verdict.name == "dead":
         return f"exact zeros cut every path{_within(e)}"
     profile = e.main_profile
-    if e.gradient_note or not np.isfinite(profile).any():
+    if e.gradient_note or e.profile.whole or not np.isfinite(profile).any():
         return _by_gain(e)
     if np.isnan(profile[:, 1:]).all():
         return _by_gain(e)  # the loss reads the first step alone, or a cut lies right before it

@@ -8,7 +8,7 @@ so ∂s_t/∂c_{t−1} does not hold what goes through h_{t−1}. That is the st
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ TOGETHER = 128  # units whose products are taken at once
 
 class Incomplete(NotReadable):
     """The loop carries more from step to step than its known states."""
+
+
+class Mixed(NotReadable):
+    """One sequence's next state depends on another sequence's state."""
 
 
 @dataclass(eq=False)
@@ -84,6 +88,12 @@ class Place:
     def twice(self) -> bool:
         """Whether two of its states are one and the same tensor of the graph."""
         return len(set(self.edges.values())) < len(self.edges)
+
+    def apart_from(self, name: str) -> Place | None:
+        """The other states, those of the same node left out; None where there is none."""
+        node = self.edges[name][0]
+        others = {n: e for n, e in self.edges.items() if n != name and e[0] is not node}
+        return replace(self, edges=others) if others else None
 
     def seeds(self, seed: Tensor, names: list[str]) -> list[tuple[Edge, Tensor]]:
         """Columns of a seed (B, S) at the edges of the named states."""
@@ -164,11 +174,21 @@ class Step:
             again = (probe.unsqueeze(1) @ found).squeeze(1)
             size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
             if not close_to(self.pull(probe).to(self._coarsest()), again, size):
-                raise NotReadable(
-                    "an operation that mixes the sequences of a batch (batch normalisation in "
-                    "training, perhaps), so that no sequence has a Jacobian of its own"
-                )
+                raise self.mixed()
         return found
+
+    def mixed(self) -> Mixed:
+        """What to say of a step whose sequences depend on one another."""
+        return Mixed(f"{self._what_mixes()}, so that no sequence has a Jacobian of its own")
+
+    def _what_mixes(self) -> str:
+        """Batch normalisation where the graph has it, else what can be seen of it."""
+        if any("BatchNorm" in type(node).__name__ for node in self.between.order):
+            return "batch normalisation in training, which mixes the sequences of a batch"
+        return (
+            "an operation that mixes the sequences of a batch (messages between the nodes of a "
+            "graph, statistics over the batch, a view that folds one axis into another)"
+        )
 
     def _coarsest(self) -> torch.dtype:
         """The least exact dtype on the way: under autocast it is not that of the states."""
@@ -275,10 +295,9 @@ def within(place: Place) -> Tensor | None:
     """
     blocks = []
     for name, root in place.edges.items():
-        others = {n: e for n, e in place.edges.items() if n != name and e[0] is not root[0]}
-        if not others:
+        made = place.apart_from(name)
+        if made is None:
             continue
-        made = Place(others, place.parts, place.shapes, place.dtypes, place.like)
         between = Between([root], made.nodes, made.since)
         if between.reached:
             blocks.append((place.parts[name], _block(place, made, between, name)))

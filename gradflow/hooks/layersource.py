@@ -82,6 +82,21 @@ class LayerSource:
         """Where the loss reaches what was returned, input time."""
         return self.scans.reached()
 
+    def arriving(self) -> Tensor | None:
+        """Where a gradient comes to this layer from outside it, input time, padding included."""
+        scans = self.scans.scanned("total")
+        if scans is None:
+            return None
+        direct, _ = scans[self.layer][self.direction]
+        found = (direct != 0).any(2)
+        c_n = self.scans.arrived()[2]
+        if c_n is not None:
+            place = self.layer * len(scans[0]) + self.direction
+            last = self.replay.kernel_lengths - 1
+            found[last, torch.arange(len(last), device=last.device)] |= (c_n[place] != 0).any(1)
+        layer = self.replay.layers[self.layer][self.direction]
+        return layer.turned(found.unsqueeze(2)).squeeze(2)
+
     def loss_steps(
         self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
     ) -> Backward | None:

@@ -30,8 +30,7 @@ class GivenLengths:
             return None
         batch, steps = (0, 1) if seen.batch_first else (1, 0)
         batch, steps = seen.data.shape[batch], seen.data.shape[steps]
-        if steps == 1:  # a step of a loop, whose real steps they are
-            self.of_steps(batch)
+        if steps == 1:  # a step of a loop, whose real steps they are: see `of_steps`
             return None
         data = seen.data if seen.module_input is None else seen.module_input
         lengths = self._given(data) if callable(self._given) else self._given

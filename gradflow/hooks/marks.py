@@ -18,7 +18,9 @@ from gradflow.hooks.dense import Incomplete, Place, Step, within
 from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.loops.links import probe_of
+from gradflow.hooks.tape import Constants, TooMuch
 from gradflow.hooks.tapped import WIDEST, Mark, TapSource
+from gradflow.hooks.wide import WideStep, wide_step, wide_within
 from gradflow.recording import Track
 
 
@@ -54,6 +56,7 @@ class Marks:
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
+        self.constants = Constants()  # of wide steps
 
     @staticmethod
     def new(place: Place, rows: dict[str, Tensor]) -> Mark:
@@ -102,7 +105,7 @@ class Marks:
 
     def settle(self, end: End, states: dict[str, Tensor], place: Place, mark: Mark) -> None:
         """What these states pass to one another, and from now on they are the end of the loop."""
-        if self.wanted(place) and not mark.unknown and not mark.within_known:
+        if self.wanted and not mark.unknown and not mark.within_known:
             self.read_within(end.source, place, mark)
         self.owner.handles += end.source.listen(mark, place.edges)
         end.since = end.place.since if end.place.edges else end.number
@@ -111,18 +114,17 @@ class Marks:
             end.older.clear()
         end.states, end.place, end.number = states, place, newest()
 
-    def wanted(self, place: Place) -> bool:
-        """Whether step Jacobians of states of this width are taken."""
-        if self.owner.jacobians is None:
-            return place.like.shape[1] <= WIDEST
-        return self.owner.jacobians
+    @property
+    def wanted(self) -> bool:
+        """Whether step Jacobians are taken at all."""
+        return self.owner.jacobians is not False
 
-    def _why_not(self, place: Place) -> str:
-        if self.owner.jacobians is None:
-            return (
-                f"a state {place.like.shape[1]} wide, and above {WIDEST} they are taken only on "
-                "request; ask for them with gradflow.record(model, jacobians=True)"
-            )
+    def wide(self, place: Place) -> bool:
+        """Whether those of states of this width are kept as products, and not written out."""
+        return self.owner.jacobians is None and place.like.shape[1] > WIDEST
+
+    @staticmethod
+    def _why_not() -> str:
         return "jacobians=False; leave it out, or ask for them with jacobians=True"
 
     def by_graph(self, end: End, place: Place, mark: Mark) -> bool:
@@ -132,6 +134,8 @@ class Marks:
             return self._read(end, place, mark)
         except Incomplete as error:
             mark.unknown = f"{error}, so {words.more}"
+        except TooMuch as error:
+            mark.unknown = str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two {words.steps}"
         return True
@@ -142,33 +146,43 @@ class Marks:
             return False
         if end.place.twice or place.twice:
             mark.unknown = "a tap that was given one tensor as two states; give each its own"
-        elif self.wanted(place):
+        elif self.wanted and not self.wide(place):
             mark.jacobian = step.jacobian()
             mark.cut = step.cut(mark.jacobian.flatten(1).any(1))
         else:
-            mark.unknown = self._why_not(place)
             mark.cut = step.cut((step.pull(probe_of(place.like)) != 0).any(1))
+            if self.wanted:
+                mark.jacobian = wide_step(step, self.constants, len(end.source.marks))
+            else:
+                mark.unknown = self._why_not()
         return True
 
     def without_graph(self, end: End, place: Place, mark: Mark) -> None:
         """No path leads back: a detached state, or no graph at all."""
         if torch.is_grad_enabled() and (place.edges or end.place.edges):
             mark.cut = torch.ones_like(mark.cut)
-            if self.wanted(place):
+            if not self.wanted:
+                mark.unknown = self._why_not()
+            elif self.wide(place):
+                mark.jacobian = WideStep(None)
+            else:
                 size = place.like.shape[1]
                 mark.jacobian = place.like.new_zeros(len(place.like), size, size)
-            else:
-                mark.unknown = self._why_not(place)
             return
         mark.unknown = "states that need no gradient; run the loop with gradients enabled"
 
-    @staticmethod
-    def read_within(source: TapSource, place: Place, mark: Mark) -> None:
-        """What these states pass to one another."""
+    def read_within(
+        self, source: TapSource, place: Place, mark: Mark, constants: Constants | None = None
+    ) -> None:
+        """What these states pass to one another; constants are where copies of wide ones are kept."""
         try:
-            if not place.twice:
+            if not place.twice and self.wide(place):
+                mark.within = wide_within(place, constants or self.constants)
+            elif not place.twice:
                 mark.within = within(place)
             mark.within_known = True
+        except TooMuch as error:
+            mark.unknown = str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two states of one {source.words.step}"
 

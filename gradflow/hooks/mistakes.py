@@ -12,6 +12,7 @@ from torch import nn
 
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
+from gradflow.hooks.closed.source import JointSource
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unseen import foreign_code
@@ -206,6 +207,8 @@ def _calls(track: Track) -> list[Call]:
 def _reason(track: Track) -> str:
     """What went wrong with one track, or nothing."""
     seen: Sequence[Call | Mark]
+    if isinstance(track.source, JointSource):
+        return ""  # the tracks of its layers say it
     if isinstance(track.source, TapSource):
         seen, second_order = track.source.marks, track.source.second_order
         states = [state for mark in track.source.marks for state in mark.states.values()]

@@ -44,8 +44,10 @@ def record(
             input that gives them. Packed input needs none. Of a loop over single steps they are
             the real steps of the loop; a callable is not asked there.
         jacobians: step Jacobians of cells of your own and of loops that mark their states with
-            `gradflow.tap`, at one backward of the step per unit: by default up to 64 units, with True
-            at any width, with False never.
+            `gradflow.tap`. By default they are written out up to 64 units, at one backward of the
+            step per unit; beyond, each step is kept as products with vectors, at about one backward
+            of the step and copies of what it reads. With True they are written out at any width,
+            with False there are none.
             Stock layers have theirs in closed form and need no such request.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
 
@@ -105,7 +107,9 @@ def _notes(track: Track) -> list[str]:
     chain = source.loop.chain
     notes = []
     reason = source.loop.why_no_operator()
-    if reason:
+    if chain.closed is not None:
+        notes.append(chain.closed.note(track.name))
+    elif reason:
         notes.append(f"its step Jacobians and last loss step alone are not known: {reason}")
     elif any(link is not None and link.around is not None for link in chain.links):
         notes.append(
@@ -152,6 +156,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
     ]
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
+        track.inputs_unknown = recorder.closed.given.unknown(track)
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
     recording.notes += circumstances.without_dropout(recorder.model)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
+from gradflow.hooks.closed.watch import ClosedLoops
 from gradflow.hooks.copies import Copies
 from gradflow.hooks.lengths import GivenLengths, Lengths
 from gradflow.hooks.loops.loop import Loop
@@ -54,6 +55,7 @@ class Recorder:
         self.strangers: dict[str, None] = {}  # recurrent calls that are not the model's, in words
         self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
         self.stitcher = Stitcher()
+        self.closed = ClosedLoops(self)
         self.taps = Taps(self)
         self._copies = Copies(self.lengths, lambda weight: self.uses.key(weight, self.scale))
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
@@ -92,7 +94,7 @@ class Recorder:
         if owner is not None and not seen.initial[0].numel():
             self.own.unseen[owner or seen.cell] = NO_SEQUENCE
         elif owner is not None:
-            self._admit(self._copies.call(seen, owner), seen.initial, seen.results)
+            self._admit(self._copies.call(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
 
     def saw_cell(self, seen: CellCall) -> None:
@@ -101,7 +103,7 @@ class Recorder:
         if owner is not None and not seen.initial[0].numel():
             self.own.unseen[owner or "cell"] = NO_SEQUENCE
         elif owner is not None:
-            self._admit(self._copies.step(seen, owner), seen.initial, seen.results)
+            self._admit(self._copies.step(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
 
     def saw_tap(
@@ -117,6 +119,8 @@ class Recorder:
 
     def before_backward(self, roots: tuple[Any, ...]) -> None:
         """A backward is about to run from these tensors: their graph is complete, nothing is freed."""
+        if torch._C._current_graph_task_id() == -1:
+            self.closed.decide(roots)
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that may be a cell of the user's own is called."""
@@ -144,7 +148,13 @@ class Recorder:
             self.recording.drop(track)
             self.runs[track.name.partition("@")[0]] -= 1
 
-    def _admit(self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+    def _admit(
+        self,
+        call: Call,
+        data: Tensor,
+        initial: tuple[Tensor, ...],
+        results: tuple[Tensor, ...],
+    ) -> None:
         task = torch._C._current_graph_task_id()
         if task != -1:
             known = self._recomputed(call)
@@ -157,8 +167,10 @@ class Recorder:
             return
         self._listen(call, results)
         self.calls.append(call)
-        chain, new = self.stitcher.place(call, initial, results)
-        if new:
+        chain, end = self.stitcher.place(call, initial, results)
+        if end is not None:
+            self.closed.saw(chain, end, data)
+        if len(chain.calls) == 1:
             self._add_tracks(chain)
         elif _goes_around(chain):
             for name, tensor in zip("hc", initial, strict=False):
@@ -200,7 +212,7 @@ class Recorder:
             return
         notes: list[str] = []
         if chain.sizes == [1] and call.batch_sizes is None:
-            chain.lengths = self.lengths.of_loop()
+            chain.lengths = self.lengths.of_steps(chain.batch)
             notes += self.lengths.notes
         loop = Loop(chain)
         replay = loop.groups[0].replay
@@ -235,6 +247,7 @@ class Recorder:
 
     def close(self) -> None:
         """Stop listening; the recording keeps what it has."""
+        self.closed.close()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

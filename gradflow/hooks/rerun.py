@@ -22,6 +22,7 @@ from gradflow.hooks.kernels import whole_call
 from gradflow.hooks.loops.linked import pushed
 from gradflow.hooks.loops.links import Factor, Link, close_to
 from gradflow.hooks.loops.loop import Loop
+from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.recording import GATES, Parity, Recording, Track
@@ -109,6 +110,10 @@ def _cannot(track: Track, change: Change) -> str:
     """Why this track cannot be run again with this change, or nothing."""
     if not isinstance(track.source, LoopSource):
         return "its steps are the user's own code, which is not run again"
+    if track.source.closed is not None:
+        return (
+            "it is part of a closed loop: its inputs would change with it, and are the user's own"
+        )
     if change.forget_bias and track.cell not in KEEPING:
         return "a vanilla RNN has no gate that keeps its state"
     return ""
@@ -230,15 +235,21 @@ def _started(link: Link, earlier: Call, call: Call, before: Call) -> dict[str, T
     """
     if link.unknown:
         raise RecordingError(link.unknown)
-    entered = _flat(call.h0, call.c0)
+    entered = _in_users_order(call, _flat(call.h0, call.c0))
     was, now = _through(link, earlier), _through(link, before)
     start = torch.where(link.cut.view(-1, 1), _past_a_cut(link, earlier, before, entered), now)
     size = _through(link, earlier, absolute=True).abs()
-    if not close_to(entered[:, ~link.cut], was[:, ~link.cut], size[:, ~link.cut]):
+    held = link.cut
+    if link.rows is not None:  # sequences that begin here begin as they did
+        start = torch.where((link.rows < 0).view(-1, 1), entered, start)
+        held = held | (link.rows < 0)
+    if not close_to(entered[:, ~held], was[:, ~held], size[:, ~held]):
         raise RecordingError(
             "between two of its calls the state is not only multiplied: what that would make of a "
             "changed state is not known"
         )
+    if call.unsorted is not None:
+        start = start.index_select(1, call.unsorted.to(start.device).argsort())
     width = call.h0.shape[2]
     parts = {"h0": start[..., :width].contiguous()}
     if call.c0 is not None:
@@ -248,21 +259,22 @@ def _started(link: Link, earlier: Call, call: Call, before: Call) -> dict[str, T
 
 def _past_a_cut(link: Link, earlier: Call, before: Call, entered: Tensor) -> Tensor:
     """States without a gradient: carried where they were what was returned, else as recorded."""
-    returned = _returned(earlier)
+    returned = picked(_returned(earlier), link.rows, 1)
     carried = (entered == returned).transpose(0, 1).flatten(1).all(1)
     reset = (entered == 0).transpose(0, 1).flatten(1).all(1)
     if link.into is None and not bool((carried | reset)[link.cut].all()):
         raise RecordingError("the state is changed in place between two of its calls")
     if link.into is not None:
         carried = carried & ~reset  # multiplied by zero
-    return torch.where(carried.view(-1, 1), _returned(before), entered)
+    return torch.where(carried.view(-1, 1), picked(_returned(before), link.rows, 1), entered)
 
 
 def _through(link: Link, call: Call, *, absolute: bool = False) -> Tensor:
     """What the link makes of the state a call returned, and of the one that entered it."""
-    result = _times(link.into, _returned(call), absolute)
+    result = _times(link.into, picked(_returned(call), link.rows, 1), absolute)
     if link.around is not None:
-        result = result + _times(link.around, _flat(call.h0, call.c0), absolute)
+        entered = _in_users_order(call, _flat(call.h0, call.c0))
+        result = result + _times(link.around, picked(entered, link.rows, 1), absolute)
     return result
 
 
@@ -277,7 +289,12 @@ def _times(factor: Factor, state: Tensor, absolute: bool) -> Tensor:
 
 
 def _returned(call: Call) -> Tensor:
-    return _flat(call.returned["h_n"], call.returned.get("c_n"))
+    return _in_users_order(call, _flat(call.returned["h_n"], call.returned.get("c_n")))
+
+
+def _in_users_order(call: Call, state: Tensor) -> Tensor:
+    """(layers, B, S) from the kernel's order of sequences."""
+    return state if call.unsorted is None else state[:, call.unsorted.to(state.device)]
 
 
 def _flat(h: Tensor, c: Tensor | None) -> Tensor:

@@ -18,9 +18,10 @@ from gradflow.errors import RecordingError
 from gradflow.hooks.dense import Dense
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
+from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.recording import Backward, Forward, Operator, Parity
 
-WIDEST = 64  # states up to which step Jacobians are taken unasked
+WIDEST = 64  # states up to which step Jacobians are written out unasked
 
 
 @dataclass(eq=False)
@@ -31,8 +32,9 @@ class Mark:
     grad_enabled: bool
     differentiable: bool
     cut: Tensor  # (B,)
-    jacobian: Tensor | None = None  # (B, S, S), None at the first mark and where it is not known
-    within: Tensor | None = None  # M, (B, S, S); None: zero
+    # (B, S, S), or a map where that is too wide; None at the first mark and where it is not known
+    jacobian: Tensor | WideStep | None = None
+    within: Tensor | WideStep | None = None  # M, (B, S, S) or a map; None: zero
     within_known: bool = False
     unknown: str = ""  # why there is no Jacobian
     grads: dict[str, Tensor] = field(default_factory=dict)
@@ -84,6 +86,10 @@ class TapSource:
     graph_tasks: set[int] = field(default_factory=set)
     second_order: bool = False
     ran_backward: bool = False
+    _written: tuple[tuple[tuple[int, ...], int], list[Tensor]] | None = field(
+        default=None, repr=False
+    )
+    _known_direct: tuple[int, list[Tensor]] | None = field(default=None, repr=False)
 
     @property
     def words(self) -> Words:
@@ -190,6 +196,18 @@ class TapSource:
         with torch.no_grad():
             return (torch.stack(self._direct()) != 0).any(2)
 
+    def arriving(self) -> Tensor | None:
+        """The same: what reaches the marked states from outside their own recurrence."""
+        return self.reached()
+
+    def trains_recurrence(self) -> None:
+        """The weights of such a loop were not seen."""
+
+    def unread(self) -> bool:
+        """Whether a backward ran and did not come here, though it could have."""
+        able = any(mark.grad_enabled and mark.differentiable for mark in self.marks)
+        return able and self.ran_backward and not self.version
+
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
         arrives = self.reached()
@@ -234,8 +252,7 @@ class TapSource:
             mark = self.marks[t]
             carried = carried + direct[t].masked_fill((chosen != t).unsqueeze(2), 0.0)
             rows.append(_with_moving(mark, carried, None if whole else sequences))
-            matrix = mark.jacobian
-            carried = _pulled(matrix if matrix is None or whole else matrix[sequences], carried)
+            carried = _pulled(mark.jacobian, carried, None if whole else sequences)
         return torch.stack(rows[::-1])
 
     def _split(self, rows: Tensor) -> dict[str, Tensor]:
@@ -248,6 +265,12 @@ class TapSource:
         return found
 
     def _direct(self) -> list[Tensor]:
+        """(B, S) per step, see `_told_apart`; kept as long as no further backward comes."""
+        if self._known_direct is None or self._known_direct[0] != self.version:
+            self._known_direct = (self.version, self._told_apart())
+        return self._known_direct[1]
+
+    def _told_apart(self) -> list[Tensor]:
         """(B, S) per step: what reaches the independent states not through the next step.
 
         An entry no larger than 64 units of rounding of the largest term of its step, sequence and
@@ -290,25 +313,41 @@ class TapSource:
         """
         reason = self.why_no_operator()
         if reason:
-            raise RecordingError(
-                f"step Jacobians of {self.name} must be read when its state comes back, got {reason}"
-            )
+            raise RecordingError(f"{self.name}: its step Jacobians are not known: {reason}")
         device = self.marks[0].cut.device
         chosen = sequences.to(device)
         first = self.marks[0]
         size = sum(state.shape[1] for state in first.states.values())
+        if any(isinstance(mark.jacobian, WideStep) for mark in self.marks):
+            lengths = None if self.lengths is None else self.lengths.to(device)[chosen]
+            steps = [m.jacobian for m in self.marks if not isinstance(m.jacobian, Tensor)]
+            assert len(steps) == len(self.marks)
+            return self._wide(Wide(steps, dtype, chosen, size, lengths))
         eye = torch.eye(size, dtype=dtype, device=device).expand(len(chosen), -1, -1)
         matrices = []
         for t, mark in enumerate(self.marks):
             if mark.jacobian is None:
                 matrices.append(eye)
                 continue
+            assert isinstance(mark.jacobian, Tensor)
             matrix = mark.jacobian if _is_all(chosen, len(mark.cut)) else mark.jacobian[chosen]
             if self.lengths is not None:
                 padded = t >= self.lengths.to(device)[chosen]
                 matrix = matrix.masked_fill(padded.view(-1, 1, 1), 0.0)
             matrices.append(matrix)
         return Dense(matrices, dtype)
+
+    def _wide(self, operator: Wide) -> Operator:
+        """Products, or the matrices themselves where all of them are cheap to write out."""
+        if not operator.is_cheap:
+            return operator
+        which = tuple(operator.sequences.tolist())
+        if self._written is None or self._written[0] != (which, len(self.marks)):
+            self._written = ((which, len(self.marks)), operator.written())
+        return Dense(self._written[1], operator.dtype)
+
+    def alone(self) -> None:
+        """There is no other reading: what goes into the steps was not seen."""
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""
@@ -375,11 +414,19 @@ def _grad(mark: Mark, name: str) -> Tensor:
     return mark.grads.get(name, torch.zeros_like(mark.states[name]))
 
 
-def _pulled(matrix: Tensor | None, rows: Tensor, *, absolute: bool = False) -> Tensor:
-    """Matrixᵀ rows, (B, S) or (B, n, S); zero where there is no matrix."""
+def _pulled(
+    matrix: Tensor | WideStep | None,
+    rows: Tensor,
+    sequences: Tensor | None = None,
+    *,
+    absolute: bool = False,
+) -> Tensor:
+    """Matrixᵀ rows, (B, S) or (B, n, S), of some sequences; zero where there is no matrix."""
     if matrix is None:
         return torch.zeros_like(rows)
-    matrix = matrix.to(rows.dtype)
+    if isinstance(matrix, WideStep):
+        return pulled(matrix, rows, sequences, absolute=absolute)
+    matrix = (matrix if sequences is None else matrix[sequences]).to(rows.dtype)
     if absolute:
         matrix, rows = matrix.abs(), rows.abs()
     return rows @ matrix if rows.dim() == 3 else (rows.unsqueeze(1) @ matrix).squeeze(1)
@@ -393,9 +440,8 @@ def _with_moving(mark: Mark, rows: Tensor, sequences: Tensor | None = None) -> T
     total, term = rows, rows
     if mark.within is None:
         return total
-    within = mark.within if sequences is None else mark.within[sequences]
     for _ in mark.states:
-        term = _pulled(within, term)
+        term = _pulled(mark.within, term, sequences)
         total = total + term
     return total
 

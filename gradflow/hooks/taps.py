@@ -25,7 +25,7 @@ def tap(name: str = "loop", /, **states: Tensor) -> Any:
     Outside a recording nothing happens. Inside one, the taps of one name form the track `name`:
     s_t = (h_t, c_t, ...) in tap order, totals ∂L/∂h_t, ∂L/∂c_t as autograd has them, and step
     Jacobians A_t = ∂s_t/∂s_{t−1} of all marked states as independent arguments, read from the graph
-    at the tap; up to 64 units unasked, beyond with ``record(..., jacobians=True)``. Every state that
+    at the tap; beyond 64 units as products, see ``jacobians`` of `gradflow.record`. Every state that
     the loop carries must be marked, where it enters the next step. A_t of the first tap is the
     identity, as nothing is seen before it. A loop whose first states come from no earlier tap is a
     track of its own, ``name@2``; every open recording of the thread sees the tap.

@@ -4,7 +4,7 @@ from gradflow.loading.batch import Batch, fit_batch, read_batch
 from gradflow.loading.description import Description, describe, save_snippet
 from gradflow.loading.labels import read_labels
 from gradflow.loading.losses import Loss, choose_output, make_loss, output_lengths, time_axis
-from gradflow.loading.opened import Opened, open_model
+from gradflow.loading.opened import Opened, no_model_to_run, open_model
 from gradflow.loading.probe import Probe, probe_loss, probes
 from gradflow.loading.recurrent import RecurrentModule
 
@@ -19,6 +19,7 @@ __all__ = [
     "describe",
     "fit_batch",
     "make_loss",
+    "no_model_to_run",
     "open_model",
     "output_lengths",
     "probe_loss",

@@ -42,6 +42,9 @@ class Description:
     problem: str = ""  # why it cannot be analyzed as it is, or ""
     next_command: str = ""
     broken: tuple[str, ...] = ()  # weights that hold NaN or infinite numbers
+    members: tuple[
+        str, ...
+    ] = ()  # of a file that holds several: names, what they are, which are read
 
     def lines(self) -> list[str]:
         """Plain text, one line each; control characters in names are escaped."""
@@ -49,6 +52,8 @@ class Description:
 
     def _lines(self) -> list[str]:
         text = [f"{self.path} is {self.kind}."]
+        if self.members:
+            text += [f"members ({len(self.members)}):", *self.members[:MOST_MODULES]]
         if self.recurrent:
             text.append(f"recurrent ({len(self.recurrent)}):")
             text += [
@@ -75,7 +80,10 @@ class Description:
 
 
 def describe(
-    path: str | os.PathLike[str], spec: str | None = None, trust: bool = False
+    path: str | os.PathLike[str],
+    spec: str | None = None,
+    trust: bool = False,
+    member: str | None = None,
 ) -> Description:
     """Describe a model file: kind, recurrent layers, other modules, what is open, what to type.
 
@@ -87,7 +95,7 @@ def describe(
     ...     print(describe(f"{folder}/weights.pt").lines()[2])
       (the module itself)  GRU(3 → 5)  150 parameters, float32
     """
-    opened = open_any(path, spec, trust)
+    opened = open_any(path, spec, trust, member)
     ambiguous: dict[str, None] = {}
     for layer in opened.recurrent:
         label = f"{layer.name}: " if len(opened.recurrent) > 1 else ""
@@ -100,12 +108,20 @@ def describe(
         recurrent=tuple(_facts(layer) for layer in opened.recurrent),
         others=_others(opened.shapes, opened.recurrent),
         ambiguous=tuple(ambiguous),
-        notes=opened.notes,
+        notes=(*opened.said, *opened.notes),
         problem=no_recurrence(opened) if missing else "",
         next_command=_next(opened),
         # Modules may share one table of embeddings: what is wrong with it is said once.
         broken=tuple(dict.fromkeys(s for layer in opened.recurrent for s in layer.broken)),
+        members=_members(opened),
     )
+
+
+def _members(opened: Opened) -> tuple[str, ...]:
+    if len(opened.members) + len(opened.others) < 2:
+        return ()
+    read = [f"  {part}, read" for part in opened.members]
+    return (*read, *(f"  {part}" for part in opened.others))
 
 
 def _facts(layer: RecurrentModule) -> LayerFacts:
@@ -135,16 +151,20 @@ def _others(
 
 
 def _next(opened: Opened) -> str:
-    options = []
+    options = _picked(opened)
     if opened.spec is not None:
         options += ["--model", shlex.quote(opened.spec)]
     if opened.trusted:
         options.append("--trust")
     if opened.model is None and not opened.recurrent:
-        options = ["--model", "'pkg.mod:Net(...)'", "--input", "batch.pt"]
+        options = [*_picked(opened), "--model", "'pkg.mod:Net(...)'", "--input", "batch.pt"]
     elif opened.model is not None and (opened.spec is not None or not opened.recurrent):
         options += ["--input", "batch.pt"]
     return analyze_command(opened.path, " ".join(options))
+
+
+def _picked(opened: Opened) -> list[str]:
+    return [] if opened.member is None else ["--member", shlex.quote(opened.member)]
 
 
 def save_snippet(path: str | os.PathLike[str], opened: Opened) -> str:
@@ -165,6 +185,7 @@ def save_snippet(path: str | os.PathLike[str], opened: Opened) -> str:
         options = f"--model {shlex.quote(spec) if opened.spec else repr(spec)} {options}"
         if opened.spec is None:
             lines.append("# pkg.mod:Net(10, 20) is your class and its arguments")
+    options = " ".join([*_picked(opened), options])
     if opened.trusted:
         options += " --trust"
     return "\n".join([*lines, "# then, in a shell:", analyze_command(Path(path), options)])

@@ -21,9 +21,11 @@ from typing import IO
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from torch.serialization import safe_globals
 
 from gradflow.errors import FileError, UserCodeError
+from gradflow.loading.ages import about_opening, is_of_age, older_layers_open
 from gradflow.loading.imports import current_folder_importable
 from gradflow.loading.kinds import READ_ERRORS, sniff
 from gradflow.loading.shells import allow_list, is_forbidden
@@ -103,23 +105,35 @@ def _read_weights_only(path: Path, kind: str, names: tuple[str, ...]) -> object:
 
 def _read_trusted(path: Path, kind: str) -> object:
     try:
-        # What the file prints must not mix with the JSON that goes to standard output.
-        with (
-            path.open("rb") as file,
-            current_folder_importable(),
-            redirect_stdout(sys.stderr),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            if kind == "pickle":
-                return pickle.load(file)  # noqa: S301 - the user said --trust
-            return torch.load(file, map_location="cpu", weights_only=False)
+        try:
+            return _unpickled(path, kind)
+        except AttributeError as error:
+            if not isinstance(error.obj, nn.RNNBase):
+                raise
+            with older_layers_open():
+                return _unpickled(path, kind)
     except (Exception, SystemExit) as error:  # a trusted pickle runs any code
+        if is_of_age(error):
+            raise UserCodeError(about_opening(path, error)) from error
         raise UserCodeError(
             f"opening {path} with --trust raised {type(error).__name__}: {error}; its classes must "
             f"be importable from the current folder (not defined in a notebook or __main__): "
             f"start gradflow where they are, or {RESAVE} --model 'pkg.mod:Net(...)'"
         ) from error
+
+
+def _unpickled(path: Path, kind: str) -> object:
+    # What the file prints must not mix with the JSON that goes to standard output.
+    with (
+        path.open("rb") as file,
+        current_folder_importable(),
+        redirect_stdout(sys.stderr),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        if kind == "pickle":
+            return pickle.load(file)  # noqa: S301 - the user said --trust
+        return torch.load(file, map_location="cpu", weights_only=False)
 
 
 def _scan_globals(path: Path, kind: str) -> tuple[str, ...]:

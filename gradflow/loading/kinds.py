@@ -58,7 +58,7 @@ def sniff(path: Path) -> str:
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**32:
         return "safetensors"
     _refuse_foreign(path, head)
-    if head[:1] == b"\x80" and head[1] <= pickle.HIGHEST_PROTOCOL:
+    if len(head) > 1 and head[:1] == b"\x80" and head[1] <= pickle.HIGHEST_PROTOCOL:
         return "pickle"
     _refuse_text(path, head)
     raise FileError(
@@ -226,7 +226,7 @@ def _refuse_text(path: Path, head: bytes) -> None:
         if error.start < len(head) - 4:  # else only the last character was cut in two
             return
         text = head[: error.start].decode("utf-8")
-    if any(ord(letter) < 9 for letter in text):
+    if not text or any(ord(letter) < 9 for letter in text):
         return
     if text.startswith("version https://git-lfs"):
         raise FileError(

@@ -10,14 +10,17 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from gradflow.errors import FileError
+from gradflow.errors import FileError, InputError
 from gradflow.loading import spec as specs
+from gradflow.loading.ages import about_age, aged_layers, lacking
 from gradflow.loading.files import read
+from gradflow.loading.found import Found, is_data, locate, merged
 from gradflow.loading.kinds import READ_ERRORS
-from gradflow.loading.recurrent import RecurrentModule, from_model, from_tensors
-from gradflow.loading.shells import Rebuilder, Shell, foreign_classes, tensors_of
-from gradflow.loading.states import Found, fold, is_recurrent, locate, name_of, renamed
-from gradflow.loading.words import RESAVE, analyze_command, printable, reason
+from gradflow.loading.members import Member, named_list, pick
+from gradflow.loading.recurrent import RecurrentModule, from_model, from_tensors, recurrent_layers
+from gradflow.loading.shells import Rebuilder, Shell
+from gradflow.loading.states import fold, renamed
+from gradflow.loading.words import RESAVE, analyze_command, printable, reason, some
 
 BATCH_KEYS = ("input", "target", "lengths")  # of a file given to --input
 
@@ -35,20 +38,31 @@ class Opened:
     trusted: bool = False
     spec: str | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    member: str | None = None  # the part of the file that was asked for
+    members: tuple[Member, ...] = ()  # those read, where the file holds several things
+    others: tuple[Member, ...] = ()  # those not read
+    said: tuple[str, ...] = ()  # sentences that a reader must see
+    aged: str = ""  # why the model cannot run in this torch, or ""
 
 
 def open_model(
-    path: str | os.PathLike[str], spec: str | None = None, trust: bool = False
+    path: str | os.PathLike[str],
+    spec: str | None = None,
+    trust: bool = False,
+    member: str | None = None,
 ) -> Opened:
     """Open a model file and build what can run of it.
 
     Reads a state_dict, a training checkpoint, a Lightning checkpoint, safetensors and a pickle of
     stock torch.nn modules, which is rebuilt from its tensors so that nothing in it runs. ``spec``
     names the user's class, ``"pkg.mod:Net(10, 20)"``, and the weights are loaded into it.
-    ``trust`` opens any pickle and may run code from the file.
+    ``trust`` opens any pickle and may run code from the file. ``member`` picks one of several
+    modules or state_dicts in a list, tuple or dict, by the keys or indices that lead to it:
+    ``"decoder"``, ``"0"``, ``"models.encoder"``; else the one with recurrent weights is read, or,
+    of several, that under a usual name such as ``"state_dict"``, or all side by side.
 
-    Raises FileError where the file is anything else, InputError for a malformed ``spec``,
-    UserCodeError when the user's own code raises.
+    Raises FileError where the file is anything else, InputError for a malformed ``spec`` and a
+    ``member`` that is not there, UserCodeError when the user's own code raises.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +70,7 @@ def open_model(
     ...     print(open_model(f"{folder}/weights.pt").recurrent[0])
     LSTM(3 → 5)
     """
-    opened = open_any(path, spec, trust)
+    opened = open_any(path, spec, trust, member)
     # A user's class may hold cells of its own, which only a run shows; a stock pickle may not.
     if not opened.recurrent and (opened.model is None or (spec is None and not trust)):
         raise FileError(no_recurrence(opened))
@@ -71,6 +85,15 @@ def no_recurrence(opened: Opened) -> str:
             f"the file of weights: gradflow analyze WEIGHTS --model 'pkg.mod:Net(10, 20)' "
             f"--input {shlex.quote(str(opened.path))}"
         )
+    modules = [part for part in opened.members if part.module is not None]
+    if len(modules) > 1:
+        name = shlex.quote(modules[0].name)
+        trust = " --trust" if opened.trusted else ""
+        command = analyze_command(opened.path, f"--member {name}{trust} --input batch.pt")
+        return printable(
+            f"{opened.path} holds {len(modules)} modules, none with stock recurrent layers: "
+            f"{named_list(modules)}; if the recurrence is in the code of one, pick it: {command}"
+        )
     shown = [f"{key} {shape}" for key, shape in list(opened.shapes.items())[:4]]
     more = f" and {len(opened.shapes) - 4} more" if len(opened.shapes) > 4 else ""
     holds = f"{len(opened.shapes)} tensors, none a weight_hh ({', '.join(shown)}{more})"
@@ -81,62 +104,124 @@ def no_recurrence(opened: Opened) -> str:
     )
 
 
-def open_any(path: str | os.PathLike[str], spec: str | None, trust: bool) -> Opened:
+def no_model_to_run(opened: Opened, batch: Path | None) -> str:
+    """The sentence for a batch that there is no model to run on."""
+    given = f"--input {shlex.quote(str(batch))}"
+    modules = [part for part in opened.members if part.module is not None]
+    if len(opened.members) > 1 and modules:
+        trust = " --trust" if opened.trusted else ""
+        command = analyze_command(
+            opened.path, f"--member {shlex.quote(modules[0].name)}{trust} {given}"
+        )
+        return (
+            f"--input needs one model to run, but {opened.path} holds {named_list(modules)}; "
+            f"pick one: {command}"
+        )
+    picked = "" if opened.member is None else f"--member {shlex.quote(opened.member)} "
+    command = analyze_command(opened.path, f"{picked}--model 'pkg.mod:Net(10, 20)' {given}")
+    return (
+        f"--input needs a model to run, but {opened.path} is {opened.kind}, which holds weights "
+        f"only; name your class too: {command}"
+    )
+
+
+def open_any(
+    path: str | os.PathLike[str], spec: str | None, trust: bool, member: str | None = None
+) -> Opened:
     """Like `open_model`, but a file without recurrent weights is described, not refused."""
     path = Path(path)
     if spec is not None:
         specs.parse_spec(spec)  # a typing mistake is said before a large file is read
     try:
-        opened = _open(path, spec, trust)
-    except FileError as error:
+        opened = _open(path, spec, trust, member)
+    except (FileError, InputError) as error:
         # Every refusal names its file and is one line, whatever the keys in the file are.
         named = str(path) in str(error)
-        raise FileError(printable(error if named else f"{path}: {error}")) from error
-    return replace(opened, notes=tuple(map(printable, opened.notes)))
+        raise type(error)(printable(error if named else f"{path}: {error}")) from error
+    return replace(
+        opened,
+        notes=tuple(map(printable, opened.notes)),
+        said=tuple(map(printable, opened.said)),
+    )
 
 
-def _open(path: Path, spec: str | None, trust: bool) -> Opened:
+def _open(path: Path, spec: str | None, trust: bool, member: str | None) -> Opened:
     contents = read(path, trust)
-    _refuse_quantized(path, contents.value)
+    value = contents.value
     try:
-        found = locate(contents.value, contents.kind)
+        if member is not None:
+            member, value = pick(value, member)
+        _refuse_quantized(path, value)
+        found = locate(value, contents.kind)
     except ValueError as error:
-        raise FileError(_not_weights(path, contents.value, str(error), trust)) from error
+        if isinstance(error, InputError):
+            raise
+        raise FileError(_not_weights(path, value, str(error), trust, member)) from error
     except READ_ERRORS as error:
         raise FileError(
             f"{path} holds objects that contradict themselves{reason(error)}; {RESAVE}"
         ) from error
-    tensors = _checked(path, _all_tensors(found))
-    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    tensors = _checked(path, found.tensors)
+    opened = Opened(
+        path=path,
+        kind=found.kind if member is None else f"a file whose member {member!r} is {found.kind}",
+        title=path.stem,
+        model=None,
+        recurrent=(),
+        notes=found.notes,
+        trusted=trust,
+        spec=spec,
+        shapes={key: tuple(value.shape) for key, value in tensors.items()},
+        member=member,
+        members=found.members,
+        others=found.others,
+        said=found.said,
+    )
     if spec is not None:
-        model = specs.build(spec)
-        notes = specs.load_into(model, tensors, spec)
-        return Opened(
-            path=path,
-            kind=found.kind,
+        return _into_class(opened, found, spec)
+    if any(part.module is not None for part in found.members):
+        return _open_modules(opened, found)
+    notes: list[str] = []
+    recurrent = from_tensors(fold(renamed(tensors), notes))
+    return replace(opened, recurrent=recurrent, notes=(*found.notes, *notes))
+
+
+def _into_class(opened: Opened, found: Found, spec: str) -> Opened:
+    """Build the user's class and load into it the members whose weights fit."""
+    model = specs.build(spec)
+    every = [*found.members, *found.others]
+    children = dict(model.named_children())
+    parts = [part for part in every if part.name in children]
+    ways: list[tuple[str, dict[str, Tensor]]] = [("", found.tensors)]
+    ways += [("", merged(parts))] if len(parts) > 1 else []
+    if len(every) > 1:
+        ways += [(part.name, part.tensors) for part in every if [part] != list(found.members)]
+    refused: FileError | None = None
+    for name, tensors in ways:
+        try:
+            notes = specs.load_into(model, tensors, spec)
+        except FileError as error:
+            refused = refused or error
+            continue
+        said = (
+            (f"the weights of the member {name!r} were loaded into {spec}",) if name else found.said
+        )
+        return replace(
+            opened,
             title=type(model).__name__,
             model=model.eval(),
             recurrent=from_model(model),
-            notes=(*found.notes, *notes),
-            trusted=trust,
-            spec=spec,
-            shapes=shapes,
+            notes=(*(() if name else found.notes), *notes),
+            said=said,
+            shapes={key: tuple(value.shape) for key, value in tensors.items()},
         )
-    if found.module is not None:
-        return _open_module(path, found, shapes, trust)
-    notes_of_fold: list[str] = []
-    plain = fold(renamed(tensors), notes_of_fold)
-    recurrent = from_tensors(plain)
-    return Opened(
-        path=path,
-        kind=found.kind,
-        title=path.stem,
-        model=None,
-        recurrent=recurrent,
-        notes=(*found.notes, *notes_of_fold),
-        trusted=trust,
-        shapes=shapes,
-    )
+    assert refused is not None
+    if len(every) == 1:
+        raise refused
+    raise FileError(
+        f"{refused}; the file holds several members, and none fits: {named_list(every)}; "
+        f"--member NAME tries one alone"
+    ) from refused
 
 
 def _refuse_quantized(path: Path, value: object) -> None:
@@ -150,14 +235,6 @@ def _refuse_quantized(path: Path, value: object) -> None:
         )
 
 
-def _all_tensors(found: Found) -> dict[str, Tensor]:
-    if isinstance(found.module, Shell):
-        return tensors_of(found.module)
-    if isinstance(found.module, nn.Module):
-        return {k: v for k, v in found.module.state_dict().items() if isinstance(v, Tensor)}
-    return found.tensors
-
-
 def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     meta = [key for key, value in tensors.items() if value.device.type == "meta"]
     if meta:
@@ -168,62 +245,94 @@ def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _open_module(
-    path: Path, found: Found, shapes: Mapping[str, tuple[int, ...]], trust: bool
-) -> Opened:
-    notes = list(found.notes)
-    if isinstance(found.module, Shell):
-        foreign = foreign_classes(found.module)
-        if foreign:
-            raise FileError(_foreign(path, foreign, any(map(is_recurrent, shapes))))
-        rebuilder = Rebuilder(fold=lambda part: fold(part, notes))
-        model: nn.Module = rebuilder.build(found.module)
-        notes += rebuilder.notes
-    else:
-        assert found.module is not None
-        model = found.module.eval()
+def _open_modules(opened: Opened, found: Found) -> Opened:
+    """Rebuild or take the modules of a file; several are probed side by side."""
+    foreign = [part for part in found.members if part.foreign]
+    if foreign:
+        raise FileError(_foreign(opened.path, foreign, opened.member))
+    notes, said, recurrent = list(opened.notes), list(found.said), []
+    model: nn.Module | None = None
+    aged = ""
+    several = len(found.members) > 1
+    for part in found.members:
+        if part.module is None:
+            layers = from_tensors(fold(renamed(part.tensors), notes))
+        else:
+            model = _built(part.module, notes)
+            old = aged_layers(model)
+            if old:
+                aged = about_age(opened.path, model, old, (part.name if several else opened.member))
+                if any(map(lacking, recurrent_layers(model))):
+                    raise FileError(aged)
+                said.append(aged)
+            layers = from_model(model)
+        recurrent += [_inside(part.name, layer) if several else layer for layer in layers]
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    title = path.stem if isinstance(model, containers) else type(model).__name__
-    return Opened(
-        path=path,
-        kind=found.kind,
+    title = opened.title if several or isinstance(model, containers) else type(model).__name__
+    # A list or dict of modules has no forward: its recurrent modules are probed one by one.
+    silent = several or type(model) in (nn.ModuleList, nn.ModuleDict)
+    return replace(
+        opened,
         title=title,
-        # A list or dict of modules has no forward: its recurrent modules are probed one by one.
-        model=None if type(model) in (nn.ModuleList, nn.ModuleDict) else model,
-        recurrent=from_model(model),
+        model=None if silent else model,
+        recurrent=tuple(recurrent),
         notes=tuple(notes),
-        trusted=trust,
-        shapes=shapes,
+        said=tuple(said),
+        aged=aged,
     )
 
 
-def _foreign(path: Path, classes: list[str], recurrent: bool) -> str:
+def _built(module: nn.Module | Shell, notes: list[str]) -> nn.Module:
+    if isinstance(module, nn.Module):
+        return module.eval()
+    rebuilder = Rebuilder(fold=lambda part: fold(part, notes))
+    model = rebuilder.build(module)
+    notes += rebuilder.notes
+    return model
+
+
+def _inside(member: str, layer: RecurrentModule) -> RecurrentModule:
+    return replace(layer, name=f"{member}.{layer.name}" if layer.name else member)
+
+
+def _foreign(path: Path, parts: list[Member], asked: str | None) -> str:
+    part, classes = parts[0], parts[0].foreign
     first = classes[0]
     module, _, name = first.rpartition(".")
     stock = module.startswith("torch.")
     where = "pkg.mod" if stock or module == "__main__" else module
     example = f"{where}:{'Net' if stock else name}(...)"
-    shown = ", ".join(classes[:3]) + (f" and {len(classes) - 3} more" if len(classes) > 3 else "")
+    shown = some(classes)
+    member = asked or part.name
+    picked = f"--member {shlex.quote(member)} " if member else ""
     command = analyze_command(
-        path, f'--model "{example}"' if "'" in example else f"--model '{example}'"
+        path, picked + (f'--model "{example}"' if "'" in example else f"--model '{example}'")
     )
-    holds = "with recurrent layers in it" if recurrent else "without stock recurrent layers"
+    holds = "with recurrent layers in it" if part.recurrent else "without stock recurrent layers"
+    if part.name:
+        count = "" if len(parts) == 1 else f"{len(parts)} members of classes that are not stock: "
+        what = f"holds {count}{named_list(parts)}" if part.recurrent else (
+            f"holds {part}, a pickle of the class {shown} {holds}"
+        )  # fmt: skip
+    else:
+        what = f"is a pickle of the class {shown} {holds}"
     return (
-        f"{path} is a pickle of the class {shown} {holds}, and a class's code is not opened from a "
+        f"{path} {what}, and a class's code is not opened from a "
         f"file; type, with its arguments: {command}, or, only if you trust the file's author: "
-        f"{analyze_command(path, '--trust')}"
+        f"{analyze_command(path, f'{picked}--trust' if len(parts) == 1 else '--trust')}"
     )
 
 
-def _not_weights(path: Path, value: object, name: str, trust: bool) -> str:
-    if isinstance(value, Tensor) or (isinstance(value, list | tuple) and value):
+def _not_weights(path: Path, value: object, name: str, trust: bool, member: str | None) -> str:
+    held = f"as its member {member!r} {name}" if member else name
+    if is_data(value):
         return (
-            f"{path} holds {name}, which looks like data, not a model; give it as the batch: "
-            f"gradflow analyze MODEL --input {path}"
+            f"{path} holds {held}, which looks like data, not a model; give it as the batch: "
+            f"gradflow analyze MODEL --input {shlex.quote(str(path))}"
         )
     if isinstance(value, Shell) and not trust:
         return (
-            f"{path} holds {name_of(value)}, whose code is not opened from a file; {RESAVE}, or, "
+            f"{path} holds {held}, whose code is not opened from a file; {RESAVE}, or, "
             f"only if you trust the file's author: {analyze_command(path, '--trust')}"
         )
-    return f"{path} holds {name}, no weights; {RESAVE}"
+    return f"{path} holds {held}, no weights; {RESAVE}"

@@ -168,6 +168,11 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[RecurrentModule, ...]:
     )
 
 
+def recurrent_layers(model: nn.Module) -> list[nn.Module]:
+    """The stock recurrent layers and cells of a model."""
+    return [part for part in model.modules() if isinstance(part, nn.RNNBase | nn.RNNCellBase)]
+
+
 def from_model(model: nn.Module) -> tuple[RecurrentModule, ...]:
     """Copy every stock recurrent module of a model, with its effective weights, out of it."""
     found = []

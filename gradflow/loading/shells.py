@@ -202,7 +202,14 @@ class Rebuilder:
             with torch.device("meta"):
                 module = kind(**_arguments(kind, shell))
             module.load_state_dict(tensors, strict=True, assign=True)
-        except (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+            AssertionError,
+        ) as error:
             reason = " ".join(str(error).split())[:200]
             raise FileError(
                 f"the {kind.__name__} {name!r} in this file does not fit its own weights "

@@ -1,4 +1,4 @@
-"""Find the state_dict in whatever a file held, and bring its keys into plain form.
+"""State_dicts: which keys are recurrent weights, and keys brought into plain form.
 
 A key is ``module.path.weight_hh_l0``. Wrappers (`module.`, `_orig_mod.`) are dropped, weight-norm
 is folded into the weight it stands for. Pure functions on mappings of tensors.
@@ -7,35 +7,19 @@ is folded into the weight it stands for. Pure functions on mappings of tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradflow.errors import FileError
-from gradflow.loading.shells import Shell
-from gradflow.loading.words import article
 
-PREFERRED = (
-    *("state_dict", "model_state_dict", "model_state", "model", "net", "network"),
-    *("module", "weights", "params", "parameters"),
-)
-_NOT_WEIGHTS = re.compile(r"optim|sched|callback|loops|scaler|rng|hyper|config|args", re.I)
+NOT_WEIGHTS = re.compile(r"optim|sched|callback|loops|scaler|rng|hyper|config|args", re.I)
 _RECURRENT = re.compile(
     r"(^|\.)(parametrizations\.)?weight_hh(_l\d+)?(_reverse)?(_g|_v|_orig|_raw|\.original\d?)?\Z"
 )
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
-@dataclass(frozen=True)
-class Found:
-    """The part of a file's contents that matters: tensors by key, or a module."""
-
-    kind: str  # "a state_dict", "a training checkpoint", ...
-    tensors: dict[str, Tensor]
-    module: nn.Module | Shell | None
-    notes: tuple[str, ...]
 
 
 def is_recurrent(key: str) -> bool:
@@ -47,114 +31,13 @@ def is_recurrent(key: str) -> bool:
     return _RECURRENT.search(key) is not None
 
 
-def locate(value: object, kind: str) -> Found:
-    """Find the state_dict or module in what a file held; raises ValueError naming what it is."""
-    if isinstance(value, nn.Module):
-        return Found("a pickle of a whole model", {}, value, ())
-    if isinstance(value, Shell) and value.is_module:
-        return Found("a pickle of torch modules", {}, value, ())
-    if not isinstance(value, Mapping):
-        raise ValueError(name_of(value))
-    lightning = any(str(key).startswith("pytorch-lightning") for key in value)
-    wrapped = "a Lightning checkpoint" if lightning else "a training checkpoint"
-    direct = _tensors(value)
-    if any(map(is_recurrent, direct)):
-        plain = "a safetensors file" if kind == "safetensors" else "a state_dict"
-        return Found(plain, direct, None, _left_out(value, direct))
-    choices = dict(_candidates(value))
-    modules = dict(_modules(value))
-    chosen, notes = _choose(choices)
-    if modules and not any(map(is_recurrent, chosen)):
-        name = min(modules, key=_rank)
-        what = "a pickle of a whole model" if isinstance(modules[name], nn.Module) else ""
-        note = f"of the checkpoint, {name!r} was read"
-        return Found(what or "a pickle of torch modules", {}, modules[name], (note,))
-    # A lone counter beside the real weights is no state_dict; the larger part is.
-    if direct and not any(map(is_recurrent, chosen)) and _size(direct) >= _size(chosen):
-        plain = "a safetensors file" if kind == "safetensors" else "a state_dict"
-        return Found(plain, direct, None, _left_out(value, direct))
-    if not chosen:
-        raise ValueError(name_of(value))
-    return Found(wrapped, chosen, None, notes)
+def tensors_in(value: Mapping[Any, object]) -> dict[str, Tensor]:
+    """The tensors that stand in a mapping under a text as key.
 
-
-def name_of(value: object) -> str:
-    """Name an object that is not weights, in words."""
-    if isinstance(value, Tensor):
-        return f"a single tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Shell):
-        return f"an object of the class {value.path}"
-    if isinstance(value, Mapping):
-        keys = ", ".join(str(key)[:40] for key in list(value)[:5])
-        return f"a mapping without tensors (keys: {keys})" if keys else "an empty mapping"
-    if isinstance(value, list | tuple):
-        return f"{article(type(value).__name__)} of {len(value)} items"
-    return f"an object of type {type(value).__name__}"
-
-
-def _tensors(value: Mapping[object, object]) -> dict[str, Tensor]:
+    >>> list(tensors_in({"a": torch.ones(1), "epoch": 3, 0: torch.ones(1)}))
+    ['a']
+    """
     return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
-
-
-def _size(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors.values())
-
-
-def _left_out(value: Mapping[object, object], taken: Mapping[str, Tensor]) -> tuple[str, ...]:
-    other = [str(key)[:60] for key in value if key not in taken]
-    if not other:
-        return ()
-    shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
-    return (f"entries that are no tensors were left out: {shown}",)
-
-
-def _candidates(
-    value: Mapping[object, object], path: str = "", depth: int = 0
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    for key, item in value.items():
-        if not isinstance(key, str) or not isinstance(item, Mapping) or _NOT_WEIGHTS.search(key):
-            continue
-        name = f"{path}.{key}" if path else key
-        tensors = _tensors(item)
-        if tensors:
-            yield name, tensors
-        if depth < 3:
-            yield from _candidates(item, name, depth + 1)
-
-
-def _modules(value: Mapping[object, object]) -> Iterator[tuple[str, nn.Module | Shell]]:
-    for key, item in value.items():
-        module = isinstance(item, nn.Module) or (isinstance(item, Shell) and item.is_module)
-        if isinstance(key, str) and module and not _is_loss(item):
-            assert isinstance(item, nn.Module | Shell)
-            yield key, item
-
-
-def _is_loss(item: object) -> bool:
-    path = item.path if isinstance(item, Shell) else type(item).__module__
-    return "modules.loss" in path
-
-
-def _rank(name: str) -> tuple[int, int]:
-    last = name.rpartition(".")[2]
-    known = PREFERRED.index(last) if last in PREFERRED else len(PREFERRED)
-    return known, name.count(".")
-
-
-def _choose(choices: Mapping[str, dict[str, Tensor]]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    recurrent = {n: c for n, c in choices.items() if any(map(is_recurrent, c))}
-    pool = recurrent or dict(choices)
-    if not pool:
-        return {}, ()
-    best = min(pool, key=_rank)
-    if len(pool) == 1 or _rank(best)[0] < len(PREFERRED):
-        notes = [f"the weights were found under {best!r}"]
-        others = [name for name in recurrent if name != best]
-        if others:
-            notes.append(f"recurrent weights under {', '.join(others[:4])} were not read")
-        return pool[best], tuple(notes)
-    merged = {f"{name}.{key}": value for name, part in pool.items() for key, value in part.items()}
-    return merged, (f"the weights under {', '.join(map(repr, list(pool)[:4]))} were read together",)
 
 
 def drop_wrappers(keys: list[str]) -> dict[str, str]:

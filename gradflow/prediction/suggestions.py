@@ -8,6 +8,7 @@ from dataclasses import replace
 from gradflow.analysis import Analysis, LayerAnalysis, Prediction
 from gradflow.analyzer.brief import Brief, brief_seconds
 from gradflow.analyzer.evidence import number
+from gradflow.analyzer.reading import readings
 from gradflow.hooks.rerun import KEEPING, Change, rerun
 from gradflow.prediction.outcome import helps, measured
 from gradflow.recording import Recording
@@ -27,13 +28,17 @@ def with_predictions(
 
     An LSTM or GRU that vanishes is tried with its forget (update) bias raised by 1 and by 2. Any
     other layer is tried with W_hh multiplied by a = e^(−p), p being the gain over the span per step,
-    which would undo it in a linear layer, and by a e^(−p′), p′ being what the first try left. Layers are changed together.
-    Nothing is tried where that would take more than a few seconds, and the provenance says so.
+    which would undo it in a linear layer, and by a e^(−p′), p′ being what the first try left. Layers
+    are changed together. Nothing is tried where the loss reads the wrong steps, which no weight mends,
+    nor where it would take more than a few seconds, and then the provenance says so.
     """
+    read = readings(recording)
     ill = [
         layer
         for layer in analysis
-        if layer.verdict in ("vanishing", "exploding") and layer.name in recording.tracks
+        if layer.verdict in ("vanishing", "exploding")
+        and layer.name in recording.tracks
+        and not read[layer.name].amiss
     ]
     share = SHARE * max(1, len(ill))
     seconds = 2 * sum(brief_seconds(recording[layer.name], layer.span, share) for layer in ill)

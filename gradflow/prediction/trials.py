@@ -69,7 +69,8 @@ def what_if(
 
     Returns:
         A tidy frame, one row per layer and remedy. Columns: ``layer``, ``remedy``, ``value``; then
-        ``gain`` (of any direction over the span, nats, the largest), ``rate`` (nats per step), ``rate_low`` and ``rate_high`` (95 %), ``half_life`` (steps),
+        ``gain`` (the largest over the span, nats), ``rate`` (nats per step), ``rate_low`` and
+        ``rate_high`` (95 %), ``half_life`` (steps),
         ``horizon`` (steps; missing if not reached), ``channels`` and ``verdict``, each with
         ``_before`` and ``_after``; ``helps``, the powers of ten over the span by which the gain comes
         nearer to 1, (|gain_before| − |gain_after|)/ln 10, negative if it moves away;
@@ -193,6 +194,8 @@ def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Ro
         error, said = _truncation_error(layers[name], keep)
         if math.isnan(error):
             note = "how far that takes ∂L/∂W_hh off is not known"
+            if recording[name].trains_recurrence is False:
+                note = "∂L/∂W_hh is exactly 0: there is nothing to truncate"
             if not recording[name].has_gradient:
                 note += ": there is no gradient to truncate"
         else:
@@ -294,5 +297,10 @@ def _after(before: Brief, after: Brief | str) -> Row:
 def _numbers(found: Brief) -> dict[str, Any]:
     values = asdict(found)
     rate: Rate = found.rate
-    values |= {"gain": found.gain.value, "rate": rate.value, "rate_low": rate.low, "rate_high": rate.high}
+    values |= {
+        "gain": found.gain.value,
+        "rate": rate.value,
+        "rate_low": rate.low,
+        "rate_high": rate.high,
+    }
     return {name: values[name] for name in COMPARED}

@@ -15,6 +15,7 @@ from gradflow.recording.source import (
     Outer,
     Parity,
     Source,
+    ThinOperator,
 )
 from gradflow.recording.track import GATES, Track
 
@@ -28,6 +29,7 @@ __all__ = [
     "Parity",
     "Recording",
     "Source",
+    "ThinOperator",
     "Track",
     "matches_any",
 ]

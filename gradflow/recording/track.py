@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class Track:
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
     owner: str = ""  # path of its module in the model, "" for the model itself
     above: tuple[str, ...] = ()  # names of the tracks of the same stack that read this one
+    inputs_unknown: str = ""  # why it cannot be told whether its inputs depend on its own states
+    unseen_states: tuple[str, ...] = ()  # states whose values were not seen, and stand as NaN
+    loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
 
     def read_anew(self) -> None:
@@ -95,6 +98,14 @@ class Track:
     def states(self) -> dict[str, Tensor]:
         """State name -> its value after every step, (T, B, width)."""
         return self._forward().states
+
+    @property
+    def seen_states(self) -> dict[str, Tensor]:
+        """`states`, (T, B, width) each, without those whose values were not seen.
+
+        Unseen is what goes around a closed loop and was returned by no recurrent layer.
+        """
+        return {n: s for n, s in self.states.items() if n not in self.unseen_states}
 
     @property
     def initial(self) -> dict[str, Tensor]:
@@ -240,6 +251,31 @@ class Track:
         result = self._read("reached")
         return result if isinstance(result, Tensor) else None
 
+    @property
+    def arriving(self) -> Tensor | None:
+        """(T, B) true where a gradient comes to this layer not through its own recurrence, or None.
+
+        It is of this layer, where `reached` is of the whole module. Steps past a sequence's length
+        are told as well: a loss may read them. None without a gradient, and where the direct part
+        is not known.
+        """
+        result = self._read("arriving")
+        return result if isinstance(result, Tensor) else None
+
+    @property
+    def trains_recurrence(self) -> bool | None:
+        """Whether ∂L/∂W_hh = Σ δʰ_t h_{t−1}ᵀ has an entry that is not exactly 0.
+
+        None without a gradient, and for cells whose weights were not seen.
+        """
+        result = self._read("trains_recurrence")
+        return result if isinstance(result, bool) else None
+
+    @property
+    def unread(self) -> bool:
+        """Whether a backward ran in the block and did not come to this layer, though it could have."""
+        return self.source.unread()
+
     def loss_steps(
         self,
         steps: Sequence[int],
@@ -379,6 +415,40 @@ class Track:
         if sequences is None:
             sequences = torch.arange(self.batch)
         return self.source.operator(dtype, sequences)
+
+    @property
+    def alone(self) -> Track | None:
+        """Of a layer in a closed loop: the same layer with its inputs held fixed; else None.
+
+        Where a layer's next input depends on its own earlier state, `operator` is that of the whole
+        step, input included; ``track.alone.operator()`` is that of the layer's own equations,
+        ∂s_t/∂s_{t−1} at fixed x_t, which is no step Jacobian of what the loss sees.
+
+        >>> import torch, gradflow
+        >>> cell = torch.nn.RNNCell(1, 1, bias=False)
+        >>> for weight in cell.parameters():
+        ...     _ = torch.nn.init.constant_(weight, 0.5)
+        >>> with gradflow.record(cell) as recording:
+        ...     h = x = torch.zeros(1, 1)
+        ...     for _ in range(3):
+        ...         x = h = cell(x, h)
+        ...     h.sum().backward()
+        >>> track = recording["cell"]
+        >>> one = torch.ones(1, 1, 1, dtype=torch.float64)
+        >>> track.operator().push(2, one).item(), track.alone.operator().push(2, one).item()
+        (1.0, 0.5)
+        """
+        source = self.source.alone()
+        return None if source is None else replace(self, source=source, loop="", _cache={})
+
+    @property
+    def first_step_seen(self) -> bool:
+        """Whether how the first state came from the initial one is part of the step Jacobians.
+
+        Not where nothing before the first state was seen, and not in a closed loop: its first input
+        may have been made from the initial state, as every other input was from the state before.
+        """
+        return bool(self.initial) and self.source.alone() is None
 
     @property
     def steps(self) -> int:

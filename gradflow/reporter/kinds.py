@@ -160,7 +160,7 @@ KINDS: dict[str, Kind | None] = {
         heights=lambda chart: (1.5, 1.5),
     ),
     "states": Kind(
-        what="gradient of the last loss step at every state, ÷ its typical size there",
+        what="gradient of the loss at every state, ÷ its typical size where the loss acts",
         prepare=states.prepare,
         draw=states.draw,
         below=_below,

@@ -36,6 +36,7 @@ UNWRITTEN = (
     "No font on this machine has the letters of the labels, so steps are numbered; install one, "
     "for Chinese e.g. Noto Sans CJK."
 )
+WHOLE = "its last step alone is not known; with a loss at many steps it need not fade."
 SMALLEST = 7.0  # points: on a page the figure is shown at four fifths of its size
 
 
@@ -142,6 +143,8 @@ def captions(entries: Sequence[Entry], heats: Sequence[Heat], layout: Layout = W
     ]
     if any(entry.unwritten for entry in entries):
         lines.append(UNWRITTEN)
+    if any(heat.whole and not heat.note for heat in heats):
+        lines.append(f"The whole loss's gradient{_where_whole(entries, heats)}: {WHOLE}")
     shown = [entry.layer for entry, heat in zip(entries, heats, strict=True) if not heat.note]
     if any(_is_fed(layer, [entry.layer for entry in entries]) for layer in shown):
         lines.append(
@@ -149,6 +152,12 @@ def captions(entries: Sequence[Entry], heats: Sequence[Heat], layout: Layout = W
             f"{_where(heat)} where its own memory, {_where(curve)}, is gone."
         )
     return lines
+
+
+def _where_whole(entries: Sequence[Entry], heats: Sequence[Heat]) -> str:
+    """Which rows show the whole loss's gradient, where others do not."""
+    whole = [e.name for e, heat in zip(entries, heats, strict=True) if heat.whole]
+    return "" if len(whole) == len(entries) else f" of {', '.join(whole)}"
 
 
 def _where(side: str) -> str:
@@ -202,9 +211,11 @@ def curve_top(lines: Sequence[LagLine]) -> float:
 def describe(entry: Entry, heat: Heat) -> str:
     """One line under the headline: which layer, and what is drawn."""
     unit = "cell" if heat.state == "c" else "unit"
+    whole = "the whole loss's " if heat.whole else ""
     parts = [
         *_named(entry),
-        f"|∂L/∂{heat.state}| of each {unit} ÷ their typical size at the loss, longest memory on top",
+        f"{whole}|∂L/∂{heat.state}| of each {unit} ÷ their typical size at the loss, "
+        + ("largest on top" if heat.whole else "longest memory on top"),
     ]
     pooled = []
     if heat.step_pool > 1:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import xarray as xr
 
 from gradflow.analysis import LayerAnalysis
 
@@ -35,6 +36,7 @@ class Heat:
     broken: str  # where NaN or Inf begin, or ""
     labels: tuple[str, ...] = ()  # of the steps 0, 1, … back from the loss; none: their numbers
     beyond: int = 0  # how many columns on the left have no step so far back
+    whole: bool = False  # of the whole loss, since its last step alone is not known
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,15 @@ def heat(layer: LayerAnalysis, state: str | None = None) -> Heat:
         broken=_broken(layer, bad),
         labels=_labels_back(layer),
         beyond=_beyond(values, bad_blocks),
+        whole=is_whole(layer),
     )
+
+
+def is_whole(layer: LayerAnalysis) -> bool:
+    """Whether the profile is that of the whole loss: its last step alone is not known."""
+    norms = layer.data["grad_norm"]
+    known = ~np.isnan(layer.data["log10_grad"].values).all()
+    return bool(known and np.isnan(norms.sel(kind="last").values).all())
 
 
 def _beyond(values: np.ndarray, bad: np.ndarray) -> int:
@@ -109,7 +119,8 @@ def _beyond(values: np.ndarray, bad: np.ndarray) -> int:
 
 def _labels_back(layer: LayerAnalysis) -> tuple[str, ...]:
     """Labels from the loss step backwards; none for several sequences, aligned at steps of their own."""
-    norms = layer.data["grad_norm"].sel(kind="last").values  # (state, step)
+    kind = "total" if is_whole(layer) else "last"
+    norms = layer.data["grad_norm"].sel(kind=kind).values  # (state, step)
     reached = np.flatnonzero((norms != 0).any(axis=0) & ~np.isnan(norms).all(axis=0))
     if layer.sequences != 1 or not layer.step_labels or not len(reached):
         return ()
@@ -122,10 +133,7 @@ def _missing(layer: LayerAnalysis, raw: np.ndarray, bad: np.ndarray) -> str:
     if layer.gradient_note:
         return layer.gradient_note
     if raw.size == 0 or (np.isnan(raw).all() and not bad.any()):
-        return (
-            "The gradient of the last loss step alone was not measured for this layer; "
-            "record a backward, for cells of your own with record(model, jacobians=True)."
-        )
+        return "The gradient of the loss was not measured for this layer; record a backward."
     return ""
 
 
@@ -147,7 +155,7 @@ def lag_line(layer: LayerAnalysis) -> LagLine:
     """The median spectral gain against the lag, its 10–90 % band, the fit, and what to say of it."""
     data = layer.data
     lag = data["lag"].values.astype(float)
-    raw = data["lag_median"].values / LN10
+    raw = joined(data["lag_median"].values, data["lag_count"].values) / LN10
     zeros = np.flatnonzero(np.isneginf(raw))
     zero_from = int(lag[zeros[0]]) if len(zeros) else None
     median = np.where(np.isfinite(raw), raw, np.nan)
@@ -156,17 +164,53 @@ def lag_line(layer: LayerAnalysis) -> LagLine:
     return LagLine(
         lag=lag,
         median=median,
-        low=_floor(data["lag_low"].values / LN10),
-        high=_floor(data["lag_high"].values / LN10),
+        low=_floor(joined(data["lag_low"].values, data["lag_count"].values) / LN10),
+        high=_floor(joined(data["lag_high"].values, data["lag_count"].values) / LN10),
         fit=data["lag_fit"].values / LN10,
-        slope=data["lag_slope"].values,
+        slope=_slope(data),
         dot=dot,
         words=words,
         zero_from=zero_from,
-        note=("one step: no distance to measure" if layer.steps <= 1 else "no finite gain to show")
-        if nothing
-        else "",
+        note=_no_curve(layer) if nothing else "",
     )
+
+
+def joined(values: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Distances that were not measured, by the straight line between their measured neighbours.
+
+    >>> joined(np.array([0.0, np.nan, -2.0, np.nan]), np.array([1, 0, 1, 0]))
+    array([ 0., -1., -2., nan])
+    """
+    known = np.flatnonzero((count > 0) & np.isfinite(values))
+    if len(known) < 2:
+        return values
+    lags = np.arange(len(values))
+    between = (count == 0) & (lags < known[-1]) & (lags > known[0])
+    return np.where(between, np.interp(lags, known, values[known]), values)
+
+
+def measured_distances(layer: LayerAnalysis) -> str:
+    """The distances at which gains were measured, in words, where some were left out."""
+    known = np.flatnonzero(layer.data["lag_count"].values[1:]) + 1
+    if not len(known) or known[-1] == len(known):
+        return ""
+    return ", ".join(str(lag) for lag in known)
+
+
+def _slope(data: xr.Dataset) -> np.ndarray:
+    """Local slope of the lag curve, nats per step; along the line where distances are left out."""
+    count = data["lag_count"].values
+    if (count[1:] > 0).all():
+        return np.asarray(data["lag_slope"].values)
+    with np.errstate(invalid="ignore"):
+        return np.diff(joined(data["lag_median"].values, count), prepend=np.nan)
+
+
+def _no_curve(layer: LayerAnalysis) -> str:
+    """Why there is no lag curve."""
+    if layer.steps <= 1:
+        return "one step: no distance to measure"
+    return "gains are not known" if "no gains" in layer.labels else "no finite gain to show"
 
 
 def _floor(values: np.ndarray) -> np.ndarray:

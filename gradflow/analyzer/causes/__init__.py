@@ -8,12 +8,14 @@ finding that needs several layers at once is made in `gradflow.analyzer.flow`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from gradflow.analysis import Finding
 from gradflow.analyzer.causes.activations import idle_units, saturated_activations
 from gradflow.analyzer.causes.gates import forget_gates, saturated_gates, update_gates
 from gradflow.analyzer.causes.paths import hidden_paths
 from gradflow.analyzer.causes.products import activations_contract, weights_contract, weights_expand
+from gradflow.analyzer.causes.reading import mend_first, read_by_loss
 from gradflow.analyzer.causes.spoilers import cut, no_recurrence, not_finite, parity_failed
 from gradflow.analyzer.causes.verdicts import dead, exploding, few_channels, transient, vanishing
 from gradflow.analyzer.causes.walls import walls
@@ -23,11 +25,12 @@ __all__ = ["FINDERS", "SPOILERS", "Finder", "findings"]
 
 Finder = Callable[[Evidence], Iterator[Finding]]
 SPOILERS: tuple[Finder, ...] = (not_finite, no_recurrence, parity_failed)
+VERDICTS: tuple[Finder, ...] = (dead, vanishing, exploding)
+WITHOUT_GAINS: tuple[Finder, ...] = (*SPOILERS, read_by_loss, cut)  # a cause needs a verdict
 FINDERS: tuple[Finder, ...] = (
     *SPOILERS,
-    dead,
-    vanishing,
-    exploding,
+    read_by_loss,
+    *VERDICTS,
     forget_gates,
     update_gates,
     saturated_activations,
@@ -46,5 +49,18 @@ FINDERS: tuple[Finder, ...] = (
 
 def findings(evidence: Evidence) -> tuple[Finding, ...]:
     """Every finding on one layer, the most telling first."""
-    finders = SPOILERS if "not finite" in evidence.labels else FINDERS
+    finders = WITHOUT_GAINS if evidence.no_gains else FINDERS
+    if "not finite" in evidence.labels:
+        finders = SPOILERS
+    elif evidence.reading.amiss and not evidence.no_gains:
+        return _before_the_loss_is_mended(evidence)
     return tuple(finding for find in finders for finding in find(evidence))
+
+
+def _before_the_loss_is_mended(evidence: Evidence) -> tuple[Finding, ...]:
+    """What the loss reads comes first; the verdict stands, without a cause and without a remedy."""
+    first = [finding for find in (*SPOILERS, read_by_loss) for finding in find(evidence)]
+    judged = [finding for find in VERDICTS for finding in find(evidence)]
+    advice = mend_first(evidence)
+    judged = [replace(finding, advice=advice, code="", source="") for finding in judged]
+    return (*first, *judged, *cut(evidence))

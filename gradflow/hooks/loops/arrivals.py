@@ -77,34 +77,36 @@ def _of_loop(loop: Loop, layers: int) -> Arrivals:
     arrived_c = [c_n for _, _, c_n in parts if c_n is not None]
     states_c = loop.per_call(arrived_c) if arrived_c else []
     through = _through_h(loop) if loop.chain.calls[0].c_is_total else None
-    ends = [start + size - 1 for start, size in zip(loop.starts, loop.chain.sizes, strict=True)]
     found: Arrivals = []
     for layer in range(layers):
         came = loop.from_next(layer)
         at_h = output if layer == layers - 1 else torch.zeros_like(output)
         at_c = None
-        for place, end in enumerate(ends):
-            value, bound = came[place] or (None, None)
+        for place, part in enumerate(loop.layout.parts):
+            end = part.ends.to(output.device), part.sequences.to(output.device)
             width = at_h.shape[2]
             h = states_h[place][layer] + at_h[end]
-            at_h[end] = _rest(h, h.abs(), value, bound, slice(0, width))
+            at_h[end] = _rest(h, h.abs(), came[place], slice(0, width))
             if not states_c:
                 continue
             c, size = states_c[place][layer], states_c[place][layer].abs()
             if at_c is None:
-                at_c = c.new_zeros(len(output), *c.shape)
+                at_c = c.new_zeros(*output.shape[:2], c.shape[1])
             if through is not None:
                 c, size = c - through[place][layer], size + through[place][layer].abs()
-            at_c[end] = _rest(c, size, value, bound, slice(width, None))
+            at_c[end] = _rest(c, size, came[place], slice(width, None))
         found.append((at_h, at_c))
     return found
 
 
 def _rest(
-    total: Tensor, size: Tensor, value: Tensor | None, bound: Tensor | None, block: slice
+    total: Tensor, size: Tensor, came: tuple[Tensor, Tensor, Tensor] | None, block: slice
 ) -> Tensor:
-    if value is None or bound is None:
-        return difference(total, torch.zeros_like(total), size)
+    """What did not come from a next call; see `Loop.from_next`."""
+    nothing = torch.zeros_like(total)
+    if came is None:
+        return difference(total, nothing, size)
+    value, bound, _ = came
     return difference(total, value[:, block], size + bound[:, block])
 
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from gradflow.cells import Scan, Steps
 from gradflow.hooks.loops.arrivals import Arrivals
+from gradflow.hooks.loops.linearised import linearised, timed
 from gradflow.hooks.loops.linked import pulled
-from gradflow.hooks.loops.loop import Loop, linearised
+from gradflow.hooks.loops.loop import Loop, merged
+from gradflow.hooks.loops.steps import Group
 
 
 @dataclass(frozen=True)
@@ -100,42 +102,72 @@ def _sheet(
     sequences: Tensor,
 ) -> Sheet:
     layer, direction = place
-    batch, device = len(sequences), sequences.device
-    steps = sum(loop.chain.sizes)
-    each = torch.arange(batch, device=device)
-    part = torch.zeros(steps, batch, dtype=torch.long, device=device)
-    index, x, before, factor = torch.zeros_like(part), [], [], []
-    parts, weights_ih, starts = [], [], loop.starts
-    for number, group in enumerate(loop.groups):
-        made, made_x, made_before = linearised(group, place, dtype, sequences)
-        size = group.replay.mask.shape[0]
-        for position, member in enumerate(group.members):
-            at = slice(starts[member], starts[member] + size)
-            clock = position * size + torch.arange(size, device=device)
-            part[at], index[at] = number, clock.unsqueeze(1) * batch + each
-        parts.append(_flat(made))
-        x.append(list(made_x.split(size)))
-        before.append(list(made_before.split(size)))
-        weights_ih.append(group.replay.weights(layer, direction).weight_ih.to(dtype))
-        if layer and any(known.call.rng is not None for known in loop.groups):
-            drawn = group.replay.dropout_factor(layer - 1).to(dtype)
-            chosen = drawn.index_select(1, sequences) if drawn.dim() else drawn.expand_as(made_x)
-            factor.append(list(chosen.split(size)))
+    sources = _of_groups if loop.layout.even else _of_times
+    parts, groups, part, index, x, before = sources(loop, place, dtype, sequences)
+    factor = None
+    if layer and any(known.call.rng is not None for known in loop.groups):
+        drawn = [_dropout(group, layer, dtype) for group in loop.groups]
+        factor = loop.in_time(drawn).index_select(1, sequences).flatten(0, 1)
     cut, into = _links(loop, layer, dtype, sequences) if len(loop.chain.calls) > 1 else (None, None)
     return Sheet(
         parts=parts,
         part=part.flatten(),
         index=index.flatten(),
-        x=_ordered(loop, x),
-        before=_ordered(loop, before),
+        x=x,
+        before=before,
         arrived=torch.cat([a[:, sequences] for a in arrived if a is not None], dim=2)
         .to(dtype)
         .flatten(0, 1),
-        weight_ih=weights_ih,
-        factor=_ordered(loop, factor) if factor else None,
+        weight_ih=[g.replay.weights(layer, direction).weight_ih.to(dtype) for g in groups],
+        factor=factor,
         cut=cut,
         into=into,
     )
+
+
+Sources = tuple[list[Steps], list[Group], Tensor, Tensor, Tensor, Tensor]
+
+
+def _of_groups(
+    loop: Loop, place: tuple[int, int], dtype: torch.dtype, sequences: Tensor
+) -> Sources:
+    """The steps of every group, one group of each, where a place (T, B) is in them, its x and h."""
+    batch, device = len(sequences), sequences.device
+    each = torch.arange(batch, device=device)
+    part = torch.zeros(loop.layout.steps, batch, dtype=torch.long, device=device)
+    index, x, before, parts = torch.zeros_like(part), [], [], []
+    for number, group in enumerate(loop.groups):
+        made, made_x, made_before = linearised(group, place, dtype, sequences)
+        size = group.replay.mask.shape[0]
+        for position, member in enumerate(group.members):
+            start = int(loop.layout.parts[member].starts[0])
+            at = slice(start, start + size)
+            clock = position * size + torch.arange(size, device=device)
+            part[at], index[at] = number, clock.unsqueeze(1) * batch + each
+        parts.append(_flat(made))
+        x.append(list(made_x.split(size)))
+        before.append(list(made_before.split(size)))
+    return parts, loop.groups, part, index, _ordered(loop, x), _ordered(loop, before)
+
+
+def _of_times(loop: Loop, place: tuple[int, int], dtype: torch.dtype, sequences: Tensor) -> Sources:
+    """The same of a loop whose calls hold other sequences, or are packed."""
+    found = timed(loop.groups, loop.layout, place, dtype, sequences)
+    shape = found[0].mine.shape
+    part = torch.zeros(shape, dtype=torch.long, device=sequences.device)
+    x, before = torch.zeros_like(found[0].x), torch.zeros_like(found[0].before)
+    for number, known in enumerate(found):
+        part[known.mine] = number
+        x, before = x + known.x, before + known.before
+    index = torch.arange(part.numel(), device=part.device).view(shape)
+    parts, groups = [_flat(known.steps) for known in found], [known.group for known in found]
+    return parts, groups, part, index, x.flatten(0, 1), before.flatten(0, 1)
+
+
+def _dropout(group: Group, layer: int, dtype: torch.dtype) -> Tensor:
+    """What x of a layer above the lowest was multiplied by, (T, B, I)."""
+    drawn, x = group.replay.dropout_factor(layer - 1).to(dtype), group.replay.layers[layer][0].x
+    return drawn if drawn.dim() else drawn.expand_as(x)
 
 
 def _flat(steps: Steps) -> Steps:
@@ -156,14 +188,21 @@ def _links(
     loop: Loop, layer: int, dtype: torch.dtype, sequences: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Where nothing goes back from the first step of a call to the one before, and factors there."""
-    batch, steps = len(sequences), sum(loop.chain.sizes)
+    batch, steps = len(sequences), loop.layout.steps
     cut = torch.zeros(steps, batch, dtype=torch.bool, device=sequences.device)
-    factors = {}
-    for first, link in zip(loop.starts[1:], loop.chain.links[1:], strict=True):
-        assert link is not None
-        cut[first] = link.cut[sequences]
-        if link.into is not None:
-            factors[first] = link.into[layer].index_select(0, sequences).to(dtype)
+    factors: dict[int, Tensor] = {}
+    for place, link in enumerate(loop.chain.links):
+        for first, chosen in loop.started(place):
+            assert link is not None
+            here = chosen.to(sequences.device)[sequences]
+            cut[first] |= loop.layout.spread(place, link.cut)[sequences] & here
+            if link.into is not None:
+                every = loop.layout.spread(place, link.into[layer])
+                factor = every.index_select(0, sequences).to(dtype)
+                one = (
+                    torch.ones_like(factor[:, 0]) if factor.dim() == 3 else torch.ones_like(factor)
+                )
+                factors[first] = merged(factors.get(first, one), factor, here)
     if not factors:
         return cut.flatten(), None
     size = next(iter(factors.values())).shape[1]

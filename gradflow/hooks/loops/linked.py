@@ -15,11 +15,12 @@ class Linked:
     """An `Operator`: step t is (after_t A_t + around_t) before_t.
 
     A factor is (B, S) elementwise or (B, S, S) dense, and may be absent: before and after are then
-    the identity, around is nothing.
+    the identity, around is nothing. Where sequences of one step are in several of the steps, each of
+    these is zero at the sequences of the others.
     """
 
     steps: list[Steps]
-    places: list[tuple[int, int]]  # of step t: which of the steps, and the index there
+    places: list[list[tuple[int, int]]]  # of step t: which of the steps, and the index there
     before: dict[int, Tensor]
     after: dict[int, Tensor]
     around: dict[int, Tensor]
@@ -51,9 +52,10 @@ class Linked:
         """
         volumes = [steps.log_volume() for steps in self.steps]
         known = [volume for volume in volumes if volume is not None]
-        if self.around or len(known) < len(volumes):
+        several = any(len(places) > 1 for places in self.places)
+        if self.around or several or len(known) < len(volumes):
             return None
-        every = torch.stack([known[part][index] for part, index in self.places])
+        every = torch.stack([known[part][index] for ((part, index),) in self.places])
         for factors in (self.before, self.after):
             for t, factor in factors.items():
                 every[t] += _log_volume(factor)
@@ -61,15 +63,21 @@ class Linked:
 
     def push(self, t: int, block: Tensor) -> Tensor:
         """Map every row v of block (B, m, S) to what step t makes of it."""
-        part, index = self.places[t]
         block = pushed(self.before.get(t), block)
-        result = pushed(self.after.get(t), self.steps[part].push(index, block))
+        (part, index), *others = self.places[t]
+        result = self.steps[part].push(index, block)
+        for part, index in others:
+            result = result + self.steps[part].push(index, block)
+        result = pushed(self.after.get(t), result)
         return result + pushed(self.around[t], block) if t in self.around else result
 
     def pull(self, t: int, block: Tensor) -> Tensor:
         """Map every row u of block (B, m, S) to what the transpose of step t makes of it."""
-        part, index = self.places[t]
-        result = self.steps[part].pull(index, pulled(self.after.get(t), block))
+        block_after = pulled(self.after.get(t), block)
+        (part, index), *others = self.places[t]
+        result = self.steps[part].pull(index, block_after)
+        for part, index in others:
+            result = result + self.steps[part].pull(index, block_after)
         if t in self.around:
             result = result + pulled(self.around[t], block)
         return pulled(self.before.get(t), result)

@@ -3,6 +3,7 @@
 S is the width of the full state (h, c) of one layer. A link into a call holds two factors:
 ``into``, ∂(its initial state)/∂(the state returned before), and ``around``, ∂(its initial
 state)/∂(the initial state of the call before) on paths that do not go through that call (zoneout).
+Sequences are in the user's order, also of packed calls; B are those of the later call.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from gradflow.hooks.call import Call
 from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of
+from gradflow.hooks.loops import rows as rows_of
+from gradflow.hooks.loops.rows import MIXED
 
 DENSE = 64  # widest state for which a link that is not elementwise is written out
 
@@ -28,6 +31,9 @@ class Link:
     around: Factor  # None: nothing
     cut: Tensor  # (B,) true where nothing of the previous state arrives
     unknown: str = ""  # why the factors are not known, if they are not
+    rows: Tensor | None = (
+        None  # (B,) the sequence before that each is, −1 a new one; None: the same
+    )
 
 
 @dataclass(eq=False)
@@ -49,10 +55,37 @@ class End:
 def find(end: End, initial: dict[str, Tensor], call: Call) -> Link | None:
     """The link from an earlier call's end into a call with these initial states (h, c), if any."""
     known = end.call
-    if known.h0.shape != call.h0.shape or set(initial) != set(end.entry):
+    if set(initial) != set(end.entry) or _but_sequences(known.h0) != _but_sequences(call.h0):
         return None
     link = _by_graph(end, initial, call)
-    return link if link is not None else _by_value(end, initial, call)
+    link = link if link is not None else _by_value(end, initial, call)
+    return None if link is None else _in_users_order(link, known, call)
+
+
+def _but_sequences(state: Tensor) -> tuple[int, int]:
+    return int(state.shape[0]), int(state.shape[2])
+
+
+def _in_users_order(link: Link, known: Call, call: Call) -> Link | None:
+    """From the kernel's order of sequences; None where the batches differ and nobody is the same."""
+    rows = link.rows
+    if rows is not None and bool((rows < 0).all()):
+        return None
+    if known.unsorted is None and call.unsorted is None:
+        return link
+    count = call.h0.shape[1]
+    rows = torch.arange(count, device=call.h0.device) if rows is None else rows
+    cut, into, around = link.cut, link.into, link.around
+    if known.unsorted is not None:  # kernel row -> user's row
+        places = known.unsorted.to(rows.device).argsort()
+        rows = torch.where(rows < 0, -1, places[rows.clamp(min=0)])
+    if call.unsorted is not None:
+        order = call.unsorted.to(rows.device)
+        rows, cut = rows[order], cut[order]
+        into = None if into is None else into.index_select(1, order)
+        around = None if around is None else around.index_select(1, order)
+    same = known.h0.shape[1] == count and bool((rows == torch.arange(count)).all())
+    return Link(into, around, cut, link.unknown, None if same else rows)
 
 
 # ------------------------------------------------------------------------------- in the graph
@@ -74,13 +107,18 @@ def _by_graph(end: End, initial: dict[str, Tensor], call: Call) -> Link | None:
     if not between.reached & returned_nodes:
         return None
     pull = _Pull(end, entry, roots, between, call)
+    same = end.call.h0.shape[1] == batch
     try:
-        into, around = pull.factors()
+        into, around, rows = pull.factors()
     except NotReadable as error:
-        return Link(None, None, no_cut, f"between two of its calls lies {error}")
+        return Link(None, None, no_cut, f"between two of its calls lies {error}") if same else None
     if isinstance(into, str) or isinstance(around, str):
-        return Link(None, None, no_cut, str(into if isinstance(into, str) else around))
-    return Link(into, around, ~(_touches(into) | _touches(around)))
+        reason = str(into if isinstance(into, str) else around)
+        return Link(None, None, no_cut, reason, rows) if same or rows is not None else None
+    cut = ~(_touches(into) | _touches(around))
+    if rows is not None:
+        cut = cut & (rows >= 0)
+    return Link(into, around, cut, rows=rows)
 
 
 def _touches(factor: Factor) -> Tensor:
@@ -108,7 +146,8 @@ class _Pull:
             for name, edge in self.roots.items()
         ]
         found = self.between.pull(seeds)
-        into, around = torch.zeros_like(seed), torch.zeros_like(seed)
+        into = torch.zeros_like(self._like(self.end.call))
+        around = torch.zeros_like(into)
         blocks = {"h": slice(0, width), "c": slice(width, None)}
         for edge, grad in found.items():
             if edge in self.end.edges:
@@ -122,39 +161,98 @@ class _Pull:
         return into, around
 
     def _at_last_step(self, grad: Tensor) -> Tensor:
-        if self.end.call.batch_first:
+        known = self.end.call
+        if known.batch_sizes is not None:
+            return _at_ends(grad, known.batch_sizes)
+        if known.batch_first:
             grad = grad.transpose(0, 1)
         if bool((grad[:-1] != 0).any()):
             raise NotReadable("a mixture of several steps' outputs")
         return grad[-1]
 
-    def factors(self) -> tuple[Factor | str, Factor | str]:
-        """into and around, each elementwise, dense, or the reason why it is neither."""
-        states = [self.call.h0] + ([] if self.call.c0 is None else [self.call.c0])
-        like = torch.cat(states, dim=2)
-        probe = probe_of(like)
-        ones, probed = self(torch.ones_like(like)), self(probe)
-        found: list[Factor | str] = []
-        dense: tuple[Tensor, Tensor] | None = None
-        for place in (0, 1):
-            if close_to(probed[place], probe * ones[place], ones[place] * probe):
-                found.append(ones[place])
-                continue
-            dense = self._dense(like) if dense is None and like.shape[2] <= DENSE else dense
-            found.append(_checked(dense[place] if dense else None, probe, probed[place]))
-        into, around = found
-        if isinstance(around, Tensor) and not bool(around.any()):
-            around = None
+    def factors(self) -> tuple[Factor | str, Factor | str, Tensor | None]:
+        """into and around, each elementwise, dense, or the reason why it is neither; and the rows."""
+        like = self._like(self.call)
+        if self.end.call.h0.shape[1] == self.call.h0.shape[1]:
+            found = self._elementwise(like, None)
+            if not any(factor is None for factor in found):
+                return found[0], _nothing_as_none(found[1]), None
+        rows = self._rows(like)
+        if isinstance(rows, str):
+            return rows, rows, None
+        found = self._elementwise(like, rows)
+        if any(factor is None for factor in found):
+            dense = self._dense(like, rows) if like.shape[2] <= DENSE else None
+            probe = probe_of(like)
+            probed = self._taken(self(probe), rows)
+            found = tuple(
+                _checked(dense[place] if dense else None, probe, probed[place])
+                if factor is None
+                else factor
+                for place, factor in enumerate(found)
+            )
+        return found[0], _nothing_as_none(found[1]), rows
+
+    @staticmethod
+    def _like(call: Call) -> Tensor:
+        return torch.cat([call.h0] + ([] if call.c0 is None else [call.c0]), dim=2)
+
+    @staticmethod
+    def _taken(found: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        into, around = (rows_of.picked(part, rows, 1) for part in found)
         return into, around
 
-    def _dense(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        rows: list[tuple[Tensor, Tensor]] = []
+    def _elementwise(self, like: Tensor, rows: Tensor | None) -> tuple[Factor | str, ...]:
+        """into and around where they multiply entry by entry, None for one that does not."""
+        probe = probe_of(like)
+        ones = self._taken(self(torch.ones_like(like)), rows)
+        probed = self._taken(self(probe), rows)
+        return tuple(
+            one if close_to(mine, probe * one, one * probe) else None
+            for one, mine in zip(ones, probed, strict=True)
+        )
+
+    def _rows(self, like: Tensor) -> Tensor | str | None:
+        """Where the sequences came from, None for where they were; or why that is not known."""
+        probe = probe_of(like)
+
+        def pull(chosen: Tensor) -> Tensor:
+            found = self(probe * chosen.to(probe.dtype).view(1, -1, 1))
+            return torch.cat(found, dim=2).transpose(0, 1)
+
+        count, batch = like.shape[1], int(self.end.call.h0.shape[1])
+        found = rows_of.origins(pull, count, like.device)
+        if found is None:
+            return MIXED
+        found = rows_of.completed(found, batch)
+        unmoved = bool(((found == torch.arange(count, device=found.device)) | (found < 0)).all())
+        return None if count == batch and unmoved else found
+
+    def _dense(self, like: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        made: list[tuple[Tensor, Tensor]] = []
         for place in range(like.shape[2]):
             seed = torch.zeros_like(like)
             seed[..., place] = 1.0
-            rows.append(self(seed))
-        into, around = zip(*rows, strict=True)
+            made.append(self._taken(self(seed), rows))
+        into, around = zip(*made, strict=True)
         return torch.stack(into, dim=2), torch.stack(around, dim=2)
+
+
+def _nothing_as_none(factor: Factor | str) -> Factor | str:
+    """None for a factor that lets nothing through."""
+    return None if isinstance(factor, Tensor) and not bool(factor.any()) else factor
+
+
+def _at_ends(grad: Tensor, batch_sizes: Tensor) -> Tensor:
+    """(b, P) at the last step of every sequence, from a packed (·, P), kernel's order."""
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    ranks = torch.arange(int(batch_sizes[0]))
+    ends = (batch_sizes.unsqueeze(1) > ranks).sum(0) - 1
+    places = (starts[ends] + ranks).to(grad.device)
+    rest = grad.index_fill(0, places, 0)
+    if bool((rest != 0).any()):
+        raise NotReadable("a mixture of several steps' outputs")
+    return grad[places]
 
 
 def _checked(dense: Tensor | None, probe: Tensor, probed: Tensor) -> Tensor | str:
@@ -166,7 +264,7 @@ def _checked(dense: Tensor | None, probe: Tensor, probed: Tensor) -> Tensor | st
     again = (probe.unsqueeze(2) @ dense).squeeze(2)
     size = (probe.abs().unsqueeze(2) @ dense.abs()).squeeze(2)
     if not close_to(probed, again, size):
-        return "sequences or layers are mixed between two of its calls"
+        return MIXED
     return dense
 
 
@@ -187,6 +285,8 @@ def close_to(mine: Tensor, theirs: Tensor, size: Tensor) -> bool:
 
 def _by_value(end: End, initial: dict[str, Tensor], call: Call) -> Link | None:
     """A state that was detached, cloned or carried without gradient, by storage or by its values."""
+    if end.call.h0.shape != call.h0.shape:
+        return _moved(end, call)
     equal, zero, telling = _compared(end, call)
     shared = any(
         _shares_storage(tensor, end.returned.get(other))
@@ -194,19 +294,41 @@ def _by_value(end: End, initial: dict[str, Tensor], call: Call) -> Link | None:
         for other in (f"{name}_n", "output")
     )
     fits = bool((equal | zero).all()) and bool(telling.any())
+    moved = None if fits else _moved(end, call)
+    if moved is not None:
+        return moved
     if not (fits or shared):
         return None
     if call.differentiable or end.call.differentiable:
         return Link(None, None, torch.ones_like(equal))
     if not bool((equal | zero).all()):
         return Link(None, None, ~equal & zero, "a state is changed in place between two calls")
-    cut = zero & ~equal
-    into = None
-    if bool(cut.any()):
-        size = call.h0.shape[2] + (0 if call.c0 is None else call.c0.shape[2])
-        keep = (~cut).to(call.h0.dtype).view(1, -1, 1)
-        into = keep.expand(call.h0.shape[0], -1, size)
-    return Link(into, None, cut)
+    return Link(_keeping(call, zero & ~equal), None, zero & ~equal)
+
+
+def _keeping(call: Call, cut: Tensor) -> Factor:
+    """The factor 1, and 0 where it is cut; None if nothing is."""
+    if not bool(cut.any()):
+        return None
+    size = call.h0.shape[2] + (0 if call.c0 is None else call.c0.shape[2])
+    keep = (~cut).to(call.h0.dtype).view(1, -1, 1)
+    return keep.expand(call.h0.shape[0], -1, size)
+
+
+def _moved(end: End, call: Call) -> Link | None:
+    """States that are all some sequence's of those returned, or zero, by their values."""
+    new, old = call.h0, end.call.returned["h_n"]
+    if call.c0 is not None:
+        new = torch.cat([new, call.c0], dim=2)
+        old = torch.cat([old, end.call.returned["c_n"]], dim=2)
+    found = rows_of.equal_rows(new.transpose(0, 1).flatten(1), old.transpose(0, 1).flatten(1))
+    if found is None or bool(found[1].all()):
+        return None
+    rows = rows_of.completed(found[0], old.shape[1])
+    zero = found[1] & (rows >= 0)
+    if call.differentiable or end.call.differentiable:
+        return Link(None, None, rows >= 0, rows=rows)
+    return Link(_keeping(call, zero), None, zero, rows=rows)
 
 
 def _compared(end: End, call: Call) -> tuple[Tensor, Tensor, Tensor]:

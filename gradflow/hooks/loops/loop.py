@@ -6,14 +6,15 @@ Letters: n calls, T steps in all, B sequences, S the width of one layer's full s
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from gradflow.cells import CELLS, Scan, Steps
+from gradflow.cells import Scan, Steps
 from gradflow.errors import RecordingError
+from gradflow.hooks.loops.layout import Layout
+from gradflow.hooks.loops.linearised import linearised, timed
 from gradflow.hooks.loops.linked import Linked, pulled
 from gradflow.hooks.loops.links import Link
 from gradflow.hooks.loops.steps import Group
@@ -46,20 +47,30 @@ class Loop:
         return self.once("groups", self.chain.groups)
 
     @property
-    def starts(self) -> list[int]:
-        """The first step of every call."""
-        return list(accumulate(self.chain.sizes, initial=0))[:-1]
+    def layout(self) -> Layout:
+        """Where the steps of the calls lie in the loop's time."""
+        return self.chain.layout
 
     def per_call(self, arrays: list[Tensor]) -> list[Tensor]:
-        """One array per call from one (·, K·B, ...) per group."""
+        """One array (·, b, ...) per call from one (·, K·b, ...) per group."""
         found: dict[int, Tensor] = {}
         for group, array in zip(self.groups, arrays, strict=True):
-            found |= zip(group.members, group.each(array), strict=True)
+            found |= group.by_member(array)
         return [found[place] for place in range(len(found))]
 
     def in_time(self, arrays: list[Tensor]) -> Tensor:
-        """(T, B, ...) from one (t, K·B, ...) per group."""
-        return torch.cat(self.per_call(arrays))
+        """(T, B, ...) from one (t, K·b, ...) per group."""
+        return self.layout.placed(dict(enumerate(self.per_call(arrays))))
+
+    def initial(self, arrays: list[Tensor]) -> Tensor:
+        """(B, ·) of every sequence at its first call, from one (K·b, ·) per group."""
+        each = [array[0] for array in self.per_call([array.unsqueeze(0) for array in arrays])]
+        found = each[0].new_zeros(self.chain.batch, *each[0].shape[1:])
+        for part, array in zip(self.layout.parts, each, strict=True):
+            if bool(part.begins.any()):
+                begins = part.begins.to(array.device)
+                found[part.sequences.to(array.device)[begins]] = array[begins]
+        return found
 
     # -- totals ------------------------------------------------------------------------------
 
@@ -78,7 +89,7 @@ class Loop:
         return found if some else None
 
     def handed_on(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
-        """What every call hands to its own initial state, (B, S), and the size of its terms."""
+        """What every call hands to its own initial state, (b, S), and the size of its terms."""
         return self.once(("handed on", layer), lambda: self._handed_on(layer))
 
     def _handed_on(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -99,18 +110,34 @@ class Loop:
             if entering:
                 parts = {name: grad[layer] for name, grad in entering.items()}
                 more = _through(link.around[layer], _flat(parts).to(handed[place].dtype))
+                if link.rows is not None:
+                    more = torch.zeros_like(handed[place]).index_copy(
+                        0, link.rows[link.rows >= 0], more[link.rows >= 0]
+                    )
                 handed[place] = handed[place] + more
                 size[place] = size[place] + more.abs()
         return handed, size
 
-    def from_next(self, layer: int) -> list[tuple[Tensor, Tensor] | None]:
-        """What every call's returned state gets from the next call, (B, S), and the size of it."""
+    def from_next(self, layer: int) -> list[tuple[Tensor, Tensor, Tensor] | None]:
+        """What every call's returned state gets from the next call, (b, S), and the size of it.
+
+        With them (b,) which of its sequences go on; None where none does.
+        """
         handed, size = self.handed_on(layer)
-        found: list[tuple[Tensor, Tensor] | None] = []
-        for link, value, bound in zip(self.chain.links[1:], handed[1:], size[1:], strict=True):
-            assert link is not None
-            found.append((back(link, layer, value), back(link, layer, bound, absolute=True)))
-        return [*found, None]
+        parts, device = self.layout.parts, handed[0].device
+        value = handed[0].new_zeros(self.chain.batch, handed[0].shape[1])
+        bound, goes_on = torch.zeros_like(value), torch.zeros(len(value), dtype=torch.bool)
+        found: list[tuple[Tensor, Tensor, Tensor] | None] = []
+        for place in reversed(range(len(parts))):
+            here = parts[place].sequences.to(device)
+            later = goes_on[parts[place].sequences].to(device)
+            found.append((value[here], bound[here], later) if bool(later.any()) else None)
+            link = self.chain.links[place]
+            if link is not None:
+                value[here] = back(link, layer, handed[place])
+                bound[here] = back(link, layer, size[place], absolute=True)
+            goes_on[parts[place].sequences] = ~parts[place].begins
+        return found[::-1]
 
     def direct(self, layer: int) -> Tensor:
         """The part of ∂L/∂h_t that does not come through the layer's own recurrence, (T, B, P).
@@ -122,13 +149,13 @@ class Loop:
         scans = self.scans(layer)
         assert scans is not None
         direct = self.in_time([direct for direct, _ in scans]).clone()
-        for start, size, came in zip(
-            self.starts, self.chain.sizes, self.from_next(layer), strict=True
-        ):
+        for part, came in zip(self.layout.parts, self.from_next(layer), strict=True):
             if came is not None:
-                value, bound = (part[:, : direct.shape[2]] for part in came)
-                end = start + size - 1
-                direct[end] = difference(direct[end], value, direct[end].abs() + bound)
+                value, bound = (each[:, : direct.shape[2]] for each in came[:2])
+                at = part.ends.to(direct.device), part.sequences.to(direct.device)
+                known = direct[at]
+                left = difference(known, value, known.abs() + bound)
+                direct[at] = torch.where(came[2].unsqueeze(1), left, known)
         return direct
 
     # -- step Jacobians ----------------------------------------------------------------------
@@ -155,41 +182,37 @@ class Loop:
                 f"step Jacobians must be of a state that is carried from call to call as it is, or "
                 f"elementwise, got a loop in which {reason}; carry the state directly"
             )
-        steps, places, starts = [], {}, self.starts
-        for number, group in enumerate(self.groups):
-            steps.append(self._linearised(group, layer, dtype, sequences))
-            size = group.replay.mask.shape[0]
-            for position, member in enumerate(group.members):
-                for step in range(size):
-                    places[starts[member] + step] = (number, position * size + step)
-        linked = Linked(steps, [places[t] for t in range(len(places))], {}, {}, {})
+        steps: list[Steps] = []
+        places: dict[int, tuple[int, int]] = {}
+        if self.layout.even:
+            for number, group in enumerate(self.groups):
+                steps.append(linearised(group, (layer, 0), dtype, sequences)[0])
+                size = group.replay.mask.shape[0]
+                for position, member in enumerate(group.members):
+                    start = int(self.layout.parts[member].starts[0])
+                    for step in range(size):
+                        places[start + step] = (number, position * size + step)
+            linked = Linked(steps, [[places[t]] for t in range(len(places))], {}, {}, {})
+        else:
+            steps = [
+                part.steps for part in timed(self.groups, self.layout, (layer, 0), dtype, sequences)
+            ]
+            every = [
+                [(number, t) for number in range(len(steps))] for t in range(self.layout.steps)
+            ]
+            linked = Linked(steps, every, {}, {}, {})
         self._fill_links(linked, layer, dtype, sequences)
         return linked
-
-    def _linearised(self, group: Group, layer: int, dtype: torch.dtype, sequences: Tensor) -> Steps:
-        return linearised(group, (layer, 0), dtype, sequences)[0]
 
     def _fill_links(
         self, linked: Linked, layer: int, dtype: torch.dtype, sequences: Tensor
     ) -> None:
         carried = any(link is not None and link.around is not None for link in self.chain.links)
-        for first, link in zip(self.starts[1:], self.chain.links[1:], strict=True):
-            assert link is not None
-            cut = link.cut.index_select(0, sequences)
-            keep = (~cut).to(dtype).unsqueeze(1).expand(-1, linked.size)
-            into = _picked(link.into, layer, dtype, sequences)
-            if carried:
-                around = _picked(link.around, layer, dtype, sequences)
-                if into is not None:
-                    linked.after[first - 1] = _set_where(into, cut, 1.0)
-                if around is not None:
-                    linked.around[first - 1] = _set_where(around, cut, 0.0)
-            elif into is not None:
-                linked.before[first] = _set_where(into, cut, 0.0)
-                continue
-            if bool(cut.any()):
-                linked.before[first] = keep
-        lengths = self.chain.lengths
+        for place, link in enumerate(self.chain.links):
+            for first, chosen in self.started(place):
+                assert link is not None
+                self._fill_link(linked, (place, first), chosen, (layer, dtype, sequences), carried)
+        lengths = self.chain.real
         if lengths is not None:
             chosen = lengths.to(sequences.device).index_select(0, sequences)
             for t in range(int(chosen.min()), linked.length):
@@ -197,27 +220,54 @@ class Loop:
                 factor = linked.before.get(t, valid.expand(-1, linked.size))
                 linked.before[t] = factor * (valid if factor.dim() == 2 else valid.unsqueeze(2))
 
+    def started(self, place: int) -> list[tuple[int, Tensor]]:
+        """The steps at which sequences enter a call from an earlier one, and which (B,) they are."""
+        part, found = self.layout.parts[place], []
+        for first in part.starts[~part.begins].unique().tolist():
+            chosen = torch.zeros(self.chain.batch, dtype=torch.bool)
+            chosen[part.sequences[(part.starts == first) & ~part.begins]] = True
+            found.append((first, chosen))
+        return found
 
-def linearised(
-    group: Group, place: tuple[int, int], dtype: torch.dtype, sequences: Tensor
-) -> tuple[Steps, Tensor, Tensor]:
-    """The steps of a group's calls one after the other, the x they read, the h they started from.
+    def _fill_link(
+        self,
+        linked: Linked,
+        at: tuple[int, int],
+        chosen: Tensor,
+        wanted: tuple[int, torch.dtype, Tensor],
+        carried: bool,
+    ) -> None:
+        """Factors of one link, at the sequences that go through it at this step."""
+        place, first = at
+        layer, dtype, sequences = wanted
+        link = self.chain.links[place]
+        assert link is not None
+        here = chosen.to(sequences.device).index_select(0, sequences)
+        cut = self.layout.spread(place, link.cut).index_select(0, sequences) & here
 
-    place is a layer and a direction; arrays are (K·t, B, ·) in processing order.
-    """
-    layer, direction = place
-    known, steps = group.replay.layers[layer][direction], group.replay.steps(layer, direction)
+        def picked(factor: Tensor | None) -> Tensor | None:
+            if factor is None:
+                return None
+            every = self.layout.spread(place, factor[layer])
+            return every.index_select(0, sequences).to(dtype)
 
-    def flat(array: Tensor) -> Tensor:
-        return torch.cat(group.each(array)).index_select(1, sequences).to(dtype)
+        def put(factors: dict[int, Tensor], t: int, factor: Tensor, others: float) -> None:
+            factor = _set_where(factor, ~here, others)
+            factors[t] = factor if t not in factors else merged(factors[t], factor, here)
 
-    def before(state: Tensor, initial: Tensor) -> Tensor:
-        return flat(torch.cat([initial.unsqueeze(0).to(state.dtype), state[:-1]]))
-
-    x, h0 = flat(known.x), before(known.h, known.h0)
-    c0 = None if known.c0 is None else before(steps.states["c"], known.c0)
-    weights = known.weights.to(dtype)
-    return CELLS[group.call.cell].linearise(weights, x, flat(known.h), h0, c0), x, h0
+        keep = (~cut).to(dtype).unsqueeze(1).expand(-1, linked.size)
+        into = picked(link.into)
+        if carried:
+            around = picked(link.around)
+            if into is not None:
+                put(linked.after, first - 1, _set_where(into, cut, 1.0), 1.0)
+            if around is not None:
+                put(linked.around, first - 1, _set_where(around, cut, 0.0), 0.0)
+        elif into is not None:
+            put(linked.before, first, _set_where(into, cut, 0.0), 1.0)
+            return
+        if bool(cut.any()):
+            put(linked.before, first, keep, 1.0)
 
 
 def _nothing(group: Group, layer: int) -> tuple[Tensor, Scan]:
@@ -255,18 +305,19 @@ def difference(total: Tensor, part: Tensor, size: Tensor) -> Tensor:
     return left.masked_fill(left.abs() <= bound, 0.0)
 
 
-def _picked(
-    factor: Tensor | None, layer: int, dtype: torch.dtype, sequences: Tensor
-) -> Tensor | None:
-    return None if factor is None else factor[layer].index_select(0, sequences).to(dtype)
-
-
 def _set_where(factor: Tensor, cut: Tensor, value: float) -> Tensor:
     """The factor with `value` times the identity for the sequences that are cut."""
     other = torch.full_like(factor, value)
     if factor.dim() == 3:
         other = value * torch.eye(factor.shape[2], dtype=factor.dtype).expand_as(factor)
     return torch.where(cut.view(-1, *[1] * (factor.dim() - 1)), other, factor)
+
+
+def merged(one: Tensor, other: Tensor, here: Tensor) -> Tensor:
+    """Two factors as one: the other where `here` (B,) is true."""
+    if one.dim() != other.dim():
+        one, other = (f if f.dim() == 3 else torch.diag_embed(f) for f in (one, other))
+    return torch.where(here.view(-1, *[1] * (one.dim() - 1)), other, one)
 
 
 def trimmed(array: Tensor, lengths: Tensor | None) -> Tensor:

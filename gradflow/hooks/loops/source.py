@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,17 @@ class LoopSource:
         """How many backwards reached the calls."""
         return self.loop.chain.version
 
+    @property
+    def closed(self) -> Any:
+        """The `ClosedLoop` that the calls are a part of, if any."""
+        return self.loop.chain.closed
+
+    def alone(self) -> LoopSource | None:
+        """The same layer with its inputs held fixed, if it is part of a closed loop."""
+        if self.closed is None:
+            return None
+        return AloneSource(self.loop, self.layer, self.direction, self.uses, self.ran_backward)
+
     def parts(self) -> Sequence[WeightUser]:
         """What the gradients of the weights are rebuilt from: itself, or each group of calls."""
         layers = self._layers()
@@ -66,7 +78,7 @@ class LoopSource:
         ]
 
     def _single(self) -> LayerSource | None:
-        plain = len(self.calls) == 1 and self.loop.chain.lengths is None
+        plain = len(self.calls) == 1 and self.loop.chain.lengths is None  # also where it is packed
         return self._layers()[0] if plain else None
 
     def _in_time(self, arrays: list[Tensor]) -> Tensor:
@@ -74,17 +86,16 @@ class LoopSource:
 
     def _trimmed(self, array: Tensor) -> Tensor:
         dtype = self.calls[0].returned["output"].dtype
-        return trimmed(array.to(dtype), self.loop.chain.lengths)
+        return trimmed(array.to(dtype), self.loop.chain.real)
 
     def forward(self) -> Forward:
         """States, gates and inputs."""
         parts = [part.forward() for part in self._layers()]
         if self._single() is not None:
             return parts[0]
-        first = self.loop.groups[0]
         return Forward(
             states={n: self._in_time([p.states[n] for p in parts]) for n in parts[0].states},
-            initial={n: state[first.columns(0)] for n, state in parts[0].initial.items()},
+            initial={n: self.loop.initial([p.initial[n] for p in parts]) for n in parts[0].initial},
             gates={n: self._in_time([p.gates[n] for p in parts]) for n in parts[0].gates},
             inputs=self._in_time([p.inputs for p in parts if p.inputs is not None]),
         )
@@ -98,8 +109,9 @@ class LoopSource:
             scans = self.loop.scans(self.layer)
             if scans is None:
                 return None
+            closed = self.closed
             return self._gathered(
-                self.loop.direct(self.layer),
+                self.loop.direct(self.layer) if closed is None else closed.direct(self),
                 lambda part: self.loop.in_time([part(scan) for _, scan in scans]),
             )
 
@@ -108,12 +120,14 @@ class LoopSource:
         single = self._single()
         if single is not None:
             return single.last()
+        if self.closed is not None:
+            return self.closed.last(self)
         arrives = self.reached()
         if arrives is None:
             return None
         time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
-        if self.loop.chain.lengths is not None:
-            arrives &= time < self.loop.chain.lengths.to(arrives.device)
+        if self.loop.chain.real is not None:
+            arrives &= time < self.loop.chain.real.to(arrives.device)
         chosen = torch.where(arrives, time, -1).max(0).values.unsqueeze(0)
         dtype = self.loop.groups[0].replay.work_dtype
         return self._pulled(chosen, dtype, self._every(), self._trimmed)
@@ -123,8 +137,37 @@ class LoopSource:
         single = self._single()
         if single is not None:
             return single.reached()
+        if self.closed is not None:
+            return self.closed.reached(self)
         found = self._arrivals()
         return None if found is None else reached(found)
+
+    def arriving(self) -> Tensor | None:
+        """Where a gradient comes to this layer from outside it, padding included."""
+        single = self._single()
+        if single is not None:
+            return single.arriving()
+        if self.closed is not None:
+            return self.closed.reached(self)
+        found = self._arrivals()
+        if found is None:
+            return None
+        with torch.no_grad():
+            direct = self.loop.direct(self.layer)
+        if bool(
+            self._trimmed_to_zero(direct).isnan().any()
+        ):  # what lies between two calls is not known
+            return None
+        arrives = (direct.nan_to_num() != 0).any(2)
+        at_c = found[self.layer][1]
+        return arrives if at_c is None else arrives | (at_c.nan_to_num() != 0).any(2)
+
+    def _trimmed_to_zero(self, array: Tensor) -> Tensor:
+        real = self.loop.chain.real
+        if real is None:
+            return array
+        time = torch.arange(len(array), device=array.device).unsqueeze(1)
+        return array.masked_fill((time >= real.to(array.device)).unsqueeze(2), 0.0)
 
     def loss_steps(
         self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
@@ -133,9 +176,11 @@ class LoopSource:
         single = self._single()
         if single is not None:
             return single.loss_steps(sequences, loss_steps, dtype)
+        if self.closed is not None:
+            return self.closed.loss_steps(self, sequences, loss_steps, dtype)
         every = self._every()
         sequences, loss_steps = sequences.to(every.device), loss_steps.to(every.device)
-        lengths = self.loop.chain.lengths
+        lengths = self.loop.chain.real
         count = len(loss_steps)
         if lengths is not None:
             lengths = lengths.to(every.device)[sequences].repeat(count)
@@ -148,6 +193,8 @@ class LoopSource:
 
     def contributions(self, sequences: Tensor) -> Contributions | None:
         """∂L/∂W_hh and ∂L/∂W_ih of some sequences by lag; None where there is no lag."""
+        if self.closed is not None:
+            return None  # what a lag brings comes through other parts of the loop as well
         found = self._arrivals()
         if found is None or not self._has_lags():
             return None
@@ -213,14 +260,14 @@ class LoopSource:
             return {name: self._in_time([part[name] for part in parts]) for name in parts[0]}
 
     def _gathered(
-        self, direct: Tensor, gather: Callable[[Callable[[Scan], Tensor]], Tensor]
+        self, direct: Tensor | None, gather: Callable[[Callable[[Scan], Tensor]], Tensor]
     ) -> Backward:
         grads = {"h": gather(lambda scan: scan.grads["h"])}
         if self.calls[0].c0 is not None:
             grads["c"] = gather(lambda scan: scan.grads["c"])
         return Backward(
             grads={name: self._trimmed(grad) for name, grad in grads.items()},
-            direct=self._trimmed(direct),
+            direct=None if direct is None else self._trimmed(direct),
             delta=self._trimmed(gather(lambda scan: scan.delta)),
             delta_hh=self._trimmed(gather(lambda scan: scan.delta_hh)),
         )
@@ -230,6 +277,8 @@ class LoopSource:
         single = self._single()
         if single is not None:
             return single.operator(dtype, sequences)
+        if self.closed is not None:
+            return self.closed.operator(self, dtype, sequences)
         with torch.no_grad():
             sequences = sequences.to(self.calls[0].h0.device)
             return self.loop.operator(self.layer, dtype, sequences)
@@ -247,6 +296,18 @@ class LoopSource:
                 assert self.uses is not None
                 found.append(self.uses.check(part))
         return max(found, key=lambda parity: (SEVERITY.index(parity.status), parity.error or 0.0))
+
+    def trains_recurrence(self) -> bool | None:
+        """Whether ∂L/∂W_hh has an entry that is not exactly 0; None without a gradient."""
+        with torch.no_grad():
+            found = [part.rebuilt() for part in self._layers()]
+        known = [part["weight_hh"] for part in found if part is not None]
+        return any(bool((grad != 0).any()) for grad in known) if known else None
+
+    def unread(self) -> bool:
+        """Whether a backward ran and did not come here, though it could have."""
+        able = any(call.grad_enabled and call.differentiable for call in self.calls)
+        return able and self.ran_backward and not any(call.graph_tasks for call in self.calls)
 
     def why_no_gradient(self) -> str:
         """Why there is no gradient here, and what to do."""
@@ -268,3 +329,12 @@ class LoopSource:
                 "ignores it; make the loss depend on it"
             )
         return "no backward ran inside the block; call loss.backward() before the block ends"
+
+
+class AloneSource(LoopSource):
+    """A layer of a closed loop, its inputs held fixed."""
+
+    @property
+    def closed(self) -> Any:
+        """Nothing: the loop is left open."""
+        return None

@@ -47,6 +47,10 @@ class Group:
         """One (T, B, ...) per member of an array (T, K·B, ...)."""
         return list(array.chunk(len(self.members), dim=1))
 
+    def by_member(self, array: Tensor) -> dict[int, Tensor]:
+        """The same by their places in the loop."""
+        return dict(zip(self.members, self.each(array), strict=True))
+
     def columns(self, position: int) -> slice:
         """The sequences of one member, by its position in the group."""
         batch = self.replay.mask.shape[1] // len(self.members)
@@ -64,8 +68,8 @@ def grouped(calls: list[Call]) -> list[Group]:
 
 
 def _kind(call: Call, place: int) -> Hashable:
-    if call.rng is not None:  # every call drew its own dropout
-        return place
+    if call.rng is not None or call.batch_sizes is not None:
+        return place  # every call drew its own dropout, is packed in its own way
     shape = _time_first(call, call.data).shape
     weights = tuple(id(weight) for weight in call.weights)  # equal values share one copy
     return (shape, weights, call.weight_keys, call.autocast, call.c_is_total, call.data.dtype)

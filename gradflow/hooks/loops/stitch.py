@@ -6,14 +6,17 @@ A call that starts from what an earlier call of the same module returned goes on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradflow.hooks.call import Call
 from gradflow.hooks.graph import edge_of
 from gradflow.hooks.loops import links
+from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.links import End, Link
 from gradflow.hooks.loops.steps import Group, grouped
 from gradflow.recording import Track
@@ -30,7 +33,13 @@ class Chain:
     tracks: list[Track] = field(default_factory=list)
     lengths: Tensor | None = None  # the user's own, over the whole loop
     changes: int = 0
+    closed: Any = None  # the `ClosedLoop` that it is a part of, if any
+    layout: Layout = field(default_factory=Layout)
     _groups: tuple[int, list[Group]] = (-1, [])
+
+    def __post_init__(self) -> None:
+        for call, link in zip(self.calls, self.links, strict=True):
+            self.layout.add(call, link)
 
     @property
     def version(self) -> int:
@@ -40,12 +49,22 @@ class Chain:
     @property
     def sizes(self) -> list[int]:
         """The number of steps of every call."""
-        return [_extent(call) for call in self.calls]
+        return [part.extent for part in self.layout.parts]
 
     @property
     def batch(self) -> int:
-        """B."""
-        return int(self.calls[0].h0.shape[1])
+        """B, the sequences of all calls."""
+        return self.layout.batch
+
+    @property
+    def real(self) -> Tensor | None:
+        """(B,) the real steps of every sequence; None where all are T."""
+        if self.lengths is None:
+            return None if self.layout.even else self.layout.totals
+        if len(self.lengths) != self.batch:  # some joined in later calls
+            more = self.layout.totals[len(self.lengths) :]
+            return torch.minimum(self.layout.totals, torch.cat([self.lengths.cpu(), more]))
+        return torch.minimum(self.layout.totals, self.lengths.cpu())
 
     def groups(self) -> list[Group]:
         """The calls side by side, with all gradients that came so far."""
@@ -60,35 +79,36 @@ class Chain:
         self.calls.append(call)
         self.links.append(link)
         self.changes += 1
-        steps = _extent(call)
-        cuts = torch.zeros(steps, self.batch, dtype=torch.bool, device=call.h0.device)
-        cuts[0] = link.cut
+        self.layout.add(call, link)
+        steps, batch, real = self.layout.steps, self.batch, self.real
         for track in self.tracks:
-            track.cuts = torch.cat([track.cuts, cuts])
-            total = track.cuts.shape[0]
-            longest = torch.full_like(track.lengths, total)
-            track.lengths = (
-                longest
-                if self.lengths is None
-                else torch.minimum(longest, self.lengths.to(longest.device))
-            )
-            track.mask = torch.arange(total, device=longest.device).unsqueeze(1) < track.lengths
+            device = track.lengths.device
+            grown = (0, batch - track.cuts.shape[1], 0, steps - len(track.cuts))
+            track.cuts = F.pad(track.cuts, grown)
+            self._note_cut(track, len(self.calls) - 1)
+            track.lengths = torch.full((batch,), steps) if real is None else real
+            track.lengths = track.lengths.to(device)
+            track.mask = torch.arange(steps, device=device).unsqueeze(1) < track.lengths
             track.read_anew()
+
+    def _note_cut(self, track: Track, place: int) -> None:
+        part, link = self.layout.parts[place], self.links[place]
+        assert link is not None
+        device = track.cuts.device
+        cut = link.cut.to(device) & ~part.begins.to(device)
+        track.cuts[part.starts.to(device), part.sequences.to(device)] = cut
 
     def replace_link(self, place: int, link: Link) -> None:
         """What a checkpoint's second run shows of a link that its first run hid."""
+        known = self.links[place]
+        assert known is not None
+        if link.rows is not None or known.rows is not None:
+            link = replace(link, rows=known.rows)
         self.links[place] = link
         self.changes += 1
-        first = sum(self.sizes[:place])
         for track in self.tracks:
-            track.cuts[first] = link.cut
+            self._note_cut(track, place)
             track.read_anew()
-
-
-def _extent(call: Call) -> int:
-    if call.batch_sizes is not None:
-        return len(call.batch_sizes)
-    return int(call.data.shape[1 if call.batch_first else 0])
 
 
 class Stitcher:
@@ -101,11 +121,11 @@ class Stitcher:
 
     def place(
         self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
-    ) -> tuple[Chain, bool]:
-        """The chain this call belongs to, and whether it is a new one."""
-        end = _end(call, initial, results)
+    ) -> tuple[Chain, End | None]:
+        """The chain this call belongs to, new if it is the only one, and its end if it may go on."""
         if not _can_go_on(call):
-            return Chain([call], [None]), True
+            return Chain([call], [None]), None
+        end = _end(call, initial, results)
         ends = self._ends.setdefault(call.owner, [])
         for number in reversed(range(len(ends))):
             known, chain = ends[number]
@@ -118,12 +138,12 @@ class Stitcher:
             chain.add(call, link)
             ends.append((end, chain))
             self._chains[id(call)] = (chain, len(chain.calls) - 1)
-            return chain, False
+            return chain, end
         chain = Chain([call], [None])
         self._chains[id(call)] = (chain, 0)
         ends.append((end, chain))
         del ends[:-OPEN]
-        return chain, True
+        return chain, end
 
     def made_again(
         self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
@@ -153,7 +173,7 @@ def _end(call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -
 
 
 def _can_go_on(call: Call) -> bool:
-    return not call.bidirectional and call.batch_sizes is None and call.lengths is None
+    return not call.bidirectional and call.lengths is None
 
 
 def _same_kind(one: Call, other: Call) -> bool:
@@ -161,6 +181,5 @@ def _same_kind(one: Call, other: Call) -> bool:
         one.cell == other.cell
         and one.single == other.single
         and one.layers == other.layers
-        and one.batch_first == other.batch_first
         and [w.shape for w in one.weights] == [w.shape for w in other.weights]
     )

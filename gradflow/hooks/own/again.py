@@ -76,14 +76,14 @@ class Given:
         return tensor
 
 
-def first_jacobian(
+def first_step(
     module: nn.Module,
     given: Given,
     entry: dict[str, Path],
     states: Mapping[str, Path],
     rows: dict[str, Tensor],
-) -> Tensor:
-    """∂s_1/∂s_0, (B, S, S), of the states that a first call returned, by those it was given.
+) -> Step | None:
+    """The way from the states that a first call returned back to those it was given.
 
     Args:
         module: whose call it was.
@@ -91,6 +91,9 @@ def first_jacobian(
         entry: state name -> where it was among the arguments.
         states: state name -> where it was among what the call returned.
         rows: state name -> what it was, (B, width).
+
+    Returns:
+        None where no path leads back.
 
     Raises:
         NotReadable: the module cannot be copied, or does not repeat itself.
@@ -108,11 +111,7 @@ def first_jacobian(
         raise NotReadable("a module that, run again on a copy, gives other numbers")
     before = Place.of(initial, {name: row_of(tensor) for name, tensor in initial.items()})
     now = Place.of(again, rows)
-    step = Step.find(before, now, set(), 0)
-    if step is None:
-        size = before.like.shape[1]
-        return before.like.new_zeros(len(before.like), size, size)
-    return step.jacobian()
+    return Step.find(before, now, set(), 0)
 
 
 def _is_watched() -> bool:

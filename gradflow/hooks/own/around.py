@@ -56,7 +56,7 @@ class Around:
         keep, around = _link(entering, self.returned, self.entered)
         mark.cut = ~((keep != 0) | (around != 0)).flatten(1).any(1)
         step = Step.find(entering, now, self.returned.nodes, self.returned.since)
-        if step is None or last.jacobian is None:
+        if step is None or not isinstance(last.jacobian, Tensor):
             raise NotReadable("a step that does not depend on the states that enter it")
         led = keep @ last.jacobian + around
         last.jacobian = torch.where(mark.cut.view(-1, 1, 1), last.jacobian, led)
@@ -74,7 +74,7 @@ class Around:
             around = self._hidden(keep, source)
         before = self.returned_before
         step = Step.find(self.entered, self.returned, before.nodes, before.since)
-        if step is None or first.jacobian is None:
+        if step is None or not isinstance(first.jacobian, Tensor):
             raise NotReadable("a step that does not depend on the states that enter it")
         first.jacobian = keep @ first.jacobian + around
         source.marks[-1].jacobian = step.jacobian()

@@ -37,6 +37,7 @@ from gradflow.hooks.own.comeback import Output, came_back, handed_on
 from gradflow.hooks.own.leaves import Path, arguments, leaves, named
 from gradflow.hooks.own.returned import LARGEST, key_of, likely_states, possible_states, row_of
 from gradflow.hooks.own.steps import OwnSteps
+from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unseen import NO_NUMBERS, TRANSFORMED, has_no_numbers, why_not_read
 from gradflow.recording import Track
@@ -229,10 +230,9 @@ class OwnCells:
         source = TapSource(self.owner.scale, cell=cell_name(call.cell.module), marks=[mark])
         self._note_likeness(call, outputs)
         size = sum(t.numel() for t in given.values())
-        if len(place.parts) > 1 and self.marks.wanted(place):
-            Marks.read_within(
-                source, place, mark
-            )  # a backward may free the graph before it is known
+        if len(place.parts) > 1 and self.marks.wanted:
+            # a backward may free the graph before it is known
+            self.marks.read_within(source, place, mark, Constants())
         return First(
             source=source,
             outputs=outputs,

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.dense import Incomplete, Place
+from gradflow.hooks.dense import Incomplete, Place, Step
 from gradflow.hooks.graph import NotReadable, edge_of
 from gradflow.hooks.marks import Marks
-from gradflow.hooks.own.again import Given, first_jacobian
+from gradflow.hooks.own.again import Given, first_step
 from gradflow.hooks.own.around import Around
 from gradflow.hooks.own.candidates import Candidate, CellLoop, First
 from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.leaves import Path
 from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.wide import WideStep, wide_step
 
 
 class OwnSteps:
@@ -46,7 +47,11 @@ class OwnSteps:
             if guess.within is not None:
                 parts = [first.place.parts[key_of(path)] for path in states.values()]
                 order = torch.cat([torch.arange(part.start, part.stop) for part in parts])
-                mark.within = guess.within[:, order][:, :, order]
+                mark.within = (
+                    guess.within.turned(order)
+                    if isinstance(guess.within, WideStep)
+                    else guess.within[:, order][:, :, order]
+                )
         mark.grads = {
             name: guess.grads[key_of(path)]
             for name, path in states.items()
@@ -91,13 +96,23 @@ class OwnSteps:
             if any(row.shape != mark.states[name].shape for name, row in initial.items()):
                 raise NotReadable("arguments that hold more or less than the initial states")
             source.initial = initial
-            if self.marks.wanted(place) and mark.differentiable:
-                mark.jacobian = first_jacobian(module, given, entry, states, mark.states)
+            if self.marks.wanted and mark.differentiable:
+                step = first_step(module, given, entry, states, mark.states)
+                mark.jacobian = self._led_in(place, step)
         except NotReadable as error:
             source.remarks.append(
                 "how its first step depends on the initial states is not known, and the identity "
                 f"stands for it: {error}"
             )
+
+    def _led_in(self, place: Place, step: Step | None) -> Tensor | WideStep:
+        """∂s_1/∂s_0 of a step that was run again; 0 where no path leads back."""
+        if self.marks.wide(place):
+            return WideStep(None) if step is None else wide_step(step, self.marks.constants, 0)
+        if step is None:
+            size = place.like.shape[1]
+            return place.like.new_zeros(len(place.like), size, size)
+        return step.jacobian()
 
     def goes_on(self, loop: CellLoop, given: Given, returned: dict[Path, Tensor]) -> bool:
         """One more step, if the module returned the states as it did before."""
@@ -113,7 +128,8 @@ class OwnSteps:
         mark = Marks.new(place, rows)
         entering, values = entering_of(given, loop.entry, rows)
         mixed = loop.around.mixed or loop.around.goes_around(entering)
-        if mixed and entering is not None and entering.edges and self.marks.wanted(place):
+        dense = self.marks.wanted and not self.marks.wide(place)
+        if mixed and entering is not None and entering.edges and dense:
             self._goes_around(loop, entering, place, mark)
         elif not self.marks.by_graph(loop.end, place, mark):
             self.marks.without_graph(loop.end, place, mark)

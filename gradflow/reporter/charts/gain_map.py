@@ -14,7 +14,7 @@ from gradflow.reporter.charts.chart import LN10, Chart
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import draw_contour
 from gradflow.reporter.numbers import percent_words
-from gradflow.reporter.prepare import GONE, MAP_CELLS, pooled
+from gradflow.reporter.prepare import GONE, MAP_CELLS, measured_distances, pooled
 from gradflow.reporter.scale import UNDEFINED, paint
 
 
@@ -134,6 +134,9 @@ def _reading(layer: LayerAnalysis, sequence: int, contour: bool, down: _Axis, ac
     apart = across.stride > down.stride
     if apart:
         words += f" One step in {across.stride} was followed as a source."
+    distances = measured_distances(layer)
+    if distances:
+        words += f" Measured at distances of {distances} steps only."
     targets, sources = down.pool * down.stride, across.pool * (1 if apart else across.stride)
     if max(down.pool, across.pool) > 1:
         each = f"{targets} × {sources} steps" if sources > 1 else f"{targets} target steps"

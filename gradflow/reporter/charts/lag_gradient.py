@@ -60,12 +60,12 @@ def prepare(layer: LayerAnalysis) -> LagGradient:
     parts = array.sel(parameter=names).values
     if not np.isfinite(parts[~np.isnan(parts)]).all():
         return _empty("The parameter gradient is not finite.")
+    lag = array["lag"].values.astype(float)
     parts = parts / np.nanmax(parts)  # shares are asked for, and sums are not to overflow
     whole_sum = np.nansum(parts, axis=1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.log10(parts / whole_sum)
         error = np.log10(_error(layer, names, parts))
-    lag = array["lag"].values.astype(float)
     window = _window(layer, names[0])
     return LagGradient(
         message=_message(names[0], parts[0], window, layer),
@@ -108,6 +108,8 @@ def _half(parts: np.ndarray) -> int:
 
 
 def _message(name: str, parts: np.ndarray, window: float, layer: LayerAnalysis) -> str:
+    if not (parts > 0).any():
+        return f"∂L/∂{NAMES.get(name, name)} is exactly 0: nothing of this loss trains it"
     steps = _half(parts)
     last = "the loss step itself" if steps == 1 else f"the last {steps} steps"
     if steps > 10 and 2 * steps > np.count_nonzero(parts > 0):

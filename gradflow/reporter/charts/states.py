@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.numbers import count_words
+from gradflow.reporter.overview import WHOLE
 from gradflow.reporter.panels import draw_heat
 from gradflow.reporter.prepare import GONE, GREW, Heat, heat
 
@@ -30,6 +31,8 @@ def prepare(layer: LayerAnalysis) -> States:
     notes = [one.note for one in heats]
     reading = "Units are sorted, longest memory on top; the colours are powers of ten."
     shown = [one for one in heats if not one.note]
+    if any(one.whole for one in shown):
+        reading = f"Units are sorted, the largest on top; of the whole loss: {WHOLE}"
     pools = [
         (one.step_pool, one.unit_pool) for one in shown if (one.step_pool, one.unit_pool) != (1, 1)
     ]
@@ -37,7 +40,7 @@ def prepare(layer: LayerAnalysis) -> States:
         steps, units = pools[0]
         reading += f" A cell is the largest of {count_words(steps, 'step')} × {count_words(units, 'unit')}."
     return States(
-        message=_message(layer) if shown else "",
+        message=_message(layer, "whole loss" if shown[0].whole else "loss") if shown else "",
         reading=reading,
         note="" if shown else notes[0],
         heats=heats,
@@ -45,8 +48,8 @@ def prepare(layer: LayerAnalysis) -> States:
     )
 
 
-def _message(layer: LayerAnalysis) -> str:
-    """How many units of the main state still have a gradient at the far end."""
+def _message(layer: LayerAnalysis, whose: str) -> str:
+    """How many units of the main state still have a gradient at the far end; of whose gradient."""
     raw = layer.data["log10_grad"].sel(state=layer.main_state).transpose("unit", "back").values
     raw = raw[~np.isnan(raw).all(axis=1)]
     known = np.flatnonzero(~np.isnan(raw).all(axis=0))
@@ -54,7 +57,7 @@ def _message(layer: LayerAnalysis) -> str:
         return f"∂L/∂{layer.main_state} is not finite"
     far = int(known[-1])
     if far == 0:
-        return "nothing lies further back than the loss step"
+        return "the loss reads a step at which the layer starts, or starts anew: there is none before it"
     left = int((raw[:, far] >= GONE).sum())
     steady = int((np.isnan(raw) | (raw >= CARRIED)).all(axis=1).sum())
     unit = "cell" if layer.main_state == "c" else "unit"
@@ -62,12 +65,12 @@ def _message(layer: LayerAnalysis) -> str:
     if 2 * grown > len(raw):
         have = "has" if grown == 1 else "have"
         return (
-            f"{grown} of {count_words(len(raw), unit)} {have} 1000 times the loss's gradient or more "
+            f"{grown} of {count_words(len(raw), unit)} {have} 1000 times the {whose}'s gradient or more "
             f"{count_words(far, 'step')} back"
         )
     have = "has" if left == 1 else "have"
     said = (
-        f"{left} of {count_words(len(raw), unit)} {have} 10⁻³ of the loss's gradient left "
+        f"{left} of {count_words(len(raw), unit)} {have} 10⁻³ of the {whose}'s gradient left "
         f"{count_words(far, 'step')} back"
     )
     # the headline of the overview counts these

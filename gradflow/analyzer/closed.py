@@ -1,0 +1,92 @@
+"""Layers in closed loops: judged by the joint state, with what they do alone beside it.
+
+Where a layer's next input depends on its own earlier state, the step Jacobian of its own equations is
+not that of anything the loss sees. Gains, rate and verdict are then those of the whole step, under the
+name of the layer where its state is the whole of what goes around, else under that of the track that
+holds the joint state. Nothing that rests on the layer's own equations (the four paths of an LSTM, the
+factors of an RNN's rate, advice on its weights) is said of such a loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from gradflow.analysis import Alone, LayerAnalysis
+from gradflow.analyzer.brief import brief
+from gradflow.analyzer.evidence import counted, number
+from gradflow.analyzer.settings import Settings
+from gradflow.errors import RecordingError
+from gradflow.recording import GATES, Operator, Recording, Track
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What a layer's track reads, but for the step Jacobians: those of the loop it is a part of."""
+
+    source: Any
+    loop: Track
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def operator(self, dtype: torch.dtype, sequences: torch.Tensor) -> Operator:
+        return self.loop.operator(dtype, sequences)
+
+
+def judged(recording: Recording, track: Track) -> tuple[Track, Track]:
+    """A track as it is shown, and the one whose gains are its verdict: mostly both are itself."""
+    if track.alone is None:
+        return track, track
+    kind = track.cell.split("_")[0] if track.cell in GATES else track.cell
+    shown = replace(track, cell=f"{kind} in a closed loop", weights={})
+    loop = recording.tracks.get(track.loop)
+    if loop is None or (loop.steps, loop.batch) != (track.steps, track.batch):
+        return shown, shown
+    return replace(shown, source=_Judged(track.source, loop)), loop
+
+
+def with_alone(track: Track, layer: LayerAnalysis, settings: Settings) -> LayerAnalysis:
+    """The layer with what it is part of, and with its numbers alone, its inputs held fixed."""
+    said = layer.sentence.removeprefix(layer.name)
+    if track.loop and "no gains" not in layer.labels:
+        said = f", a part of {track.loop},{said}"
+    if track.inputs_unknown:
+        said += f" (its inputs held fixed: {track.inputs_unknown})"
+    alone = None if track.alone is None else _alone(track.alone, layer, settings)
+    return replace(layer, sentence=layer.name + said, alone=alone)
+
+
+def _alone(track: Track, layer: LayerAnalysis, settings: Settings) -> Alone | None:
+    try:
+        found = brief(track, span=layer.span, share=2 * settings.layers, seed=settings.seed)
+    except RecordingError:  # its own step Jacobians are not known either
+        return None
+    return Alone(found.rate, found.half_life, found.horizon, found.searched, found.channels)
+
+
+def alone_words(layer: LayerAnalysis) -> str:
+    """What a layer does with its inputs held fixed, and that this is no verdict; "" for most."""
+    if layer.alone is None:
+        return ""
+    found = layer.alone
+    gone = "not gone" if found.horizon is None else f"gone after {counted(found.horizon, 'step')}"
+    over = f" within {counted(found.searched, 'step')}" if found.horizon is None else ""
+    return (
+        f"{layer.name} alone, its inputs held fixed: rate {number(found.rate.value)} per step, "
+        f"{gone}{over}; that is what the layer's own equations do, not what the loss sees"
+    )
+
+
+def told_once(recording: Recording, layers: dict[str, LayerAnalysis]) -> dict[str, LayerAnalysis]:
+    """What is found of a whole loop is said of the loop, not again of every layer in it."""
+    found = dict(layers)
+    for name, layer in layers.items():
+        loop = layers.get(recording[name].loop)
+        if loop is not None:
+            of_the_loop = {finding.name for finding in loop.findings}
+            rest = tuple(f for f in layer.findings if f.name not in of_the_loop)
+            found[name] = replace(layer, findings=rest)
+    return found

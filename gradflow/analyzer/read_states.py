@@ -1,0 +1,330 @@
+"""The part of a layer's state that the loss reads: the rest has no vote in gains, rates and verdicts.
+
+A counter, accumulated attention or a clock is carried from step to step with gain 1 for ever. Where
+every ∂L/∂s_t of it is exactly 0 and nothing of it flows into what the loss reads, no gradient is
+carried by it, and the gains that matter are those of the remaining block of A_t.
+
+Letters: T timesteps, B sequences, S the state's width, R of its entries read, U unread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradflow.analyzer.jacobians import operator_of, state_size, transposed_step
+from gradflow.errors import RecordingError
+from gradflow.recording import (
+    GATES,
+    Backward,
+    Contributions,
+    Forward,
+    Operator,
+    Parity,
+    ThinOperator,
+    Track,
+)
+from gradflow.recording.source import Source
+
+WIDEST = 64  # states up to which single entries are told apart, and not only whole states
+PROBE = 0  # seed of the vectors that are sent through unread states
+
+
+@dataclass(frozen=True)
+class ReadPart:
+    """A layer without what the loss never reads, for pictures and for gains."""
+
+    shown: Track  # without whole states that are never read
+    judged: Track  # also without single entries of the others
+    unread: str = ""  # what is left out, in words
+
+    @property
+    def words(self) -> str:
+        """A sentence on what is left out."""
+        return (
+            f"{self.shown.name} carries {self.unread} from step to step, but the loss never reads "
+            "it: it has no vote in gains, rate and verdict"
+        )
+
+
+def read_part(track: Track) -> ReadPart:
+    """Leave out what the loss never reads; everything stays where no backward came, or all is read.
+
+    Left out is the largest set U of entries with ∂L/∂s_t exactly 0 at every step of every sequence
+    from which nothing flows into the others, ∂s_t[R]/∂s_{t−1}[U] = 0 at every step. Torch's own
+    cells are left as they are: an exact zero there is a fault of the layer, not of the state.
+
+    Args:
+        track: one layer in one direction.
+
+    >>> import torch, gradflow
+    >>> with gradflow.record(torch.nn.Linear(1, 1)) as recording:
+    ...     h, n = torch.ones(2, 1, requires_grad=True), torch.zeros(2, 1)
+    ...     for _ in range(9):
+    ...         h, n = gradflow.tap(h=0.5 * h, n=n + 0.1 * h)
+    ...     h.sum().backward()
+    >>> part = read_part(recording["loop"])
+    >>> list(part.judged.states), part.unread
+    (['h'], 'n')
+    """
+    everything = ReadPart(track, track)
+    if track.cell in GATES or not track.has_gradient:
+        return everything
+    try:
+        read = _read_entries(track)
+    except RecordingError:  # its step Jacobians are not known: nor are its gains
+        return everything
+    if read is None or all(bool(kept.all()) for kept in read.values()):
+        return everything
+    whole = {name: torch.full_like(kept, bool(kept.any())) for name, kept in read.items()}
+    shown = _without(track, whole)
+    some = {name: kept for name, kept in read.items() if bool(kept.any())}
+    judged = shown if all(bool(kept.all()) for kept in some.values()) else _without(track, read)
+    return ReadPart(shown, judged, _words(read))
+
+
+def _without(track: Track, read: dict[str, Tensor]) -> Track:
+    if all(bool(kept.all()) for kept in read.values()):
+        return track
+    return replace(track, source=PartSource(track.source, read), notes=track.notes, _cache={})
+
+
+def _words(read: dict[str, Tensor]) -> str:
+    """What is never read: whole states by name, entries by number."""
+    found = []
+    for name, kept in read.items():
+        if not bool(kept.any()):
+            found.append(name)
+        elif not bool(kept.all()):
+            entries = (~kept).nonzero().flatten().tolist()
+            listed = ", ".join(str(entry + 1) for entry in entries[:5])
+            listed += ", …" if len(entries) > 5 else ""
+            found.append(f"{'entry' if len(entries) == 1 else 'entries'} {listed} of {name}")
+    return " and ".join(found)
+
+
+# ------------------------------------------------------------------------------ which entries are read
+
+
+def _read_entries(track: Track) -> dict[str, Tensor] | None:
+    """State name -> (width,) true where read; None where all are, or none is."""
+    reached = torch.cat([_reached(track.grads[name]) for name in track.states])
+    if bool(reached.all()) or not bool(reached.any()):
+        return None
+    owner = torch.cat(
+        [torch.full((value.shape[-1],), i) for i, value in enumerate(track.states.values())]
+    )
+    if not _flows(track, ~reached, reached):
+        read = reached
+    elif state_size(track) <= WIDEST:
+        read = _closed(_entries_that_flow(track), reached)
+    else:
+        read = _closed_by_state(track, owner, reached)
+    widths = [int(value.shape[-1]) for value in track.states.values()]
+    return dict(zip(track.states, read.split(widths), strict=True))
+
+
+def _reached(grad: Tensor) -> Tensor:
+    """(width,): whether any step of any sequence has a gradient; NaN where there is padding."""
+    return (grad.detach().cpu().nan_to_num(nan=0.0) != 0).flatten(0, 1).any(0)
+
+
+def _flows(track: Track, source: Tensor, target: Tensor) -> bool:
+    """Whether anything of the source entries (S,) enters the target entries at any step.
+
+    A random vector through each step tells: it is sent to exactly 0 only by a block of zeros.
+    """
+    operator = operator_of(track)
+    generator = torch.Generator().manual_seed(PROBE)
+    probe = torch.rand(operator.size, generator=generator, dtype=operator.dtype) + 0.5
+    block = (probe * source).expand(operator.batch, 1, -1)
+    lengths = track.lengths.cpu()
+    for t in range(operator.length):
+        arrived = operator.push(t, block)[lengths > t, 0]
+        if bool((arrived[:, target] != 0).any()):
+            return True
+    return False
+
+
+def _entries_that_flow(track: Track) -> Tensor:
+    """(S, S): whether entry j (column) enters entry i (row) at any step of any sequence."""
+    operator, lengths = operator_of(track), track.lengths.cpu()
+    found = torch.zeros(operator.size, operator.size, dtype=torch.bool)
+    for t in range(operator.length):
+        found |= (transposed_step(operator, t)[lengths > t] != 0).any(0).mT
+    return found
+
+
+def _closed(flows: Tensor, read: Tensor) -> Tensor:
+    """All entries from which something comes into those that are read."""
+    while True:
+        more = read | flows[read].any(0)
+        if torch.equal(more, read):
+            return read
+        read = more
+
+
+def _closed_by_state(track: Track, owner: Tensor, reached: Tensor) -> Tensor:
+    """The same for whole states of a wide layer: an unread state that flows into a read one is read."""
+    count = int(owner.max()) + 1
+    read = torch.stack([reached[owner == place].any() for place in range(count)])
+    while not bool(read.all()):
+        more = [
+            place
+            for place in (~read).nonzero().flatten().tolist()
+            if _flows(track, owner == place, read[owner])
+        ]
+        if not more:
+            break
+        read[more] = True
+    return read[owner]
+
+
+# ------------------------------------------------------------------------------- a track of a part
+
+
+@dataclass(frozen=True)
+class PartOperator:
+    """A_t restricted to some entries of the state, into which no other entry flows."""
+
+    inner: Operator
+    kept: Tensor  # (R,) their places
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.inner.length
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.inner.batch
+
+    @property
+    def size(self) -> int:
+        """R."""
+        return len(self.kept)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its blocks."""
+        return self.inner.dtype
+
+    def push(self, t: int, block: Tensor) -> Tensor:
+        """Map every row v of block (B, m, R) to A_t v, of the kept entries."""
+        return self._picked(self.inner.push(t, self._filled(block)))
+
+    def pull(self, t: int, block: Tensor) -> Tensor:
+        """Map every row u of block (B, m, R) to A_tᵀ u, of the kept entries."""
+        return self._picked(self.inner.pull(t, self._filled(block)))
+
+    def _filled(self, block: Tensor) -> Tensor:
+        every = block.new_zeros(*block.shape[:2], self.inner.size)
+        return every.index_copy(2, self.kept.to(block.device), block)
+
+    def _picked(self, block: Tensor) -> Tensor:
+        return block.index_select(2, self.kept.to(block.device))
+
+
+@dataclass(frozen=True)
+class ThinPart(PartOperator):
+    """The same of a state through which few vectors at a time can be sent."""
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of one vector of every sequence through one step."""
+        assert isinstance(self.inner, ThinOperator)
+        return self.inner.seconds
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """A source without what the loss never reads; state name -> (width,) true on what is kept."""
+
+    inner: Source
+    kept: dict[str, Tensor]
+
+    def _of(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: value[..., self.kept[name].to(value.device)]
+            for name, value in values.items()
+            if bool(self.kept[name].any())
+        }
+
+    def _part(self, found: Backward | None) -> Backward | None:
+        if found is None:
+            return None
+        direct = found.direct
+        if direct is not None:
+            direct = self._of({"h": direct}).get("h")
+        return replace(found, grads=self._of(found.grads), direct=direct)
+
+    def forward(self) -> Forward:
+        """The states that are kept."""
+        found = self.inner.forward()
+        return replace(found, states=self._of(found.states), initial=self._of(found.initial))
+
+    def backward(self) -> Backward | None:
+        """Their total gradients."""
+        return self._part(self.inner.backward())
+
+    def last(self) -> Backward | None:
+        """Their gradients of the last loss step alone."""
+        return self._part(self.inner.last())
+
+    def reached(self) -> Tensor | None:
+        """Where the loss reaches the module."""
+        return self.inner.reached()
+
+    def arriving(self) -> Tensor | None:
+        """Where a gradient comes from outside the layer."""
+        return self.inner.arriving()
+
+    def loss_steps(
+        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    ) -> Backward | None:
+        """Their gradients of single loss steps."""
+        return self._part(self.inner.loss_steps(sequences, loss_steps, dtype))
+
+    def contributions(self, sequences: Tensor) -> Contributions | None:
+        """The gradients of the weights by lag."""
+        return self.inner.contributions(sequences)
+
+    def partial(self) -> dict[str, Tensor] | None:
+        """Their state-partial gradients."""
+        found = self.inner.partial()
+        return None if found is None else self._of(found)
+
+    def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
+        """A_t of the entries that are kept."""
+        kept = torch.cat([self.kept[name] for name in self.inner.forward().states])
+        found = self.inner.operator(dtype, sequences)
+        part = ThinPart if isinstance(found, ThinOperator) else PartOperator
+        return part(found, kept.nonzero().flatten())
+
+    def parity(self) -> Parity:
+        """As of the whole."""
+        return self.inner.parity()
+
+    def why_no_gradient(self) -> str:
+        """As of the whole."""
+        return self.inner.why_no_gradient()
+
+    def alone(self) -> Source | None:
+        """As of the whole."""
+        return self.inner.alone()
+
+    def unread(self) -> bool:
+        """As of the whole."""
+        return self.inner.unread()
+
+    def trains_recurrence(self) -> bool | None:
+        """As of the whole."""
+        return self.inner.trains_recurrence()
+
+    @property
+    def version(self) -> int:
+        """How many backwards came by."""
+        return self.inner.version

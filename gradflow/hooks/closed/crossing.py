@@ -1,0 +1,65 @@
+"""What crosses from one step of a loop to the next: edges of the graph, from the younger side to the older.
+
+A boundary is a number: nodes numbered up to it were made before, all others after. An edge crosses
+it if it leads from a node made after to one made before that descends from a state of the loop. What
+does not descend from a state was given: inputs, weights, an encoder's memory.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from gradflow.hooks.graph import MOST, Edge, NotReadable
+
+LEAF = 2**63  # numbers from here on are those of leaves, which were not made by an operation
+
+
+def crossing(
+    roots: Iterable[Any], states: Collection[Any], boundaries: Sequence[int]
+) -> list[set[Edge]]:
+    """The edges that cross each boundary on the way from the roots to any of the states.
+
+    Args:
+        roots: the nodes of the states; what leads to none of them (to the loss alone) is not seen.
+        states: the nodes of all states of the loop, the oldest first or not.
+        boundaries: ascending numbers.
+
+    Returns:
+        One set per boundary, the states' own edges among them.
+
+    Raises:
+        NotReadable: the loop has more than `MOST` operations.
+    """
+    oldest = min(node._sequence_nr() for node in states)
+    known = set(states)
+    found = _younger(roots, oldest)
+    found.sort(key=lambda node: int(node._sequence_nr()))
+    descends: set[Any] = set()
+    result: list[set[Edge]] = [set() for _ in boundaries]
+    for node in found:
+        number = node._sequence_nr()
+        below = [edge for edge in node.next_functions if edge[0] in descends]
+        if below or node in known:
+            descends.add(node)
+        end = bisect_left(boundaries, number)
+        for edge in below:
+            for place in range(bisect_left(boundaries, edge[0]._sequence_nr()), end):
+                result[place].add(edge)
+    return result
+
+
+def _younger(roots: Iterable[Any], oldest: int) -> list[Any]:
+    """All ancestors of the roots that are no older than a number, the roots themselves included."""
+    seen: set[Any] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node in seen or not oldest <= node._sequence_nr() < LEAF:
+            continue
+        if len(seen) >= MOST * 10:
+            raise NotReadable(f"more than {MOST * 10} operations")
+        seen.add(node)
+        stack += [child for child, _ in node.next_functions if child is not None]
+    return list(seen)

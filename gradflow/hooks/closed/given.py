@@ -1,0 +1,68 @@
+"""Inputs of calls that ran without a graph: whether they are plainly given, or nothing can be said.
+
+Without a graph nothing tells whether an input was made from an earlier state. Slices of one tensor
+that nobody writes to were there before; so were the results of another layer that itself reads such
+slices. Of any other input it is not known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from gradflow.hooks.loops.links import End
+from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.stitch import Chain
+from gradflow.recording import Track
+
+
+class GivenInputs:
+    """What the inputs of every chain without a graph have in common."""
+
+    def __init__(self) -> None:
+        self.unsure: dict[int, Chain] = {}  # chains of which it cannot be told
+        self._first: dict[int, tuple[Tensor, int | None]] = {}  # id of a chain -> its first input
+        self._last: dict[int, tuple[Tensor, ...]] = {}  # id of a chain -> what it returned last
+
+    def saw(self, chain: Chain, end: End, data: Tensor) -> None:
+        """One more call of a chain."""
+        if end.edges:
+            return
+        key = id(chain)
+        first = self._first.setdefault(key, (data, _version(data)))
+        known = _storage(data) == _storage(first[0]) and first[1] == _version(data)
+        if len(chain.calls) > 1 and not known and not self._from_below(key, data):
+            self.unsure[key] = chain
+        self._last[key] = tuple(end.returned.values())
+
+    def unknown(self, track: Track) -> str:
+        """Why it cannot be told whether the inputs of a track depend on its own states, or nothing."""
+        source = track.source
+        if not isinstance(source, LoopSource) or id(source.loop.chain) not in self.unsure:
+            return ""
+        return (
+            "without a graph it cannot be told whether they depend on its own earlier states; record "
+            "it with gradients enabled"
+        )
+
+    def _from_below(self, key: int, data: Tensor) -> bool:
+        """Whether the input is what another chain just returned, whose own inputs are given."""
+        return any(
+            other != key and other not in self.unsure and _storage(data) == _storage(result)
+            for other, results in self._last.items()
+            for result in results
+        )
+
+    def close(self) -> None:
+        """Let go of the user's tensors."""
+        self._first.clear()
+        self._last.clear()
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())
+
+
+def _version(tensor: Tensor) -> Any:
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,232 @@
+"""Read the joint step Jacobians of a closed loop from the user's graph, before a backward frees it.
+
+Letters: B sequences, S the width of the joint state, A_t = ∂s_t/∂s_{t−1}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradflow.hooks.closed.crossing import crossing
+from gradflow.hooks.closed.loops import ClosedLoop, State
+from gradflow.hooks.closed.source import Member
+from gradflow.hooks.closed.standing import Standing, View, view_of_tensor, views_of_call
+from gradflow.hooks.dense import Step, within
+from gradflow.hooks.graph import Between, Edge, NotReadable
+from gradflow.hooks.loops.links import probe_of
+from gradflow.hooks.tape import Constants
+from gradflow.hooks.tapped import WIDEST, Mark
+from gradflow.hooks.wide import WideStep, wide_step, wide_within
+
+MORE = (
+    "more goes around it than its states: what an earlier step made is read again later (attention "
+    "over all earlier steps, a memory that grows)"
+)
+BATCHES = "its parts run with different numbers of sequences, or its batch changes between steps"
+NO_GRAPH = "some of its steps ran without a graph; run the whole loop with gradients enabled"
+LATE = "a backward in the middle of it freed what its later steps depend on"
+NO_BATCH = "something without a batch axis goes around it"
+
+
+WHY_NOT = "step Jacobians were turned off with jacobians=False"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What of the Jacobians is wanted."""
+
+    jacobians: bool | None  # of `record`
+    constants: Constants = field(default_factory=Constants)  # of wide steps
+
+    @property
+    def wants(self) -> bool:
+        """Whether step Jacobians are taken at all."""
+        return self.jacobians is not False
+
+    def wide(self, width: int) -> bool:
+        """Whether those of this width are kept as products, and not written out."""
+        return self.jacobians is None and width > WIDEST
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The joint states of a loop, one after the other, and all that crosses between them."""
+
+    loop: ClosedLoop
+    states: Sequence[State]
+    extras: list[list[Edge]]  # of every state: what crosses after it besides what calls returned
+    slots: list[tuple[tuple[int, ...], Any]]  # shape and dtype of those
+
+    @staticmethod
+    def of(
+        loop: ClosedLoop, states: Sequence[State], every: set[Any], loss: Sequence[Any]
+    ) -> Reading:
+        """Look at what crosses.
+
+        every is the nodes of all calls of the loop, loss those that a backward starts from.
+
+        Raises:
+            NotReadable: more crosses than a state, or there is no graph.
+        """
+        if any(not seen.edges for state in states for seen in state.values()):
+            raise NotReadable(NO_GRAPH)
+        roots = {node for state in states for seen in state.values() for node in seen.nodes}
+        ends = [max(seen.number for seen in state.values()) for state in states]
+        found = crossing(roots, every, ends)
+        extras = []
+        for state, edges in zip(states, found, strict=True):
+            known = {edge for seen in state.values() for edge in seen.edges}
+            extras.append(sorted(edges - known, key=lambda e: (-e[0]._sequence_nr(), e[1])))
+        slots = _slots(extras[:-1])
+        if slots and loss:
+            known = {edge for seen in states[-1].values() for edge in seen.edges}
+            ended = crossing(loss, every, ends[-2:])[1] - known
+            extras[-1] = _at_the_end(extras[-2], ended, ends[-2])
+        if loop.slots is not None and loop.slots != slots:
+            raise NotReadable(MORE)
+        return Reading(loop, states, extras, slots)
+
+    @property
+    def batches(self) -> set[int]:
+        """The numbers of sequences of its parts."""
+        return {int(s.call.h0.shape[1]) for state in self.states for s in state.values()}
+
+    def place(self, number: int, *, one: bool) -> Standing:
+        """Where the state at the end of a step stands."""
+        views: dict[Edge, list[View]] = {}
+        rows: dict[str, Tensor] = {}
+        state = self.states[number]
+        for chain in self.loop.chains:
+            seen = state[id(chain)]
+            members = [m for m in self.loop.source.members if m.chain is chain]
+            views |= views_of_call(seen.call, seen.edges, [m.names for m in members])
+            for member in members:
+                rows |= returned_by(seen.call, member)
+        batch = len(next(iter(rows.values())))
+        for edge, name, (shape, dtype) in zip(
+            [*self.extras[number], *[None] * len(self.slots)],
+            self.loop.source.extras,
+            self.slots,
+            strict=False,
+        ):
+            view = view_of_tensor(name, shape, batch)
+            if view is None:
+                raise NotReadable(NO_BATCH)
+            like = next(iter(rows.values()))
+            rows[name] = like.new_zeros(batch, torch.Size(shape).numel() // batch, dtype=dtype)
+            if edge is not None:
+                views[edge] = [view]
+        return Standing.holding(views, rows, one=one)
+
+
+def _slots(extras: Sequence[Sequence[Edge]]) -> list[tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of what crosses besides the states, if that settles after the first steps."""
+    kinds = [[_kind(edge) for edge in edges] for edges in extras]
+    if not kinds:
+        return []
+    last = kinds[-1]
+    settled = next((n for n, known in enumerate(kinds) if known == last), len(kinds))
+    fits = all(known == last for known in kinds[settled:])
+    fits = fits and all(known == last[: len(known)] for known in kinds[:settled])
+    if not fits or (settled and settled + 1 >= len(kinds)):
+        raise NotReadable(MORE)
+    return last
+
+
+def _at_the_end(before: Sequence[Edge], found: set[Edge], since: int) -> list[Edge]:
+    """What goes on from the last step to the loss in the place of what crossed before it."""
+    last = [edge for edge in found if edge[0]._sequence_nr() >= since]
+    chosen = []
+    for edge in before:
+        like = [e for e in last if (_kind(e), type(e[0])) == (_kind(edge), type(edge[0]))]
+        if len(like) != 1:
+            return []
+        chosen += like
+    return chosen
+
+
+def _kind(edge: Edge) -> tuple[tuple[int, ...], Any]:
+    known = edge[0]._input_metadata[edge[1]]
+    return tuple(int(size) for size in known.shape), known.dtype
+
+
+def returned_by(call: Any, member: Member) -> dict[str, Tensor]:
+    """Joint name -> what a call returned as a state of one layer, (B, width)."""
+    found = {}
+    for state, name in member.names.items():
+        key = "c_n" if state == "c" else "h_n"
+        found[name] = call.returned[key][member.layer]
+    return found
+
+
+def read(reading: Reading, ask: Ask, *, one: bool) -> list[tuple[Standing, Mark]]:
+    """A mark for every joint state, with the Jacobian of the step that led to it.
+
+    Raises:
+        Mixed: sequences depend on one another, and are not taken as one system.
+        NotReadable: the graph cannot be read.
+    """
+    found: list[tuple[Standing, Mark]] = []
+    for number in range(len(reading.states)):
+        place = reading.place(number, one=one)
+        first = next(iter(reading.states[number].values())).call
+        mark = Mark(
+            states=_values(reading, number, one=one),
+            grad_enabled=first.grad_enabled,
+            differentiable=True,
+            cut=torch.zeros(len(place.like), dtype=torch.bool, device=place.like.device),
+        )
+        if not ask.wants:
+            mark.unknown = WHY_NOT
+        else:
+            wide = ask.wide(place.like.shape[1])
+            mark.within = wide_within(place, ask.constants) if wide else within(place)
+            mark.within_known = True
+            if found:
+                mark.jacobian, mark.cut = step_between(found[-1][0], place, ask, number)
+        found.append((place, mark))
+    return found
+
+
+def step_between(
+    before: Standing, now: Standing, ask: Ask, number: int
+) -> tuple[Tensor | WideStep, Tensor]:
+    """A_t (B, S, S), and the sequences (B,) in which nothing of the state before arrives."""
+    wide = ask.wide(now.like.shape[1])
+    roots = [edge for edge, _ in now.roots.values()]
+    between = Between(roots, before.nodes, before.since)
+    if not between.reached:
+        size = now.like.shape[1]
+        zero = WideStep(None) if wide else now.like.new_zeros(len(now.like), size, size)
+        return zero, torch.ones(len(now.like), dtype=torch.bool, device=now.like.device)
+    step = Step(before, now, between)
+    if wide:
+        flows = (step.pull(probe_of(now.like)) != 0).any(1)
+        return wide_step(step, ask.constants, number), step.cut(flows)
+    jacobian = step.jacobian()
+    return jacobian, step.cut(jacobian.flatten(1).any(1))
+
+
+def _values(reading: Reading, number: int, *, one: bool) -> dict[str, Tensor]:
+    rows: dict[str, Tensor] = {}
+    state = reading.states[number]
+    for member in reading.loop.source.members:
+        rows |= returned_by(state[id(member.chain)].call, member)
+    batch = len(next(iter(rows.values())))
+    for name, (shape, dtype) in zip(reading.loop.source.extras, reading.slots, strict=True):
+        like = next(iter(rows.values()))
+        rows[name] = like.new_zeros(batch, torch.Size(shape).numel() // batch, dtype=dtype)
+    return {name: row.reshape(1, -1) if one else row for name, row in rows.items()}
+
+
+def in_words(error: NotReadable) -> str:
+    """Why a loop could not be read, as a clause."""
+    text = str(error)
+    clauses = (MORE, BATCHES, NO_GRAPH, LATE, NO_BATCH)
+    whole = text in clauses or text.startswith(("wide steps", "step Jacobians"))
+    return text if whole else f"between two of its steps lies {text}"

@@ -1,0 +1,258 @@
+"""What is read of a closed loop: all states that cross from one step to the next, as one.
+
+Letters: T steps of the loop, B sequences, S the width of all its states side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradflow.hooks.call import Call
+from gradflow.hooks.closed.standing import Standing
+from gradflow.hooks.loops.loop import Loop
+from gradflow.hooks.loops.stitch import Chain
+from gradflow.hooks.tapped import Mark, TapSource, Words
+from gradflow.recording import Backward, Forward, Parity
+
+CLOSED = Words(
+    step="step",
+    steps="steps",
+    states="states",
+    more="what goes around the loop is more than a state, and no gain is one number: totals and the "
+    "gradient's own profile are right all the same",
+    kind="a closed loop of several parts: each layer's weights are held against its own track",
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One layer of the calls of one chain, as a part of the joint state."""
+
+    chain: Chain
+    loop: Loop
+    layer: int
+    names: dict[str, str]  # h, c -> its name in the joint state
+    track: str  # name of its own track
+
+
+@dataclass(eq=False)
+class JointSource(TapSource):
+    """The joint state of a closed loop, one mark per step."""
+
+    cell: str = "loop"
+    members: list[Member] = field(default_factory=list)
+    ends: list[dict[int, int]] = field(default_factory=list)  # of each mark: id of chain -> call
+    extras: list[str] = field(default_factory=list)  # states that no call returned
+    one_system: int = 0  # the number of sequences where all of them are one state
+    _filled: tuple[int, int] = (-1, -1)
+
+    @property
+    def words(self) -> Words:
+        """How to speak of this loop."""
+        return CLOSED
+
+    @property
+    def version(self) -> int:
+        """How many backwards reached the loop."""
+        chains = {id(m.chain): m.chain for m in self.members}.values()
+        tasks = self.graph_tasks.union(*(call.graph_tasks for c in chains for call in c.calls))
+        return len(tasks)
+
+    def listen_at(self, mark: Mark, place: Standing) -> list[RemovableHandle]:
+        """Add up the gradients that reach what no call returned; calls are listened to already."""
+        handles = []
+        for edge, views in place.views.items():
+            for view in views:
+                if view.name in self.extras:
+                    handles.append(edge[0].register_prehook(self._at(mark, edge[1], view)))
+        return handles
+
+    def _at(self, mark: Mark, output: int, view: Any) -> Any:
+        def catch(grads: tuple[Tensor | None, ...]) -> None:
+            grad = grads[output]
+            if grad is not None:
+                self.second_order |= torch.is_grad_enabled()
+                self.graph_tasks.add(torch._C._current_graph_task_id())
+                self._add(mark, view.name, view.take(grad.detach()) / self.scale())
+
+        return catch
+
+    def _add(self, mark: Mark, name: str, rows: Tensor) -> None:
+        rows = rows.reshape(mark.states[name].shape)
+        mark.grads[name] = mark.grads[name] + rows if name in mark.grads else rows
+
+    # -- what the calls heard ----------------------------------------------------------------
+
+    def fill(self) -> None:
+        """Put what reached the calls on the marks, as the graph has it: at h_n and the output, at c_n."""
+        stamp = (len(self.marks), self.version)
+        if self._filled == stamp:
+            return
+        self._filled = stamp
+        self.second_order |= any(
+            call.second_order for member in self.members for call in member.chain.calls
+        )
+        for mark, ends in zip(self.marks, self.ends, strict=True):
+            for member in self.members:
+                call = member.chain.calls[ends[id(member.chain)]]
+                for state, name in member.names.items():
+                    grad = _arrived(call, member.layer, state)
+                    mark.grads.pop(name, None)
+                    if grad is not None:
+                        self._add(mark, name, grad)
+
+    def _has_gradient(self) -> bool:
+        self.fill()
+        return super()._has_gradient()
+
+    def forward(self) -> Forward:
+        """States; what no call returned was not seen, and is NaN."""
+        found = super().forward()
+        states = {
+            name: torch.full_like(state, torch.nan) if name in self.extras else state
+            for name, state in found.states.items()
+        }
+        return Forward(states=states, initial={}, gates={}, inputs=None)
+
+    def backward(self) -> Backward | None:
+        """Total gradients; those of the layers are their own tracks' totals."""
+        found = super().backward()
+        if found is None:
+            return None
+        grads = dict(found.grads)
+        for member in self.members:
+            totals = self.totals_of(member)
+            for state, name in member.names.items():
+                if totals is not None:
+                    grads[name] = self._trimmed(totals[state].reshape(grads[name].shape))
+        direct = self.direct_of(self.main) if self.main in grads else None
+        return Backward(grads=grads, direct=direct, delta=None, delta_hh=None)
+
+    @property
+    def main(self) -> str:
+        """The state whose direct part is given."""
+        return "h"
+
+    def totals_of(self, member: Member) -> dict[str, Tensor] | None:
+        """State -> total gradient at the end of every step of the loop, (T, B, width)."""
+        scans = member.loop.scans(member.layer)
+        if scans is None:
+            return None
+        parts = member.chain.layout.parts
+        last = [int(parts[ends[id(member.chain)]].ends[0]) for ends in self.ends]
+        return {
+            state: member.loop.in_time([scan.grads[state] for _, scan in scans])[last]
+            for state in member.names
+        }
+
+    def direct_of(self, name: str) -> Tensor | None:
+        """(T, B, width): what reaches a state not through the next step of the loop."""
+        if not self._direct_is_known():
+            return None
+        with torch.no_grad():
+            return self._split(torch.stack(self._direct()))[name]
+
+    def member_of(self, chain: Chain, layer: int) -> Member:
+        """The part of the joint state that one layer of a chain is."""
+        return next(m for m in self.members if m.chain is chain and m.layer == layer)
+
+    # -- one loss step alone -----------------------------------------------------------------
+
+    def knows_alone(self) -> bool:
+        """Whether the gradients of one loss step can be told: not inside fused stacks or chunks."""
+        if self.one_system:
+            return False
+        return all(
+            call.layers == 1 and member.chain.sizes[place] == 1
+            for member in self.members
+            for place, call in enumerate(member.chain.calls)
+        )
+
+    def reached(self) -> Tensor | None:
+        """(T, B): where the loss reaches the loop, or None."""
+        return super().reached() if self.knows_alone() else None
+
+    def last(self) -> Backward | None:
+        """Total gradients of each sequence's last loss step alone, or None."""
+        return super().last() if self.knows_alone() else None
+
+    def loss_steps(
+        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    ) -> Backward | None:
+        """Total gradients of single loss steps, or None."""
+        return super().loss_steps(sequences, loss_steps, dtype) if self.knows_alone() else None
+
+    def _alone(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """As the graph has it, and for c of a kernel that returns both also what comes through h."""
+        rows = super()._alone(sequences, chosen, dtype)
+        columns, start = {}, 0
+        for name, state in self.marks[0].states.items():
+            columns[name] = slice(start, start + state.shape[1])
+            start += state.shape[1]
+        for member in self.members:
+            if "c" not in member.names or member.chain.calls[0].c_is_total:
+                continue
+            through = self._through_h(member, rows[..., columns[member.names["h"]]], sequences)
+            rows[..., columns[member.names["c"]]] += through.to(rows.dtype)
+        return rows
+
+    def _through_h(self, member: Member, at_h: Tensor, sequences: Tensor) -> Tensor:
+        """What gradients at h, (T, m, n, P), bring to c through h = o ⊙ tanh c; (T, m, n, H)."""
+        groups = member.loop.groups
+        each = member.loop.per_call(
+            [g.replay.steps(member.layer, 0).through for g in groups]  # type: ignore[attr-defined]
+        )
+        calls = [ends[id(member.chain)] for ends in self.ends]
+        through = torch.cat([each[place] for place in calls])[:, sequences].unsqueeze(1)
+        weight = groups[0].replay.steps(member.layer, 0).weight_hr  # type: ignore[attr-defined]
+        if weight is not None:
+            at_h = at_h @ weight.to(at_h.dtype)
+        return through.to(at_h.dtype) * at_h
+
+    def notes(self) -> list[str]:
+        """What a step and a state of it are."""
+        held = f"{self.name} is a closed loop; its state is all that crosses from step to step"
+        held += f" ({', '.join(self.names)})"
+        if self.one_system:
+            held += (
+                f", and as its {self.one_system} sequences depend on one another (messages between "
+                "the nodes of a graph, statistics over the batch) they are one system"
+            )
+        sizes = {size for member in self.members for size in member.chain.sizes}
+        if sizes != {1}:
+            held += f"; one step of it is one call, of up to {max(sizes)} steps of the layer"
+        if self.extras:
+            held += (
+                f"; {' and '.join(self.extras)}: something that no recurrent layer returned, whose "
+                "values were not seen"
+            )
+        reason = self.why_no_operator()
+        return [held] + ([f"its step Jacobians are not known: {reason}"] if reason else [])
+
+    def parity(self) -> Parity:
+        """There is nothing to hold against anything here."""
+        return Parity("not applicable", None, self.words.kind)
+
+    def why_no_gradient(self) -> str:
+        """Why there is no gradient here, and what to do."""
+        self.fill()
+        return super().why_no_gradient()
+
+
+def _arrived(call: Call, layer: int, state: str) -> Tensor | None:
+    """What reached a state of one call, (B, width), as the graph has it, or None."""
+    if state == "c":
+        grad = call.grads.get("c_n")
+        return None if grad is None else grad[layer]
+    found = call.grads.get("h_n")
+    total = None if found is None else found[layer]
+    output = call.grads.get("output")
+    if output is not None and layer == call.layers - 1:
+        last = output.select(1 if call.batch_first and not call.single else 0, -1)
+        total = last if total is None else total + last
+    return total

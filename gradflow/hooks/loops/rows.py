@@ -1,0 +1,116 @@
+"""Which sequence of an earlier call each sequence of a later one goes on with.
+
+A batch may shrink, grow or be reordered between two calls: h[:n], h[kept], index_select by length.
+Letters: B sequences of the earlier call, b of the later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MIXED = "sequences or layers are mixed between two of its calls"
+
+
+def bits(count: int, device: torch.device) -> list[Tensor]:
+    """(b,) bool each: the binary digits of 0 … b − 1."""
+    numbers = torch.arange(count, device=device)
+    return [(numbers >> k) % 2 == 1 for k in range(max(count - 1, 0).bit_length())]
+
+
+def origins(pull: Callable[[Tensor], Tensor], count: int, device: torch.device) -> Tensor | None:
+    """(b,) the row of the earlier call that each row came from, −1 where nothing comes.
+
+    Every row of the earlier call is pulled to from all rows of the later one, then from those whose
+    number has a certain binary digit: it must get the same, or nothing.
+
+    Args:
+        pull: what seeds in the chosen rows (b,) bring to the earlier call, (B, ·).
+        count: b.
+        device: of the result.
+
+    Returns:
+        The rows, or None where a row came from several, or several from one.
+    """
+    whole = pull(torch.ones(count, dtype=torch.bool, device=device)).flatten(1)
+    bound = 256 * torch.finfo(whole.dtype).eps * whole.abs().amax(dim=1)
+    reached = (whole != 0).any(1)
+    number = torch.zeros(len(whole), dtype=torch.long, device=device)
+    for place, chosen in enumerate(bits(count, device)):
+        part = pull(chosen).flatten(1)
+        same = (part - whole).abs().amax(dim=1) <= bound
+        nothing = part.abs().amax(dim=1) <= bound
+        if bool((reached & ~same & ~nothing).any()):
+            return None
+        number += same.long() << place
+    if bool(reached.any()) and int(number[reached].max()) >= count:
+        return None
+    if len(number[reached].unique()) < int(reached.sum()):
+        return None
+    rows = torch.full((count,), -1, dtype=torch.long, device=device)
+    rows[number[reached]] = reached.nonzero().squeeze(1)
+    return rows
+
+
+def completed(rows: Tensor, batch: int) -> Tensor:
+    """Give rows that nothing came to (cut, or all zeros) the rows left between their neighbours'.
+
+    Only where there are as many as are missing; the others are −1 still, sequences that are new.
+
+    >>> completed(torch.tensor([0, -1, 2]), 3), completed(torch.tensor([1, -1]), 2)
+    (tensor([0, 1, 2]), tensor([ 1, -1]))
+    """
+    if not bool((rows < 0).any()) or bool((rows < 0).all()):
+        return rows
+    found = rows.tolist()
+    count, start = len(found), 0
+    free = set(range(batch)) - set(found)
+    while start < count:
+        if found[start] >= 0:
+            start += 1
+            continue
+        end = start
+        while end < count and rows[end] < 0:
+            end += 1
+        low = int(rows[start - 1]) if start else -1
+        # after the last known row only as many as there are missing are taken for cut
+        high = int(rows[end]) if end < count else min(batch, low + 1 + end - start)
+        if high - low - 1 == end - start and all(row in free for row in range(low + 1, high)):
+            found[start:end] = range(low + 1, high)
+        start = end
+    return torch.tensor(found, dtype=torch.long, device=rows.device)
+
+
+def equal_rows(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:
+    """By values (b, ·) and (B, ·): the origin of every row, and which rows (b,) are all zero.
+
+    Returns None where a row is neither zero nor equal to one that is left.
+    """
+    zero = (new == 0).all(1)
+    places: dict[bytes, list[int]] = {}
+    for row, value in enumerate(_as_bytes(old)):
+        places.setdefault(value, []).append(row)
+    found = []
+    for value, is_zero in zip(_as_bytes(new), zero.tolist(), strict=True):
+        left = [] if is_zero else places.get(value, [])
+        if not left and not is_zero:
+            return None
+        found.append(-1 if is_zero else left.pop(0))
+    return torch.tensor(found, dtype=torch.long, device=new.device), zero
+
+
+def _as_bytes(rows: Tensor) -> list[bytes]:
+    held = rows.detach().cpu().contiguous()
+    return [row.view(torch.uint8).numpy().tobytes() for row in held]
+
+
+def picked(array: Tensor, rows: Tensor | None, dim: int) -> Tensor:
+    """The rows of an array of the earlier call as the later one has them, zero where there is none."""
+    if rows is None:
+        return array
+    shape = [1] * array.dim()
+    shape[dim] = len(rows)
+    taken = array.index_select(dim, rows.clamp(min=0))
+    return taken.masked_fill((rows < 0).view(shape), 0)

@@ -1,0 +1,171 @@
+"""Closed loops: the product of all A_t against autograd over the loop run from independent states."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradflow
+from gradflow.analyzer import step_jacobians
+from gradflow.errors import RecordingError
+from tests import closed_loops as loops
+from tests.closed_loops import Loop, advanced, made
+
+
+def recorded(model: Loop, batch: int = loops.B, **options: object) -> tuple[object, list]:
+    with gradflow.record(model, **options) as recording:
+        states = model(batch)
+        sum((value**2).sum() for value in states[-1].values()).backward()
+    return recording, states
+
+
+def rows_of(model: Loop, state: dict[str, Tensor]) -> Tensor:
+    return torch.cat([state[name].detach() for name in model.names], dim=1)
+
+
+def same(mine: Tensor, theirs: Tensor) -> bool:
+    return torch.allclose(mine, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
+
+
+def hidden(model: Loop, name: str) -> bool:
+    """Whether a kernel returns a state of which h, or a layer above, is no child in the graph."""
+    fused = isinstance(model, loops.Fused | loops.Stack)
+    return fused and (name.endswith("c") or "l0" in name)
+
+
+def product(matrices: Tensor, start: int, end: int) -> Tensor:
+    """P(end ← start) of one sequence."""
+    found = torch.eye(matrices.shape[-1], dtype=matrices.dtype)
+    for t in range(start + 1, end + 1):
+        found = matrices[t] @ found
+    return found
+
+
+JOINT = {
+    "rnn cell": (loops.Decoder, nn.RNNCell),
+    "gru cell": (loops.Decoder, nn.GRUCell),
+    "lstm cell": (loops.Decoder, nn.LSTMCell),
+    "fused rnn": (loops.Fused, nn.RNN, False),
+    "fused gru, batch first": (loops.Fused, nn.GRU, True),
+    "fused lstm": (loops.Fused, nn.LSTM, False),
+    "fused lstm, batch first": (loops.Fused, nn.LSTM, True),
+    "teacher forcing, then free": (loops.Forced, nn.LSTMCell),
+    "scheduled sampling": (loops.Sampled, nn.GRUCell),
+    "imputation": (loops.Imputing, nn.LSTMCell),
+    "attention over an encoder": (loops.Attending,),
+    "world model": (loops.WorldModel,),
+    "running output": (loops.Running,),
+    "state two steps back": (loops.Delayed,),
+    "upper cell feeds lower": (loops.TwoCells,),
+    "fused stack": (loops.Stack,),
+}
+
+
+@pytest.mark.parametrize("case", JOINT.values(), ids=JOINT)
+def test_the_product_of_all_steps_is_that_of_autograd(case: tuple) -> None:
+    model = made(*case)
+    recording, _ = recorded(model)
+    track = recording[model.track]
+    assert list(track.states) == list(model.names)
+    matrices = step_jacobians(track)
+    start, end = model.begins - 1, loops.T - 1
+    for b in range(loops.B):
+        whole = model(loops.B)  # the noise and the memory of the whole batch
+        rows = rows_of(model, whole[start])
+        exact = torch.autograd.functional.jacobian(
+            lambda one, b=b, rows=rows: advanced(
+                model, torch.cat([rows[:b], one[None], rows[b + 1 :]]), start, end
+            )[b],
+            rows[b],
+        )
+        assert same(product(matrices[:, b], start, end), exact)
+        wrong = matrices[:, b] * (1 + 1e-8)
+        assert not same(product(wrong, start, end), exact)
+
+
+@pytest.mark.parametrize("case", JOINT.values(), ids=JOINT)
+def test_totals_compose_by_the_joint_steps(case: tuple) -> None:
+    model = made(*case)
+    recording, _ = recorded(model)
+    plain = made(*case)
+    twin = plain(loops.B)
+    for state in twin:
+        for value in state.values():
+            if value.requires_grad:
+                value.retain_grad()
+    sum((value**2).sum() for value in twin[-1].values()).backward()
+    track = recording[model.track]
+    for t, state in enumerate(twin):
+        for name, value in state.items():
+            known = name in track.grads and value.grad is not None
+            if known and name != "carried" and not hidden(model, name):
+                assert same(track.grads[name][t], value.grad), (t, name)
+    partial = track.partial_grads
+    if partial is not None:
+        rows = torch.cat([partial[name] for name in model.names], dim=2)
+        matrices = step_jacobians(track)
+        for t in range(model.begins - 1, loops.T - 2):
+            carried = torch.einsum("bij,bi->bj", matrices[t + 1], rows[t + 1])
+            assert same(rows[t], carried), t
+
+
+def test_open_loops_stay_as_they_are() -> None:
+    model = made(loops.Open)
+    recording, _ = recorded(model)
+    for name in ("lower", "upper"):
+        track = recording[name]
+        assert track.alone is None and track.notes == []
+
+
+def test_detached_feedback_is_no_loop() -> None:
+    model = made(loops.Detached, nn.GRUCell)
+    recording, _ = recorded(model)
+    assert recording["cell"].alone is None and recording["cell"].notes == []
+
+
+@pytest.mark.parametrize("nodes", [12, 20])  # written out, and by products
+def test_a_ring_of_nodes_is_one_system(nodes: int) -> None:
+    model = made(loops.Ring)
+    recording, states = recorded(model, nodes)
+    track = recording["loop"]
+    assert track.batch == 1
+    exact = torch.autograd.functional.jacobian(
+        lambda row: advanced(model, row.view(nodes, -1), 0, loops.T - 1).flatten(),
+        rows_of(model, states[0]).flatten(),
+    )
+    assert same(product(step_jacobians(track)[:, 0], 0, loops.T - 1), exact)
+    with pytest.raises(RecordingError, match="a part of loop, a closed loop that is judged as one"):
+        recording["cell"].operator()
+
+
+@pytest.mark.parametrize(
+    ("case", "batch", "words"),
+    [((loops.Remembering,), 3, "attention over all earlier steps")],
+    ids=["own attention"],
+)
+def test_what_has_no_gain_is_refused_in_its_words(case: tuple, batch: int, words: str) -> None:
+    model = made(*case)
+    recording, _ = recorded(model, batch)
+    track = recording["cell"]
+    with pytest.raises(RecordingError, match=words):
+        track.operator()
+    assert track.has_gradient and track.alone is not None
+    assert any(words in note for note in track.notes)
+    layer = gradflow.analyze(recording)["cell"]
+    assert words in layer.sentence and layer.verdict == "inconclusive"
+    assert "no gains" in layer.labels and layer.alone is not None
+
+
+def test_chunks_have_one_step_per_call() -> None:
+    model = made(loops.Chunks)
+    recording, states = recorded(model)
+    closed = [track for track in recording if track.cell == "loop"]
+    assert [track.steps for track in closed] == [loops.T]
+    exact = torch.autograd.functional.jacobian(
+        lambda row: advanced(
+            model, torch.cat([row[None], rows_of(model, states[0])[1:]]), 0, loops.T - 1
+        )[0],
+        rows_of(model, states[0])[0],
+    )
+    assert same(product(step_jacobians(closed[0])[:, 0], 0, loops.T - 1), exact)
