@@ -46,7 +46,7 @@ def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
             "rate": layer.rate.value,
             "rate_low": layer.rate.low,
             "rate_high": layer.rate.high,
-            "decades_over_span": layer.decades,
+            "decades_over_span": layer.decades_over_span,
             "half_life": layer.half_life,
             "horizon": layer.horizon,
             "searched": layer.searched,

@@ -66,8 +66,8 @@ class Finding:
     >>> rnn = torch.nn.RNN(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
     >>> finding = gradflow.diagnose(rnn, torch.zeros(50, 2, 1)).findings[0]
-    >>> finding.name, round(finding.value, 4), round(finding.severity, 1)     # 49 log10 0.5
-    ('vanishing', -14.7505, -14.8)
+    >>> finding.name, round(finding.value, 4), round(finding.severity, 1)     # 49 and 50 log10 0.5
+    ('vanishing', -14.7505, -15.1)
     """
 
     name: str  # stable, e.g. "vanishing", "forget-gates-closed"
@@ -188,6 +188,13 @@ class LayerAnalysis:
     def decades(self) -> float:
         """The gain over the span in powers of ten; negative is lost."""
         return _decades(self)
+
+    @property
+    def decades_over_span(self) -> float:
+        """The same over the whole span where sequences are shorter: by the rate if it has settled."""
+        if self.rate_told:
+            return self.rate.value * self.span / math.log(10)
+        return self.decades
 
     @property
     def pace(self) -> float:

@@ -228,7 +228,8 @@ def _labels(m: Measured) -> tuple[str, ...]:
         "no gains": bool(m.no_gains),
         "not finite": not m.finite.all(),
         # growth that goes on is no transient
-        "transient growth": m.curve.transient_growth and m.verdict.name != "exploding",
+        "transient growth": m.curve.transient_growth
+        and (m.verdict.name != "exploding" or (m.settled and m.rate.high < 0)),
         "not settled": math.isfinite(m.rate.value) and not m.settled,
         "not exponential": decays_as_power(m.log_curves),
         "range-limited": _leaves_range(m.track, m.maps),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from gradflow.analyzer.keeping import (
     keeping,
     operator_for,
     qr_seconds,
-    settling_by_halves,
 )
 from gradflow.analyzer.leading import WeightGrowth
 from gradflow.analyzer.lyapunov import Growth, log_growth
@@ -34,6 +33,7 @@ from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.ranks import Ranks, measure_ranks
 from gradflow.analyzer.rates import ROUNDING, Verdict, judge
 from gradflow.analyzer.settings import Settings
+from gradflow.analyzer.settling import enough
 from gradflow.analyzer.singular import survivors
 from gradflow.analyzer.thin import thin_maps
 from gradflow.recording import Track
@@ -81,11 +81,11 @@ def measure(
     short = (track.lengths.cpu() == 1).numpy()  # one step has no recurrence
     gains = SpanGains(np.where(finite, kept.gains.values, np.nan), kept.gains.steps)
     rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
-    if math.isinf(kept.common):  # no parts could be afforded
-        alive = np.flatnonzero(np.isfinite(rates))
-        kept = replace(kept, common=settling_by_halves(growth, 0, alive))
+    common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
     usable = bool(finite.all()) and track.steps > 1
-    rate = interval_of_rates(rates, kept, growth) if usable else UNKNOWN
+    rate = (
+        interval_of_rates(rates, common, kept.constant is not None, growth) if usable else UNKNOWN
+    )
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
     mapped = _mapped(track, gains.values, finite, settings)
     maps, ranks = _maps(track, mapped, span, withheld, settings)
@@ -98,8 +98,8 @@ def measure(
         gain=gain,
         sequence_rates=rates,
         rate=rate,
-        settling=kept.common,
-        settled=kept.enough(rate.value, span),
+        settling=common,
+        settled=enough(common, rate.value, span),
         constant=kept.constant,
         verdict=judge(gain, measurable, int(growth.counted.sum(0).max())),
         mapped=mapped,

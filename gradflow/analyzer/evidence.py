@@ -68,6 +68,11 @@ class Evidence(Measured):
         return self.gain.decades
 
     @property
+    def severity(self) -> float:
+        """Decades over the span: by the rate where it tells, else those that were measured."""
+        return self.rate.value * self.span / DECADE if self.told else self.decades
+
+    @property
     def over(self) -> str:
         """The steps that the gain was measured over, in words."""
         return counted(self.gain.steps, "step")

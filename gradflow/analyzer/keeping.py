@@ -33,7 +33,10 @@ from gradflow.recording import Track
 GAIN_SECONDS = 1.0  # predicted, for gains and rates of all layers together
 USUAL = 4  # rounds that the block iteration takes as a rule
 LEAST = 2  # rounds of it without which nothing is found
+THIN = 5  # times the budget for a state so wide that only few directions can be sent through it
+THIN_LEAST = 6  # rounds of those
 MOST = 2**28  # bytes of the blocks of all windows together
+TELLING = 1e-3  # nats that one more round could add and that an interval has to hold
 PIECES = 4  # means of one sequence where it does not hold enough autocorrelation times
 CALL = 2e-4  # seconds that the calls of one step take, however little they do
 UNKNOWN = Rate(math.nan, math.nan, math.nan)
@@ -44,29 +47,31 @@ class Keeping:
     """Gains and rates of every sequence, and the direction that keeps most."""
 
     gains: SpanGains
-    rates: np.ndarray | None  # (B,) NaN where it was not measured; None: read from the growth
-    common: float  # nats per step that all rates may be off alike; inf where not known
+    rates: np.ndarray | None  # (B,) by products over parts; NaN where that could not be afforded
+    common: float  # nats per step that these may all be off alike
     leading: Tensor  # (B, S) of each sequence's first window, at the first step
     constant: np.ndarray | None  # (S,) exponents, where the step Jacobian never changes
-
-    def enough(self, rate: float, span: int) -> bool:
-        """Whether the rate may be told."""
-        return Settled(np.zeros(0), self.common).enough(rate, span)
+    missing: float = 0.0  # nats that one more round could add to a gain
 
     def rates_with(self, growth: Growth) -> np.ndarray:
-        """(B,): the rates; −inf where the growth ended in an exact zero.
+        """(B,): the growth per step of the direction that keeps most, past the burn-in."""
+        grown = growth.exponents[:, 0].numpy().copy()
+        if self.constant is not None:
+            return np.where(np.isfinite(grown), self.constant[0], grown)
+        return grown
 
-        Where only some sequences could be afforded, the others are read from the growth of the
-        direction that keeps most, moved by what that was off on those.
+    def unsettled(self, growth: Growth, alive: np.ndarray) -> float:
+        """What the rates of some sequences may all be off alike, nats per step.
+
+        By the products over parts, and by what these differ from the growth of one direction.
         """
-        grown = growth.exponents[:, 0].numpy()
+        if self.constant is not None:
+            return 0.0
         if self.rates is None:
-            return grown.copy()
-        with np.errstate(invalid="ignore"):
-            off = (self.rates - grown)[np.isfinite(self.rates) & np.isfinite(grown)]
-        moved = grown + (float(off.mean()) if len(off) else 0.0)
-        rates = np.where(np.isnan(self.rates), moved, self.rates)
-        return np.where(np.isneginf(grown) | np.isnan(grown), grown, rates)
+            return settling_by_halves(growth, 0, alive)
+        off = (self.rates - growth.exponents[:, 0].numpy())[alive]
+        off = off[np.isfinite(off)]
+        return self.common + (abs(float(off.mean())) if len(off) else 0.0)
 
 
 def keeping(track: Track, settings: Settings, span: int) -> Keeping:
@@ -87,14 +92,15 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     exponents = None if operator.thin else constant_exponents(operator, counted & crossed)
     if exponents is not None and math.isfinite(exponents[0]):
         counts = counted.any(0)
-        return Keeping(gains, np.where(counts, exponents[0], np.nan), 0.0, leading, exponents)
+        rates = np.where(counts, exponents[0], np.nan)
+        return Keeping(gains, rates, 0.0, leading, exponents, norms.missing)
     if plan.rated == track.batch:
         found = settled(together[len(windows) :], norms.after(len(windows)), track.batch, 1)
     elif plan.rated:
         found = _of_some(track, settings, counted, plan)
     else:
-        return Keeping(gains, None, math.inf, leading, None)
-    return Keeping(gains, found.rates, found.common, leading, None)
+        return Keeping(gains, None, math.nan, leading, None, norms.missing)
+    return Keeping(gains, found.rates, found.common, leading, None, norms.missing)
 
 
 def _of_some(track: Track, settings: Settings, counted: np.ndarray, plan: _Plan) -> Settled:
@@ -138,14 +144,15 @@ def interval_of_gains(gains: SpanGains, kept: Keeping, growth: Growth) -> Gain:
     if math.isnan(found.low) and len(finite) == 1 and math.isfinite(found.value):
         half = 0.0 if kept.constant is not None else steps * _half_of_one(growth, int(finite[0]))
         found = Rate(found.value, found.value - half, found.value + half)
-    return Gain(found.value, found.low, found.high, steps)
+    more = kept.missing if kept.missing > TELLING else 0.0
+    return Gain(found.value, found.low, found.high + more, steps)
 
 
-def interval_of_rates(rates: np.ndarray, kept: Keeping, growth: Growth) -> Rate:
+def interval_of_rates(rates: np.ndarray, common: float, constant: bool, growth: Growth) -> Rate:
     """Mean rate with its interval over sequences, widened by what has not settled."""
     found = rate_over_sequences(rates)
     finite = np.flatnonzero(np.isfinite(rates))
-    if not math.isfinite(found.value) or kept.constant is not None:
+    if not math.isfinite(found.value) or constant:
         return Rate(found.value, found.value, found.value)
     if len(finite) == 1:
         half = _half_of_one(growth, int(finite[0]))
@@ -153,7 +160,7 @@ def interval_of_rates(rates: np.ndarray, kept: Keeping, growth: Growth) -> Rate:
         half = _half_of_one(growth, int(finite[0]), pieces=PIECES)
     else:
         half = (found.high - found.low) / 2
-    half = math.hypot(half, kept.common)
+    half = math.hypot(half, common)
     return Rate(found.value, found.value - half, found.value + half)
 
 
@@ -201,10 +208,11 @@ class _Cost:
     length: int
     batch: int
     vector: float  # seconds of one vector of every sequence through one step
+    thin: bool  # whether that is what one sequence takes, too
 
     def sweep(self, rows: int, batch: int | None = None) -> float:
         """Predicted seconds of one sweep of blocks of so many rows."""
-        share = 1.0 if batch is None else batch / self.batch
+        share = 1.0 if batch is None or self.thin else batch / self.batch
         return self.length * (rows * share * self.vector + CALL)
 
 
@@ -219,7 +227,8 @@ def operator_for(
 
 
 def _cost(track: Track, operator: HostOperator) -> _Cost:
-    return _Cost(int(track.lengths.max()), track.batch, vector_seconds(operator))
+    vector = vector_seconds(operator)
+    return _Cost(int(track.lengths.max()), track.batch, vector, operator.thin)
 
 
 def qr_seconds(length: int, batch: int, size: int, k: int, vector: float) -> float:
@@ -234,6 +243,9 @@ def qr_seconds(length: int, batch: int, size: int, k: int, vector: float) -> flo
 def _planned(cost: _Cost, size: int, settings: Settings) -> _Plan:
     """Whole where it fits; else fewer rows, rounds, and sequences whose rate is measured by parts."""
     allowed, parts = GAIN_SECONDS / settings.layers, len(PARTS)
+    least = LEAST
+    if cost.thin:
+        allowed, least = THIN * allowed, THIN_LEAST
     if size <= EXACT:
         return _Plan(size, 1, cost.batch)
     usual = 2 * USUAL
@@ -242,9 +254,12 @@ def _planned(cost: _Cost, size: int, settings: Settings) -> _Plan:
     fitting = [rows for rows in (ROWS, 2) if usual * cost.sweep(rows) <= allowed]
     rows = fitting[0] if fitting else 1
     rounds = int(allowed / (2 * cost.sweep(rows)))
+    if cost.thin:
+        whole = usual * cost.sweep(parts * rows) <= allowed
+        return _Plan(rows, min(ROUNDS, max(least, rounds)), cost.batch if whole else 0)
     each = usual * (cost.sweep(parts * rows, 1) - cost.sweep(0))
     rated = int((allowed - usual * cost.sweep(0)) / each)
-    return _Plan(rows, min(ROUNDS, max(LEAST, rounds)), min(cost.batch, max(0, rated)))
+    return _Plan(rows, min(ROUNDS, max(least, rounds)), min(cost.batch, max(0, rated)))
 
 
 def keeping_seconds(track: Track, layers: int) -> float:

@@ -35,9 +35,14 @@ class Settled:
     rates: np.ndarray  # (B,) nats per step; NaN where no step counts
     common: float  # half-width, nats per step: it does not shrink with more sequences
 
-    def enough(self, rate: float, span: int) -> bool:
-        """Whether a rate may be told: off by less than half a decade over the span, or by a fifth."""
-        return self.common * span <= HALF_DECADE or self.common <= SHARE * abs(rate)
+
+def enough(common: float, rate: float, span: int) -> bool:
+    """Whether a rate may be told: off by less than half a decade over the span, or by a fifth.
+
+    >>> enough(0.001, -0.002, 100), enough(0.05, -0.1, 100), enough(0.05, -0.5, 100)
+    (True, False, True)
+    """
+    return common * span <= HALF_DECADE or common <= SHARE * abs(rate)
 
 
 def parted(counted: np.ndarray, part: int) -> list[Window]:
@@ -67,15 +72,17 @@ def settled(windows: list[Window], norms: Norms, batch: int, part: int) -> Settl
     sums = np.zeros((2, len(PARTS), batch))
     steps, drift = np.zeros(batch), np.zeros(batch)
     middle = {(w.sequence, w.last) for w in windows if w.part == part}
-    for place, window in enumerate(windows):
-        b, level = window.sequence, window.part - part
-        pair = float(norms.spectral[place]), float(norms.frobenius[place])
-        sums[:, level, b] += pair
-        if level == 0:
-            steps[b] += window.steps
-        if level == 1:  # the later half against the earlier
-            drift[b] += pair[0] if (b, window.last) in middle else -pair[0]
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # −inf of an exact zero, and no step at all
+        for place, window in enumerate(windows):
+            b, level = window.sequence, window.part - part
+            pair = norms.spectral[place].item(), norms.frobenius[place].item()
+            sums[:, level, b] += pair
+            if level == 0:
+                steps[b] += window.steps
+            if level == 1:  # the later half against the earlier
+                drift[b] += pair[0] if (b, window.last) in middle else -pair[0]
         whole, halves, quarters = (sums / steps).transpose(1, 0, 2)  # each (2, B)
         late, early = 2 * whole - halves, 2 * halves - quarters
         rates = late.mean(0)

@@ -73,7 +73,7 @@ def _layer(layer: LayerAnalysis) -> dict[str, Any]:
         "labels": list(layer.labels),
         "gain": _gain(layer.gain),
         "rate": _rate(layer.rate),
-        "decades_over_span": layer.decades,
+        "decades_over_span": layer.decades_over_span,
         **_reach(layer),
         "lyapunov": None if layer.lyapunov is None else layer.lyapunov.tolist(),
         "parity": asdict(layer.parity),

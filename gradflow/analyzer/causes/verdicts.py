@@ -62,7 +62,7 @@ def vanishing(e: Evidence) -> Iterator[Finding]:
         threshold=-1.0,
         basis=BAND,
         source=source,
-        severity=e.decades,
+        severity=e.severity,
         advice=advice,
         code=code,
     )
@@ -89,7 +89,7 @@ def exploding(e: Evidence) -> Iterator[Finding]:
         threshold=1.0,
         basis=BAND,
         source="Pascanu et al. 2013; Mikhaeil et al. 2022",
-        severity=e.decades,
+        severity=e.severity,
         advice=advice,
         code=CLIP,
     )
@@ -97,7 +97,7 @@ def exploding(e: Evidence) -> Iterator[Finding]:
 
 def transient(e: Evidence) -> Iterator[Finding]:
     """Growth by more than a decade that the rate does not show."""
-    if "transient growth" not in e.labels or e.verdict.name in ("exploding", "stable"):
+    if "transient growth" not in e.labels or e.verdict.name == "stable":
         return
     peak = float(max(value for value in e.curve.median if not math.isnan(value)))
     lag = int(list(e.curve.median).index(peak))
