@@ -8,6 +8,8 @@ neither torch nor a plotting library.
 from __future__ import annotations
 
 import importlib
+import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 from gradflow._version import __version__
@@ -63,13 +65,22 @@ __all__ = [
     "what_if",
 ]
 
+# a process forked while another thread imports would wait for that import for ever
+_importing = threading.RLock()
+os.register_at_fork(
+    before=_importing.acquire,
+    after_in_parent=_importing.release,
+    after_in_child=_importing._at_fork_reinit,  # type: ignore[attr-defined]
+)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gradflow' has no attribute {name!r}")
     if name == "analyzer":
         return importlib.import_module("gradflow.analyzer")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    with _importing:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
-T, B, H = 6, 3, 4
+T, B, H = 8, 3, 4
 
 
 class Loop(nn.Module):
@@ -21,6 +21,7 @@ class Loop(nn.Module):
     track = "cell"  # that holds the joint state
     names: tuple[str, ...] = ("h",)
     begins = 1  # the first step at which the joint state is whole
+    whole = True  # whether it is whole at the last step too: else only h goes on
 
     def begin(self, batch: int) -> State:
         return {name: torch.zeros(batch, H, dtype=torch.float64) for name in self.names}
@@ -146,14 +147,25 @@ class WorldModel(Decoder):
         return torch.tanh(self.into(latent))
 
 
+class Own(nn.Module):
+    """A cell of one's own."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.into, self.back = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.into(x) + self.back(h))
+
+
 class Running(Decoder):
     """The output is a sum over all steps: it crosses beside the state."""
 
     track = "loop"
     begins = 2
 
-    def __init__(self) -> None:
-        super().__init__(nn.GRUCell)
+    def __init__(self, kind: Callable[..., nn.Module] = nn.GRUCell) -> None:
+        super().__init__(kind)
         self.names = ("h", "carried")
 
     def begin(self, batch: int) -> State:
@@ -173,8 +185,8 @@ class Delayed(Decoder):
     track = "loop"
     begins = 2
 
-    def __init__(self) -> None:
-        super().__init__(nn.GRUCell)
+    def __init__(self, kind: Callable[..., nn.Module] = nn.GRUCell) -> None:
+        super().__init__(kind)
         self.names = ("h", "carried")
 
     def begin(self, batch: int) -> State:
@@ -194,9 +206,9 @@ class TwoCells(Loop):
     track = "loop"
     names = ("lower.h", "upper.h", "upper.c")
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Callable[..., nn.Module] = nn.GRUCell) -> None:
         super().__init__()
-        self.lower, self.upper, self.out = nn.GRUCell(H, H), nn.LSTMCell(H, H), nn.Linear(H, H)
+        self.lower, self.upper, self.out = kind(H, H), nn.LSTMCell(H, H), nn.Linear(H, H)
 
     def step(self, state: State, t: int) -> State:
         x = self.noise[t] + (self.out(state["upper.h"]) if t else 0.0)
@@ -224,6 +236,27 @@ class Stack(Loop):
         return dict(zip(self.names, values, strict=True))
 
 
+class Late(Loop):
+    """Each step reads a key that was made of the state three steps before it."""
+
+    track = "loop"
+    names = ("h", "carried", "carried2", "carried3")
+    begins = 4
+    whole = False
+
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.cell, self.key = kind(H, H), nn.Linear(H, H)
+
+    def begin(self, batch: int) -> State:
+        return {name: torch.zeros(batch, H, dtype=torch.float64) for name in self.names}
+
+    def step(self, state: State, t: int) -> State:
+        keys = (self.key(state["h"]), *(state[name] for name in self.names[1:]))
+        h = self.cell(keys[3] if t > 3 else self.noise[t], state["h"])
+        return dict(zip(self.names, (h, *keys[:3]), strict=True))
+
+
 class Chunks(Loop):
     """Three steps at a time; each chunk reads the end of the one before."""
 
@@ -242,12 +275,12 @@ class Chunks(Loop):
 class Ring(Loop):
     """Message passing on a ring: the nodes are the batch."""
 
-    def __init__(self, width: int = H) -> None:
+    def __init__(self, kind: Callable[..., nn.Module] = nn.GRUCell) -> None:
         super().__init__()
-        self.cell, self.out, self.width = nn.GRUCell(width, width), nn.Linear(width, width), width
+        self.cell, self.out = kind(H, H), nn.Linear(H, H)
 
     def begin(self, batch: int) -> State:
-        return {"h": self.noise[0, :, : self.width]}
+        return {"h": self.noise[0]}
 
     def step(self, state: State, t: int) -> State:
         message = self.out(state["h"].roll(1, 0) + state["h"].roll(-1, 0))
@@ -268,8 +301,8 @@ class Normed(Decoder):
 class Remembering(Decoder):
     """Attention over all earlier states of its own."""
 
-    def __init__(self) -> None:
-        super().__init__(nn.GRUCell)
+    def __init__(self, kind: Callable[..., nn.Module] = nn.GRUCell) -> None:
+        super().__init__(kind)
         self.key = nn.Linear(H, H)
 
     def begin(self, batch: int) -> State:

@@ -155,16 +155,17 @@ def truncated() -> Recording:
     return recording
 
 
-def tapped() -> Recording:
-    weight = nn.Linear(4, 4)
+def by_hand() -> Recording:
+    inner, outer = nn.Linear(3, 4), nn.Linear(4, 4)
+    model = nn.ModuleList([inner, outer])
 
     def run() -> Tensor:
-        h = torch.ones(2, 4)
-        for _ in range(5):
-            h = gradflow.tap(h=torch.tanh(weight(h)))
+        h = torch.zeros(2, 4)
+        for x_t in data():
+            h = torch.tanh(inner(x_t) + outer(h))
         return h
 
-    return recorded(weight, run)
+    return recorded(model, run)
 
 
 def trained() -> Recording:
@@ -222,7 +223,11 @@ SUPPORTED = [
         "signature)",
         own_cell,
     ),
-    Supported("loops by hand", "that mark their states with `gradflow.tap`", tapped),
+    Supported(
+        "loops by hand",
+        "where their states can be told from the graph; all that mark them with `gradflow.tap`",
+        by_hand,
+    ),
     Supported(
         "truncation",
         "carried and detached states, one track with cuts, with updates between",
@@ -353,9 +358,17 @@ def batch_normed() -> str:
     return said(recorded(norm, run)["loop"].operator)
 
 
-def no_loop() -> str:
-    model = nn.Linear(3, 4)
-    return said(lambda: recorded(model, lambda: model(data())))
+def growing_memory() -> str:
+    model = nn.Linear(4, 4)
+
+    def run() -> Tensor:
+        h, memory = torch.ones(2, 4), []
+        for _ in range(5):
+            memory.append(model(h))
+            h = torch.stack(memory).mean(0)
+        return h
+
+    return said(lambda: recorded(model, run))
 
 
 REFUSED = [
@@ -378,10 +391,10 @@ REFUSED = [
         nobodys_weights,
     ),
     Refused(
-        "a loop with neither a known cell nor a tap",
-        "nothing",
-        "mark its states: h, c = gradflow.tap(h=h, c=c) inside the loop",
-        no_loop,
+        "a loop by hand without a tap that carries a growing memory, or whose states cannot be told",
+        "its weights, steps and line",
+        "it was not taken up by itself",
+        growing_memory,
     ),
     Refused(
         "a model that runs without gradient",

@@ -501,6 +501,35 @@ def test_short_and_every_step_losses_are_said() -> None:
     assert quiet.warnings == ()
 
 
+class _Stacked(nn.Module):
+    """A layer of its own on top of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower, self.upper = nn.GRU(2, 4), nn.GRU(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.upper(self.lower(x)[0])[0]
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["last step", "every step"])
+def test_a_lower_layer_gets_gradients_at_every_step_from_the_one_above(every: bool) -> None:
+    """Which is not the loss, where that reads the last step only."""
+    model = _Stacked()
+    with gradflow.record(model) as recording:
+        output = model(torch.randn(20, 3, 2))
+        (output if every else output[-1]).sum().backward()
+    said = [note for note in analyze(recording).warnings if "at once" in note]
+    if every:
+        assert len(said) == 1
+        assert said[0].startswith("the loss reaches both layers from many steps at once")
+    else:
+        assert len(said) == 1
+        assert said[0].startswith(
+            "gradients come to lower.l0 at many steps at once, from the loss or"
+        )
+
+
 def test_what_holds_for_many_layers_is_said_once() -> None:
     model = nn.RNN(2, 4, num_layers=4)
     with gradflow.record(model) as recording:

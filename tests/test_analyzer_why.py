@@ -547,7 +547,9 @@ def test_a_gate_shut_by_its_biases_is_told_from_one_shut_by_what_it_reads() -> N
                 lstm.weight_ih_l0[:6] = -9.0
         codes[shut] = named(layer_of(lstm, 1 + normal(30, 4, 1).abs()), "saturated-gates").code
     assert codes["bias"].splitlines()[0] == "model.bias_ih_l0.data[0:6] = 0.0"
-    assert codes["input"] == "x = (x - x.mean()) / x.std()"
+    assert codes["input"].startswith(
+        "model.weight_ih_l0.data *= 0.1"
+    )  # half of it still shuts them
 
 
 class Reader(nn.Module):

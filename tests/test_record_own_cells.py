@@ -656,9 +656,8 @@ KINDS_OF_NETS = (
     "a siamese CNN",
     "weights shared in a graph",
     "an attention encoder",
-    "a hand-written loop of torch's own modules",
-    "an embedding in a loop",
 )
+LOOPS = ("a hand-written loop of torch's own modules", "an embedding in a loop")
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_NETS)
@@ -674,6 +673,18 @@ def test_what_is_no_recurrent_cell_is_no_track(kind: str, times: int) -> None:
 
     with pytest.warns(GradflowWarning, match=r"no recurrent layer ran.*gradflow\.tap"):
         assert len(recorded()) == 0
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_loop_without_a_cell_is_a_track_of_the_module_that_loops(kind: str) -> None:
+    net = Net(kind).double()
+    with gradflow.record(net) as recording:
+        for _ in range(2):
+            net(torch.randn(BATCH, HIDDEN, dtype=F64)).sum().backward()
+    assert [(track.name, track.cell, track.steps) for track in recording] == [
+        ("loop", "Net", 4),
+        ("loop@2", "Net", 4),
+    ]
 
 
 def test_a_constant_that_is_handed_through_is_no_state() -> None:

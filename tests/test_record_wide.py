@@ -20,6 +20,7 @@ from wide_cells import WIDE, Convolutional, convolved
 import gradflow
 from gradflow.errors import RecordingError
 from gradflow.hooks import marks, tape, wide
+from gradflow.hooks.own import cells
 from gradflow.hooks.wide import Wide
 from gradflow.recording import Track
 
@@ -216,3 +217,126 @@ def test_a_wide_step_is_the_same_after_the_weights_have_changed() -> None:
     before = track.operator().pull(2, torch.ones(3, 1, 100, dtype=F64))
     again = track.operator().pull(2, torch.ones(3, 1, 100, dtype=F64))
     assert torch.equal(before, again)
+
+
+def zoned_out(kind: str, jacobians: bool | None, *, padded: bool, start: bool) -> Track:
+    """Between two calls the state is mixed with the one before, or kept on padding."""
+    torch.manual_seed(0)
+    case = CELLS[kind]
+    module = case.make().double()
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=F64)
+    state = {name: torch.randn_like(s) * 0.3 for name, s in case.initial().items()}
+    if start:
+        state = {name: s.requires_grad_() for name, s in state.items()}
+    with gradflow.record(module, jacobians=jacobians) as recording:
+        for t, x_t in enumerate(x):
+            result = case.take(case.call(module, x_t, state))
+            alive = torch.tensor([[t < 4], [True]]).double() if padded else torch.tensor(0.7)
+            state = {n: alive * result[n] + (1 - alive) * state[n] for n in case.names}
+        sum(s.pow(3).sum() for s in state.values()).backward()  # type: ignore[union-attr]
+    return recording["cell"]
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["constant start", "start with gradient"])
+@pytest.mark.parametrize("padded", [False, True], ids=["zoneout", "padded"])
+@pytest.mark.parametrize("kind", ["from scratch", "leaky", "three states"])
+@pytest.mark.usefixtures("_narrow")
+def test_states_that_go_around_the_calls(kind: str, padded: bool, start: bool) -> None:
+    mine, theirs = (zoned_out(kind, wanted, padded=padded, start=start) for wanted in (None, True))
+    assert torch.equal(mine.cuts, theirs.cuts) and mine.notes == theirs.notes
+    assert_operators_agree(mine, theirs, [0, 1])
+    assert_operators_agree(mine, theirs, [1])
+
+
+# ------------------------------------------------------------------------------------- operations
+
+
+def _operations() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Steps of (B, 64) whose backward has no derivative, is batched wrongly, or is out of the common."""
+    torch.manual_seed(0)
+    group, conv = nn.GroupNorm(2, 4).double(), nn.Conv2d(4, 4, 3, padding=1).double()
+    attention = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0).double()
+    line, twice = nn.Linear(64, 64).double(), nn.Bilinear(64, 64, 64).double()
+
+    def image(h: Tensor) -> Tensor:
+        return h.view(-1, 4, 4, 4)
+
+    def assigned(h: Tensor) -> Tensor:
+        new = torch.zeros_like(h)
+        new[:, :32] = line(h)[:, :32].tanh()
+        new[:, 32:] = h[:, :32] * 0.5
+        return new
+
+    def warped(h: Tensor) -> Tensor:
+        flow = torch.tanh(conv(image(h))[:, :2]).permute(0, 2, 3, 1)
+        return nn.functional.grid_sample(image(h), flow, align_corners=False).flatten(1)
+
+    return {
+        "group norm": lambda h: torch.tanh(group(conv(image(h)))).flatten(1),
+        "silu": lambda h: nn.functional.silu(line(h)),
+        "fused attention": lambda h: attention(h.view(-1, 16, 4)).flatten(1),
+        "bilinear": lambda h: torch.tanh(twice(h, h) / 4),
+        "assigned in place": assigned,
+        "warped": warped,
+        "dropout": lambda h: nn.functional.dropout(line(h), 0.3).tanh(),
+        "Fourier": lambda h: torch.fft.irfft(torch.fft.rfft(line(h)) * 0.9, n=64),
+    }
+
+
+OPERATIONS = _operations()
+
+
+def stepped(step: Callable[[Tensor], Tensor], jacobians: bool | None, batch: int = 3) -> Track:
+    torch.manual_seed(1)
+    with gradflow.record(nn.Module(), jacobians=jacobians) as recording:
+        h = (torch.randn(batch, 64, dtype=F64) / 2).requires_grad_()
+        for _ in range(3):
+            h = gradflow.tap(h=step(h))
+        h.pow(2).sum().backward()
+    return recording["loop"]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.usefixtures("_narrow")
+def test_operations_of_all_kinds(name: str) -> None:
+    mine, theirs = (stepped(OPERATIONS[name], wanted) for wanted in (None, True))
+    assert_operators_agree(mine, theirs, [0, 1, 2])
+
+
+def distances(h: Tensor) -> Tensor:
+    """Of 16 points: torch batches its backward wrongly, and gives it no derivative."""
+    points = h.view(-1, 16, 4)
+    return torch.cdist(points, points + 1)[:, :, :4].flatten(1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_torch_batches_wrongly_is_taken_one_by_one(batch: int) -> None:
+    dense = stepped(distances, True, batch).operator()
+    torch.manual_seed(1)
+    first = (torch.randn(batch, 64, dtype=F64) / 2).requires_grad_()
+    second = distances(first).detach()
+    for b in range(batch):
+        exact = torch.autograd.functional.jacobian(lambda row: distances(row)[0], second[b : b + 1])
+        block = torch.eye(64, dtype=F64).expand(batch, -1, -1)
+        found = dense.pull(1, block)[b]
+        assert_whole_close(found, exact[:, 0], bound=1e-12)
+
+
+@pytest.mark.usefixtures("_narrow")
+def test_what_cannot_be_pushed_through_is_said() -> None:
+    operator = stepped(distances, None).operator()
+    with pytest.raises(RecordingError, match=r"cannot be pushed through its step .*jacobians=True"):
+        operator.push(1, torch.ones(3, 1, 64, dtype=F64))
+
+
+def test_little_is_kept_of_a_call_that_may_stay_the_only_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cells, "PERHAPS", 0)
+    monkeypatch.setattr(wide, "WRITING", -1.0)
+    mine, theirs = convolved(None), convolved(True)
+    assert_operators_agree(mine, theirs, [0, 1, 2])
+    partial, known = mine.partial_grads, theirs.partial_grads
+    assert partial is not None and known is not None
+    for name, grad in known.items():
+        torch.testing.assert_close(partial[name], grad, rtol=1e-10, atol=1e-14)

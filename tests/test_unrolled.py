@@ -36,6 +36,7 @@ class Parts(nn.Module):
         self.a = nn.Parameter(torch.rand(4))
         self.mask = torch.ones(4, 4)
         self.act = nn.PReLU()
+        self.stack = nn.Parameter(torch.randn(5, 4, 4))
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
         self.conv = nn.Conv1d(1, 1, 3, padding=1)
 
@@ -87,6 +88,19 @@ def tied(m: Parts, x: Tensor) -> Tensor:
     return torch.tanh(x @ m.h.weight) @ m.h.weight.T
 
 
+def slices(m: Parts, x: Tensor) -> Tensor:
+    for weight in m.stack:
+        x = torch.tanh(x @ weight)
+    return x
+
+
+def one_slice(m: Parts, x: Tensor) -> Tensor:
+    h = torch.zeros(2, 4)
+    for u in x:
+        h = torch.tanh(u + h @ m.stack[1])
+    return h
+
+
 def shared_activation(m: Parts, x: Tensor) -> Tensor:
     for layer in m.layers:
         x = m.act(layer(x))
@@ -101,6 +115,8 @@ def shared_activation(m: Parts, x: Tensor) -> Tensor:
         (depth, {"h.weight", "h.bias", "g.weight", "g.bias"}, 5),
         (decay, {"a"}, 6),
         (convolved, {"conv.weight", "conv.bias"}, 4),
+        (one_slice, {"stack"}, 6),
+        (slices, set(), 0),
         (in_parallel, set(), 0),
         (siamese, set(), 0),
         (tied, set(), 0),

@@ -16,6 +16,7 @@ from gradflow.analysis import saved
 from gradflow.analysis.frames import BUILDERS, FRAMES, HEADLINE
 from gradflow.analysis.results import FIRST, Finding, LayerAnalysis
 from gradflow.errors import InputError, must_be
+from gradflow.recording import Unseen
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Analysis:
     layers: Mapping[str, LayerAnalysis]  # by name, in the order in which they ran
     warnings: tuple[str, ...]  # settings that shape or limit the numbers
     provenance: Mapping[str, Any]  # versions, settings, input and loss in words
+    unseen: tuple[Unseen, ...] = ()  # recurrences that are in no layer, also among the warnings
 
     def __getitem__(self, name: str) -> LayerAnalysis:
         if name in self.layers:
@@ -232,4 +234,5 @@ def load(path: str | os.PathLike[str]) -> Analysis:
         layers={layer.name: layer for layer in layers},
         warnings=tuple(header["warnings"]),
         provenance=header["provenance"],
+        unseen=tuple(Unseen.of(one) for one in header.get("unseen", ())),
     )

@@ -43,6 +43,7 @@ def save(analysis: Analysis, path: Path) -> Path:
         "title": analysis.title,
         "warnings": list(analysis.warnings),
         "provenance": dict(analysis.provenance),
+        "unseen": [asdict(one) for one in analysis.unseen],
         "layers": list(analysis.layers),
     }
     tree = {"/": xr.Dataset(attrs={"gradflow": json.dumps(header)})}

@@ -106,6 +106,7 @@ def analyze(
         layers=layers,
         warnings=(*refused, *warnings_of(recording, layers)),
         provenance=dict(recording.provenance) | provenance_of(layers, settings),
+        unseen=recording.unseen,
     )
 
 

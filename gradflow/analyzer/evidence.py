@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -31,6 +32,7 @@ class Evidence(Measured):
     channels: int | None
     gradient_note: str
     data: xr.Dataset
+    tries: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # see `tried`
 
     @property
     def kind(self) -> str:

@@ -12,7 +12,7 @@ from gradflow.analyzer.closed import alone_words
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.lyapunov import SHORT, burn_in
 from gradflow.analyzer.settings import Settings
-from gradflow.recording import Recording
+from gradflow.recording import Recording, Track
 
 
 def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[str, ...]:
@@ -53,13 +53,36 @@ def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple
             f"gains of {_listed(some, names)} leave the range of {name}: there the model's own "
             "gradient is 0 or infinite"
         )
-    every = [track.name for track in known if _loss_at_every_step(layers[track.name])]
-    if every:
+    return tuple(dict.fromkeys([*notes, *_from_many_steps(known, layers)]))
+
+
+def _from_many_steps(known: list[Track], layers: dict[str, LayerAnalysis]) -> list[str]:
+    """Where gradients arrive at most steps, which hides what the recurrence brings.
+
+    It is the loss that does so only if no layer that ran later may have passed it down: one that the
+    loss reaches at few steps.
+    """
+    names = [track.name for track in known]
+    every = [track for track in known if _loss_at_every_step(layers[track.name])]
+    few = [track for track in known if track.has_gradient and track not in every]
+    loss: list[str] = []
+    perhaps: list[str] = []
+    for track in every:
+        later = known[known.index(track) + 1 :]
+        passed = any(other in few and other.owner != track.owner for other in later)
+        (perhaps if passed else loss).append(track.name)
+    notes = []
+    if loss:
         notes.append(
-            f"the loss reaches {_listed(every, names)} from many steps at once: the total gradient "
+            f"the loss reaches {_listed(loss, names)} from many steps at once: the total gradient "
             "need not fade even where nothing flows; read the overview, of the last loss step alone"
         )
-    return tuple(dict.fromkeys(notes))
+    if perhaps:
+        notes.append(
+            f"gradients come to {_listed(perhaps, names)} at many steps at once, from the loss or from "
+            "layers above: the total gradient need not fade even where nothing flows; read the gains"
+        )
+    return notes
 
 
 def _is_said(note: str, layer: LayerAnalysis) -> bool:

@@ -147,15 +147,19 @@ def _only_the_first_step(track: Track, total: Tensor, raw: Tensor | None) -> boo
 
 
 def _after_end(raw: Tensor, lengths: Tensor) -> tuple[tuple[int, ...], int] | None:
-    """Sequences that are read only past their end, and the median steps of padding of all that are read."""
+    """Sequences that are read only past their end, and the median steps of padding before that.
+
+    Of all that are read, or, where most are read rightly, of those that are not.
+    """
     steps = torch.arange(len(raw))[:, None]
     read = raw.any(0)
     first = torch.where(raw, steps, torch.full_like(steps, len(raw))).amin(0)
     late = read & (first >= lengths)
     if not bool(late.any()):
         return None
-    behind = (first - (lengths - 1)).clamp_min(0)[read]
-    return tuple(np.flatnonzero(late.numpy()).tolist()), int(behind.median())
+    behind = (first - (lengths - 1)).clamp_min(0)
+    middle = int(behind[read].median()) or int(behind[late].median())
+    return tuple(np.flatnonzero(late.numpy()).tolist()), middle
 
 
 # ------------------------------------------------------------------------------ padding at the input

@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from gradflow.hooks.guard import Hook, Point
+from gradflow.hooks.unseen import is_batched, why_hidden
+
+SECOND_ORDER = (
+    "a backward with create_graph=True came through it, and what it brings is not a total; record a "
+    "backward of the loss alone"
+)
+
 
 @dataclass(eq=False)
 class Call:
@@ -41,7 +49,8 @@ class Call:
     lengths: Tensor | None  # the user's own, for padded input
     grads: dict[str, Tensor] = field(default_factory=dict)  # output, h_n, c_n: summed
     graph_tasks: set[int] = field(default_factory=set)  # one entry per backward that came by
-    second_order: bool = False  # a backward with create_graph=True came by
+    lost: str = ""  # why what the backwards brought is no total, if it is none
+    batched: bool = False  # a backward of several outputs at once came by, which is not counted
     single: bool = False  # of a single-step function
     c_is_total: bool = False  # what reaches c_n has come through h = o ⊙ tanh c already
     within: int | None = None  # the backward that a reentrant checkpoint made the call again in
@@ -55,34 +64,47 @@ class Call:
         A hook on its node runs after every hook on the tensor, so that what a user's hook makes of
         the gradient is what is seen.
         """
-        node, place = tensor.grad_fn, tensor.output_nr
-        if node is None:
-            return []
-        return [node.register_prehook(lambda grads: self._caught(name, grads[place], scale()))]
+        return self._hook(tensor, lambda grad: self._caught(name, grad, scale()))
 
     def listen_at_entry(
         self, name: str, tensor: Tensor, scale: Callable[[], float]
     ) -> list[RemovableHandle]:
         """The same for an initial state the call was given."""
+        return self._hook(tensor, lambda grad: self._entered(name, grad, scale()))
+
+    def _hook(self, tensor: Tensor, work: Callable[[Tensor], None]) -> list[RemovableHandle]:
         node, place = tensor.grad_fn, tensor.output_nr
         if node is None:
             return []
-        return [node.register_prehook(lambda grads: self._entered(name, grads[place], scale()))]
 
-    def _caught(self, name: str, grad: Tensor | None, scale: float) -> None:
+        def reached(grads: tuple[Tensor | None, ...]) -> None:
+            grad = grads[place]
+            if grad is None:
+                return
+            if is_batched(grad) or why_hidden():
+                self.batched = True
+                return
+            work(grad)
+
+        return [node.register_prehook(Hook(Point.GRADIENT, self.lose, reached))]
+
+    def lose(self, why: str) -> None:
+        """What the backwards brought, and will bring, is no total."""
+        self.lost = self.lost or why
+        self.graph_tasks.add(torch._C._current_graph_task_id())
+
+    def _caught(self, name: str, grad: Tensor, scale: float) -> None:
         """Add a gradient that reached one of the returned tensors."""
-        if grad is None:
-            return
-        self.second_order |= torch.is_grad_enabled()
+        if torch.is_grad_enabled():
+            self.lost = self.lost or SECOND_ORDER
         task = torch._C._current_graph_task_id() if self.within is None else self.within
         self.graph_tasks.add(task)
         if self.single:
             grad = grad.unsqueeze(0)
         _add(self.grads, name, grad, scale)
 
-    def _entered(self, name: str, grad: Tensor | None, scale: float) -> None:
-        if grad is not None:
-            _add(self.entering, name, grad.unsqueeze(0) if self.single else grad, scale)
+    def _entered(self, name: str, grad: Tensor, scale: float) -> None:
+        _add(self.entering, name, grad.unsqueeze(0) if self.single else grad, scale)
 
 
 def _add(grads: dict[str, Tensor], name: str, grad: Tensor, scale: float) -> None:

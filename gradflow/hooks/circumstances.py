@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 
 from gradflow.hooks import mistakes
 from gradflow.hooks.ancestry import clean
+from gradflow.hooks.unseen import TRANSFORMED
 
 
 def perhaps_scaled(scale: float) -> str:
@@ -64,6 +65,12 @@ def unseen_cells(model: nn.Module, seen: Collection[str]) -> tuple[list[str], li
         within = any(not part or name == part or name.startswith(f"{part}.") for part in compiled)
         (inside if within else others).append(f"{clean(name) or 'cell'} ({type(module).__name__})")
     return inside, others
+
+
+def left_out(unseen: Mapping[str, str]) -> list[str]:
+    """What to know where some calls of the model, beside those that were, could not be read."""
+    names = [name for name, words in unseen.items() if words == TRANSFORMED]
+    return [f"some calls are left out: {mistakes.listed(names)} {TRANSFORMED}"] if names else []
 
 
 def _is_compiled(module: nn.Module) -> bool:

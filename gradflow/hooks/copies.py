@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradflow.hooks.call import Call
 from gradflow.hooks.lengths import GivenLengths
-from gradflow.hooks.patch import CellCall, FusedCall
+from gradflow.hooks.seen import CellCall, FusedCall
 
 
 class Copies:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradflow.hooks.axes import Axis, as_rows, from_rows, usual_axis
 from gradflow.hooks.graph import Between, Edge, NotReadable, called, edge_of, outputs
 from gradflow.hooks.loops.links import close_to, probe_of
+from gradflow.hooks.loops.rows import completed, origins, picked
 
 # operations that multiply a state by zero, or put a zero in its place
 MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill", "CopySlices")
@@ -43,19 +45,28 @@ class Place:
     parts: dict[str, slice]  # state name -> its columns of (B, S)
     shapes: dict[str, torch.Size]
     dtypes: dict[str, torch.dtype]
+    axes: dict[str, Axis]  # which of a state's axes is the batch
     like: Tensor  # (B, S) zeros in the dtype that holds all of them
 
     @staticmethod
-    def of(states: dict[str, Tensor], rows: dict[str, Tensor]) -> Place:
+    def of(
+        states: dict[str, Tensor], rows: dict[str, Tensor], axes: dict[str, Axis] | None = None
+    ) -> Place:
         """The place of some states, given as the user's own tensors and as copies (B, width)."""
         return Place.at(
             {name: edge for name, state in states.items() if (edge := edge_of(state))},
             {name: state.shape for name, state in states.items()},
             rows,
+            axes,
         )
 
     @staticmethod
-    def at(edges: dict[str, Edge], shapes: dict[str, torch.Size], rows: dict[str, Tensor]) -> Place:
+    def at(
+        edges: dict[str, Edge],
+        shapes: dict[str, torch.Size],
+        rows: dict[str, Tensor],
+        axes: dict[str, Axis] | None = None,
+    ) -> Place:
         """The same, given where the states sit and how they were shaped."""
         dtype = rows[next(iter(rows))].dtype
         for row in rows.values():
@@ -70,6 +81,7 @@ class Place:
             parts=parts,
             shapes=shapes,
             dtypes={name: row.dtype for name, row in rows.items()},
+            axes=axes or {name: usual_axis(shape) for name, shape in shapes.items()},
             like=torch.zeros(len(first), start, dtype=dtype, device=first.device),
         )
 
@@ -89,6 +101,10 @@ class Place:
         """Whether two of its states are one and the same tensor of the graph."""
         return len(set(self.edges.values())) < len(self.edges)
 
+    def axis_of(self, name: str, shape: torch.Size) -> Axis:
+        """The batch axis of a tensor of this shape that is, or becomes, the named state."""
+        return self.axes[name] if len(shape) == len(self.shapes[name]) else usual_axis(shape)
+
     def apart_from(self, name: str) -> Place | None:
         """The other states, those of the same node left out; None where there is none."""
         node = self.edges[name][0]
@@ -100,7 +116,11 @@ class Place:
         return [
             (
                 self.edges[name],
-                seed[:, self.parts[name]].to(self.dtypes[name]).reshape(self.shapes[name]),
+                from_rows(
+                    seed[:, self.parts[name]].to(self.dtypes[name]),
+                    self.shapes[name],
+                    self.axes[name],
+                ),
             )
             for name in names
             if name in self.edges
@@ -112,7 +132,8 @@ class Place:
         for name, part in self.parts.items():
             zero = self.like[:, part]
             grad = found.get(self.edges[name]) if name in self.edges else None
-            columns.append(zero if grad is None else grad.reshape(zero.shape).to(zero.dtype))
+            rows = zero if grad is None else as_rows(grad, self.axes[name])
+            columns.append(rows.to(zero.dtype))
         known = set(self.edges.values())
         return torch.cat(columns, dim=1), [g for edge, g in found.items() if edge not in known]
 
@@ -124,6 +145,9 @@ class Step:
     before: Place
     now: Place
     between: Between
+    rows: Tensor | None = (
+        None  # (B,) the sequence before that each is, −1 a new one; None: the same
+    )
 
     @staticmethod
     def find(before: Place, now: Place, older: set[Any], since: int) -> Step | None:
@@ -141,7 +165,8 @@ class Step:
         between = Between(roots, before.nodes, min(since, before.since))
         if not between.reached:
             return None
-        if (between.seen & older) - before.nodes:
+        farther = (between.seen & older) - before.nodes
+        if farther and farther & between.touched(roots):
             raise Incomplete("a state that depends on more of the past than the states before it")
         return Step(before, now, between)
 
@@ -164,18 +189,60 @@ class Step:
             NotReadable: an operation is not to be read, or sequences are mixed (batch
                 normalisation), so that no sequence has a Jacobian of its own.
         """
+        moved = len(self.now.like) != len(self.before.like)
+        if moved:
+            self.find_rows()
+        found = self._rows(together=True)
+        if not moved and self._is(found):
+            return found
+        if not moved:  # torch batches some operations wrongly, `cdist` for one
+            found = self._rows(together=False)
+            if len(found) == 1 or self._is(found):
+                return found
+            self.find_rows()
+        found = picked(found, self.rows, 0)
+        if self.rows is None or not self._is(found):
+            raise self.mixed()
+        return found
+
+    def _rows(self, *, together: bool) -> Tensor:
         rows = [
-            self._complete(*unit_rows(self.now, self.before, self.between, name))
+            self._complete(*unit_rows(self.now, self.before, self.between, name, together=together))
             for name in self.now.parts
         ]
-        found = torch.cat(rows, dim=1)
-        if len(found) > 1 and bool(torch.stack(found.aminmax()).isfinite().all()):
-            probe = probe_of(self.now.like)
-            again = (probe.unsqueeze(1) @ found).squeeze(1)
-            size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
-            if not close_to(self.pull(probe).to(self._coarsest()), again, size):
-                raise self.mixed()
-        return found
+        return torch.cat(rows, dim=1).to(self._widest())
+
+    def _is(self, found: Tensor) -> bool:
+        """Whether a product shows that this is the Jacobian; what is not finite tells nothing."""
+        if not bool(torch.stack(found.aminmax()).isfinite().all()):
+            return True
+        probe = probe_of(self.now.like).to(found.dtype)
+        again = (probe.unsqueeze(1) @ found).squeeze(1)
+        size = (probe.abs().unsqueeze(1) @ found.abs()).squeeze(1)
+        return close_to(picked(self.pull(probe), self.rows, 0).to(self._coarsest()), again, size)
+
+    def find_rows(self) -> None:
+        """Which of the sequences before each one is; None stays where all are where they were.
+
+        Raises:
+            NotReadable: sequences are mixed or repeated.
+        """
+        probe = probe_of(self.now.like)
+        count, before = len(probe), len(self.before.like)
+
+        def pull(chosen: Tensor) -> Tensor:
+            return self.pull(probe * chosen.to(probe.dtype).unsqueeze(1))
+
+        found = origins(pull, count, probe.device)
+        if found is None:
+            raise self.mixed()
+        found = completed(found, before)
+        unmoved = bool(((found == torch.arange(count, device=found.device)) | (found < 0)).all())
+        self.rows = None if unmoved and count == before else found
+
+    def _widest(self) -> torch.dtype:
+        """The dtype that holds the states of both steps."""
+        return torch.promote_types(self.before.like.dtype, self.now.like.dtype)
 
     def mixed(self) -> Mixed:
         """What to say of a step whose sequences depend on one another."""
@@ -192,7 +259,7 @@ class Step:
 
     def _coarsest(self) -> torch.dtype:
         """The least exact dtype on the way: under autocast it is not that of the states."""
-        dtypes = {self.now.like.dtype}
+        dtypes = {self.now.like.dtype, self.before.like.dtype}
         for node in self.between.order:
             dtypes |= {m.dtype for m in node._input_metadata if m.dtype.is_floating_point}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -205,6 +272,8 @@ class Step:
         flows (B,) is true where anything gets through. Exact zeros of the step itself are no cut:
         a gate that shuts, units that are all dead.
         """
+        if self.rows is not None:
+            flows = flows | (self.rows < 0)  # begins here
         if bool(flows.all()):
             return ~flows
         return ~flows & (self._shut(self._entries()) | self._shut(self._exits()))
@@ -333,11 +402,11 @@ def _block(place: Place, made: Place, between: Between, name: str) -> Tensor:
 
 
 def unit_rows(
-    now: Place, before: Place, between: Between, name: str
+    now: Place, before: Place, between: Between, name: str, *, together: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
     """The vector-Jacobian products of every unit of one state, (B, width, S), and what came beside.
 
-    All units go at once where every operation on the way can be batched, else one by one.
+    All units go at once where they may and every operation on the way can be batched, else one by one.
     """
     part, batch = now.parts[name], len(now.like)
     seeds = torch.eye(now.like.shape[1], dtype=now.like.dtype, device=now.like.device)[part]
@@ -348,6 +417,8 @@ def unit_rows(
 
     with torch.autocast(now.like.device.type, enabled=False):
         try:
+            if not together:
+                raise NotReadable("one by one")
             with warnings.catch_warnings():
                 # torch says that an operation is batched by a loop: no slower than one by one
                 warnings.simplefilter("ignore")

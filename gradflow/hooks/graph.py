@@ -13,10 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradflow.hooks.guard import briefly
+
 Edge = tuple[Any, int]  # a node of the graph and which of its outputs
 
+# operations that only move entries: what they make of zeros tells which entries lead where
+_MOVES = (
+    "Alias AsStrided Cat Chunk Clone Contiguous Copy CopySlices Detach Diagonal Expand Flatten "
+    "Gather Index IndexSelect Narrow Permute Repeat ReshapeAlias Reshape Select Slice Split "
+    "SplitWithSizes Squeeze Stack Swapaxes T Take ToCopy Transpose Unbind Unflatten UnsafeSplit "
+    "UnsafeView Unsqueeze View"
+)
+MOVES = frozenset(_MOVES.split())
+PLACES = MOVES | {"IndexPut", "IndexCopy", "SliceScatter", "SelectScatter", "DiagonalScatter"}
 DEPTH, NODES = 16, 400  # how far from the new state, and how many nodes are looked at
+_SAVED: dict[type, tuple[str, ...]] = {}  # see `_saved_by`
 MOST = 100_000  # nodes of one step of a hand-written loop
+MOST_BETWEEN = 20_000  # nodes between two calls
 
 
 class NotReadable(Exception):
@@ -39,28 +52,63 @@ class Between:
 
     Given `since`, the walk has no limit in depth but passes no node older than that number: nodes
     are numbered as they are made, and what lies on a path is younger than where the path ends.
+    Without it a few nodes are looked at; where they are not all, the walk is made again down to the
+    oldest end, for a sum over some of the paths is no derivative of anything.
     """
 
     def __init__(self, roots: list[Edge], ends: set[Any], since: int | None = None) -> None:
         self.ends = ends
         self.since = since
+        self.whole = True  # whether every path has been walked
         children = self._collect([node for node, _ in roots])
+        if not self.whole and ends:
+            self.since, self.whole = min(node._sequence_nr() for node in ends), True
+            children = self._collect([node for node, _ in roots], MOST_BETWEEN)
+        self.children = children
         self.seen = children.keys()
         self.on_path = self._leading_to_ends(children)
-        self.order = self._sorted(roots, children)
+        self.order = self._sorted(roots, children, self.on_path)
         self.reached = {node for node in self.order if node in ends}
 
-    def _collect(self, roots: list[Any]) -> dict[Any, list[Any]]:
+    def touched(self, roots: list[Edge]) -> set[Any]:
+        """The nodes that the roots depend on, if what only moves entries is followed entry by entry.
+
+        A state taken out of a stack of several leads to that one alone, not to its neighbours.
+        """
+        found = {node for node, _ in roots}
+        entries: dict[Edge, Tensor] = {edge: _ones(edge) for edge in roots}
+        for node in self._sorted(roots, self.children, set(self.children)):
+            if node not in found or node in self.ends or not self.children[node]:
+                continue
+            given = [entries.pop((node, place), None) for place in range(outputs(node))]
+            passed = _entries(node, given)
+            for place, edge in enumerate(node.next_functions):
+                if edge[0] is None or edge[0] not in self.children:
+                    continue
+                one = _ones(edge) if passed is None else passed[place]
+                if one is None or not bool(one.any()):
+                    continue
+                found.add(edge[0])
+                entries[edge] = entries[edge] + one if edge in entries else one
+        return found
+
+    def _collect(self, roots: list[Any], most: int | None = None) -> dict[Any, list[Any]]:
         children: dict[Any, list[Any]] = {}
         queue = deque((node, 0) for node in roots)
-        while queue and (self.since is not None or len(children) < NODES):
+        limit = most or (NODES if self.since is None else MOST)
+        while queue:
             node, depth = queue.popleft()
             if node in children:
                 continue
-            if len(children) >= MOST:
-                raise NotReadable(f"more than {MOST} operations")
-            far = depth >= DEPTH if self.since is None else node._sequence_nr() < self.since
-            stop = node in self.ends or far
+            if len(children) >= limit:
+                if limit == MOST:
+                    raise NotReadable(f"more than {MOST} operations")
+                self.whole = False
+                break
+            older = self.since is not None and node._sequence_nr() < self.since
+            far = self.since is None and depth >= DEPTH
+            self.whole &= not far or node in self.ends
+            stop = node in self.ends or older or far
             children[node] = [] if stop else [n for n, _ in node.next_functions if n is not None]
             queue.extend((child, depth + 1) for child in children[node])
         return children
@@ -79,11 +127,12 @@ class Between:
                     stack.append(parent)
         return found
 
-    def _sorted(self, roots: list[Edge], children: dict[Any, list[Any]]) -> list[Any]:
-        """The nodes on the paths, every node after all that lead to it."""
-        below = {n: [c for c in children[n] if c in self.on_path] for n in self.on_path}
-        waiting = dict.fromkeys(self.on_path, 0)
-        for node in self.on_path:
+    @staticmethod
+    def _sorted(roots: list[Edge], children: dict[Any, list[Any]], wanted: set[Any]) -> list[Any]:
+        """The wanted nodes, every node after all that lead to it."""
+        below = {n: [c for c in children[n] if c in wanted] for n in wanted}
+        waiting = dict.fromkeys(wanted, 0)
+        for node in wanted:
             for child in below[node]:
                 waiting[child] += 1
         ready = [node for node, count in waiting.items() if not count]
@@ -97,17 +146,24 @@ class Between:
                     ready.append(child)
         return order
 
-    def pull(self, seeds: list[tuple[Edge, Tensor]]) -> dict[Edge, Tensor]:
+    def pull(
+        self, seeds: list[tuple[Edge, Tensor]], *, differentiable: bool = False
+    ) -> dict[Edge, Tensor]:
         """The vector-Jacobian product: what the seeds at the roots bring to the ends' edges.
 
+        With `differentiable`, by operations that have a derivative where torch has the choice.
+
         Raises:
-            NotReadable: a node is the user's own, or its saved tensors are gone or hooked.
+            NotReadable: a node is the user's own, its saved tensors are gone or hooked, or there
+                are too many of them.
         """
+        if not self.whole:
+            raise NotReadable(f"more than {MOST_BETWEEN} operations")
         arrived: dict[Edge, Tensor] = {}
         for edge, seed in seeds:
             if edge[0] in self.on_path:
                 arrived[edge] = arrived[edge] + seed if edge in arrived else seed
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable and not saved_tensors_are_hooked()):
             for node in self.order:
                 if node in self.ends:
                     continue
@@ -119,6 +175,31 @@ class Between:
                         grad = _fitted(grad, edge)
                         arrived[edge] = arrived[edge] + grad if edge in arrived else grad
         return {edge: grad for edge, grad in arrived.items() if edge[0] in self.ends}
+
+
+def kind_of(node: Any) -> str:
+    """The operation a node is of: "Mul" for MulBackward0."""
+    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+
+
+def _ones(edge: Edge) -> Tensor:
+    known = edge[0]._input_metadata[edge[1]]
+    return torch.ones(tuple(known.shape), dtype=known.dtype, device=known.device)
+
+
+def _entries(node: Any, given: list[Tensor | None]) -> list[Tensor | None] | None:
+    """Which entries of its inputs (not 0) the given entries of its outputs are; None: all of them."""
+    if kind_of(node) not in PLACES:
+        return None
+    try:
+        with torch.no_grad():
+            found = called(node, [None if g is None else (g != 0).to(g.dtype) for g in given])
+    except NotReadable:
+        return None
+    return [
+        None if grad is None or edge[0] is None else _fitted(grad, edge)
+        for edge, grad in zip(node.next_functions, found, strict=False)
+    ]
 
 
 def _fitted(grad: Tensor, edge: Edge) -> Tensor:
@@ -142,16 +223,46 @@ def called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         raise NotReadable("what a checkpoint recomputes")
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         raise NotReadable("an autograd.Function of your own")
-    if saved_tensors_are_hooked() and any(name.startswith("_raw_saved") for name in dir(node)):
-        raise NotReadable("what a checkpoint recomputes")
+    if type(node).__name__ == "CppFunction":  # called before the engine does, it can break later
+        raise NotReadable(_foreign(node.name()))
     try:
+        if is_hooked(node):
+            raise NotReadable("what a checkpoint recomputes, or hooks on saved tensors keep")
         found = node(*grads)
     except RuntimeError as error:  # freed by a backward, or a node that only the engine can run
-        raise NotReadable(f"{type(node).__name__}, which could not be read ({error})") from error
+        raise NotReadable(
+            f"{type(node).__name__}, which could not be read ({briefly(error)})"
+        ) from error
     return found if isinstance(found, tuple) else (found,)
+
+
+def _foreign(name: str) -> str:
+    """A node of which Python knows nothing but that it is there."""
+    if "jit" in name or "DifferentiableGraph" in name:
+        return "a function of torch.jit.script, whose derivative only torch's own backward can run"
+    return f"an operation written in C++ ({name.split('::')[-1]})"
+
+
+def _saved_by(kind: type) -> tuple[str, ...]:
+    """The attributes in which nodes of one kind keep what their derivative needs."""
+    if kind not in _SAVED:
+        _SAVED[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved"))
+    return _SAVED[kind]
+
+
+def is_hooked(node: Any) -> bool:
+    """Whether reading what a node keeps would run somebody's code."""
+    saved = _saved_by(type(node))
+    if saved and saved_tensors_are_hooked():
+        return True
+    for name in saved:
+        kept = getattr(node, name)
+        for one in kept if isinstance(kept, (tuple, list)) else (kept,):
+            if getattr(one, "unpack_hook", None) is not None:
+                return True
+    return False
 
 
 def saved_tensors_are_hooked() -> bool:
     """Whether unpacking a saved tensor now would run somebody's code, a checkpoint's for one."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import InputError, must_be
-from gradflow.hooks.patch import FusedCall
+from gradflow.hooks.seen import FusedCall
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
 ASKED_OF_SEQUENCES = (

@@ -6,6 +6,7 @@ gradients that reach them are added up, the step Jacobian is read from the graph
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -15,12 +16,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.dense import Incomplete, Place, Step, within
-from gradflow.hooks.graph import NotReadable
+from gradflow.hooks.graph import Edge, NotReadable
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.loops.links import probe_of
+from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.tape import Constants, TooMuch
 from gradflow.hooks.tapped import WIDEST, Mark, TapSource
-from gradflow.hooks.wide import WideStep, wide_step, wide_within
+from gradflow.hooks.wide import MOVED, Moved, WideStep, wide_step, wide_within
 from gradflow.recording import Track
 
 
@@ -35,6 +37,8 @@ class Owner(Protocol):
     def scale(self) -> float: ...
     def wants_track(self, name: str) -> bool: ...
     def add_track(self, base: str, track: Track) -> None: ...
+    def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None: ...
+    def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None: ...
 
 
 @dataclass(eq=False)
@@ -66,6 +70,7 @@ class Marks:
             grad_enabled=torch.is_grad_enabled(),
             differentiable=bool(place.edges),
             cut=torch.zeros(len(place.like), dtype=torch.bool, device=place.like.device),
+            axes=place.axes,
         )
 
     def begin(self, name: str, source: TapSource, states: dict[str, Tensor], place: Place) -> End:
@@ -73,6 +78,7 @@ class Marks:
         mark = source.marks[0]
         batch, device = len(place.like), place.like.device
         source.lengths = self.owner.lengths.of_steps(batch)
+        source.layout.join(torch.ones(batch, dtype=torch.long))
         track = Track(
             name=name,
             cell=source.cell,
@@ -91,28 +97,23 @@ class Marks:
     @staticmethod
     def extend(end: End, mark: Mark) -> None:
         """One more step."""
-        source, track = end.source, end.track
+        source = end.source
         source.marks.append(mark)
-        steps = len(source.marks)
-        track.cuts = torch.cat([track.cuts, mark.cut.unsqueeze(0)])
-        longest = torch.full_like(track.lengths, steps)
-        lengths = source.lengths
-        track.lengths = (
-            longest if lengths is None else torch.minimum(longest, lengths.to(longest.device))
-        )
-        track.mask = torch.arange(steps, device=longest.device).unsqueeze(1) < track.lengths
-        track.read_anew()
+        source.layout.join(torch.ones(len(mark.cut), dtype=torch.long), rows=mark.rows)
+        source.layout.grown(end.track, mark.cut, source.lengths)
 
     def settle(self, end: End, states: dict[str, Tensor], place: Place, mark: Mark) -> None:
         """What these states pass to one another, and from now on they are the end of the loop."""
         if self.wanted and not mark.unknown and not mark.within_known:
             self.read_within(end.source, place, mark)
         self.owner.handles += end.source.listen(mark, place.edges)
+        self.owner.marked_at(place.edges.values(), end.source)
         end.since = end.place.since if end.place.edges else end.number
         end.older |= end.place.nodes
         if bool(mark.cut.all()):
             end.older.clear()
         end.states, end.place, end.number = states, place, newest()
+        self.owner.saw_mark(end.source, end.track, place, mark)
 
     @property
     def wanted(self) -> bool:
@@ -134,11 +135,12 @@ class Marks:
             return self._read(end, place, mark)
         except Incomplete as error:
             mark.unknown = f"{error}, so {words.more}"
-        except TooMuch as error:
+        except (TooMuch, Moved) as error:
             mark.unknown = str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two {words.steps}"
-        return True
+        # of another batch it goes on only if it is known which sequences they are
+        return mark.rows is not None or len(end.place.like) == len(place.like)
 
     def _read(self, end: End, place: Place, mark: Mark) -> bool:
         step = Step.find(end.place, place, end.older, end.since)
@@ -147,15 +149,25 @@ class Marks:
         if end.place.twice or place.twice:
             mark.unknown = "a tap that was given one tensor as two states; give each its own"
         elif self.wanted and not self.wide(place):
-            mark.jacobian = step.jacobian()
+            try:
+                mark.jacobian = step.jacobian()
+            finally:
+                mark.rows = step.rows
             mark.cut = step.cut(mark.jacobian.flatten(1).any(1))
         else:
-            mark.cut = step.cut((step.pull(probe_of(place.like)) != 0).any(1))
-            if self.wanted:
+            moved = len(place.like) != len(end.place.like)
+            if moved:
+                step.find_rows()
+            mark.rows = step.rows
+            pulled = picked(step.pull(probe_of(place.like)), step.rows, 0)
+            mark.cut = step.cut((pulled != 0).any(1))
+            if self.wanted and (moved or not end.source.layout.even):
+                mark.unknown = MOVED
+            elif self.wanted:
                 mark.jacobian = wide_step(step, self.constants, len(end.source.marks))
             else:
                 mark.unknown = self._why_not()
-        return True
+        return mark.rows is not None or len(place.like) == len(end.place.like)
 
     def without_graph(self, end: End, place: Place, mark: Mark) -> None:
         """No path leads back: a detached state, or no graph at all."""
@@ -164,7 +176,7 @@ class Marks:
             if not self.wanted:
                 mark.unknown = self._why_not()
             elif self.wide(place):
-                mark.jacobian = WideStep(None)
+                mark.jacobian = WideStep()
             else:
                 size = place.like.shape[1]
                 mark.jacobian = place.like.new_zeros(len(place.like), size, size)
@@ -174,7 +186,10 @@ class Marks:
     def read_within(
         self, source: TapSource, place: Place, mark: Mark, constants: Constants | None = None
     ) -> None:
-        """What these states pass to one another; constants are where copies of wide ones are kept."""
+        """What these states pass to one another; constants are where copies of wide ones are kept.
+
+        Where they are given and too few, it is left for later, when the loop is known.
+        """
         try:
             if not place.twice and self.wide(place):
                 mark.within = wide_within(place, constants or self.constants)
@@ -182,12 +197,11 @@ class Marks:
                 mark.within = within(place)
             mark.within_known = True
         except TooMuch as error:
-            mark.unknown = str(error)
+            mark.unknown = "" if constants is not None else str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two states of one {source.words.step}"
 
 
 def newest() -> int:
-    """The number that the next node of the graph will have, 0 where torch does not tell."""
-    tell = getattr(torch._C._autograd, "_get_sequence_nr", None)
-    return int(tell()) if tell is not None else 0
+    """The number that the next node of the graph will have."""
+    return int(torch._C._autograd._get_sequence_nr())

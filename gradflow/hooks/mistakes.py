@@ -6,6 +6,7 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from gradflow.hooks.closed.source import JointSource
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unseen import foreign_code
-from gradflow.recording import Recording, Track
+from gradflow.recording import Recording, Track, Unseen
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 MANY = 64  # tracks of one layer in one block
@@ -25,6 +26,51 @@ ONCE = (
     "was called once, so no state came back and no recurrence is exercised; run it in a loop that "
     "gives each call the state of the one before"
 )
+
+
+ONCE_OWN = (
+    "was called once, so no state came back; if it is a recurrent cell, run it in a loop that gives each "
+    "call the state of the one before"
+)
+
+
+@dataclass(frozen=True)
+class CellsThatRan:
+    """Modules that ran and are in no track, by name."""
+
+    without_state: Mapping[str, int]  # that take and return what could be a state -> calls
+    inside: Mapping[str, str]  # that loop in their own forward -> where
+    kept: Mapping[str, str]  # that keep something in an attribute -> which
+    out_of_reach: Sequence[str]  # torch's own layers whose call was not seen, but is in the graph
+
+
+def out_of_reach(names: Sequence[str]) -> str:
+    """What to say of torch's own layers whose call was not seen, though a backward went through it."""
+    return (
+        f"{listed(list(names))} ran, but its call was not seen: its function was taken from torch._VF before "
+        "the block opened, perhaps; call the layer itself, or torch._VF.lstm and its like by that name"
+    )
+
+
+def _loops_inside(inside: Mapping[str, str]) -> str:
+    said = [f"{name} loops inside its own forward ({where})" for name, where in inside.items()]
+    return (
+        f"{listed(said)}, and what a loop without a cell carries is read when a backward runs through it: "
+        "call loss.backward() before the block ends, or mark its states: h = gradflow.tap(h=h) at the "
+        "end of the loop's body"
+    )
+
+
+def _kept(kept: Mapping[str, str]) -> str:
+    said = [
+        f"{name} keeps {attribute} from one call to the next" for name, attribute in kept.items()
+    ]
+    attribute = next(iter(kept.values()))
+    short = attribute.removeprefix("self.")
+    return (
+        f"{listed(said)}, where no state is seen to come back; if that is a state of the loop, mark it in "
+        f"its forward: {attribute} = gradflow.tap({short}={attribute})"
+    )
 
 
 def gradient_marks(model: nn.Module) -> list[tuple[int, int] | None]:
@@ -76,9 +122,10 @@ def why_no_track(
     picked: list[str] | None,
     called: bool,
     ran: Iterable[str],
-    own: Mapping[str, int],
+    cells: CellsThatRan,
     strangers: Collection[str],
     unseen: Mapping[str, str],
+    unrolled: Sequence[Unseen],
 ) -> str:
     """Why a recording is empty, and what to do."""
     did = f"; what ran: {', '.join(ran)}" if ran else ""
@@ -92,9 +139,18 @@ def why_no_track(
     if unseen:
         said = {words: [n for n in unseen if unseen[n] == words] for words in unseen.values()}
         return "; ".join(f"{listed(names)} {words}" for words, names in said.items())
+    if unrolled:
+        return "; ".join(one.sentence for one in unrolled)
+    if cells.out_of_reach:
+        return out_of_reach(cells.out_of_reach)
+    if cells.inside:
+        return _loops_inside(cells.inside)
+    if cells.kept:
+        return _kept(cells.kept)
+    own = cells.without_state
     once = [name for name, calls in own.items() if calls == 1]
     if once:
-        return f"{listed(once)} {ONCE}"
+        return f"{listed(once)} {ONCE_OWN}"
     if own:
         often = [f"{name} was called {calls} times" for name, calls in own.items()]
         return (
@@ -119,7 +175,8 @@ def why_no_track(
     if foreign:
         return f"no recurrent layer ran: {foreign}"
     compiled = (
-        "; cells of your own are not looked for where torch.compile was used"
+        "; where torch.compile was used cells of your own are not looked for, nor is a tap seen in its "
+        "graphs: record the uncompiled model"
         if something_is_compiled()
         else ""
     )
@@ -210,13 +267,13 @@ def _reason(track: Track) -> str:
     if isinstance(track.source, JointSource):
         return ""  # the tracks of its layers say it
     if isinstance(track.source, TapSource):
-        seen, second_order = track.source.marks, track.source.second_order
+        seen, lost = track.source.marks, track.source.lost
         states = [state for mark in track.source.marks for state in mark.states.values()]
     else:
         seen = calls = _calls(track)
-        second_order = any(call.second_order for call in calls)
+        lost = next((call.lost for call in calls if call.lost), "")
         states = [call.returned["output"] for call in calls]
-    if not any(one.grads for one in seen) or second_order:
+    if not any(one.grads for one in seen) or lost:
         return track.why_no_gradient
     if not all(bool(torch.isfinite(state).all()) for state in states):
         return "its states are not finite (NaN or infinity), so neither are its gradients"

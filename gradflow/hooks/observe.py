@@ -13,12 +13,15 @@ from torch import nn
 from gradflow._version import __version__
 from gradflow.errors import GradflowWarning, InputError, must_be
 from gradflow.hooks import circumstances, mistakes
+from gradflow.hooks.ancestry import clean
+from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.loops.source import LoopSource
-from gradflow.hooks.own.forwards import watching
-from gradflow.hooks.patch import observing
+from gradflow.hooks.own.forwards import Watching
+from gradflow.hooks.patch import listen, stop_listening
 from gradflow.hooks.recorder import Recorder
 from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.unseen import BATCHED
 from gradflow.recording import Recording, Track
 
 
@@ -77,35 +80,94 @@ def record(
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         kind = type(scaler).__name__
         raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))
-    recorder = Recorder(model, patterns, lengths, scaler, jacobians)
-    recording = recorder.recording
-    before, ran = mistakes.gradient_marks(model), mistakes.Ran(model)
-    watched = [] if mistakes.something_is_compiled() else recorder.own.modules
+    recording = Recording(type(model).__name__)
+    failed: list[str] = []
+    recorder = guarded(
+        Point.OPENING,
+        failed.append,
+        Recorder,
+        model,
+        patterns,
+        lengths,
+        scaler,
+        jacobians,
+        recording,
+    )
+    if recorder is None:
+        recording.empty_reason = f"nothing was recorded: {failed[0]}"
+        yield recording
+        warnings.warn(recording.empty_reason, GradflowWarning, stacklevel=3)
+        return
+    block = _Block(recorder)
     try:
-        with observing(recorder), watching(watched):
-            yield recording
+        block.open()
+        yield recording
     finally:
-        recorder.close()
-        ran.close()
-        marks_changed = mistakes.gradient_marks(model) != before
-        seen = any(call.graph_tasks for call in recorder.calls) or any(
-            source.graph_tasks for source in recorder.marked
-        )
-        _describe(recorder, list(ran.names), ran_backward=marks_changed or seen)
-        sentences = [*mistakes.found(recording), *_misleading(recorder)]
-        recorder.forget()
+        sentences = block.close()
     for sentence in sentences:
         warnings.warn(sentence, GradflowWarning, stacklevel=3)
+
+
+class _Block:
+    """What is opened for one recording, and closed whatever happened in between."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.marks: list[tuple[int, int] | None] | None = None
+
+    def open(self) -> None:
+        """Begin to listen; what cannot be listened to is noted."""
+        model, remark = self.recorder.model, self.recorder.withheld.remark
+        self.marks = guarded(Point.OPENING, remark, mistakes.gradient_marks, model)
+        # its hooks only write a name into a dict: a guard around them torch.compile could not read
+        self.recorder.ran = guarded(Point.OPENING, remark, mistakes.Ran, model)
+        self.recorder.watching = guarded(Point.OPENING, remark, self._candidates)
+        guarded(Point.OPENING, remark, listen, self.recorder)
+        if self.recorder.watching is not None:
+            guarded(Point.OPENING, remark, self.recorder.watching.open)
+
+    def _candidates(self) -> Watching:
+        return Watching([] if mistakes.something_is_compiled() else self.recorder.own.modules)
+
+    def close(self) -> list[str]:
+        """Put everything back; gives the sentences to warn of."""
+        try:
+            self._put_back()
+        finally:  # where Ctrl-C came meanwhile, first everything is put back
+            self._put_back()
+        recorder, recording = self.recorder, self.recorder.recording
+        names = [] if self.recorder.ran is None else list(self.recorder.ran.names)
+        sentences: list[str] = []
+        remark = recorder.withheld.remark
+        guarded(Point.CLOSING, remark, lambda: _describe(recorder, names, self._ran_backward()))
+        guarded(Point.CLOSING, remark, lambda: sentences.extend(mistakes.found(recording)))
+        guarded(Point.CLOSING, remark, lambda: sentences.extend(_misleading(recorder)))
+        said = recorder.withheld.sentences
+        recording.notes += [sentence for sentence in said if sentence not in recording.notes]
+        recorder.forget()
+        return [*dict.fromkeys([*sentences, *said])]
+
+    def _put_back(self) -> None:
+        remark = self.recorder.withheld.remark
+        guarded(Point.CLOSING, remark, stop_listening, self.recorder)
+        for opened in (self.recorder.watching, self.recorder, self.recorder.ran):
+            if opened is not None:
+                guarded(Point.CLOSING, remark, opened.close)
+
+    def _ran_backward(self) -> bool:
+        seen = any(call.graph_tasks for call in self.recorder.calls) or any(
+            source.graph_tasks for source in self.recorder.marked
+        )
+        return self.marks != mistakes.gradient_marks(self.recorder.model) or seen
 
 
 def _notes(track: Track) -> list[str]:
     """What a reader should know about a track that is a loop of calls."""
     source = track.source
-    if isinstance(source, TapSource):
-        return source.notes()
-    assert isinstance(source, LoopSource)
+    if not isinstance(source, LoopSource):
+        return source.notes() if isinstance(source, TapSource) else []
     chain = source.loop.chain
-    notes = []
+    notes = [BATCHED] if any(call.batched for call in chain.calls) else []
     reason = source.loop.why_no_operator()
     if chain.closed is not None:
         notes.append(chain.closed.note(track.name))
@@ -126,6 +188,10 @@ def _misleading(recorder: Recorder) -> list[str]:
     found = []
     if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
         found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
+    if len(recorder.recording):  # without a track they are why there is none
+        hidden = recorder.out_of_reach()
+        found += [mistakes.out_of_reach(hidden)] if hidden else []
+        found += [one.sentence for one in recorder.recording.unseen]
     unseen, _ = _unseen(recorder)
     return found + ([circumstances.not_seen(unseen)] if unseen else [])
 
@@ -137,19 +203,28 @@ def _unseen(recorder: Recorder) -> tuple[list[str], list[str]]:
     return circumstances.unseen_cells(recorder.model, {call.owner for call in recorder.calls})
 
 
-def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None:
+def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
+    recording.unseen = recorder.unseen()
     ran_some = bool(calls) or recorder.taps.seen or recorder.own.seen
     recording.empty_reason = mistakes.why_no_track(
         recorder.model,
         recorder.layers,
         ran_some,
         ran,
-        recorder.own.without_state,
+        mistakes.CellsThatRan(
+            recorder.own.without_state,
+            {} if recorder.watch.walked else recorder.own.loops_inside(),
+            recorder.own.kept_inside(),
+            recorder.out_of_reach(),
+        ),
         recorder.strangers,
         recorder.own.unseen or recorder.own.model_unseen,
+        recording.unseen,
     )
+    if recorder.withheld.layers:
+        recording.empty_reason = "; ".join(recorder.withheld.layers)
     training = [call.training for call in calls] or [recorder.training]
     tensors = [call.weights[0] for call in calls] + [
         state for source in recorder.marked for state in source.marks[0].states.values()
@@ -160,6 +235,7 @@ def _describe(recorder: Recorder, ran: list[str], *, ran_backward: bool) -> None
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
     recording.notes += circumstances.without_dropout(recorder.model)
+    recording.notes += circumstances.left_out(recorder.own.unseen) if len(recording) else []
     _, perhaps = _unseen(recorder)
     recording.notes += [circumstances.perhaps_not_seen(perhaps)] if perhaps else []
     recording.provenance = {
@@ -178,6 +254,7 @@ def _patterns(layers: object) -> list[str] | None:
         return None
     patterns = [layers] if isinstance(layers, str) else layers
     if isinstance(patterns, list | tuple) and all(isinstance(name, str) for name in patterns):
-        return list(patterns)
+        # names as the tracks have them, and as the modules do, with "module" and "_orig_mod"
+        return [name for name in dict.fromkeys([*patterns, *map(clean, patterns)]) if name]
     expected = "a name, a glob or a list of them"
     raise InputError(must_be("layers", expected, repr(layers), "names look like 'rnn.l0'"))

@@ -6,15 +6,18 @@ sum over all calls that used the weight: ∂L/∂W_ih = Σ δ_t x_tᵀ, ∂L/∂
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradflow.hooks.guard import Hook, Point
+from gradflow.hooks.unseen import is_batched, why_hidden
 from gradflow.recording import Parity
 
 BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -41,12 +44,14 @@ class WeightUses:
         self._keys: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._grads: dict[int, Tensor] = {}
         self._frozen: set[int] = set()
+        self._lost: dict[int, str] = {}  # weights of which some gradient was not read -> why
         self._bounds: dict[int, float] = {}
         self._handles: list[RemovableHandle] = []
         self._users: list[LoopUser] = []
         names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._tied = {known for known, count in names.items() if count > 1}
         self._tied_keys: set[int] = set()
+        self._own, self._own_keys = set(names), set[int]()
 
     def key(self, weight: Tensor, scale: Callable[[], float]) -> int:
         """A number for this weight tensor; from now on its gradients are added up."""
@@ -59,18 +64,28 @@ class WeightUses:
         self._bounds[key] = _bound(weight)
         if id(weight) in self._tied:
             self._tied_keys.add(key)
+        if id(weight) in self._own:
+            self._own_keys.add(key)
         if weight.requires_grad:
-            self._handles.append(weight.register_hook(self._adder(key, scale)))
+            lose = functools.partial(self._lost.__setitem__, key)
+            add = Hook(Point.WEIGHT, lose, self._adder(key, scale))
+            self._handles.append(weight.register_hook(add))
         else:
             self._frozen.add(key)
         return key
 
     def _adder(self, key: int, scale: Callable[[], float]) -> Callable[[Tensor], None]:
         def add(grad: Tensor) -> None:
+            if is_batched(grad) or why_hidden():
+                return
             grad = grad.detach() / scale()
             self._grads[key] = self._grads[key] + grad if key in self._grads else grad
 
         return add
+
+    def foreign(self, keys: Mapping[str, int]) -> frozenset[str]:
+        """Of weight name -> key, the names of those that are no parameters of the model."""
+        return frozenset(name for name, key in keys.items() if key not in self._own_keys)
 
     def note(self, user: LoopUser) -> None:
         """Remember a layer whose δ_t will be asked for."""
@@ -86,11 +101,15 @@ class WeightUses:
     def caught(self, users: Sequence[WeightUser]) -> dict[int, Tensor]:
         """Key -> gradient of every weight these layers used, each weight once."""
         keys = {key for user in users for key in user.weight_keys().values()}
-        return {key: self._grads[key] for key in sorted(keys) if key in self._grads}
+        known = self._grads.keys() - self._lost.keys()
+        return {key: self._grads[key] for key in sorted(keys) if key in known}
 
     def check(self, user: WeightUser) -> Parity:
         """Hold the rebuilt gradients of this layer's weights against the caught ones."""
         keys = {n: k for n, k in user.weight_keys().items() if k not in self._frozen}
+        lost = [self._lost[key] for key in keys.values() if key in self._lost]
+        if lost:
+            return Parity("not applicable", None, lost[0])
         caught = {name: self._grads[key] for name, key in keys.items() if key in self._grads}
         if not keys:
             return Parity(

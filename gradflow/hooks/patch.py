@@ -13,104 +13,76 @@ nothing of it is freed yet.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
+from contextlib import AbstractContextManager, contextmanager
+from types import CodeType, FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
+from gradflow.hooks.guard import Point, busy, guarded
+from gradflow.hooks.replaced import Replaced, at_fork, lock, put_back, replace
+from gradflow.hooks.seen import Listener, Telling
+from gradflow.hooks.unseen import is_batched, why_hidden
+
 FUSED = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU"}
 SINGLE = {f"{name}_cell": cell for name, cell in FUSED.items()}
 _SPACES: tuple[Any, ...] = (torch._VF, torch)
-_LAYER = ("has_biases", "num_layers", "dropout", "train", "bidirectional")
-_PLACES = {  # the names of their arguments, for whoever calls them by name
-    "fused": ("input", "hx", "params", *_LAYER, "batch_first"),
-    "packed": ("data", "batch_sizes", "hx", "params", *_LAYER),
-    "cell": ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"),
-}
-_ABSENT = object()
-_FRAMES = 8  # how far up a module's forward may be from the function it calls
 
 
-@dataclass(frozen=True)
-class FusedCall:
-    """The arguments of one call of a fused function, whatever its signature, and what it returned."""
-
-    cell: str
-    data: Tensor  # (T, B, I), (B, T, I) with batch_first, or packed (N, I)
-    batch_sizes: Tensor | None  # (T,), packed
-    initial: tuple[Tensor, ...]  # h0, or h0 and c0: (layers * directions, B, width)
-    weights: tuple[Tensor, ...]
-    has_biases: bool
-    layers: int
-    dropout: float
-    training: bool
-    bidirectional: bool
-    batch_first: bool
-    results: tuple[Tensor, ...]  # output, h_n and, for an LSTM, c_n
-    rng: Tensor | None  # state of the CPU generator before the call, when dropout was drawn
-    module: nn.Module | None  # whose forward made the call
-    unsorted: Tensor | None  # packed: sorted place of each of the user's sequences
-    module_input: Any  # what the module's forward was given
-
-
-@dataclass(frozen=True)
-class CellCall:
-    """The arguments of one call of a single-step function, and what it returned."""
-
-    cell: str
-    data: Tensor  # (B, I)
-    initial: tuple[Tensor, ...]  # h, or h and c: (B, H)
-    weights: tuple[Tensor, ...]  # weight_ih, weight_hh, then the biases if there are any
-    results: tuple[Tensor, ...]  # h, or h and c: (B, H)
-    training: bool
-    module: nn.Module | None
-
-
-class Observer(Protocol):
-    """Whoever wants to hear of recurrent calls."""
+class Observer(Listener, Protocol):
+    """Whoever wants to hear of all that can be told of a thread."""
 
     thread: int
 
-    def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool: ...
-    def saw(self, call: FusedCall) -> None: ...
-    def saw_cell(self, call: CellCall) -> None: ...
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
     ) -> None: ...
     def saw_scaler(self, scaler: torch.amp.GradScaler) -> None: ...
-    def before_backward(self, roots: tuple[Any, ...]) -> None: ...
+    def did_not_see(self, name: str, why: str) -> None: ...
+    def missed_tap(self, name: str, why: str) -> None: ...
+    def missed_cell(self, module: nn.Module, why: str) -> None: ...
+    def scale_unknown(self, why: str) -> None: ...
+    def graph_unknown(self, why: str) -> None: ...
+    def unwatched(self) -> AbstractContextManager[None]: ...
+    def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None: ...
+    def after_backward(self) -> None: ...
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def left(self, call: Any, result: Any) -> None: ...
 
 
-_lock = threading.RLock()
 _paused: set[int] = set()  # threads in which gradflow itself is running the user's code
+_under_way: set[int] = set()  # threads in which a call that is told of is running
 _observers: list[Observer] = []
-_replaced: list[tuple[Any, str, object]] = []
+_replaced: list[Replaced] = []
 
 
-@contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """Tell the observer of every recurrent call of its thread; put everything back at the end."""
-    with _lock:
-        _observers.append(observer)
+def listen(observer: Observer) -> None:
+    """Tell the observer of every recurrent call of its thread."""
+    with lock:
+        _keep([*_observers, observer])
         if len(_observers) == 1:
             _install()
-    try:
-        yield
-    finally:
-        with _lock:
-            _observers.remove(observer)
-            if not _observers:
-                _restore()
+
+
+def stop_listening(observer: Observer) -> None:
+    """Tell it no more, and put everything back where it was the last."""
+    with lock:
+        _keep([known for known in _observers if known is not observer])
+        if not _observers:
+            _restore()
+
+
+def _keep(observers: list[Observer]) -> None:
+    """A new list: other threads may be going through the old one."""
+    global _observers  # noqa: PLW0603  what is open is a state of the process
+    _observers = observers
 
 
 def is_observed() -> bool:
@@ -121,7 +93,7 @@ def is_observed() -> bool:
 def observers_here() -> list[Observer]:
     """The observers of the calling thread."""
     thread = threading.get_ident()
-    if thread in _paused:
+    if thread in _paused or thread in busy:
         return []
     return [observer for observer in _observers if observer.thread == thread]
 
@@ -139,54 +111,64 @@ def paused() -> Iterator[None]:
 
 def _install() -> None:
     for space in _SPACES:
-        for tell, functions in ((_tell, FUSED), (_tell_cell, SINGLE)):
+        for single, functions in ((False, FUSED), (True, SINGLE)):
             for name, cell in functions.items():
-                original = getattr(space, name)
-                _replaced.append((space, name, space.__dict__.get(name, _ABSENT)))
-                setattr(space, name, _watched(original, cell, tell))
-    scale = torch.amp.GradScaler.scale
-    _replaced.append((torch.amp.GradScaler, "scale", scale))
-    torch.amp.GradScaler.scale = _watched_scale(scale)  # type: ignore[method-assign]
-    run: Any = torch.autograd._engine_run_backward
-    _replaced.append((torch.autograd, "_engine_run_backward", run))
-    torch.autograd._engine_run_backward = _watched_backward(run)
+                make = functools.partial(_watched, name=name, cell=cell, single=single)
+                replace(space, name, make, _replaced.append)
+    replace(torch.amp.GradScaler, "scale", _watched_scale, _replaced.append)
+    replace(torch.autograd, "_engine_run_backward", _watched_backward, _replaced.append)
+    replace(torch.jit, "script", _watched_script, _replaced.append)
 
 
 def _restore() -> None:
     while _replaced:
-        space, name, before = _replaced.pop()
-        if before is _ABSENT:
-            delattr(space, name)
-        else:
-            setattr(space, name, before)
+        put_back(_replaced[-1])
+        _replaced.pop()
+
+
+def _in_child() -> None:
+    """In a forked process only the recordings of the thread that forked are still open."""
+    here = threading.get_ident()
+    _paused.intersection_update({here})
+    _under_way.intersection_update({here})
+    busy.intersection_update({here})
+    _keep([observer for observer in _observers if observer.thread == here])
+    if not _observers:
+        _restore()
+
+
+at_fork(_in_child)
 
 
 @functools.lru_cache(maxsize=64)
 def _watched(
-    original: Callable[..., Any], cell: str, tell: Callable[..., Any]
+    original: Callable[..., Any], name: str, cell: str, single: bool
 ) -> Callable[..., Any]:
     """One wrapper for all recordings: compiled code is guarded by its identity."""
 
     @untraced
     def heard(args: Any, kwargs: dict[str, Any]) -> Any:
-        mine = observers_here()
-        if not mine:
+        mine, thread = observers_here(), threading.get_ident()
+        if not mine or thread in _under_way:  # another library's wrapper lies between two of ours
             return original(*args, **kwargs)
-        return tell(mine, original, cell, _in_order(args, kwargs, fused=tell is _tell))
+        telling = Telling(mine, cell, single)
+        telling.before(args, kwargs)
+        try:
+            _under_way.add(thread)
+            results = original(*args, **kwargs)
+        finally:
+            _under_way.discard(thread)
+        telling.after(results)
+        return results
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         return heard(args, kwargs)
 
-    return _traced_as(original, functools.wraps(original, updated=())(watched))
-
-
-def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any], *, fused: bool) -> tuple[Any, ...]:
-    """Arguments given by name, at their places; torch itself gives all of them by place."""
-    if not kwargs:
-        return args
-    packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
-    names = _PLACES["cell" if not fused else "packed" if packed else "fused"]
-    return args + tuple(kwargs[name] for name in names[len(args) :] if name in kwargs)
+    found = traced_as(original, functools.wraps(original, updated=())(watched))
+    builtins: Any = torch.jit._builtins
+    if id(original) in builtins._get_builtin_table():  # for whoever scripts inside the block
+        builtins._register_builtin(found, f"aten::{name}")
+    return found
 
 
 @functools.lru_cache(maxsize=64)
@@ -194,43 +176,70 @@ def _watched_scale(original: Callable[..., Any]) -> Callable[..., Any]:
     @untraced
     def heard(scaler: torch.amp.GradScaler) -> None:
         for observer in observers_here():
-            observer.saw_scaler(scaler)
+            guarded(Point.SCALER, observer.scale_unknown, observer.saw_scaler, scaler)
 
     def scale(self: torch.amp.GradScaler, outputs: Any) -> Any:
         heard(self)
         return original(self, outputs)
 
-    return _traced_as(original, functools.wraps(original)(scale))
+    return traced_as(original, functools.wraps(original)(scale))
 
 
 @functools.lru_cache(maxsize=64)
 def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
     @untraced
-    def heard(outputs: Any) -> None:
+    def heard(args: tuple[Any, ...]) -> None:
         for observer in observers_here():
-            observer.before_backward(tuple(outputs))
+            guarded(Point.BACKWARD, observer.graph_unknown, _before_backward, observer, *args[:4])
 
-    def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        heard(outputs)
-        return original(outputs, *args, **kwargs)
+    @untraced
+    def over() -> None:
+        for observer in observers_here():
+            guarded(Point.BACKWARD, observer.graph_unknown, observer.after_backward)
 
-    return _traced_as(original, functools.wraps(original)(run_backward))
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        heard(args)
+        result = original(*args, **kwargs)
+        over()
+        return result
+
+    return traced_as(original, functools.wraps(original)(run_backward))
 
 
-def _traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+@functools.lru_cache(maxsize=64)
+def _watched_script(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.jit.script reads is the source of a module, which must be the user's own."""
+
+    def script(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for observer in observers_here():
+                stack.enter_context(observer.unwatched())
+            return original(*args, **kwargs)
+
+    return traced_as(original, functools.wraps(original)(script))
+
+
+def _before_backward(
+    observer: Observer, roots: Any, grads: Any = (), _keep: Any = False, create_graph: Any = False
+) -> None:
+    if not why_hidden() and not any(is_batched(grad) for grad in grads):
+        observer.before_backward(tuple(roots), bool(create_graph))
+
+
+def traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper, for which torch.compile reads the original, also in its table of what it knows.
 
     Called from where nothing is compiled it runs as it is, never as a compiled graph of its own.
     """
     function._torchdynamo_inline = original  # type: ignore[attr-defined]
-    if hasattr(eval_frame, "_FrameExecStrategy"):
-        strategy = eval_frame._FrameExecStrategy(
-            eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
-        )
-        eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    elif hasattr(eval_frame, "skip_code"):  # torch before 2.7
-        eval_frame.skip_code(function.__code__)
+    run_as_it_is(function.__code__)
     return function
+
+
+def run_as_it_is(code: CodeType) -> None:
+    """Never compile this code as a graph of its own; what it calls is not concerned."""
+    skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+    eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -239,84 +248,10 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     Where torch._dynamo is not loaded, its second of import is saved: the marks that
     ``torch.compiler.disable`` would set are set by hand, for whoever compiles inside the block.
     """
-    if "torch._dynamo" in sys.modules or not hasattr(eval_frame, "_FrameExecStrategy"):
+    if "torch._dynamo" in sys.modules:
         return torch.compiler.disable(function)
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     skip = eval_frame._FrameAction.SKIP
     strategy = eval_frame._FrameExecStrategy(skip, skip)
     eval_frame.set_code_exec_strategy(function.__code__, strategy)
     return function
-
-
-def _tell(observers: list[Observer], original: Callable[..., Any], cell: str, args: Any) -> Any:
-    packed = not isinstance(args[3], bool)  # a list of weights, where the other form has has_biases
-    data, batch_sizes = (args[0], args[1]) if packed else (args[0], None)
-    hidden, weights, has_biases, layers, dropout, training, bidirectional = args[
-        1 + packed : 8 + packed
-    ]
-    module, locals_ = _calling_module()
-    interested = [o for o in observers if o.wants(tuple(weights), module)]
-    draws = bool(dropout) and training and layers > 1
-    rng = torch.get_rng_state() if interested and draws else None
-    results = original(*args)
-    call = FusedCall(
-        cell=cell,
-        data=data,
-        batch_sizes=batch_sizes,
-        initial=tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,),
-        weights=tuple(weights),
-        has_biases=has_biases,
-        layers=layers,
-        dropout=float(dropout),
-        training=training,
-        bidirectional=bidirectional,
-        batch_first=False if packed else args[8],
-        results=results,
-        rng=rng,
-        module=module,
-        unsorted=locals_.get("unsorted_indices") if packed else None,
-        module_input=locals_.get("orig_input"),
-    )
-    for observer in interested:
-        observer.saw(call)
-    return results
-
-
-def _tell_cell(
-    observers: list[Observer], original: Callable[..., Any], cell: str, args: Any
-) -> Any:
-    data, hidden = args[:2]
-    weights = tuple(weight for weight in args[2:] if weight is not None)
-    module, _ = _calling_module()
-    interested = [observer for observer in observers if observer.wants(weights, module)]
-    results = original(*args)
-    if not interested:
-        return results
-    call = CellCall(
-        cell=cell,
-        data=data,
-        initial=tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,),
-        weights=weights,
-        results=tuple(results) if isinstance(results, (tuple, list)) else (results,),
-        training=module is None or module.training,
-        module=module,
-    )
-    for observer in interested:
-        observer.saw_cell(call)
-    return results
-
-
-def _calling_module() -> tuple[nn.Module | None, dict[str, Any]]:
-    """The recurrent module whose forward is calling, and that forward's variables.
-
-    The order of packed sequences is known nowhere else: the fused function sees them sorted.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(_FRAMES):
-        frame = frame.f_back if frame is not None else None
-        if frame is None:
-            break
-        module = frame.f_locals.get("self")
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            return module, dict(frame.f_locals)
-    return None, {}

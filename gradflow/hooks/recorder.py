@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -14,19 +15,27 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
-from gradflow.hooks.closed.watch import ClosedLoops
+from gradflow.hooks.closed.watch import ClosedLoops, is_of
 from gradflow.hooks.copies import Copies
+from gradflow.hooks.dense import Place
+from gradflow.hooks.graph import Edge
+from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import GivenLengths, Lengths
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
+from gradflow.hooks.mistakes import Ran
 from gradflow.hooks.own.cells import OwnCells
+from gradflow.hooks.own.forwards import Watching
+from gradflow.hooks.own.leaves import leaves
 from gradflow.hooks.parity import WeightUses
-from gradflow.hooks.patch import CellCall, FusedCall
-from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.seen import CellCall, FusedCall
+from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
-from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers
-from gradflow.recording import Recording, Track, matches_any
+from gradflow.hooks.unrolled.watch import Watch
+from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers, why_hidden
+from gradflow.hooks.withheld import Withheld
+from gradflow.recording import Recording, Track, Unseen, matches_any
 
 
 class Recorder:
@@ -39,6 +48,7 @@ class Recorder:
         lengths: Lengths,
         scaler: Any,
         jacobians: bool | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self.thread = threading.get_ident()
         self.model = model
@@ -47,16 +57,20 @@ class Recorder:
         self.scaler = scaler
         self.jacobians = jacobians
         self.training = model.training
-        self.recording = Recording(type(model).__name__)
+        self.recording = Recording(type(model).__name__) if recording is None else recording
         self.uses = WeightUses(model)
         self.calls: list[Call] = []
         self.handles: list[RemovableHandle] = []
         self.runs: Counter[str] = Counter()
         self.strangers: dict[str, None] = {}  # recurrent calls that are not the model's, in words
         self.scalers_scale: Callable[[], float] | None = None  # of a scaler that was not given
+        self.withheld = Withheld()
+        self.ran: Ran | None = None  # both as far as they could be opened
+        self.watching: Watching | None = None
         self.stitcher = Stitcher()
         self.closed = ClosedLoops(self)
         self.taps = Taps(self)
+        self.watch = Watch(self, model)
         self._copies = Copies(self.lengths, lambda weight: self.uses.key(weight, self.scale))
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
         self.own = OwnCells(self, model, self._paths)
@@ -69,6 +83,14 @@ class Recorder:
 
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool:
         """A call belongs to this recording if its module or its weights are the model's."""
+        hidden = why_hidden()
+        if hidden:
+            path = None if module is None else self._paths.get(id(module))
+            if path is not None or module is None:
+                self.did_not_see(path or ("a layer" if module is None else "the layer"), hidden)
+            return False
+        if self.withheld.stock(self._paths.get(id(module), "")):
+            return False
         if any(has_no_numbers(weight) for weight in weights):
             self.own.unseen[clean(self._owner(weights, module) or "a layer")] = NO_NUMBERS
             return False
@@ -96,6 +118,7 @@ class Recorder:
         elif owner is not None:
             self._admit(self._copies.call(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
+            self.watch.saw_stock((seen.data, *seen.initial), seen.results)
 
     def saw_cell(self, seen: CellCall) -> None:
         """Copy one call of a single-step function and listen for its gradients."""
@@ -105,6 +128,55 @@ class Recorder:
         elif owner is not None:
             self._admit(self._copies.step(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
+            self.watch.saw_stock((seen.data, *seen.initial), seen.results)
+
+    def missed(self, module: nn.Module | None, why: str) -> None:
+        """A call of a stock layer was not recorded as a whole: what is known of that layer goes."""
+        path = self._paths.get(id(module)) if module is not None else None
+        self.withheld.leave_stock(path, why)
+
+        def concerned(chain: Chain) -> bool:
+            return path in (None, chain.calls[0].owner)
+
+        self.closed.leave(concerned, why)
+        self._drop(lambda t: isinstance(t.source, LoopSource) and concerned(t.source.loop.chain))
+        joint = [
+            loop.track
+            for loop in self.closed.loops
+            if any(is_of(part, concerned) for part in loop.parts)
+        ]
+        self._drop(lambda t: any(t is track for track in joint))
+
+    def did_not_see(self, name: str, why: str) -> None:
+        """Something ran where nothing may be read."""
+        self.own.unseen[name] = why
+
+    def missed_tap(self, name: str, why: str) -> None:
+        """The same of a tap."""
+        self.withheld.leave(name, why)
+        self._drop(lambda t: t.cell == "tap" and t.name.partition("@")[0] == name)
+
+    def missed_cell(self, module: nn.Module, why: str) -> None:
+        """The same of a cell of the user's own."""
+        path = self._paths.get(id(module), "")
+        self.withheld.leave(path or type(module).__name__, why)
+        self.own.leave(module)
+        base = path or "cell"
+        self._drop(lambda t: t.cell != "tap" and t.name.partition("@")[0] == base)
+
+    def scale_unknown(self, why: str) -> None:
+        """A loss was multiplied by a scale that is not known."""
+        self.withheld.remark(f"the gradients are perhaps scaled: {why}")
+
+    def graph_unknown(self, why: str) -> None:
+        """The graph of a backward was not looked at as a whole."""
+        self.withheld.remark(f"{why}: what it would have shown of these layers is not known")
+        self.closed.unread(why)
+        self._drop(lambda t: isinstance(t.source, TapSource) and t.source.words is UNROLLED)
+
+    def _drop(self, concerned: Callable[[Track], bool]) -> None:
+        for track in [track for track in self.recording if concerned(track)]:
+            self.recording.drop(track)
 
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
@@ -117,22 +189,53 @@ class Recorder:
         if self.scaler is None and scaler.is_enabled():
             self.scalers_scale = scaler.get_scale
 
-    def before_backward(self, roots: tuple[Any, ...]) -> None:
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Modules as they are without a recording."""
+        if self.ran is not None:
+            self.ran.close()
+        if self.watching is None:
+            yield
+            return
+        self.watching.close()
+        try:
+            yield
+        finally:
+            self.watching.open()
+
+    def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None:
         """A backward is about to run from these tensors: their graph is complete, nothing is freed."""
         if torch._C._current_graph_task_id() == -1:
             self.closed.decide(roots)
+            self.watch.before_backward(roots, create_graph)
+
+    def after_backward(self) -> None:
+        """That backward is over."""
+        if torch._C._current_graph_task_id() == -1:
+            self.watch.after_backward()
+
+    def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None:
+        """States of a track sit at these edges of the graph."""
+        self.watch.marked(edges, source)
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that may be a cell of the user's own is called."""
+        if torch.is_grad_enabled():
+            self.watch.held.hold(leaves((args, kwargs)).values())
+            self.watch.held.hold_locals()
         return self.own.entered(module, args, kwargs)
 
     def left(self, call: Any, result: Any) -> None:
         """That call is over; result is None where it raised."""
         self.own.left(call, result)
+        if torch.is_grad_enabled():
+            self.watch.held.hold(leaves(result).values())
 
     def wants_track(self, name: str) -> bool:
         """Whether a tap or a cell of this name is picked."""
-        return self.layers is None or matches_any(name, self.layers)
+        return not self.withheld.has(name) and (
+            self.layers is None or matches_any(name, self.layers)
+        )
 
     def add_track(self, base: str, track: Track) -> None:
         """Take up a new loop, tapped or over a cell, under a name of its own."""
@@ -142,11 +245,24 @@ class Recorder:
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
         self.recording.add(track)
 
+    def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None:
+        """One more step of a loop that is tapped, or over a cell of the user's own."""
+        self.closed.saw_mark(source, track, place, mark)
+
     def drop_tracks(self, tracks: list[Track]) -> None:
         """Forget loops over one cell that turned out to be part of another."""
         for track in tracks:
             self.recording.drop(track)
             self.runs[track.name.partition("@")[0]] -= 1
+
+    def drop_sources(self, sources: list[TapSource]) -> None:
+        """Forget the loops over modules that turned out to be only part of a step."""
+        self.drop_tracks([track for track in self.recording if track.source in sources])
+        self.own.ignore(sources)
+
+    def in_closed_loop(self) -> bool:
+        """Whether some stock layer's input depends on its own earlier state."""
+        return bool(self.closed.loops)
 
     def _admit(
         self,
@@ -230,6 +346,7 @@ class Recorder:
                 mask=replay.mask,
                 cuts=torch.zeros_like(replay.mask),
                 weights=replay.weights(layer, direction).named(),
+                foreign=self.uses.foreign(replay.weight_keys(layer, direction)),
                 source=source,
                 training=call.training,
                 batch_first=call.batch_first,
@@ -245,17 +362,44 @@ class Recorder:
         """All loops that were tapped or run over a cell of the user's own."""
         return [t.source for t in self.recording if isinstance(t.source, TapSource)]
 
+    def unseen(self) -> tuple[Unseen, ...]:
+        """Recurrences that are in no track, of those that are picked."""
+        return tuple(
+            one
+            for one in self.watch.unseen.values()
+            if self.layers is None
+            or any(matches_any(name, self.layers) for name in (one.module, *one.weights))
+        )
+
+    def out_of_reach(self) -> list[str]:
+        """Torch's own layers that a backward went through, though no call of theirs was seen."""
+        seen = {call.owner for call in self.calls}
+        return [
+            f"{path or type(module).__name__} ({type(module).__name__})"
+            for path, module in self.watch.fused.items()
+            if path not in seen
+        ]
+
     def close(self) -> None:
         """Stop listening; the recording keeps what it has."""
-        self.closed.close()
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        self.uses.close()
-        self.stitcher.close()
-        self.taps.close()
-        self.own.close()
-        self._copies.clear()
+        guarded(Point.CLOSING, self.graph_unknown, self.closed.close)
+        for close in (
+            self._remove_handles,
+            self.uses.close,
+            self.stitcher.close,
+            self.taps.close,
+            self.own.close,
+            self.watch.close,
+            self._copies.clear,
+            self._let_tracks_go,
+        ):
+            guarded(Point.CLOSING, self.withheld.remark, close)
+
+    def _remove_handles(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _let_tracks_go(self) -> None:
         for track in self.recording:
             if isinstance(track.source, LoopSource):
                 track.source.loop.chain.tracks.clear()
@@ -264,7 +408,7 @@ class Recorder:
         """Hold on to nothing that was recorded: from now on only the user does."""
         self.recording, self.uses = Recording(""), WeightUses(nn.Module())
         self.calls.clear()
-        del self.taps, self.own, self._copies
+        del self.taps, self.own, self.watch, self._copies
 
 
 def _names(call: Call) -> list[tuple[int, int, str]]:

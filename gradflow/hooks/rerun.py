@@ -37,6 +37,7 @@ class Change:
 
     forget_bias: float = 0.0  # added to the pre-activation of an LSTM's f, of a GRU's z
     scale_hh: float = 1.0  # what W_hh is multiplied by
+    scale_ih: float = 1.0  # what W_ih is multiplied by: as if it read so much of its input
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,27 @@ def rerun(recording: Recording, changes: Mapping[str, Change]) -> Rerun:
     return Rerun(made, refused, notes)
 
 
+def changed(source: LoopSource, change: Change) -> tuple[ChangedSource, dict[str, Tensor]]:
+    """One layer run again with changed weights, the others of its stack with theirs, and the weights.
+
+    Raises:
+        RecordingError: it cannot be run again, in words.
+    """
+    reason = _refuses(source, change)
+    if reason:
+        raise RecordingError(reason)
+    again = _again(source.loop.chain, {(source.layer, source.direction): change})
+    if isinstance(again, str):
+        raise RecordingError(again)
+    return _of_chain(source, again)
+
+
+def _of_chain(source: LoopSource, chain: Chain) -> tuple[ChangedSource, dict[str, Tensor]]:
+    loop = Loop(chain)
+    weights = loop.groups[0].replay.weights(source.layer, source.direction).named()
+    return ChangedSource(loop, source.layer, source.direction, source.uses), weights
+
+
 def _chain(track: Track) -> Chain | None:
     return track.source.loop.chain if isinstance(track.source, LoopSource) else None
 
@@ -110,11 +132,15 @@ def _cannot(track: Track, change: Change) -> str:
     """Why this track cannot be run again with this change, or nothing."""
     if not isinstance(track.source, LoopSource):
         return "its steps are the user's own code, which is not run again"
-    if track.source.closed is not None:
+    return _refuses(track.source, change)
+
+
+def _refuses(source: LoopSource, change: Change) -> str:
+    if source.closed is not None:
         return (
             "it is part of a closed loop: its inputs would change with it, and are the user's own"
         )
-    if change.forget_bias and track.cell not in KEEPING:
+    if change.forget_bias and source.calls[0].cell not in KEEPING:
         return "a vanilla RNN has no gate that keeps its state"
     return ""
 
@@ -126,16 +152,15 @@ def _as_recorded(chain: Chain, several: bool) -> str:
 
 
 def _track(track: Track, chain: Chain) -> Track:
-    source = track.source
-    assert isinstance(source, LoopSource)
-    loop = Loop(chain)
+    assert isinstance(track.source, LoopSource)
+    source, weights = _of_chain(track.source, chain)
     return replace(
         track,
         lengths=track.lengths.clone(),
         mask=track.mask.clone(),
         cuts=track.cuts.clone(),
-        weights=loop.groups[0].replay.weights(source.layer, source.direction).named(),
-        source=ChangedSource(loop, source.layer, source.direction, source.uses),
+        weights=weights,
+        source=source,
         notes=list(track.notes),
         _cache={},
     )
@@ -182,7 +207,7 @@ def _run(call: Call) -> Call:
         returned=dict(zip(call.returned, results, strict=True)),
         grads={},
         graph_tasks=set(),
-        second_order=False,
+        lost="",
         within=None,
         entering={},
     )
@@ -220,6 +245,8 @@ class _ChangedWeights:
             bias_ih = rest[0].clone()
             bias_ih[hidden : 2 * hidden] += change.forget_bias
             rest[0] = bias_ih
+        if change.scale_ih != 1.0:
+            weight_ih = weight_ih * change.scale_ih
         return [weight_ih, weight_hh * change.scale_hh, *rest]
 
 

@@ -40,7 +40,7 @@ class Scans:
         if known is not None and known[0] == self.version:
             return known[1]
         result = None
-        if self.replay.call.grads and not self.replay.call.second_order:
+        if self.replay.call.grads and not self.replay.call.lost:
             with torch.no_grad():
                 arrived = self.arrived()
                 if which != "total":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,39 @@ SAME = ("aten.detach.default", "aten.alias.default")
 MATRIX = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}  # the two factors
 
 
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the fused attention of the CPU does backward, by operations that have a derivative."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = query @ key.mT * scale
+    if attn_mask is not None:
+        logits = logits + attn_mask
+    if is_causal:
+        above = torch.ones_like(logits, dtype=torch.bool).triu(1)
+        logits = logits.masked_fill(above, -torch.inf)
+    share = torch.softmax(logits, dim=-1)
+    moved = grad @ value.mT
+    moved = share * (moved - (moved * share).sum(-1, keepdim=True)) * scale
+    return moved @ key, moved.mT @ query, share.mT @ grad
+
+
+# operations without a derivative -> the same by operations that have one
+REPLACED = {
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": attention_backward,
+}
+
+
 class TooMuch(NotReadable):
     """What a wide step reads is too much to keep."""
 
@@ -37,7 +70,8 @@ class TooMuch(NotReadable):
 class Constants:
     """Copies of the tensors that tapes read, each kept once."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = MOST_KEPT if most is None else most  # bytes
         self.bytes = 0
         self._known: dict[tuple[Any, ...], Tensor] = {}
 
@@ -52,9 +86,9 @@ class Constants:
         if known is not None and torch.equal(known, tensor):
             return known
         self.bytes += tensor.numel() * tensor.element_size()
-        if self.bytes > MOST_KEPT:
+        if self.bytes > self.most:
             raise TooMuch(
-                f"wide steps whose weights and activations take more than {MOST_KEPT >> 30} GiB to "
+                f"wide steps whose weights and activations take more than {self.most >> 30} GiB to "
                 "keep; record fewer sequences or fewer steps"
             )
         self._known[key] = tensor.detach().clone()
@@ -135,7 +169,8 @@ class _Writing(TorchDispatchMode):
             leaf if place is None else _Slot(place)
             for leaf, place in zip(leaves, given, strict=True)
         ]
-        self.operations.append(_Operation(func, kept, spec, places, mutates))
+        run = REPLACED.get(str(func), func)
+        self.operations.append(_Operation(run, kept, spec, places, mutates))
 
 
 @dataclass(frozen=True)
@@ -145,9 +180,12 @@ class Tape:
     operations: list[_Operation]
     result: int | None  # the slot of Jᵀ u; None where it does not depend on u: J is 0
     like: Tensor  # (B, N) zeros
+    width: int  # N' of Jᵀ u
     work: float  # multiplications of one run
     numbers: int  # that all values of one run hold
     coarsest: torch.dtype  # the least exact on the way
+    # which way -> whether torch sends several vectors through it as it does one
+    batches: dict[str, bool] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(linear: Callable[[Tensor], Tensor], given: Tensor, constants: Constants) -> Tape:
@@ -175,6 +213,7 @@ class Tape:
             operations=copied,
             result=slot,
             like=torch.zeros_like(given),
+            width=int(found.shape[1]),
             work=sum(_work(operation, writing.shapes) for operation in kept),
             numbers=sum(shape.numel() for shape in writing.shapes.values()),
             coarsest=max(writing.dtypes, key=lambda dtype: torch.finfo(dtype).eps),
@@ -198,11 +237,11 @@ class Tape:
         return made
 
     def pull(self, block: Tensor) -> Tensor:
-        """Jᵀ of every vector of (B, m, N)."""
+        """Jᵀ of every vector of (B, m, N), (B, m, N')."""
         if self.result is None:
-            return torch.zeros_like(block)
+            return block.new_zeros(*block.shape[:2], self.width)
         with torch.no_grad(), torch.autocast(block.device.type, enabled=False):
-            return self._side_by_side(self.run, block)
+            return self._side_by_side("pull", self.run, block)
 
     def transposed(self) -> tuple[Tensor, Tensor] | None:
         """A graph of Jᵀ u over some u, for `push`; None where J is 0.
@@ -222,9 +261,9 @@ class Tape:
         return (given, found) if found.requires_grad else None
 
     def push(self, block: Tensor, graph: tuple[Tensor, Tensor] | None) -> Tensor:
-        """J of every vector of (B, m, N), given what `transposed` made."""
+        """J of every vector of (B, m, N'), given what `transposed` made."""
         if graph is None:
-            return torch.zeros_like(block)
+            return block.new_zeros(*block.shape[:2], self.like.shape[1])
         given, found = graph
 
         def one(vector: Tensor) -> Tensor:
@@ -234,21 +273,43 @@ class Tape:
             return pushed
 
         with torch.autocast(block.device.type, enabled=False):
-            return self._side_by_side(one, block)
+            return self._side_by_side("push", one, block)
 
-    def _side_by_side(self, run: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
-        """Every vector of (B, m, N) through a map of (B, N): all at once where that is possible."""
+    def _side_by_side(self, way: str, run: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
+        """Every vector of (B, m, N) through a map of (B, N): all at once where that is possible.
+
+        Some operations cannot be batched, and `cdist` is batched wrongly: the first time one vector
+        is sent by itself as well.
+        """
         each = self.numbers * block.element_size()
         chunk = max(1, min(block.shape[1], TOGETHER // max(1, each)))
-        if chunk > 1:
-            try:
-                with warnings.catch_warnings():
-                    # torch says that an operation is batched by a loop: no slower than one by one
-                    warnings.simplefilter("ignore")
-                    return torch.vmap(run, in_dims=1, out_dims=1, chunk_size=chunk)(block)
-            except RuntimeError:
-                pass
+        if chunk > 1 and self.batches.get(way, True):
+            found = _together(run, block, chunk)
+            if way not in self.batches:
+                alone = run(block[:, -1])
+                self.batches[way] = found is not None and self._same(found[:, -1], alone)
+            if found is not None and self.batches[way]:
+                return found
         return torch.stack([run(vector) for vector in block.unbind(1)], dim=1)
+
+    def _same(self, mine: Tensor, theirs: Tensor) -> bool:
+        """Equal up to rounding, sequence by sequence; NaN like NaN."""
+        size = theirs.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1, keepdim=True)
+        bound = 1024 * torch.finfo(self.coarsest).eps * size
+        unlike = (mine - theirs).abs() > bound
+        return not bool((unlike | (mine.isnan() != theirs.isnan())).any())
+
+
+def _together(run: Callable[[Tensor], Tensor], block: Tensor, chunk: int) -> Tensor | None:
+    """All vectors at once; None where an operation cannot do that."""
+    try:
+        with warnings.catch_warnings():
+            # torch says that an operation is batched by a loop: no slower than one by one
+            warnings.simplefilter("ignore")
+            found: Tensor = torch.vmap(run, in_dims=1, out_dims=1, chunk_size=chunk)(block)
+            return found
+    except RuntimeError:
+        return None
 
 
 def _needed(operations: list[_Operation], result: int) -> list[_Operation]:
@@ -264,8 +325,8 @@ def _needed(operations: list[_Operation], result: int) -> list[_Operation]:
 
 def _masked(operation: _Operation, wanted: set[int]) -> _Operation:
     """Without the gradients of weights, which a backward of a layer makes beside that of its input."""
-    schema = operation.run._schema  # type: ignore[attr-defined]
-    names = [argument.name for argument in schema.arguments]
+    schema = getattr(operation.run, "_schema", None)
+    names = [] if schema is None else [argument.name for argument in schema.arguments]
     if "output_mask" not in names:
         return operation
     args, kwargs = tree_unflatten(operation.leaves, operation.spec)
@@ -289,7 +350,7 @@ def _work(operation: _Operation, shapes: dict[int, torch.Size]) -> float:
         for leaf in operation.leaves
         if isinstance(leaf, _Slot | Tensor)
     ]
-    name = str(operation.run).split(".")[1]
+    name = getattr(operation.run, "__name__", "").partition(".")[0]
     if name in MATRIX:
         first, second = (given[place] for place in MATRIX[name])
         return float(first.numel()) * second[-1]

@@ -7,19 +7,25 @@ of independent states: a = (I − Mᵀ) g.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.errors import RecordingError
+from gradflow.hooks.axes import Axis, as_rows, usual_axis
+from gradflow.hooks.call import SECOND_ORDER
 from gradflow.hooks.dense import Dense
 from gradflow.hooks.graph import Edge
+from gradflow.hooks.guard import Hook, Point
+from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
+from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.hooks.wide import Wide, WideStep, pulled
-from gradflow.recording import Backward, Forward, Operator, Parity
+from gradflow.recording import Backward, Forward, Operator, Parity, Source
 
 WIDEST = 64  # states up to which step Jacobians are written out unasked
 
@@ -38,6 +44,8 @@ class Mark:
     within_known: bool = False
     unknown: str = ""  # why there is no Jacobian
     grads: dict[str, Tensor] = field(default_factory=dict)
+    axes: dict[str, Axis] = field(default_factory=dict)  # of the states' own tensors
+    rows: Tensor | None = None  # (B,) the sequence of the mark before that each is; see `Link`
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,15 @@ CALLED = Words(
     kind="a cell of your own: how it uses its weights is not known",
 )
 
+UNROLLED = Words(
+    step="step",
+    steps="steps",
+    states="states",
+    more="the loop carries more than its states; mark every state that it carries with "
+    "h, c = gradflow.tap(h=h, c=c) inside the loop, once per step",
+    kind="a loop written by hand: how it uses its weights is not known",
+)
+
 
 @dataclass(eq=False)
 class TapSource:
@@ -80,12 +97,18 @@ class TapSource:
     cell: str = "tap"
     lengths: Tensor | None = None
     marks: list[Mark] = field(default_factory=list)
+    layout: Layout = field(default_factory=Layout)
     mixed: bool = False  # some states go around the calls, see `around`
     remarks: list[str] = field(default_factory=list)
     initial: dict[str, Tensor] = field(default_factory=dict)  # state name -> (B, width), if seen
     graph_tasks: set[int] = field(default_factory=set)
-    second_order: bool = False
+    lost: str = ""  # why what the backwards brought is no total, if it is none
+    batched: bool = False  # a backward of several outputs at once came by, which is not counted
     ran_backward: bool = False
+    closed: Any = None  # the `ClosedLoop` that it is a part of, if any
+    _steps: tuple[tuple[int, int], list[Mark]] | None = field(default=None, repr=False)
+    part_of_a_step: bool = False  # other terms are added to what the cell returns
+    words_: Words | None = None  # how to speak of it, where the name of the cell does not tell
     _written: tuple[tuple[tuple[int, ...], int], list[Tensor]] | None = field(
         default=None, repr=False
     )
@@ -94,6 +117,8 @@ class TapSource:
     @property
     def words(self) -> Words:
         """How to speak of this loop."""
+        if self.words_ is not None:
+            return self.words_
         return TAPPED if self.cell == "tap" else CALLED
 
     @property
@@ -106,25 +131,57 @@ class TapSource:
     def listen(self, mark: Mark, edges: dict[str, Edge]) -> list[RemovableHandle]:
         """Add up the gradients that reach the marked tensors, after all hooks of the user's own."""
         return [
-            node.register_prehook(self._catcher(mark, name, output))
+            node.register_prehook(
+                Hook(Point.GRADIENT, self.lose, self._catcher(mark, name, output))
+            )
             for name, (node, output) in edges.items()
         ]
+
+    def lose(self, why: str) -> None:
+        """What the backwards brought, and will bring, is no total."""
+        self.lost = self.lost or why
+        self.graph_tasks.add(torch._C._current_graph_task_id())
+
+    def _counts(self, grad: Tensor) -> bool:
+        """Note that a backward came by; whether what it brings is to be added up."""
+        if is_batched(grad) or why_hidden():
+            self.batched = True
+            return False
+        if torch.is_grad_enabled():
+            self.lost = self.lost or SECOND_ORDER
+        self.graph_tasks.add(torch._C._current_graph_task_id())
+        return True
 
     def _catcher(
         self, mark: Mark, name: str, output: int
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def catch(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[output]
-            if grad is None:
+            if grad is None or not self._counts(grad):
                 return
-            self.second_order |= torch.is_grad_enabled()
-            self.graph_tasks.add(torch._C._current_graph_task_id())
-            grad = grad.detach().reshape(mark.states[name].shape) / self.scale()
+            axis = mark.axes.get(name, usual_axis(grad.shape))
+            grad = as_rows(grad.detach(), axis) / self.scale()
             mark.grads[name] = mark.grads[name] + grad if name in mark.grads else grad
 
         return catch
 
     # -- the source of a track ---------------------------------------------------------------
+
+    @property
+    def steps(self) -> list[Mark]:
+        """The marks, one for every step, each of all sequences; see `Layout`."""
+        if self.layout.even:
+            return self.marks
+        known = self._steps
+        if known is None or known[0] != (len(self.marks), self.version):
+            known = (len(self.marks), self.version), aligned(self.marks, self.layout)
+            self._steps = known
+        return known[1]
+
+    @property
+    def real(self) -> Tensor | None:
+        """(B,) the real steps of every sequence; None where all are T."""
+        return self.layout.real(self.lengths) if self.layout.parts else self.lengths
 
     @property
     def names(self) -> list[str]:
@@ -134,16 +191,16 @@ class TapSource:
     def forward(self) -> Forward:
         """States, and those before the first where they were seen; gates and inputs were not."""
         states = {
-            name: self._trimmed(torch.stack([mark.states[name] for mark in self.marks]))
+            name: self._trimmed(torch.stack([mark.states[name] for mark in self.steps]))
             for name in self.names
         }
         return Forward(states=states, initial=self.initial, gates={}, inputs=None)
 
     def _trimmed(self, array: Tensor) -> Tensor:
-        return trimmed(array, self.lengths)
+        return trimmed(array, self.real)
 
     def _has_gradient(self) -> bool:
-        return not self.second_order and any(mark.grads for mark in self.marks)
+        return not self.lost and any(mark.grads for mark in self.marks)
 
     def backward(self) -> Backward | None:
         """Total gradients; None without a backward."""
@@ -152,7 +209,7 @@ class TapSource:
         grads = {
             name: self._trimmed(
                 torch.stack(
-                    [m.grads.get(name, torch.zeros_like(m.states[name])) for m in self.marks]
+                    [m.grads.get(name, torch.zeros_like(m.states[name])) for m in self.steps]
                 )
             )
             for name in self.names
@@ -161,7 +218,7 @@ class TapSource:
         if "h" in grads and not self.why_no_operator() and not self.mixed:
             with torch.no_grad():
                 every = [
-                    _with_moving(m, d) for m, d in zip(self.marks, self._direct(), strict=True)
+                    _with_moving(m, d) for m, d in zip(self.steps, self._direct(), strict=True)
                 ]
                 direct = self._split(torch.stack(every))["h"]
         return Backward(grads=grads, direct=direct, delta=None, delta_hh=None)
@@ -177,7 +234,7 @@ class TapSource:
             return None
         with torch.no_grad():
             rows = []
-            for mark in self.marks:
+            for mark in self.steps:
                 total = self._total(mark)
                 came = _pulled(mark.within, total)
                 size = total.abs() + _pulled(mark.within, total, absolute=True)
@@ -206,6 +263,8 @@ class TapSource:
     def unread(self) -> bool:
         """Whether a backward ran and did not come here, though it could have."""
         able = any(mark.grad_enabled and mark.differentiable for mark in self.marks)
+        if self.lost or self.batched:
+            return False
         return able and self.ran_backward and not self.version
 
     def last(self) -> Backward | None:
@@ -214,8 +273,8 @@ class TapSource:
         if arrives is None:
             return None
         time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
-        if self.lengths is not None:
-            arrives &= time < self.lengths.to(arrives.device)
+        if self.real is not None:
+            arrives &= time < self.real.to(arrives.device)
         chosen = torch.where(arrives, time, -1).max(0).values
         every = torch.arange(arrives.shape[1], device=arrives.device)
         rows = self._alone(every, chosen.unsqueeze(1), None).squeeze(2)
@@ -231,8 +290,8 @@ class TapSource:
         sequences, loss_steps = sequences.to(device), loss_steps.to(device)
         chosen = loss_steps.expand(len(sequences), -1)
         rows = self._alone(sequences, chosen, dtype)
-        if self.lengths is not None:
-            rows = trimmed(rows, self.lengths.to(device)[sequences])
+        if self.real is not None:
+            rows = trimmed(rows, self.real.to(device)[sequences])
         widths = [state.shape[1] for state in self.marks[0].states.values()]
         parts = rows.permute(2, 0, 1, 3).split(widths, dim=3)
         return Backward(dict(zip(self.names, parts, strict=True)), None, None, None)
@@ -249,7 +308,7 @@ class TapSource:
         carried = direct.new_zeros(*chosen.shape, direct.shape[3])
         rows = []
         for t in reversed(range(len(direct))):
-            mark = self.marks[t]
+            mark = self.steps[t]
             carried = carried + direct[t].masked_fill((chosen != t).unsqueeze(2), 0.0)
             rows.append(_with_moving(mark, carried, None if whole else sequences))
             carried = _pulled(mark.jacobian, carried, None if whole else sequences)
@@ -279,14 +338,14 @@ class TapSource:
         widths = [state.shape[1] for state in self.marks[0].states.values()]
         later: tuple[Tensor, Tensor] | None = None  # a of the step after and the size of its terms
         found = []
-        for place in reversed(range(len(self.marks))):
-            mark = self.marks[place]
+        for place in reversed(range(len(self.steps))):
+            mark = self.steps[place]
             total = self._total(mark)
             value = total - _pulled(mark.within, total)
             size = total.abs() + _pulled(mark.within, total, absolute=True)
             came, bound = torch.zeros_like(value), torch.zeros_like(value)
             if later is not None:
-                following = self.marks[place + 1].jacobian
+                following = self.steps[place + 1].jacobian
                 came = _pulled(following, later[0])
                 bound = _pulled(following, later[1], absolute=True)
             parts = [part.split(widths, dim=1) for part in (value, came, size + bound)]
@@ -303,6 +362,8 @@ class TapSource:
 
     def why_no_operator(self) -> str:
         """Why the step Jacobians are not known, or nothing."""
+        if self.closed is not None:
+            return str(self.closed.instead())
         return next((mark.unknown for mark in self.marks if mark.unknown), "")
 
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
@@ -311,11 +372,14 @@ class TapSource:
         Raises:
             RecordingError: they were not taken, or could not be.
         """
+        if self.closed is not None:
+            raise self.closed.refuse(self.name)
         reason = self.why_no_operator()
         if reason:
             raise RecordingError(f"{self.name}: its step Jacobians are not known: {reason}")
         device = self.marks[0].cut.device
         chosen = sequences.to(device)
+        real = self.real
         first = self.marks[0]
         size = sum(state.shape[1] for state in first.states.values())
         if any(isinstance(mark.jacobian, WideStep) for mark in self.marks):
@@ -325,14 +389,14 @@ class TapSource:
             return self._wide(Wide(steps, dtype, chosen, size, lengths))
         eye = torch.eye(size, dtype=dtype, device=device).expand(len(chosen), -1, -1)
         matrices = []
-        for t, mark in enumerate(self.marks):
+        for t, mark in enumerate(self.steps):
             if mark.jacobian is None:
                 matrices.append(eye)
                 continue
             assert isinstance(mark.jacobian, Tensor)
             matrix = mark.jacobian if _is_all(chosen, len(mark.cut)) else mark.jacobian[chosen]
-            if self.lengths is not None:
-                padded = t >= self.lengths.to(device)[chosen]
+            if real is not None:
+                padded = t >= real.to(device)[chosen]
                 matrix = matrix.masked_fill(padded.view(-1, 1, 1), 0.0)
             matrices.append(matrix)
         return Dense(matrices, dtype)
@@ -349,6 +413,14 @@ class TapSource:
     def alone(self) -> None:
         """There is no other reading: what goes into the steps was not seen."""
 
+    def changed(self, **_: float) -> tuple[Source, dict[str, Tensor]]:
+        """Nothing: the loop is the user's own.
+
+        Raises:
+            RecordingError: always.
+        """
+        raise RecordingError("its steps are the user's own code, which is not run again")
+
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""
         return Parity(
@@ -359,11 +431,10 @@ class TapSource:
 
     def why_no_gradient(self) -> str:
         """Why there is no gradient here, and what to do."""
-        if self.second_order:
-            return (
-                "a backward with create_graph=True came through it, and what it brings is not a total; "
-                "record a backward of the loss alone"
-            )
+        if self.lost:
+            return self.lost
+        if self.batched:
+            return ONLY_BATCHED
         if not any(mark.grad_enabled for mark in self.marks):
             return (
                 "it ran inside torch.no_grad(), or inside a checkpoint with use_reentrant=True; run it "
@@ -386,7 +457,17 @@ class TapSource:
 
     def notes(self) -> list[str]:
         """What a reader should know about the track."""
+        return ([BATCHED] if self.batched else []) + self._notes()
+
+    def _notes(self) -> list[str]:
+        if self.closed is not None:
+            return [self.closed.note(self.name)]
         reason = self.why_no_operator()
+        if reason and self.words is UNROLLED:
+            return [
+                *self.remarks,
+                f"its step Jacobians and last loss step alone are not known: {reason}",
+            ]
         if reason:
             return [f"its step Jacobians and last loss step alone are not known: {reason}"]
         if self.words is TAPPED and starts_constant(self):
@@ -402,6 +483,58 @@ class TapSource:
                 "direct part are not told apart",
             ]
         return self.remarks
+
+
+def aligned(marks: list[Mark], layout: Layout) -> list[Mark]:
+    """One mark of all sequences for every step; zero where a sequence is at its end."""
+    found = []
+    for t in range(layout.steps):
+        here = [
+            (mark, part.starts == t, part.sequences[part.starts == t])
+            for mark, part in zip(marks, layout.parts, strict=True)
+            if bool((part.starts == t).any())
+        ]
+        found.append(_joined(here, layout.batch))
+    return found
+
+
+def _joined(here: list[tuple[Mark, Tensor, Tensor]], batch: int) -> Mark:
+    """The chosen rows of some marks at the sequences that they are."""
+    first = here[0][0]
+
+    def put(parts: Sequence[Tensor | WideStep | None], identity: bool = False) -> Tensor | None:
+        one = next((part for part in parts if isinstance(part, Tensor)), None)
+        if one is None:  # or wide ones, of which such a batch is not known
+            return None
+        result = one.new_zeros(batch, *one.shape[1:])
+        for part, (_, rows, sequences) in zip(parts, here, strict=True):
+            at = sequences.to(one.device)
+            if isinstance(part, Tensor):
+                result[at] = part[rows.to(one.device)]
+            elif identity:  # begins here, with nothing before it
+                result[at] = torch.eye(one.shape[1], dtype=one.dtype, device=one.device)
+        return result
+
+    marks = [mark for mark, _, _ in here]
+    states = {name: put([mark.states[name] for mark in marks]) for name in first.states}
+    grads = {
+        name: put([mark.grads.get(name, torch.zeros_like(mark.states[name])) for mark in marks])
+        for name in first.states
+        if any(name in mark.grads for mark in marks)
+    }
+    cut = put([mark.cut for mark in marks])
+    assert cut is not None
+    return Mark(
+        states={name: state for name, state in states.items() if state is not None},
+        grad_enabled=any(mark.grad_enabled for mark in marks),
+        differentiable=any(mark.differentiable for mark in marks),
+        cut=cut,
+        jacobian=put([mark.jacobian for mark in marks], identity=True),
+        within=put([mark.within for mark in marks]),
+        within_known=all(mark.within_known for mark in marks),
+        unknown=next((mark.unknown for mark in marks if mark.unknown), ""),
+        grads={name: grad for name, grad in grads.items() if grad is not None},
+    )
 
 
 def starts_constant(source: TapSource) -> bool:

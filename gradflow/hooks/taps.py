@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import FrameType
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor
 from gradflow.errors import InputError, must_be
 from gradflow.hooks import patch
 from gradflow.hooks.dense import Place
-from gradflow.hooks.graph import Between, saved_tensors_are_hooked
+from gradflow.hooks.graph import Between, is_hooked, saved_tensors_are_hooked
+from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.marks import End, Marks, Owner
 from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.unseen import why_hidden
 
 ADVICE = "call it as h, c = gradflow.tap(h=h, c=c) inside the loop, once per step"
 
@@ -51,12 +54,20 @@ def tap(name: str = "loop", /, **states: Tensor) -> Any:
     >>> recording["loop"].grad_h[:, 0, 0].tolist()   # 0.5 ** (T - t)
     [0.25, 0.5, 1.0]
     """
+    if patch.is_observed():
+        _tell(name, states)
+    return _untold(name, **states)
+
+
+def _untold(name: str = "loop", /, **states: Tensor) -> Any:
+    """The same without a recording, and for torch.compile, whose graphs stay what they are."""
     values = tuple(states.values())
     if not values:
         raise InputError(must_be("the states of tap", "at least one tensor", "none", ADVICE))
-    if patch.is_observed():
-        _tell(name, states)
     return values[0] if len(values) == 1 else values
+
+
+patch.traced_as(_untold, tap)
 
 
 @patch.untraced
@@ -64,12 +75,17 @@ def _tell(name: str, states: dict[str, Tensor]) -> None:
     # a checkpoint that computes again: the tensors of its first run are those already marked
     if torch._C._current_graph_task_id() != -1:
         return
-    observers = patch.observers_here()
-    if not observers:
-        return
-    rows = _rows(name, states)
-    for observer in observers:
-        observer.saw_tap(name, states, rows, _callers_frame())
+    for observer in patch.observers_here():
+        missed = functools.partial(observer.missed_tap, name)
+        guarded(Point.TAP, missed, _show, observer, name, states)
+
+
+def _show(observer: patch.Observer, name: str, states: dict[str, Tensor]) -> None:
+    hidden = why_hidden()
+    if hidden:
+        observer.did_not_see(name, hidden)
+    elif states:
+        observer.saw_tap(name, states, _rows(name, states), _callers_frame())
 
 
 def _callers_frame() -> FrameType:
@@ -139,10 +155,12 @@ class Taps:
         self, end: End, states: dict[str, Tensor], place: Place, mark: Mark, frame: FrameType
     ) -> bool:
         """Whether these states come from those of the last tap; if so, how is put on the mark."""
-        if end.place.parts != place.parts or len(end.place.like) != len(place.like):
+        if end.place.parts != place.parts:
             return False
         if self.marks.by_graph(end, place, mark):
             return True
+        if len(end.place.like) != len(place.like):
+            return False
         if not _by_value(end, states, place, mark, frame):
             return False
         self.marks.without_graph(end, place, mark)
@@ -200,6 +218,8 @@ def _saved(place: Place, since: int) -> list[Tensor]:
         return []
     found = []
     for node in Between(list(place.edges.values()), set(), since).seen:
+        if is_hooked(node):  # it would run somebody's code
+            continue
         for name in dir(node):
             if not name.startswith("_saved_"):
                 continue

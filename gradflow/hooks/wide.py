@@ -26,101 +26,174 @@ from gradflow.recording import Operator
 
 MEMORY = 2**28  # bytes of graphs for pushing that are kept, and of matrices written out after all
 WRITING = 2.0  # predicted seconds up to which matrices are written out after all
-SPEED, CALL = 5e9, 2e-4  # multiplications a second, and seconds of one vector however small
+# predicted: multiplications a second; seconds of each number on the way, of one vector however small
+SPEED, PASS, CALL = 1.2e10, 1e-9, 1e-4
 AGREED = 64  # units of rounding of the terms, within which pushing and pulling must agree
 
 
-@dataclass(eq=False)
+MOVED = (
+    "a batch that shrinks, grows or is reordered while its states are too wide to be written out, of "
+    "which that is not followed; ask for all their entries with gradflow.record(model, jacobians=True)"
+)
+
+
+class Moved(NotReadable):
+    """The sequences of a wide state are others than those before."""
+
+
+Push = Callable[[Tensor], Tensor]  # of every row of (B, m, S)
+
+
 class WideStep:
-    """One step of all B sequences, or its transpose where the last states are turned in order.
+    """One step of all B sequences, in the place of a dense (B, S, S) matrix A; this one is 0."""
 
-    It stands where a dense (B, S, S) matrix would: `pull` maps rows u to Aᵀ u, `push` v to A v.
-    """
-
-    tape: Tape | None  # None: the matrix is 0
-    order: Tensor | None = None  # (S,) a permutation: this is A[order][:, order] of the tape's A
-
-    @property
-    def batch(self) -> int:
-        """B, 0 where any will do."""
-        return 0 if self.tape is None else len(self.tape.like)
-
-    def like(self, dtype: torch.dtype) -> Tensor:
-        """A tensor of the dtype in which it computes; of the given one where it is 0."""
-        return torch.zeros(0, dtype=dtype) if self.tape is None else self.tape.like
+    batch = 0  # B; 0 where any number of sequences will do
+    seconds = 0.0  # predicted, of one vector of every sequence
+    bytes = 0  # of what is kept to push
+    dtype: torch.dtype | None = None  # in which it computes; None: in that of the block
 
     def pull(self, block: Tensor) -> Tensor:
         """Aᵀ of every row of (B, m, S), in the block's dtype."""
-        if self.tape is None:
-            return torch.zeros_like(block)
-        found = self.tape.pull(self._into(block).to(self.tape.like.dtype))
-        return self._out_of(found.to(block.dtype))
+        return torch.zeros_like(block)
 
-    def push(self, block: Tensor, graph: tuple[Tensor, Tensor] | None) -> Tensor:
-        """A of every row of (B, m, S); graph is what `Tape.transposed` made of the tape."""
-        if self.tape is None:
-            return torch.zeros_like(block)
-        found = self.tape.push(self._into(block).to(self.tape.like.dtype), graph)
-        return self._out_of(found.to(block.dtype))
+    def pusher(self) -> Push:
+        """What gives A of every row of (B, m, S), in the block's dtype.
 
-    def turned(self, order: Tensor) -> WideStep:
-        """With the states in another order."""
-        return WideStep(self.tape, order if self.order is None else self.order[order])
-
-    def _into(self, block: Tensor) -> Tensor:
-        if self.order is None:
-            return block
-        turned = torch.empty_like(block)
-        turned[..., self.order] = block
-        return turned
-
-    def _out_of(self, block: Tensor) -> Tensor:
-        return block if self.order is None else block[..., self.order]
+        Raises:
+            RecordingError: an operation of the step has no second derivative.
+        """
+        return torch.zeros_like
 
 
-@dataclass(eq=False)
-class GivenStep(WideStep):
-    """A step of a wide loop that is known in another way: step t of an operator over all sequences."""
+class TapedStep(WideStep):
+    """A step whose operations were written down."""
 
-    operator: Operator | None = None
-    t: int = 0
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return 0 if self.operator is None else self.operator.batch
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.batch, self.dtype = len(tape.like), tape.like.dtype
+        self.seconds = tape.work / SPEED + tape.numbers * PASS
+        self.bytes = tape.numbers * tape.like.element_size()
 
     def pull(self, block: Tensor) -> Tensor:
         """Aᵀ of every row of (B, m, S)."""
-        assert self.operator is not None
-        return self.operator.pull(self.t, block.to(self.operator.dtype)).to(block.dtype)
+        return self.tape.pull(block.to(self.dtype)).to(block.dtype)
 
-    def push(self, block: Tensor, graph: tuple[Tensor, Tensor] | None) -> Tensor:
-        """A of every row of (B, m, S)."""
-        assert self.operator is not None
-        return self.operator.push(self.t, block.to(self.operator.dtype)).to(block.dtype)
+    def pusher(self) -> Push:
+        """A of every row, by the gradient of what is pulled."""
+        graph = transposed(self.tape)
+        return lambda block: self.tape.push(block.to(self.dtype), graph).to(block.dtype)
 
 
-@dataclass(eq=False)
+class TurnedStep(WideStep):
+    """A[order][:, order] of another step: the states in another order."""
+
+    def __init__(self, step: WideStep, order: Tensor) -> None:
+        self.step, self.order, self.back = step, order, order.argsort()
+        self.batch, self.dtype = step.batch, step.dtype
+        self.seconds, self.bytes = step.seconds, step.bytes
+
+    def pull(self, block: Tensor) -> Tensor:
+        """Aᵀ of every row of (B, m, S)."""
+        return self.step.pull(block[..., self.back])[..., self.order]
+
+    def pusher(self) -> Push:
+        """A of every row."""
+        push = self.step.pusher()
+        return lambda block: push(block[..., self.back])[..., self.order]
+
+
+class MaskedStep(WideStep):
+    """A step that is 0 for some sequences."""
+
+    def __init__(self, step: WideStep, dead: Tensor) -> None:
+        self.step, self.dead = step, dead.view(-1, 1, 1)
+        self.batch, self.dtype = len(dead), step.dtype
+        self.seconds, self.bytes = step.seconds, step.bytes
+
+    def pull(self, block: Tensor) -> Tensor:
+        """Aᵀ of every row of (B, m, S)."""
+        return self.step.pull(block).masked_fill(self.dead, 0.0)
+
+    def pusher(self) -> Push:
+        """A of every row."""
+        push = self.step.pusher()
+        return lambda block: push(block).masked_fill(self.dead, 0.0)
+
+
+class LedStep(WideStep):
+    """K A + R: a step A and what then becomes of its states, into which those before it go as well.
+
+    The tape pulls u to (Kᵀ u, Rᵀ u) side by side, or to Kᵀ u alone; then R is diagonal, or 0. For the
+    sequences that are cut it is A itself.
+    """
+
+    def __init__(self, step: WideStep, tape: Tape, rest: Tensor | None, cut: Tensor) -> None:
+        self.step, self.tape, self.rest, self.cut = step, tape, rest, cut.view(-1, 1, 1)
+        self.batch, self.dtype = len(tape.like), tape.like.dtype
+        self.seconds = step.seconds + tape.work / SPEED + tape.numbers * PASS
+        self.bytes = step.bytes + tape.numbers * tape.like.element_size()
+
+    def pull(self, block: Tensor) -> Tensor:
+        """Aᵀ Kᵀ + Rᵀ of every row of (B, m, S)."""
+        size = block.shape[2]
+        found = self.tape.pull(block.to(self.dtype)).to(block.dtype)
+        kept = torch.where(self.cut, block, found[..., :size])
+        return self.step.pull(kept) + self._rest(block, found[..., size:])
+
+    def _rest(self, block: Tensor, beside: Tensor) -> Tensor:
+        if self.rest is not None:
+            beside = block * self.rest.unsqueeze(1).to(block.dtype)
+        return beside.masked_fill(self.cut, 0.0) if beside.shape[2] else torch.zeros_like(block)
+
+    def pusher(self) -> Push:
+        """K A + R of every row."""
+        first, graph = self.step.pusher(), transposed(self.tape)
+
+        def push(block: Tensor) -> Tensor:
+            moved = first(block)
+            both = torch.cat([moved, block], 2) if self._both(block) else moved
+            found = self.tape.push(both.to(self.dtype), graph).to(block.dtype)
+            if self.rest is not None:
+                found = found + block * self.rest.unsqueeze(1).to(block.dtype)
+            return torch.where(self.cut, moved, found)
+
+        return push
+
+    def _both(self, block: Tensor) -> bool:
+        return self.tape.width > block.shape[2]
+
+
+class GivenStep(WideStep):
+    """A step of a wide loop that is known in another way: step t of an operator over all sequences."""
+
+    def __init__(self, operator: Operator, t: int) -> None:
+        self.operator, self.t = operator, t
+        self.batch, self.dtype = operator.batch, operator.dtype
+        self.seconds = operator.batch * operator.size**2 / SPEED
+
+    def pull(self, block: Tensor) -> Tensor:
+        """Aᵀ of every row of (B, m, S)."""
+        return self.operator.pull(self.t, block.to(self.dtype)).to(block.dtype)
+
+    def pusher(self) -> Push:
+        """A of every row."""
+        return lambda block: self.operator.push(self.t, block.to(self.dtype)).to(block.dtype)
+
+
 class ThroughStep(WideStep):
-    """M where the first of two states of one width is a factor of each unit of the second."""
+    """M where the first of two states of one width is a factor (B, S/2) of each unit of the second."""
 
-    through: Tensor | None = None  # (B, S/2)
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return 0 if self.through is None else len(self.through)
+    def __init__(self, through: Tensor) -> None:
+        self.through, self.batch = through, len(through)
 
     def pull(self, block: Tensor) -> Tensor:
         """Mᵀ of every row of (B, m, S)."""
-        assert self.through is not None
         first, _ = block.chunk(2, dim=2)
         moved = first * self.through.unsqueeze(1).to(block.dtype)
         return torch.cat([torch.zeros_like(first), moved], dim=2)
 
 
-def wide_step(step: Step, constants: Constants, number: int) -> WideStep:
+def wide_step(step: Step, constants: Constants, number: int) -> TapedStep:
     """The tape of a step that was found in the user's graph.
 
     Args:
@@ -130,15 +203,15 @@ def wide_step(step: Step, constants: Constants, number: int) -> WideStep:
             others at the next; the first ones ask for all.
 
     Raises:
-        NotReadable: an operation is not to be read, too much would be kept, or sequences mix.
+        NotReadable: an operation is not to be read, too much would be kept, sequences mix, or are
+            in another order than before.
         Incomplete: the new states depend on more than the states before.
     """
     beside: list[Tensor] = []
 
     def linear(seed: Tensor) -> Tensor:
-        row, more = step.before.gathered(
-            step.between.pull(step.now.seeds(seed, list(step.now.parts)))
-        )
+        seeds = step.now.seeds(seed, list(step.now.parts))
+        row, more = step.before.gathered(step.between.pull(seeds, differentiable=True))
         beside.extend(more)
         return row
 
@@ -147,8 +220,9 @@ def wide_step(step: Step, constants: Constants, number: int) -> WideStep:
     if any(bool((grad != 0).any()) for grad in beside):
         raise Incomplete("a state that depends on another result of what made those before it")
     if _mixes(tape, number):
-        raise step.mixed()
-    return WideStep(tape)
+        step.find_rows()
+        raise Moved(MOVED)
+    return TapedStep(tape)
 
 
 def _mixes(tape: Tape, number: int) -> bool:
@@ -158,20 +232,20 @@ def _mixes(tape: Tape, number: int) -> bool:
     without, and the other way round.
     """
     batch, device = len(tape.like), tape.like.device
-    bits = (batch - 1).bit_length()
     every = torch.arange(batch, device=device)
-    asked = range(bits) if number <= 1 else [number % bits] if bits else []
-    for bit in asked:
-        for side in (0, 1):
-            chosen = (every >> bit & 1) == side
-            seed = probe_of(tape.like).masked_fill(~chosen.unsqueeze(1), 0.0)
-            there = tape.pull(seed.unsqueeze(1))[~chosen]
-            if bool(((there != 0) & there.isfinite()).any()):
-                return True
+    asked = [(bit, side) for bit in range((batch - 1).bit_length()) for side in (0, 1)]
+    if number > 1 and asked:
+        asked = [asked[number % len(asked)]]
+    for bit, side in asked:
+        chosen = (every >> bit & 1) == side
+        seed = probe_of(tape.like).masked_fill(~chosen.unsqueeze(1), 0.0)
+        there = tape.pull(seed.unsqueeze(1))[~chosen]
+        if bool(((there != 0) & there.isfinite()).any()):
+            return True
     return False
 
 
-def wide_within(place: Place, constants: Constants) -> WideStep | None:
+def wide_within(place: Place, constants: Constants) -> TapedStep | None:
     """M of `gradflow.hooks.dense.within`, ∂(a state)/∂(another state of the same step), as a tape.
 
     None where no state is made from another.
@@ -194,7 +268,7 @@ def wide_within(place: Place, constants: Constants) -> WideStep | None:
         return total
 
     with torch.autocast(place.like.device.type, enabled=False):
-        return WideStep(Tape.of(linear, probe_of(place.like), constants))
+        return TapedStep(Tape.of(linear, probe_of(place.like), constants))
 
 
 def pulled(
@@ -237,15 +311,13 @@ class Wide:
     sequences: Tensor  # (n,)
     size: int
     lengths: Tensor | None = None  # (n,) past which the matrices are 0
-    _graphs: dict[int, tuple[Tensor, Tensor] | None] = field(default_factory=dict, repr=False)
+    _pushers: dict[int, Push] = field(default_factory=dict, repr=False)
     _whole: int = 0  # B
 
     def __post_init__(self) -> None:
-        tapes = [step.tape for step in self.steps if step is not None and step.tape is not None]
-        known = [step.batch for step in self.steps if step is not None]
-        self._whole = max(known, default=0) or len(self.sequences)
-        each = max((tape.numbers * tape.like.element_size() for tape in tapes), default=0)
-        self._keeps = each * len(tapes) <= MEMORY
+        known = [step for step in self.steps if step is not None]
+        self._whole = max((step.batch for step in known), default=0) or len(self.sequences)
+        self._keeps = sum(step.bytes for step in known) <= MEMORY
 
     @property
     def length(self) -> int:
@@ -260,8 +332,7 @@ class Wide:
     @property
     def seconds(self) -> float:
         """Predicted seconds of one vector of every sequence through one step."""
-        every = [s.tape.work for s in self.steps if s is not None and s.tape is not None]
-        return max(every, default=0.0) / SPEED + CALL
+        return max((s.seconds for s in self.steps if s is not None), default=0.0) + CALL
 
     @property
     def is_cheap(self) -> bool:
@@ -270,28 +341,29 @@ class Wide:
         numbers = each * self.size * len(self.sequences)
         return each * self.seconds <= WRITING and numbers * self._itemsize() <= MEMORY
 
+    @property
+    def _own_dtype(self) -> torch.dtype:
+        every = [step.dtype for step in self.steps if step is not None and step.dtype is not None]
+        return max(every, key=lambda dtype: dtype.itemsize, default=self.dtype)
+
     def _itemsize(self) -> int:
-        return max((s.tape.like.element_size() for s in self.steps if s and s.tape), default=8)
+        return self._own_dtype.itemsize
 
     def written(self) -> list[Tensor]:
         """The matrices themselves, (n, S, S) each, in the dtype of the steps."""
-        size, found = self.size, []
-        for t, step in enumerate(self.steps):
-            like = torch.zeros(0, dtype=self.dtype) if step is None else step.like(self.dtype)
-            eye = torch.eye(size, dtype=like.dtype, device=self.sequences.device)
-            found.append(self.pull(t, eye.expand(self.batch, -1, -1)).contiguous())
-        return found
+        eye = torch.eye(self.size, dtype=self._own_dtype, device=self.sequences.device)
+        whole = eye.expand(self.batch, -1, -1)
+        return [self.pull(t, whole).contiguous() for t in range(self.length)]
 
     def push(self, t: int, block: Tensor) -> Tensor:
         """Map every row v of block (B, m, S) to A_t v."""
         step = self.steps[t]
         if step is None:
             return self._real(t, block)
-
-        def run(whole: Tensor) -> Tensor:
-            return step.push(whole, self._graph(t, step))
-
-        return self._real(t, _of_all(run, step, block, self._chosen()))
+        push = self._pushers.get(t) or step.pusher()
+        if self._keeps:
+            self._pushers[t] = push
+        return self._real(t, _of_all(push, step, block, self._chosen()))
 
     def pull(self, t: int, block: Tensor) -> Tensor:
         """Map every row u of block (B, m, S) to A_tᵀ u."""
@@ -310,37 +382,39 @@ class Wide:
             return block
         return block.masked_fill((t >= self.lengths).view(-1, 1, 1), 0.0)
 
-    def _graph(self, t: int, step: WideStep) -> tuple[Tensor, Tensor] | None:
-        if t in self._graphs:
-            return self._graphs[t]
-        if step.tape is None:
-            return None
-        try:
-            made = step.tape.transposed()
-        except (NotReadable, RuntimeError) as error:  # an operation without a second derivative
-            raise RecordingError(
-                f"its step Jacobians are not known: vectors cannot be pushed through its step "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-        _hold_together(step.tape, made)
-        if self._keeps:
-            self._graphs[t] = made
-        return made
+
+def transposed(tape: Tape) -> tuple[Tensor, Tensor] | None:
+    """A graph to push with, held against pulling.
+
+    Raises:
+        RecordingError: an operation has no second derivative, or the two do not agree.
+    """
+    try:
+        made = tape.transposed()
+        agree = _agree(tape, made)
+    except (NotReadable, RuntimeError) as error:
+        raise RecordingError(
+            "its step Jacobians are not known: vectors cannot be pushed through its step "
+            f"({str(error).splitlines()[0]}); have them written out with jacobians=True, or use "
+            "another operation"
+        ) from error
+    if not agree:
+        raise RecordingError(
+            "its step Jacobians are not known: vectors pushed through its step and pulled through it "
+            "do not agree, so an operation of it hides what it depends on"
+        )
+    return made
 
 
-def _hold_together(tape: Tape, graph: tuple[Tensor, Tensor] | None) -> None:
-    """⟨u, A v⟩ = ⟨Aᵀ u, v⟩ of every sequence, or a sentence: an operation that is not linear in u."""
+def _agree(tape: Tape, graph: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether ⟨u, A v⟩ = ⟨Aᵀ u, v⟩ of every sequence: not so where an operation is not linear in u."""
     if graph is None:
-        return
+        return True
     u = probe_of(tape.like)
-    v = u.flip(1)
+    v = probe_of(tape.like.new_zeros(len(u), tape.width)).flip(1)
     there, back = tape.push(v.unsqueeze(1), graph)[:, 0], tape.pull(u.unsqueeze(1))[:, 0]
     eps = torch.finfo(tape.coarsest).eps * tape.like.shape[1] ** 0.5
     left, right = (u * there).sum(1), (back * v).sum(1)
     size = (u * there).abs().sum(1) + (back * v).abs().sum(1)
     apart = (left - right).abs() > AGREED * eps * size
-    if bool((apart & size.isfinite()).any()):
-        raise RecordingError(
-            "its step Jacobians are not known: vectors pushed through its step and pulled through it "
-            "do not agree, so an operation of it hides what it depends on"
-        )
+    return not bool((apart & size.isfinite()).any())

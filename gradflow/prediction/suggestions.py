@@ -11,7 +11,7 @@ from gradflow.analyzer.evidence import number
 from gradflow.analyzer.reading import readings
 from gradflow.hooks.rerun import KEEPING, Change, rerun
 from gradflow.prediction.outcome import helps, measured
-from gradflow.recording import Recording
+from gradflow.recording import Recording, Track
 
 MOST = 2  # predictions shown for a layer
 SHARE = 16  # of the budgets of `analyze` that a prediction for a report may use, as 1/SHARE
@@ -30,7 +30,8 @@ def with_predictions(
     other layer is tried with W_hh multiplied by a = e^(−p), p being the gain over the span per step,
     which would undo it in a linear layer, and by a e^(−p′), p′ being what the first try left. Layers
     are changed together. Nothing is tried where the loss reads the wrong steps, which no weight mends,
-    nor where it would take more than a few seconds, and then the provenance says so.
+    where the weights that ran are no parameters of the module, nor where it would take more than a few
+    seconds, and then the provenance says so.
     """
     read = readings(recording)
     ill = [
@@ -39,6 +40,7 @@ def with_predictions(
         if layer.verdict in ("vanishing", "exploding")
         and layer.name in recording.tracks
         and not read[layer.name].amiss
+        and _can_be_set(recording[layer.name], _first_trial(layer)[0])
     ]
     share = SHARE * max(1, len(ill))
     seconds = 2 * sum(brief_seconds(recording[layer.name], layer.span, share) for layer in ill)
@@ -67,6 +69,12 @@ def with_predictions(
                 trials[name] = _next_trial(*trials[name], after)
     layers = {layer.name: replace(layer, predictions=_best(tried[layer.name])) for layer in ill}
     return replace(analysis, layers={**analysis.layers, **layers})
+
+
+def _can_be_set(track: Track, remedy: str) -> bool:
+    """Whether the weight that a remedy changes is a parameter that the user could change."""
+    weight = "bias_ih" if remedy == "forget_bias" and "bias_ih" in track.weights else "weight_hh"
+    return weight not in track.foreign
 
 
 def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:

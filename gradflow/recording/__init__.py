@@ -18,6 +18,7 @@ from gradflow.recording.source import (
     ThinOperator,
 )
 from gradflow.recording.track import GATES, Track
+from gradflow.recording.unseen import Unseen
 
 __all__ = [
     "GATES",
@@ -31,5 +32,6 @@ __all__ = [
     "Source",
     "ThinOperator",
     "Track",
+    "Unseen",
     "matches_any",
 ]

@@ -8,6 +8,7 @@ from html import escape
 
 from gradflow.errors import RecordingError
 from gradflow.recording.track import Track
+from gradflow.recording.unseen import Unseen
 
 SHOWN = 12  # tracks of a repr that fits a screen
 
@@ -31,6 +32,7 @@ class Recording:
         self.model_name = model_name
         self.notes: list[str] = []  # sentences for the report: settings that shape the numbers
         self.provenance: dict[str, object] = {}
+        self.unseen: tuple[Unseen, ...] = ()  # recurrences that are in no track
         self._tracks: dict[str, Track] = {}
         self.empty_reason = "nothing ran inside the block yet"
 

@@ -34,6 +34,7 @@ class Track:
     cuts: Tensor  # (T, B) true where no previous state arrives
     weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies; stock cells only
     source: Source = field(repr=False)  # where its numbers come from, when they are read
+    foreign: frozenset[str] = frozenset()  # weights that were computed or given, no parameters
     training: bool = True  # whether its module was in training mode
     batch_first: bool = False  # how the layer itself was given its input
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
@@ -440,6 +441,36 @@ class Track:
         """
         source = self.source.alone()
         return None if source is None else replace(self, source=source, loop="", _cache={})
+
+    def changed(
+        self, *, forget_bias: float = 0.0, scale_hh: float = 1.0, scale_ih: float = 1.0
+    ) -> Track:
+        """The recorded calls run again with changed weights of this layer: no gradient, new gains.
+
+        Args:
+            forget_bias: added to the pre-activation of an LSTM's f, of a GRU's z.
+            scale_hh: what W_hh is multiplied by.
+            scale_ih: what W_ih is multiplied by, as if the layer read so much of its input.
+
+        Returns:
+            A track of the same layer with its new states, gates, weights and step Jacobians.
+
+        Raises:
+            RecordingError: it cannot be run again, in words.
+
+        >>> import torch, gradflow
+        >>> rnn = torch.nn.RNN(1, 1, nonlinearity="relu", bias=False)
+        >>> for weight in rnn.parameters():
+        ...     _ = torch.nn.init.constant_(weight, 0.5)
+        >>> with gradflow.record(rnn) as recording:
+        ...     rnn(torch.ones(3, 1, 1))[0].sum().backward()
+        >>> recording["l0"].changed(scale_hh=2.0).h.flatten().tolist()
+        [0.5, 1.0, 1.5]
+        """
+        source, weights = self.source.changed(
+            forget_bias=forget_bias, scale_hh=scale_hh, scale_ih=scale_ih
+        )
+        return replace(self, source=source, weights=weights, _cache={})
 
     @property
     def first_step_seen(self) -> bool:

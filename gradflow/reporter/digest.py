@@ -54,6 +54,7 @@ def summary(analysis: Analysis) -> dict[str, Any]:
         "layers": [_layer(layer) for layer in analysis],
         "findings": [asdict(finding) for finding in top_findings(analysis, len(analysis.findings))],
         "warnings": list(analysis.warnings),
+        "unseen": [asdict(one) for one in analysis.unseen],
         "provenance": dict(analysis.provenance),
     }
     return strict(made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from gradflow.analysis import FRAMES, Analysis
@@ -100,7 +101,7 @@ def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
 def _part(analysis: Analysis, names: list[str]) -> Analysis:
     """The analysis of some layers only, in the order they ran."""
     layers = {name: layer for name, layer in analysis.layers.items() if name in names}
-    return Analysis(analysis.title, layers, analysis.warnings, analysis.provenance)
+    return replace(analysis, layers=layers)
 
 
 # ------------------------------------------------------------------------------------- the writers

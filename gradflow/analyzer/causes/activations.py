@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradflow.analysis import Finding
 from gradflow.analyzer.activity import CANDIDATES, sigmoid_and_other
-from gradflow.analyzer.causes.remedies import MAJORITY, calmer_input, identity
+from gradflow.analyzer.causes.remedies import MAJORITY, calmer, identity
 from gradflow.analyzer.census import SATURATED
 from gradflow.analyzer.evidence import Evidence, over_sequences
 
@@ -24,6 +24,7 @@ def saturated_activations(e: Evidence) -> Iterator[Finding]:
         share = over_sequences(flat, e.track)
         if not share.value > MOST:
             continue
+        advice, code = calmer(e, "scale the inputs or the weights down, or add layer normalisation")
         often = int((flat[e.track.mask.cpu()].mean(0) > MOST).sum())
         yield Finding(
             name="saturated-activations",
@@ -36,8 +37,8 @@ def saturated_activations(e: Evidence) -> Iterator[Finding]:
             high=share.high,
             threshold=MOST,
             basis=MAJORITY,
-            advice="scale the inputs or the weights down, or add layer normalisation",
-            code=calmer_input(e),
+            advice=advice,
+            code=code,
             source="Pascanu et al. 2013",
         )
 
@@ -69,6 +70,7 @@ def idle_units(e: Evidence) -> Iterator[Finding]:
         threshold=MOST,
         basis=MAJORITY,
         source="Le et al. 2015",
-        advice="start from an identity recurrent matrix and zero biases, or lower the learning rate",
+        advice="start from an identity recurrent matrix and zero biases, and train again, with a lower "
+        "learning rate",
         code=identity(e),
     )

@@ -16,7 +16,15 @@ from gradflow.analyzer.activity import (
     over_all,
     sigmoid_and_other,
 )
-from gradflow.analyzer.causes.remedies import BAND, MAJORITY, calmer_input, chrono
+from gradflow.analyzer.causes.remedies import (
+    BAND,
+    FOREIGN,
+    MAJORITY,
+    calmer,
+    chrono,
+    foreign_biases,
+    own,
+)
 from gradflow.analyzer.causes.walls import FEW
 from gradflow.analyzer.census import KEEPERS
 from gradflow.analyzer.evidence import Evidence, number, over_sequences
@@ -41,10 +49,14 @@ def forget_gates(e: Evidence) -> Iterator[Finding]:
         where=_shut("f", "closed, below", forget, e),
         **_scale(e, pace),
         basis=BAND,
-        source="Tallec & Ollivier 2018",
-        advice="draw the forget biases from the range of distances in the task (chrono "
-        "initialisation); of the two bias vectors, which add up, set one to zero",
+        source="" if foreign_biases(e) else "Tallec & Ollivier 2018",
         code=chrono(e),
+        advice=FOREIGN
+        if foreign_biases(e)
+        else (
+            "draw the forget biases from the range of distances in the task (chrono initialisation) and "
+            "train again; of the two bias vectors, which add up, set one to zero"
+        ),
     )
 
 
@@ -64,10 +76,14 @@ def update_gates(e: Evidence) -> Iterator[Finding]:
         where=_shut("z", "below", update, e),
         **_scale(e, pace),
         basis=BAND,
-        source="Tallec & Ollivier 2018",
-        advice="draw the update biases from the range of distances in the task (chrono "
-        "initialisation), so that units keep their state; of the two bias vectors set one to zero",
+        source="" if foreign_biases(e) else "Tallec & Ollivier 2018",
         code=chrono(e),
+        advice=FOREIGN
+        if foreign_biases(e)
+        else (
+            "draw the update biases from the range of distances in the task (chrono initialisation), so "
+            "that units keep their state, and train again; of the two bias vectors set one to zero"
+        ),
     )
 
 
@@ -129,13 +145,12 @@ def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
         if name in e.track.weights
     )
     if not bias < math.log(CLOSED / (1 - CLOSED)):
-        return (
-            "scale the inputs or the weights down, or add layer normalisation",
-            calmer_input(e),
-        )
+        return calmer(e, "scale the inputs or the weights down, or add layer normalisation", gate)
+    if not all(own(e, name) for name in ("bias_ih", "bias_hh")):
+        return "change what makes its biases: they are no parameters of its own", ""
     first, last = block * e.track.hidden, (block + 1) * e.track.hidden
     return (
-        f"set its biases to 0: they average {number(bias)}, which alone shuts it",
+        f"set its biases to 0, and train again: they average {number(bias)}, which alone shuts it",
         "\n".join(
             f"{e.parameter(name)}.data[{first}:{last}] = 0.0" for name in ("bias_ih", "bias_hh")
         ),

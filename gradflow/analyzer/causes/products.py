@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gradflow.analysis import Finding, Rate
-from gradflow.analyzer.causes.remedies import BAND, calmer_input, orthogonal, shrunk
+from gradflow.analyzer.causes.remedies import BAND, calmer, orthogonal, shrunk
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.rates import rate_over_sequences
 
@@ -24,7 +24,7 @@ def weights_contract(e: Evidence) -> Iterator[Finding]:
     yield replace(
         _finding(e, "weights-contract", weight, activation),
         threshold=-e.band,
-        advice="start the recurrent weights orthogonal: then they shrink nothing",
+        advice="start the recurrent weights orthogonal, then they shrink nothing, and train again",
         source="Arjovsky et al. 2016",
         code=orthogonal(e),
     )
@@ -37,13 +37,17 @@ def activations_contract(e: Evidence) -> Iterator[Finding]:
         return
     if activation.value == -math.inf:
         return  # `dead` says so
+    advice, code = calmer(
+        e,
+        "smaller inputs or biases keep the activations where they are steep; larger recurrent weights "
+        "would only flatten them further",
+    )
     yield replace(
         _finding(e, "activations-contract", weight, activation),
         threshold=-e.band,
-        advice="smaller inputs or biases keep the activations where they are steep; larger recurrent "
-        "weights would only flatten them further",
+        advice=advice,
         source="Pascanu et al. 2013",
-        code=calmer_input(e),
+        code=code,
     )
 
 
@@ -52,12 +56,15 @@ def weights_expand(e: Evidence) -> Iterator[Finding]:
     weight, activation = _factors(e)
     if e.verdict.name != "exploding" or not weight.value > e.band:
         return
+    code = shrunk(e, math.exp(-e.gain.pace))
     yield replace(
         _finding(e, "weights-expand", weight, activation),
         threshold=e.band,
-        advice="shrink the recurrent weights until the growth is gone",
+        advice="shrink the recurrent weights until the growth is gone"
+        if code
+        else "start the recurrent weights smaller, and train again",
         source="Pascanu et al. 2013",
-        code=shrunk(e, math.exp(-e.gain.pace)),
+        code=code,
     )
 
 

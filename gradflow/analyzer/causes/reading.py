@@ -48,17 +48,14 @@ _OPENINGS: dict[str, Callable[[Evidence], str]] = {
     reading.ONE_SEQUENCE: lambda e: (
         f"gets a gradient from one of its {e.track.batch} sequences only, the {_which(e)}"
     ),
-    reading.PACKED_ROWS: lambda e: (
-        f"gets a gradient from {_share(e)} only, the longest: of the others the loss reads padding"
-    ),
+    reading.PACKED_ROWS: lambda e: f"gets a gradient from {_share(e)} only, the longest",
     reading.FIRST_STEP: lambda e: (
         "is read at its first step only, so "
         + ("its recurrence is not trained" if e.reading.still else "next to no time is crossed")
     ),
     reading.AFTER_END: lambda e: (
-        f"is read {counted(e.reading.padding, 'step')} of padding behind the last real one (median)"
-        if e.reading.padding
-        else f"is read after their end in {_share(e)}"
+        f"is read behind the end of {_share(e)}, "
+        f"{counted(e.reading.padding, 'step')} of padding on (median)"
     ),
 }
 
@@ -67,10 +64,10 @@ _HEADLINES: dict[str, Callable[[Evidence], str]] = {
     reading.ONE_SEQUENCE: lambda e: (
         f"the loss reads one sequence of {e.track.batch} only, the {_which(e)}"
     ),
-    reading.PACKED_ROWS: lambda e: f"the loss reads {_share(e)} only, of the others padding",
+    reading.PACKED_ROWS: lambda e: f"the loss reads the longest {_share(e)} only",
     reading.FIRST_STEP: lambda e: (
         "the loss reads its first step only"
-        + (": its recurrence is not trained" if e.reading.still else "")
+        + (", so its recurrence is not trained" if e.reading.still else "")
     ),
     reading.AFTER_END: lambda e: f"the loss reads padding in {_share(e)}",
 }
@@ -138,7 +135,7 @@ def _one_sequence(e: Evidence) -> Finding:
         name="reads-one-sequence",
         layer=track.name,
         message=f"only the {which} of {batch} sequences gets a gradient, and that at each of its "
-        f"{counted(steps, 'step')}: batch and time have changed places, either in the input (the "
+        f"{counted(steps, 'step')}: batch and time have changed places, it seems, either in the input (the "
         f"layer takes {taken}) or where its output is indexed",
         where=f"sequence {track.batch if which == 'last' else 1}",
         value=1.0,
@@ -150,17 +147,20 @@ def _one_sequence(e: Evidence) -> Finding:
 
 
 def _packed_rows(e: Evidence) -> Finding:
+    rows = "the loss reads rows past their end, which are zeros that no sequence has made"
     return Finding(
         name="reads-past-packed",
         layer=e.track.name,
-        message=f"only {_share(e)} get a gradient, the longest: of the others the loss reads rows past "
-        "their end, which are zeros that no sequence has made",
+        message=f"only {_share(e)} get a gradient, the longest: of the others "
+        + (rows if e.fused else "the loss reads no state"),
         where=_share(e),
         value=float(len(e.reading.sequences)),
         threshold=float(e.track.batch),
         basis="every sequence of the batch",
         advice="take the final states, which are those of each sequence's own last step",
-        code=_final_states(e, "packed"),
+        code=_final_states(e, "packed")
+        if e.fused
+        else "ended = []  # and in the loop, before the batch shrinks to b: ended.append(h[b:])",
     )
 
 

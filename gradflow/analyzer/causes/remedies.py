@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from gradflow.analyzer.activity import over_all, sigmoid_and_other
 from gradflow.analyzer.evidence import Evidence, module
+from gradflow.analyzer.tried import tried
 
 LONG = 24  # letters of a module's path that several lines need not repeat
 BAND = "one decade over the span"  # the band of the verdict's equivalence test
@@ -13,21 +14,46 @@ MAJORITY = "more than half of them"
 CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # before optimizer.step()"
 NO_BIAS = "# the layer has no bias to raise: build it with bias=True"
 NORMALISE = "x = (x - x.mean()) / x.std()"
+LARGE = 1.5  # standard deviation of an input from which on normalising it makes it smaller
+NOT_CALMER = (
+    "add layer normalisation, or use a gated cell (nn.LSTM, nn.GRU), and train it: smaller inputs alone "
+    "do not mend this batch"
+)
+
+
+FOREIGN = (
+    "change what makes its weights: it ran with weights that are no parameters of its own, so nothing "
+    "set on the module would change it"
+)
+
+
+def own(e: Evidence, name: str) -> bool:
+    """Whether a weight is the module's own parameter, so that changing it there changes the layer."""
+    return name in e.track.weights and name not in e.track.foreign
 
 
 def orthogonal(e: Evidence) -> str:
     """Start the recurrent weights of a vanilla RNN orthogonal."""
+    if not own(e, "weight_hh"):
+        return ""
     return f"torch.nn.init.orthogonal_({e.parameter('weight_hh')})"
 
 
 def identity(e: Evidence) -> str:
     """Start the recurrent weights of a vanilla RNN as the identity."""
+    if not own(e, "weight_hh"):
+        return ""
     return f"torch.nn.init.eye_({e.parameter('weight_hh')})"
 
 
 def shrunk(e: Evidence, factor: float) -> str:
-    """Multiply the recurrent weights by a factor."""
-    return f"{e.parameter('weight_hh')}.data *= {factor:.2g}"
+    """Multiply the recurrent weights by a factor, or by one of its powers, the first that helps."""
+    if not own(e, "weight_hh"):
+        return ""
+    for power in (1, 2, 4):
+        if factor**power > 0 and tried(e, scale_hh=factor**power).helps:
+            return f"{e.parameter('weight_hh')}.data *= {factor**power:.2g}"
+    return ""
 
 
 def raised_bias(e: Evidence) -> str:
@@ -38,10 +64,18 @@ def raised_bias(e: Evidence) -> str:
     return f"{e.parameter('bias_ih')}.data[{hidden}:{2 * hidden}] += 1.0"
 
 
+def foreign_biases(e: Evidence) -> bool:
+    """Whether the biases that ran, or weights without any, are no parameters of the module."""
+    names = ("bias_ih", "bias_hh") if "bias_ih" in e.track.weights else ("weight_hh",)
+    return not e.track.foreign.isdisjoint(names)
+
+
 def chrono(e: Evidence) -> str:
     """Biases log(u), u uniform in [1, span − 1]; the LSTM's input gate gets the opposite."""
     if "bias_ih" not in e.track.weights:
         return NO_BIAS
+    if foreign_biases(e):
+        return ""
     hidden, bias = e.track.hidden, e.parameter("bias_ih")
     longest = max(e.span - 1, 2)
     lines = [
@@ -56,15 +90,32 @@ def chrono(e: Evidence) -> str:
     return "\n".join(lines)
 
 
-def calmer_input(e: Evidence) -> str:
-    """Smaller inputs: of the model where it is this layer, else through the layer's own weights.
+def calmer_input(e: Evidence, opens: str = "") -> str:
+    """Smaller inputs, where they help on this batch; "" where they do not, or it was not tried.
 
-    A layer inside a model reads what others make, and the model may read tokens, which have no mean.
+    They are to open a gate, or else to bring the gain nearer to 1.
+
+    Of the model where it is this layer and reads large numbers, else through the layer's own weights:
+    a layer inside a model reads what others make, and the model may read tokens, which have no mean.
     """
     lowest = not e.fused or e.track.name.startswith("l0")
-    if "weight_ih" not in e.track.weights or (not e.track.owner and lowest):
-        return NORMALISE
-    return f"{e.parameter('weight_ih')}.data *= 0.5  # as if it read half of its input"
+    if not e.track.owner and lowest and e.track.has_inputs:
+        x = e.track.inputs[e.track.mask].double()
+        spread = float(x.std())
+        if spread > LARGE and tried(e, scale_ih=1 / spread, opens=opens).helps:
+            return NORMALISE
+    if own(e, "weight_ih"):
+        for factor in (0.5, 0.1):
+            if tried(e, scale_ih=factor, opens=opens).helps:
+                share = "half" if factor == 0.5 else "a tenth"
+                return f"{e.parameter('weight_ih')}.data *= {factor}  # as if it read {share} of its input"
+    return ""
+
+
+def calmer(e: Evidence, advice: str, opens: str = "") -> tuple[str, str]:
+    """Advice with the code of `calmer_input`, or what is left where smaller inputs do not help."""
+    code = calmer_input(e, opens)
+    return (advice, code) if code else (NOT_CALMER, "")
 
 
 def inputs_at(e: Evidence, steps: Iterable[int]) -> str:
@@ -87,40 +138,55 @@ def mean_gate(e: Evidence, gate: str) -> float:
 def _rnn(e: Evidence) -> tuple[str, str, str]:
     weight, activation = (float(value) for value in e.data["rate_factor"].values)
     if activation < weight:  # orthogonal weights would change little
-        return (
+        advice, code = calmer(
+            e,
             "bring the activations back to where they are steep: scale the inputs down, or use a "
             "gated cell (nn.LSTM, nn.GRU)",
-            "Pascanu et al. 2013",
-            calmer_input(e),
         )
+        return advice, "Pascanu et al. 2013", code
     return (
-        "start the recurrent weights orthogonal, or use a gated cell (nn.LSTM, nn.GRU)",
+        "start the recurrent weights orthogonal, or use a gated cell (nn.LSTM, nn.GRU), and train again",
         "Arjovsky et al. 2016; Le et al. 2015",
         orthogonal(e),
     )
 
 
 def _lstm(e: Evidence) -> tuple[str, str, str]:
-    return (
-        f"raise the forget gate's bias by 1: the gate's mean is {mean_gate(e, 'f'):.2f}",
-        "Jozefowicz et al. 2015",
-        raised_bias(e),
-    )
+    return _raised(e, "forget", "f", "", "Jozefowicz et al. 2015")
 
 
 def _gru(e: Evidence) -> tuple[str, str, str]:
+    kept = ", and PyTorch's z is the share of the old state that is kept"
+    return _raised(e, "update", "z", kept, "Tallec & Ollivier 2018")
+
+
+def _raised(e: Evidence, name: str, gate: str, more: str, source: str) -> tuple[str, str, str]:
+    """Raise the bias of the gate that keeps the state, if that helps on this batch."""
+    mean = f"the gate's mean is {mean_gate(e, gate):.2f}"
+    if foreign_biases(e):
+        return f"{FOREIGN}; {mean}{more}", "", ""
+    found = tried(e, forget_bias=1.0)
+    if found.helps:
+        return f"raise the {name} gate's bias by 1: {mean}{more}", source, raised_bias(e)
+    if found.why_not:
+        return (
+            f"see whether a {name} gate's bias raised by 1 helps: it was not tried here "
+            f"({found.why_not}); {mean}{more}",
+            source,
+            "print(gradflow.what_if(recording, forget_bias=1.0))",
+        )
     return (
-        f"raise the update gate's bias by 1: the gate's mean is {mean_gate(e, 'z'):.2f}, and "
-        "PyTorch's z is the share of the old state that is kept",
-        "Tallec & Ollivier 2018",
-        raised_bias(e),
+        f"train with another start of the {name} gates' biases: raised by 1 they do not bring the gain "
+        f"nearer to 1 on this batch; {mean}{more}",
+        source,
+        "",
     )
 
 
 def _any_cell(_: Evidence) -> tuple[str, str, str]:
     return (
-        "give the state a path that adds to it instead of overwriting it: a forget gate that starts "
-        "open, or recurrent weights that start orthogonal",
+        "give the state a path that adds to it instead of overwriting it, and train again: a forget "
+        "gate that starts open, or recurrent weights that start orthogonal",
         "Jozefowicz et al. 2015; Arjovsky et al. 2016",
         "",
     )

@@ -36,7 +36,7 @@ def dead(e: Evidence) -> Iterator[Finding]:
         where=share,
         value=-math.inf,
         advice="start from an identity recurrent matrix and zero biases, lower the learning rate, "
-        "or use a gated cell"
+        "or use a gated cell, and train again"
         if relu
         else "look for gates or activations that saturate to exactly 0: scale inputs and weights down",
         source="Le et al. 2015" if relu else "",
@@ -143,7 +143,8 @@ def few_channels(e: Evidence) -> Iterator[Finding]:
         threshold=float(max(1, e.size // 20)),
         basis="one direction in twenty still at 10⁻³",
         source="Engelken 2023",
-        advice="start the recurrent weights orthogonal, so that more directions keep their gradient",
+        advice="start the recurrent weights orthogonal, so that more directions keep their gradient, "
+        "and train again",
         code=orthogonal(e) if e.kind == "RNN" else "",
     )
 

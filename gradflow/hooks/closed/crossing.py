@@ -11,9 +11,8 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from gradflow.hooks.closed.parts import LEAF
 from gradflow.hooks.graph import MOST, Edge, NotReadable
-
-LEAF = 2**63  # numbers from here on are those of leaves, which were not made by an operation
 
 
 def crossing(

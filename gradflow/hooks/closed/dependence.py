@@ -1,90 +1,55 @@
 """Which calls depend on which: from the graph, never from what a model looks like.
 
-Every call of a stock layer is a knot: walks through the graph end at the tensors that a call
-returned, and go on from what that call was given. Nodes carry the numbers in which they were made,
-so a walk passes no node that is older than the first state: what lies on a path is younger than
+Every step of a part, such as a call of a stock layer, is a knot: walks through the graph end at the
+tensors that a step returned, and go on from what it was given. Nodes are numbered as they are made, so
+a walk passes no node that is older than the first state: what lies on a path is younger than
 where the path ends. An input that is given, or embedded, is left after a node or two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from gradflow.hooks.closed.parts import LEAF, MarkedPart, Seen, StockPart
 
-from gradflow.hooks.call import Call
-from gradflow.hooks.graph import Edge
-from gradflow.hooks.loops.links import End
-from gradflow.hooks.loops.stitch import Chain
+Part = StockPart | MarkedPart
 
-LEAF = 2**63  # numbers from here on are those of leaves, which were not made by an operation
 NOTHING: frozenset[Seen] = frozenset()
-
-
-@dataclass(eq=False)
-class Seen:
-    """One call of a chain, with the nodes of what it was given and returned."""
-
-    call: Call
-    chain: Chain
-    place: int  # of the call in its chain
-    edges: dict[Edge, str]  # of what it returned -> output, h_n or c_n
-    starts: list[Any]  # nodes of its initial states
-    input: Any  # node of its input, or None
-    number: int  # of its newest node; 0 without a graph
-    since: int  # of its oldest
-
-    @staticmethod
-    def of(chain: Chain, end: End, data: Tensor) -> Seen:
-        """The last call of a chain."""
-        numbers = [node._sequence_nr() for node, _ in end.edges]
-        return Seen(
-            call=end.call,
-            chain=chain,
-            place=len(chain.calls) - 1,
-            edges=end.edges,
-            starts=[edge[0] for edge in end.entry.values() if edge is not None],
-            input=data.grad_fn,
-            number=max(numbers, default=0),
-            since=min(numbers, default=0),
-        )
-
-    @property
-    def nodes(self) -> set[Any]:
-        """The nodes of what it returned."""
-        return {node for node, _ in self.edges}
 
 
 class Dependence:
     """What each of some calls, given in the order in which they were made, depends on.
 
-    A set of chains is a whole number, one bit for each.
+    A set of parts is a whole number, one bit for each.
     """
 
     def __init__(self, calls: Sequence[Seen]) -> None:
         self._owner = {node: seen for seen in calls for node, _ in seen.edges}
         self._since = min((seen.since for seen in calls if seen.edges), default=LEAF)
         self._near: dict[Any, frozenset[Seen]] = {}
-        chains = list(dict.fromkeys(seen.chain for seen in calls))
-        self.bit = {id(chain): 1 << number for number, chain in enumerate(chains)}
-        self._above: dict[int, int] = {}  # id of a call -> the chains it descends from
-        self.into: dict[int, int] = {}  # id of a call -> the chains that its input descends from
+        parts = list(dict.fromkeys(seen.part for seen in calls))
+        self.bit = {id(part): 1 << number for number, part in enumerate(parts)}
+        self._above: dict[int, int] = {}  # id of a call -> the parts it descends from
+        self.into: dict[int, int] = {}  # id of a call -> the parts that its input descends from
         feeds = dict.fromkeys(self.bit.values(), 0)
+        before: dict[int, Seen] = {}
         for seen in calls:
-            own, starts = self.bit[id(seen.chain)], self._chains(seen.starts)
-            into = self.into[id(seen)] = self._chains([] if seen.input is None else [seen.input])
+            own, starts = self.bit[id(seen.part)], self._parts(seen.starts)
+            if self._reaches_further(seen, before.get(id(seen.part))):
+                feeds[own] |= own
+            before[id(seen.part)] = seen
+            into = self.into[id(seen)] = self._parts(seen.inputs)
             self._above[id(seen)] = starts | into
             feeds[own] |= into | (starts & ~own)
         self._feeds = feeds
-        self._known = {self.bit[id(chain)]: chain for chain in chains}
+        self._known = {self.bit[id(part)]: part for part in parts}
 
-    def _chains(self, nodes: Iterable[Any]) -> int:
+    def _parts(self, nodes: Iterable[Any]) -> int:
         found = 0
         for node in nodes:
             for seen in self._nearest(node):
-                found |= self.bit[id(seen.chain)] | self._above.get(id(seen), 0)
+                found |= self.bit[id(seen.part)] | self._above.get(id(seen), 0)
         return found
 
     def _nearest(self, root: Any) -> frozenset[Seen]:
@@ -109,8 +74,30 @@ class Dependence:
             stack.pop()
         return self._near[root]
 
-    def closed(self) -> list[list[Chain]]:
-        """The chains of every closed loop: those that feed each other, or themselves by their input."""
+    def _reaches_further(self, seen: Seen, before: Seen | None) -> bool:
+        """Whether a call starts from more of its part than what the call before returned or was given."""
+        if seen.call is None or before is None or before.place != seen.place - 1:
+            return False
+        ends = before.nodes | set(before.starts)
+        stack, known = list(seen.starts), set()
+        while stack:
+            node = stack.pop()
+            if node in known or node in ends:
+                continue
+            known.add(node)
+            owner = self._owner.get(node)
+            if owner is not None:
+                if owner.part is seen.part:
+                    return True
+            elif self._since <= node._sequence_nr() < LEAF:
+                stack += [child for child, _ in node.next_functions if child is not None]
+        return False
+
+    def closed(self) -> list[list[Part]]:
+        """The parts of every closed loop: those that feed each other, or themselves by their input.
+
+        Also those whose calls start from the states of several calls ago.
+        """
         found, left = [], list(self._known)
         while left:
             one = left.pop(0)
@@ -120,6 +107,6 @@ class Dependence:
             left = [bit for bit in left if bit not in others]
         return found
 
-    def depends(self, seen: Seen, chains: Iterable[Chain]) -> bool:
-        """Whether a call's input descends from one of the chains."""
-        return any(self.into[id(seen)] & self.bit[id(chain)] for chain in chains)
+    def depends(self, seen: Seen, parts: Iterable[Part]) -> bool:
+        """Whether a call's input descends from one of the parts."""
+        return any(self.into[id(seen)] & self.bit[id(part)] for part in parts)

@@ -1,7 +1,7 @@
-"""A closed loop: its chains, and which of its calls make one step.
+"""A closed loop: its parts, and which of its calls make one step.
 
-A step of the loop goes from one call of the chain that is called least often to its next; the joint
-state at its end is what every chain returned last.
+A step of the loop goes from one call of the part that is called least often to its next; the joint
+state at its end is what every part returned last.
 """
 
 from __future__ import annotations
@@ -9,36 +9,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradflow.errors import RecordingError
-from gradflow.hooks.closed.dependence import Seen
-from gradflow.hooks.closed.source import JointSource, Member
+from gradflow.hooks.closed.parts import Member, Seen
+from gradflow.hooks.closed.source import JointSource
 from gradflow.hooks.loops.source import LoopSource
-from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.tapped import Mark
 from gradflow.hooks.wide import GivenStep, ThroughStep, WideStep
 from gradflow.recording import Backward, Operator, ThinOperator, Track
 
-State = dict[int, Seen]  # id of a chain -> its last call
+State = dict[int, Seen]  # id of a part -> its last step
 
 
 @dataclass(eq=False)
 class ClosedLoop:
     """What is known of one closed loop."""
 
-    chains: list[Chain]
+    parts: list[Any]  # StockPart or MarkedPart
     source: JointSource
-    depending: set[int] = field(default_factory=set)  # ids of calls whose input descends from it
+    # id of a part and place of a step whose input descends from the loop
+    depending: set[tuple[int, int]] = field(default_factory=set)
     own: bool = False  # the state is that of one layer, which is judged under its own name
     track: Track | None = None  # of the joint state of several
     unknown: str = ""  # why there is no joint state
     read: dict[int, tuple[Tensor | WideStep, Tensor]] = field(
         default_factory=dict
     )  # own: call -> A, cut
-    anchor: Chain | None = None
+    anchor: Any = None
     ended: State = field(default_factory=dict)  # the joint state at the end of what was read
     slots: list[tuple[tuple[int, ...], object]] | None = None  # shape, dtype of what else crosses
     begun: bool = False
@@ -46,19 +47,24 @@ class ClosedLoop:
     @property
     def holder(self) -> str:
         """The path of the module that holds all its layers; "" for the model itself."""
-        paths = [chain.calls[0].owner.split(".")[:-1] for chain in self.chains]
+        paths = [part.path.split(".")[:-1] for part in self.parts]
         levels = zip(*paths, strict=False)
         return ".".join(names[0] for names in takewhile(lambda n: len(set(n)) == 1, levels))
 
     def how(self) -> str:
         """How much of it is closed, in words."""
-        calls = sum(len(chain.calls) for chain in self.chains)
-        owners = dict.fromkeys(chain.calls[0].owner or "the model" for chain in self.chains)
+        owners = dict.fromkeys(part.path or "the model" for part in self.parts)
         over = f"the loop over {' and '.join(owners)} is closed"
-        if len(self.chains) > 1:
+        if len(self.parts) > 1:
             return f"{over}: each depends on what the others returned"
-        some = len(self.depending)
-        return f"{over}: at {some} of {calls} calls its input depends on its own earlier states"
+        if not self.depending and self.source.one_system:
+            return f"{over}: each of its sequences depends on others"
+        if not self.depending:
+            return f"{over}: its steps depend on more of its past than the states before"
+        return (
+            f"{over}: at {len(self.depending)} of {self.parts[0].count} calls its input depends on its "
+            "own earlier states"
+        )
 
     # -- what the tracks of its layers read ----------------------------------------------------
 
@@ -94,7 +100,7 @@ class ClosedLoop:
         """
         source = self._joint(part)
         if not self.own or source is None or self.why():
-            raise self.refuse(self._member(part).track)
+            raise self.refuse(self._member(part).part.track_name(part.layer), stock=True)
         found = source.operator(dtype, sequences)
         if part.loop.why_no_operator():
             return found
@@ -126,7 +132,7 @@ class ClosedLoop:
 
     def _mark_own(self, part: LoopSource) -> None:
         """One mark per call: as read from the graph, in closed form where the input is given."""
-        source, chain = self.source, self.chains[0]
+        source, chain = self.source, self.parts[0].chain
         if len(source.marks) == len(chain.calls) or not chain.calls:
             return
         member = source.members[0]
@@ -157,24 +163,28 @@ class ClosedLoop:
                 if closed_form is None:
                     mark.unknown = reason
                 elif wide:
-                    mark.jacobian = GivenStep(None, operator=closed_form, t=place)
+                    mark.jacobian = GivenStep(closed_form, place)
                 else:
                     eye = torch.eye(closed_form.size, dtype=torch.float64, device=cut.device)
                     rows = closed_form.push(place, eye.expand(chain.batch, -1, -1))
                     mark.jacobian = rows.mT
             source.marks.append(mark)
-            source.ends.append({id(chain): place})
+            source.ends.append({id(self.parts[0]): place})
 
-    def refuse(self, name: str) -> RecordingError:
+    def refuse(self, name: str, *, stock: bool = False) -> RecordingError:
         """Why a track of the loop has no step Jacobians, or none of its own."""
-        alone = f"recording[{name!r}].alone has those of the layer with its inputs held fixed"
+        alone = f"; recording[{name!r}].alone has those of the layer with its inputs held fixed"
+        return RecordingError(f"{name}: {self.instead()}{alone if stock else ''}")
+
+    def instead(self) -> str:
+        """What to say in place of the step Jacobians of one of its parts."""
         reason = self.why()
         if reason:
-            return RecordingError(f"{name}: {self.how()}, and {reason}; {alone}")
+            return f"{self.how()}, and {reason}"
         assert self.track is not None
-        return RecordingError(
-            f"{name}: it is a part of {self.track.name}, a closed loop that is judged as one; read "
-            f"recording[{self.track.name!r}]; {alone}"
+        return (
+            f"it is a part of {self.track.name}, a closed loop that is judged as one; read "
+            f"recording[{self.track.name!r}]"
         )
 
     def why(self) -> str:
@@ -206,7 +216,7 @@ def _within(part: LoopSource, place: int, *, wide: bool) -> Tensor | WideStep:
     )[place][0]
     width = through.shape[1]
     if wide:
-        return ThroughStep(None, through=through)
+        return ThroughStep(through)
     found = through.new_zeros(len(through), 2 * width, 2 * width)
     found[:, :width, width:] = torch.diag_embed(through)
     return found
@@ -242,18 +252,18 @@ class OwnThin(OwnOperator):
 def states_of(calls: Sequence[Seen], loop: ClosedLoop) -> list[State]:
     """The joint states of a loop, from its calls in the order in which they were made."""
     if loop.anchor is None:
-        order = list(dict.fromkeys(seen.chain for seen in calls))
-        count = {id(c): sum(seen.chain is c for seen in calls) for c in order}
-        loop.anchor = min(order, key=lambda chain: count[id(chain)])
+        order = list(dict.fromkeys(seen.part for seen in calls))
+        count = {id(part): sum(seen.part is part for seen in calls) for part in order}
+        loop.anchor = min(order, key=lambda part: count[id(part)])
     found: list[State] = []
     current: State = dict(loop.ended)
     begun = bool(loop.ended)
     for seen in calls:
-        if seen.chain is loop.anchor:
-            if begun and len(current) == len(loop.chains):
+        if seen.part is loop.anchor:
+            if begun and len(current) == len(loop.parts):
                 found.append(dict(current))
             begun = True
-        current[id(seen.chain)] = seen
-    if begun and len(current) == len(loop.chains):
+        current[id(seen.part)] = seen
+    if begun and len(current) == len(loop.parts):
         found.append(current)
     return found

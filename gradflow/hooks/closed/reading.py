@@ -14,13 +14,13 @@ from torch import Tensor
 
 from gradflow.hooks.closed.crossing import crossing
 from gradflow.hooks.closed.loops import ClosedLoop, State
-from gradflow.hooks.closed.source import Member
-from gradflow.hooks.closed.standing import Standing, View, view_of_tensor, views_of_call
+from gradflow.hooks.closed.parts import MarkedPart, Seen
+from gradflow.hooks.closed.standing import Standing, View, view_of_tensor
 from gradflow.hooks.dense import Step, within
 from gradflow.hooks.graph import Between, Edge, NotReadable
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tape import Constants
-from gradflow.hooks.tapped import WIDEST, Mark
+from gradflow.hooks.tapped import TAPPED, WIDEST, Mark
 from gradflow.hooks.wide import WideStep, wide_step, wide_within
 
 MORE = (
@@ -30,6 +30,7 @@ MORE = (
 BATCHES = "its parts run with different numbers of sequences, or its batch changes between steps"
 NO_GRAPH = "some of its steps ran without a graph; run the whole loop with gradients enabled"
 LATE = "a backward in the middle of it freed what its later steps depend on"
+NOT_A_STATE = "depends on more of the past"  # of a marked loop that was read step by step
 NO_BATCH = "something without a batch axis goes around it"
 
 
@@ -94,25 +95,28 @@ class Reading:
     @property
     def batches(self) -> set[int]:
         """The numbers of sequences of its parts."""
-        return {int(s.call.h0.shape[1]) for state in self.states for s in state.values()}
+        return {seen.batch for state in self.states for seen in state.values()}
+
+    def _aligned(self, number: int) -> list[Edge | None]:
+        """What crosses after a step, at the places of the slots."""
+        edges = self.extras[number]
+        nothing: list[Edge | None] = [None] * (len(self.slots) - len(edges))
+        whole = [n for n, each in enumerate(self.extras) if len(each) == len(self.slots)]
+        return [*nothing, *edges] if whole and number > whole[0] else [*edges, *nothing]
 
     def place(self, number: int, *, one: bool) -> Standing:
         """Where the state at the end of a step stands."""
         views: dict[Edge, list[View]] = {}
         rows: dict[str, Tensor] = {}
         state = self.states[number]
-        for chain in self.loop.chains:
-            seen = state[id(chain)]
-            members = [m for m in self.loop.source.members if m.chain is chain]
-            views |= views_of_call(seen.call, seen.edges, [m.names for m in members])
-            for member in members:
-                rows |= returned_by(seen.call, member)
+        for part in self.loop.parts:
+            seen = state[id(part)]
+            members = [m for m in self.loop.source.members if m.part is part]
+            views |= seen.views(members)
+            rows |= seen.rows(members)
         batch = len(next(iter(rows.values())))
         for edge, name, (shape, dtype) in zip(
-            [*self.extras[number], *[None] * len(self.slots)],
-            self.loop.source.extras,
-            self.slots,
-            strict=False,
+            self._aligned(number), self.loop.source.extras, self.slots, strict=True
         ):
             view = view_of_tensor(name, shape, batch)
             if view is None:
@@ -125,17 +129,26 @@ class Reading:
 
 
 def _slots(extras: Sequence[Sequence[Edge]]) -> list[tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of what crosses besides the states, if that settles after the first steps."""
+    """Shape and dtype of what crosses besides the states, youngest first, if that settles.
+
+    There may be less of it at first, as nothing old is there yet, and at last, as nothing reads what
+    is young any more.
+    """
     kinds = [[_kind(edge) for edge in edges] for edges in extras]
-    if not kinds:
+    full = max(kinds, key=len, default=[])
+    settled = [number for number, known in enumerate(kinds) if len(known) == len(full)]
+    if not full:
         return []
-    last = kinds[-1]
-    settled = next((n for n, known in enumerate(kinds) if known == last), len(kinds))
-    fits = all(known == last for known in kinds[settled:])
-    fits = fits and all(known == last[: len(known)] for known in kinds[:settled])
-    if not fits or (settled and settled + 1 >= len(kinds)):
+    first, last = settled[0], settled[-1]
+    fits = (
+        len(settled) == last - first + 1 > 1
+        and all(kinds[number] == full for number in settled)
+        and all(known == full[: len(known)] for known in kinds[:first])
+        and all(known == full[len(full) - len(known) :] for known in kinds[last + 1 :])
+    )
+    if not fits:
         raise NotReadable(MORE)
-    return last
+    return full
 
 
 def _at_the_end(before: Sequence[Edge], found: set[Edge], since: int) -> list[Edge]:
@@ -155,15 +168,6 @@ def _kind(edge: Edge) -> tuple[tuple[int, ...], Any]:
     return tuple(int(size) for size in known.shape), known.dtype
 
 
-def returned_by(call: Any, member: Member) -> dict[str, Tensor]:
-    """Joint name -> what a call returned as a state of one layer, (B, width)."""
-    found = {}
-    for state, name in member.names.items():
-        key = "c_n" if state == "c" else "h_n"
-        found[name] = call.returned[key][member.layer]
-    return found
-
-
 def read(reading: Reading, ask: Ask, *, one: bool) -> list[tuple[Standing, Mark]]:
     """A mark for every joint state, with the Jacobian of the step that led to it.
 
@@ -174,10 +178,9 @@ def read(reading: Reading, ask: Ask, *, one: bool) -> list[tuple[Standing, Mark]
     found: list[tuple[Standing, Mark]] = []
     for number in range(len(reading.states)):
         place = reading.place(number, one=one)
-        first = next(iter(reading.states[number].values())).call
         mark = Mark(
             states=_values(reading, number, one=one),
-            grad_enabled=first.grad_enabled,
+            grad_enabled=True,
             differentiable=True,
             cut=torch.zeros(len(place.like), dtype=torch.bool, device=place.like.device),
         )
@@ -202,7 +205,7 @@ def step_between(
     between = Between(roots, before.nodes, before.since)
     if not between.reached:
         size = now.like.shape[1]
-        zero = WideStep(None) if wide else now.like.new_zeros(len(now.like), size, size)
+        zero = WideStep() if wide else now.like.new_zeros(len(now.like), size, size)
         return zero, torch.ones(len(now.like), dtype=torch.bool, device=now.like.device)
     step = Step(before, now, between)
     if wide:
@@ -216,12 +219,43 @@ def _values(reading: Reading, number: int, *, one: bool) -> dict[str, Tensor]:
     rows: dict[str, Tensor] = {}
     state = reading.states[number]
     for member in reading.loop.source.members:
-        rows |= returned_by(state[id(member.chain)].call, member)
+        rows |= state[id(member.part)].rows([member])
     batch = len(next(iter(rows.values())))
     for name, (shape, dtype) in zip(reading.loop.source.extras, reading.slots, strict=True):
         like = next(iter(rows.values()))
         rows[name] = like.new_zeros(batch, torch.Size(shape).numel() // batch, dtype=dtype)
     return {name: row.reshape(1, -1) if one else row for name, row in rows.items()}
+
+
+def carries_more(part: MarkedPart, steps: Sequence[Seen]) -> bool:
+    """Whether a marked loop carries more than its states, as far as its own reading does not tell.
+
+    Its steps were read one by one as they came, each looked at back to the states two steps before.
+    What is older than those, and comes in beside them, is seen here alone.
+    """
+    marks = part.source.marks
+    if part.source.mixed or not part.even:
+        return False
+    if any(mark.unknown for mark in marks):
+        reasons = {mark.unknown for mark in marks if mark.unknown}
+        return any(NOT_A_STATE in reason or "mixes the sequences" in reason for reason in reasons)
+    steps = [seen for seen in steps if seen.number]
+    if len(steps) < 3:
+        return False
+    nodes = {node for seen in steps for node in seen.nodes}
+    ends = [seen.number for seen in steps]
+    for number, edges in enumerate(crossing(nodes, nodes, ends)[1:], start=1):
+        old = {edge for edge in edges if edge[0]._sequence_nr() <= ends[number - 1]}
+        if old - set(steps[number].edges):
+            return True
+    return False
+
+
+def note_more(part: MarkedPart) -> None:
+    """Say on the last mark of a tapped loop that it carries more, unless something is said already."""
+    mark = part.source.marks[-1]
+    if not any(mark.unknown for mark in part.source.marks):
+        mark.unknown = f"a state that {NOT_A_STATE} than the states before it, so {TAPPED.more}"
 
 
 def in_words(error: NotReadable) -> str:

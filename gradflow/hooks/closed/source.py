@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks.call import Call
+from gradflow.hooks.closed.parts import Member, StockPart
 from gradflow.hooks.closed.standing import Standing
-from gradflow.hooks.loops.loop import Loop
+from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.tapped import Mark, TapSource, Words
 from gradflow.recording import Backward, Forward, Parity
@@ -29,24 +29,15 @@ CLOSED = Words(
 )
 
 
-@dataclass(frozen=True)
-class Member:
-    """One layer of the calls of one chain, as a part of the joint state."""
-
-    chain: Chain
-    loop: Loop
-    layer: int
-    names: dict[str, str]  # h, c -> its name in the joint state
-    track: str  # name of its own track
-
-
 @dataclass(eq=False)
 class JointSource(TapSource):
     """The joint state of a closed loop, one mark per step."""
 
     cell: str = "loop"
     members: list[Member] = field(default_factory=list)
-    ends: list[dict[int, int]] = field(default_factory=list)  # of each mark: id of chain -> call
+    ends: list[dict[int, int]] = field(
+        default_factory=list
+    )  # of each mark: id of a part -> its step
     extras: list[str] = field(default_factory=list)  # states that no call returned
     one_system: int = 0  # the number of sequences where all of them are one state
     _filled: tuple[int, int] = (-1, -1)
@@ -59,9 +50,12 @@ class JointSource(TapSource):
     @property
     def version(self) -> int:
         """How many backwards reached the loop."""
-        chains = {id(m.chain): m.chain for m in self.members}.values()
-        tasks = self.graph_tasks.union(*(call.graph_tasks for c in chains for call in c.calls))
-        return len(tasks)
+        return len(self.graph_tasks.union(*(part.tasks for part in self.parts)))
+
+    @property
+    def parts(self) -> list[Any]:
+        """What the loop is made of."""
+        return list({id(member.part): member.part for member in self.members}.values())
 
     def listen_at(self, mark: Mark, place: Standing) -> list[RemovableHandle]:
         """Add up the gradients that reach what no call returned; calls are listened to already."""
@@ -75,12 +69,10 @@ class JointSource(TapSource):
     def _at(self, mark: Mark, output: int, view: Any) -> Any:
         def catch(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[output]
-            if grad is not None:
-                self.second_order |= torch.is_grad_enabled()
-                self.graph_tasks.add(torch._C._current_graph_task_id())
+            if grad is not None and self._counts(grad):
                 self._add(mark, view.name, view.take(grad.detach()) / self.scale())
 
-        return catch
+        return Hook(Point.GRADIENT, self.lose, catch)
 
     def _add(self, mark: Mark, name: str, rows: Tensor) -> None:
         rows = rows.reshape(mark.states[name].shape)
@@ -94,14 +86,13 @@ class JointSource(TapSource):
         if self._filled == stamp:
             return
         self._filled = stamp
-        self.second_order |= any(
-            call.second_order for member in self.members for call in member.chain.calls
-        )
+        self.lost = self.lost or next((part.lost for part in self.parts if part.lost), "")
+        self.batched |= any(part.batched for part in self.parts)
         for mark, ends in zip(self.marks, self.ends, strict=True):
             for member in self.members:
-                call = member.chain.calls[ends[id(member.chain)]]
+                step = ends[id(member.part)]
                 for state, name in member.names.items():
-                    grad = _arrived(call, member.layer, state)
+                    grad = member.part.arrived(step, member.layer, state)
                     mark.grads.pop(name, None)
                     if grad is not None:
                         self._add(mark, name, grad)
@@ -140,13 +131,15 @@ class JointSource(TapSource):
 
     def totals_of(self, member: Member) -> dict[str, Tensor] | None:
         """State -> total gradient at the end of every step of the loop, (T, B, width)."""
-        scans = member.loop.scans(member.layer)
+        if not isinstance(member.part, StockPart):
+            return None  # what reaches the marks is the total
+        loop, parts = member.part.loop, member.part.chain.layout.parts
+        scans = loop.scans(member.layer)
         if scans is None:
             return None
-        parts = member.chain.layout.parts
-        last = [int(parts[ends[id(member.chain)]].ends[0]) for ends in self.ends]
+        last = [int(parts[ends[id(member.part)]].ends[0]) for ends in self.ends]
         return {
-            state: member.loop.in_time([scan.grads[state] for _, scan in scans])[last]
+            state: loop.in_time([scan.grads[state] for _, scan in scans])[last]
             for state in member.names
         }
 
@@ -158,8 +151,14 @@ class JointSource(TapSource):
             return self._split(torch.stack(self._direct()))[name]
 
     def member_of(self, chain: Chain, layer: int) -> Member:
-        """The part of the joint state that one layer of a chain is."""
-        return next(m for m in self.members if m.chain is chain and m.layer == layer)
+        """The piece of the joint state that one layer of a chain is."""
+        return next(
+            member
+            for member in self.members
+            if isinstance(member.part, StockPart)
+            and member.part.chain is chain
+            and member.layer == layer
+        )
 
     # -- one loss step alone -----------------------------------------------------------------
 
@@ -167,11 +166,7 @@ class JointSource(TapSource):
         """Whether the gradients of one loss step can be told: not inside fused stacks or chunks."""
         if self.one_system:
             return False
-        return all(
-            call.layers == 1 and member.chain.sizes[place] == 1
-            for member in self.members
-            for place, call in enumerate(member.chain.calls)
-        )
+        return all(part.layers == 1 and set(part.sizes) == {1} for part in self.parts)
 
     def reached(self) -> Tensor | None:
         """(T, B): where the loss reaches the loop, or None."""
@@ -195,20 +190,24 @@ class JointSource(TapSource):
             columns[name] = slice(start, start + state.shape[1])
             start += state.shape[1]
         for member in self.members:
-            if "c" not in member.names or member.chain.calls[0].c_is_total:
+            part = member.part
+            if not isinstance(part, StockPart) or "c" not in member.names:
+                continue
+            if part.chain.calls[0].c_is_total:
                 continue
             through = self._through_h(member, rows[..., columns[member.names["h"]]], sequences)
             rows[..., columns[member.names["c"]]] += through.to(rows.dtype)
         return rows
 
     def _through_h(self, member: Member, at_h: Tensor, sequences: Tensor) -> Tensor:
-        """What gradients at h, (T, m, n, P), bring to c through h = o ⊙ tanh c; (T, m, n, H)."""
-        groups = member.loop.groups
-        each = member.loop.per_call(
+        """What gradients at h, (T, n, m, P), bring to c through h = o ⊙ tanh c; (T, n, m, H)."""
+        assert isinstance(member.part, StockPart)
+        groups = member.part.loop.groups
+        each = member.part.loop.per_call(
             [g.replay.steps(member.layer, 0).through for g in groups]  # type: ignore[attr-defined]
         )
-        calls = [ends[id(member.chain)] for ends in self.ends]
-        through = torch.cat([each[place] for place in calls])[:, sequences].unsqueeze(1)
+        calls = [ends[id(member.part)] for ends in self.ends]
+        through = torch.cat([each[place] for place in calls])[:, sequences].unsqueeze(2)
         weight = groups[0].replay.steps(member.layer, 0).weight_hr  # type: ignore[attr-defined]
         if weight is not None:
             at_h = at_h @ weight.to(at_h.dtype)
@@ -223,14 +222,11 @@ class JointSource(TapSource):
                 f", and as its {self.one_system} sequences depend on one another (messages between "
                 "the nodes of a graph, statistics over the batch) they are one system"
             )
-        sizes = {size for member in self.members for size in member.chain.sizes}
+        sizes = {size for part in self.parts for size in part.sizes}
         if sizes != {1}:
             held += f"; one step of it is one call, of up to {max(sizes)} steps of the layer"
         if self.extras:
-            held += (
-                f"; {' and '.join(self.extras)}: something that no recurrent layer returned, whose "
-                "values were not seen"
-            )
+            held += f"; {', '.join(self.extras)}: returned by no recurrent layer, values not seen"
         reason = self.why_no_operator()
         return [held] + ([f"its step Jacobians are not known: {reason}"] if reason else [])
 
@@ -242,17 +238,3 @@ class JointSource(TapSource):
         """Why there is no gradient here, and what to do."""
         self.fill()
         return super().why_no_gradient()
-
-
-def _arrived(call: Call, layer: int, state: str) -> Tensor | None:
-    """What reached a state of one call, (B, width), as the graph has it, or None."""
-    if state == "c":
-        grad = call.grads.get("c_n")
-        return None if grad is None else grad[layer]
-    found = call.grads.get("h_n")
-    total = None if found is None else found[layer]
-    output = call.grads.get("output")
-    if output is not None and layer == call.layers - 1:
-        last = output.select(1 if call.batch_first and not call.single else 0, -1)
-        total = last if total is None else total + last
-    return total

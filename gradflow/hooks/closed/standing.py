@@ -158,3 +158,16 @@ def view_of_tensor(name: str, shape: tuple[int, ...], batch: int) -> View | None
             lambda t: t.transpose(0, 1).reshape(batch, -1),
         )
     return None
+
+
+def view_in_place(place: Place, state: str, name: str) -> View:
+    """A marked state, which lies in its tensor as its place says."""
+    part, edge = place.parts[state], place.edges[state]
+
+    def put(rows: Tensor) -> Tensor:
+        before = rows.new_zeros(len(rows), part.start)
+        after = rows.new_zeros(len(rows), place.like.shape[1] - part.stop)
+        seed = torch.cat([before, rows, after], dim=1)
+        return place.seeds(seed, [state])[0][1]
+
+    return View(name, put, take=lambda tensor: place.gathered({edge: tensor})[0][:, part])

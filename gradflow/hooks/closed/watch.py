@@ -6,34 +6,38 @@ came through is decided when the block ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks.call import Call
-from gradflow.hooks.closed.dependence import Dependence, Seen
+from gradflow.hooks.closed.dependence import Dependence
 from gradflow.hooks.closed.given import GivenInputs
 from gradflow.hooks.closed.loops import ClosedLoop, State, states_of
+from gradflow.hooks.closed.parts import MarkedPart, Member, Seen, StockPart
 from gradflow.hooks.closed.reading import (
     BATCHES,
     LATE,
     WHY_NOT,
     Ask,
     Reading,
+    carries_more,
     in_words,
+    note_more,
     read,
     step_between,
 )
-from gradflow.hooks.closed.source import JointSource, Member
-from gradflow.hooks.dense import Mixed
+from gradflow.hooks.closed.source import JointSource
+from gradflow.hooks.dense import Mixed, Place
 from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.loops.links import End
-from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.stitch import Chain
+from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.recording import Recording, Track
+
+TAP = "tap"  # the cell of a loop that is tapped
 
 
 class Owner(Protocol):
@@ -56,6 +60,7 @@ class ClosedLoops:
         self.ask = Ask(owner.jacobians)
         self.loops: list[ClosedLoop] = []
         self.given = GivenInputs()
+        self._parts: dict[int, Any] = {}  # id of a chain or of a source -> the part
         self._calls: list[Seen] = []
         self._fresh = False
         self._loss: list[Any] = []
@@ -65,9 +70,20 @@ class ClosedLoops:
     def saw(self, chain: Chain, end: End, data: Tensor) -> None:
         """One more call of a chain."""
         if torch._C._current_graph_task_id() == -1:
-            self._calls.append(Seen.of(chain, end, data))
+            part = self._parts.get(id(chain))
+            if part is None:
+                part = self._parts[id(chain)] = StockPart(chain)
+            self._calls.append(Seen.of_call(part, end, data))
             self._fresh = True
             self.given.saw(chain, end, data)
+
+    def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None:
+        """One more step of a loop that marks its states."""
+        part = self._parts.get(id(source))
+        if part is None:
+            part = self._parts[id(source)] = MarkedPart(source, track)
+        self._calls.append(Seen.of_mark(part, place, mark))
+        self._fresh = True
 
     def decide(self, roots: Sequence[Tensor] = ()) -> None:
         """Look at all calls that came since, while the graph is whole.
@@ -78,15 +94,21 @@ class ClosedLoops:
             return
         self._fresh = False
         self._loss = [root.grad_fn for root in roots if root.grad_fn is not None]
-        chains = {id(seen.chain) for seen in self._calls if seen.place}
-        calls = [seen for seen in self._calls if id(seen.chain) in chains]
+        dropped = {id(part) for part in self._parts.values() if self._is_dropped(part)}
+        several = {id(seen.part) for seen in self._calls if seen.place} - dropped
+        calls = in_order([seen for seen in self._calls if id(seen.part) in several])
+        whole = {id(part) for part in self._parts.values() if self._is_whole(part, calls)}
+        calls = [seen for seen in calls if id(seen.part) not in whole]
         dependence = Dependence(calls)
         closed = dependence.closed()
+        known = [part for parts in closed for part in parts]
+        every = dict.fromkeys(seen.part for seen in calls if isinstance(seen.part, MarkedPart))
+        closed += [[part] for part in every if part not in known]
         for loop in self.loops:  # now over more than was thought
-            if any(set(loop.chains) < set(chains) for chains in closed):
+            if any(set(loop.parts) < set(parts) for parts in closed):
                 loop.unknown = loop.unknown or LATE
-        for several in closed:
-            self._take_up(several, calls, dependence)
+        for parts in closed:
+            self._take_up(parts, calls, dependence)
         self._prune()
         self._loss = []
 
@@ -96,7 +118,7 @@ class ClosedLoops:
         self.given.close()
         nodes = [node for seen in self._calls for node in seen.nodes]
         for seen in self._calls:
-            seen.edges, seen.starts, seen.input = {}, [], None
+            seen.edges, seen.starts, seen.inputs, seen.mark = {}, [], [], None
         for loop in self.loops:
             loop.ended = {}
         self._calls.clear()
@@ -105,21 +127,59 @@ class ClosedLoops:
         while nodes:
             nodes.pop()
 
+    def unread(self, why: str) -> None:
+        """The graph was not looked at as a whole: what is closed among what came since is not known."""
+        self._fresh = False
+        for seen in self._calls:
+            if seen.place:
+                seen.part.leave_unread(why)
+        for loop in self.loops:
+            loop.unknown = loop.unknown or why
+
+    def leave(self, concerned: Callable[[Chain], bool], why: str) -> None:
+        """Forget calls that were not recorded as a whole; a loop they are part of has no joint state."""
+        self._calls = [seen for seen in self._calls if not is_of(seen.part, concerned)]
+        for loop in self.loops:
+            if not any(is_of(part, concerned) for part in loop.parts):
+                continue
+            loop.unknown = loop.unknown or why
+            for track in (track for part in loop.parts for track in part.tracks):
+                track.loop = ""
+
     def _prune(self) -> None:
         """Of every chain its last call is enough to tell what the next one depends on."""
-        last = {id(seen.chain): seen for seen in self._calls}
+        last = {id(seen.part): seen for seen in self._calls}
         kept = {id(seen) for seen in last.values()}
         kept |= {id(seen) for loop in self.loops for seen in loop.ended.values()}
         self._calls = [seen for seen in self._calls if id(seen) in kept]
 
+    def _is_dropped(self, part: Any) -> bool:
+        """Whether a loop over a cell turned out to be none."""
+        marked = isinstance(part, MarkedPart)
+        return marked and part.track not in self.owner.recording.tracks.values()
+
+    def _is_whole(self, part: Any, calls: Sequence[Seen]) -> bool:
+        """Whether a marked loop is read by itself: its states are all that it carries, or it is tapped.
+
+        In a tapped loop the states are what the user says; that there are more is said, not mended.
+        """
+        if not isinstance(part, MarkedPart) or part.closed is not None:
+            return False
+        more = carries_more(part, [seen for seen in calls if seen.part is part])
+        if more and part.source.cell == TAP:
+            note_more(part)
+        return not more or part.source.cell == TAP
+
     # -- one loop ----------------------------------------------------------------------------
 
-    def _take_up(self, chains: list[Chain], calls: Sequence[Seen], dependence: Dependence) -> None:
-        loop = next((known for known in self.loops if set(known.chains) == set(chains)), None)
+    def _take_up(self, parts: list[Any], calls: Sequence[Seen], dependence: Dependence) -> None:
+        loop = next((known for known in self.loops if set(known.parts) == set(parts)), None)
         if loop is None:
-            loop = self._begin(chains)
-        mine = [seen for seen in calls if seen.chain in chains]
-        loop.depending |= {id(s.call) for s in mine if dependence.depends(s, chains)}
+            loop = self._begin(parts)
+        mine = [seen for seen in calls if seen.part in parts]
+        loop.depending |= {
+            (id(seen.part), seen.place) for seen in mine if dependence.depends(seen, parts)
+        }
         if loop.unknown:
             return
         old = {id(seen) for seen in loop.ended.values()}
@@ -137,16 +197,18 @@ class ClosedLoops:
             self._read(loop, states, {node for seen in mine for node in seen.nodes})
         except NotReadable as error:
             loop.unknown = in_words(error)
+            if loop.source.marks:
+                loop.source.marks[-1].unknown = loop.unknown
         loop.ended = states[-1]
         loop.begun = True
 
-    def _begin(self, chains: list[Chain]) -> ClosedLoop:
-        source = JointSource(self.owner.scale, members=_members(chains))
-        loop = ClosedLoop(chains, source)
-        if any(chain.closed is not None for chain in chains):
+    def _begin(self, parts: list[Any]) -> ClosedLoop:
+        source = JointSource(self.owner.scale, members=_members(parts))
+        loop = ClosedLoop(parts, source)
+        if any(part.closed is not None for part in parts):
             loop.unknown = LATE
-        for chain in chains:
-            chain.closed = loop
+        for part in parts:
+            part.closed = loop
         self.loops.append(loop)
         return loop
 
@@ -162,7 +224,7 @@ class ClosedLoops:
         elif reading.slots:
             raise NotReadable(LATE)  # what crossed at the backward was not known then
         one = bool(source.one_system)
-        if len(reading.batches) > 1 or not all(chain.layout.even for chain in loop.chains):
+        if len(reading.batches) > 1 or not all(part.even for part in loop.parts):
             raise NotReadable(BATCHES)
         try:
             if loop.own:
@@ -183,24 +245,24 @@ class ClosedLoops:
     def _read_own(self, loop: ClosedLoop, reading: Reading) -> None:
         """The steps of one layer whose input descends from it; all others are in closed form."""
         before = reading.place(0, one=False)
-        chain = loop.chains[0]
+        part = loop.parts[0]
         if not self.ask.wants:
             raise NotReadable(WHY_NOT)
         for number, state in enumerate(reading.states[1:], start=1):
-            seen = state[id(chain)]
+            seen = state[id(part)]
             now = reading.place(number, one=False)
-            if id(seen.call) in loop.depending:
+            if (id(part), seen.place) in loop.depending:
                 loop.read[seen.place] = step_between(before, now, self.ask, number)
             before = now
         for place, (_, cut) in loop.read.items():
-            for track in chain.tracks:
+            for track in part.tracks:
                 track.cuts[place] = cut
                 track.read_anew()
 
     def _add(self, loop: ClosedLoop, state: State, mark: Any) -> None:
         source = loop.source
         source.marks.append(mark)
-        source.ends.append({id(chain): state[id(chain)].place for chain in loop.chains})
+        source.ends.append({id(part): state[id(part)].place for part in loop.parts})
         batch, device = len(mark.cut), mark.cut.device
         if loop.track is None:
             loop.track = Track(
@@ -220,14 +282,14 @@ class ClosedLoops:
             base = loop.holder or "loop"
             self.owner.add_track(f"{base}.loop" if base in known else base, loop.track)
             source.name = loop.track.name
-            for chain in loop.chains:
-                for part in chain.tracks:
-                    part.loop = source.name
+            for part in loop.parts:
+                for each in part.tracks:
+                    each.loop = source.name
             return
         track, steps = loop.track, len(source.marks)
         track.cuts = torch.cat([track.cuts, mark.cut.unsqueeze(0)])
         track.lengths = torch.full_like(track.lengths, steps)
-        lengths = loop.chains[0].real
+        lengths = loop.parts[0].real
         if lengths is not None and not source.one_system:
             source.lengths = lengths
             track.lengths = torch.minimum(track.lengths, lengths.to(device))
@@ -235,35 +297,36 @@ class ClosedLoops:
         track.read_anew()
 
 
+def in_order(calls: Sequence[Seen]) -> list[Seen]:
+    """As they were made: the first step of a cell of one's own is told of at its second."""
+    numbers, newest = [], 0
+    for seen in calls:
+        newest = max(newest, seen.number)
+        numbers.append(seen.number or newest)
+    return [calls[place] for place in sorted(range(len(calls)), key=numbers.__getitem__)]
+
+
+def is_of(part: StockPart | MarkedPart, concerned: Callable[[Chain], bool]) -> bool:
+    """Whether a part is a chain that is concerned."""
+    return isinstance(part, StockPart) and concerned(part.chain)
+
+
 def _is_one_layer(loop: ClosedLoop) -> bool:
     """Whether the joint state is that of one layer at every step, so that its track can hold it."""
-    if len(loop.chains) > 1 or loop.chains[0].calls[0].layers > 1:
+    part = loop.parts[0]
+    if len(loop.parts) > 1 or not isinstance(part, StockPart) or part.layers > 1:
         return False
-    chain = loop.chains[0]
-    around = any(link is not None and (link.around is not None) for link in chain.links)
-    return set(chain.sizes) == {1} and not around
+    around = any(link is not None and link.around is not None for link in part.chain.links)
+    return set(part.sizes) == {1} and not around
 
 
-def _members(chains: list[Chain]) -> list[Member]:
-    """Every layer of every chain, with the names of its states in the joint state."""
+def _members(parts: list[Any]) -> list[Member]:
+    """Every layer of every part, with the names of its states in the joint state."""
     found = []
-    single = len(chains) == 1 and chains[0].calls[0].layers == 1
-    for chain in chains:
-        loop = Loop(chain)
-        for layer, name in enumerate(_layer_names(chain.calls[0])):
-            track = next((t.name for t in chain.tracks if _layer_of(t) == layer), name)
-            states = ["h"] if chain.calls[0].c0 is None else ["h", "c"]
-            names = {state: state if single else f"{track}.{state}" for state in states}
-            found.append(Member(chain, loop, layer, names, track))
+    single = len(parts) == 1 and parts[0].layers == 1
+    for part in parts:
+        for layer in range(part.layers):
+            track = part.track_name(layer)
+            names = {s: s if single else f"{track}.{s}" for s in part.states(layer)}
+            found.append(Member(part, layer, names))
     return found
-
-
-def _layer_names(call: Call) -> list[str]:
-    if call.single:
-        return [call.owner or "cell"]
-    path = f"{call.owner}." if call.owner else ""
-    return [f"{path}l{layer}" for layer in range(call.layers)]
-
-
-def _layer_of(track: Track) -> int:
-    return int(getattr(track.source, "layer", 0))

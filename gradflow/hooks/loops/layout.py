@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradflow.hooks.call import Call
 from gradflow.hooks.loops.links import Link
+from gradflow.recording import Track
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,17 @@ class Layout:
 
     def add(self, call: Call, link: Link | None) -> Part:
         """Go on with one more call."""
-        lengths = _steps_of(call)
-        sequences = self._sequences(len(lengths), link)
+        return self.join(_steps_of(call), _extent(call), None if link is None else link.rows)
+
+    def join(self, lengths: Tensor, extent: int = 1, rows: Tensor | None = None) -> Part:
+        """Go on with steps of (b,) lengths; rows as in `Link`."""
+        sequences = self._sequences(len(lengths), rows)
         begins = sequences < 0
         fresh = int(begins.sum())
         if fresh:
             sequences[begins] = torch.arange(self.batch, self.batch + fresh)
             self.totals = torch.cat([self.totals, torch.zeros(fresh, dtype=torch.long)])
-        part = Part(sequences, self.totals[sequences], lengths, _extent(call), begins)
+        part = Part(sequences, self.totals[sequences], lengths, extent, begins)
         self.totals[sequences] += lengths
         self.even = self.even and bool(
             len(sequences) == self.batch
@@ -72,14 +77,39 @@ class Layout:
         self.parts.append(part)
         return part
 
-    def _sequences(self, count: int, link: Link | None) -> Tensor:
-        if not self.parts or link is None:
+    def _sequences(self, count: int, rows: Tensor | None) -> Tensor:
+        if not self.parts:
             return torch.full((count,), -1, dtype=torch.long)
         before = self.parts[-1].sequences
-        if link.rows is None:
+        if rows is None:
             return before.clone()
-        rows = link.rows.cpu()
+        rows = rows.cpu()
         return torch.where(rows < 0, -1, before[rows.clamp(min=0)])
+
+    def real(self, given: Tensor | None) -> Tensor | None:
+        """(B,) the real steps of every sequence, None where all are T; given are the user's own."""
+        if given is None:
+            return None if self.even else self.totals
+        more = self.totals[len(given) :]  # some joined in later calls
+        return torch.minimum(self.totals, torch.cat([given.cpu(), more]))
+
+    def grown(self, track: Track, cut: Tensor, given: Tensor | None) -> None:
+        """Give a track the shape that it has with the last part; cut (b,) at its first step."""
+        steps, batch, real = self.steps, self.batch, self.real(given)
+        device = track.lengths.device
+        more = (0, batch - track.cuts.shape[1], 0, steps - len(track.cuts))
+        track.cuts = F.pad(track.cuts, more)
+        self.note_cut(track, len(self.parts) - 1, cut)
+        track.lengths = torch.full((batch,), steps) if real is None else real.clone()
+        track.lengths = track.lengths.to(device)
+        track.mask = torch.arange(steps, device=device).unsqueeze(1) < track.lengths
+        track.read_anew()
+
+    def note_cut(self, track: Track, place: int, cut: Tensor) -> None:
+        """Put on a track where nothing comes into a part from before it, (b,)."""
+        part, device = self.parts[place], track.cuts.device
+        cut = cut.to(device) & ~part.begins.to(device)
+        track.cuts[part.starts.to(device), part.sequences.to(device)] = cut
 
     def placed(self, arrays: dict[int, Tensor]) -> Tensor:
         """(T, B, ...) from (t, b, ...) of some calls; zero at the steps of the others."""

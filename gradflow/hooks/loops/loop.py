@@ -81,7 +81,7 @@ class Loop:
     def _scans(self, layer: int) -> list[tuple[Tensor, Scan]] | None:
         found, some = [], False
         for group in self.groups:
-            if group.call.second_order:
+            if group.call.lost:
                 return None
             scanned = group.scans.scanned("total")
             some |= scanned is not None
@@ -162,6 +162,8 @@ class Loop:
 
     def why_no_operator(self) -> str:
         """Why the step Jacobians are not known, or nothing."""
+        if self.chain.unread:
+            return self.chain.unread
         for link, size in zip(self.chain.links[1:], self.chain.sizes[:-1], strict=True):
             assert link is not None
             if link.unknown:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from gradflow.cells import Scan
-from gradflow.hooks.call import Call
+from gradflow.hooks.call import SECOND_ORDER, Call
 from gradflow.hooks.layersource import LayerSource, alone, by_loss_step
 from gradflow.hooks.loops.arrivals import Arrivals, arrivals, arrivals_at_top, reached
 from gradflow.hooks.loops.flow import Sheet, by_time, gathered, sheets
 from gradflow.hooks.loops.lags import Lags
 from gradflow.hooks.loops.loop import Loop, trimmed
 from gradflow.hooks.parity import WeightUser, WeightUses
-from gradflow.recording import Backward, Contributions, Forward, Operator, Parity
+from gradflow.hooks.unseen import ONLY_BATCHED
+from gradflow.recording import Backward, Contributions, Forward, Operator, Parity, Source
 
 SEVERITY = ("not applicable", "passed", "failed")
 
@@ -283,10 +284,23 @@ class LoopSource:
             sequences = sequences.to(self.calls[0].h0.device)
             return self.loop.operator(self.layer, dtype, sequences)
 
+    def changed(
+        self, *, forget_bias: float, scale_hh: float, scale_ih: float
+    ) -> tuple[Source, dict[str, Tensor]]:
+        """The layer run again with changed weights, and these."""
+        from gradflow.hooks.rerun import Change, changed  # which is made of these sources
+
+        return changed(self, Change(forget_bias, scale_hh, scale_ih))
+
+    def _lost(self) -> str:
+        return next((call.lost for call in self.calls if call.lost), "")
+
     def parity(self) -> Parity:
         """See `WeightUses.check`; the worst of all groups of calls."""
-        if any(call.second_order for call in self.calls):
-            reason = "a backward with create_graph=True came through the layer"
+        lost = self._lost()
+        if lost:
+            create_graph = "a backward with create_graph=True came through the layer"
+            reason = create_graph if lost == SECOND_ORDER else lost
             return Parity("not applicable", None, reason)
         checked, found = [], []
         for part in self.parts():
@@ -306,16 +320,17 @@ class LoopSource:
 
     def unread(self) -> bool:
         """Whether a backward ran and did not come here, though it could have."""
+        if self._lost() or any(call.batched for call in self.calls):
+            return False
         able = any(call.grad_enabled and call.differentiable for call in self.calls)
         return able and self.ran_backward and not any(call.graph_tasks for call in self.calls)
 
     def why_no_gradient(self) -> str:
         """Why there is no gradient here, and what to do."""
-        if any(call.second_order for call in self.calls):
-            return (
-                "a backward with create_graph=True came through it, and what it brings is not a total; "
-                "record a backward of the loss alone"
-            )
+        if self._lost():
+            return self._lost()
+        if any(call.batched for call in self.calls):
+            return ONLY_BATCHED
         if not any(call.grad_enabled for call in self.calls):
             return "it ran inside torch.no_grad() or torch.inference_mode(); run it with gradients enabled"
         if not any(call.differentiable for call in self.calls):

@@ -31,11 +31,11 @@ class Group:
         """Take over the gradients that came since."""
         if len(self.calls) == 1:
             return
+        self.call.lost = next((call.lost for call in self.calls if call.lost), "")
         tasks = set().union(*(call.graph_tasks for call in self.calls))
         if tasks == self.call.graph_tasks:
             return
         self.call.graph_tasks = tasks
-        self.call.second_order = any(call.second_order for call in self.calls)
         self.call.grads = {
             name: torch.cat([_grad(call, name) for call in self.calls], dim=1)
             for name in self.call.returned
@@ -99,7 +99,7 @@ def _side_by_side(calls: list[Call]) -> Call:
         differentiable=any(call.differentiable for call in calls),
         grads={},
         graph_tasks=set(),
-        second_order=False,
+        lost="",
         entering={},
     )
 

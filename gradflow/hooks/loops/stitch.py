@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gradflow.hooks.call import Call
 from gradflow.hooks.graph import edge_of
@@ -32,6 +30,7 @@ class Chain:
     links: list[Link | None]
     tracks: list[Track] = field(default_factory=list)
     lengths: Tensor | None = None  # the user's own, over the whole loop
+    unread: str = ""  # why it is not known whether more than its states goes around the loop
     changes: int = 0
     closed: Any = None  # the `ClosedLoop` that it is a part of, if any
     layout: Layout = field(default_factory=Layout)
@@ -59,12 +58,7 @@ class Chain:
     @property
     def real(self) -> Tensor | None:
         """(B,) the real steps of every sequence; None where all are T."""
-        if self.lengths is None:
-            return None if self.layout.even else self.layout.totals
-        if len(self.lengths) != self.batch:  # some joined in later calls
-            more = self.layout.totals[len(self.lengths) :]
-            return torch.minimum(self.layout.totals, torch.cat([self.lengths.cpu(), more]))
-        return torch.minimum(self.layout.totals, self.lengths.cpu())
+        return self.layout.real(self.lengths)
 
     def groups(self) -> list[Group]:
         """The calls side by side, with all gradients that came so far."""
@@ -80,23 +74,8 @@ class Chain:
         self.links.append(link)
         self.changes += 1
         self.layout.add(call, link)
-        steps, batch, real = self.layout.steps, self.batch, self.real
         for track in self.tracks:
-            device = track.lengths.device
-            grown = (0, batch - track.cuts.shape[1], 0, steps - len(track.cuts))
-            track.cuts = F.pad(track.cuts, grown)
-            self._note_cut(track, len(self.calls) - 1)
-            track.lengths = torch.full((batch,), steps) if real is None else real
-            track.lengths = track.lengths.to(device)
-            track.mask = torch.arange(steps, device=device).unsqueeze(1) < track.lengths
-            track.read_anew()
-
-    def _note_cut(self, track: Track, place: int) -> None:
-        part, link = self.layout.parts[place], self.links[place]
-        assert link is not None
-        device = track.cuts.device
-        cut = link.cut.to(device) & ~part.begins.to(device)
-        track.cuts[part.starts.to(device), part.sequences.to(device)] = cut
+            self.layout.grown(track, link.cut, self.lengths)
 
     def replace_link(self, place: int, link: Link) -> None:
         """What a checkpoint's second run shows of a link that its first run hid."""
@@ -107,7 +86,7 @@ class Chain:
         self.links[place] = link
         self.changes += 1
         for track in self.tracks:
-            self._note_cut(track, place)
+            self.layout.note_cut(track, place, link.cut)
             track.read_anew()
 
 

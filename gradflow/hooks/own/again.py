@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradflow.hooks import patch
+from gradflow.hooks.axes import Axis
 from gradflow.hooks.dense import Place, Step
 from gradflow.hooks.graph import NotReadable, saved_tensors_are_hooked
+from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.own.leaves import Path, leaves, replaced
 from gradflow.hooks.own.returned import row_of, version_of
 
-# what copying or running a module of the user's own may raise, if it is not made to be copied
-UNWILLING = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+EVERYWHERE = tuple(f"_global{name}" for name in HOOKS)  # the same, of all modules
 
 
 @dataclass(eq=False)
@@ -37,6 +39,7 @@ class Given:
     versions: dict[Path, int | None]
     rng: Tensor
     autocast: tuple[str, bool, torch.dtype]
+    views: dict[Path, Tensor] = field(default_factory=dict)  # copies, see `keep_views`
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Given:
@@ -62,6 +65,12 @@ class Given:
             if self.versions[path] == version_of(tensor)
         }
 
+    def keep_views(self) -> None:
+        """Copy what is a view: a buffer that later steps are written into counts as changed."""
+        for path, tensor in self.tensors.items():
+            if tensor._is_view() and self.versions[path] == version_of(tensor):
+                self.views[path] = tensor.detach().clone()
+
     def leaves_out(self) -> bool:
         """Whether some argument is None: a state that the module makes itself, perhaps."""
         return any(value is None for value in self.named.values())
@@ -71,6 +80,8 @@ class Given:
         tensor = self.tensors.get(path)
         if tensor is None:
             raise NotReadable("no initial state was given")
+        if version_of(tensor) != self.versions[path] and path in self.views:
+            return self.views[path]
         if version_of(tensor) != self.versions[path]:
             raise NotReadable("an argument was changed in place since")
         return tensor
@@ -81,6 +92,7 @@ def first_step(
     given: Given,
     entry: dict[str, Path],
     states: Mapping[str, Path],
+    place: Place,
     rows: dict[str, Tensor],
 ) -> Step | None:
     """The way from the states that a first call returned back to those it was given.
@@ -90,6 +102,7 @@ def first_step(
         given: what it was given.
         entry: state name -> where it was among the arguments.
         states: state name -> where it was among what the call returned.
+        place: of the states that were returned.
         rows: state name -> what it was, (B, width).
 
     Returns:
@@ -99,46 +112,110 @@ def first_step(
         NotReadable: the module cannot be copied, or does not repeat itself.
     """
     if saved_tensors_are_hooked() or _is_watched():
-        raise NotReadable("what a checkpoint, or a mode of torch, would take for a call of yours")
+        raise NotReadable(
+            "what hooks of yours, a checkpoint or a mode would take for a call of yours"
+        )
     fresh = {path: given.still(path).detach() for path in given.tensors}
     initial = {name: fresh[path].clone().requires_grad_() for name, path in entry.items()}
     fresh.update({path: initial[name] for name, path in entry.items()})
     returned = leaves(_run(module, given, fresh))
     again = {name: returned[path] for name, path in states.items() if path in returned}
     if any(
-        name not in again or not torch.equal(row_of(again[name]), row) for name, row in rows.items()
+        name not in again or not torch.equal(row_of(again[name], place.axes[name]), row)
+        for name, row in rows.items()
     ):
         raise NotReadable("a module that, run again on a copy, gives other numbers")
-    before = Place.of(initial, {name: row_of(tensor) for name, tensor in initial.items()})
-    now = Place.of(again, rows)
+    axes = {name: place.axis_of(name, tensor.shape) for name, tensor in initial.items()}
+    initial_rows = {name: row_of(tensor, axes[name]) for name, tensor in initial.items()}
+    before = Place.of(initial, initial_rows, axes)
+    now = Place.of(again, rows, place.axes)
     return Step.find(before, now, set(), 0)
 
 
+def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -> Axis:
+    """Of several axes of one output that may be its batch, the one that an input shares.
+
+    A copy of the module runs with inputs that need a gradient: the first entry along the batch
+    depends on the first sequence of the input and on no other. Where that cannot be seen it is the
+    first of the axes.
+    """
+    if saved_tensors_are_hooked() or _is_watched():
+        return axes[0]
+    try:
+        fresh = {place: given.still(place).detach() for place in given.tensors}
+        inputs = [
+            fresh.setdefault(place, tensor).requires_grad_()
+            for place, tensor in fresh.items()
+            if tensor.is_floating_point() and tensor.dim() > 1
+        ]
+        output = leaves(_run(module, given, fresh)).get(path)
+    except NotReadable:
+        return axes[0]
+    if output is None or not output.requires_grad:
+        return axes[0]
+    inputs = [one for one in inputs if one.shape != output.shape]
+    for axis in axes:
+        if axis is None:
+            continue
+        grads = torch.autograd.grad(
+            output.select(axis, 0).sum(), inputs, retain_graph=True, allow_unused=True
+        )
+        rows = [(grad != 0).flatten(1).any(1) for grad in grads if grad is not None]
+        if rows and all(bool(row[0]) and not bool(row[1:].any()) for row in rows):
+            return axis
+    return axes[0]
+
+
 def _is_watched() -> bool:
-    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+    """Whether somebody would hear of a module that runs, or of what it computes."""
+    modes = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
+    return bool(modes) or any(vars(nn.modules.module)[hooks] for hooks in EVERYWHERE)
 
 
 def _run(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> Any:
     """What a copy of the module returns for these tensors in place of those that were given."""
+    why: list[str] = []
+    result = guarded(Point.AGAIN, why.append, _run_copy, module, given, tensors)
+    if why:
+        raise NotReadable(f"a module that cannot be run on a copy: {why[0]}")
+    return result
+
+
+def _run_copy(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> Any:
     devices = {t.device for t in given.tensors.values() if t.device.type == "cuda"}
     device, enabled, dtype = given.autocast
-    try:
-        named = replaced(given.named, tensors)
-        args = [named[key] for key in list(named)[: len(given.args)]]
-        kwargs = {key: named[key] for key in given.kwargs}
-        copied = copy.deepcopy(module)
-        for part in copied.modules():
-            for hooks in HOOKS:
-                vars(part)[hooks].clear()
-        with (
-            patch.paused(),
-            torch.random.fork_rng(list(devices)),
-            torch.enable_grad(),
-            torch.autocast(device, dtype=dtype, enabled=enabled),
-        ):
-            torch.set_rng_state(given.rng)
-            return copied.forward(*args, **kwargs)
-    except UNWILLING as error:
-        raise NotReadable(
-            f"a module that cannot be run on a copy ({str(error).splitlines()[0]})"
-        ) from error
+    named = replaced(given.named, tensors)
+    args = [named[key] for key in list(named)[: len(given.args)]]
+    kwargs = {key: named[key] for key in given.kwargs}
+    copied = copy.deepcopy(module)
+    if _shares(module, copied):
+        raise TypeError("its copy shares parts with it")
+    for part in copied.modules():
+        for hooks in HOOKS:
+            vars(part)[hooks].clear()
+    with (
+        patch.paused(),
+        torch.random.fork_rng(list(devices)),
+        torch.enable_grad(),
+        torch.autocast(device, dtype=dtype, enabled=enabled),
+    ):
+        torch.set_rng_state(given.rng)
+        return copied.forward(*args, **kwargs)
+
+
+def _shares(module: nn.Module, copied: nn.Module) -> bool:
+    """Whether what a copy does can be seen in the module: in a part, a weight, a list or a dict."""
+    mine = {id(part) for part in module.modules()}
+    mine |= {id(value) for part in module.modules() for value in _kept_by(part)}
+    theirs = list(copied.modules())
+    return any(id(value) in mine for value in [*theirs, *(v for m in theirs for v in _kept_by(m))])
+
+
+def _kept_by(module: nn.Module) -> list[Any]:
+    """The tensors and containers that a module keeps, and what its functions have closed over."""
+    held = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+    for function in [value for value in held if isinstance(value, FunctionType)]:
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        held += [getattr(value, "__self__", value) for value in cells]  # a method is its module's
+    kinds = nn.Module | Tensor | list | dict | set
+    return [value for value in held if isinstance(value, kinds)]

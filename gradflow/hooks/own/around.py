@@ -14,8 +14,13 @@ from torch import Tensor
 
 from gradflow.hooks.dense import Incomplete, Place, Step, unit_rows
 from gradflow.hooks.graph import Between, NotReadable
-from gradflow.hooks.loops.links import close_to
+from gradflow.hooks.loops.links import close_to, probe_of
+from gradflow.hooks.tape import Constants, Tape
 from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.wide import LedStep, MaskedStep, WideStep, wide_step
+
+BESIDE = "a state that depends on another result of what made those before it"
+HIDDEN = "a mixture with a constant start that the graph does not hold"
 
 
 @dataclass(eq=False)
@@ -28,10 +33,12 @@ class Around:
     returned_before: Place | None = None  # r_{n−1}
     values: Tensor | None = None  # of e_n, (B, S)
     mixed: bool = False  # from some call on the states that compose are those that enter
+    constants: Constants | None = None  # of wide steps; None: matrices are written out
 
     def next(self, entered: Place | None, values: Tensor | None, returned: Place) -> Around:
         """After one more call."""
-        return Around(entered, returned, self.entered, self.returned, values, self.mixed)
+        before = self.entered, self.returned
+        return Around(entered, returned, *before, values, self.mixed, self.constants)
 
     def goes_around(self, entering: Place | None) -> bool:
         """Whether states that enter a call hold some of those that entered the call before."""
@@ -40,8 +47,10 @@ class Around:
         if set(entering.edges.values()) <= set(self.returned.edges.values()):
             return False
         ends = self.returned.nodes | self.entered.nodes
-        between = Between(list(entering.edges.values()), ends)
-        return bool(between.reached & (self.entered.nodes - self.returned.nodes))
+        roots = list(entering.edges.values())
+        between = Between(roots, ends)
+        beside = between.reached & (self.entered.nodes - self.returned.nodes)
+        return bool(beside) and bool(beside & between.touched(roots))
 
     def read(self, source: TapSource, entering: Place, now: Place, mark: Mark) -> None:
         """Put J_n on the new mark, and lead the step before to the states that now enter.
@@ -53,14 +62,13 @@ class Around:
         last = source.marks[-1]
         if not self.mixed:
             self._turn(source)
-        keep, around = _link(entering, self.returned, self.entered)
-        mark.cut = ~((keep != 0) | (around != 0)).flatten(1).any(1)
-        step = Step.find(entering, now, self.returned.nodes, self.returned.since)
-        if step is None or not isinstance(last.jacobian, Tensor):
+        link = self._link(entering, self.returned, self.entered)
+        mark.cut = ~link.flows()
+        step = self._step(entering, now, self.returned, len(source.marks))
+        if step is None or last.jacobian is None:
             raise NotReadable("a step that does not depend on the states that enter it")
-        led = keep @ last.jacobian + around
-        last.jacobian = torch.where(mark.cut.view(-1, 1, 1), last.jacobian, led)
-        mark.jacobian = step.jacobian().masked_fill(mark.cut.view(-1, 1, 1), 0.0)
+        last.jacobian = link.led(last.jacobian, mark.cut)
+        mark.jacobian = masked(step, mark.cut)
         self.mixed = source.mixed = True
 
     def _turn(self, source: TapSource) -> None:
@@ -68,32 +76,140 @@ class Around:
         if self.returned_before is None:
             return
         assert self.entered is not None
-        keep, around = _link(self.entered, self.returned_before, self.entered_before)
+        link = self._link(self.entered, self.returned_before, self.entered_before)
         first = source.marks[-2]
         if self.entered_before is not None and not self.entered_before.edges:
-            around = self._hidden(keep, source)
-        before = self.returned_before
-        step = Step.find(self.entered, self.returned, before.nodes, before.since)
-        if step is None or not isinstance(first.jacobian, Tensor):
+            link.rest = self._hidden(link.share(), source)
+        step = self._step(self.entered, self.returned, self.returned_before, 0)
+        if step is None or first.jacobian is None:
             raise NotReadable("a step that does not depend on the states that enter it")
-        first.jacobian = keep @ first.jacobian + around
-        source.marks[-1].jacobian = step.jacobian()
+        first.jacobian = link.led(first.jacobian, torch.zeros_like(first.cut))
+        source.marks[-1].jacobian = step
 
-    def _hidden(self, keep: Tensor, source: TapSource) -> Tensor:
-        """R of a link over a constant e_1, which no graph holds: 1 − K, if the values agree."""
-        share = keep.diagonal(dim1=1, dim2=2)
+    def _step(
+        self, before: Place, now: Place, older: Place, number: int
+    ) -> Tensor | WideStep | None:
+        """J of a call, by the states that enter it; None where no path leads back."""
+        step = Step.find(before, now, older.nodes, older.since)
+        if step is None:
+            return None
+        if self.constants is not None:
+            return wide_step(step, self.constants, number)
+        found = step.jacobian()
+        if step.rows is not None:
+            raise NotReadable("a cell that puts its sequences in another order")
+        return found
+
+    def _link(self, entering: Place, returned: Place, entered: Place | None) -> Link | WideLink:
+        """K and R of the states that enter a call, by those the call before returned and was given."""
+        both, between = between_calls(entering, returned, entered)
+        if self.constants is None:
+            return Link.read(entering, both, between, entered is not None)
+        return WideLink.read(entering, both, between, self.constants)
+
+    def _hidden(self, share: Tensor | None, source: TapSource) -> Tensor:
+        """R of a link over a constant e_1, which no graph holds: 1 − K, if the values agree.
+
+        share is the diagonal of K (B, S), None where K has more than that.
+        """
+        if share is None:
+            raise NotReadable(HIDDEN)
         returned = torch.cat(list(source.marks[-2].states.values()), dim=1)
         constant = torch.cat([source.initial[name] for name in source.marks[-2].states], dim=1)
         fits = self.values is not None and close_to(
             self.values, share * returned + (1 - share) * constant, returned.abs() + constant.abs()
         )
-        if not fits or bool((keep != torch.diag_embed(share)).any()):
-            raise NotReadable("a mixture with a constant start that the graph does not hold")
-        return torch.diag_embed(1 - share)
+        if not fits:
+            raise NotReadable(HIDDEN)
+        return 1 - share
 
 
-def _link(entering: Place, returned: Place, entered: Place | None) -> tuple[Tensor, Tensor]:
-    """K and R of the states that enter a call, by those the call before returned and was given."""
+def masked(step: Tensor | WideStep, dead: Tensor) -> Tensor | WideStep:
+    """A step that is 0 for some sequences."""
+    if isinstance(step, WideStep):
+        return MaskedStep(step, dead) if bool(dead.any()) else step
+    return step.masked_fill(dead.view(-1, 1, 1), 0.0)
+
+
+@dataclass
+class Link:
+    """What becomes of states between two calls, written out: K and R, (B, S, S)."""
+
+    keep: Tensor
+    around: Tensor
+    rest: Tensor | None = None  # (B, S) in the place of R: it is diagonal
+
+    @staticmethod
+    def read(entering: Place, both: Place, between: Between, entered: bool) -> Link:
+        """One product per unit."""
+        found = []
+        for name in entering.parts:
+            block, beside = unit_rows(entering, both, between, name)
+            if any(bool((grad != 0).any()) for grad in beside):
+                raise Incomplete(BESIDE)
+            found.append(block)
+        whole = torch.cat(found, dim=1)
+        size = whole.shape[1]
+        return Link(whole[:, :, :size], whole[:, :, size:] if entered else whole.new_zeros(()))
+
+    def flows(self) -> Tensor:
+        """(B,) whether anything comes through."""
+        return ((self.keep != 0) | (self.around != 0)).flatten(1).any(1)
+
+    def share(self) -> Tensor | None:
+        """The diagonal of K, if K is nothing else."""
+        share = self.keep.diagonal(dim1=1, dim2=2)
+        return None if bool((self.keep != torch.diag_embed(share)).any()) else share
+
+    def led(self, step: Tensor | WideStep, cut: Tensor) -> Tensor:
+        """K A + R; A itself for the sequences that are cut."""
+        assert isinstance(step, Tensor)
+        around = self.around if self.rest is None else torch.diag_embed(self.rest)
+        return torch.where(cut.view(-1, 1, 1), step, self.keep @ step + around)
+
+
+@dataclass
+class WideLink:
+    """The same as products: u to (Kᵀ u, Rᵀ u) side by side, or to Kᵀ u alone."""
+
+    tape: Tape
+    rest: Tensor | None = None
+
+    @staticmethod
+    def read(entering: Place, both: Place, between: Between, constants: Constants) -> WideLink:
+        """Write down one backward of what lies between the calls."""
+        beside: list[Tensor] = []
+
+        def linear(seed: Tensor) -> Tensor:
+            row, more = both.gathered(between.pull(entering.seeds(seed, list(entering.parts))))
+            beside.extend(more)
+            return row
+
+        with torch.autocast(entering.like.device.type, enabled=False):
+            tape = Tape.of(linear, probe_of(entering.like), constants)
+        if any(bool((grad != 0).any()) for grad in beside):
+            raise Incomplete(BESIDE)
+        return WideLink(tape)
+
+    def flows(self) -> Tensor:
+        """(B,) whether anything comes through."""
+        return (self.tape.pull(probe_of(self.tape.like).unsqueeze(1)) != 0).flatten(1).any(1)
+
+    def share(self) -> Tensor | None:
+        """The diagonal of K, if K is nothing else, as far as a random vector tells."""
+        probe, size = probe_of(self.tape.like), self.tape.like.shape[1]
+        ones = self.tape.pull(torch.ones_like(probe).unsqueeze(1))[:, 0, :size]
+        found = self.tape.pull(probe.unsqueeze(1))[:, 0, :size]
+        return ones if close_to(found, probe * ones, ones) else None
+
+    def led(self, step: Tensor | WideStep, cut: Tensor) -> WideStep:
+        """K A + R; A itself for the sequences that are cut."""
+        assert isinstance(step, WideStep)
+        return LedStep(step, self.tape, self.rest, cut)
+
+
+def between_calls(entering: Place, returned: Place, entered: Place | None) -> tuple[Place, Between]:
+    """Where the states that a call returned and was given sit, and the way back to them."""
     places = (
         {"returned": returned} if entered is None else {"returned": returned, "entered": entered}
     )
@@ -105,13 +221,4 @@ def _link(entering: Place, returned: Place, entered: Place | None) -> tuple[Tens
             if name in place.edges:
                 edges[key] = place.edges[name]
     both = Place.at(edges, shapes, rows)
-    between = Between(list(entering.edges.values()), both.nodes)
-    found = []
-    for name in entering.parts:
-        block, beside = unit_rows(entering, both, between, name)
-        if any(bool((grad != 0).any()) for grad in beside):
-            raise Incomplete("a state that depends on another result of what made those before it")
-        found.append(block)
-    whole = torch.cat(found, dim=1)
-    size = whole.shape[1]
-    return whole[:, :, :size], whole[:, :, size:] if entered is not None else whole.new_zeros(())
+    return both, Between(list(entering.edges.values()), both.nodes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.dense import Place
+from gradflow.hooks.graph import Edge
 from gradflow.hooks.marks import End
 from gradflow.hooks.own import forwards
 from gradflow.hooks.own.again import Given
@@ -55,6 +56,7 @@ class CellLoop:
     given_at: set[Path]  # where the first of its calls was given tensors
     size: int
     called: int  # the last call of the module that was one of its steps
+    entering: list[Edge] = field(default_factory=list)  # where the states of its last call came in
     # calls that each may yet begin a loop of its own, while the state seems to come in as the input
     doubts: list[First] = field(default_factory=list)
 

@@ -7,14 +7,16 @@ are its states, marked where the cell returns them, and read as those of `gradfl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows
 from gradflow.hooks.graph import edge_of
 from gradflow.hooks.marks import Marks, Owner
-from gradflow.hooks.own.again import Given
+from gradflow.hooks.own.again import Given, axis_by_run
 from gradflow.hooks.own.candidates import (
     DOUBTFUL,
     OPEN,
@@ -39,9 +41,11 @@ from gradflow.hooks.own.returned import LARGEST, key_of, likely_states, possible
 from gradflow.hooks.own.steps import OwnSteps
 from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TapSource
-from gradflow.hooks.unseen import NO_NUMBERS, TRANSFORMED, has_no_numbers, why_not_read
+from gradflow.hooks.unrolled import sources
+from gradflow.hooks.unseen import NO_NUMBERS, has_no_numbers, why_hidden, why_not_read
 from gradflow.recording import Track
 
+PERHAPS = 2**26  # bytes that are kept of a call of which it is not known whether another follows
 STOCK = ":"  # before a module's path: torch's own recurrent functions with its weights
 
 
@@ -73,8 +77,9 @@ class OwnCells:
         cell = self._cells.get(id(module))
         if cell is None or cell.ignored or torch._C._current_graph_task_id() != -1:
             return None  # during a backward: a checkpoint's second run
-        if _is_transformed():
-            self._leave(cell, TRANSFORMED)
+        hidden = why_hidden()
+        if hidden:
+            self._leave(cell, hidden)
             return None
         if any(call.cell is cell for call in self._under_way):
             return None
@@ -126,6 +131,15 @@ class OwnCells:
             self.unseen[named_so] = reason
         else:
             self.model_unseen[named_so] = reason
+
+    def leave(self, module: nn.Module) -> None:
+        """Something failed at a call of this module: it is not followed any more."""
+        cell = self._cells.get(id(module))
+        if cell is None:
+            return
+        cell.ignored = True
+        self._under_way = [call for call in self._under_way if call.cell is not cell]
+        cell.tracks.clear()
 
     def left(self, call: UnderWay, result: Any) -> None:
         """The call is over; result is None where it raised."""
@@ -202,8 +216,33 @@ class OwnCells:
         return {
             f"{cell.path} ({type(cell.module).__name__})": cell.calls
             for cell in dict.fromkeys(self._like_cells)
-            if not cell.tracks
+            if not cell.tracks and not _is_no_cell(cell.module)
         }
+
+    def loops_inside(self) -> dict[str, str]:
+        """Modules that ran, are in no track and loop in their own forward -> where, in the source."""
+        found = {}
+        for cell in self._cells.values():
+            if cell.calls and not cell.tracks and not cell.ignored:
+                loop = sources.inside(cell.module)
+                if loop is not None:
+                    found[f"{cell.path} ({type(cell.module).__name__})"] = loop.where
+        return found
+
+    def kept_inside(self) -> dict[str, str]:
+        """Modules called again and again that keep something in an attribute -> that attribute."""
+        return {
+            f"{cell.path} ({type(cell.module).__name__})": name
+            for cell in self._cells.values()
+            if cell.calls > 1 and not cell.tracks and (name := sources.kept(cell.module))
+        }
+
+    def ignore(self, sources: list[TapSource]) -> None:
+        """The modules of these loops are no cells."""
+        for cell in self._cells.values():
+            if any(track.source in sources for track in cell.tracks):
+                cell.ignored = True
+                cell.tracks.clear()
 
     def _tell_outer(self, path: str, results: list[Tensor]) -> None:
         for call in self._under_way:
@@ -222,7 +261,11 @@ class OwnCells:
             if reason:
                 self._leave(call.cell, reason)
             return None
-        outputs = {p: Output(edge_of(t), row_of(t), t.shape) for p, t in tensors.items()}
+        outputs = {}
+        for path, tensor in tensors.items():
+            axis = self._axes(call.given, tensor.shape)[0]
+            outputs[path] = Output(edge_of(tensor), row_of(tensor, axis), tensor.shape, axis)
+        call.given.keep_views()
         rows = {key_of(path): out.row for path, out in outputs.items()}
         edges = {key_of(path): out.edge for path, out in outputs.items() if out.edge is not None}
         place = likely_states(outputs, given.values())
@@ -232,7 +275,7 @@ class OwnCells:
         size = sum(t.numel() for t in given.values())
         if len(place.parts) > 1 and self.marks.wanted:
             # a backward may free the graph before it is known
-            self.marks.read_within(source, place, mark, Constants())
+            self.marks.read_within(source, place, mark, Constants(PERHAPS))
         return First(
             source=source,
             outputs=outputs,
@@ -256,8 +299,13 @@ class OwnCells:
     ) -> CellLoop | None:
         """The second step: by now the states are known, and whether they are this module's own."""
         came = {path: where for path, where in call.came.items() if path in returned}
-        shapes = {path: first.outputs[path].shape for path in came}
-        came = {path: w for path, w in came.items() if returned[path].shape == shapes[path]}
+        known = {path: first.outputs[path] for path in came}
+        came = {
+            path: where
+            for path, where in came.items()
+            if alike(returned[path].shape, known[path].shape, known[path].axis)
+        }
+        self._tell_axes(call.cell, first, came)
         came = of_one_batch(came, first)
         if not came:
             return None
@@ -279,6 +327,30 @@ class OwnCells:
         loop = self.steps.begin(cell, first, states, dict(zip(names, places, strict=True)))
         return loop if self.steps.goes_on(loop, call.given, returned) else None
 
+    @staticmethod
+    def _axes(given: Given, shape: torch.Size) -> list[Axis]:
+        others = [t.shape for t in given.tensors.values() if t.shape != shape]
+        return batch_axes(shape, others)
+
+    def _tell_axes(self, cell: Candidate, first: First, came: dict[Path, Path]) -> None:
+        """Where as many layers as sequences are in a state, a run on a copy tells which is which."""
+        for path in came:
+            out = first.outputs[path]
+            axes = [] if first.given is None else self._axes(first.given, out.shape)
+            if len(axes) < 2 or first.given is None:
+                continue
+            axis = axis_by_run(cell.module, first.given, path, axes)
+            mark, key = first.source.marks[0], key_of(path)
+
+            def turned(rows: Tensor, out: Output = out, axis: Axis = axis) -> Tensor:
+                return row_of(from_rows(rows, out.shape, out.axis), axis)
+
+            first.outputs[path] = replace(out, row=turned(out.row), axis=axis)
+            if key in mark.grads:
+                mark.grads[key] = turned(mark.grads[key])
+            if axis != out.axis:
+                mark.within_known = False
+
     def _hands_on(self, first: First, came: dict[Path, Path]) -> bool:
         """Whether all the states are those of tracks inside this module."""
         known = {cell.path for cell in self._cells.values() if cell.tracks and not is_plain(cell)}
@@ -296,7 +368,7 @@ class OwnCells:
                 cell.tracks.clear()
 
 
-def _is_transformed() -> bool:
-    """Whether this is a trace, or inside a transform of torch.func."""
-    tracing = bool(torch.jit.is_tracing())
-    return tracing or torch._C._functorch.peek_interpreter_stack() is not None
+def _is_no_cell(module: nn.Module) -> bool:
+    """Whether its name says that it is something else, whatever it takes and returns."""
+    name = type(module).__name__.lower()
+    return any(word in name for word in ("norm", "embed", "dropout", "attention"))

@@ -9,20 +9,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradflow.hooks.graph import DEPTH, NODES, Edge, edge_of
+from gradflow.hooks.axes import Axis, alike, as_rows
+from gradflow.hooks.graph import DEPTH, MOVES, NODES, Edge, edge_of, kind_of
+from gradflow.hooks.loops.rows import equal_rows
 from gradflow.hooks.own.leaves import Path
 
-_MOVES = (
-    "Alias AsStrided Cat Chunk Clone Contiguous Copy CopySlices Detach Diagonal Expand Flatten "
-    "Gather Index IndexSelect Narrow Permute Repeat ReshapeAlias Reshape Select Slice Split "
-    "SplitWithSizes Squeeze Stack Swapaxes T Take ToCopy Transpose Unbind Unflatten UnsafeSplit "
-    "UnsafeView Unsqueeze View"
-)
 _ELEMENTWISE = (
     "Abs Add Addcdiv Addcmul Atan Clamp ClampMax ClampMin Cos Cosh Div Elu Erf Exp Expm1 Fmax Fmin "
     "FusedDropout Gelu Hardshrink Hardsigmoid Hardswish Hardtanh IndexCopy IndexFill IndexPut "
@@ -31,7 +26,7 @@ _ELEMENTWISE = (
     "SelectScatter Softplus Softshrink Softsign Sqrt Sub Tan Tanh Threshold Where"
 )
 BY_VALUE = 16  # earlier calls whose outputs are looked for by their values
-MOVES, ELEMENTWISE = frozenset(_MOVES.split()), frozenset(_ELEMENTWISE.split())
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,7 @@ class Output:
     edge: Edge | None
     row: Tensor  # (B, width), a copy
     shape: torch.Size
+    axis: Axis  # which of its axes is the batch
 
 
 def came_back(
@@ -102,10 +98,6 @@ def _by_value(
     ]
 
 
-def _kind(node: Any) -> str:
-    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-
-
 def _walk(root: Edge, ends: Collection[Edge]) -> dict[Edge, int]:
     """The ends that are reached, and over how many operations."""
     found: dict[Edge, int] = {}
@@ -120,7 +112,7 @@ def _walk(root: Edge, ends: Collection[Edge]) -> dict[Edge, int]:
             found[edge] = distance
             continue
         node = edge[0]
-        passes = _kind(node) in MOVES or _kind(node) in ELEMENTWISE
+        passes = kind_of(node) in MOVES or kind_of(node) in ELEMENTWISE
         own = isinstance(node, torch.autograd.function.BackwardCFunction)
         if distance < DEPTH and (passes or own):
             queue.extend((child, distance + 1) for child in node.next_functions if child[0])
@@ -128,13 +120,22 @@ def _walk(root: Edge, ends: Collection[Edge]) -> dict[Edge, int]:
 
 
 def _is_equal(tensor: Tensor, out: Output) -> bool:
-    """Whether every sequence of a tensor is that of the output, or zeros; one must tell."""
-    if tensor.shape != out.shape or tensor.device != out.row.device:
+    """Whether every sequence of a tensor is one of the output's, or zeros; one must tell."""
+    if tensor.device != out.row.device or not alike(tensor.shape, out.shape, out.axis):
         return False
-    given = tensor.detach().reshape(out.row.shape)
-    same = (given == out.row).all(1)
-    telling = same & ((out.row != 0) & (out.row != out.row.round())).any(1)
-    return bool(telling.any()) and bool((same | (given == 0).all(1)).all())
+    given = as_rows(tensor.detach(), out.axis)
+    if given.dtype != out.row.dtype or not bool(_telling(given).any()):
+        return False
+    if given.shape == out.row.shape:
+        same = (given == out.row).all(1)
+        if bool((same & _telling(given)).any()) and bool((same | (given == 0).all(1)).all()):
+            return True
+    return equal_rows(given, out.row) is not None
+
+
+def _telling(rows: Tensor) -> Tensor:
+    """(B,) whether a sequence holds something that is not to be met by chance."""
+    return ((rows != 0) & (rows != rows.round())).any(1)
 
 
 def handed_on(edge: Edge | None, tensor: Tensor, inner: dict[str, list[Tensor]]) -> set[str]:
@@ -157,7 +158,7 @@ def _sources(edge: Edge, known: dict[Edge, set[str]], depth: int) -> set[str]:
     if edge in known:
         return known[edge]
     node = edge[0]
-    if not depth or _kind(node) not in MOVES:
+    if not depth or kind_of(node) not in MOVES:
         return set()
     found: set[str] = set()
     for child in node.next_functions:

@@ -9,33 +9,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradflow.hooks.patch import observers_here, untraced
+from gradflow.hooks.guard import Point, guarded
+from gradflow.hooks.patch import observers_here, run_as_it_is, traced_as, untraced
+from gradflow.hooks.replaced import Replaced, lock, put_back, replace
 
 STOCK = "torch.nn."
 
 
-@dataclass(eq=False)
-class _Kept:
-    """One forward that is replaced for the time being."""
-
-    owner: Any  # a class or a module
-    original: Any
-    replacement: Any
-    users: int = 0
-
-
-_lock = threading.RLock()
-_kept: dict[int, _Kept] = {}
+_users: dict[int, set[Watching]] = {}  # who watches a forward, by the id of what holds it
+_replaced: dict[int, Replaced] = {}
 
 
 def holder(module: nn.Module) -> type | nn.Module | None:
@@ -53,53 +42,41 @@ def holder(module: nn.Module) -> type | nn.Module | None:
     return None
 
 
-@contextmanager
-def watching(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Tell the observers of the calling thread of every call of these modules."""
-    owners = {id(owner): owner for m in modules if (owner := holder(m)) is not None}
-    with _lock:
-        for owner in owners.values():
-            _replace(owner)
-    try:
-        yield
-    finally:
-        with _lock:
-            for key in owners:
-                _release(key)
+class Watching:
+    """Tells the observers of the calling thread of every call of some modules, while it is open."""
 
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._owners = {id(owner): owner for m in modules if (owner := holder(m)) is not None}
 
-def _replace(owner: type | nn.Module) -> None:
-    kept = _kept.get(id(owner))
-    if kept is None:
-        original = vars(owner)["forward"]
-        new = _watched(original) if isinstance(owner, type) else _Instead(owner, original)
-        kept = _kept[id(owner)] = _Kept(owner, original, new)
-        _put(owner, new)
-    kept.users += 1
+    def open(self) -> None:
+        """Begin to watch."""
+        with lock:
+            for key, owner in self._owners.items():
+                _users.setdefault(key, set()).add(self)
+                if key in _replaced:
+                    continue
+                make = _watched if isinstance(owner, type) else functools.partial(_Instead, owner)
+                replace(owner, "forward", make, functools.partial(_replaced.__setitem__, key))
 
-
-def _release(key: int) -> None:
-    kept = _kept[key]
-    kept.users -= 1
-    if kept.users:
-        return
-    del _kept[key]
-    if vars(kept.owner).get("forward") is kept.replacement:  # else the user put another there
-        _put(kept.owner, kept.original)
-
-
-def _put(owner: type | nn.Module, forward: Any) -> None:
-    if isinstance(owner, type):
-        owner.forward = forward  # type: ignore[attr-defined]
-    else:
-        vars(owner)["forward"] = forward
+    def close(self) -> None:
+        """Put back what nobody watches any more."""
+        with lock:
+            for key in self._owners:
+                _users.get(key, set()).discard(self)
+                if _users.get(key):
+                    continue
+                if key in _replaced:
+                    put_back(_replaced[key])
+                    del _replaced[key]
+                _users.pop(key, None)
 
 
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _told(self, functools.partial(original, self), args, kwargs)
 
-    return untraced(functools.wraps(original)(forward))
+    return traced_as(original, forward)
 
 
 class _Instead:
@@ -109,8 +86,9 @@ class _Instead:
         self.original = original
         self.module = module
 
-    @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
         return _told(self.module, self.original, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -123,16 +101,34 @@ class _Instead:
 def _told(
     module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    observers = observers_here()
-    if not observers:
-        return original(*args, **kwargs)
-    calls = [(observer, observer.entered(module, args, kwargs)) for observer in observers]
+    calls = _entered(module, args, kwargs)
     result, done = None, False
     try:
         result = original(*args, **kwargs)
         done = True
     finally:
-        for observer, call in calls:
-            if call is not None:
-                observer.left(call, result if done else None)
+        if calls:
+            _left(module, calls, result if done else None)
     return result
+
+
+@untraced
+def _entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    calls = []
+    for observer in observers_here():
+        missed = functools.partial(observer.missed_cell, module)
+        call = guarded(Point.ENTERED, missed, observer.entered, module, args, kwargs)
+        if call is not None:
+            calls.append((observer, call))
+    return calls
+
+
+@untraced
+def _left(module: nn.Module, calls: list[Any], result: Any) -> None:
+    for observer, call in calls:
+        missed = functools.partial(observer.missed_cell, module)
+        guarded(Point.LEFT, missed, observer.left, call, result)
+
+
+for _code in (_told.__code__, _Instead.__call__.__code__):
+    run_as_it_is(_code)  # what they call is compiled as it would be without them

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from gradflow.hooks.axes import Axis, as_rows
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import edge_of
 from gradflow.hooks.own.comeback import Output
@@ -59,18 +60,13 @@ def likely_states(outputs: dict[Path, Output], given: Iterable[Tensor]) -> Place
         {key: out.edge for key, out in likely.items() if out.edge is not None},
         {key: out.shape for key, out in likely.items()},
         {key: out.row for key, out in likely.items()},
+        {key: out.axis for key, out in likely.items()},
     )
 
 
-def row_of(tensor: Tensor) -> Tensor:
-    """A copy (B, width) of (B, ...), of (1, B, width) or, without a batch, of (width,)."""
-    if tensor.dim() == 1:
-        rows = tensor.detach().unsqueeze(0)
-    elif tensor.dim() == 3 and tensor.shape[0] == 1:
-        rows = tensor.detach()[0]
-    else:
-        rows = tensor.detach().flatten(1)
-    return rows.clone(memory_format=torch.contiguous_format)
+def row_of(tensor: Tensor, axis: Axis) -> Tensor:
+    """A copy (B, width) of a state whose batch is that axis."""
+    return as_rows(tensor.detach(), axis).clone(memory_format=torch.contiguous_format)
 
 
 def version_of(tensor: Tensor) -> int | None:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gradflow.hooks.axes import alike
 from gradflow.hooks.dense import Incomplete, Place, Step
 from gradflow.hooks.graph import NotReadable, edge_of
+from gradflow.hooks.loops.rows import completed, equal_rows
 from gradflow.hooks.marks import Marks
 from gradflow.hooks.own.again import Given, first_step
 from gradflow.hooks.own.around import Around
 from gradflow.hooks.own.candidates import Candidate, CellLoop, First
 from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.part import is_part
 from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.wide import WideStep, wide_step
+from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
+
+LOOKED = 4  # calls of a loop after which it is known whether its module is only part of a step
+
+MOVED = "the batch changes between two calls while a state is mixed with the one before (zoneout, a mask)"
 
 
 class OwnSteps:
@@ -31,14 +38,15 @@ class OwnSteps:
             TapSource(self.marks.owner.scale, cell=first.source.cell),
             first.source.marks[0],
         )
-        source.graph_tasks, source.second_order = (
+        source.graph_tasks, source.lost = (
             set(first.source.graph_tasks),
-            first.source.second_order,
+            first.source.lost,
         )
         outputs = {name: first.outputs[path] for name, path in states.items()}
         rows = {name: out.row for name, out in outputs.items()}
         edges = {name: out.edge for name, out in outputs.items() if out.edge is not None}
-        place = Place.at(edges, {name: out.shape for name, out in outputs.items()}, rows)
+        shapes = {name: out.shape for name, out in outputs.items()}
+        place = Place.at(edges, shapes, rows, {name: out.axis for name, out in outputs.items()})
         mark = Marks.new(place, rows)
         mark.grad_enabled = guess.grad_enabled
         mark.differentiable = guess.differentiable
@@ -48,7 +56,7 @@ class OwnSteps:
                 parts = [first.place.parts[key_of(path)] for path in states.values()]
                 order = torch.cat([torch.arange(part.start, part.stop) for part in parts])
                 mark.within = (
-                    guess.within.turned(order)
+                    TurnedStep(guess.within, order)
                     if isinstance(guess.within, WideStep)
                     else guess.within[:, order][:, :, order]
                 )
@@ -64,7 +72,7 @@ class OwnSteps:
         end.track.owner = cell.owner
         cell.tracks.append(end.track)
         self.marks.settle(end, {}, place, mark)
-        entered, values = entering_of(first.given, entry, rows)
+        entered, values = entering_of(first.given, entry, place)
         around = Around(entered, place, values=values)
         return CellLoop(
             end=end,
@@ -92,12 +100,16 @@ class OwnSteps:
         try:
             if given is None or len(set(entry.values())) < len(entry):
                 raise NotReadable("arguments that do not give the initial states one by one")
-            initial = {name: row_of(given.still(path)) for name, path in entry.items()}
+            still = {name: given.still(path) for name, path in entry.items()}
+            initial = {
+                name: row_of(tensor, place.axis_of(name, tensor.shape))
+                for name, tensor in still.items()
+            }
             if any(row.shape != mark.states[name].shape for name, row in initial.items()):
                 raise NotReadable("arguments that hold more or less than the initial states")
             source.initial = initial
             if self.marks.wanted and mark.differentiable:
-                step = first_step(module, given, entry, states, mark.states)
+                step = first_step(module, given, entry, states, place, mark.states)
                 mark.jacobian = self._led_in(place, step)
         except NotReadable as error:
             source.remarks.append(
@@ -108,43 +120,78 @@ class OwnSteps:
     def _led_in(self, place: Place, step: Step | None) -> Tensor | WideStep:
         """∂s_1/∂s_0 of a step that was run again; 0 where no path leads back."""
         if self.marks.wide(place):
-            return WideStep(None) if step is None else wide_step(step, self.marks.constants, 0)
+            return WideStep() if step is None else wide_step(step, self.marks.constants, 0)
         if step is None:
             size = place.like.shape[1]
             return place.like.new_zeros(len(place.like), size, size)
-        return step.jacobian()
+        found = step.jacobian()
+        if step.rows is not None:
+            raise NotReadable("a cell that puts its sequences in another order")
+        return found
 
     def goes_on(self, loop: CellLoop, given: Given, returned: dict[Path, Tensor]) -> bool:
         """One more step, if the module returned the states as it did before."""
         tensors = {name: returned.get(path) for name, path in loop.states.items()}
-        known = loop.end.source.marks[-1].states
         states = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         if len(states) < len(tensors):
             return False
-        rows = {name: row_of(tensor) for name, tensor in states.items()}
-        if any(rows[name].shape != known[name].shape for name in rows):
+        axes, before = loop.end.place.axes, loop.end.place
+        if any(not alike(states[n].shape, before.shapes[n], axes[n]) for n in states):
             return False
-        place = Place.of(states, rows)
+        rows = {name: row_of(tensor, axes[name]) for name, tensor in states.items()}
+        if len({len(row) for row in rows.values()}) > 1:
+            return False
+        place = Place.of(states, rows, axes)
         mark = Marks.new(place, rows)
-        entering, values = entering_of(given, loop.entry, rows)
+        entering, values = entering_of(given, loop.entry, place)
+        self._look_between(loop, given)
         mixed = loop.around.mixed or loop.around.goes_around(entering)
-        dense = self.marks.wanted and not self.marks.wide(place)
-        if mixed and entering is not None and entering.edges and dense:
+        moved = len(place.like) != len(before.like)
+        read = entering is not None and bool(entering.edges) and self.marks.wanted
+        if mixed and not moved and read:
+            loop.around.constants = self.marks.constants if self.marks.wide(place) else None
             self._goes_around(loop, entering, place, mark)
         elif not self.marks.by_graph(loop.end, place, mark):
+            if moved and not self._by_values(loop, values, mark):
+                return False
             self.marks.without_graph(loop.end, place, mark)
+        elif mixed and mark.rows is not None:
+            mark.unknown = MOVED
         loop.around = loop.around.next(entering, values, place)
         Marks.extend(loop.end, mark)
         self.marks.settle(loop.end, {}, place, mark)
         loop.outputs = {
-            path: Output(edge_of(states[name]), rows[name], states[name].shape)
+            path: Output(edge_of(states[name]), rows[name], states[name].shape, axes[name])
             for name, path in loop.states.items()
         }
         return True
 
     @staticmethod
-    def _goes_around(loop: CellLoop, entering: Place, place: Place, mark: Mark) -> None:
+    def _by_values(loop: CellLoop, values: Tensor | None, mark: Mark) -> bool:
+        """Whether the values that entered tell which of the sequences before they are."""
+        known = torch.cat(list(loop.end.source.marks[-1].states.values()), dim=1)
+        found = None if values is None else equal_rows(values, known)
+        if found is None or bool(found[1].all()):
+            return False
+        mark.rows = completed(found[0], len(known))
+        return True
+
+    @staticmethod
+    def _look_between(loop: CellLoop, given: Given) -> None:
+        """See, at the first few calls, whether what was returned is only part of a step."""
         source = loop.end.source
+        if source.part_of_a_step or len(source.marks) >= LOOKED:
+            return
+        tensors = (given.tensors.get(path) for path in dict.fromkeys(loop.entry.values()))
+        entering = [edge for t in tensors if t is not None and (edge := edge_of(t)) is not None]
+        if entering and loop.around.returned.edges:
+            source.part_of_a_step = is_part(entering, loop.around.returned.nodes, loop.entering)
+        loop.entering = entering
+
+    @staticmethod
+    def _goes_around(loop: CellLoop, entering: Place | None, place: Place, mark: Mark) -> None:
+        source = loop.end.source
+        assert entering is not None
         try:
             loop.around.read(source, entering, place, mark)
         except Incomplete as error:
@@ -154,13 +201,20 @@ class OwnSteps:
 
 
 def entering_of(
-    given: Given | None, entry: dict[str, Path], rows: dict[str, Tensor]
+    given: Given | None, entry: dict[str, Path], place: Place
 ) -> tuple[Place | None, Tensor | None]:
-    """Where the states that enter a call sit, if they are given one by one, and their values."""
+    """Where the states that enter a call sit, if they are given one by one, and their values.
+
+    place is that of the states that the call returns.
+    """
     if given is None or len(set(entry.values())) < len(entry):
         return None, None
     tensors = {name: given.tensors[path] for name, path in entry.items() if path in given.tensors}
-    values = {name: row_of(tensor) for name, tensor in tensors.items()}
-    if any(name not in values or values[name].shape != row.shape for name, row in rows.items()):
+    axes = {name: place.axis_of(name, tensor.shape) for name, tensor in tensors.items()}
+    values = {name: row_of(tensor, axes[name]) for name, tensor in tensors.items()}
+    if any(
+        name not in values or values[name].shape != place.like[:, part].shape
+        for name, part in place.parts.items()
+    ):
         return None, None
-    return Place.of(tensors, values), torch.cat(list(values.values()), dim=1)
+    return Place.of(tensors, values, axes), torch.cat(list(values.values()), dim=1)

@@ -23,7 +23,16 @@ _NORMS = (
     "Reciprocal Pow"
 )
 PRODUCTS = frozenset(_PRODUCTS.split())
-SAME = MOVES | ELEMENTWISE | frozenset(_NORMS.split())
+LOOKED_UP = frozenset(("Index", "IndexSelect", "Gather", "Take", "IndexPut"))  # as an embedding is
+SAME = (MOVES | ELEMENTWISE | frozenset(_NORMS.split())) - LOOKED_UP
+# part of a weight is a weight of its own: a parameter may hold those of all layers
+PARTS = {
+    "Select": ("dim", "index"),
+    "Slice": ("dim", "start", "end", "step"),
+    "Narrow": ("dim", "start", "length"),
+    "Diagonal": ("offset", "dim1", "dim2"),
+    **dict.fromkeys(("Unbind", "Split", "SplitWithSizes", "UnsafeSplit", "Chunk"), ("dim",)),
+}
 
 
 @dataclass(eq=False)
@@ -63,15 +72,15 @@ def uses_of(graph: Unrolled, weights: Mapping[int, int]) -> list[Uses]:
         graph: a whole graph.
         weights: place of a leaf -> anything; the leaves that are the model's parameters.
     """
-    made_of = _labels(graph, weights)
+    made_of = _Labels(graph, weights)
     found: dict[int, Uses] = {}
     for place, inputs in enumerate(graph.inputs):
-        if place in made_of:
+        if place in made_of.places:
             continue
         product = None
-        for child, _ in inputs:
-            for weight in made_of.get(child, ()):
-                uses = found.setdefault(weight, Uses(weight))
+        for child, output in inputs:
+            for weight in made_of.at(child, output):
+                uses = found.setdefault(weight, Uses(made_of.leaf(weight)))
                 if not uses.nodes or uses.nodes[-1] != place:
                     uses.nodes.append(place)
                 if product is None:
@@ -80,19 +89,51 @@ def uses_of(graph: Unrolled, weights: Mapping[int, int]) -> list[Uses]:
     return [uses for uses in found.values() if len(uses.nodes) >= LEAST]
 
 
-def _labels(graph: Unrolled, weights: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
-    """Place of everything that is made from weights alone -> the places of those weights."""
-    found: dict[int, tuple[int, ...]] = {place: (place,) for place in weights}
-    for place, inputs in enumerate(graph.inputs):
-        if not inputs or any(child not in found for child, _ in inputs):
-            continue
-        if graph.kind(place) not in SAME:
-            continue
-        if len(inputs) == 1:
-            found[place] = found[inputs[0][0]]
-        else:
-            found[place] = tuple(sorted({w for child, _ in inputs for w in found[child]}))
-    return found
+class _Labels:
+    """Everything that is made from weights alone, and from which: places of leaves, or parts of them.
+
+    A part has a negative number of its own.
+    """
+
+    def __init__(self, graph: Unrolled, weights: Mapping[int, int]) -> None:
+        self.graph = graph
+        self.places: dict[int, tuple[int, ...]] = {place: (place,) for place in weights}
+        self._parts: dict[tuple[object, ...], int] = {}
+        self._leaves: list[int] = []
+        self._kinds: dict[int, tuple[object, ...]] = {}  # of places that take a part: which
+        for place, inputs in enumerate(graph.inputs):
+            if inputs and all(child in self.places for child, _ in inputs):
+                kind = graph.kind(place)
+                if kind in SAME:
+                    self._note(place, kind, inputs)
+
+    def _note(self, place: int, kind: str, inputs: list[tuple[int, int]]) -> None:
+        every = {weight for child, output in inputs for weight in self.at(child, output)}
+        self.places[place] = tuple(sorted(every))
+        if kind in PARTS:
+            node = self.graph.nodes[place]
+            which = [repr(getattr(node, f"_saved_{name}", None)) for name in PARTS[kind]]
+            self._kinds[place] = (kind, *which)
+
+    def at(self, place: int, output: int) -> tuple[int, ...]:
+        """What one output of an operation is made from; () where not from weights alone."""
+        made = self.places.get(place, ())
+        which = self._kinds.get(place)
+        if which is None:
+            return made
+        return tuple(self._part((weight, output, *which)) for weight in made)
+
+    def _part(self, key: tuple[object, ...]) -> int:
+        if key not in self._parts:
+            weight = key[0]
+            assert isinstance(weight, int)
+            self._leaves.append(self.leaf(weight))
+            self._parts[key] = -len(self._leaves)
+        return self._parts[key]
+
+    def leaf(self, weight: int) -> int:
+        """The place of the leaf that a weight, or a part of one, is of."""
+        return weight if weight >= 0 else self._leaves[-weight - 1]
 
 
 def chain_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> Chain:
@@ -168,7 +209,7 @@ class Recurrence:
         """How often its weights are used in a row, most of them."""
         lengths = [c.length for c in self.chains if c.uses.product]
         lengths = lengths or [c.length for c in self.chains]
-        return max(lengths, key=lambda n: (lengths.count(n), -n))
+        return max(lengths, key=lambda n: (lengths.count(n), n))
 
 
 def recurrences(graph: Unrolled, found: list[Chain]) -> list[Recurrence]:

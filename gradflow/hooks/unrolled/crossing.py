@@ -61,7 +61,10 @@ def crossing(
             last = min(bisect_right(boundaries, numbers[user]), until[user])
             for k in range(first, last):
                 found[k][place, output] = None
-    return [[(graph.nodes[place], output) for place, output in sorted(edges)] for edges in found]
+    return [
+        [(graph.nodes[p], out) for p, out in sorted(edges, key=lambda e: (numbers[e[0]], e[1]))]
+        for edges in found
+    ]
 
 
 def earliest(graph: Unrolled, marks: Mapping[int, int]) -> list[int]:

@@ -1,0 +1,127 @@
+"""The guard: what gradflow cannot do inside the user's own step becomes a note, never an exception there.
+
+Every point at which the user's code calls into gradflow while a recording is open is a `Point`, and
+all that gradflow does there is called by `guarded`. Behind the guard gradflow is alone: no function
+mode, dispatch mode or tensor subclass of the user's hears of what it computes. What passes are an
+`InputError`, by which the user learns of a wrong argument, and whatever is no `Exception`: Ctrl-C, an
+exit. In any case whoever was at work is told that it did not get to the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gradflow.errors import InputError
+from gradflow.hooks.unseen import is_looked_at
+
+Value = TypeVar("Value")
+Failed = Callable[[str], object]  # told why, in a few words
+busy: set[int] = set()  # threads in which gradflow is computing: what it runs is nobody's step
+LONGEST = 120  # characters of a cause that are quoted
+
+
+class Point(Enum):
+    """Where the user's code calls into gradflow -> what could not be done there."""
+
+    OPENING = "the recording could not be opened"
+    FUSED = "one of its calls could not be recorded"
+    CELL = "one of its steps could not be recorded"
+    TAP = "one of its taps could not be recorded"
+    ENTERED = "one of its calls could not be followed"
+    LEFT = "what one of its calls returned could not be followed"
+    AGAIN = "its first step could not be run again on a copy"
+    SCALER = "the scale of a GradScaler could not be read"
+    BACKWARD = "the graph of a backward could not be looked at"
+    GRADIENT = "a gradient that reached it could not be read"
+    WEIGHT = "a gradient of its weights could not be read"
+    CLOSING = "the recording could not be closed in order"
+
+
+def guarded(
+    point: Point, failed: Failed, work: Callable[..., Value], *args: Any, **kwargs: Any
+) -> Value | None:
+    """What the work returns; None where it fails, of which `failed` is told.
+
+    This is the one place where any exception is caught: an error of gradflow's must not end a training
+    step that would have run without it. It is not hidden: `failed` puts it into words for the user, and
+    withholds what is no longer whole.
+    """
+    try:
+        with alone():
+            return _do(point, work, *args, **kwargs)
+    except BaseException as error:
+        failed(f"{point.value} ({briefly(error)})")
+        if isinstance(error, InputError) or not isinstance(error, Exception):
+            raise
+        return None
+
+
+def _do(point: Point, work: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
+    """The work; a test makes it fail at a point of its choice."""
+    return work(*args, **kwargs)
+
+
+class alone:  # used as a function
+    """No mode and no tensor subclass of the user's sees what runs inside, nor does a recording.
+
+    The grad mode is afterwards what it was.
+    """
+
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        self._first = thread not in busy
+        busy.add(thread)
+        self._grad = torch.is_grad_enabled()
+        self._functions = torch._C.DisableTorchFunction()
+        self._functions.__enter__()
+        self._modes: Any = None
+        if torch._C._len_torch_dispatch_stack() and not is_looked_at():
+            self._modes = _disable_current_modes()
+            self._modes.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._modes is not None:
+            self._modes.__exit__(*error)
+        self._functions.__exit__(*error)
+        if self._first:
+            busy.discard(threading.get_ident())
+        if torch.is_grad_enabled() is not self._grad:  # where even leaving no_grad was cut short
+            torch.set_grad_enabled(self._grad)
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A guarded hook that changes nothing of what it is given."""
+
+    point: Point
+    failed: Failed
+    work: Callable[..., object]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        guarded(self.point, self.failed, self.work, *args, **kwargs)
+
+
+def briefly(error: BaseException) -> str:
+    """An error in a few printable words on one line.
+
+    >>> briefly(ValueError("first line" + chr(10) + "second")), briefly(KeyError())
+    ('ValueError: first line', 'KeyError')
+    """
+    with contextlib.suppress(Exception):  # an error's own text may raise
+        said = " ".join("".join(c if c.isprintable() else " " for c in _line(error)).split())
+        if said:
+            cut = said if len(said) <= LONGEST else f"{said[:LONGEST].rstrip()} ..."
+            return f"{type(error).__name__}: {cut}"
+    return type(error).__name__
+
+
+def _line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "")

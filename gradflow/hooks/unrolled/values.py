@@ -1,0 +1,245 @@
+"""The values of tensors of the user's graph, from what its operations saved for their backward.
+
+An operation that saved a tensor tells which operation made it, so what it saved is that very value.
+Sums and products of such values are computed as the forward pass did. What lies in a checkpoint, or
+under any other hook on saved tensors, is not touched: reading it would run somebody's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradflow.hooks.graph import Edge, edge_of
+from gradflow.hooks.unrolled.order import Unrolled, kind_of
+
+DEEP = 6  # sums and products that are computed again to get one value
+
+
+_known_names: dict[type, tuple[str, ...]] = {}  # kind of operation -> what it saves
+
+
+def _saved_names(node: Any) -> tuple[str, ...]:
+    kind = type(node)
+    if kind not in _known_names:
+        prefix = "_raw_saved"
+        _known_names[kind] = tuple(n[len(prefix) :] for n in dir(kind) if n.startswith(prefix))
+    return _known_names[kind]
+
+
+def is_hooked(node: Any) -> bool:
+    """Whether reading what an operation saved would run somebody's code, or whether that cannot be told."""
+    for name in _saved_names(node):
+        raw = getattr(node, f"_raw_saved{name}")
+        for one in raw if isinstance(raw, list | tuple) else (raw,):
+            try:
+                if one.unpack_hook is not None:
+                    return True
+            except AttributeError:  # torch does not tell
+                return True
+            except RuntimeError:  # freed, or nothing was saved
+                continue
+    return False
+
+
+def _saved(node: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for name in _saved_names(node):
+        try:
+            value = getattr(node, f"_saved{name}")
+        except RuntimeError:  # freed, or changed in place since
+            continue
+        values = value if isinstance(value, list | tuple) else (value,)
+        found += [one for one in values if isinstance(one, Tensor)]
+    return found
+
+
+class Values:
+    """Values of edges of one graph.
+
+    Args:
+        graph: a whole graph, nothing of which is freed yet.
+        held: tensors that were seen while the graph was made, by their edges.
+    """
+
+    def __init__(self, graph: Unrolled, held: Mapping[Edge, Tensor]) -> None:
+        self.graph = graph
+        self.held = held
+        self._places = graph.places()
+        self._known: dict[Edge, Tensor] = {}
+        self._read: set[int] = set()
+        self._users: list[list[int]] | None = None
+
+    def of(self, edge: Edge) -> Tensor | None:
+        """The value, detached, or None where it is not to be had."""
+        found = self._value(edge, DEEP)
+        if found is None:
+            found = self._from_zeros(edge)
+        return None if found is None else found.detach()
+
+    def _value(self, edge: Edge, depth: int, zeros: bool = False) -> Tensor | None:
+        held = self.held.get(edge)
+        if held is not None:
+            return held
+        if edge in self._known:
+            return self._known[edge]
+        if hasattr(edge[0], "variable"):
+            leaf: Tensor = edge[0].variable
+            return leaf
+        place = self._places.get(edge[0])
+        if place is None:
+            return None
+        self._note(place)
+        if edge not in self._known:
+            for user in self.users[place]:
+                self._note(user)
+                if edge in self._known:
+                    break
+        if edge in self._known or not depth:
+            return self._known.get(edge)
+        again = self._computed(edge, depth, zeros)
+        if again is not None and not zeros:
+            self._known[edge] = again.detach()
+        return again
+
+    @property
+    def users(self) -> list[list[int]]:
+        """Of every node the places of those that were made from it."""
+        if self._users is None:
+            self._users = [[] for _ in self.graph.nodes]
+            for place, inputs in enumerate(self.graph.inputs):
+                for child, _ in inputs:
+                    self._users[child].append(place)
+        return self._users
+
+    def _note(self, place: int) -> None:
+        """Take in what one operation saved, each under the edge that it came from."""
+        if place in self._read:
+            return
+        self._read.add(place)
+        node = self.graph.nodes[place]
+        if is_hooked(node):
+            return
+        for tensor in _saved(node):
+            edge = edge_of(tensor)
+            if edge is not None:
+                self._known.setdefault(edge, tensor)
+
+    def _computed(self, edge: Edge, depth: int, zeros: bool) -> Tensor | None:
+        """The value by the rule of its operation; with zeros for what a sum adds from outside the graph."""
+        node = edge[0]
+        rule = _RULES.get(kind_of(node))
+        if rule is None or is_hooked(node):
+            return None
+        below = node.next_functions
+        values = [None if n is None else self._value((n, i), depth - 1, zeros) for n, i in below]
+        try:
+            with torch.no_grad():
+                found = rule(node, values)
+                if found is None and zeros and kind_of(node) in ("Add", "Sub"):
+                    found = values[0] if below[1][0] is None else values[1]
+        except RuntimeError:  # saved tensors that are gone, shapes that do not fit
+            return None
+        return found if found is not None and _fits(found, edge) else None
+
+    def _from_zeros(self, edge: Edge) -> Tensor | None:
+        """The value if constants that the graph does not hold are zero: what was made of it tells."""
+        found = self._computed(edge, DEEP, zeros=True)
+        if found is None:
+            return None
+        for user in self.users[self._places[edge[0]]]:
+            node = self.graph.nodes[user]
+            shown = _SHOWN.get(kind_of(node))
+            if shown is None or is_hooked(node):
+                continue
+            result = node._saved_result
+            if bool((result != 0).any()) and torch.equal(shown(found), result):
+                self._known[edge] = found.detach()
+                return found
+        return None
+
+
+def _fits(value: Tensor, edge: Edge) -> bool:
+    known = edge[0]._input_metadata[edge[1]]
+    return tuple(value.shape) == tuple(known.shape) and value.dtype == known.dtype
+
+
+Rule = Callable[[Any, list[Tensor | None]], Tensor | None]
+
+
+def _add(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    one, other = values
+    return None if one is None or other is None else torch.add(one, other, alpha=_alpha(node))
+
+
+def _sub(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    one, other = values
+    return None if one is None or other is None else torch.sub(one, other, alpha=_alpha(node))
+
+
+def _alpha(node: Any) -> Any:
+    return getattr(node, "_saved_alpha", 1)
+
+
+def _mul(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    one, other = values
+    one = node._saved_self if one is None else one
+    other = node._saved_other if other is None else other
+    return None if one is None or other is None else one * other
+
+
+def _neg(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    return None if values[0] is None else -values[0]
+
+
+def _cat(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    known = [value for value in values if value is not None]
+    dim = node._saved_dim
+    dim = dim - 2**64 if dim >= 2**63 else dim
+    return torch.cat(known, dim) if len(known) == len(values) else None
+
+
+def _t(_: Any, values: list[Tensor | None]) -> Tensor | None:
+    return None if values[0] is None else values[0].t()
+
+
+def _abs(_: Any, values: list[Tensor | None]) -> Tensor | None:
+    return None if values[0] is None else values[0].abs()
+
+
+def _mm(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    one, other = _either(node._saved_self, values[0]), _either(node._saved_mat2, values[1])
+    return None if one is None or other is None else one @ other
+
+
+def _addmm(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    one, other = _either(node._saved_mat1, values[1]), _either(node._saved_mat2, values[2])
+    if one is None or other is None or values[0] is None:
+        return None
+    scales = {"alpha": node._saved_alpha, "beta": node._saved_beta}
+    return torch.addmm(values[0], one, other, **scales)
+
+
+def _either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one
+
+
+_RULES: dict[str, Rule] = {
+    "Add": _add,
+    "Sub": _sub,
+    "Mul": _mul,
+    "Neg": _neg,
+    "Cat": _cat,
+    "T": _t,
+    "Abs": _abs,
+    "Mm": _mm,
+    "Addmm": _addmm,
+}
+_SHOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "Tanh": torch.tanh,
+    "Sigmoid": torch.sigmoid,
+    "Relu": torch.relu,
+}

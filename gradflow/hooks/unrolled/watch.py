@@ -1,0 +1,288 @@
+"""Before a backward runs: which recurrences its graph holds, and which of them are in no track."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from itertools import takewhile
+from types import FrameType
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from gradflow.hooks.ancestry import clean
+from gradflow.hooks.graph import Edge, edge_of
+from gradflow.hooks.marks import Marks, Owner, newest
+from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.unrolled import sources
+from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
+from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
+from gradflow.hooks.unrolled.held import Held
+from gradflow.hooks.unrolled.order import TooLarge, Unrolled
+from gradflow.hooks.unrolled.steps import NoState, Steps, steps_of
+from gradflow.hooks.unrolled.takeup import checked, rows_of, take_up
+from gradflow.hooks.unrolled.values import Values
+from gradflow.hooks.unseen import foreign_code, has_no_numbers
+from gradflow.recording import Unseen
+
+FUSED = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
+EARLY = "its last step is not shown: the loss does not depend on all states that the loop ends with"
+FRAMES = 24  # how far up the code that called backward is looked for
+
+
+class WatchOwner(Owner, Protocol):
+    """The recorder, as far as loops written by hand need it."""
+
+    def drop_sources(self, sources: list[TapSource]) -> None: ...
+    def in_closed_loop(self) -> bool: ...
+
+
+class Watch:
+    """What one recording knows of the graphs that backwards went through."""
+
+    def __init__(self, owner: WatchOwner, model: nn.Module) -> None:
+        self.owner = owner
+        self.marks = Marks(owner)
+        self.model = model
+        self.modules = {clean(name): module for name, module in model.named_modules()}
+        self.names = {
+            id(parameter): clean(name)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        # numbers of nodes that made states of some track -> its source, None for torch's own
+        self.states: dict[int, TapSource | None] = {}
+        self.taken: set[int] = set()  # the same of loops that were taken up here
+        self.walked: set[int] = set()  # numbers of nodes of earlier backwards
+        # from and to which number backwards made nodes of their own, with create_graph=True
+        self.differentiated: list[tuple[int, int]] = []
+        self._since = -1
+        self.given: dict[int, list[Edge]] = {}  # what recurrent functions of torch's were given
+        self.fused: dict[str, nn.Module] = {}  # layers whose fused functions ran unseen, by path
+        self.held = Held()
+        self.unseen: dict[tuple[str, ...], Unseen] = {}
+
+    def saw_stock(self, given: Iterable[Tensor], results: Iterable[Tensor]) -> None:
+        """A recurrent function of torch's own ran: its inside is stepped over."""
+        edges = [edge for tensor in given if (edge := edge_of(tensor)) is not None]
+        for result in results:
+            if result.grad_fn is not None:
+                number = result.grad_fn._sequence_nr()
+                self.given[number] = edges
+                self.states[number] = None
+
+    def marked(self, edges: Iterable[Edge], source: TapSource) -> None:
+        """These are states of a track."""
+        self.states.update((node._sequence_nr(), source) for node, _ in edges)
+
+    def before_backward(self, roots: Iterable[Any], create_graph: bool) -> None:
+        """Look at the graph of a backward that is about to run."""
+        self._since = newest() if create_graph else -1
+        nodes = [node for root in roots if (node := _node_of(root)) is not None]
+        try:
+            graph = Unrolled(nodes, self.given)
+        except TooLarge:
+            return
+        if self._is_second_order(graph):
+            return
+        weights = {
+            place: id(node.variable)
+            for place, node in enumerate(graph.nodes)
+            if graph.is_leaf(place) and hasattr(node, "variable")
+        }
+        weights = {place: key for place, key in weights.items() if key in self.names}
+        if any(has_no_numbers(graph.nodes[place].variable) for place in weights):
+            return
+        self._note_fused(graph, weights)
+        states = {p for p, number in enumerate(graph.numbers) if self._is_state(number)}
+        for found in recurrences(graph, chains(graph, weights, states)):
+            if is_empty(graph, found) or self._is_around_stock(graph, found):
+                continue
+            names = [self.names[weights[chain.weight]] for chain in found.chains]
+            self._found(graph, found, list(dict.fromkeys(names)))
+        self.walked.update(graph.numbers)
+        self.held.clear()
+
+    def after_backward(self) -> None:
+        """That backward is over: what it made of nodes are gradients."""
+        if self._since >= 0:
+            self.differentiated.append((self._since, newest()))
+            self._since = -1
+
+    def _note_fused(self, graph: Unrolled, weights: dict[int, int]) -> None:
+        """Fused functions that ran unseen: what was seen is stepped over, and shows no weights."""
+        for place, inputs in enumerate(graph.inputs):
+            mine = [weights[child] for child, _ in inputs if child in weights]
+            if mine and graph.kind(place) in FUSED:
+                path = self.names[mine[0]].rpartition(".")[0]
+                if isinstance(self.modules[path], nn.RNNBase):
+                    self.fused[path] = self.modules[path]
+
+    def _is_second_order(self, graph: Unrolled) -> bool:
+        """Whether a gradient is part of what is differentiated: such a graph holds every use twice."""
+        return any(
+            start <= number < end for number in graph.numbers for start, end in self.differentiated
+        )
+
+    def _is_state(self, number: int) -> bool:
+        if number not in self.states:
+            return False
+        source = self.states[number]
+        return source is None or not source.part_of_a_step
+
+    def close(self) -> None:
+        """Let go of the user's graph."""
+        self.given.clear()
+        self.held.clear()
+
+    # -- one recurrence ----------------------------------------------------------------------
+
+    def _found(self, graph: Unrolled, found: Recurrence, names: list[str]) -> None:
+        """Take a loop up, or note that it is in no track and why."""
+        path, loop = self.place_of(names)
+        self._drop_parts(graph, found)
+        try:
+            steps, rows = self._states(graph, found, names)
+        except NoState as error:
+            self._note(found, names, path, loop, str(error))
+            return
+        name = path or "loop"
+        if self.owner.wants_track(name):
+            known = self._called(steps) or _names(loop, len(steps.edges[0]))
+            cell = type(self.modules[path]).__name__
+            self.taken.update(n._sequence_nr() for edges in steps.edges for n, _ in edges)
+            track = take_up(self.marks, name, cell, steps, known, rows)
+            track.notes += [EARLY] if steps.ends_early else []
+
+    def _is_around_stock(self, graph: Unrolled, found: Recurrence) -> bool:
+        """Whether calls of torch's own recurrent functions are part of it: a closed loop, told as one."""
+        if not self.owner.in_closed_loop():
+            return False
+        marks = {place: 0 for chain in found.chains for place in chain.depth}
+        since, until = earliest(graph, marks), latest(graph, marks)
+        stock = [p for p, n in enumerate(graph.numbers) if self.states.get(n, found) is None]
+        return any(since[place] < FAR and until[place] >= 0 for place in stock)
+
+    def _drop_parts(self, graph: Unrolled, found: Recurrence) -> None:
+        """Forget the loops over modules that are only part of a step of this one."""
+        ends = [chain.numbers(graph) for chain in found.chains]
+        first, last = min(start for start, _ in ends), max(end for _, end in ends)
+        numbers = (n for n in graph.numbers if first <= n <= last and n in self.states)
+        sources = {id(s): s for n in numbers if (s := self.states[n]) is not None}
+        self.owner.drop_sources([s for s in sources.values() if s.part_of_a_step])
+
+    def _states(
+        self, graph: Unrolled, found: Recurrence, names: list[str]
+    ) -> tuple[Steps, list[list[Tensor]]]:
+        foreign = foreign_code([self.modules[path] for path in self._holders(names)])
+        if foreign:
+            raise NoState(foreign)
+        uses = {place for chain in found.chains for place in chain.depth}
+        if any(graph.numbers[place] in self.walked for place in uses):
+            raise NoState("an earlier backward went through it that was not recorded")
+        taken = {p: 0 for p, number in enumerate(graph.numbers) if number in self.taken}
+        if any(since < FAR for place, since in enumerate(earliest(graph, taken)) if place in uses):
+            raise NoState("a backward ran in the middle of it")
+        steps = steps_of(graph, found)
+        checked(graph, steps)
+        return steps, rows_of(Values(graph, self.held.tensors), steps)
+
+    def _called(self, steps: Steps) -> list[str]:
+        """What the user's variables of the states were called in a middle step, if all are known."""
+        edges = steps.edges[len(steps.edges) // 2]
+        names = [self.held.names.get(edge, "") for edge in edges]
+        return names if all(names) and len(set(names)) == len(names) else []
+
+    # -- words -------------------------------------------------------------------------------
+
+    def _note(
+        self,
+        found: Recurrence,
+        names: list[str],
+        path: str,
+        loop: sources.Found | None,
+        reason: str,
+    ) -> None:
+        key = tuple(sorted(names))
+        known = self.unseen.get(key)
+        if known is not None and known.steps >= found.steps:
+            return
+        self.unseen[key] = Unseen(
+            module=path or type(self.model).__name__,
+            weights=tuple(names),
+            steps=found.steps,
+            line=loop.where if loop is not None else "",
+            insert=sources.insertion(loop),
+            reason=reason,
+        )
+
+    def place_of(self, names: list[str]) -> tuple[str, sources.Found | None]:
+        """The path of the module whose code loops over these weights, and the loop, if it is found."""
+        holders = [name.split(".")[:-1] for name in names]
+        levels = zip(*holders, strict=False)
+        common = [n[0] for n in takewhile(lambda level: len(set(level)) == 1, levels)]
+        paths = [".".join(common[:depth]) for depth in range(len(common), -1, -1)]
+        users = [path for path in paths if self._is_users(path)]
+        used = {path: {_below(name, path) for name in names} for path in users}
+        for path in users:
+            loop = sources.in_class(self.modules[path], used[path])
+            if loop is not None:
+                return path, loop
+        frames = _frames()
+        for path in users:
+            loop = sources.in_functions(self.modules[path], used[path], frames)
+            if loop is not None:
+                return path, loop
+        while common and not self._is_users(".".join(common)):
+            common = common[:-1]
+        return ".".join(common), None
+
+    def _holders(self, names: list[str]) -> set[str]:
+        """The paths of the modules that hold these weights, and of all that hold those."""
+        parts = [name.split(".")[:-1] for name in names]
+        paths = {".".join(some[:n]) for some in parts for n in range(len(some) + 1)}
+        return {path for path in paths if path in self.modules}
+
+    def _is_users(self, path: str) -> bool:
+        module = self.modules.get(path)
+        return module is not None and not type(module).__module__.startswith(sources.STOCK)
+
+
+def _below(name: str, path: str) -> str:
+    """The attribute of the module at a path that a weight is, or that holds it."""
+    return name.removeprefix(f"{path}." if path else "").split(".")[0]
+
+
+def _names(loop: sources.Found | None, count: int) -> list[str]:
+    """Names of states in the order in which they are made."""
+    if loop is not None and len(loop.carried) == count and (loop.certain or count == 1):
+        names = [name.rpartition(".")[2] for name in loop.carried]
+        if all(name.isidentifier() for name in names) and len(set(names)) == count:
+            return names
+    return ["h"] if count == 1 else [f"s{i}" for i in range(count)]
+
+
+def is_empty(graph: Unrolled, found: Recurrence) -> bool:
+    """Whether it ran on no sequences at all."""
+    return any(
+        0 in tuple(known.shape)
+        for place in list(found.chains[0].depth)[:1]
+        for known in graph.nodes[place]._input_metadata
+    )
+
+
+def _node_of(root: Any) -> Any:
+    if isinstance(root, Tensor):
+        return root.grad_fn
+    return getattr(root, "node", None)
+
+
+def _frames() -> list[FrameType]:
+    """The code that called backward, innermost first, without torch's and gradflow's."""
+    found: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and len(found) < FRAMES:
+        name = str(frame.f_globals.get("__name__", ""))
+        if not name.startswith(("torch.", "gradflow.")):
+            found.append(frame)
+        frame = frame.f_back
+    return found

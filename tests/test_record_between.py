@@ -1,0 +1,177 @@
+"""What happens to a state between two calls, however long: the product of A_t against autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradflow
+from gradflow.analyzer import step_jacobians
+from gradflow.errors import RecordingError
+from gradflow.hooks import graph
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BATCH, STEPS, INPUTS, HIDDEN = 3, 5, 2, 4
+
+
+class Own(nn.Module):
+    """A cell of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(INPUTS + HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.map(torch.cat([x, h], dim=1)))
+
+
+class Between(nn.Module):
+    """A loop whose state goes through a residual network between two calls: h + g(h), no ODE needed."""
+
+    def __init__(self, cell: nn.Module, deep: int, residual: bool) -> None:
+        super().__init__()
+        self.cell, self.residual = cell, residual
+        self.weights = nn.ParameterList(
+            torch.randn(HIDDEN, HIDDEN) / HIDDEN**0.5 for _ in range(deep)
+        )
+
+    def between(self, h: Tensor) -> Tensor:
+        out = h
+        for weight in self.weights:
+            out = torch.tanh(out @ weight + 0.1)
+        return h + out if self.residual else out
+
+    def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:
+        h = x.new_zeros(x.shape[1], HIDDEN)
+        for t, x_t in enumerate(x):
+            h = self.cell(x_t, self.between(h) if t else h)
+            h = first if t == 0 and first is not None else h
+        return h
+
+
+CELLS = {"stock": lambda: nn.GRUCell(INPUTS, HIDDEN), "own": Own}
+
+
+WAYS = [("stock", deep, True) for deep in (2, 12, 300)] + [("own", deep, True) for deep in (2, 12)]
+
+
+@pytest.mark.parametrize(("cell", "deep", "residual"), [*WAYS, ("stock", 12, False)])
+def test_a_long_way_between_two_calls_is_read_whole(cell: str, deep: int, residual: bool) -> None:
+    torch.manual_seed(0)
+    model, x = (
+        Between(CELLS[cell](), deep, residual).double(),
+        torch.randn(STEPS, BATCH, INPUTS).double(),
+    )
+    with gradflow.record(model) as recording:
+        model(x).sum().backward()
+    matrices = step_jacobians(recording["cell"])
+    first = recording["cell"].h[0]
+    for b in range(BATCH):
+        product = torch.linalg.multi_dot(list(matrices[1:, b].flip(0)))
+        exact = torch.autograd.functional.jacobian(
+            lambda row, b=b: model(x, torch.cat([first[:b], row[None], first[b + 1 :]]))[b],
+            first[b],
+        )
+        torch.testing.assert_close(product, exact, rtol=1e-9, atol=1e-12 * float(exact.abs().max()))
+        assert not torch.allclose(product * (1 + 1e-6), exact, rtol=1e-9, atol=0)
+
+
+def test_more_than_is_looked_at_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "MOST_BETWEEN", 500)
+    torch.manual_seed(0)
+    model, x = (
+        Between(nn.GRUCell(INPUTS, HIDDEN), 300, True).double(),
+        torch.randn(STEPS, BATCH, INPUTS).double(),
+    )
+    with gradflow.record(model) as recording:
+        model(x).sum().backward()
+    with pytest.raises(RecordingError, match="more than 500 operations"):
+        step_jacobians(recording["cell"])
+
+
+class Skipping(nn.Module):
+    """A loop that starts from the mean of its last two states: a skip connection in time."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.cell = getattr(nn, kind)(INPUTS, HIDDEN)
+
+    def step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind == "GRU":
+            return self.cell(x[None], h[None])[1][0], c
+        return self.cell(x, (h, c)) if self.kind == "LSTMCell" else (self.cell(x, h), c)
+
+    def run(self, x: Tensor, h: Tensor, g: Tensor, c: Tensor) -> Tensor:
+        for x_t in x:
+            (new, c), g = self.step(x_t, (h + g) / 2, c), h
+            h = new
+        return h
+
+
+@pytest.mark.parametrize("kind", ["GRUCell", "LSTMCell", "GRU"])
+def test_a_state_that_skips_a_call_is_part_of_the_joint_state(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Skipping(kind).double(), torch.randn(7, BATCH, INPUTS).double()
+    zero = x.new_zeros(BATCH, HIDDEN)
+    with gradflow.record(model) as recording:
+        model.run(x, zero, zero, zero).sum().backward()
+    (name,) = (track.name for track in recording if track.name.startswith("cell"))
+    assert "depend on more of its past than the states before" in recording[name].notes[0]
+    matrices = step_jacobians(recording["loop"])
+
+    def states(steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        h = g = c = zero
+        for x_t in x[:steps]:
+            (new, c), g = model.step(x_t, (h + g) / 2, c), h
+            h = new
+        return h.detach(), g.detach(), c.detach()
+
+    h, g, c = states(3)
+    product = torch.linalg.multi_dot(list(matrices[3:, 0].flip(0)))
+    exact = torch.autograd.functional.jacobian(
+        lambda row: model.run(x[3:], torch.cat([row[None], h[1:]]), g, c)[0], h[0]
+    )
+    torch.testing.assert_close(product[:HIDDEN, :HIDDEN], exact, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("calls", [2, 3])
+def test_the_mean_of_several_calls_that_goes_on(calls: int) -> None:
+    """Pondering: of two calls one enters and one is returned; of three there is more than a state."""
+    torch.manual_seed(0)
+    cell, x = nn.GRUCell(INPUTS, HIDDEN).double(), torch.randn(6, BATCH, INPUTS).double()
+
+    def run(h: Tensor, begin: int) -> Tensor:
+        for x_t in x[begin:]:
+            every = []
+            for _ in range(calls):
+                h = cell(x_t, h)
+                every.append(h)
+            h = torch.stack(every).mean(0)
+        return h
+
+    with gradflow.record(cell) as recording:
+        run(x.new_zeros(BATCH, HIDDEN), 0).sum().backward()
+    if calls == 3:
+        with pytest.raises(RecordingError, match="depend on more of its past than"):
+            step_jacobians(recording["cell"])
+        return
+    product = torch.eye(HIDDEN, dtype=torch.float64)
+    for t in range(2, 2 * 5):  # the states that enter the calls compose: up to the last step
+        product = step_jacobians(recording["cell"])[t, 0] @ product
+    h = [x.new_zeros(BATCH, HIDDEN)]
+    for x_t in x[:1]:
+        one = cell(x_t, h[-1])
+        h.append(((one + cell(x_t, one)) / 2).detach())
+    last = x[:5]
+
+    def until_last(row: Tensor) -> Tensor:
+        state = torch.cat([row[None], h[-1][1:]])
+        for x_t in last[1:]:
+            one = cell(x_t, state)
+            state = (one + cell(x_t, one)) / 2
+        return state[0]
+
+    exact = torch.autograd.functional.jacobian(until_last, h[-1][0])
+    torch.testing.assert_close(product, exact, rtol=1e-9, atol=1e-14)

@@ -1,0 +1,113 @@
+"""What gradflow cannot do inside the user's own step becomes a note, never an exception there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import torch_is_as_found
+from hostile import Everything, same, step
+
+import gradflow
+from gradflow.errors import RecordingError
+from gradflow.hooks import guard
+from gradflow.hooks.guard import Point
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::gradflow.GradflowWarning"),
+]
+
+LAYERS = ["rnn.l0", "rnn.l1", "stock", "cell", "loop"]
+HIT = {  # what is left out, or has no gradient, after a fault there
+    Point.FUSED: {"rnn.l0", "rnn.l1"},
+    Point.CELL: {"stock"},
+    Point.TAP: {"loop"},
+    Point.ENTERED: {"cell"},
+    Point.LEFT: {"cell"},
+    Point.GRADIENT: set(LAYERS),
+}
+
+
+def failing(
+    point: Point, *, late: bool, only: int | None = None
+) -> tuple[Callable[..., Any], list[int]]:
+    """Work that fails at every visit of a point, or at one, before or after it is done."""
+    visits: list[int] = []
+    do = guard._do
+
+    def work(here: Point, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        fails = here is point and only in (None, len(visits))
+        if here is point:
+            visits.append(len(visits))
+        if fails and not late:
+            raise RuntimeError("injected\nwith a traceback of many lines")
+        result = do(here, work, *args, **kwargs)
+        if fails:
+            raise AssertionError("injected")
+        return result
+
+    return work, visits
+
+
+CASES = [
+    pytest.param(point, only, late, id=f"{point.name}-{only}-{'after' if late else 'before'}")
+    for point in Point
+    for only in (None, 1, 2)  # every visit, or one
+    for late in (False, True)
+    if (point, only, late) != (Point.CLOSING, None, False)  # nothing at all would be closed
+]
+
+
+@pytest.mark.parametrize(("point", "only", "late"), CASES)
+def test_a_fault_at_any_point_is_a_note_and_changes_no_bit(
+    point: Point, only: int | None, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Everything()
+    plain, _ = step(model, recorded=False)
+    work, visits = failing(point, late=late, only=only)
+    monkeypatch.setattr(guard, "_do", work)
+    found, recording = step(model)
+    monkeypatch.undo()
+    assert visits, "no step of the model comes by there: let it"
+    assert same(plain, found) == []
+    assert torch_is_as_found()
+    if only is not None and len(visits) <= only:
+        return
+    said = " ".join([*recording.notes, recording.empty_reason, *_of_tracks(recording)])
+    assert point.value in said
+    assert "injected" in said
+    assert "many lines" not in said
+    for name in HIT.get(point, set()) if only is None else set():
+        whole = name in recording.tracks and recording[name].has_gradient
+        assert not whole, f"{name} is given as if nothing had happened"
+
+
+def _of_tracks(recording: gradflow.Recording) -> list[str]:
+    gone = [track.why_no_gradient for track in recording if not track.has_gradient]
+    return [*gone, *(n for t in recording for n in t.notes), *(t.parity.reason for t in recording)]
+
+
+def test_what_a_fault_did_not_touch_is_what_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Everything()
+    _, whole = step(model)
+    assert sorted(whole.tracks) == sorted(LAYERS)
+    for point in (Point.FUSED, Point.CELL, Point.TAP, Point.LEFT):
+        monkeypatch.setattr(guard, "_do", failing(point, late=False, only=2)[0])
+        _, recording = step(model)
+        monkeypatch.undo()
+        rest = [name for name in LAYERS if name not in HIT[point]]
+        for name in rest:
+            assert torch.equal(recording[name].grad_h, whole[name].grad_h)
+        for name in HIT[point] - ({"rnn.l0", "rnn.l1"} if point is Point.FUSED else set()):
+            with pytest.raises(RecordingError):
+                _ = recording[name]
+
+
+def test_a_fault_would_be_seen_without_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "guarded", lambda _p, _f, work, *args, **kw: work(*args, **kw))
+    monkeypatch.setattr("gradflow.hooks.call._add", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(Everything())
