@@ -41,7 +41,7 @@ def _agreed_layer(
         findings = tuple(_under(finding, probes[-1]) for finding in shown.findings)
         return replace(shown, rate=rate, gain=gain, findings=findings)
     rates = ", ".join(
-        f"{layer.verdict} ({layer.decades:.2g} decades over the span, {layer.rate.value:.3f} per "
+        f"{layer.verdict} ({layer.decades:.1f} decades over the span, {layer.rate.value:.3f} per "
         f"step) under {probe}".replace("(-", "(−").replace(" -", " −")
         for layer, probe in zip(layers, probes, strict=True)
     )

@@ -27,7 +27,7 @@ from gradflow.analyzer.keeping import (
     qr_seconds,
 )
 from gradflow.analyzer.leading import WeightGrowth
-from gradflow.analyzer.lyapunov import Growth, log_growth
+from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
 from gradflow.analyzer.norms import EXACT_ROWS
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.ranks import Ranks, measure_ranks
@@ -127,11 +127,11 @@ def finite_sequences(track: Track) -> np.ndarray:
 
 
 def growth_of(
-    track: Track, settings: Settings, watch: WeightGrowth | None, leading: torch.Tensor
+    track: Track, settings: Settings, watch: WeightGrowth | None, leading: Leading
 ) -> Growth:
     """The QR iteration over all sequences, with as many exponents as the budget allows.
 
-    It starts from the direction (B, S) that keeps most.
+    It starts from the direction that keeps most.
     """
     length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
     allowed = RATE_SECONDS / settings.layers

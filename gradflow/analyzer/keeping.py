@@ -22,12 +22,12 @@ from gradflow.analyzer.gains import (
     span_windows,
 )
 from gradflow.analyzer.jacobians import SPEED, HostOperator, operator_of, state_size, vector_seconds
-from gradflow.analyzer.lyapunov import Growth, burn_in
+from gradflow.analyzer.lyapunov import Growth, Leading, burn_in
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.rates import ROUNDING, quantile, rate_of_one, rate_over_sequences
 from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.settling import PARTS, UNSETTLED, Settled, beyond_noise, parted, settled
-from gradflow.analyzer.windows import EXACT, ROUNDS, ROWS, log_norms
+from gradflow.analyzer.windows import EXACT, ROUNDS, ROWS, Norms, Window, log_norms
 from gradflow.recording import Track
 
 GAIN_SECONDS = 1.0  # predicted, for gains and rates of all layers together
@@ -49,7 +49,7 @@ class Keeping:
     gains: SpanGains
     rates: np.ndarray | None  # (B,) by products over parts; NaN where that could not be afforded
     common: float  # nats per step that these may all be off alike
-    leading: Tensor  # (B, S) of each sequence's first window, at the first step
+    leading: Leading  # of each sequence's first window
     constant: np.ndarray | None  # (S,) exponents, where the step Jacobian never changes
     missing: float = 0.0  # nats that one more round could add to a gain
 
@@ -86,9 +86,7 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     together = windows + (parted(counted, 1) if plan.rated == track.batch else [])
     norms = log_norms(operator, together, rows=plan.rows, rounds=plan.rounds)
     gains = dead_by_cuts(collected(windows, norms, crossed), lengths.numpy())
-    leading = torch.zeros(track.batch, operator.size, dtype=torch.float64)
-    for place in reversed(range(len(windows))):
-        leading[windows[place].sequence] = norms.leading[place]
+    leading = _leading(together, norms, track.batch, 1 if plan.rated == track.batch else 0)
     exponents = None if operator.thin else constant_exponents(operator, counted & crossed)
     if exponents is not None and math.isfinite(exponents[0]):
         counts = counted.any(0)
@@ -101,6 +99,16 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     else:
         return Keeping(gains, None, math.nan, leading, None, norms.missing)
     return Keeping(gains, found.rates, found.common, leading, None, norms.missing)
+
+
+def _leading(windows: list[Window], norms: Norms, batch: int, part: int) -> Leading:
+    """What keeps most of each sequence's first window of a part."""
+    rows = torch.zeros(batch, norms.leading.shape[1], dtype=torch.float64)
+    at = torch.zeros(batch, dtype=torch.int)
+    for place in reversed([n for n, window in enumerate(windows) if window.part == part]):
+        window = windows[place]
+        rows[window.sequence], at[window.sequence] = norms.leading[place], window.first
+    return Leading(rows.nan_to_num(0.0), at)
 
 
 def _of_some(track: Track, settings: Settings, counted: np.ndarray, plan: _Plan) -> Settled:

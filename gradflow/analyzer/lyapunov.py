@@ -88,15 +88,14 @@ def log_growth(
     *,
     cuts: Tensor | None = None,
     seed: int = SEED,
-    leading: Tensor | None = None,
+    leading: Leading | None = None,
     progress: Callable[[float], None] | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Growth:
     """Run the QR iteration over all sequences at once, step by step.
 
     Every sequence starts from the same random basis, so identical sequences give identical rates;
-    `leading` (B, S), the direction of each that the second step is to push first, takes the place of
-    the first of that basis where it is not zero.
+    `leading`, pulled back to the first step, takes the place of the first of that basis.
     At a cut (T, B), in processing order, nothing of the past arrives: the step is left out, and a
     basis that had lost directions to exact zeros starts again.
     `watch` is shown the step and the leading direction (B, S) that it is about to push.
@@ -114,7 +113,7 @@ def log_growth(
         live = live & ~cuts
     rows = basis.expand(batch, -1, -1).clone()
     if leading is not None:
-        rows = _led_by(_at_the_start(operator, leading.to(operator.dtype), live[0]), rows)
+        rows = _led_by(leading.at_the_start(operator, live), rows)
     begun = rows
     growth = torch.full((steps, batch, k), torch.nan, dtype=torch.float64)
     fresh = torch.ones(batch, dtype=torch.bool)  # whose basis is still the random one
@@ -137,14 +136,23 @@ def log_growth(
     return Growth(growth, live & (when >= skipped))
 
 
-def _at_the_start(operator: Operator, leading: Tensor, live: Tensor) -> Tensor:
-    """The directions (B, S) before the first step, where that step counts: pulled back through it."""
-    if not bool(live.any()):
-        return leading
-    back = operator.pull(0, leading[:, None])[:, 0]
-    length = torch.linalg.vector_norm(back, dim=-1, keepdim=True)
-    usable = live[:, None] & (length > 0) & torch.isfinite(length)
-    return torch.where(usable, back / torch.where(length > 0, length, 1.0), leading)
+@dataclass(frozen=True)
+class Leading:
+    """The direction of every sequence that is to grow first, and the step that is to push it."""
+
+    rows: Tensor  # (B, S); 0 where there is none
+    at: Tensor  # (B,)
+
+    def at_the_start(self, operator: Operator, live: Tensor) -> Tensor:
+        """(B, S) before the first step: pulled back through the steps (T, B) that count."""
+        rows = self.rows.to(operator.dtype)
+        for t in reversed(range(int(self.at.max()))):
+            back = operator.pull(t, rows[:, None])[:, 0]
+            length = torch.linalg.vector_norm(back, dim=-1)
+            usable = live[t] & (t < self.at) & (length > 0) & torch.isfinite(length)
+            safe = torch.where(usable, length, 1.0)
+            rows = torch.where(usable[:, None], back / safe[:, None], rows)
+        return rows
 
 
 def _led_by(leading: Tensor, rows: Tensor) -> Tensor:
