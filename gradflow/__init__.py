@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from gradflow.hooks import record, tap
     from gradflow.prediction import what_if
     from gradflow.recording import Recording, Track
-    from gradflow.reporter import report
-    from gradflow.workflow import diagnose, plot
+    from gradflow.workflow import diagnose, plot, report
 
 _HOMES = {
     "Analysis": "gradflow.analysis",
@@ -39,7 +38,7 @@ _HOMES = {
     "load": "gradflow.analysis",
     "plot": "gradflow.workflow",
     "record": "gradflow.hooks",
-    "report": "gradflow.reporter",
+    "report": "gradflow.workflow",
     "tap": "gradflow.hooks",
     "what_if": "gradflow.prediction",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +107,46 @@ def plot(
     if isinstance(x, Recording):
         x = analyze(x)
     return reporter.plot(x, kind, layer=layer, ax=ax)
+
+
+def report(
+    x: Recording | Analysis,
+    folder: str | Path,
+    *,
+    formats: Iterable[str] | None = None,
+    force: bool = False,
+) -> dict[str, Path]:
+    """Write page, summary, tables, pictures and run into a folder.
+
+    The folder appears whole or not at all. An existing one is not touched, unless ``force`` is given
+    and it holds nothing but an earlier report, which is then replaced as a whole.
+
+    Args:
+        x: an `Analysis`, or a `Recording`, which is analyzed first.
+        folder: where the files go; it is made.
+        formats: which of "html" (one page, offline), "json" (summary.json), "csv" (tables), "png"
+            (figures/) and "nc" (run.nc, which `load` reads back); all by default.
+        force: replace an earlier report.
+
+    Returns:
+        Name in the folder -> path of every file.
+
+    Raises:
+        InputError: a format is unknown, or there are no layers to report on.
+        FileError: the folder exists, or cannot be written.
+
+    >>> import tempfile, torch, gradflow
+    >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     sorted(gradflow.report(run, f"{place}/run", formats=["json", "nc"]))
+    ['run.nc', 'summary.json']
+    """
+    from gradflow import reporter
+
+    if isinstance(x, Recording):
+        x = analyze(x)
+    chosen = reporter.FORMATS if formats is None else formats
+    return reporter.report(x, folder, formats=chosen, force=force)
 
 
 @dataclass(frozen=True)

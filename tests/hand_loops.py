@@ -149,6 +149,35 @@ class Outer(nn.Module):
         return self.layer(x, tap)
 
 
+class RungeKutta(Parts):
+    """Four calls of the right-hand side in every step."""
+
+    def forward(self, x: Tensor, tap: Tap = None) -> Tensor:
+        z = self.start.expand(x.shape[1], H)
+        for _ in range(len(x)):
+            a = torch.tanh(self.h(z))
+            b = torch.tanh(self.h(z + 0.05 * a))
+            c = torch.tanh(self.h(z + 0.05 * b))
+            d = torch.tanh(self.h(z + 0.1 * c))
+            z = z + 0.1 / 6 * (a + 2 * b + 2 * c + d)
+            if tap:
+                z = tap(z=z)
+        return z
+
+
+class Decay(Parts):
+    """A vector of weights alone goes from step to step."""
+
+    def forward(self, x: Tensor, tap: Tap = None) -> Tensor:
+        v, read = self.zeros(x), []
+        for u in x:
+            v = torch.sigmoid(self.start) * v + self.x(u)
+            if tap:
+                v = tap(v=v)
+            read.append(torch.sigmoid(v))
+        return torch.stack(read)
+
+
 LOOPS: dict[str, tuple[type[nn.Module], list[str]]] = {  # and the names of the states
     "vanilla": (Vanilla, ["h"]),
     "gated, learned start": (Gated, ["h"]),
@@ -159,4 +188,6 @@ LOOPS: dict[str, tuple[type[nn.Module], list[str]]] = {  # and the names of the 
     "a decoder beside a GRU": (Decoder, ["h"]),
     "a bare function": (BareFunction, ["h"]),
     "a layer that loops inside": (Outer, ["h"]),
+    "Runge and Kutta": (RungeKutta, ["z"]),
+    "decay": (Decay, ["v"]),
 }

@@ -103,15 +103,26 @@ def every_call() -> Recording:
     return recorded(model, run)
 
 
+def closed(cell: nn.Module, *, remembering: bool = False) -> Tensor:
+    """The last h of a decoder on its own output, or on the mean of all of them."""
+    outputs = [torch.ones(2, 4)]
+    h = torch.zeros(2, 4)
+    for _ in range(6):
+        h = cell(torch.stack(outputs).mean(0) if remembering else outputs[-1], h)
+        outputs.append(torch.tanh(h))
+    return h
+
+
 def every_loop() -> Recording:
-    model = nn.ModuleDict({"cell": nn.LSTMCell(3, 4), "stepwise": nn.GRU(3, 4)})
+    cells = {"cell": nn.LSTMCell(3, 4), "stepwise": nn.GRU(3, 4), "decoder": nn.GRUCell(4, 4)}
+    model = nn.ModuleDict(cells)
 
     def run() -> Tensor:
         state = None
         for x_t in data():
             _, state = model["stepwise"](x_t[None], state)
         masked = loop(model["cell"], data(), lambda h: h * torch.tensor([[1.0], [0.0]]))
-        return masked.sum() + state.sum()
+        return masked.sum() + state.sum() + closed(model["decoder"]).sum()
 
     return recorded(model, run)
 
@@ -214,7 +225,8 @@ SUPPORTED = [
     Supported(
         "loops",
         "over `nn.LSTMCell`, `nn.GRUCell`, `nn.RNNCell`, and over layers that carry their state on, "
-        "each as one track; detached, masked, dropped out or zoned out between two steps",
+        "each as one track; detached, masked, dropped out or zoned out between two steps; closed by "
+        "their own inputs (own output fed back, attention, cells that feed each other, graphs)",
         every_loop,
     ),
     Supported(
@@ -346,6 +358,11 @@ def wide_cell() -> str:
         return said(recorded(cell, run)["cell"].operator)
 
 
+def own_outputs() -> str:
+    cell = nn.GRUCell(4, 4)
+    return said(recorded(cell, lambda: closed(cell, remembering=True))["cell"].operator)
+
+
 def batch_normed() -> str:
     norm = nn.BatchNorm1d(4)
 
@@ -407,6 +424,12 @@ REFUSED = [
         "totals",
         "sequences or layers are mixed between two of its calls",
         mixed_sequences,
+    ),
+    Refused(
+        "attention over all earlier outputs of a layer itself, a memory that grows",
+        "states, totals, the layer alone",
+        "more goes around it than its states",
+        own_outputs,
     ),
     Refused(
         "more than 64 states mixed between two calls",

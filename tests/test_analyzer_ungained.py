@@ -48,7 +48,7 @@ def layer() -> LayerAnalysis:
 
 def test_no_verdict_is_given_and_one_sentence_says_what_goes_around(layer: LayerAnalysis) -> None:
     assert layer.verdict == "inconclusive" and layer.labels[0] == "no gains"
-    assert "depends on more of the past than the states before it" in layer.sentence
+    assert "more goes around it than its states" in layer.sentence
     assert layer.sentence.startswith("cell gets no verdict, since its gains are not known: ")
     assert layer.title.endswith(": no verdict, its gains are not known")
     assert math.isnan(layer.rate.value) and layer.lyapunov is None and not layer.findings
@@ -84,8 +84,9 @@ def test_pictures_that_need_no_gain_show_numbers(kind: str) -> None:
 
 
 def test_a_report_is_written_and_read_back(tmp_path: Path) -> None:
-    run = gradflow.analyze(attended())
-    gradflow.report(run, tmp_path / "out")
+    recording = attended()
+    run = gradflow.analyze(recording)
+    gradflow.report(recording, tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "gets no verdict, since its gains are not known" in page
     again = gradflow.load(tmp_path / "out")

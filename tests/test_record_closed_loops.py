@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 import gradflow
 from gradflow.analyzer import step_jacobians
 from gradflow.errors import RecordingError
+from gradflow.recording import Recording
 from tests import closed_loops as loops
 from tests.closed_loops import Loop, advanced, made
 
@@ -194,3 +197,92 @@ def test_the_last_loss_step_alone_is_that_of_a_loss_at_the_last_step(case: tuple
     for name, grad in alone[model.track].grads.items():
         assert same(last[name], grad), name
     assert gradflow.analyze(every)[model.track].sentence
+
+
+def fed_back(kind: type[nn.Module]) -> Loop:
+    """A decoder whose recurrent weights are small, while what is fed back keeps its length."""
+    model = made(loops.Decoder, kind)
+    cell = model.cell
+    own = isinstance(cell, loops.Own)
+    weights = (cell.into.weight, cell.back.weight) if own else (cell.weight_ih, cell.weight_hh)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+        for weight in (*weights, model.out.weight):
+            nn.init.orthogonal_(weight)
+        weights[1].mul_(0.02)
+    return model
+
+
+def test_the_verdict_is_of_the_loop_and_not_of_the_cell() -> None:
+    layers = {}
+    for kind in (nn.RNNCell, loops.Own):
+        torch.manual_seed(0)
+        model = fed_back(kind)
+        with gradflow.record(model) as recording:
+            torch.manual_seed(0)
+            model.noise = 0.02 * torch.randn(40, 4, loops.H, dtype=torch.float64)
+            state, found = model.begin(4), []
+            for t in range(40):
+                state = model.step(state, t)
+                found.append(state["h"])
+            found[-1].sum().backward()
+        layers[kind] = gradflow.analyze(recording)["cell"]
+    stock, own = layers[nn.RNNCell], layers[loops.Own]
+    assert stock.verdict == own.verdict == "stable" and stock.channels == own.channels
+    assert abs(stock.rate.value) < 0.03 and stock.alone is not None
+    assert stock.alone.rate.value == pytest.approx(-3.9, abs=0.1)  # ln 0.02
+    assert stock.alone.horizon == 2
+
+
+def test_truncation_cuts_a_closed_loop_where_state_and_input_are_detached() -> None:
+    model = made(loops.Decoder, nn.GRUCell)
+    with gradflow.record(model) as recording:
+        model.noise = torch.ones(1, 2, loops.H, dtype=torch.float64)
+        state = model.begin(2)
+        for t in range(9):
+            x = model.feed(state["h"], t)
+            if t % 3 == 0:
+                x = x.detach()
+            start = state["h"].detach() if t % 3 == 0 else state["h"]
+            state = {"h": model.cell(x, start)}
+            if t % 3 == 2:
+                state["h"].sum().backward()
+                state = {"h": state["h"].detach()}
+    assert recording["cell"].cuts.all(1).nonzero().flatten().tolist() == [3, 6]
+    assert len(recording["cell"].notes) == 1
+
+
+def test_a_detached_state_whose_output_is_fed_back_is_no_cut() -> None:
+    model = made(loops.Decoder, nn.GRUCell)
+    with gradflow.record(model) as recording:
+        model.noise = torch.ones(1, 2, loops.H, dtype=torch.float64)
+        state = model.begin(2)
+        for t in range(6):
+            state = {"h": model.cell(model.feed(state["h"], t), state["h"].detach())}
+        state["h"].sum().backward()
+    assert not bool(recording["cell"].cuts.any())
+
+
+def without_a_graph(cell: nn.Module, x: Tensor, *, given: bool) -> Recording:
+    with gradflow.record(cell) as recording, torch.no_grad():
+        h = torch.zeros(2, 3)
+        for x_t in x:
+            h = cell(x_t if given else h, h)
+    return recording
+
+
+@pytest.mark.parametrize(("given", "told"), [(True, False), (False, True)])
+def test_without_a_graph_it_is_said_that_nothing_can_be_told(given: bool, told: bool) -> None:
+    with pytest.warns(gradflow.errors.GradflowWarning, match="no_grad"):
+        recording = without_a_graph(nn.GRUCell(3, 3), torch.randn(6, 2, 3), given=given)
+    assert ("cannot be told" in recording["cell"].inputs_unknown) == told
+    assert ("cannot be told" in gradflow.analyze(recording)["cell"].sentence) == told
+
+
+def test_what_is_alone_is_saved_and_read_again(tmp_path: Path) -> None:
+    recording, _ = recorded(made(loops.Decoder, nn.GRUCell))
+    analysis = gradflow.analyze(recording)
+    again = gradflow.load(analysis.save(tmp_path / "run.nc"))
+    assert again["cell"].alone == analysis["cell"].alone is not None
+    assert any("alone, its inputs held fixed" in note for note in again.warnings)

@@ -95,7 +95,7 @@ def gated(z: Tensor, h: Tensor) -> Tensor:
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")  # torch.jit.script is deprecated
     gated = torch.jit.script(gated)
 
 
@@ -544,7 +544,7 @@ def test_a_fork_while_another_thread_opens_recordings_does_not_hang() -> None:
 def test_a_child_that_is_forked_inside_a_block_goes_on_alone() -> None:
     model, read, write = nn.LSTM(3, 4), *os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # a fork beside other threads
         with gradflow.record(model) as recording:
             child = os.fork()
             model(x())

@@ -72,6 +72,48 @@ def test_the_product_of_its_steps_is_what_autograd_says_of_the_whole_loop() -> N
     torch.testing.assert_close(product, whole, rtol=1e-12, atol=0)
 
 
+class StackedByHand(nn.Module):
+    """One layer of a stack whose layers loop by hand inside their own forward."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.w, self.u = nn.Linear(inputs, H), nn.Linear(H, H)
+
+    def forward(self, x: Tensor, tap: Any = None) -> Tensor:
+        h, out = x.new_zeros(x.shape[1], H), []
+        for u in self.w(x):
+            h = torch.tanh(u + self.u(h))
+            h = tap(h=h) if tap else h
+            out.append(h)
+        return torch.stack(out)
+
+
+def test_every_layer_of_a_stack_by_hand_is_a_track() -> None:
+    torch.manual_seed(3)
+    model, x = (
+        nn.Sequential(StackedByHand(3), StackedByHand(H), StackedByHand(H)).double(),
+        torch.randn(9, 4, 3, dtype=F64),
+    )
+    recording, _ = recorded(model, x)
+    assert sorted(track.name for track in recording) == ["0", "1", "2"]
+    assert not recording.unseen
+    for number, (_, layer) in enumerate(model.named_children()):
+        given = model[:number](x)
+        with gradflow.record(layer) as tapped:
+            (model[number + 1 :](layer(given, gradflow.tap)) ** 2).sum().backward()
+        (track,) = [track for track in tapped if track.name == "loop"]
+        assert torch.equal(track.grads["h"], recording[str(number)].grads["h"])
+
+
+def test_a_class_named_like_torchs_own_is_no_cell_of_torchs() -> None:
+    torch.manual_seed(4)
+    model = type("LSTM", (StackedByHand,), {})(3).double()
+    recording, _ = recorded(model, torch.randn(9, 4, 3, dtype=F64))
+    (track,) = recording
+    assert track.cell.endswith(".LSTM")
+    assert gradflow.analyze(recording)[track.name].sentence
+
+
 # ------------------------------------------------------------------- what is only a part of a step
 
 
@@ -228,6 +270,60 @@ def test_a_gradient_penalty_is_no_recurrence() -> None:
 
     with pytest.warns(GradflowWarning, match="no recurrent layer ran"):
         assert not run().unseen
+
+
+class Kept(nn.Module):
+    """Its state stays in an attribute, cut off from the step before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.h = nn.Linear(H, H), torch.zeros(2, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.h = torch.tanh(x + self.w(self.h.detach()))
+        return self.h
+
+
+def test_a_state_kept_in_an_attribute_is_told_of() -> None:
+    model = Kept()
+
+    def run() -> None:
+        with gradflow.record(model):
+            torch.stack([model(u) for u in torch.randn(5, 2, H)]).sum().backward()
+
+    with pytest.warns(GradflowWarning, match=r"keeps self\.h .*self\.h = gradflow\.tap\(h=self\.h"):
+        run()
+
+
+class Given(nn.Module):
+    """A cell without weights of its own."""
+
+    def forward(self, x: Tensor, h: Tensor, w: Tensor) -> Tensor:
+        return torch.tanh(x + (w @ h.unsqueeze(2)).squeeze(2))
+
+
+class Hyper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.cell = nn.Linear(H, H * H), Given()
+
+    def forward(self, x: Tensor, tap: Any = None) -> Tensor:
+        w, h = self.make(x[0]).view(-1, H, H), torch.zeros(x.shape[1], H, dtype=x.dtype)
+        for u in x:
+            h = self.cell(u, h, w)
+            if tap:
+                h = tap(h=h)
+        return h
+
+
+def test_a_cell_whose_weights_come_from_elsewhere_is_a_cell() -> None:
+    torch.manual_seed(4)
+    model, x = Hyper().double(), torch.randn(6, 3, H, dtype=F64)
+    mine = recorded(model, x)[0]["cell"]
+    theirs = recorded(model, x, gradflow.tap)[0]["loop"]
+    assert (mine.cell, list(mine.states)) == ("Given", ["h"])
+    assert torch.equal(mine.grad_h, theirs.grad_h)
+    assert torch.equal(step_jacobians(mine)[1:], step_jacobians(theirs)[1:])
 
 
 class Layer(nn.Module):

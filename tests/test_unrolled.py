@@ -103,7 +103,7 @@ def one_slice(m: Parts, x: Tensor) -> Tensor:
 
 def shared_activation(m: Parts, x: Tensor) -> Tensor:
     for layer in m.layers:
-        x = m.act(layer(x))
+        x = m.act(layer(x + m.a))
     return x
 
 

@@ -301,8 +301,8 @@ def test_the_error_of_truncation_is_that_of_the_window(monkeypatch: pytest.Monke
     errors = np.linspace(0.9, 0.0, 30)
     measure = gradflow.analyze
 
-    def with_errors(*arguments: object) -> gradflow.Analysis:
-        run = measure(*arguments)  # type: ignore[arg-type]
+    def with_errors(*arguments: object, **settings: object) -> gradflow.Analysis:
+        run = measure(*arguments, **settings)  # type: ignore[arg-type]
         names = ["weight_hh", "weight_ih"]
         known = xr.DataArray(
             np.stack([errors, errors * 0]), dims=("parameter", "lag"), coords={"parameter": names}

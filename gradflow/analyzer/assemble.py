@@ -37,7 +37,7 @@ from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.unmeasured import without_gains
 from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
-from gradflow.recording import Recording, Track
+from gradflow.recording import Recording, Track, pooled
 
 TRIANGLE_SECONDS = 1.5  # predicted, for the triangles of all layers together
 LAG_SECONDS = 5.5  # predicted, for the gradients by lag of all layers together
@@ -53,6 +53,7 @@ def analyze(
     stride: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    pool: bool = True,
 ) -> Analysis:
     """Measure how far back every layer's gradient flows, and say why it stops.
 
@@ -71,6 +72,9 @@ def analyze(
         stride: every how many steps a map has a source.
         seed: of random starts; the gain over the span and the rate do not depend on it.
         progress: called with a phase in words and the share done.
+        pool: whether runs of one layer from starts of their own (one sentence at a time, episode
+            after episode) are one layer of as many sequences; False keeps them apart, as the
+            recording has them.
 
     Returns:
         An `Analysis`, layer name -> `LayerAnalysis`: gain in nats over the span, rate in nats per
@@ -99,12 +103,13 @@ def analyze(
             )
         )
     recording.require_tracks()
+    recording, said = pooled(recording) if pool else (recording, [])
     settings = checked(recording, span, sequences, maps, method, stride, seed, progress)
     layers, refused = _layers(recording, settings)
     return Analysis(
         title=recording.model_name,
         layers=layers,
-        warnings=(*refused, *warnings_of(recording, layers)),
+        warnings=(*refused, *said, *warnings_of(recording, layers)),
         provenance=dict(recording.provenance) | provenance_of(layers, settings),
         unseen=recording.unseen,
     )

@@ -54,7 +54,7 @@ def with_alone(track: Track, layer: LayerAnalysis, settings: Settings) -> LayerA
     if track.loop and "no gains" not in layer.labels:
         said = f", a part of {track.loop},{said}"
     if track.inputs_unknown:
-        said += f" (its inputs held fixed: {track.inputs_unknown})"
+        said += f" ({track.inputs_unknown})"
     alone = None if track.alone is None else _alone(track.alone, layer, settings)
     return replace(layer, sentence=layer.name + said, alone=alone)
 

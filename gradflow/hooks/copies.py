@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradflow.hooks.call import Call
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.seen import CellCall, FusedCall
+
+SAMPLED = 16  # entries of a weight whose values are not kept
 
 
 class Copies:
@@ -111,6 +113,19 @@ def _autocast(device: str) -> tuple[str, bool, torch.dtype]:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def stamp_of(module: nn.Module) -> tuple[object, ...]:
+    """A few entries of every parameter, what an optimizer's step changes; () where none can be read."""
+    found: list[object] = []
+    try:
+        for name, parameter in module.named_parameters():
+            flat = parameter.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // SAMPLED)][: 2 * SAMPLED]
+            found.append((name, some.cpu().contiguous().view(torch.uint8).numpy().tobytes()))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # without values, for one
+        return ()
+    return tuple(found)
 
 
 def copied(tensor: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
 def _foreign(name: str) -> str:
     """A node of which Python knows nothing but that it is there."""
     if "jit" in name or "DifferentiableGraph" in name:
-        return "a function of torch.jit.script, whose derivative only torch's own backward can run"
+        return "a function of torch.jit.script (its derivative runs in torch's own backward only)"
     return f"an operation written in C++ ({name.split('::')[-1]})"
 
 

@@ -66,7 +66,7 @@ def _kept(kept: Mapping[str, str]) -> str:
         f"{name} keeps {attribute} from one call to the next" for name, attribute in kept.items()
     ]
     attribute = next(iter(kept.values()))
-    short = attribute.removeprefix("self.")
+    short = attribute.rpartition(".")[2]
     return (
         f"{listed(said)}, where no state is seen to come back; if that is a state of the loop, mark it in "
         f"its forward: {attribute} = gradflow.tap({short}={attribute})"

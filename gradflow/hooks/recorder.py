@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.watch import ClosedLoops, is_of
-from gradflow.hooks.copies import Copies
+from gradflow.hooks.copies import Copies, stamp_of
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import Point, guarded
@@ -243,6 +243,7 @@ class Recorder:
         while f"{base}@{self.runs[base]}" in self.recording._tracks:  # some were dropped
             self.runs[base] += 1
         track.name = base if self.runs[base] == 1 else f"{base}@{self.runs[base]}"
+        track.stamp = stamp_of(self.model)
         self.recording.add(track)
 
     def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None:

@@ -39,6 +39,7 @@ def with_predictions(
         for layer in analysis
         if layer.verdict in ("vanishing", "exploding")
         and layer.name in recording.tracks
+        and recording[layer.name].batch == layer.sequences  # not several runs pooled
         and not read[layer.name].amiss
         and _can_be_set(recording[layer.name], _first_trial(layer)[0])
     ]

@@ -185,7 +185,7 @@ def _scale_hh(recording: Recording, before: Before, value: float) -> Iterator[Ro
 def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Row]:
     """Rows of a shorter window: nothing is run again, gains at lags of K and more are lost."""
     keep = int(value)
-    layers = analyze(recording).layers
+    layers = analyze(recording, pool=False).layers
     for name, known in before.items():
         row = _row(name, "truncate", keep, known)
         if isinstance(known, str):

@@ -40,9 +40,10 @@ class Track:
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
     owner: str = ""  # path of its module in the model, "" for the model itself
     above: tuple[str, ...] = ()  # names of the tracks of the same stack that read this one
-    inputs_unknown: str = ""  # why it cannot be told whether its inputs depend on its own states
+    inputs_unknown: str = ""  # that steps ran without a graph, and what that hides of their inputs
     unseen_states: tuple[str, ...] = ()  # states whose values were not seen, and stand as NaN
     loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of
+    stamp: tuple[object, ...] = ()  # of weights that were not seen: equal where they were the same
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
 
     def read_anew(self) -> None:

@@ -54,8 +54,8 @@ _OPENINGS: dict[str, Callable[[Evidence], str]] = {
         + ("its recurrence is not trained" if e.reading.still else "next to no time is crossed")
     ),
     reading.AFTER_END: lambda e: (
-        f"is read behind the end of {_share(e)}, "
-        f"{counted(e.reading.padding, 'step')} of padding on (median)"
+        f"is read behind the end of {_share(e)}: the median has "
+        f"{counted(e.reading.padding, 'step')} of padding before the loss"
     ),
 }
 

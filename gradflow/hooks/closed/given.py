@@ -41,9 +41,11 @@ class GivenInputs:
         source = track.source
         if not isinstance(source, LoopSource) or id(source.loop.chain) not in self.unsure:
             return ""
+        if source.loop.chain.closed is not None:
+            return "steps that ran without a graph are taken with their inputs held fixed"
         return (
-            "without a graph it cannot be told whether they depend on its own earlier states; record "
-            "it with gradients enabled"
+            "its inputs held fixed: without a graph it cannot be told whether they depend on its own "
+            "earlier states; record it with gradients enabled"
         )
 
     def _from_below(self, key: int, data: Tensor) -> bool:

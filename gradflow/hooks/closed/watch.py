@@ -154,9 +154,11 @@ class ClosedLoops:
         self._calls = [seen for seen in self._calls if id(seen) in kept]
 
     def _is_dropped(self, part: Any) -> bool:
-        """Whether a loop over a cell turned out to be none."""
-        marked = isinstance(part, MarkedPart)
-        return marked and part.track not in self.owner.recording.tracks.values()
+        """Whether a loop over a cell turned out to be none, or what it returns is no state."""
+        if not isinstance(part, MarkedPart):
+            return False
+        known = part.track in self.owner.recording.tracks.values()
+        return not known or part.source.part_of_a_step
 
     def _is_whole(self, part: Any, calls: Sequence[Seen]) -> bool:
         """Whether a marked loop is read by itself: its states are all that it carries, or it is tapped.

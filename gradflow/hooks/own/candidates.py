@@ -95,8 +95,15 @@ class UnderWay:
 
 
 def may_be(module: nn.Module) -> bool:
-    """Whether a module may be a cell: it has weights, and a forward that is not torch's own."""
-    return forwards.holder(module) is not None and next(module.parameters(), None) is not None
+    """Whether a module may be a cell: its forward is not torch's own, and it has weights or is given some.
+
+    Without weights of its own (a hypernetwork or the module around it gives them) it takes a state
+    beside them, so two arguments at least; an activation takes one.
+    """
+    if forwards.holder(module) is None:
+        return False
+    has_weights = next(module.parameters(), None) is not None
+    return has_weights or (type(module) is not nn.Sequential and len(parameters_of(module)) > 1)
 
 
 def is_plain(cell: Candidate) -> bool:

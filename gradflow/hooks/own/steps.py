@@ -20,7 +20,7 @@ from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
 
-LOOKED = 4  # calls of a loop after which it is known whether its module is only part of a step
+LOOKED = 12  # calls of a loop after which it is known whether its module is only part of a step
 
 MOVED = "the batch changes between two calls while a state is mixed with the one before (zoneout, a mask)"
 

@@ -41,7 +41,12 @@ class Uses:
 
     weight: int  # place of its leaf, or of the node that made it
     nodes: list[int] = field(default_factory=list)  # places
-    product: bool = False  # whether it is a factor of a matrix product or a convolution
+    products: int = 0  # uses as a factor of a matrix product or a convolution
+
+    @property
+    def product(self) -> bool:
+        """Whether it is a matrix: not a vector that is added to what enters one product."""
+        return self.products >= LEAST
 
 
 @dataclass(eq=False)
@@ -81,11 +86,11 @@ def uses_of(graph: Unrolled, weights: Mapping[int, int]) -> list[Uses]:
         for child, output in inputs:
             for weight in made_of.at(child, output):
                 uses = found.setdefault(weight, Uses(made_of.leaf(weight)))
-                if not uses.nodes or uses.nodes[-1] != place:
-                    uses.nodes.append(place)
                 if product is None:
                     product = graph.kind(place) in PRODUCTS
-                uses.product |= product
+                if not uses.nodes or uses.nodes[-1] != place:
+                    uses.nodes.append(place)
+                    uses.products += product
     return [uses for uses in found.values() if len(uses.nodes) >= LEAST]
 
 
@@ -176,10 +181,15 @@ def chains(graph: Unrolled, weights: Mapping[int, int], states: Collection[int])
         chain = known.get(key)
         chain = chain_of(graph, uses, states) if chain is None else chain
         known[key] = chain
-        if chain.length >= LEAST:
+        if chain.length >= LEAST and not (states and _is_within(graph, chain)):
             found.append(Chain(uses, chain.depth, chain.length))
     repeated = {place for chain in found if chain.uses.product for place in chain.depth}
     return [c for c in found if c.uses.product or _alone(graph, c, repeated)]
+
+
+def _is_within(graph: Unrolled, chain: Chain) -> bool:
+    """Whether its uses go on behind a recorded state: they are several in every step of that loop."""
+    return chain_of(graph, chain.uses, ()).length > chain.length
 
 
 def _alone(graph: Unrolled, chain: Chain, repeated: Collection[int]) -> bool:

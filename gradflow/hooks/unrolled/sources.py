@@ -77,7 +77,8 @@ def kept(module: nn.Module) -> str:
             for method in scope.body:
                 if isinstance(method, ast.FunctionDef) and method.name == "forward":
                     found = _described(file, _as_loop(method), set()).before_written
-                    return next((name for name in found if name.startswith("self.")), "")
+                    mine = f"{method.args.args[0].arg}." if method.args.args else "self."
+                    return next((name for name in found if name.startswith(mine)), "")
     return ""
 
 
@@ -95,7 +96,7 @@ def _classes(module: nn.Module) -> list[tuple[type, str]]:
 def insertion(found: Found | None) -> str:
     """The line that marks the states of a loop."""
     names = found.carried if found is not None else ()
-    plain = [name.removeprefix("self.") for name in names]
+    plain = [name.rpartition(".")[2] for name in names]
     if not names or not all(name.isidentifier() for name in plain) or len(set(plain)) < len(plain):
         return "h, c = gradflow.tap(h=h, c=c)" if len(names) > 1 else "h = gradflow.tap(h=h)"
     given = ", ".join(f"{short}={name}" for short, name in zip(plain, names, strict=True))

@@ -137,7 +137,7 @@ class _Loop:
         for place in model:
             own = [place_of[child] for child, _ in self.graph.inputs[place] if child in place_of]
             needed = {found[index] for index in own}
-            if not step and len(needed) > 1:  # of a constant start there are no operations
+            if not step:  # of a constant start there are no operations
                 needed.discard(None)
             kind, hit = self.graph.kind(place), None
             if None not in needed:

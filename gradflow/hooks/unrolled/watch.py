@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.graph import Edge, edge_of
 from gradflow.hooks.marks import Marks, Owner, newest
+from gradflow.hooks.own.candidates import cell_name
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
@@ -52,6 +53,7 @@ class Watch:
         # numbers of nodes that made states of some track -> its source, None for torch's own
         self.states: dict[int, TapSource | None] = {}
         self.taken: set[int] = set()  # the same of loops that were taken up here
+        self.taken_before: frozenset[int] = frozenset()  # those of earlier backwards
         self.walked: set[int] = set()  # numbers of nodes of earlier backwards
         # from and to which number backwards made nodes of their own, with create_graph=True
         self.differentiated: list[tuple[int, int]] = []
@@ -77,6 +79,7 @@ class Watch:
     def before_backward(self, roots: Iterable[Any], create_graph: bool) -> None:
         """Look at the graph of a backward that is about to run."""
         self._since = newest() if create_graph else -1
+        self.taken_before = frozenset(self.taken)
         nodes = [node for root in roots if (node := _node_of(root)) is not None]
         try:
             graph = Unrolled(nodes, self.given)
@@ -148,19 +151,26 @@ class Watch:
         name = path or "loop"
         if self.owner.wants_track(name):
             known = self._called(steps) or _names(loop, len(steps.edges[0]))
-            cell = type(self.modules[path]).__name__
+            cell = cell_name(self.modules[path])
             self.taken.update(n._sequence_nr() for edges in steps.edges for n, _ in edges)
             track = take_up(self.marks, name, cell, steps, known, rows)
             track.notes += [EARLY] if steps.ends_early else []
 
     def _is_around_stock(self, graph: Unrolled, found: Recurrence) -> bool:
-        """Whether calls of torch's own recurrent functions are part of it: a closed loop, told as one."""
+        """Whether calls of other tracks are part of it: a closed loop, which is told as one."""
         if not self.owner.in_closed_loop():
             return False
         marks = {place: 0 for chain in found.chains for place in chain.depth}
         since, until = earliest(graph, marks), latest(graph, marks)
-        stock = [p for p, n in enumerate(graph.numbers) if self.states.get(n, found) is None]
-        return any(since[place] < FAR and until[place] >= 0 for place in stock)
+        return any(
+            since[place] < FAR and until[place] >= 0 and self._is_in_closed_loop(number)
+            for place, number in enumerate(graph.numbers)
+            if number in self.states
+        )
+
+    def _is_in_closed_loop(self, number: int) -> bool:
+        source = self.states[number]
+        return source is None or source.closed is not None
 
     def _drop_parts(self, graph: Unrolled, found: Recurrence) -> None:
         """Forget the loops over modules that are only part of a step of this one."""
@@ -179,7 +189,7 @@ class Watch:
         uses = {place for chain in found.chains for place in chain.depth}
         if any(graph.numbers[place] in self.walked for place in uses):
             raise NoState("an earlier backward went through it that was not recorded")
-        taken = {p: 0 for p, number in enumerate(graph.numbers) if number in self.taken}
+        taken = {p: 0 for p, number in enumerate(graph.numbers) if number in self.taken_before}
         if any(since < FAR for place, since in enumerate(earliest(graph, taken)) if place in uses):
             raise NoState("a backward ran in the middle of it")
         steps = steps_of(graph, found)

@@ -1,0 +1,136 @@
+"""Runs of one layer from starts of their own are one layer of as many sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import compare
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+import gradflow
+from gradflow.analyzer import step_jacobians
+from gradflow.recording import pooled
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+INPUTS, HIDDEN, LENGTHS = 3, 4, (12, 9, 12, 7)
+
+
+class Linear(nn.Module):
+    """The cell of the char-RNN tutorial: no nonlinearity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(INPUTS + HIDDEN, HIDDEN, dtype=torch.float64)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.f(torch.cat([x, h], 1))
+
+
+class Curved(Linear):
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x, h))
+
+
+def over(cell: nn.Module, x: Tensor) -> Tensor:
+    h = torch.zeros(x.shape[1], HIDDEN).double()
+    for x_t in x:
+        h = cell(x_t, h)
+    return h
+
+
+RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "fused": (lambda: nn.LSTM(INPUTS, HIDDEN).double(), lambda m, x: m(x)[0][-1]),
+    "bidirectional": (
+        lambda: nn.GRU(INPUTS, HIDDEN, bidirectional=True).double(),
+        lambda m, x: m(x)[0].mean(0),
+    ),
+    "cell": (lambda: nn.GRUCell(INPUTS, HIDDEN).double(), over),
+    "own": (Curved, over),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_runs_are_one_track_of_as_many_sequences(kind: str) -> None:
+    """The numbers are those of each run, padded at its end."""
+    torch.manual_seed(0)
+    make, forward = RUNS[kind]
+    model, xs = make(), [torch.randn(n, 1, INPUTS).double() for n in LENGTHS]
+    with gradflow.record(model) as recording:
+        for x in xs:
+            forward(model, x).pow(2).sum().backward()
+    names = dict.fromkeys(track.name.partition("@")[0] for track in recording)
+    one, said = pooled(recording)
+    assert list(one.tracks) == list(names)
+    assert all("ran 4 times" in sentence and "pool=False" in sentence for sentence in said)
+    for name in names:
+        runs = [track for track in recording if track.name.partition("@")[0] == name]
+        track = one[name]
+        assert track.lengths.tolist() == list(LENGTHS)
+        for get in (
+            lambda t: t.h,
+            lambda t: t.grad_h,
+            lambda t: t.grad_h_direct,
+            lambda t: t.grad_h_last,
+            lambda t: step_jacobians(t).flatten(2),
+            lambda t: t.loss_steps([3]).grads["h"][0],
+        ):
+            whole = get(track)
+            for b, run in enumerate(runs):
+                compare.assert_whole_close(whole[: run.steps, b : b + 1], get(run))
+                assert bool(torch.isnan(whole[run.steps :, b]).all())
+        assert track.parity.status == runs[0].parity.status
+    analysis = gradflow.analyze(recording)
+    assert list(analysis.layers) == list(names)
+    assert analysis[next(iter(names))].sequences == 4
+    assert any("ran 4 times" in sentence for sentence in analysis.warnings)
+    assert len(gradflow.analyze(recording, pool=False).layers) == 4 * len(names)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["cell", "own"])
+def test_the_verdict_is_that_of_the_batch(own: bool) -> None:
+    torch.manual_seed(0)
+    cell = Curved() if own else nn.GRUCell(INPUTS, HIDDEN).double()
+    xs = [torch.randn(n, 1, INPUTS).double() for n in (20, 20, 20)]
+    with gradflow.record(cell) as apart:
+        for x in xs:
+            over(cell, x).sum().backward()
+    with gradflow.record(cell) as together:
+        over(cell, pad_sequence([x[:, 0] for x in xs])).sum().backward()
+    mine, theirs = (gradflow.analyze(recording)["cell"] for recording in (apart, together))
+    assert mine.verdict == theirs.verdict
+    assert mine.rate.value == pytest.approx(theirs.rate.value, rel=1e-9)
+    assert mine.rate.low == pytest.approx(theirs.rate.low, rel=1e-9)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["cell", "own"])
+def test_runs_of_other_weights_stay_apart(own: bool) -> None:
+    torch.manual_seed(0)
+    cell = Curved() if own else nn.GRUCell(INPUTS, HIDDEN).double()
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
+    with gradflow.record(cell) as recording:
+        for _ in range(2):
+            over(cell, torch.randn(8, 2, INPUTS).double()).pow(2).sum().backward()
+            optimizer.step()
+    analysis = gradflow.analyze(recording)
+    assert list(analysis.layers) == ["cell", "cell@2"]
+    assert any("weights were not the same" in sentence for sentence in analysis.warnings)
+
+
+@pytest.mark.parametrize(("kind", "found"), [(Linear, True), (Curved, False)])
+def test_a_recurrence_without_a_nonlinearity_is_named(kind: type[Linear], found: bool) -> None:
+    torch.manual_seed(0)
+    cell = kind()
+    with gradflow.record(cell) as recording:
+        for _ in range(3):
+            over(cell, torch.randn(30, 1, INPUTS).double()).sum().backward()
+    layer = gradflow.analyze(recording)["cell"]
+    assert layer.verdict == "vanishing"
+    named = [finding for finding in layer.findings if finding.name == "linear-recurrence"]
+    assert len(named) == found
+    if found:
+        matrix = cell.f.weight.detach()[:, INPUTS:]
+        radius = torch.linalg.eigvals(matrix).abs().max().log()
+        assert named[0].value == pytest.approx(float(radius), rel=1e-9)
