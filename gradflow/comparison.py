@@ -19,14 +19,17 @@ COLUMNS = ["run", *HEADLINE]
 
 @dataclass(frozen=True)
 class Change:
-    """One layer in two runs: the difference of its rates, with a 95 % interval."""
+    """One layer in two runs: the difference of its gains or rates, with a 95 % interval."""
 
     layer: str
     before: str  # the first run
     after: str  # the other
     rate_before: float
     rate_after: float
-    difference: float  # after − before, nats per step
+    gain_before: float  # over the span, nats
+    gain_after: float
+    compared: str  # "gain" where both are over as many steps, else "rate"
+    difference: float  # after − before of that, in nats, of a rate per step
     low: float  # of the difference; NaN where it is not known
     high: float
     larger: bool | None  # than its interval; None where that is not known
@@ -54,8 +57,9 @@ def changes(runs: Mapping[str, Analysis]) -> list[Change]:
     """What changed from the first run to each of the others, layer by layer.
 
     Layers are paired by name; in the order in which they ran where no name is in both runs and each
-    has as many. The interval of a difference of rates is Welch's (1947), over the rates of the
-    sequences of both runs.
+    has as many. Compared are the gains over the span, or, where these are of different steps, the
+    rates. The interval of a difference is Welch's (1947), over the sequences of both runs; of rates it is
+    widened by what has not settled in either.
 
     >>> import torch, gradflow
     >>> x = torch.randn(20, 4, 3)
@@ -87,7 +91,7 @@ def unpaired(runs: Mapping[str, Analysis]) -> list[str]:
 
 
 def headline(found: Sequence[Change]) -> str:
-    """How many of the differences in rate are more than chance, in one line.
+    """How many of the differences are more than chance, in one line.
 
     >>> headline([])
     'Nothing is compared: no layer of one run is in another, and they are paired by name.'
@@ -149,12 +153,16 @@ def _pairs(before: Analysis, after: Analysis) -> list[tuple[LayerAnalysis, Layer
 
 
 def _change(first: str, before: LayerAnalysis, second: str, after: LayerAnalysis) -> Change:
-    low, high = _interval(_rates(before), _rates(after))
-    difference = after.rate.value - before.rate.value
+    by_gain = before.gain.steps == after.gain.steps > 0
+    one, two = (layer.gain if by_gain else layer.rate for layer in (before, after))
+    low, high = _interval(*(_each(layer, by_gain) for layer in (before, after)))
+    difference = two.value - one.value
+    if not by_gain:
+        low, high = _widened(difference, low, high, before, after)
     larger = None if math.isnan(low) else low > ROUNDING or high < -ROUNDING
     if math.isinf(difference):
         larger = True  # one is dead, the other is not
-    if before.rate.value == after.rate.value == -math.inf:
+    if one.value == two.value == -math.inf:
         larger = False
     change = Change(
         layer=before.name,
@@ -162,6 +170,9 @@ def _change(first: str, before: LayerAnalysis, second: str, after: LayerAnalysis
         after=second,
         rate_before=before.rate.value,
         rate_after=after.rate.value,
+        gain_before=before.gain.value,
+        gain_after=after.gain.value,
+        compared="gain" if by_gain else "rate",
         difference=difference,
         low=low,
         high=high,
@@ -171,9 +182,23 @@ def _change(first: str, before: LayerAnalysis, second: str, after: LayerAnalysis
     return Change(**asdict(change) | {"sentence": _sentence(change, before, after)})
 
 
-def _rates(layer: LayerAnalysis) -> np.ndarray:
-    rates = layer.data["sequence_rate"].values
-    return rates[np.isfinite(rates)]
+def _each(layer: LayerAnalysis, by_gain: bool) -> np.ndarray:
+    """The gain or the rate of every sequence that has one."""
+    values = layer.data["sequence_gain" if by_gain else "sequence_rate"].values
+    return values[np.isfinite(values)]
+
+
+def _widened(
+    difference: float, low: float, high: float, before: LayerAnalysis, after: LayerAnalysis
+) -> tuple[float, float]:
+    """The interval of a difference of rates, wider by what has not settled in either run."""
+    unsettled = [
+        float(layer.data["rate_settling"])
+        for layer in (before, after)
+        if "rate_settling" in layer.data
+    ]
+    half = math.hypot((high - low) / 2, *unsettled)
+    return difference - half, difference + half
 
 
 def _interval(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
@@ -201,7 +226,7 @@ def _sentence(change: Change, before: LayerAnalysis, after: LayerAnalysis) -> st
     reach = f"{gone[0]} in both" if gone[0] == gone[1] else f"{gone[0]} → {gone[1]}"
     return (
         f"{name}, {change.before} → {change.after}: {verdicts}; steps until gone: {reach}; "
-        f"{_verdict(change)}"
+        f"{_verdict(change, after)}"
     )
 
 
@@ -213,20 +238,28 @@ def _pace(change: Change, verdict: str) -> str:
     return ", faster" if faster else ", more slowly"
 
 
-def _verdict(change: Change) -> str:
-    if change.rate_before == change.rate_after == -math.inf:
-        return "exact zeros cut every path in both"
+def _verdict(change: Change, after: LayerAnalysis) -> str:
+    what = f"largest gain over {after.gain.steps} steps" if change.compared == "gain" else "rate"
     if math.isnan(change.difference):
-        return "the rates cannot be compared"
+        values = (
+            (change.gain_before, change.gain_after)
+            if change.compared == "gain"
+            else (change.rate_before, change.rate_after)
+        )
+        if values == (-math.inf, -math.inf):
+            return "exact zeros cut every path in both"
+        return f"the {change.compared}s cannot be compared"
     if abs(change.difference) < ROUNDING:
-        return "the rates do not differ"
+        return f"the {what} does not differ"
     way = "rises" if change.difference > 0 else "falls"
     if math.isinf(change.difference):
-        return f"the rate {way} without limit: exact zeros cut every path in one of them"
-    said = f"the rate {way} by {abs(change.difference):.3g} per step"
+        return f"the {what} {way} without limit: exact zeros cut every path in one of them"
+    unit, scale = ("decades", math.log(10)) if change.compared == "gain" else ("per step", 1.0)
+    said = f"the {what} {way} by {abs(change.difference) / scale:.3g} {unit}"
     if change.larger is None:
         return f"{said}, without an interval: give two sequences or more in each run"
-    said = f"{said}, 95 % interval [{_number(change.low)}, {_number(change.high)}]"
+    ends = f"[{_number(change.low / scale)}, {_number(change.high / scale)}]"
+    said = f"{said}, 95 % interval {ends}"
     if change.larger:
         return f"{said}: more than sequences differ by chance"
     return f"{said}: no more than sequences differ by chance"

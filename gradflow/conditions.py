@@ -21,12 +21,12 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 
 
 def _horizon(layer: LayerAnalysis) -> float:
-    """The horizon; where a falling gain outlived what was measured, the one its rate predicts."""
+    """The horizon; where a falling gain outlived what was measured, the one its pace predicts."""
     if layer.horizon is not None:
         return layer.horizon
-    if layer.never_gone or not layer.rate.value < 0:
+    if layer.never_gone or not layer.pace < 0:
         return math.inf
-    return max(layer.searched + 1, math.log(1e3) / -layer.rate.value)
+    return max(layer.searched + 1, math.log(1e3) / -layer.pace)
 
 
 NUMBERS: dict[str, Callable[[LayerAnalysis], float | None]] = {

@@ -31,7 +31,9 @@ def test_probes_that_disagree_give_no_verdict_and_all_rates() -> None:
     assert (first["l0"].verdict, second["l0"].verdict) == ("stable", "vanishing")
     assert layer.verdict == "inconclusive"
     assert layer.labels[0] == "depends on the input"
-    assert "stable (0.000 per step) under inputs 0" in layer.sentence.replace("−0.000", "0.000")
+    assert "stable (0.0 decades over the span, 0.000 per step) under inputs 0" in (
+        layer.sentence.replace("−0.0", "0.0")
+    )
     assert "vanishing (−" in layer.sentence
     assert "--input" in layer.sentence
     assert layer.findings[0].name == "depends-on-input"

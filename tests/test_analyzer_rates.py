@@ -29,6 +29,11 @@ def walk(random: np.random.Generator, shape: tuple[int, int], rho: float) -> np.
     return signal.lfilter([1], [1, -rho], noise, axis=1)[:, 60:] + TRUTH
 
 
+def over(rate: Rate, span: int = 100) -> Rate:
+    """What a rate and its interval make over a span."""
+    return Rate(rate.value * span, rate.low * span, rate.high * span)
+
+
 def covered(rates: list[Rate], truth: float = TRUTH) -> float:
     """Share of intervals that hold the truth."""
     return float(np.mean([rate.low <= truth <= rate.high for rate in rates]))
@@ -87,7 +92,7 @@ def test_equal_steps_or_sequences_make_a_point() -> None:
     assert one == Rate(-0.125, -0.125, -0.125)
     rate = rate_over_sequences(np.full(5, -0.1))
     assert rate.low == rate.value == rate.high
-    assert judge(rate, 100, 5, 80).name == "vanishing"
+    assert judge(over(rate), 5, 80).name == "vanishing"
 
 
 def test_dead_and_unknown_sequences() -> None:
@@ -112,7 +117,7 @@ def test_dead_and_unknown_sequences() -> None:
     ],
 )
 def test_verdict(rate: tuple[float, float, float], expected: str) -> None:
-    assert judge(Rate(*rate), 100, 8, 80).name == expected
+    assert judge(over(Rate(*rate)), 8, 80).name == expected
 
 
 def test_band_is_one_decade_over_the_span() -> None:
@@ -124,12 +129,12 @@ def test_the_number_of_sequences_asked_for_does_decide() -> None:
     spread, truth = 0.02, -0.035  # beyond the band ±0.023 of 100 steps
     few = random.normal(truth, spread, 6)
     few += truth - few.mean()
-    verdict = judge(rate_over_sequences(few), 100, 6, 80)
+    verdict = judge(over(rate_over_sequences(few)), 6, 80)
     assert verdict.name == "inconclusive"
     needed = int(verdict.needed.split()[1])
     more = np.resize(few - truth, needed)
     more = truth + (more - more.mean()) * few.std(ddof=1) / more.std(ddof=1)
-    assert judge(rate_over_sequences(more), 100, needed, 80).name == "vanishing"
+    assert judge(over(rate_over_sequences(more)), needed, 80).name == "vanishing"
 
 
 @pytest.mark.parametrize("sequences", [2, 3, 8])
@@ -137,7 +142,7 @@ def test_the_number_of_sequences_asked_for_does_decide() -> None:
 def test_on_the_very_edge_a_verdict_is_given_one_time_in_twenty(sequences: int, edge: int) -> None:
     random = np.random.default_rng(14)
     rates = random.normal(edge * band(100), 0.004, (3000, sequences))
-    names = [judge(rate_over_sequences(row), 100, sequences, 80).name for row in rates]
+    names = [judge(over(rate_over_sequences(row)), sequences, 80).name for row in rates]
     wrong = {-1: ("vanishing", "exploding"), 1: ("exploding", "vanishing")}[edge]
     assert names.count(wrong[1]) == 0
     assert 0.01 <= names.count(wrong[0]) / 3000 <= 0.04
@@ -150,7 +155,7 @@ def test_the_surer_the_mean_the_sooner_a_verdict() -> None:
         shares = []
         for sequences in (2, 4, 8, 32):
             rates = random.normal(truth, 0.02, (300, sequences))
-            names = [judge(rate_over_sequences(row), 100, sequences, 80).name for row in rates]
+            names = [judge(over(rate_over_sequences(row)), sequences, 80).name for row in rates]
             wrong = [name for name in names if name not in (expected, "inconclusive")]
             assert len(wrong) <= 0.025 * 300
             shares.append(names.count(expected))
@@ -168,12 +173,12 @@ def decided(random: np.random.Generator, times: int, repeats: int = 300) -> floa
     outcomes = []
     for truth in (-0.06, -0.035, -0.01, 0.0, 0.015):
         for _ in range(repeats // 5):
-            verdict = judge(rate_over_sequences(random.normal(truth, 0.02, 6)), 100, 6, 80)
+            verdict = judge(over(rate_over_sequences(random.normal(truth, 0.02, 6))), 6, 80)
             if verdict.name != "inconclusive" or not verdict.needed.startswith("about"):
                 continue
             count = min(times * said(verdict), 20_000)
             rate = rate_over_sequences(random.normal(truth, 0.02, count))
-            outcomes.append(judge(rate, 100, count, 80).name != "inconclusive")
+            outcomes.append(judge(over(rate), count, 80).name != "inconclusive")
     assert len(outcomes) > repeats / 3
     return float(np.mean(outcomes))
 
@@ -186,7 +191,7 @@ def test_following_the_advice_decides_as_often_as_is_said() -> None:
 
 def test_steps_asked_for_include_the_burn_in() -> None:
     # 80 counted steps give ±0.02; ±0.003 is needed, so 80 (20/3)² / 0.8 of which four fifths count
-    verdict = judge(Rate(-0.02, -0.04, 0.0), 100, 1, 80)
+    verdict = judge(over(Rate(-0.02, -0.04, 0.0)), 1, 80)
     room = band(100) - 0.02
     assert said(verdict) == pytest.approx(80 * (0.02 / room) ** 2 / 0.8, rel=0.1)
     assert "steps, or ten sequences" in verdict.needed
@@ -194,14 +199,14 @@ def test_steps_asked_for_include_the_burn_in() -> None:
 
 def test_no_number_can_be_asked_for_on_the_very_edge() -> None:
     edge = -band(100)
-    assert "edge of the band" in judge(Rate(edge, edge - 0.01, edge + 0.01), 100, 8, 80).needed
-    assert "edge of the band" in judge(Rate(edge, edge, edge), 100, 8, 80).needed
-    near = judge(Rate(edge * (1 + 1e-6), edge - 0.01, edge + 0.01), 100, 8, 80)
-    assert "edge of the band" in near.needed
+    assert "on the edge of it" in judge(over(Rate(edge, edge - 0.01, edge + 0.01)), 8, 80).needed
+    assert "on the edge of it" in judge(over(Rate(edge, edge, edge)), 8, 80).needed
+    near = judge(over(Rate(edge * (1 + 1e-6), edge - 0.01, edge + 0.01)), 8, 80)
+    assert "on the edge of it" in near.needed
 
 
 def test_large_numbers_are_rounded() -> None:
-    verdict = judge(Rate(-0.0225, -0.0325, -0.0125), 100, 8, 80)
+    verdict = judge(over(Rate(-0.0225, -0.0325, -0.0125)), 8, 80)
     assert said(verdict) % 100 == 0
     exact = (1.96 * 0.01 / 2.3646 * 8**0.5 / (band(100) - 0.0225)) ** 2
     assert exact <= said(verdict) <= 1.1 * exact

@@ -58,11 +58,34 @@ def test_a_change_that_counts_and_one_that_does_not() -> None:
     assert (
         "vanishing → stable" in counts.sentence and "more than sequences differ" in counts.sentence
     )
-    assert "the rate rises by" in counts.sentence and "95 % interval [+" in counts.sentence
-    assert same.larger is False and "do not differ" in same.sentence
+    assert (
+        "the largest gain over 29 steps rises by" in counts.sentence
+        and "95 % interval [+" in counts.sentence
+    )
+    assert same.larger is False and "does not differ" in same.sentence
     assert f"steps until gone: {run(0.0)['l0'].horizon} in both" in same.sentence
     assert headline([counts, same]) == "Differences beyond chance (95 % interval): 1 of 2."
     assert headline([same]) == "Differences beyond chance (95 % interval): none of 1."
+
+
+def test_seeds_of_an_analysis_and_batches_of_a_model_are_no_change_beyond_chance() -> None:
+    torch.manual_seed(0)
+    gru = nn.GRU(4, 8)
+    with torch.no_grad():
+        gru.bias_ih_l0[8:16] += 3
+    runs = []
+    for number in range(12):
+        with gradflow.record(gru) as recording:
+            gru(torch.randn(30, 8, 4))[0][-1].pow(2).mean().backward()
+        runs.append(gradflow.analyze(recording, seed=number))
+    again = {"one": gradflow.analyze(recording, seed=5), "two": runs[-1]}
+    assert [change.larger for change in changes(again)] == [False]
+    found = [
+        changes({"one": one, "two": two})[0].larger
+        for place, one in enumerate(runs)
+        for two in runs[:place]
+    ]
+    assert len(found) == 66 and sum(found) <= 8
 
 
 def test_what_both_do_is_said_to_be_faster_or_slower() -> None:

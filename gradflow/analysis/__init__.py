@@ -31,12 +31,19 @@ lag_low, lag_high   (lag)                          its 10 % and 90 % quantiles
 lag_count           (lag)                          how many (sequence, source) pairs it rests on
 lag_zero_share      (lag)                          share of pairs whose gain is exactly 0
 lag_slope           (lag)                          local slope L(k) − L(k−1), nats per step
-lag_fit             (lag)                          straight line with the layer's rate as its slope
+lag_fit             (lag)                          straight line with the layer's rate as its slope; NaN
+                                                   where the rate has not settled
+sequence_gain       (batch)                        ln of the largest gain over the span of each sequence,
+                                                   what the verdict judges; the median over disjoint
+                                                   windows of a longer one
+sequence_gain_steps (batch)                        over how many steps that is
 sequence_rate       (batch)                        largest Lyapunov exponent of each sequence
+rate_settling       ()                             nats per step that all these may be off alike
 length              (batch)                        real steps of each sequence
 lyapunov            (index_k)                      every exponent measured, mean over sequences, nats
                                                    per step: the rate first, then largest first
-lyapunov_low/_high  (index_k)                      their 95 % t-intervals over sequences
+lyapunov_low/_high  (index_k)                      their 95 % intervals over sequences, widened by
+lyapunov_settling   (index_k)                      what the later half differs from the earlier
 lyapunov_trace      (index_k, step)                running mean of each over the counted steps, in
                                                    processing order; the first eight, NaN beyond
 sum_rule            (side)                         sum of all exponents as "measured" and "exact", by
@@ -87,7 +94,15 @@ grad_input_norm     (step)                         median over sequences of ‖�
 """
 
 from gradflow.analysis.frames import FRAMES, HEADLINE
-from gradflow.analysis.results import Alone, Finding, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.results import (
+    UNMEASURED,
+    Alone,
+    Finding,
+    Gain,
+    LayerAnalysis,
+    Prediction,
+    Rate,
+)
 from gradflow.analysis.run import Analysis, checked_labels, load
 from gradflow.analysis.saved import SCHEMA
 
@@ -95,9 +110,11 @@ __all__ = [
     "FRAMES",
     "HEADLINE",
     "SCHEMA",
+    "UNMEASURED",
     "Alone",
     "Analysis",
     "Finding",
+    "Gain",
     "LayerAnalysis",
     "Prediction",
     "Rate",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +12,19 @@ import pandas as pd
 from gradflow.analysis.results import Finding, LayerAnalysis
 
 FRAMES = ("layers", "steps", "lags", "units", "findings")
-HEADLINE = ["layer", "verdict", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels"]
+HEADLINE = [
+    "layer",
+    "verdict",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "rate",
+    "rate_low",
+    "rate_high",
+    "half_life",
+    "horizon",
+    "channels",
+]
 
 
 def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
@@ -28,10 +39,14 @@ def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
             "span": layer.span,
             "verdict": layer.verdict,
             "labels": "; ".join(layer.labels),
+            "gain": layer.gain.value,
+            "gain_low": layer.gain.low,
+            "gain_high": layer.gain.high,
+            "gain_steps": layer.gain.steps,
             "rate": layer.rate.value,
             "rate_low": layer.rate.low,
             "rate_high": layer.rate.high,
-            "decades_over_span": layer.rate.value * layer.span / math.log(10),
+            "decades_over_span": layer.decades_over_span,
             "half_life": layer.half_life,
             "horizon": layer.horizon,
             "searched": layer.searched,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,36 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """ln of the largest gain of any direction over the span, with its 95 % interval over sequences.
+
+    What the verdict judges: below −ln 10 a layer vanishes, above ln 10 it explodes.
+
+    >>> gain = Gain(-2.302585, -2.4, -2.2, 99)
+    >>> round(gain.decades, 3)
+    -1.0
+    """
+
+    value: float  # nats, mean over sequences; −inf where exact zeros or cuts leave nothing
+    low: float
+    high: float
+    steps: int  # that it was measured over: the span, or what sequences and cuts leave of it
+
+    @property
+    def decades(self) -> float:
+        """In powers of ten; negative is lost."""
+        return self.value / math.log(10)
+
+    @property
+    def pace(self) -> float:
+        """Nats per step of these steps, NaN without one; the rate is what this settles to."""
+        return self.value / self.steps if self.steps else math.nan
+
+
+UNMEASURED = Gain(math.nan, math.nan, math.nan, 0)
+
+
+@dataclass(frozen=True)
 class Finding:
     """One thing that is wrong, the evidence for it, and what to try.
 
@@ -35,8 +66,8 @@ class Finding:
     >>> rnn = torch.nn.RNN(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
     >>> finding = gradflow.diagnose(rnn, torch.zeros(50, 2, 1)).findings[0]
-    >>> finding.name, round(finding.value, 4), round(finding.severity, 1)     # ln 0.5; 50 log10 0.5
-    ('vanishing', -0.6931, -15.1)
+    >>> finding.name, round(finding.value, 4), round(finding.severity, 1)     # 49 and 50 log10 0.5
+    ('vanishing', -14.7505, -15.1)
     """
 
     name: str  # stable, e.g. "vanishing", "forget-gates-closed"
@@ -78,6 +109,7 @@ class Prediction:
     helps: float  # powers of ten over the span by which the gain comes nearer to 1
     batch: str  # what it was tried on
     message: str  # one line, before and after
+    gain: Gain = UNMEASURED  # nats over the span
 
     @property
     def never_gone(self) -> bool:
@@ -150,6 +182,29 @@ class LayerAnalysis:
     predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
     alone: Alone | None = None  # of a layer in a closed loop: the same with its inputs held fixed
     step_labels: tuple[str, ...] = ()  # T words for the steps in input time, or none
+    gain: Gain = UNMEASURED  # nats over the span: what the verdict judges
+
+    @property
+    def decades(self) -> float:
+        """The gain over the span in powers of ten; negative is lost."""
+        return _decades(self)
+
+    @property
+    def decades_over_span(self) -> float:
+        """The same over the whole span where sequences are shorter: by the rate if it has settled."""
+        if self.rate_told:
+            return self.rate.value * self.span / math.log(10)
+        return self.decades
+
+    @property
+    def pace(self) -> float:
+        """Nats per step that the gain over the span comes to."""
+        return self.rate.value if math.isnan(self.gain.value) else self.gain.pace
+
+    @property
+    def rate_told(self) -> bool:
+        """Whether there is a rate that has settled."""
+        return math.isfinite(self.rate.value) and "not settled" not in self.labels
 
     @property
     def never_gone(self) -> bool:
@@ -168,5 +223,12 @@ class LayerAnalysis:
 
 
 def _never_gone(found: LayerAnalysis | Prediction) -> bool:
-    open_and_falling = found.verdict == "inconclusive" and not found.rate.value >= 0
+    open_and_falling = found.verdict == "inconclusive" and not _decades(found) >= 0
     return found.horizon is None and found.verdict != "vanishing" and not open_and_falling
+
+
+def _decades(found: LayerAnalysis | Prediction) -> float:
+    """Runs saved before there was a gain over the span have only their rate."""
+    if math.isnan(found.gain.value) and isinstance(found, LayerAnalysis):
+        return found.rate.value * found.span / math.log(10)
+    return found.gain.decades

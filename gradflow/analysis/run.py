@@ -104,7 +104,7 @@ class Analysis:
         rank = {"dead": 0, "exploding": 1, "vanishing": 1, "inconclusive": 2, "stable": 3}
 
         def key(layer: LayerAnalysis) -> tuple[bool, int, float]:
-            size = abs(layer.rate.value) if math.isfinite(layer.rate.value) else 0.0
+            size = abs(layer.decades) if math.isfinite(layer.decades) else 0.0
             misread = any(finding.name in FIRST for finding in layer.findings)
             return not misread, rank[layer.verdict], -size
 

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from gradflow.analysis.results import Alone, Finding, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.results import (
+    UNMEASURED,
+    Alone,
+    Finding,
+    Gain,
+    LayerAnalysis,
+    Prediction,
+    Rate,
+)
 from gradflow.errors import FileError, InputError
 from gradflow.recording import Parity
 
@@ -25,6 +33,8 @@ SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be 
 ESSENTIAL = ("log_gain", "lag_median", "sequence_rate", "log10_grad", "unit_order", "grad_norm")
 PACKED = {"zlib": True, "complevel": 1, "shuffle": True}  # of large arrays in a file; loses nothing
 LARGE = 1000  # entries
+# fields of a layer that are written in a way of their own
+APART = ("data", "lyapunov", "rate", "gain", "parity", "findings", "predictions", "alone")
 
 
 def save(analysis: Analysis, path: Path) -> Path:
@@ -54,10 +64,10 @@ def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
     header = {
         name: getattr(layer, name)
         for name in LayerAnalysis.__dataclass_fields__
-        if name not in ("data", "lyapunov", "rate", "parity", "findings", "predictions", "alone")
+        if name not in APART
     }
     header["lyapunov"] = None if layer.lyapunov is None else layer.lyapunov.tolist()
-    header["rate"] = asdict(layer.rate)
+    header["rate"], header["gain"] = asdict(layer.rate), asdict(layer.gain)
     header["parity"] = asdict(layer.parity)
     header["findings"] = [asdict(finding) for finding in layer.findings]
     header["alone"] = None if layer.alone is None else asdict(layer.alone)
@@ -138,6 +148,7 @@ def _layer_from(data: xr.Dataset) -> LayerAnalysis:
             "labels": tuple(header["labels"]),
             "step_labels": tuple(header.get("step_labels", ())),
             "rate": Rate(**header["rate"]),
+            "gain": _gain_from(header),
             "parity": Parity(**header["parity"]),
             "findings": tuple(Finding(**finding) for finding in header["findings"]),
             "predictions": tuple(_prediction_from(p) for p in header.get("predictions", ())),
@@ -153,4 +164,9 @@ def _alone_from(header: dict[str, Any] | None) -> Alone | None:
 
 
 def _prediction_from(header: dict[str, Any]) -> Prediction:
-    return Prediction(**header | {"rate": Rate(**header["rate"])})
+    return Prediction(**header | {"rate": Rate(**header["rate"]), "gain": _gain_from(header)})
+
+
+def _gain_from(header: dict[str, Any]) -> Gain:
+    """Older runs do not have it."""
+    return Gain(**header["gain"]) if "gain" in header else UNMEASURED

@@ -15,9 +15,9 @@ def agreed(runs: Sequence[Analysis], probes: Sequence[str], command: str = "") -
 
     ``command`` is what to type for a verdict on one's own data.
 
-    The last probe is the one shown. Where all verdicts agree, the rate's interval is widened to
-    hold those of all probes; where they do not, the verdict is ``inconclusive`` with the label
-    "depends on the input", and the sentence gives the rate under every probe.
+    The last probe is the one shown. Where all verdicts agree, the intervals of gain and rate are
+    widened to hold those of all probes; where they do not, the verdict is ``inconclusive`` with the
+    label "depends on the input", and the sentence gives gain and rate under every probe.
     """
     shown = runs[-1]
     layers = {
@@ -35,11 +35,14 @@ def _agreed_layer(
         return shown
     low = min(layer.rate.low for layer in layers)
     high = max(layer.rate.high for layer in layers)
+    ends = min(layer.gain.low for layer in layers), max(layer.gain.high for layer in layers)
+    rate, gain = Rate(shown.rate.value, low, high), replace(shown.gain, low=ends[0], high=ends[1])
     if len({layer.verdict for layer in layers}) == 1:
         findings = tuple(_under(finding, probes[-1]) for finding in shown.findings)
-        return replace(shown, rate=Rate(shown.rate.value, low, high), findings=findings)
+        return replace(shown, rate=rate, gain=gain, findings=findings)
     rates = ", ".join(
-        f"{layer.verdict} ({layer.rate.value:.3f} per step) under {probe}".replace("(-", "(−")
+        f"{layer.verdict} ({layer.decades:.1f} decades over the span, {layer.rate.value:.3f} per "
+        f"step) under {probe}".replace("(-", "(−").replace(" -", " −")
         for layer, probe in zip(layers, probes, strict=True)
     )
     sentence = f"{shown.name} depends on the input: {rates}; give --input for a verdict"
@@ -56,7 +59,8 @@ def _agreed_layer(
         shown,
         verdict="inconclusive",
         labels=(LABEL, *shown.labels),
-        rate=Rate(shown.rate.value, low, high),
+        rate=rate,
+        gain=gain,
         findings=(finding, *kept),
         sentence=sentence,
         title=f"{shown.name} ({shown.cell.split('_')[0]}): depends on the input, here {probes[-1]}",

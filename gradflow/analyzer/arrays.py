@@ -92,7 +92,7 @@ def _curve(m: Measured) -> Part:
         "count": curve.count,
         "zero_share": curve.zero_share,
         "slope": curve.slope,
-        "fit": curve.line(m.rate.value),
+        "fit": curve.line(m.rate.value if m.settled else math.nan),
     }
     return Part(
         {f"lag_{name}": (("lag",), array) for name, array in values.items()},
@@ -101,10 +101,16 @@ def _curve(m: Measured) -> Part:
 
 
 def _sequences(m: Measured) -> Part:
-    """Rate and length of every sequence."""
+    """Gain over the span, rate and length of every sequence."""
     lengths = m.track.lengths.cpu().numpy()
     return Part(
-        {"sequence_rate": (("batch",), m.sequence_rates), "length": (("batch",), lengths)},
+        {
+            "sequence_gain": (("batch",), m.sequence_gains.values),
+            "sequence_gain_steps": (("batch",), m.sequence_gains.steps),
+            "sequence_rate": (("batch",), m.sequence_rates),
+            "rate_settling": ((), np.array(m.settling)),
+            "length": (("batch",), lengths),
+        },
         {"batch": np.arange(m.track.batch)},
     )
 
@@ -120,6 +126,7 @@ def _exponents(m: Measured) -> Part:
             "lyapunov": (("index_k",), found.values),
             "lyapunov_low": (("index_k",), found.low),
             "lyapunov_high": (("index_k",), found.high),
+            "lyapunov_settling": (("index_k",), found.settling),
             "lyapunov_trace": (("index_k", "step"), trace),
             "sum_rule": (("side",), sum_rule(m.track, m.growth, alive)),
         },

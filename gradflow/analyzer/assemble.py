@@ -57,29 +57,30 @@ def analyze(
 ) -> Analysis:
     """Measure how far back every layer's gradient flows, and say why it stops.
 
-    The rate is the largest Lyapunov exponent, λ₁ = mean over t of ln |R_t,11| (Benettin et al.
-    1980), with a 95 % t-interval over sequences; the verdict is an equivalence test against the
-    band ±ln(10)/span.
+    The verdict judges the gain over the span, ln ‖P(t+span←t)‖₂ of each sequence, the largest of any
+    direction: its mean with a 95 % t-interval over sequences is held against ±ln 10, one decade. The
+    rate is the largest Lyapunov exponent, the slope of what keeps most, its interval widened by how
+    far it has settled; where that is too far it is labelled `not settled` and no sentence uses it.
 
     Args:
         recording: what ``gradflow.record`` saw.
         span: the distance of interest in steps; the median length by default.
         sequences: which sequences may be mapped; all by default.
-        maps: how many of them get a full map, first the one with the median rate.
+        maps: how many of them get a full map, first the one with the median gain.
         method: "exact", "sketch" (blocks truncated as they lose rank), or "auto", which chooses
             method and stride by predicted cost.
         stride: every how many steps a map has a source.
-        seed: of every random start.
+        seed: of random starts; the gain over the span and the rate do not depend on it.
         progress: called with a phase in words and the share done.
         pool: whether runs of one layer from starts of their own (one sentence at a time, episode
             after episode) are one layer of as many sequences; False keeps them apart, as the
             recording has them.
 
     Returns:
-        An `Analysis`, layer name -> `LayerAnalysis`: rate in nats per step, half-life and horizon in
-        steps, channels, verdict, findings, and every array in ``.data``. A layer whose step
-        Jacobians are not known has the label "no gains": totals and states, no rate, and a sentence
-        that says why.
+        An `Analysis`, layer name -> `LayerAnalysis`: gain in nats over the span, rate in nats per
+        step, half-life and horizon in steps, channels, verdict, findings, and every array in
+        ``.data``. A layer whose step Jacobians are not known has the label "no gains": totals and
+        states, no rate, and a sentence that says why.
 
     Raises:
         RecordingError: nothing was recorded.
@@ -163,7 +164,7 @@ def _layer(track: Track, loop: Track, read: Reading, settings: Settings) -> Laye
         **vars(core),
         track=track,
         factors=rate_factors(core.growth, weight),
-        spectrum=spectrum(core.growth, core.rate, core.sequence_rates),
+        spectrum=spectrum(core),
         profile=seen,
         triangle=triangle(track, core.mapped, withheld, TRIANGLE_SECONDS / settings.layers),
         contributed=contributions(
@@ -186,7 +187,7 @@ def _layer(track: Track, loop: Track, read: Reading, settings: Settings) -> Laye
         reading=read,
         size=state_size(loop),
         labels=labels,
-        half_life=half_life(core.rate, core.curve, labels),
+        half_life=half_life(core, labels),
         channels=channels(loop, core.ranks.singular),
         gradient_note=gradient_note(track) or ("" if grows else arrives_elsewhere(seen)),
         data=dataset(measured),
@@ -221,6 +222,7 @@ def _assembled(evidence: Evidence) -> LayerAnalysis:
         gradient_note=evidence.gradient_note,
         method=evidence.maps.words,
         data=evidence.data,
+        gain=evidence.gain,
     )
 
 
@@ -232,7 +234,9 @@ def _labels(m: Measured) -> tuple[str, ...]:
         "no gains": bool(m.no_gains),
         "not finite": not m.finite.all(),
         # growth that goes on is no transient
-        "transient growth": m.curve.transient_growth and m.verdict.name != "exploding",
+        "transient growth": m.curve.transient_growth
+        and (m.verdict.name != "exploding" or (m.settled and m.rate.high < 0)),
+        "not settled": math.isfinite(m.rate.value) and not m.settled,
         "not exponential": decays_as_power(m.log_curves),
         "range-limited": _leaves_range(m.track, m.maps),
         "short": longest < SHORT,

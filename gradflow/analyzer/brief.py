@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gradflow.analysis import Rate
+from gradflow.analysis import Gain, Rate
 from gradflow.analyzer import core
-from gradflow.analyzer.jacobians import state_size
+from gradflow.analyzer.jacobians import operator_of, state_size, vector_seconds
+from gradflow.analyzer.keeping import keeping_seconds, qr_seconds
 from gradflow.analyzer.plan import exact_seconds
 from gradflow.analyzer.rates import decays_as_power
 from gradflow.analyzer.read_states import read_part
@@ -28,6 +29,7 @@ class Brief:
 
     span: int
     verdict: str
+    gain: Gain
     rate: Rate
     half_life: float
     horizon: int | None
@@ -78,8 +80,9 @@ def _measured(track: Track, settings: core.Settings) -> Brief:
     return Brief(
         span=found.span,
         verdict=found.verdict.name,
+        gain=found.gain,
         rate=found.rate,
-        half_life=core.half_life(found.rate, found.curve, labels),
+        half_life=core.half_life(found, labels),
         horizon=found.curve.horizon,
         searched=found.curve.searched,
         channels=core.channels(track, found.ranks.singular),
@@ -92,7 +95,8 @@ def brief_seconds(track: Track, span: int, share: int) -> float:
     weights = sum(weight.numel() for weight in track.weights.values())
     speed = SPEED[torch.float64]
     again = 8.0 * length * batch * weights / speed  # forward, gates, the same in float64
-    rate = core.qr_seconds(length, batch, size, 1)
+    vector = vector_seconds(operator_of(track))
+    rate = qr_seconds(length, batch, size, 1, vector) + keeping_seconds(track, share)
     # a map that does not fit its budget still follows one source to its end
     pilot = 2.0 * length * size**3 / speed
     maps = min(exact_seconds(size, length), core.MAP_SECONDS / share + pilot)

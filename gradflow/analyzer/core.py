@@ -12,29 +12,34 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradflow.analysis import Rate
+from gradflow.analysis import UNMEASURED, Gain, Rate
 from gradflow.analyzer import plan
 from gradflow.analyzer.curve import LagCurve, lag_curve
+from gradflow.analyzer.gains import SpanGains
 from gradflow.analyzer.jacobians import operator_of, state_size, vector_seconds
+from gradflow.analyzer.keeping import (
+    UNKNOWN,
+    cuts_of,
+    interval_of_gains,
+    interval_of_rates,
+    keeping,
+    operator_for,
+    qr_seconds,
+)
 from gradflow.analyzer.leading import WeightGrowth
-from gradflow.analyzer.lyapunov import Growth, log_growth
+from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
 from gradflow.analyzer.norms import EXACT_ROWS
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.ranks import Ranks, measure_ranks
-from gradflow.analyzer.rates import (
-    ROUNDING,
-    Verdict,
-    judge,
-    rate_of_one,
-    rate_over_sequences,
-)
+from gradflow.analyzer.rates import ROUNDING, Verdict, judge
 from gradflow.analyzer.settings import Settings
+from gradflow.analyzer.settling import enough
 from gradflow.analyzer.singular import survivors
 from gradflow.analyzer.thin import thin_maps
 from gradflow.recording import Track
 
 MAP_SECONDS = 5.0  # predicted, for the maps of all layers together
-RATE_SECONDS = 2.0  # predicted, for the exponents of all layers together
+RATE_SECONDS = 1.0  # predicted, for the exponents of all layers together
 CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
 
 
@@ -45,8 +50,13 @@ class Core:
     span: int
     finite: np.ndarray  # (B,) whether every state is
     growth: Growth
+    sequence_gains: SpanGains
+    gain: Gain  # over the span: what the verdict judges
     sequence_rates: np.ndarray  # (B,)
     rate: Rate
+    settling: float  # nats per step that all sequences' rates may be off alike
+    settled: bool  # whether the rate may be told
+    constant: np.ndarray | None  # (S,) exponents, where the step Jacobian never changes
     verdict: Verdict
     mapped: tuple[int, ...]
     maps: plan.Maps
@@ -63,23 +73,35 @@ class Core:
 def measure(
     track: Track, settings: Settings, *, withheld: bool, watch: WeightGrowth | None = None
 ) -> Core:
-    """How fast every sequence grows or fades, and the maps of a few."""
+    """How much every sequence keeps over the span and how fast, and the maps of a few."""
     span = span_of(track, settings)
     finite = finite_sequences(track)
-    growth = growth_of(track, settings, watch)
-    rates = growth.exponents[:, 0].numpy().copy()
-    rates[~finite | (track.lengths.cpu() == 1).numpy()] = np.nan  # one step has no recurrence
-    rate = _rate(track, growth, rates, finite)
-    measurable = int(np.isfinite(rates).sum())
-    mapped = _mapped(track, rates, finite, settings)
+    kept = keeping(track, settings, span)
+    growth = growth_of(track, settings, watch, kept.leading)
+    short = (track.lengths.cpu() == 1).numpy()  # one step has no recurrence
+    gains = SpanGains(np.where(finite, kept.gains.values, np.nan), kept.gains.steps)
+    rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
+    common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
+    usable = bool(finite.all()) and track.steps > 1
+    rate = (
+        interval_of_rates(rates, common, kept.constant is not None, growth) if usable else UNKNOWN
+    )
+    gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
+    mapped = _mapped(track, gains.values, finite, settings)
     maps, ranks = _maps(track, mapped, span, withheld, settings)
+    measurable = int(np.isfinite(gains.values).sum())
     return Core(
         span=span,
         finite=finite,
         growth=growth,
+        sequence_gains=gains,
+        gain=gain,
         sequence_rates=rates,
         rate=rate,
-        verdict=judge(rate, span, measurable, int(growth.counted.sum(0).max())),
+        settling=common,
+        settled=enough(common, rate.value, span),
+        constant=kept.constant,
+        verdict=judge(gain, measurable, int(growth.counted.sum(0).max())),
         mapped=mapped,
         maps=maps,
         curve=lag_curve(maps.log_gain["spectral"], maps.sources),
@@ -104,63 +126,43 @@ def finite_sequences(track: Track) -> np.ndarray:
     return finite.numpy()
 
 
-def growth_of(track: Track, settings: Settings, watch: WeightGrowth | None) -> Growth:
-    """The QR iteration over all sequences, with as many exponents as the budget allows."""
+def growth_of(
+    track: Track, settings: Settings, watch: WeightGrowth | None, leading: Leading
+) -> Growth:
+    """The QR iteration over all sequences, with as many exponents as the budget allows.
+
+    It starts from the direction that keeps most.
+    """
     length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
     allowed = RATE_SECONDS / settings.layers
     affordable = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < size] + [size]
-    operator = operator_of(track)
-    thin = vector_seconds(operator) if operator.thin else None
-    fitting = [k for k in affordable if qr_seconds(length, batch, size, k, thin) <= allowed]
-    count = fitting[-1] if fitting else 1
-    if thin is None and qr_seconds(length, batch, size, 1) > 2 * allowed:
-        operator = operator_of(track, torch.float32)
-    cuts = cuts_before(track).diff(dim=0, prepend=torch.zeros(1, batch, dtype=torch.int)) > 0
-    cuts[0] |= not track.first_step_seen  # what leads into the first state was not seen
+    operator = operator_for(track, settings)
+    vector = vector_seconds(operator)
+    fitting = [k for k in affordable if qr_seconds(length, batch, size, k, vector) <= allowed]
     return log_growth(
         operator,
         track.lengths,
-        count,
-        cuts=cuts[:length],
+        fitting[-1] if fitting else 1,
+        cuts=cuts_of(track),
         seed=settings.seed,
+        leading=leading,
         progress=lambda share: settings.progress(f"{track.name}: rates", share),
         watch=watch,
     )
 
 
-def qr_seconds(length: int, batch: int, size: int, k: int, thin: float | None = None) -> float:
-    """Predicted seconds: the pushes, and for more than one direction a small QR per sequence.
-
-    thin is what one vector of every sequence takes at one step of a thin operator.
-    """
-    factoring = (8.0 * size * k * k + 3e5) if k > 1 else 4.0 * size
-    push = batch * 2.0 * size**2 / 8e9 if thin is None else thin
-    return length * (k * push + batch * factoring / 8e9 + 2e-4)
-
-
-def _rate(track: Track, growth: Growth, rates: np.ndarray, finite: np.ndarray) -> Rate:
-    nothing = Rate(math.nan, math.nan, math.nan)
-    if not finite.all() or track.steps == 1:
-        return nothing
-    known = np.flatnonzero(~np.isnan(rates))
-    if len(known) == 1:
-        b = int(known[0])
-        return rate_of_one(growth.log_growth[growth.counted[:, b], b, 0].numpy())
-    return rate_over_sequences(rates)
-
-
 def _mapped(
-    track: Track, rates: np.ndarray, finite: np.ndarray, settings: Settings
+    track: Track, gains: np.ndarray, finite: np.ndarray, settings: Settings
 ) -> tuple[int, ...]:
-    """Which sequences are mapped: those nearest to the median rate of all, nearest first."""
+    """Which sequences are mapped: those nearest to the median gain of all, nearest first."""
     candidates = settings.sequences or tuple(range(track.batch))
-    known = [b for b in candidates if not math.isnan(rates[b])]
+    known = [b for b in candidates if not math.isnan(gains[b])]
     if not known:
         usable = [b for b in candidates if finite[b]] or list(candidates)
         return tuple(sorted(usable, key=lambda b: -int(track.lengths[b]))[: settings.maps])
     # the lower median, so that it is some sequence's own
-    middle = np.sort(rates[~np.isnan(rates)])[(int((~np.isnan(rates)).sum()) - 1) // 2]
-    distance = [0.0 if rates[b] == middle else abs(float(rates[b] - middle)) for b in known]
+    middle = np.sort(gains[~np.isnan(gains)])[(int((~np.isnan(gains)).sum()) - 1) // 2]
+    distance = [0.0 if gains[b] == middle else abs(float(gains[b] - middle)) for b in known]
     order = sorted(range(len(known)), key=lambda place: (distance[place], known[place]))
     return tuple(known[place] for place in order[: settings.maps])
 
@@ -202,11 +204,11 @@ def channels(track: Track, singular: np.ndarray) -> int | None:
     return int(np.median([survivors(row) for row in known]))
 
 
-def half_life(rate: Rate, curve: LagCurve, labels: tuple[str, ...]) -> float:
+def half_life(core: Core, labels: tuple[str, ...]) -> float:
     """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half."""
-    if math.isnan(rate.value) and curve.searched == 0:
+    rate, curve = core.rate.value, core.curve
+    if math.isnan(rate) and curve.searched == 0:
         return math.nan
-    exponential = "not exponential" not in labels and math.isfinite(rate.value)
-    if exponential and rate.value < -ROUNDING:
-        return math.log(2) / -rate.value
+    if rate < -ROUNDING and "not exponential" not in labels and curve.falls_with(rate):
+        return math.log(2) / -rate
     return curve.half_life

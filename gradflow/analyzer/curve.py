@@ -66,6 +66,23 @@ class LagCurve:
             return float(k)
         return earlier + (k - earlier) * (before - level) / (before - after)
 
+    def falls_with(self, rate: float) -> bool:
+        """Whether a rate < 0 tells of this curve: half-life and horizon are about where it has them.
+
+        A half-life may be off by half or double, a horizon by half as much again, or a step or two.
+        """
+        half, gone = HALF / rate, GONE / rate
+        own, reached = self.half_life, self.horizon
+        if self.searched == 0:
+            return True
+        if math.isinf(own):
+            halves = half > self.searched / 1.5
+        else:
+            halves = half / 2 <= own <= 2 * half or abs(own - half) <= 1
+        if reached is None:
+            return halves and gone > self.searched / 1.5
+        return halves and (gone / 1.5 <= reached <= 1.5 * gone or abs(reached - gone) <= 2)
+
     @property
     def transient_growth(self) -> bool:
         """Whether L rises more than a decade above max(0, L(1))."""

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from gradflow.analysis import Rate
 from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.rates import band, rate_over_sequences
+from gradflow.analyzer.rates import DECADE, band, rate_over_sequences
 from gradflow.analyzer.reading import Reading
 from gradflow.recording import GATES, Track
+
+TELLING = 0.2 * DECADE  # between two gains, that is worth a word
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,35 @@ class Evidence(Measured):
 
     @property
     def decades(self) -> float:
-        """Rate over the span in powers of ten; negative is lost."""
-        return self.rate.value * self.span / math.log(10)
+        """The gain over the span in powers of ten; negative is lost."""
+        return self.gain.decades
+
+    @property
+    def severity(self) -> float:
+        """Decades over the span: by the rate where it tells, else those that were measured."""
+        return self.rate.value * self.span / DECADE if self.told else self.decades
+
+    @property
+    def over(self) -> str:
+        """The steps that the gain was measured over, in words."""
+        return counted(self.gain.steps, "step")
+
+    @property
+    def told(self) -> bool:
+        """Whether there is a rate to speak of: it has settled, and the gain over the span follows it."""
+        return self.settled and math.isfinite(self.rate.value) and not self.apart
+
+    @property
+    def apart(self) -> bool:
+        """Whether the rate over these steps makes another gain than was measured, beyond both intervals."""
+        low, high = self.rate.low * self.gain.steps, self.rate.high * self.gain.steps
+        off = abs(self.rate.value - self.gain.pace) * self.gain.steps
+        return off > TELLING and (low > self.gain.high or high < self.gain.low)
 
     @property
     def fades(self) -> bool:
-        """Whether the gradient is lost: vanishing, dead, or open but below the band."""
-        low = self.verdict.name == "inconclusive" and self.rate.value < -self.band
+        """Whether the gradient is lost: vanishing, dead, or open but below one decade."""
+        low = self.verdict.name == "inconclusive" and self.gain.value < -DECADE
         return self.verdict.name in ("vanishing", "dead") or low
 
 

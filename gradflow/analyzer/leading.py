@@ -42,12 +42,12 @@ def watcher(track: Track) -> WeightGrowth | None:
 
 
 def rate_factors(growth: Growth, weight: WeightGrowth | None) -> np.ndarray:
-    """The two summands of every sequence's rate, (B, 2) nats per step, in the order of `FACTORS`.
+    """The two summands of the leading direction's growth, (B, 2) nats per step, as in `FACTORS`.
 
-    ‖D W q‖ = ‖W q‖ · ‖D W q‖/‖W q‖, so λ₁ = mean ln ‖W q_{t−1}‖ + mean ln (‖D_t W q_{t−1}‖/‖W q_{t−1}‖)
-    over the counted steps: what the weights do and what the activations do to the leading direction.
-    ‖W‖₂ and max φ' only bound the two (Pascanu et al. 2013). NaN for other cells; a sequence that an
-    exact zero cuts off has −inf in the factor that cut it.
+    ‖D W q‖ = ‖W q‖ · ‖D W q‖/‖W q‖, so mean ln ‖A_t q_{t−1}‖ is mean ln ‖W q_{t−1}‖ and mean
+    ln (‖D_t W q_{t−1}‖/‖W q_{t−1}‖) over the counted steps: what the weights do and what the
+    activations do to the leading direction. ‖W‖₂ and max φ' only bound the two (Pascanu et al. 2013).
+    NaN for other cells; a sequence that an exact zero cuts off has −inf in the factor that cut it.
 
     >>> import torch, gradflow
     >>> rnn = torch.nn.RNN(1, 1, bias=False)

@@ -88,12 +88,14 @@ def log_growth(
     *,
     cuts: Tensor | None = None,
     seed: int = SEED,
+    leading: Leading | None = None,
     progress: Callable[[float], None] | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Growth:
     """Run the QR iteration over all sequences at once, step by step.
 
-    Every sequence starts from the same random basis, so identical sequences give identical rates.
+    Every sequence starts from the same random basis, so identical sequences give identical rates;
+    `leading`, pulled back to the first step, takes the place of the first of that basis.
     At a cut (T, B), in processing order, nothing of the past arrives: the step is left out, and a
     basis that had lost directions to exact zeros starts again.
     `watch` is shown the step and the leading direction (B, S) that it is about to push.
@@ -102,7 +104,6 @@ def log_growth(
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(k, size, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(first.T)[0].T.to(operator.dtype)
-    rows = basis.expand(batch, -1, -1).clone()
     lengths = lengths.cpu()
     # sequence b skips its own ⌈L/5⌉ steps
     skipped = torch.tensor([burn_in(int(length)) for length in lengths])
@@ -110,13 +111,17 @@ def log_growth(
     live = when < lengths
     if cuts is not None:
         live = live & ~cuts
+    rows = basis.expand(batch, -1, -1).clone()
+    if leading is not None:
+        rows = _led_by(leading.at_the_start(operator, live), rows)
+    begun = rows
     growth = torch.full((steps, batch, k), torch.nan, dtype=torch.float64)
     fresh = torch.ones(batch, dtype=torch.bool)  # whose basis is still the random one
     for t in range(steps):
         usable = live[t]
         if t and cuts is not None:  # what an exact zero took before a cut is not missed behind it
             lost = (cuts[t] & (when[t] < lengths)) & (rows == 0).all(-1).any(-1)
-            rows[lost], fresh[lost] = basis, True
+            rows[lost], fresh[lost] = begun[lost], True
         if not bool(usable.any()):
             continue
         if watch is not None:
@@ -129,6 +134,33 @@ def log_growth(
         if progress is not None:
             progress((t + 1) / steps)
     return Growth(growth, live & (when >= skipped))
+
+
+@dataclass(frozen=True)
+class Leading:
+    """The direction of every sequence that is to grow first, and the step that is to push it."""
+
+    rows: Tensor  # (B, S); 0 where there is none
+    at: Tensor  # (B,)
+
+    def at_the_start(self, operator: Operator, live: Tensor) -> Tensor:
+        """(B, S) before the first step: pulled back through the steps (T, B) that count."""
+        rows = self.rows.to(operator.dtype)
+        for t in reversed(range(int(self.at.max()))):
+            back = operator.pull(t, rows[:, None])[:, 0]
+            length = torch.linalg.vector_norm(back, dim=-1)
+            usable = live[t] & (t < self.at) & (length > 0) & torch.isfinite(length)
+            safe = torch.where(usable, length, 1.0)
+            rows = torch.where(usable[:, None], back / safe[:, None], rows)
+        return rows
+
+
+def _led_by(leading: Tensor, rows: Tensor) -> Tensor:
+    """Orthonormal rows (B, k, S), the first along `leading`, the others from the basis given."""
+    led = torch.cat([leading[:, None], rows[:, 1:]], 1)
+    turned = torch.linalg.qr(led.mT)[0].mT
+    given = (leading != 0).any(-1) & torch.isfinite(leading).all(-1)
+    return torch.where(given[:, None, None], turned, rows)
 
 
 def _factor(pushed: Tensor, old: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,5 +123,5 @@ def provenance_of(layers: dict[str, LayerAnalysis], settings: Settings) -> dict[
         "burn_in": f"{burn_in(longest)} of {longest} steps",
         "seed": settings.seed,
         "computed_in": "float64, but where the method says otherwise",
-        "start": "seeded random basis, the same for every sequence",
+        "start": "the direction that keeps most; for further exponents a seeded random basis",
     }

@@ -1,7 +1,7 @@
-"""Rates with their intervals, and the verdict: an equivalence test.
+"""Rates and gains with their intervals, and the verdict: an equivalence test.
 
 Letters: T steps, B sequences, span the distance of interest. A rate is the growth of ln gain per
-step, in nats; the band is ±ln(10)/span, less than one decade over the span.
+step, in nats. The verdict is on the ln gain over the span, held against ±ln 10, one decade.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit  # scipy.stats takes a second to import
 
-from gradflow.analysis import Rate
+from gradflow.analysis import Gain, Rate
 
 CONFIDENCE = 0.95
 BATCHES = 20  # batch means of one sequence
@@ -20,7 +20,8 @@ TIMES = 60  # integrated autocorrelation times that one sequence must hold
 ROUNDING = 1e-10  # nats per step; what float64 rounding alone makes of a rate
 MOST = 10**6  # sequences or steps above which saying how many helps nobody
 KEPT = 0.8  # of a long sequence's steps, past the burn-in
-EDGE = "a span further from one decade: the rate lies on the edge of the band"
+DECADE = math.log(10)
+EDGE = "a span further from one decade: the gain lies on the edge of it"
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def correlation_time(series: np.ndarray) -> float:
     return float(count)
 
 
-def judge(rate: Rate, span: int, sequences: int, steps: int) -> Verdict:
+def judge(gain: Rate | Gain, sequences: int, steps: int) -> Verdict:
     """Vanishing, exploding or stable if the whole interval says so; else inconclusive.
 
     What is said to be needed is where the interval of the same mean and spread comes free of the
@@ -134,35 +135,33 @@ def judge(rate: Rate, span: int, sequences: int, steps: int) -> Verdict:
     one of three times that size nine times in ten (simulated).
 
     Args:
-        rate: with its interval.
-        span: steps of interest.
+        gain: ln of the largest gain over the span with its interval, nats.
         sequences: how many the interval rests on.
         steps: counted steps of one sequence.
 
-    >>> judge(Rate(-0.1, -0.12, -0.08), 100, 8, 80).name
+    >>> judge(Rate(-10.0, -12.0, -8.0), 8, 80).name
     'vanishing'
-    >>> judge(Rate(-0.02, -0.03, -0.01), 100, 8, 80)
+    >>> judge(Rate(-2.0, -3.0, -1.0), 8, 80)
     Verdict(name='inconclusive', needed='about 63 sequences')
     """
-    if math.isnan(rate.value):
+    if math.isnan(gain.value):
         return Verdict("inconclusive")
-    if rate.value == -math.inf:
+    if gain.value == -math.inf:
         return Verdict("dead")
-    delta = band(span)
-    if math.isnan(rate.low):
+    if math.isnan(gain.low):
         return Verdict("inconclusive", "a second sequence (better ten)")
-    if rate.high < -delta:
+    if gain.high < -DECADE:
         return Verdict("vanishing")
-    if rate.low > delta:
+    if gain.low > DECADE:
         return Verdict("exploding")
-    if rate.low > -delta and rate.high < delta:
+    if gain.low > -DECADE and gain.high < DECADE:
         return Verdict("stable")
-    return Verdict("inconclusive", _needed(rate, delta, sequences, steps))
+    return Verdict("inconclusive", _needed(gain, sequences, steps))
 
 
-def _needed(rate: Rate, delta: float, sequences: int, steps: int) -> str:
-    half = (rate.high - rate.low) / 2
-    room = min(abs(rate.value - delta), abs(rate.value + delta))
+def _needed(gain: Rate | Gain, sequences: int, steps: int) -> str:
+    half = (gain.high - gain.low) / 2
+    room = min(abs(gain.value - DECADE), abs(gain.value + DECADE))
     if room <= 0:
         return EDGE
     if sequences < 2:

@@ -10,9 +10,10 @@ import math
 import numpy as np
 import torch
 
-from gradflow.analysis import Rate
+from gradflow.analysis import UNMEASURED, Rate
 from gradflow.analyzer.core import Core, finite_sequences, span_of
 from gradflow.analyzer.curve import lag_curve
+from gradflow.analyzer.gains import SpanGains
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.lyapunov import Growth
 from gradflow.analyzer.plan import NORMS, Maps
@@ -48,8 +49,13 @@ def without_gains(track: Track, settings: Settings, why: str) -> Core:
         span=span_of(track, settings),
         finite=finite_sequences(track),
         growth=Growth(log_growth, torch.zeros(track.steps, track.batch, dtype=torch.bool)),
+        sequence_gains=SpanGains(np.full(track.batch, math.nan), np.zeros(track.batch, dtype=int)),
+        gain=UNMEASURED,
         sequence_rates=np.full(track.batch, math.nan),
         rate=Rate(math.nan, math.nan, math.nan),
+        settling=math.nan,
+        settled=False,
+        constant=None,
         verdict=Verdict("inconclusive"),
         mapped=mapped,
         maps=maps,

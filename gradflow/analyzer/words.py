@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gradflow.analyzer.causes.reading import headline, opening
+from gradflow.analyzer.cuts import cut_steps
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
 
@@ -17,10 +18,39 @@ from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
 def sentence(evidence: Evidence) -> str:
     """The verdict on a layer in words with its numbers."""
     said = _SENTENCES[evidence.verdict.name](evidence)
+    said += _in_the_long_run(evidence) + _cut(evidence)
     first = opening(evidence)
     if first and evidence.labels[:1] != ("no recurrence",):
         return f"{evidence.track.name} {first}; the layer itself {said}"
     return f"{evidence.track.name} {said}"
+
+
+def _in_the_long_run(e: Evidence) -> str:
+    """The rate beside the gain, where the one is not what the other makes one think."""
+    if math.isnan(e.gain.low) or not math.isfinite(e.rate.value) or not e.gain.steps:
+        return ""
+    if not e.settled:
+        return "; a rate per step has not settled in so few steps"
+    if not e.apart:
+        return ""
+    long = e.rate.value * e.gain.steps / math.log(10)
+    return (
+        f"; its rate in the long run, {number(e.rate.value)} per step, would make {number(long)} "
+        f"decades of {e.over}, where the gain makes {number(e.decades)}"
+    )
+
+
+def _cut(e: Evidence) -> str:
+    """Where the state is cut off from its past, and how long the stretches between are."""
+    steps = cut_steps(e.track)
+    if not steps or not e.gain.steps:
+        return ""
+    longest = int(e.data["segment_length"].max())
+    where = f"at step {steps[0] + 1}" if len(steps) == 1 else f"at {len(steps)} steps"
+    return (
+        f"; it is cut off from its past {where}, which no gradient crosses, in stretches of up to "
+        f"{_steps(longest)}"
+    )
 
 
 def _vanishing(e: Evidence) -> str:
@@ -35,8 +65,8 @@ def _vanishing(e: Evidence) -> str:
 
 
 def _halving(e: Evidence) -> str:
-    if not math.isfinite(e.half_life):
-        return f"the gradient loses {number(-e.decades)} decades over {counted(e.span, 'step')}"
+    if not math.isfinite(e.half_life) or not (e.told and e.curve.falls_with(e.rate.value)):
+        return f"the gradient loses {number(-e.decades)} decades over {e.over}"
     if "not exponential" in e.labels:
         return f"the gradient has halved after {number(e.half_life)} steps, slowing down since,"
     if e.half_life < 0.95:
@@ -46,23 +76,23 @@ def _halving(e: Evidence) -> str:
 
 
 def _exploding(e: Evidence) -> str:
+    if not e.told or not e.rate.value > 0:
+        return f"explodes: the gradient grows by {number(e.decades)} decades over {e.over}"
     tenfold = number(math.log(10) / e.rate.value)
     every = "step" if tenfold == "1" else f"{tenfold} steps"
     return (
         f"explodes: the gradient grows tenfold every {every}, by {number(e.decades)} decades over "
-        f"your {counted(e.span, 'step')}"
+        f"{e.over}"
     )
 
 
 def _stable(e: Evidence) -> str:
     if e.channels is None:
-        return (
-            f"is stable: the gradient changes by {number(e.decades)} decades over {_steps(e.span)}"
-        )
+        return f"is stable: the largest gain changes by {number(e.decades)} decades over {e.over}"
     if e.channels == 0:
         return (
-            f"is stable in its rate ({number(e.rate.value)} per step), yet no direction of {e.size} "
-            f"survives {_steps(e.ranks.reach)}"
+            f"is stable by its largest gain ({number(e.decades)} decades over {e.over}), yet no "
+            f"direction of {e.size} survives {_steps(e.ranks.reach)} of the sequence mapped"
         )
     return f"is stable: {_surviving(e)}"
 
@@ -76,6 +106,11 @@ def _surviving(e: Evidence) -> str:
 
 
 def _dead(e: Evidence) -> str:
+    if not e.gain.steps:
+        return (
+            "is dead: the state is cut off from its past at every step, so nothing earlier can be "
+            "learned"
+        )
     return f"is dead: exact zeros cut every path{_within(e)}, so nothing earlier can be learned"
 
 
@@ -91,17 +126,17 @@ def _inconclusive(e: Evidence) -> str:
         return "holds NaN or Inf: no rate can be given until its values are finite"
     if e.no_gains:
         return f"gets no verdict, since its gains are not known: {e.no_gains}"
-    if math.isnan(e.rate.value):
-        return "has no step without a cut to measure: no rate can be given"
-    if math.isnan(e.rate.low):
+    if math.isnan(e.gain.value):
+        return "has no step without a cut to measure: no gain can be given"
+    if math.isnan(e.gain.low):
         return (
-            f"is inconclusive: one sequence gives a rate of {number(e.rate.value)} per step but no "
-            f"interval; {e.verdict.needed} would decide"
+            f"is inconclusive: one sequence gives a gain of {number(e.decades)} decades over {e.over} "
+            f"but no interval; {e.verdict.needed} would decide"
         )
+    low, high = (number(end / math.log(10)) for end in (e.gain.low, e.gain.high))
     return (
-        f"is inconclusive: the rate {number(e.rate.value)} "
-        f"[{number(e.rate.low)}, {number(e.rate.high)}] per step straddles the edge of one decade "
-        f"over {counted(e.span, 'step')} (±{number(e.band)}); {e.verdict.needed} would decide"
+        f"is inconclusive: the largest gain over {e.over}, {number(e.decades)} decades "
+        f"[{low}, {high}], straddles the edge of one decade; {e.verdict.needed} would decide"
     )
 
 
@@ -134,6 +169,8 @@ def _headline(e: Evidence) -> str:
         return read
     if e.no_gains:
         return "no verdict, its gains are not known"
+    if e.verdict.name == "dead" and not e.gain.steps:
+        return "cut off from its past at every step"
     if e.verdict.name == "dead":
         return f"exact zeros cut every path{_within(e)}"
     profile = e.main_profile
@@ -197,7 +234,7 @@ def _carried(carrying: int, units: int, unit: str, steps: int) -> str:
 
 def _by_gain(e: Evidence) -> str:
     if e.verdict.name == "exploding":
-        return f"a direction grows by {number(e.decades)} decades over {counted(e.span, 'step')}"
+        return f"a direction grows by {number(e.decades)} decades over {e.over}"
     if e.curve.horizon is not None:
         return f"no direction survives {_steps(e.curve.horizon)}"
     if e.channels:

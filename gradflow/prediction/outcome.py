@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer.brief import Brief, brief
 from gradflow.errors import RecordingError
@@ -28,7 +26,5 @@ def measured(
 
 def helps(before: Brief | LayerAnalysis, after: Brief) -> float:
     """Powers of ten over the span by which the gain comes nearer to 1."""
-    was, now = abs(before.rate.value), abs(after.rate.value)
-    if was == now:
-        return 0.0
-    return (was - now) * before.span / math.log(10)
+    was, now = abs(before.gain.decades), abs(after.gain.decades)
+    return 0.0 if was == now else was - now

@@ -27,11 +27,11 @@ def with_predictions(
     """The analysis with, for every vanishing or exploding layer, the remedies that help most.
 
     An LSTM or GRU that vanishes is tried with its forget (update) bias raised by 1 and by 2. Any
-    other layer is tried with W_hh multiplied by a = e^(−rate), which would undo the rate of a linear
-    layer, and by a e^(−rate′), rate′ being what the first try left. Layers are changed together.
-    Nothing is tried where the loss reads the wrong steps, which no weight mends, where the weights
-    that ran are no parameters of the module, nor where it would take more than a few seconds, and then
-    the provenance says so.
+    other layer is tried with W_hh multiplied by a = e^(−p), p being the gain over the span per step,
+    which would undo it in a linear layer, and by a e^(−p′), p′ being what the first try left. Layers
+    are changed together. Nothing is tried where the loss reads the wrong steps, which no weight mends,
+    where the weights that ran are no parameters of the module, nor where it would take more than a few
+    seconds, and then the provenance says so.
     """
     read = readings(recording)
     ill = [
@@ -89,13 +89,13 @@ def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
 def _first_trial(layer: LayerAnalysis) -> tuple[str, float]:
     if layer.verdict == "vanishing" and layer.cell in KEEPING:
         return "forget_bias", 1.0
-    return "scale_hh", _rounded(math.exp(min(-layer.rate.value, STEEPEST)))
+    return "scale_hh", _rounded(math.exp(min(-layer.pace, STEEPEST)))
 
 
 def _next_trial(remedy: str, value: float, after: Brief) -> tuple[str, float]:
     if remedy == "forget_bias":
         return remedy, value + 1
-    left = after.rate.value if math.isfinite(after.rate.value) else 0.0
+    left = after.gain.pace if math.isfinite(after.gain.pace) else 0.0
     return remedy, _rounded(value * math.exp(min(-left, STEEPEST)))
 
 
@@ -108,7 +108,7 @@ def _predicted(
     before: LayerAnalysis, after: Brief, remedy: str, value: float, batch: str
 ) -> Prediction:
     outcome = after.verdict if after.verdict != before.verdict else f"still {after.verdict}"
-    parts = [f"rate {number(before.rate.value)} → {number(after.rate.value)} per step"]
+    parts = [f"{number(before.decades)} → {number(after.gain.decades)} decades over the span"]
     if before.horizon != after.horizon:
         parts.append(f"gone after {_gone(before)} → {_gone(after)} steps")
     if before.channels != after.channels and after.channels is not None:
@@ -120,6 +120,7 @@ def _predicted(
         words=words,
         verdict=after.verdict,
         rate=after.rate,
+        gain=after.gain,
         half_life=after.half_life,
         horizon=after.horizon,
         searched=after.searched,

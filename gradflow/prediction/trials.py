@@ -20,7 +20,7 @@ from gradflow.hooks.rerun import Change, rerun
 from gradflow.prediction.outcome import helps, measured
 from gradflow.recording import Recording
 
-COMPARED = ("rate", "rate_low", "rate_high", "half_life", "horizon", "channels", "verdict")
+COMPARED = ("gain", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels", "verdict")
 COLUMNS = [
     "layer",
     "remedy",
@@ -69,10 +69,11 @@ def what_if(
 
     Returns:
         A tidy frame, one row per layer and remedy. Columns: ``layer``, ``remedy``, ``value``; then
-        ``rate`` (nats per step), ``rate_low`` and ``rate_high`` (95 %), ``half_life`` (steps),
+        ``gain`` (the largest over the span, nats), ``rate`` (nats per step), ``rate_low`` and
+        ``rate_high`` (95 %), ``half_life`` (steps),
         ``horizon`` (steps; missing if not reached), ``channels`` and ``verdict``, each with
         ``_before`` and ``_after``; ``helps``, the powers of ten over the span by which the gain comes
-        nearer to 1, (|rate_before| − |rate_after|) · span/ln 10, negative if it moves away;
+        nearer to 1, (|gain_before| − |gain_after|)/ln 10, negative if it moves away;
         ``truncation_error``, ‖truncated − full‖/‖full‖ of ∂L/∂W_hh; ``norm_before`` and
         ``norm_after`` of the clipped gradient; ``note``, in words, also why a remedy could not be
         tried. NaN or missing where there is no number.
@@ -209,7 +210,8 @@ def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Ro
         )
         if keep > known.searched:  # no gain lies that far back
             after = known
-        cut = max(0.0, known.rate.value) * max(0, known.span - keep) / math.log(10)
+        growing = max(0.0, known.gain.pace) if known.gain.steps else 0.0
+        cut = growing * max(0, known.gain.steps - keep) / math.log(10)
         yield (row | _after(known, after) | {"helps": cut, "truncation_error": error, "note": note})
 
 
@@ -287,7 +289,7 @@ def _after(before: Brief, after: Brief | str) -> Row:
         return {"note": f"not measured: {after}"}
     found = {f"{name}_after": value for name, value in _numbers(after).items()}
     found["helps"] = helps(before, after)
-    if math.isnan(after.rate.value) and not math.isnan(before.rate.value):
+    if math.isnan(after.gain.value) and not math.isnan(before.gain.value):
         found["note"] = "with this change its states are no longer finite"
     return found
 
@@ -295,5 +297,10 @@ def _after(before: Brief, after: Brief | str) -> Row:
 def _numbers(found: Brief) -> dict[str, Any]:
     values = asdict(found)
     rate: Rate = found.rate
-    values |= {"rate": rate.value, "rate_low": rate.low, "rate_high": rate.high}
+    values |= {
+        "gain": found.gain.value,
+        "rate": rate.value,
+        "rate_low": rate.low,
+        "rate_high": rate.high,
+    }
     return {name: values[name] for name in COMPARED}

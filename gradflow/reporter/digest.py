@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gradflow._version import __version__
-from gradflow.analysis import SCHEMA, Analysis, Finding, LayerAnalysis, Prediction, Rate
+from gradflow.analysis import SCHEMA, Analysis, Finding, Gain, LayerAnalysis, Prediction, Rate
 
 SHOWN = 3  # findings a reader sees first
 PREDICTED = ("vanishing", "exploding")  # findings below which predictions are said
@@ -72,8 +72,9 @@ def _layer(layer: LayerAnalysis) -> dict[str, Any]:
         "span": layer.span,
         "verdict": layer.verdict,
         "labels": list(layer.labels),
+        "gain": _gain(layer.gain),
         "rate": _rate(layer.rate),
-        "decades_over_span": layer.rate.value * layer.span / math.log(10),
+        "decades_over_span": layer.decades_over_span,
         **_reach(layer),
         "lyapunov": None if layer.lyapunov is None else layer.lyapunov.tolist(),
         "parity": asdict(layer.parity),
@@ -92,10 +93,21 @@ def _prediction(prediction: Prediction) -> dict[str, Any]:
         "value": prediction.value,
         "batch": prediction.batch,
         "verdict": prediction.verdict,
+        "gain": _gain(prediction.gain),
         "rate": _rate(prediction.rate),
         **_reach(prediction),
         "decades_won": prediction.helps,
         "message": prediction.message,
+    }
+
+
+def _gain(gain: Gain) -> dict[str, Any]:
+    return {
+        "value": gain.value,
+        "low": gain.low,
+        "high": gain.high,
+        "steps": gain.steps,
+        "zero": gain.value == -math.inf,
     }
 
 

@@ -8,6 +8,17 @@ from gradflow.analysis import LayerAnalysis, Prediction, Rate
 from gradflow.reporter.scale import power
 
 
+def gain_words(layer: LayerAnalysis | Prediction) -> str:
+    """The largest gain over the span in decades, with half the width of its 95 % interval."""
+    gain = layer.gain
+    if math.isnan(gain.value):
+        return "none"
+    if math.isinf(gain.value):
+        return "0" if gain.value < 0 else "∞"
+    value, low, high = (end / math.log(10) for end in (gain.value, gain.low, gain.high))
+    return f"{rate_words(Rate(value, low, high))} decades"
+
+
 def rate_words(rate: Rate) -> str:
     """A rate in nats per step with half the width of its 95 % interval.
 

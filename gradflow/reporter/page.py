@@ -24,6 +24,7 @@ from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import (
     cell_words,
     channel_words,
+    gain_words,
     gone_words,
     half_life_words,
     rate_words,
@@ -57,6 +58,8 @@ LABELS = {  # in plain words; a page explains those it shows
     "the loss are shown all the same.",
     "not exponential": "The gain falls or grows fast at first and ever more slowly later, as a power of "
     "the distance: read the curve, not the rate or the half-life.",
+    "not settled": "In so few steps the rate does not show what it is in the long run: its interval is wide, "
+    "and the sentence gives the gain alone.",
     "one sequence": "The interval is over sequences, and a single one has none.",
     "range-limited": "Gains become smaller or larger than the model's own numbers can be. gradflow's "
     "go on; the model's gradient is 0 or infinite there.",
@@ -89,6 +92,7 @@ class Row:
     reach: str
     short: str
     cell: str
+    gain: str
     rate: str
     half_life: str
     gone: str
@@ -204,6 +208,7 @@ def _row(layer: LayerAnalysis) -> Row:
         reach=reach_words(layer),
         short=reach_words(layer, short=True),
         cell=cell_words(layer),
+        gain=gain_words(layer),
         rate=rate_words(layer.rate),
         half_life=half_life_words(layer),
         gone=gone_words(layer),

@@ -126,9 +126,9 @@ def draw_slope(
     """The local slope of the lag curve, and the rate with its interval."""
     colour = VERDICT_COLOURS[layer.verdict]
     rate = layer.rate
-    if np.isfinite([rate.low, rate.high]).all():
+    if layer.rate_told and np.isfinite([rate.low, rate.high]).all():
         ax.axhspan(rate.low, rate.high, color=colour, alpha=0.25, lw=0)
-    if np.isfinite(rate.value):
+    if layer.rate_told:
         ax.axhline(rate.value, color=INK, lw=0.8, ls=(0, (2, 2)))
     ax.axhline(0, color=FAINT, lw=0.7)
     finite = np.where(np.isfinite(slope), slope, np.nan)

@@ -1,6 +1,6 @@
 """Which factor of an RNN's product of Jacobians does it: its weights or its activations.
 
-The two summands of the rate along the leading direction, mean ln ‖W q‖ and
+The two summands of its growth along the leading direction, mean ln ‖W q‖ and
 mean ln (‖D W q‖/‖W q‖), see `gradflow.analyzer.leading`.
 """
 
@@ -56,7 +56,7 @@ def weights_expand(e: Evidence) -> Iterator[Finding]:
     weight, activation = _factors(e)
     if e.verdict.name != "exploding" or not weight.value > e.band:
         return
-    code = shrunk(e, math.exp(-e.rate.value))
+    code = shrunk(e, math.exp(-e.gain.pace))
     yield replace(
         _finding(e, "weights-expand", weight, activation),
         threshold=e.band,
@@ -81,7 +81,7 @@ def _finding(e: Evidence, name: str, weight: Rate, activation: Rate) -> Finding:
         layer=e.track.name,
         message="at every step the weights multiply the leading direction by "
         f"{number(math.exp(weight.value))}, the activations by {number(math.exp(activation.value))}: "
-        f"rate {_sum(weight.value, activation.value)} per step",
+        f"it grows by {_sum(weight.value, activation.value)} per step",
         where=counted(e.track.batch, "sequence"),
         value=shown.value,
         low=shown.low,

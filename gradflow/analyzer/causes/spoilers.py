@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from gradflow.analysis import Finding
 from gradflow.analyzer.causes.remedies import CLIP
+from gradflow.analyzer.cuts import cut_steps
 from gradflow.analyzer.evidence import Evidence, counted, module, number
 from gradflow.analyzer.finite import (
     Bad,
@@ -20,7 +20,7 @@ from gradflow.analyzer.finite import (
     bad_state,
     bad_weight,
 )
-from gradflow.analyzer.order import cuts_before, input_time, segment_lengths
+from gradflow.analyzer.order import segment_lengths
 from gradflow.recording import GATES
 
 LISTED = 6  # segments of one sequence that are named one by one
@@ -145,11 +145,8 @@ def parity_failed(e: Evidence) -> Iterator[Finding]:
 
 def cut(e: Evidence) -> Iterator[Finding]:
     """Steps at which nothing of the previous state arrives, and the stretches they leave."""
-    inside = cuts_before(e.track).diff(dim=0, prepend=torch.zeros(1, e.track.batch).int()) > 0
-    inside &= torch.arange(e.track.steps)[:, None] < e.track.lengths.cpu()
-    where = input_time(e.track)[inside]
-    steps = sorted(set(where.tolist()))
-    if not steps or (e.kind == "tap" and steps == [1]):  # a constant start, said in a note
+    steps = cut_steps(e.track)
+    if not steps:
         return
     shown = ", ".join(str(t + 1) for t in steps[:5]) + (", …" if len(steps) > 5 else "")
     noun = "step" if len(steps) == 1 else "steps"

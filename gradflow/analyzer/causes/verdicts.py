@@ -21,8 +21,10 @@ def dead(e: Evidence) -> Iterator[Finding]:
     """Exact zeros on every path."""
     if e.verdict.name != "dead":
         return
-    cut_off = int(sum(rate == -math.inf for rate in e.sequence_rates))
-    share = f"{cut_off} of {counted(len(e.sequence_rates), 'sequence')}"
+    if not e.gain.steps:
+        return  # by cuts, which have a finding of their own
+    cut_off = int(sum(gain == -math.inf for gain in e.sequence_gains.values))
+    share = f"{cut_off} of {counted(len(e.sequence_gains.values), 'sequence')}"
     relu, extra = e.track.cell == "RNN_RELU", ""
     if relu:
         idle = int((e.data["unit_idle"] == 1).sum())
@@ -44,55 +46,58 @@ def dead(e: Evidence) -> Iterator[Finding]:
 
 
 def vanishing(e: Evidence) -> Iterator[Finding]:
-    """The rate lies below the band, with the remedy for this kind of cell."""
+    """The gain over the span is below a tenth, with the remedy for this kind of cell."""
     if e.verdict.name != "vanishing":
         return
     advice, source, code = against_vanishing(e)
     yield Finding(
         name="vanishing",
         layer=e.track.name,
-        message=f"the gradient loses {number(-e.decades)} decades over {counted(e.span, 'step')}: "
-        f"rate {_interval(e)} per step (vanishing: below −{number(e.band)})",
+        message=f"the gradient loses {number(-e.decades)} decades over {e.over}{_gain(e)} "
+        f"(vanishing: more than one){_rate(e)}",
         where=_sequences(e),
-        value=e.rate.value,
-        low=e.rate.low,
-        high=e.rate.high,
-        threshold=-e.band,
+        value=e.decades,
+        low=e.gain.low / math.log(10),
+        high=e.gain.high / math.log(10),
+        threshold=-1.0,
         basis=BAND,
         source=source,
-        severity=e.decades,
+        severity=e.severity,
         advice=advice,
         code=code,
     )
 
 
 def exploding(e: Evidence) -> Iterator[Finding]:
-    """The rate lies above the band."""
+    """The gain over the span is above ten."""
     if e.verdict.name != "exploding":
         return
-    steps = max(1, round(math.log(2) / e.rate.value))
+    advice = "clip the norm of the gradient, never its parts"
+    if e.settled and e.rate.value > 0:
+        steps = counted(max(1, round(math.log(2) / e.rate.value)), "step")
+        advice += "; that does not cure chaos: a positive rate also asks to cut or teacher-force "
+        advice += f"every ln 2/λ₁ = {steps}"
     yield Finding(
         name="exploding",
         layer=e.track.name,
-        message=f"the gradient gains {number(e.decades)} decades over {counted(e.span, 'step')}: "
-        f"rate {_interval(e)} per step (exploding: above {number(e.band)})",
+        message=f"the gradient gains {number(e.decades)} decades over {e.over}{_gain(e)} "
+        f"(exploding: more than one){_rate(e)}",
         where=_sequences(e),
-        value=e.rate.value,
-        low=e.rate.low,
-        high=e.rate.high,
-        threshold=e.band,
+        value=e.decades,
+        low=e.gain.low / math.log(10),
+        high=e.gain.high / math.log(10),
+        threshold=1.0,
         basis=BAND,
         source="Pascanu et al. 2013; Mikhaeil et al. 2022",
-        severity=e.decades,
-        advice="clip the norm of the gradient, never its parts; that does not cure chaos: a positive "
-        f"rate also asks to cut or teacher-force every ln 2/λ₁ = {counted(steps, 'step')}",
+        severity=e.severity,
+        advice=advice,
         code=CLIP,
     )
 
 
 def transient(e: Evidence) -> Iterator[Finding]:
     """Growth by more than a decade that the rate does not show."""
-    if "transient growth" not in e.labels or e.verdict.name in ("exploding", "stable"):
+    if "transient growth" not in e.labels or e.verdict.name == "stable":
         return
     peak = float(max(value for value in e.curve.median if not math.isnan(value)))
     lag = int(list(e.curve.median).index(peak))
@@ -144,8 +149,19 @@ def few_channels(e: Evidence) -> Iterator[Finding]:
     )
 
 
-def _interval(e: Evidence) -> str:
-    return f"{number(e.rate.value)} [{number(e.rate.low)}, {number(e.rate.high)}]"
+def _gain(e: Evidence) -> str:
+    """The interval of the decades, where they are more than a point."""
+    if e.gain.low == e.gain.high:
+        return ""
+    low, high = sorted(abs(end) / math.log(10) for end in (e.gain.low, e.gain.high))
+    return f" [{number(low)}, {number(high)}]"
+
+
+def _rate(e: Evidence) -> str:
+    """The rate with its interval, where it has settled."""
+    if not e.settled or not math.isfinite(e.rate.value):
+        return ""
+    return f"; rate {number(e.rate.value)} [{number(e.rate.low)}, {number(e.rate.high)}] per step"
 
 
 def _sequences(e: Evidence) -> str:

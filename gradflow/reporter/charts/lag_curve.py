@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from gradflow.analysis import LayerAnalysis, Rate
+from gradflow.analysis import LayerAnalysis
 from gradflow.reporter import overview, panels
 from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.numbers import half_life_words, rate_words
@@ -37,7 +37,7 @@ def prepare(layer: LayerAnalysis) -> LagCurve:
     slope = _smoothed(line.slope, window)
     return LagCurve(
         message="" if line.note else _message(layer, line),
-        reading=_reading(layer.rate, slope, window) + _joined(layer),
+        reading=_reading(layer, slope, window) + _joined(layer),
         note=line.note,
         line=line,
         slope=slope,
@@ -49,8 +49,8 @@ def prepare(layer: LayerAnalysis) -> LagCurve:
     )
 
 
-def _reading(rate: Rate, slope: np.ndarray, window: int) -> str:
-    known = math.isfinite(rate.value)
+def _reading(layer: LayerAnalysis, slope: np.ndarray, window: int) -> str:
+    rate, known = layer.rate, layer.rate_told
     words = (
         f"the median over starting steps and sequences, its 10–90 % band{', dotted the rate' * known}; "
         "in the grey part, below 10⁻³, the gradient is gone."
@@ -99,7 +99,8 @@ def _smoothed(slope: np.ndarray, window: int) -> np.ndarray:
 def _limits(layer: LayerAnalysis, slope: np.ndarray) -> tuple[float, float]:
     """Room for the rate, for zero and for most of the slopes: the first few are often far off."""
     known = slope[np.isfinite(slope)]
-    ends = [0.0, *(end for end in (layer.rate.low, layer.rate.high) if math.isfinite(end))]
+    told = (layer.rate.low, layer.rate.high) if layer.rate_told else ()
+    ends = [0.0, *(end for end in told if math.isfinite(end))]
     ends += [float(end) for end in np.quantile(known, (0.04, 0.96))] if len(known) else []
     if len(known) <= 10:
         ends += [float(end) for end in known]
@@ -113,7 +114,7 @@ def _message(layer: LayerAnalysis, line: LagLine) -> str:
     if half not in ("none", "never") and math.isfinite(layer.rate.value):
         said.append(f"it halves in {half} steps")
     rate = rate_words(layer.rate)
-    if rate != "none":
+    if rate != "none" and "not settled" not in layer.labels:
         said.append(f"rate {rate} nats per step")
     return "; ".join(said) or "the gain against the distance"
 

@@ -67,6 +67,8 @@ def _why(layer: LayerAnalysis, mean: np.ndarray) -> str:
 def _message(layer: LayerAnalysis, mean: np.ndarray, band: float) -> str:
     first = layer.rate if math.isfinite(layer.rate.value) else Rate(mean[0], mean[0], mean[0])
     largest = f"the largest exponent is {rate_words(first)} per step"
+    if "not settled" in layer.labels:
+        return f"{largest}: the exponents have not settled in {layer.steps} steps"
     kept = int((mean >= -band).sum())
     share = (
         f"{kept} of the {len(mean)} measured"
@@ -74,9 +76,9 @@ def _message(layer: LayerAnalysis, mean: np.ndarray, band: float) -> str:
         else f"{kept} of {len(mean)}"
     )
     if kept == 0:
-        return f"{largest}: every direction fades"
+        return f"{largest}: every direction fades in the long run"
     keep = "keeps" if kept == 1 else "keep"
-    return f"{largest}; {share} {keep} a tenth or more over {layer.span} steps"
+    return f"{largest}; in the long run {share} {keep} a tenth or more over {layer.span} steps"
 
 
 def _reading(layer: LayerAnalysis, band: float, *, sure: bool, traced: bool) -> str:

@@ -1,0 +1,112 @@
+"""The rate free of the bias of its start, and how far it has settled.
+
+Letters: T steps, B sequences, n counted steps of a sequence, W₁, W₂, W₄ the sums of ln ‖P‖₂ over all
+of them, over their halves and over their quarters; F₁, F₂, F₄ the same of ln ‖P‖_F.
+
+ln ‖P‖₂ over n steps is n λ₁ and a boundary c_n for the directions that its two ends may choose. A sum
+over parts holds the same growth and a boundary for each part, so 2 W₁ − W₂ = n λ₁ + 2 (c_n − c_{n/2})
+takes it out. The largest direction comes down to λ₁ from above; the mean over all, which is what
+‖P‖_F sees, comes up from below: the rate lies between the two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradflow.analyzer.gains import stretches
+from gradflow.analyzer.rates import quantile
+from gradflow.analyzer.windows import Norms, Window
+
+PARTS = (1, 2, 4)
+UNSETTLED = 1.25  # of the difference between scales and between halves, by simulation
+BOUNDARY = 0.25  # of the boundary that was taken out, likewise
+HALF_DECADE = math.log(10) / 2
+SHARE = 0.2  # of a rate that its settling may be, where it is more than half a decade over the span
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The rate of each sequence, and what all of them may have in common that is not the rate."""
+
+    rates: np.ndarray  # (B,) nats per step; NaN where no step counts
+    common: float  # half-width, nats per step: it does not shrink with more sequences
+
+
+def enough(common: float, rate: float, span: int) -> bool:
+    """Whether a rate may be told: off by less than half a decade over the span, or by a fifth.
+
+    >>> enough(0.001, -0.002, 100), enough(0.05, -0.1, 100), enough(0.05, -0.5, 100)
+    (True, False, True)
+    """
+    return common * span <= HALF_DECADE or common <= SHARE * abs(rate)
+
+
+def parted(counted: np.ndarray, part: int) -> list[Window]:
+    """Each stretch of counted steps whole, in halves and in quarters, as parts part, part + 1, …"""
+    found = []
+    for b, first, last in stretches(counted):
+        for place, pieces in enumerate(PARTS):
+            edges = [first + round((last - first) * i / pieces) for i in range(pieces + 1)]
+            found += [
+                Window(b, start, end, part + place)
+                for start, end in itertools.pairwise(edges)
+                if end > start
+            ]
+    return found
+
+
+def settled(windows: list[Window], norms: Norms, batch: int, part: int) -> Settled:
+    """Rates and their common settling from the norms of `parted` windows.
+
+    >>> import torch
+    >>> windows = parted(np.ones((8, 2), dtype=bool), 0)
+    >>> logs = torch.tensor([-0.1 * window.steps for window in windows])
+    >>> found = settled(windows, Norms(logs, logs, logs[:, None], 0.0), 2, 0)
+    >>> found.rates.round(4).tolist(), round(found.common, 4)
+    ([-0.1, -0.1], 0.0)
+    """
+    sums = np.zeros((2, len(PARTS), batch))
+    steps, drift = np.zeros(batch), np.zeros(batch)
+    middle = {(w.sequence, w.last) for w in windows if w.part == part}
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # −inf of an exact zero, and no step at all
+        for place, window in enumerate(windows):
+            b, level = window.sequence, window.part - part
+            pair = norms.spectral[place].item(), norms.frobenius[place].item()
+            sums[:, level, b] += pair
+            if level == 0:
+                steps[b] += window.steps
+            if level == 1:  # the later half against the earlier
+                drift[b] += pair[0] if (b, window.last) in middle else -pair[0]
+        whole, halves, quarters = (sums / steps).transpose(1, 0, 2)  # each (2, B)
+        late, early = 2 * whole - halves, 2 * halves - quarters
+        rates = late.mean(0)
+        known = np.isfinite(rates)
+        if not known.any():
+            return Settled(rates, 0.0)
+        late, early, late_half = late[:, known], early[:, known], (drift / steps)[known]
+        boundary = float(np.mean((halves - whole)[0, known]))
+    between = abs(float(np.mean(late[0] - late[1]))) / 2
+    scales = max(beyond_noise(late[0] - early[0]), beyond_noise(late[1] - early[1]))
+    trend = 2 * _significant(late_half)
+    common = between + UNSETTLED * math.hypot(scales, trend) + BOUNDARY * abs(boundary)
+    return Settled(rates, common)
+
+
+def beyond_noise(values: np.ndarray) -> float:
+    """What a mean over sequences is beyond its own standard error, in squares."""
+    error = float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
+    return math.sqrt(max(0.0, float(values.mean()) ** 2 - error))
+
+
+def _significant(values: np.ndarray) -> float:
+    """What a mean over sequences is beyond its 95 % interval; all of one sequence's is noise."""
+    if len(values) < 2:
+        return 0.0
+    half = quantile(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return max(0.0, abs(float(values.mean())) - half)
