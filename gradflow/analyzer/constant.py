@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gradflow.analyzer.jacobians import transposed_step
 from gradflow.recording import Operator
@@ -19,8 +20,6 @@ SEED = 1
 def constant_exponents(operator: Operator, counted: np.ndarray) -> np.ndarray | None:
     """ln |eigenvalue| of A, largest first, (S,), if A_t = A at every counted step (T, B); else None.
 
-    Compared is what every step makes of one random vector, to rounding.
-
     >>> from gradflow.analyzer.jacobians import DenseOperator
     >>> steps = torch.tensor([[0.5, 1.0], [0.0, 0.5]], dtype=torch.float64).expand(4, 1, 2, 2)
     >>> found = constant_exponents(DenseOperator(steps), np.ones((4, 1), dtype=bool))
@@ -30,19 +29,32 @@ def constant_exponents(operator: Operator, counted: np.ndarray) -> np.ndarray | 
     >>> constant_exponents(DenseOperator(steps), np.ones((4, 1), dtype=bool)) is None
     True
     """
-    if operator.dtype != torch.float64 or operator.size > WIDEST or counted.sum() < 2:
+    if operator.dtype != torch.float64:
+        return None
+    matrix = constant_step(operator, counted, ALIKE)
+    if matrix is None:
+        return None
+    with np.errstate(divide="ignore"):
+        return np.log(np.sort(torch.linalg.eigvals(matrix).abs().numpy())[::-1])
+
+
+def constant_step(operator: Operator, counted: np.ndarray, alike: float) -> Tensor | None:
+    """A transposed, (S, S), if A_t = A at every counted step (T, B); else None.
+
+    Compared is what every step makes of one random vector; alike is by how much, relative to it, that
+    may differ.
+    """
+    if operator.size > WIDEST or counted.sum() < 2:
         return None
     generator = torch.Generator().manual_seed(SEED)
-    probe = torch.randn(1, 1, operator.size, generator=generator, dtype=torch.float64)
+    probe = torch.randn(1, 1, operator.size, generator=generator, dtype=operator.dtype)
     probe = probe.expand(operator.batch, -1, -1)
-    first: torch.Tensor | None = None
+    first: Tensor | None = None
     for t in np.flatnonzero(counted.any(1)):
         images = operator.push(int(t), probe)[torch.from_numpy(counted[t]), 0]
         first = images[0] if first is None else first
-        room = ALIKE * torch.linalg.vector_norm(first)
+        room = alike * torch.linalg.vector_norm(first)
         if not bool((torch.linalg.vector_norm(images - first, dim=1) <= room).all()):
             return None
     start, sequence = (int(place) for place in np.argwhere(counted)[0])
-    matrix = transposed_step(operator, start)[sequence]
-    with np.errstate(divide="ignore"):
-        return np.log(np.sort(torch.linalg.eigvals(matrix).abs().numpy())[::-1])
+    return transposed_step(operator, start)[sequence].double()

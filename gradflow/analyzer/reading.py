@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,9 +37,10 @@ class Reading:
     told: bool = True  # AFTER_END: whether the lengths were given, not seen at the input
     still: bool = False  # FIRST_STEP: whether nothing at all comes to the recurrent weights
     bidirectional: bool = False  # whether the module has a track of the other direction
-    under: tuple[str, str] = field(
-        default=("", "")
-    )  # a layer above and its kind, of which one is so
+    under: tuple[str, str] = (
+        "",
+        "",
+    )  # a layer above of which the loss reads the wrong steps; its kind
 
     @property
     def amiss(self) -> bool:

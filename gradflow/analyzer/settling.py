@@ -72,9 +72,8 @@ def settled(windows: list[Window], norms: Norms, batch: int, part: int) -> Settl
     sums = np.zeros((2, len(PARTS), batch))
     steps, drift = np.zeros(batch), np.zeros(batch)
     middle = {(w.sequence, w.last) for w in windows if w.part == part}
-    with np.errstate(
-        invalid="ignore", divide="ignore"
-    ):  # −inf of an exact zero, and no step at all
+    # −inf of an exact zero, and no step at all
+    with np.errstate(invalid="ignore", divide="ignore"):
         for place, window in enumerate(windows):
             b, level = window.sequence, window.part - part
             pair = norms.spectral[place].item(), norms.frobenius[place].item()
