@@ -8,6 +8,7 @@ so ∂s_t/∂c_{t−1} does not hold what goes through h_{t−1}. That is the st
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.axes import Axis, as_rows, from_rows, usual_axis
-from gradflow.hooks.graph import Between, Edge, NotReadable, called, edge_of, outputs
+from gradflow.hooks.graph import LEAF, Between, Edge, NotReadable, called, edge_of, outputs
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.loops.rows import completed, origins, picked
 
@@ -94,7 +95,7 @@ class Place:
     def since(self) -> int:
         """The number of the oldest of its nodes; 0 where one is a leaf, which has no number."""
         numbers = [node._sequence_nr() for node in self.nodes]
-        return 0 if not numbers or max(numbers) >= 2**63 else min(numbers)
+        return 0 if not numbers or max(numbers) >= LEAF else min(numbers)
 
     @property
     def twice(self) -> bool:
@@ -362,20 +363,26 @@ def within(place: Place) -> Tensor | None:
     A path ends at the first other state that it meets, so (I − Mᵀ) turns gradients of the graph,
     where h_t moves with c_t, into those of independent states.
     """
-    blocks = []
-    for name, root in place.edges.items():
-        made = place.apart_from(name)
-        if made is None:
-            continue
-        between = Between([root], made.nodes, made.since)
-        if between.reached:
-            blocks.append((place.parts[name], _block(place, made, between, name)))
+    blocks = [
+        (place.parts[name], _block(place, made, between, name))
+        for name, made, between in ways_within(place)
+    ]
     if not blocks:
         return None
     result = place.like.unsqueeze(1).expand(-1, place.like.shape[1], -1).clone()
     for part, block in blocks:
         result[:, part] = block
     return result
+
+
+def ways_within(place: Place) -> Iterator[tuple[str, Place, Between]]:
+    """Every state that is made from others of its step: its name, the others, and the way to them."""
+    for name, root in place.edges.items():
+        made = place.apart_from(name)
+        if made is not None:
+            between = Between([root], made.nodes, made.since)
+            if between.reached:
+                yield name, made, between
 
 
 def _block(place: Place, made: Place, between: Between, name: str) -> Tensor:

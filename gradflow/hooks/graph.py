@@ -16,6 +16,7 @@ from torch import Tensor
 from gradflow.hooks.guard import briefly
 
 Edge = tuple[Any, int]  # a node of the graph and which of its outputs
+LEAF = 2**63  # numbers of nodes from here on are those of leaves, which no operation made
 
 # operations that only move entries: what they make of zeros tells which entries lead where
 _MOVES = (

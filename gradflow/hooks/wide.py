@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import RecordingError
-from gradflow.hooks.dense import Incomplete, Place, Step
-from gradflow.hooks.graph import Between, NotReadable
+from gradflow.hooks.dense import Incomplete, Place, Step, ways_within
+from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tape import Constants, Tape
 from gradflow.recording import Operator
@@ -250,14 +250,7 @@ def wide_within(place: Place, constants: Constants) -> TapedStep | None:
 
     None where no state is made from another.
     """
-    ways = []
-    for name, root in place.edges.items():
-        made = place.apart_from(name)
-        if made is None:
-            continue
-        between = Between([root], made.nodes, made.since)
-        if between.reached:
-            ways.append((name, made, between))
+    ways = list(ways_within(place))
     if not ways:
         return None
 

@@ -11,8 +11,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from gradflow.hooks.closed.parts import LEAF
-from gradflow.hooks.graph import MOST, Edge, NotReadable
+from gradflow.hooks.graph import LEAF, MOST, Edge, NotReadable
 
 
 def crossing(

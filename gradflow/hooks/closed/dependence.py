@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gradflow.hooks.closed.parts import LEAF, MarkedPart, Seen, StockPart
+from gradflow.hooks.closed.parts import MarkedPart, Seen, StockPart
+from gradflow.hooks.graph import LEAF
 
 Part = StockPart | MarkedPart
 

@@ -36,9 +36,8 @@ class ClosedLoop:
     own: bool = False  # the state is that of one layer, which is judged under its own name
     track: Track | None = None  # of the joint state of several
     unknown: str = ""  # why there is no joint state
-    read: dict[int, tuple[Tensor | WideStep, Tensor]] = field(
-        default_factory=dict
-    )  # own: call -> A, cut
+    # of the state of one layer: call -> A, cut
+    read: dict[int, tuple[Tensor | WideStep, Tensor]] = field(default_factory=dict)
     anchor: Any = None
     ended: State = field(default_factory=dict)  # the joint state at the end of what was read
     slots: list[tuple[tuple[int, ...], object]] | None = None  # shape, dtype of what else crosses

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.standing import View, view_in_place, views_of_call
 from gradflow.hooks.dense import Place
-from gradflow.hooks.graph import Edge
+from gradflow.hooks.graph import LEAF, Edge
 from gradflow.hooks.loops.links import End
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.stitch import Chain
@@ -285,9 +285,6 @@ class Seen:
                     assert self.mark is not None
                     found[name] = self.mark[1].states[state]
         return found
-
-
-LEAF = 2**63  # numbers from here on are those of leaves, which were not made by an operation
 
 
 def _numbers(edges: dict[Edge, str]) -> tuple[int, int]:

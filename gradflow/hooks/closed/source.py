@@ -35,9 +35,8 @@ class JointSource(TapSource):
 
     cell: str = "loop"
     members: list[Member] = field(default_factory=list)
-    ends: list[dict[int, int]] = field(
-        default_factory=list
-    )  # of each mark: id of a part -> its step
+    # of each mark: id of a part -> its step
+    ends: list[dict[int, int]] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)  # states that no call returned
     one_system: int = 0  # the number of sequences where all of them are one state
     _filled: tuple[int, int] = (-1, -1)

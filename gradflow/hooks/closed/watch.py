@@ -190,9 +190,8 @@ class ClosedLoops:
             loop.unknown = LATE
             return
         bare = [n for n, state in enumerate(states) if not all(s.edges for s in state.values())]
-        states = states[
-            max(bare, default=-1) + 1 :
-        ]  # before a step without a graph nothing is read
+        # before a step without a graph nothing is read
+        states = states[max(bare, default=-1) + 1 :]
         if len(states) < 2:
             return
         try:

@@ -54,9 +54,8 @@ class Chain:
     """Uses of one weight that follow one another."""
 
     uses: Uses
-    depth: dict[
-        int, int
-    ]  # place of a use -> how many uses lie on the longest way to it, itself too
+    # place of a use -> how many uses lie on the longest way to it, itself too
+    depth: dict[int, int]
     length: int
 
     @property

@@ -12,8 +12,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
-from gradflow.hooks.graph import Edge
-from gradflow.hooks.unrolled.order import LARGEST, Unrolled
+from gradflow.hooks.graph import LEAF, Edge
+from gradflow.hooks.unrolled.order import Unrolled
 
 FAR = 2**62
 
@@ -51,10 +51,10 @@ def crossing(
     numbers = graph.numbers
     found: list[dict[tuple[int, int], None]] = [{} for _ in boundaries]
     for user, inputs in enumerate(graph.inputs):
-        if until[user] < 0 or numbers[user] >= LARGEST:
+        if until[user] < 0 or numbers[user] >= LEAF:
             continue
         for place, output in inputs:
-            if since[place] >= FAR or numbers[place] >= LARGEST:
+            if since[place] >= FAR or numbers[place] >= LEAF:
                 continue
             # boundary k leads into step k + 1
             first = max(bisect_right(boundaries, numbers[place]), since[place])

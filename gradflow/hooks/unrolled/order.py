@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gradflow.hooks.graph import Edge
+from gradflow.hooks.graph import LEAF, Edge
 
-LARGEST = 2**63  # numbers from here on are of leaves, which have none
 MOST = 400_000  # nodes that are looked at in one backward
 
 
@@ -31,9 +30,8 @@ class Unrolled:
 
     def __init__(self, roots: Iterable[Any], given: Mapping[int, list[Edge]] | None = None) -> None:
         self.nodes: list[Any] = []
-        self.inputs: list[
-            list[tuple[int, int]]
-        ] = []  # of every node: (place, output) it was made from
+        # of every node: (place, output) it was made from
+        self.inputs: list[list[tuple[int, int]]] = []
         self.constants: list[bool] = []  # whether it was also made from what needs no gradient
         self.numbers: list[int] = []
         self._collect(list(roots), {} if given is None else given)
@@ -79,7 +77,7 @@ class Unrolled:
 
     def is_leaf(self, place: int) -> bool:
         """Whether it stands for a tensor that was not computed."""
-        return self.numbers[place] >= LARGEST
+        return self.numbers[place] >= LEAF
 
 
 def kind_of(node: Any) -> str:

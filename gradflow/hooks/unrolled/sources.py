@@ -24,9 +24,8 @@ class Found:
 
     file: str
     line: int
-    carried: tuple[
-        str, ...
-    ]  # variables it carries that reach the weights, in the order of their values
+    # variables it carries that reach the weights, in the order in which their values are made
+    carried: tuple[str, ...]
     certain: bool  # whether that order is that in which the values are made
     before_written: tuple[str, ...] = ()  # all that it reads before it writes it
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from gradflow.hooks.graph import Edge
+from gradflow.hooks.graph import LEAF, Edge
 from gradflow.hooks.unrolled.chains import Chain, Recurrence
 from gradflow.hooks.unrolled.crossing import crossing, earliest, latest
-from gradflow.hooks.unrolled.order import LARGEST, Unrolled
+from gradflow.hooks.unrolled.order import Unrolled
 
 PERIODS = (1, 2, 3, 4)  # uses of one weight in one step
 LEAST = 4  # steps from which on one of them is neither among the first nor the last two
@@ -94,7 +94,7 @@ class _Loop:
         found: list[list[int]] = [[] for _ in range(self.length)]
         numbers = self.graph.numbers
         for place, number in enumerate(numbers):
-            if number >= LARGEST or number < self.first[0]:
+            if number >= LEAF or number < self.first[0]:
                 continue
             step = bisect_right(self.first, number) - 1
             final = step >= self.length - 2
@@ -160,7 +160,7 @@ class _Loop:
             if self.until[user] <= middle or numbers[user] <= self.first[middle]:
                 continue
             for place, output in inputs:
-                if self.since[place] <= middle and numbers[place] < LARGEST:
+                if self.since[place] <= middle and numbers[place] < LEAF:
                     made[place, output] = max(made.get((place, output), 0), numbers[user])
         for (place, output), last in made.items():
             shape = nodes[place]._input_metadata[output].shape
