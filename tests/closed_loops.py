@@ -158,8 +158,8 @@ class Own(nn.Module):
         return torch.tanh(self.into(x) + self.back(h))
 
 
-class Running(Decoder):
-    """The output is a sum over all steps: it crosses beside the state."""
+class Beside(Decoder):
+    """Something crosses beside the state of the cell."""
 
     track = "loop"
     begins = 2
@@ -173,27 +173,18 @@ class Running(Decoder):
             "h": torch.zeros(batch, H, dtype=torch.float64),
             "carried": torch.zeros(batch, H, dtype=torch.float64),
         }
+
+
+class Running(Beside):
+    """The output is a sum over all steps: it crosses beside the state."""
 
     def step(self, state: State, t: int) -> State:
         y = state["carried"] + (0.5 * self.out(state["h"]) if t else self.noise[0])
         return {"h": self.cell(y, state["h"]), "carried": y}
 
 
-class Delayed(Decoder):
+class Delayed(Beside):
     """The input is the state two steps back."""
-
-    track = "loop"
-    begins = 2
-
-    def __init__(self, kind: Callable[..., nn.Module] = nn.GRUCell) -> None:
-        super().__init__(kind)
-        self.names = ("h", "carried")
-
-    def begin(self, batch: int) -> State:
-        return {
-            "h": torch.zeros(batch, H, dtype=torch.float64),
-            "carried": torch.zeros(batch, H, dtype=torch.float64),
-        }
 
     def step(self, state: State, t: int) -> State:
         h = self.cell(self.noise[t] + state["carried"], state["h"])
