@@ -287,8 +287,9 @@ gradflow.plot(run)
 # %% [markdown]
 # ## What to take home
 #
-# * The number that decides is the **rate**: how fast ln gain grows per step along the states the network really
-#   visits. It depends on the weights *and* on the input.
+# * The number that decides is the **gain over the span**: the largest of any direction, over the distance that
+#   matters to you. In the long run it grows or shrinks at the **rate**, per step along the states the network really
+#   visits. Both depend on the weights *and* on the input.
 # * For a sigmoid or tanh unit, larger weights do not explode in the end: they saturate.
 # * A bound on one step (‖A‖, a spectral radius) is not a verdict on the product.
 #

@@ -14,7 +14,7 @@
 # | in the lecture notes | 中文 | in gradflow |
 # |---|---|---|
 # | gradient vanishes | 梯度消失 | verdict `vanishing`; `horizon`: first distance with a gain below 10⁻³ |
-# | gradient explodes | 梯度爆炸 | verdict `exploding`; a positive rate |
+# | gradient explodes | 梯度爆炸 | verdict `exploding`; in the long run a positive rate |
 # | forget gate bias | 遗忘门偏置 | `bias_ih_l0[H:2 * H]` and `bias_hh_l0[H:2 * H]`, which add up |
 # | ReLU instead of tanh | 用 ReLU 代替 tanh | `nn.RNN(..., nonlinearity="relu")` |
 # | gradient clipping | 梯度裁剪 | bounds the length, not the rate |
