@@ -42,8 +42,10 @@ rate_settling       ()                             nats per step that all these 
 length              (batch)                        real steps of each sequence
 lyapunov            (index_k)                      every exponent measured, mean over sequences, nats
                                                    per step: the rate first, then largest first
-lyapunov_low/_high  (index_k)                      their 95 % intervals over sequences, widened by
-lyapunov_settling   (index_k)                      what the later half differs from the earlier
+lyapunov_low/_high  (index_k)                      their 95 % intervals over sequences, widened by how
+                                                   far they have settled
+lyapunov_settling   (index_k)                      that: by how much the later half of the steps
+                                                   differs from the earlier, beyond noise
 lyapunov_trace      (index_k, step)                running mean of each over the counted steps, in
                                                    processing order; the first eight, NaN beyond
 sum_rule            (side)                         sum of all exponents as "measured" and "exact", by

@@ -221,9 +221,8 @@ class Blocks:
 
         After `rescale`. The blocks are those of the product: P_ba = ∂b_t'/∂a_t.
         """
-        logs = (
-            self._mixed_parts() if self.mixed else self._row_parts()
-        )  # (B, n, k source, k target)
+        # (B, n, k source, k target)
+        logs = self._mixed_parts() if self.mixed else self._row_parts()
         return logs.permute(3, 2, 0, 1)
 
     def _row_parts(self) -> Tensor:

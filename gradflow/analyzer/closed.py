@@ -37,7 +37,7 @@ class _Judged:
 
 
 def judged(recording: Recording, track: Track) -> tuple[Track, Track]:
-    """A track as it is shown, and the one whose gains are its verdict: mostly both are itself."""
+    """A track as it is shown, and the track whose gains decide: outside closed loops both are itself."""
     if track.alone is None and not track.loop:
         return track, track
     kind = track.cell.split("_")[0] if track.cell in GATES else track.cell

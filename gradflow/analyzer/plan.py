@@ -39,13 +39,12 @@ class Maps:
     block_names: tuple[str, ...]  # rows first: "hc" is ∂h_t'/∂c_t; none of a single state
     cell_path: np.ndarray  # (sequence, source, target)
     sources: np.ndarray
-    method: str  # "exact" or "sketch"
+    method: str  # "exact", "sketch", "products" of a wide state, or "none"
     stride: int
     dtype: torch.dtype
     words: str
-    rms_error: np.ndarray | None = (
-        None  # (sequence, source, target) nats, where probes gave the rms
-    )
+    # (sequence, source, target) nats, where probes gave the rms
+    rms_error: np.ndarray | None = None
 
     @property
     def planes(self) -> list[np.ndarray]:

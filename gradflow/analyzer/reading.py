@@ -37,10 +37,8 @@ class Reading:
     told: bool = True  # AFTER_END: whether the lengths were given, not seen at the input
     still: bool = False  # FIRST_STEP: whether nothing at all comes to the recurrent weights
     bidirectional: bool = False  # whether the module has a track of the other direction
-    under: tuple[str, str] = (
-        "",
-        "",
-    )  # a layer above of which the loss reads the wrong steps; its kind
+    # a layer above of which the loss reads the wrong steps, and what is amiss there
+    under: tuple[str, str] = ("", "")
 
     @property
     def amiss(self) -> bool:

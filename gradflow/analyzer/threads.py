@@ -14,9 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
-SMALL = (
-    600  # states of at most this width are faster on one thread, and far faster on a busy machine
-)
+# states of at most this width are faster on one thread, and far faster on a busy machine
+SMALL = 600
 
 
 class _Account:

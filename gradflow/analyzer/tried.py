@@ -28,15 +28,15 @@ LESS_SHUT = 0.1  # share of its values by which a gate is to be shut less often
 
 @dataclass(frozen=True)
 class Try:
-    """What a change did."""
+    """What a change of weights did on the recorded batch."""
 
-    won: float  # of what the remedy promises; NaN: not tried
-    least: float  # of it that counts
+    won: float  # decades, or a share of a gate's values; NaN: not tried
+    least: float  # from which on that is worth an advice
     why_not: str = ""  # in words, where it was not tried
 
     @property
     def helps(self) -> bool:
-        """Whether the change is worth an advice."""
+        """Whether it did enough to be advised."""
         return self.won >= self.least
 
 

@@ -146,9 +146,8 @@ class Step:
     before: Place
     now: Place
     between: Between
-    rows: Tensor | None = (
-        None  # (B,) the sequence before that each is, −1 a new one; None: the same
-    )
+    # (B,) the sequence before that each is, −1 a new one; None: the same
+    rows: Tensor | None = None
 
     @staticmethod
     def find(before: Place, now: Place, older: set[Any], since: int) -> Step | None:

@@ -108,7 +108,7 @@ class TapSource:
     closed: Any = None  # the `ClosedLoop` that it is a part of, if any
     _steps: tuple[tuple[int, int], list[Mark]] | None = field(default=None, repr=False)
     part_of_a_step: bool = False  # other terms are added to what the cell returns
-    words_: Words | None = None  # how to speak of it, where the name of the cell does not tell
+    own_words: Words | None = None  # how to speak of it, where the name of the cell does not tell
     _written: tuple[tuple[tuple[int, ...], int], list[Tensor]] | None = field(
         default=None, repr=False
     )
@@ -117,8 +117,8 @@ class TapSource:
     @property
     def words(self) -> Words:
         """How to speak of this loop."""
-        if self.words_ is not None:
-            return self.words_
+        if self.own_words is not None:
+            return self.own_words
         return TAPPED if self.cell == "tap" else CALLED
 
     @property

@@ -126,9 +126,9 @@ class Track:
 
     def _seen(self, value: Tensor | None, what: str) -> Tensor:
         if value is None:
-            how = (
-                "were marked with gradflow.tap" if self.cell == "tap" else "came back to your cell"
-            )
+            how = "came back to your cell, or were told from the graph of your loop"
+            if self.cell == "tap":
+                how = "were marked with gradflow.tap"
             raise RecordingError(
                 f"{self.name} has no {what}: its states {how}, and nothing but the states of such a "
                 "loop is seen"

@@ -17,12 +17,8 @@ from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.page import TOP, FigureKey, page
 from gradflow.reporter.picture import png
 
-ALWAYS = (
-    "gain-map",
-    "total-vs-direct",
-    "lag-curve",
-    "states",
-)  # of every layer, be it to say why not
+# of every layer, be it to say why not
+ALWAYS = ("gain-map", "total-vs-direct", "lag-curve", "states")
 FORMATS = ("html", "json", "csv", "png", "nc")
 
 

@@ -31,9 +31,8 @@ class Link:
     around: Factor  # None: nothing
     cut: Tensor  # (B,) true where nothing of the previous state arrives
     unknown: str = ""  # why the factors are not known, if they are not
-    rows: Tensor | None = (
-        None  # (B,) the sequence before that each is, −1 a new one; None: the same
-    )
+    # (B,) the sequence before that each is, −1 a new one; None: the same
+    rows: Tensor | None = None
 
 
 @dataclass(eq=False)

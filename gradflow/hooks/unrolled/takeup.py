@@ -130,7 +130,7 @@ def take_up(
         mark = Marks.new(place, states)
         mark.grad_enabled = True
         if end is None:
-            source = TapSource(marks.owner.scale, cell=cell, marks=[mark], words_=UNROLLED)
+            source = TapSource(marks.owner.scale, cell=cell, marks=[mark], own_words=UNROLLED)
             end = marks.begin(name, source, {}, place)
         else:
             if not marks.by_graph(end, place, mark):
