@@ -218,8 +218,9 @@ SUPPORTED = [
     ),
     Supported(
         "calls",
-        "of a module, of its `forward`, of `torch.lstm` and its like; several in one forward (`@2`); "
-        "weights that are dropped, pruned, normed, parametrized or made by another layer",
+        "of a module, of its `forward`, of `torch.lstm` and its like; several of one layer (`@2`), which "
+        "`analyze` pools (`pool=False` keeps them apart); weights that are dropped, pruned, normed, "
+        "parametrized or made by another layer",
         every_call,
     ),
     Supported(

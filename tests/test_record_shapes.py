@@ -198,6 +198,7 @@ def test_states_out_of_one_tensor_are_told_apart(how: str) -> None:
             p = model.a(x_t, p)
             q = model.b(p, q)
         q.pow(2).sum().backward()
+    assert len(plain) == 2
     for mine, theirs in zip(recording, plain, strict=True):
         assert mine.has_direct
         assert not mine.notes
