@@ -65,7 +65,9 @@ class Finding:
     >>> import torch, gradflow
     >>> rnn = torch.nn.RNN(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
-    >>> finding = gradflow.diagnose(rnn, torch.zeros(50, 2, 1)).findings[0]
+    >>> with gradflow.record(rnn) as recording:
+    ...     rnn(torch.zeros(50, 2, 1))[0][-1].sum().backward()
+    >>> finding = gradflow.analyze(recording).findings[0]
     >>> finding.name, round(finding.value, 4), round(finding.severity, 1)     # 49 and 50 log10 0.5
     ('vanishing', -14.7505, -15.1)
     """
