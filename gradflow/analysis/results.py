@@ -94,7 +94,8 @@ class Prediction:
     >>> import torch, gradflow
     >>> rnn = torch.nn.RNN(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.5)
-    >>> prediction = gradflow.diagnose(rnn, torch.zeros(50, 2, 1))["l0"].predictions[0]
+    >>> run = gradflow.diagnose(rnn, torch.zeros(50, 2, 1), loss=lambda output: output[-1].sum())
+    >>> prediction = run["l0"].predictions[0]
     >>> prediction.words, prediction.verdict
     ('W_hh × 2', 'stable')
     """

@@ -14,22 +14,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.windows import Norms, Window
+from gradflow.analyzer.windows import Norms, Window, log_norms
+from gradflow.recording import Operator
+
+MOST = 2**28  # bytes of the blocks of all windows together; beyond, a few windows stand for many
 
 
 @dataclass(frozen=True)
 class SpanGains:
     """What each sequence keeps over the span."""
 
-    # (B,) nats; −inf where exact zeros or cuts leave nothing, NaN if not measured
-    values: np.ndarray
+    values: (
+        np.ndarray
+    )  # (B,) nats; −inf where exact zeros or cuts leave nothing, NaN if not measured
     steps: np.ndarray  # (B,) how many steps that is over, the median of its windows; 0 if none
 
 
-def crossing(lengths: Tensor, cuts: Tensor) -> np.ndarray:
+def span_gains(
+    operator: Operator,
+    lengths: Tensor,
+    span: int,
+    *,
+    cuts: Tensor | None = None,
+    rows: int = 4,
+    rounds: int = 24,
+) -> SpanGains:
+    """ln of the largest gain of any direction over the span, of every sequence.
+
+    Only the operator's push and pull are used, so it may be as wide as these can take. The step into
+    the first state is not counted: T states have T − 1 steps between them.
+
+    Args:
+        operator: A_t of B sequences.
+        lengths: (B,) real steps.
+        span: steps of interest.
+        cuts: (T, B) true where nothing of the past arrives, in processing order.
+        rows: of the block that goes to and fro, see `log_norms`.
+        rounds: of that, at most.
+
+    >>> from gradflow.analyzer.jacobians import DenseOperator
+    >>> halving = DenseOperator(torch.full((9, 1, 1, 1), 0.5, dtype=torch.float64))
+    >>> found = span_gains(halving, torch.tensor([9]), 100)
+    >>> round(float(np.exp(found.values[0])), 8), int(found.steps[0])             # 0.5⁸
+    (0.00390625, 8)
+    """
+    crossed = crossing(operator.length, lengths, cuts)
+    size = 16 * rows * operator.size  # bytes of a window, in float64, to and fro
+    windows = span_windows(crossed, span, max(1, MOST // (size * operator.batch)))
+    return collected(windows, log_norms(operator, windows, rows=rows, rounds=rounds), crossed)
+
+
+def crossing(steps: int, lengths: Tensor, cuts: Tensor | None) -> np.ndarray:
     """(T, B): the steps that lead from a state seen to the next, past the first and no cut."""
-    when = torch.arange(len(cuts))[:, None]
-    return ((when > 0) & (when < lengths) & ~cuts).numpy()
+    when = torch.arange(steps)[:, None]
+    live = (when > 0) & (when < lengths.cpu())
+    return (live if cuts is None else live & ~cuts[:steps]).numpy()
 
 
 def stretches(live: np.ndarray) -> list[tuple[int, int, int]]:

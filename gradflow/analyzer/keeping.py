@@ -35,7 +35,7 @@ USUAL = 4  # rounds that the block iteration takes as a rule
 LEAST = 2  # rounds of it without which nothing is found
 THIN = 5  # times the budget for a state so wide that only few directions can be sent through it
 THIN_LEAST = 6  # rounds of those
-MOST = 2**28  # bytes of the blocks of all windows together; beyond, a few windows stand for many
+MOST = 2**28  # bytes of the blocks of all windows together
 TELLING = 1e-3  # nats that one more round could add and that an interval has to hold
 PIECES = 4  # means of one sequence where it does not hold enough autocorrelation times
 CALL = 2e-4  # seconds that the calls of one step take, however little they do
@@ -78,7 +78,7 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     """Measure both together: all windows go through the steps at once."""
     lengths, cuts = track.lengths.cpu(), cuts_of(track)
     operator = operator_for(track, settings)
-    crossed = crossing(lengths, cuts)
+    crossed = crossing(len(cuts), lengths, cuts)
     counted = _counted(lengths, cuts)
     plan = _planned(_cost(track, operator), operator.size, settings)
     most = max(1, MOST // (16 * plan.rows * operator.size * operator.batch))
