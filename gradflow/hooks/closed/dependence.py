@@ -52,6 +52,10 @@ class Dependence:
                 found |= self.bit[id(seen.part)] | self._above.get(id(seen), 0)
         return found
 
+    def nearest(self, nodes: Iterable[Any]) -> frozenset[Seen]:
+        """The calls that some nodes descend from with no other call in between."""
+        return NOTHING.union(*(self._nearest(node) for node in nodes))
+
     def _nearest(self, root: Any) -> frozenset[Seen]:
         """The calls that a node descends from with no other call in between."""
         stack = [root]
