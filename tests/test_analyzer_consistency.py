@@ -79,7 +79,8 @@ def listed_variables(docstring: str) -> set[str]:
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.RNN])
 def test_the_docstring_lists_every_variable_and_no_other(kind: type[nn.Module]) -> None:
     data = only(analyze(record(kind(2, 3), torch.randn(12, 2, 2)))).data
-    assert listed_variables(str(nouns.__doc__)) == set(data.data_vars)
+    wide = {"log_rms_error"}  # which only wide states have
+    assert listed_variables(str(nouns.__doc__)) - wide == set(data.data_vars)
 
 
 def test_the_reading_of_the_table_can_fail() -> None:
@@ -241,9 +242,12 @@ def test_a_dead_layer_is_cut_where_no_pair_is_left() -> None:
 
 def test_no_title_speaks_of_a_negative_number_of_decades() -> None:
     """Below a bidirectional layer the gradient may come in far from the loss step, and grow."""
-    torch.manual_seed(3)  # l0_reverse vanishes, and its profile grows by 1.25 decades
+    torch.manual_seed(3)  # the rate of l0_reverse is below 0, its profile grows by 1.25 decades
     found = analyze(record(nn.GRU(2, 3, 2, bidirectional=True), torch.randn(6, 2, 2)))
-    assert found["l0_reverse"].title == "l0_reverse (GRU): 2 of 3 directions survive 5 steps"
+    assert (
+        found["l0_reverse"].title == "l0_reverse (GRU): all 3 units carry the gradient all 6 steps"
+    )
+    assert not any("−" in layer.title for layer in found)
 
 
 def test_an_infinite_input_that_gates_swallow_is_found() -> None:

@@ -31,7 +31,7 @@ DIMS = {
         f"lag_{name}": ("lag",)
         for name in ("median", "low", "high", "count", "zero_share", "slope", "fit")
     },
-    **dict.fromkeys(("sequence_gain", "sequence_gain_steps", "sequence_rate"), ("batch",)),
+    **dict.fromkeys(("sequence_gain", "sequence_steps", "sequence_rate"), ("batch",)),
     "rate_settling": (),
     "length": ("batch",),
     **{f"lyapunov{end}": ("index_k",) for end in ("", "_low", "_high", "_settling")},

@@ -21,6 +21,7 @@ from conftest import FOUND, torch_is_as_found
 from hostile import Cell, Everything, same, step
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -203,6 +204,17 @@ def test_a_functional_call_without_a_transform_is_a_call_like_others() -> None:
         functional_call(model, dict(model.named_parameters()), (x(),)).sum().backward()
     assert list(recording.tracks) == ["cell"]
     assert recording["cell"].has_gradient
+
+
+@pytest.mark.parametrize("kind", ["fused", "stock", "own"])
+def test_tensors_that_compute_in_their_own_way_are_left_out(kind: str) -> None:
+    cells = {"stock": lambda: nn.GRUCell(3, 4), "own": Cell}
+    model = nn.LSTM(3, 4) if kind == "fused" else Loop(cells[kind]())
+    with gradflow.record(model) as recording:
+        result = model(TwoTensor(x(), x()))
+        (result[0] if kind == "fused" else result).sum().backward()
+    assert len(recording) == 0
+    assert "tensors of a class that computes with them in its own way" in recording.empty_reason
 
 
 # ------------------------------------------------------------------------------ batched gradients

@@ -122,7 +122,9 @@ def test_exponents_with_intervals_and_the_sum_rule() -> None:
     assert made.mean[:2] == pytest.approx([-0.14, -0.24])
     np.testing.assert_allclose(made.high - made.low, 0.06)
     assert made.trace.shape == (8, 100)
-    assert made.message == "the largest exponent is −0.140 ± 0.003 per step: every direction fades"
+    assert made.message == (
+        "the largest exponent is −0.140 ± 0.003 per step: every direction fades in the long run"
+    )
     assert "All exponents add up to −14; ln|det| says −14." in made.reading
 
 

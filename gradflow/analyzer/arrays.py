@@ -106,7 +106,7 @@ def _sequences(m: Measured) -> Part:
     return Part(
         {
             "sequence_gain": (("batch",), m.sequence_gains.values),
-            "sequence_gain_steps": (("batch",), m.sequence_gains.steps),
+            "sequence_steps": (("batch",), m.sequence_gains.steps),
             "sequence_rate": (("batch",), m.sequence_rates),
             "rate_settling": ((), np.array(m.settling)),
             "length": (("batch",), lengths),

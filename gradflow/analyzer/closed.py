@@ -51,6 +51,8 @@ def judged(recording: Recording, track: Track) -> tuple[Track, Track]:
 def with_alone(track: Track, layer: LayerAnalysis, settings: Settings) -> LayerAnalysis:
     """The layer with what it is part of, and with its numbers alone, its inputs held fixed."""
     said = layer.sentence.removeprefix(layer.name)
+    if "no gains" in layer.labels:
+        said = said.partition(f"; recording[{track.name!r}].alone")[0]  # a note has its numbers
     if track.loop and "no gains" not in layer.labels:
         said = f", a part of {track.loop},{said}"
     if track.inputs_unknown:
@@ -67,17 +69,19 @@ def _alone(track: Track, layer: LayerAnalysis, settings: Settings) -> Alone | No
     return Alone(found.rate, found.half_life, found.horizon, found.searched, found.channels)
 
 
-def alone_words(layer: LayerAnalysis) -> str:
-    """What a layer does with its inputs held fixed, and that this is no verdict; "" for most."""
-    if layer.alone is None:
-        return ""
-    found = layer.alone
+def alone_words(layers: dict[str, LayerAnalysis]) -> list[str]:
+    """What the layers of closed loops do with their inputs held fixed, which is no verdict; or nothing."""
+    found = [(name, layer.alone) for name, layer in layers.items() if layer.alone is not None]
+    said = "; ".join(f"{name} {_alone_numbers(alone)}" for name, alone in found)
+    return (
+        [f"alone, its inputs held fixed, which is not what the loss sees: {said}"] if said else []
+    )
+
+
+def _alone_numbers(found: Alone) -> str:
     gone = "not gone" if found.horizon is None else f"gone after {counted(found.horizon, 'step')}"
     over = f" within {counted(found.searched, 'step')}" if found.horizon is None else ""
-    return (
-        f"{layer.name} alone, its inputs held fixed: rate {number(found.rate.value)} per step, "
-        f"{gone}{over}; that is what the layer's own equations do, not what the loss sees"
-    )
+    return f"{number(found.rate.value)} per step, {gone}{over}"
 
 
 def told_once(recording: Recording, layers: dict[str, LayerAnalysis]) -> dict[str, LayerAnalysis]:

@@ -41,6 +41,11 @@ class Evidence(Measured):
         return cell.split("_")[0] if cell in GATES else cell
 
     @property
+    def cut_throughout(self) -> bool:
+        """Whether the state is cut off from its past at every step: no weight of the layer is why."""
+        return self.verdict.name == "dead" and not self.gain.steps
+
+    @property
     def fused(self) -> bool:
         """Whether the layer is one of nn.LSTM, nn.GRU or nn.RNN, not a cell called step by step."""
         return _suffix(self.track.owner, self.track.name) != ""

@@ -106,21 +106,31 @@ def span_windows(crossed: np.ndarray, span: int, most: int) -> list[Window]:
 
 
 def collected(windows: list[Window], norms: Norms, crossed: np.ndarray) -> SpanGains:
-    """The median of each sequence's windows; −inf where every step of a sequence is cut."""
+    """The median of each sequence's windows, a stretch between cuts counting by its steps."""
     batch = crossed.shape[1]
     values, steps = np.full(batch, math.nan), np.zeros(batch, dtype=int)
     owner = np.array([window.sequence for window in windows], dtype=int)
     widths = np.array([window.steps for window in windows], dtype=int)
     gains = norms.spectral[: len(windows)].numpy()
     for b in np.unique(owner):
-        own = np.sort(gains[owner == b])  # NaN last, so that it shows
-        middle = own[[(len(own) - 1) // 2, len(own) // 2]]
-        values[b] = math.nan if np.isnan(own).any() else _between(*middle)
-        steps[b] = round(float(np.median(widths[owner == b])))
+        own, weights = gains[owner == b], widths[owner == b]
+        values[b] = math.nan if np.isnan(own).any() else weighted_median(own, weights)
+        steps[b] = round(weighted_median(weights.astype(float), weights))
     return SpanGains(values, steps)
 
 
-def _between(low: float, high: float) -> float:
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    """Where half of the weight lies on either side; between two values their mean, or −∞ if one is.
+
+    >>> weighted_median(np.array([3.0, 1.0]), np.array([1, 1]))
+    2.0
+    >>> weighted_median(np.array([-np.inf, -1.0]), np.array([3, 35]))
+    -1.0
+    """
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(weights[order])
+    low = float(values[order][np.searchsorted(below, below[-1] / 2)])
+    high = float(values[order][np.searchsorted(below, below[-1] / 2, side="right")])
     return low if math.isinf(low) else (low + high) / 2
 
 

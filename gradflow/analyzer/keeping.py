@@ -137,7 +137,7 @@ def _counted(lengths: Tensor, cuts: Tensor) -> np.ndarray:
     """(T, B): the steps of a rate, past the burn-in and no cut."""
     when = torch.arange(len(cuts))[:, None]
     skipped = torch.tensor([burn_in(int(length)) for length in lengths])
-    return ((when < lengths) & (when >= skipped) & ~cuts).numpy()
+    return ((when < lengths) & (when >= skipped) & (lengths > 1) & ~cuts).numpy()
 
 
 # -------------------------------------------------------------------------------------- intervals

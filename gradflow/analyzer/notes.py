@@ -31,7 +31,6 @@ def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple
     for track in known:
         layer = layers[track.name]
         notes += [note for note in track.notes if not _is_said(note, layer)]
-        notes += [alone_words(layer)] if layer.alone else []
         notes += [str(v.attrs["note"]) for v in layer.data.values() if "note" in v.attrs]
         longest = int(track.lengths.max())
         if 1 < longest < SHORT:
@@ -48,6 +47,7 @@ def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple
                 f"the Lyapunov exponents of {track.name} add up to {number(sides[0])} per step, its "
                 f"determinants to {number(sides[1])}: the smallest exponents lie below rounding"
             )
+    notes += alone_words(layers)
     for name, some in limited.items():
         notes.append(
             f"gains of {_listed(some, names)} leave the range of {name}: there the model's own "
@@ -86,8 +86,10 @@ def _from_many_steps(known: list[Track], layers: dict[str, LayerAnalysis]) -> li
 
 
 def _is_said(note: str, layer: LayerAnalysis) -> bool:
-    """Whether the sentence of a layer without gains gives this reason already."""
-    reason = note.partition(": ")[2]
+    """Whether the sentence gives this already: a reason without gains, the loop that it is a part of."""
+    if note.startswith(f"{layer.name} is a part of "):
+        return f"{layer.name}, a part of " in layer.sentence
+    reason = note.partition(": ")[2].removesuffix("; totals are exact all the same")
     return "no gains" in layer.labels and bool(reason) and reason in layer.sentence
 
 

@@ -18,14 +18,14 @@ from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
 def sentence(evidence: Evidence) -> str:
     """The verdict on a layer in words with its numbers."""
     said = _SENTENCES[evidence.verdict.name](evidence)
-    said += _in_the_long_run(evidence) + _cut(evidence)
+    said += _in_the_long_run(evidence, said) + _cut(evidence)
     first = opening(evidence)
     if first and evidence.labels[:1] != ("no recurrence",):
         return f"{evidence.track.name} {first}; the layer itself {said}"
     return f"{evidence.track.name} {said}"
 
 
-def _in_the_long_run(e: Evidence) -> str:
+def _in_the_long_run(e: Evidence, said: str) -> str:
     """The rate beside the gain, where the one is not what the other makes one think."""
     if math.isnan(e.gain.low) or not math.isfinite(e.rate.value) or not e.gain.steps:
         return ""
@@ -34,9 +34,12 @@ def _in_the_long_run(e: Evidence) -> str:
     if not e.apart:
         return ""
     long = e.rate.value * e.gain.steps / math.log(10)
+    beside = f", where the gain makes {number(e.decades)}"
+    if f"{number(abs(e.decades))} decades" in said:
+        beside = ""
     return (
         f"; its rate in the long run, {number(e.rate.value)} per step, would make {number(long)} "
-        f"decades of {e.over}, where the gain makes {number(e.decades)}"
+        f"decades of {e.over}{beside}"
     )
 
 
@@ -106,7 +109,7 @@ def _surviving(e: Evidence) -> str:
 
 
 def _dead(e: Evidence) -> str:
-    if not e.gain.steps:
+    if e.cut_throughout:
         return (
             "is dead: the state is cut off from its past at every step, so nothing earlier can be "
             "learned"
@@ -154,7 +157,7 @@ _SENTENCES: dict[str, Callable[[Evidence], str]] = {
 def title(evidence: Evidence) -> str:
     """The headline of a layer in the overview: what became of the loss's gradient, else the gain."""
     subject = evidence.kind if evidence.alone else f"{evidence.track.name} ({evidence.kind})"
-    if evidence.kind == "tap":
+    if evidence.kind in ("tap", evidence.track.name):  # "loop (loop)" would say nothing more
         subject = evidence.track.name
     return f"{subject}: {_headline(evidence)}"
 
@@ -169,7 +172,7 @@ def _headline(e: Evidence) -> str:
         return read
     if e.no_gains:
         return "no verdict, its gains are not known"
-    if e.verdict.name == "dead" and not e.gain.steps:
+    if e.cut_throughout:
         return "cut off from its past at every step"
     if e.verdict.name == "dead":
         return f"exact zeros cut every path{_within(e)}"

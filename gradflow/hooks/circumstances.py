@@ -9,7 +9,7 @@ from torch import nn
 
 from gradflow.hooks import mistakes
 from gradflow.hooks.ancestry import clean
-from gradflow.hooks.unseen import TRANSFORMED
+from gradflow.hooks.unseen import TRANSFORMED, WRAPPED
 
 
 def perhaps_scaled(scale: float) -> str:
@@ -69,8 +69,12 @@ def unseen_cells(model: nn.Module, seen: Collection[str]) -> tuple[list[str], li
 
 def left_out(unseen: Mapping[str, str]) -> list[str]:
     """What to know where some calls of the model, beside those that were, could not be read."""
-    names = [name for name, words in unseen.items() if words == TRANSFORMED]
-    return [f"some calls are left out: {mistakes.listed(names)} {TRANSFORMED}"] if names else []
+    said = {words: [n for n in unseen if unseen[n] == words] for words in (TRANSFORMED, WRAPPED)}
+    return [
+        f"some calls are left out: {mistakes.listed(names)} {words}"
+        for words, names in said.items()
+        if names
+    ]
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -54,9 +54,16 @@ def guarded(
     step that would have run without it. It is not hidden: `failed` puts it into words for the user, and
     withholds what is no longer whole.
     """
+    alone = Alone()
     try:
-        with alone():
+        try:
+            alone.enter()
             return _do(point, work, *args, **kwargs)
+        finally:
+            try:
+                alone.leave()
+            finally:  # where Ctrl-C came meanwhile, first everything is put back
+                alone.leave()
     except BaseException as error:
         failed(f"{point.value} ({briefly(error)})")
         if isinstance(error, InputError) or not isinstance(error, Exception):
@@ -69,28 +76,32 @@ def _do(point: Point, work: Callable[..., Value], *args: Any, **kwargs: Any) -> 
     return work(*args, **kwargs)
 
 
-class alone:  # used as a function
+class Alone:
     """No mode and no tensor subclass of the user's sees what runs inside, nor does a recording.
 
-    The grad mode is afterwards what it was.
+    The grad mode is afterwards what it was. Leaving twice, or after half an entry, does no harm.
     """
 
-    def __enter__(self) -> None:
-        thread = threading.get_ident()
-        self._first = thread not in busy
-        busy.add(thread)
+    def __init__(self) -> None:
+        self._opened: list[Any] = []
+        self._first = threading.get_ident() not in busy
         self._grad = torch.is_grad_enabled()
-        self._functions = torch._C.DisableTorchFunction()
-        self._functions.__enter__()
-        self._modes: Any = None
-        if torch._C._len_torch_dispatch_stack() and not is_looked_at():
-            self._modes = _disable_current_modes()
-            self._modes.__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        if self._modes is not None:
-            self._modes.__exit__(*error)
-        self._functions.__exit__(*error)
+    def enter(self) -> None:
+        """From here on."""
+        busy.add(threading.get_ident())
+        self._open(torch._C.DisableTorchFunction())
+        if torch._C._len_torch_dispatch_stack() and not is_looked_at():
+            self._open(_disable_current_modes())
+
+    def _open(self, context: Any) -> None:
+        context.__enter__()
+        self._opened.append(context)
+
+    def leave(self) -> None:
+        """Up to here."""
+        while self._opened:
+            self._opened.pop().__exit__(None, None, None)
         if self._first:
             busy.discard(threading.get_ident())
         if torch.is_grad_enabled() is not self._grad:  # where even leaving no_grad was cut short

@@ -18,7 +18,7 @@ from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.own.forwards import Watching
-from gradflow.hooks.patch import listen, stop_listening
+from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening
 from gradflow.hooks.recorder import Recorder
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unseen import BATCHED
@@ -117,6 +117,7 @@ class _Block:
 
     def open(self) -> None:
         """Begin to listen; what cannot be listened to is noted."""
+        nothing_is_under_way()
         model, remark = self.recorder.model, self.recorder.withheld.remark
         self.marks = guarded(Point.OPENING, remark, mistakes.gradient_marks, model)
         # its hooks only write a name into a dict: a guard around them torch.compile could not read

@@ -29,7 +29,7 @@ from torch._C._dynamo import eval_frame
 from gradflow.hooks.guard import Point, busy, guarded
 from gradflow.hooks.replaced import Replaced, at_fork, lock, put_back, replace
 from gradflow.hooks.seen import Listener, Telling
-from gradflow.hooks.unseen import is_batched, why_hidden
+from gradflow.hooks.unseen import is_batched, is_wrapped, why_hidden
 
 FUSED = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU"}
 SINGLE = {f"{name}_cell": cell for name, cell in FUSED.items()}
@@ -61,6 +61,12 @@ _paused: set[int] = set()  # threads in which gradflow itself is running the use
 _under_way: set[int] = set()  # threads in which a call that is told of is running
 _observers: list[Observer] = []
 _replaced: list[Replaced] = []
+
+
+def nothing_is_under_way() -> None:
+    """A recording opens: what Ctrl-C may have left half done in this thread is over."""
+    for threads in (_paused, _under_way, busy):
+        threads.discard(threading.get_ident())
 
 
 def listen(observer: Observer) -> None:
@@ -222,7 +228,8 @@ def _watched_script(original: Callable[..., Any]) -> Callable[..., Any]:
 def _before_backward(
     observer: Observer, roots: Any, grads: Any = (), _keep: Any = False, create_graph: Any = False
 ) -> None:
-    if not why_hidden() and not any(is_batched(grad) for grad in grads):
+    wrapped = any(isinstance(root, Tensor) and is_wrapped(root) for root in roots)
+    if not (why_hidden() or wrapped or any(is_batched(grad) for grad in grads)):
         observer.before_backward(tuple(roots), bool(create_graph))
 
 

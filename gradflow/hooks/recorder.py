@@ -35,7 +35,14 @@ from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
 from gradflow.hooks.unrolled.sources import FLAT, FLAT_IN_TIME, PLAIN
 from gradflow.hooks.unrolled.watch import Watch
-from gradflow.hooks.unseen import NO_NUMBERS, NO_SEQUENCE, has_no_numbers, why_hidden
+from gradflow.hooks.unseen import (
+    NO_NUMBERS,
+    NO_SEQUENCE,
+    WRAPPED,
+    has_no_numbers,
+    is_wrapped,
+    why_hidden,
+)
 from gradflow.hooks.withheld import Withheld
 from gradflow.recording import Recording, Track, Unseen, matches_any
 
@@ -115,7 +122,9 @@ class Recorder:
     def saw(self, seen: FusedCall) -> None:
         """Copy one fused call and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
-        if owner is not None and not seen.initial[0].numel():
+        if owner is not None and _any_wrapped(seen):
+            self.did_not_see(owner or seen.cell, WRAPPED)
+        elif owner is not None and not seen.initial[0].numel():
             self.own.unseen[owner or seen.cell] = NO_SEQUENCE
         elif owner is not None:
             self._admit(self._copies.call(seen, owner), seen.data, seen.initial, seen.results)
@@ -125,7 +134,9 @@ class Recorder:
     def saw_cell(self, seen: CellCall) -> None:
         """Copy one call of a single-step function and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
-        if owner is not None and not seen.initial[0].numel():
+        if owner is not None and _any_wrapped(seen):
+            self.did_not_see(owner or "cell", WRAPPED)
+        elif owner is not None and not seen.initial[0].numel():
             self.own.unseen[owner or "cell"] = NO_SEQUENCE
         elif owner is not None:
             self._admit(self._copies.step(seen, owner), seen.data, seen.initial, seen.results)
@@ -424,6 +435,10 @@ class Recorder:
         self.recording, self.uses = Recording(""), WeightUses(nn.Module())
         self.calls.clear()
         del self.taps, self.own, self.watch, self._copies
+
+
+def _any_wrapped(seen: FusedCall | CellCall) -> bool:
+    return any(map(is_wrapped, (seen.data, *seen.initial, *seen.weights, *seen.results)))
 
 
 def _names(call: Call) -> list[tuple[int, int, str]]:

@@ -17,7 +17,7 @@ from gradflow.hooks.graph import Between, is_hooked, saved_tensors_are_hooked
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.marks import End, Marks, Owner
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.unseen import why_hidden
+from gradflow.hooks.unseen import WRAPPED, is_wrapped, why_hidden
 
 ADVICE = "call it as h, c = gradflow.tap(h=h, c=c) inside the loop, once per step"
 
@@ -82,6 +82,8 @@ def _tell(name: str, states: dict[str, Tensor]) -> None:
 
 def _show(observer: patch.Observer, name: str, states: dict[str, Tensor]) -> None:
     hidden = why_hidden()
+    if any(isinstance(state, Tensor) and is_wrapped(state) for state in states.values()):
+        hidden = hidden or WRAPPED
     if hidden:
         observer.did_not_see(name, hidden)
     elif states:

@@ -29,6 +29,10 @@ ONLY_BATCHED = (
     "only gradients of several outputs at once (is_grads_batched=True, or jacobian(vectorize=True)) "
     "came through it, which are not those of a loss; call loss.backward() inside the block"
 )
+WRAPPED = (
+    "was given tensors of a class that computes with them in its own way (__torch_dispatch__), whose "
+    "numbers are not read; run it on plain tensors inside the block"
+)
 QUANTIZED = "torch.ao.nn.quantized"
 _KEY = torch._C._TorchDispatchModeKey
 INFRA = (_KEY.FAKE, _KEY.PROXY, _KEY.FUNCTIONAL)  # modes in which a model is looked at, not run
@@ -62,6 +66,14 @@ def is_batched(tensor: object) -> bool:
     """Whether a tensor stands for a whole batch of gradients, one per output."""
     legacy = torch._C._functorch.is_legacy_batchedtensor
     return isinstance(tensor, Tensor) and bool(legacy(tensor))
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether only the tensor's own class knows its numbers."""
+    kind = type(tensor)
+    if kind is Tensor or kind is nn.Parameter:
+        return False
+    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 def why_not_read(given: Iterable[Tensor], returned: Iterable[Tensor]) -> str:

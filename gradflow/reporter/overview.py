@@ -137,8 +137,10 @@ def draw_overview(entries: Sequence[Entry], layout: Layout = WIDE) -> Figure:
 def captions(entries: Sequence[Entry], heats: Sequence[Heat], layout: Layout = WIDE) -> list[str]:
     """How to read the figure: one line, and one more for what would puzzle in these rows."""
     heat, curve = ("left", "right") if layout.beside else ("above", "below")
+    drawn = [heat for heat in heats if not heat.note]
+    loss = "whole loss" if drawn and all(one.whole for one in drawn) else "last loss step"
     lines = [
-        f"{heat.capitalize()}: how much of the last loss step's gradient reaches each unit, step by "
+        f"{heat.capitalize()}: how much of the {loss}'s gradient reaches each unit, step by "
         f"step. {curve.capitalize()}: the most that any direction keeps from step t to t′."
     ]
     if any(entry.unwritten for entry in entries):
@@ -257,7 +259,7 @@ def _head(
             "  ·  ".join([*_named(entry), f"|∂L/∂{heat.state}| ÷ its typical size at the loss"])
         )
         figure.fit(below, layout.heat - figure.width_of(said) - 0.2, SMALLEST)
-    figure.fit(below, layout.heat, SMALLEST)
+    figure.fit(below, layout.heat - 0.1, SMALLEST)
 
 
 def _said(figure: Picture, entry: Entry, line: LagLine, layout: Layout, place: float) -> None:

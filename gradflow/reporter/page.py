@@ -137,7 +137,7 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         outlooks=functools.partial(outlooks, analysis),
         kinds=[kind for kind in KINDS if kind not in FRONT],
         provenance=provenance_rows(analysis.provenance),
-        healthy=all(layer.verdict == "stable" for layer in analysis),
+        none_found=_none_found(analysis),
         snippet=analysis.provenance.get("snippet", ""),
         next_command=analysis.provenance.get("next_command", ""),
         version=__version__,
@@ -196,6 +196,15 @@ def _lines(text: str, letters: int) -> int:
     return sum(max(1, -(-len(line) // letters)) for line in text.split("\n"))
 
 
+def _none_found(analysis: Analysis) -> str:
+    """What to say where there is no finding."""
+    if all(layer.verdict == "stable" for layer in analysis):
+        return "Nothing here needs a remedy."
+    if all(layer.verdict == "stable" or "no gains" in layer.labels for layer in analysis):
+        return "Where gains are not known, no cause is looked for."
+    return "No cause was found; the verdict says what would decide."
+
+
 def _shown(label: str, analysis: Analysis) -> bool:
     return any(label in layer.labels for layer in analysis)
 
@@ -247,6 +256,8 @@ def _outlook(prediction: Prediction, layer: LayerAnalysis) -> Outlook:
 
 def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
     """What the bar of span against horizon shows, in words."""
+    if layer.verdict == "dead" and not layer.gain.steps:
+        return "reaches no earlier step"
     if gone_words(layer) == "none":
         return "not measured"
     reach = layer.searched if layer.horizon is None else layer.horizon

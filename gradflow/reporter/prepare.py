@@ -210,6 +210,8 @@ def _no_curve(layer: LayerAnalysis) -> str:
     """Why there is no lag curve."""
     if layer.steps <= 1:
         return "one step: no distance to measure"
+    if layer.verdict == "dead" and not layer.gain.steps:
+        return "cut at every step"
     return "gains are not known" if "no gains" in layer.labels else "no finite gain to show"
 
 

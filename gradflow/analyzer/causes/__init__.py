@@ -51,7 +51,7 @@ FINDERS: tuple[Finder, ...] = (
 
 def findings(evidence: Evidence) -> tuple[Finding, ...]:
     """Every finding on one layer, the most telling first."""
-    finders = WITHOUT_GAINS if evidence.no_gains else FINDERS
+    finders = WITHOUT_GAINS if evidence.no_gains or evidence.cut_throughout else FINDERS
     if "not finite" in evidence.labels:
         finders = SPOILERS
     elif evidence.reading.amiss and not evidence.no_gains:

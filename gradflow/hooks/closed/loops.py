@@ -62,8 +62,8 @@ class ClosedLoop:
         if not self.depending:
             return f"{over}: its steps depend on more of its past than the states before"
         return (
-            f"{over}: at {len(self.depending)} of {self.parts[0].count} calls its input depends on its "
-            "own earlier states"
+            f"{over} (at {len(self.depending)} of {self.parts[0].count} calls its input depends on its "
+            "own earlier states)"
         )
 
     # -- what the tracks of its layers read ----------------------------------------------------
@@ -195,16 +195,13 @@ class ClosedLoop:
         """What a reader of one of its tracks should know."""
         reason = self.why()
         if reason:
-            return (
-                f"{self.how()}, and {reason}: no gains or verdict of {name}, for those of the layer "
-                "alone, its inputs held fixed, are not what the loss sees; totals are exact all the same"
-            )
+            return f"no gains or verdict of {name}: {self.how()}, and {reason}; totals are exact all the same"
         if self.own:
-            return f"{self.how()}, so gains and verdict are those of the whole step, its input included"
+            return f"{self.how()}: gains and verdict are those of the whole step"
         assert self.track is not None
         return (
-            f"{name} is a part of {self.track.name}: {self.how()}, so gains and verdict are those of "
-            f"the joint state ({', '.join(self.source.names)})"
+            f"{name} is a part of {self.track.name} ({self.how()}): gains and verdict are those of "
+            "its joint state"
         )
 
 

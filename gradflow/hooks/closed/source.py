@@ -215,7 +215,7 @@ class JointSource(TapSource):
 
     def notes(self) -> list[str]:
         """What a step and a state of it are."""
-        held = f"{self.name} is a closed loop; its state is all that crosses from step to step"
+        held = f"{self.name} is a closed loop: its state is all that crosses from step to step"
         held += f" ({', '.join(self.names)})"
         if self.one_system:
             held += (

@@ -42,7 +42,14 @@ from gradflow.hooks.own.steps import OwnSteps
 from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unrolled import sources
-from gradflow.hooks.unseen import NO_NUMBERS, has_no_numbers, why_hidden, why_not_read
+from gradflow.hooks.unseen import (
+    NO_NUMBERS,
+    WRAPPED,
+    has_no_numbers,
+    is_wrapped,
+    why_hidden,
+    why_not_read,
+)
 from gradflow.recording import Track
 
 PERHAPS = 2**26  # bytes that are kept of a call of which it is not known whether another follows
@@ -86,6 +93,9 @@ class OwnCells:
         named_arguments = arguments(cell.parameters, args, kwargs)
         if any(has_no_numbers(tensor) for tensor in leaves(named_arguments).values()):
             self._leave(cell, NO_NUMBERS)
+            return None
+        if any(is_wrapped(tensor) for tensor in leaves(named_arguments).values()):
+            self._leave(cell, WRAPPED)
             return None
         given = Given.of(args, kwargs, named_arguments)
         call = UnderWay(cell, given, None, {})

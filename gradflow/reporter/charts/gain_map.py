@@ -39,7 +39,8 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
     """The gain of every measured pair t' ≥ t of the first mapped sequence, at most 128 × 128 cells."""
     data = layer.data["log_gain"]
     if not data.sizes["sequence"] or not data.sizes["source"]:
-        return _empty("No map was made.", norm)
+        unknown_gains = "no gains" in layer.labels
+        return _empty("Gains are not known." if unknown_gains else "No map was made.", norm)
     picked = data.sel(norm=norm).isel(sequence=0).transpose("target", "source")
     sequence = int(data["sequence"].values[0])
     length = int(layer.data["length"].values[sequence])
@@ -106,7 +107,9 @@ def _note(layer: LayerAnalysis, sources: np.ndarray, known: np.ndarray) -> str:
     if layer.steps <= 1:
         return "one step: no pair of steps to show"
     if not len(known):
-        return "No gain from one step to another is finite."
+        cut = layer.verdict == "dead" and not layer.gain.steps
+        every = "The state is cut off from its past at every step: no gain to show."
+        return every if cut else "No gain from one step to another is finite."
     if len(sources) == 1 and layer.steps > 2:
         return (
             f"Only step {sources[0]} was followed, since more would have taken too long. The lag curve "

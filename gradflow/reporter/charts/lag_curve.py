@@ -111,7 +111,7 @@ def _limits(layer: LayerAnalysis, slope: np.ndarray) -> tuple[float, float]:
 def _message(layer: LayerAnalysis, line: LagLine) -> str:
     said = [f"the gain is {line.words}"] if line.words else []
     half = half_life_words(layer)
-    if half not in ("none", "never") and math.isfinite(layer.rate.value):
+    if half not in ("none", "never") and layer.rate_told:
         said.append(f"it halves in {half} steps")
     rate = rate_words(layer.rate)
     if rate != "none" and "not settled" not in layer.labels:
