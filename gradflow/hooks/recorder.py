@@ -388,11 +388,11 @@ class Recorder:
     def _of_outputs(self) -> list[Unseen]:
         """Layers whose calls start afresh, each on what came of the call before."""
         found = []
-        for path, (runs, call) in self.closed.afresh.found().items():
+        for path, (runs, single, batch_first) in self.closed.afresh.found().items():
             names = tuple(
                 n for key, n in self.watch.names.items() if self._holders.get(key) == path
             )
-            form = PLAIN if call.single else FLAT if call.batch_first else FLAT_IN_TIME
+            form = PLAIN if single else FLAT if batch_first else FLAT_IN_TIME
             if names:
                 found.append(self.watch.unseen_loop(list(names), path, runs, REASON, form))
         return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from gradflow.hooks.call import Call
 from gradflow.hooks.closed.dependence import Dependence
 from gradflow.hooks.closed.parts import Seen, StockPart
 
@@ -25,7 +24,7 @@ class Afresh:
 
     def __init__(self) -> None:
         self._most: dict[str, int] = {}  # path of a layer -> runs in a row
-        self._calls: dict[str, Call] = {}  # path -> one of its calls
+        self._forms: dict[str, tuple[bool, bool]] = {}  # path -> is it a cell, is it batch_first
         self._rows: dict[Seen, dict[str, int]] = {}  # a run -> path -> runs in the row that it ends
 
     def look(self, calls: Sequence[Seen]) -> None:
@@ -48,12 +47,16 @@ class Afresh:
             row[own] = row.get(own, 0) + 1
             self._most[own] = max(self._most.get(own, 0), row[own])
             if seen.call is not None:
-                self._calls.setdefault(own, seen.call)
+                self._forms[own] = seen.call.single, seen.call.batch_first
         self._rows = rows
 
-    def found(self) -> dict[str, tuple[int, Call]]:
-        """Layers whose runs follow one another -> how many do, and a call of it."""
-        return {p: (n, self._calls[p]) for p, n in self._most.items() if n >= LEAST}
+    def found(self) -> dict[str, tuple[int, bool, bool]]:
+        """Layers whose runs follow one another -> how many do; is it a cell, is it batch_first."""
+        return {p: (n, *self._forms[p]) for p, n in self._most.items() if n >= LEAST}
+
+    def close(self) -> None:
+        """Let go of the calls."""
+        self._rows.clear()
 
 
 def _is_run(seen: Seen) -> bool:

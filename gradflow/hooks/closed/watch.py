@@ -119,9 +119,11 @@ class ClosedLoops:
         """Decide what no backward came through, and let go of the graph."""
         self.decide()
         self.given.close()
+        self.afresh.close()
         nodes = [node for seen in self._calls for node in seen.nodes]
         for seen in self._calls:
             seen.edges, seen.starts, seen.inputs, seen.mark = {}, [], [], None
+            seen.entry = []
         for loop in self.loops:
             loop.ended = {}
         self._calls.clear()
