@@ -469,8 +469,8 @@ SICK = [
         "vanishing weights-contract",
     ),
     sick("forgetful cell of one's own", lambda: run(CellLoop(CoupledCell(-1.0))), "vanishing"),
-    sick("decaying tap", lambda: run(Loop(0.5 * torch.eye(4))), "vanishing"),
-    sick("growing tap", lambda: run(Loop(1.4 * torch.eye(4))), "exploding"),
+    sick("decaying tap", lambda: run(Loop(0.5 * torch.eye(4))), "vanishing linear-recurrence"),
+    sick("growing tap", lambda: run(Loop(1.4 * torch.eye(4))), "exploding linear-recurrence"),
 ]
 PATIENTS = [*HEALTHY, *SICK]
 

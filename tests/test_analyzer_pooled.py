@@ -134,3 +134,32 @@ def test_a_recurrence_without_a_nonlinearity_is_named(kind: type[Linear], found:
         matrix = cell.f.weight.detach()[:, INPUTS:]
         radius = torch.linalg.eigvals(matrix).abs().max().log()
         assert named[0].value == pytest.approx(float(radius), rel=1e-9)
+
+
+class Scaled(nn.Module):
+    """h ← s h by hand, whose exponent is ln s; with a tap, or left to be found."""
+
+    def __init__(self, scale: float, tapped: bool) -> None:
+        super().__init__()
+        self.w = nn.Parameter(scale * torch.eye(2, dtype=torch.float64))
+        self.tapped = tapped
+
+    def forward(self, h: Tensor) -> Tensor:
+        for _ in range(20):
+            h = h @ self.w
+            if self.tapped:
+                h = gradflow.tap(h=h)
+        return h
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+def test_loops_of_different_weights_are_not_pooled(tapped: bool) -> None:
+    """Two directions by hand have one name but for the @, and are two layers."""
+    model = nn.ModuleList([Scaled(0.5, tapped), Scaled(2.0, tapped)])
+    x = torch.ones(3, 2).double()
+    with gradflow.record(model) as recording:
+        (model[0](x) + model[1](x)).sum().backward()
+    analysis = gradflow.analyze(recording)
+    gains = [analysis[name].gain.value for name in analysis.layers]
+    assert gains == pytest.approx([-19 * torch.log(torch.tensor(2.0)).item()] * 1 + [-gains[0]])
+    assert not any("pooled" in said or "not the same" in said for said in analysis.warnings)

@@ -175,3 +175,51 @@ def test_the_mean_of_several_calls_that_goes_on(calls: int) -> None:
 
     exact = torch.autograd.functional.jacobian(until_last, h[-1][0])
     torch.testing.assert_close(product, exact, rtol=1e-9, atol=1e-14)
+
+
+class Buffered(nn.Module):
+    """A decoder whose states and outputs lie in tensors made before, or in variables."""
+
+    def __init__(self, fed_back: bool) -> None:
+        super().__init__()
+        self.cell, self.out, self.fed_back = nn.GRUCell(2, 3), nn.Linear(3, 2), fed_back
+        self.double()
+
+    def forward(self, x: Tensor, written: bool) -> Tensor:
+        hs, ys = x.new_zeros(len(x) + 1, x.shape[1], 3), x.new_zeros(len(x) + 1, x.shape[1], 2)
+        h, y = hs[0], ys[0]
+        for t, x_t in enumerate(x):
+            if written:
+                h, y = hs[t].clone(), 1 * ys[t]
+            h = self.cell(x_t + y if self.fed_back else x_t, h)
+            y = self.out(h)
+            if written:
+                hs[t + 1], ys[t + 1] = h, y
+        return h.sum()
+
+
+@pytest.mark.parametrize("fed_back", [False, True])
+def test_a_buffer_that_steps_are_written_into_is_no_state(fed_back: bool) -> None:
+    """Only the row that was written last goes on; the others, which nobody reads again, are kept."""
+    torch.manual_seed(0)
+    model, x = Buffered(fed_back), torch.randn(8, 4, 2).double()
+    found = []
+    for written in (False, True):
+        with gradflow.record(model) as recording:
+            model(x, written).backward()
+        assert list(recording.tracks) == ["cell"]
+        found.append(gradflow.analyzer.step_jacobians(recording["cell"])[1:])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0)
+
+
+def test_a_buffer_of_which_older_rows_are_read_gets_no_verdict() -> None:
+    cell = nn.GRUCell(3, 3).double()
+    ys = torch.zeros(9, 4, 3).double()
+    h = ys[0].clone()
+    with gradflow.record(cell) as recording:
+        for t in range(8):
+            h = cell(ys[max(t - 2, 0) : t + 1].mean(0), h)
+            ys[t + 1] = h
+        h.sum().backward()
+    layer = gradflow.analyze(recording)["cell"]
+    assert layer.verdict == "inconclusive" and "more goes around it" in layer.sentence

@@ -193,3 +193,62 @@ def test_a_reentrant_checkpoint_is_named() -> None:
     assert any("what a checkpoint recomputes" in note for note in recording["cell"].notes)
     with pytest.raises(RecordingError, match="use_reentrant=False"):
         _ = recording["cell"].grad_h
+
+
+class Rounds(nn.Module):
+    """A layer that is called without a state, on what came of its last outputs."""
+
+    def __init__(self, layer: nn.Module, mark: Callable[[Tensor], Tensor], apart: bool) -> None:
+        super().__init__()
+        self.layer, self.out, self.mark, self.apart = layer, nn.Linear(4, 3), mark, apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, total = x, x.new_zeros(())
+        for _ in range(6):
+            made = self.layer(x if self.apart else y)
+            y = self.mark(self.out(made if isinstance(made, Tensor) else made[0]))
+            total = y.sum() + (total if self.apart else 0)
+        return total
+
+
+def flat(y: Tensor) -> Tensor:
+    rows: Tensor = gradflow.tap(y=y.flatten(1))
+    return rows.view_as(y)
+
+
+def flat_in_time(y: Tensor) -> Tensor:
+    rows: Tensor = gradflow.tap(y=y.transpose(0, 1).flatten(1))
+    return rows.unflatten(1, (len(y), -1)).transpose(0, 1)
+
+
+def plain(y: Tensor) -> Tensor:
+    marked: Tensor = gradflow.tap(y=y)
+    return marked
+
+
+AFRESH = {
+    "a cell": (lambda: nn.GRUCell(3, 4), plain, "tap(y=y)"),
+    "batch first": (lambda: nn.GRU(3, 4, batch_first=True), flat, "y.flatten(1)).view_as(y)"),
+    "time first": (lambda: nn.LSTM(3, 4), flat_in_time, "unflatten(1, (len(y), -1))"),
+}
+
+
+@pytest.mark.parametrize("kind", AFRESH)
+def test_calls_that_start_afresh_on_what_came_of_the_call_before_are_named(kind: str) -> None:
+    """And with the line that is shown they are a track; calls on data of their own are not named."""
+    make, mark, line = AFRESH[kind]
+    x = torch.randn(2, 3) if kind == "a cell" else torch.randn(2, 5, 3)
+    model = Rounds(make(), lambda y: y, False)
+    said = pytest.warns(GradflowWarning, match="a recurrence of layer is in no track")
+    with said as caught, gradflow.record(model) as recording:
+        model(x).backward()
+    (found,) = recording.unseen
+    assert (found.module, found.steps) == ("layer", 6) and line in found.insert
+    assert not any("no recurrence is exercised" in str(one.message) for one in caught)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradflowWarning)  # a cell that is called once, for one
+        for marked, apart in ((mark, False), (lambda y: y, True)):
+            with gradflow.record(model := Rounds(make(), marked, apart)) as recording:
+                model(x).backward()
+            assert not recording.unseen
+            assert apart or recording["loop"].steps == 6

@@ -7,7 +7,9 @@ pass; here the nodes are called by themselves, which changes nothing.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -176,6 +178,42 @@ class Between:
                         grad = _fitted(grad, edge)
                         arrived[edge] = arrived[edge] + grad if edge in arrived else grad
         return {edge: grad for edge, grad in arrived.items() if edge[0] in self.ends}
+
+
+def descended(
+    roots: Iterable[Edge], is_end: Callable[[Any], bool]
+) -> Iterator[tuple[Any, dict[int, Tensor]]]:
+    """The nodes that some edges descend from, the youngest first, and which entries of their outputs.
+
+    Ends are not passed.
+
+    What only moves entries is followed entry by entry, as in `Between.touched`: a row of a buffer that
+    is written in place leads to what was written there, not to the other rows.
+    """
+    entries: dict[Any, dict[int, Tensor]] = {}
+    waiting: list[tuple[int, int, Any]] = []
+
+    def reach(edge: Edge, entry: Tensor) -> None:
+        node, place = edge
+        if node not in entries:
+            entries[node] = {}
+            heapq.heappush(waiting, (-node._sequence_nr(), id(node), node))
+        known = entries[node].get(place)
+        entries[node][place] = entry if known is None else known + entry
+
+    for edge in roots:
+        reach(edge, _ones(edge))
+    while waiting:
+        node = heapq.heappop(waiting)[2]
+        given = entries[node]
+        yield node, given
+        if is_end(node):
+            continue
+        passed = _entries(node, [given.get(place) for place in range(outputs(node))])
+        for place, edge in enumerate(node.next_functions):
+            entry = None if edge[0] is None else _ones(edge) if passed is None else passed[place]
+            if entry is not None and bool(entry.any()):
+                reach(edge, entry)
 
 
 def kind_of(node: Any) -> str:

@@ -217,7 +217,8 @@ def _too_short(recording: Recording) -> list[str]:
     """Tracks of one step, which exercise no recurrence."""
     once = [track for track in recording if track.steps == 1]
     tapped = [track.name for track in once if isinstance(track.source, TapSource)]
-    short = [track for track in once if track.name not in tapped]
+    known = {one.module for one in recording.unseen}  # the sentence on these says it
+    short = [t for t in once if t.name not in tapped and t.owner not in known]
     cells = [track.name for track in short if _calls(track)[0].single]
     layers = [track.name for track in short if not _calls(track)[0].single]
     sentences = []

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
+from gradflow.hooks.closed.afresh import REASON
 from gradflow.hooks.closed.watch import ClosedLoops, is_of
 from gradflow.hooks.copies import Copies, stamp_of
 from gradflow.hooks.dense import Place
@@ -32,6 +33,7 @@ from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.seen import CellCall, FusedCall
 from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
+from gradflow.hooks.unrolled.sources import FLAT, FLAT_IN_TIME, PLAIN
 from gradflow.hooks.unrolled.watch import Watch
 from gradflow.hooks.unseen import (
     NO_NUMBERS,
@@ -378,10 +380,22 @@ class Recorder:
         """Recurrences that are in no track, of those that are picked."""
         return tuple(
             one
-            for one in self.watch.unseen.values()
+            for one in (*self.watch.unseen.values(), *self._of_outputs())
             if self.layers is None
             or any(matches_any(name, self.layers) for name in (one.module, *one.weights))
         )
+
+    def _of_outputs(self) -> list[Unseen]:
+        """Layers whose calls start afresh, each on what came of the call before."""
+        found = []
+        for path, (runs, single, batch_first) in self.closed.afresh.found().items():
+            names = tuple(
+                n for key, n in self.watch.names.items() if self._holders.get(key) == path
+            )
+            form = PLAIN if single else FLAT if batch_first else FLAT_IN_TIME
+            if names:
+                found.append(self.watch.unseen_loop(list(names), path, runs, REASON, form))
+        return found
 
     def out_of_reach(self) -> list[str]:
         """Torch's own layers that a backward went through, though no call of theirs was seen."""

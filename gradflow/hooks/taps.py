@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradflow.errors import InputError, must_be
 from gradflow.hooks import patch
@@ -98,6 +98,13 @@ def _callers_frame() -> FrameType:
     return frame.f_back or frame
 
 
+def _place_of(frame: FrameType) -> tuple[object, ...]:
+    """Where a tap stands: the line, and the module whose code it is in."""
+    code = frame.f_code
+    owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return code.co_filename, frame.f_lineno, id(owner) if isinstance(owner, nn.Module) else None
+
+
 def _rows(name: object, states: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies (B, width), after a look at what was given."""
     if not isinstance(name, str) or not name:
@@ -145,6 +152,7 @@ class Taps:
         else:
             source = TapSource(self.owner.scale, name, marks=[mark])
             end = self._ends[name] = self.marks.begin(name, source, states, place)
+            end.track.code = _place_of(frame)
         self.marks.settle(end, states, place, mark)
         # where a state is outside the graph, only the place of the loop tells that it goes on
         end.frames = (frame, frame.f_back)

@@ -87,7 +87,8 @@ def _kind(track: Track) -> tuple[object, ...]:
     if track.loop or track.alone is not None or not _is_known(track):
         return (track.name,)
     widths = tuple((name, state.shape[2]) for name, state in track.states.items())
-    return _base(track), track.cell, track.owner, track.reverse, track.training, widths
+    place = (_base(track), track.cell, track.owner, track.reverse, track.code)
+    return *place, track.training, widths
 
 
 def _is_known(track: Track) -> bool:

@@ -44,6 +44,9 @@ class Track:
     unseen_states: tuple[str, ...] = ()  # states whose values were not seen, and stand as NaN
     loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of
     stamp: tuple[object, ...] = ()  # of weights that were not seen: equal where they were the same
+    code: tuple[
+        object, ...
+    ] = ()  # what tells loops of one name apart: weights, or where it is tapped
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
 
     def read_anew(self) -> None:

@@ -11,7 +11,9 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from gradflow.hooks.graph import LEAF, MOST, Edge, NotReadable
+from torch import Tensor
+
+from gradflow.hooks.graph import LEAF, MOST, Edge, NotReadable, descended, outputs
 
 
 def crossing(
@@ -61,3 +63,32 @@ def _younger(roots: Iterable[Any], oldest: int) -> list[Any]:
         seen.add(node)
         stack += [child for child, _ in node.next_functions if child is not None]
     return list(seen)
+
+
+def buffers_read(
+    roots: Iterable[Any], ends: Collection[Any], buffers: Collection[Edge]
+) -> dict[Edge, bool]:
+    """The buffers that are read in a step, tensors written in place -> whether they are read as a whole.
+
+    Of a buffer that takes one step after the other only the last row is read, as a rule, and that is
+    what was written there: the buffer itself goes nowhere, though the graph leads through it.
+
+    Args:
+        roots: nodes of what the calls of the step were given.
+        ends: the nodes of all its states.
+        buffers: the edges of such tensors.
+    """
+    found: dict[Edge, Tensor] = {}
+    since = min((node._sequence_nr() for node in ends), default=LEAF)
+
+    def is_end(node: Any) -> bool:
+        return node in ends or not since <= node._sequence_nr() < LEAF
+
+    for root in roots:
+        given = [(root, place) for place in range(outputs(root))]
+        for node, entries in descended(given, is_end):
+            for place, entry in entries.items():
+                edge = (node, place)
+                if edge in buffers:
+                    found[edge] = found[edge] + entry if edge in found else entry
+    return {edge: bool((entry != 0).all()) for edge, entry in found.items()}

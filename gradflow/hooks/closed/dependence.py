@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gradflow.hooks.closed.parts import MarkedPart, Seen, StockPart
-from gradflow.hooks.graph import LEAF
+from gradflow.hooks.graph import LEAF, descended
 
 Part = StockPart | MarkedPart
 
@@ -53,6 +53,10 @@ class Dependence:
                 found |= self.bit[id(seen.part)] | self._above.get(id(seen), 0)
         return found
 
+    def nearest(self, nodes: Iterable[Any]) -> frozenset[Seen]:
+        """The calls that some nodes descend from with no other call in between."""
+        return NOTHING.union(*(self._nearest(node) for node in nodes))
+
     def _nearest(self, root: Any) -> frozenset[Seen]:
         """The calls that a node descends from with no other call in between."""
         stack = [root]
@@ -80,19 +84,14 @@ class Dependence:
         if seen.call is None or before is None or before.place != seen.place - 1:
             return False
         ends = before.nodes | set(before.starts)
-        stack, known = list(seen.starts), set()
-        while stack:
-            node = stack.pop()
-            if node in known or node in ends:
-                continue
-            known.add(node)
+        for node, _ in descended(seen.entry, lambda node: self._is_old(node) or node in ends):
             owner = self._owner.get(node)
-            if owner is not None:
-                if owner.part is seen.part:
-                    return True
-            elif self._since <= node._sequence_nr() < LEAF:
-                stack += [child for child, _ in node.next_functions if child is not None]
+            if node not in ends and owner is not None and owner.part is seen.part:
+                return True
         return False
+
+    def _is_old(self, node: Any) -> bool:
+        return node in self._owner or not self._since <= node._sequence_nr() < LEAF
 
     def closed(self) -> list[list[Part]]:
         """The parts of every closed loop: those that feed each other, or themselves by their input.

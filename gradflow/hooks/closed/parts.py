@@ -229,6 +229,7 @@ class Seen:
     since: int  # of its oldest
     call: Call | None = None
     mark: tuple[Place, Mark] | None = None
+    entry: list[Edge] = field(default_factory=list)  # of a call: where its initial states sat
 
     @staticmethod
     def of_call(part: StockPart, end: End, data: Tensor) -> Seen:
@@ -241,6 +242,7 @@ class Seen:
             [] if data.grad_fn is None else [data.grad_fn],
             *_numbers(end.edges),
             call=end.call,
+            entry=[edge for edge in end.entry.values() if edge is not None],
         )
 
     @staticmethod

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradflow.hooks.closed.crossing import crossing
+from gradflow.hooks.closed.crossing import buffers_read, crossing
 from gradflow.hooks.closed.loops import ClosedLoop, State
 from gradflow.hooks.closed.parts import MarkedPart, Seen
 from gradflow.hooks.closed.standing import Standing, View, view_of_tensor
 from gradflow.hooks.dense import Step, within
-from gradflow.hooks.graph import Between, Edge, NotReadable
+from gradflow.hooks.graph import Between, Edge, NotReadable, kind_of
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TAPPED, WIDEST, Mark
@@ -83,6 +83,7 @@ class Reading:
         for state, edges in zip(states, found, strict=True):
             known = {edge for seen in state.values() for edge in seen.edges}
             extras.append(sorted(edges - known, key=lambda e: (-e[0]._sequence_nr(), e[1])))
+        extras = _without_unread(states, every, extras)
         slots = _slots(extras[:-1])
         if slots and loss:
             known = {edge for seen in states[-1].values() for edge in seen.edges}
@@ -126,6 +127,26 @@ class Reading:
             if edge is not None:
                 views[edge] = [view]
         return Standing.holding(views, rows, one=one)
+
+
+def _without_unread(
+    states: Sequence[State], every: set[Any], extras: list[list[Edge]]
+) -> list[list[Edge]]:
+    """Without buffers that steps are written into and of which nothing older is read."""
+    buffers = {e for each in extras for e in each if kind_of(e[0]) == "CopySlices"}
+    if not buffers:
+        return extras
+    left: list[list[Edge]] = [[] for _ in extras]
+    read: dict[Edge, bool] = {}  # by the steps from some step on -> whether all of it
+    for number in range(len(states) - 1, -1, -1):
+        left[number] = [edge for edge in extras[number] if edge not in buffers or edge in read]
+        if not all(read[edge] for edge in left[number] if edge in buffers):
+            raise NotReadable(MORE)
+        steps = states[number].values()
+        roots = {node for seen in steps for node in (*seen.starts, *seen.inputs)} - every
+        for edge, whole in buffers_read(roots, every, buffers).items():
+            read[edge] = whole or read.get(edge, False)
+    return left
 
 
 def _slots(extras: Sequence[Sequence[Edge]]) -> list[tuple[tuple[int, ...], Any]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from gradflow.hooks.closed.afresh import Afresh
 from gradflow.hooks.closed.dependence import Dependence
 from gradflow.hooks.closed.given import GivenInputs
 from gradflow.hooks.closed.loops import ClosedLoop, State, states_of
@@ -60,6 +61,7 @@ class ClosedLoops:
         self.ask = Ask(owner.jacobians)
         self.loops: list[ClosedLoop] = []
         self.given = GivenInputs()
+        self.afresh = Afresh()
         self._parts: dict[int, Any] = {}  # id of a chain or of a source -> the part
         self._calls: list[Seen] = []
         self._fresh = False
@@ -94,6 +96,7 @@ class ClosedLoops:
             return
         self._fresh = False
         self._loss = [root.grad_fn for root in roots if root.grad_fn is not None]
+        self.afresh.look(in_order(self._calls))
         dropped = {id(part) for part in self._parts.values() if self._is_dropped(part)}
         several = {id(seen.part) for seen in self._calls if seen.place} - dropped
         calls = in_order([seen for seen in self._calls if id(seen.part) in several])
@@ -116,9 +119,11 @@ class ClosedLoops:
         """Decide what no backward came through, and let go of the graph."""
         self.decide()
         self.given.close()
+        self.afresh.close()
         nodes = [node for seen in self._calls for node in seen.nodes]
         for seen in self._calls:
             seen.edges, seen.starts, seen.inputs, seen.mark = {}, [], [], None
+            seen.entry = []
         for loop in self.loops:
             loop.ended = {}
         self._calls.clear()

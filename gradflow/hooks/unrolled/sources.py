@@ -92,10 +92,19 @@ def _classes(module: nn.Module) -> list[tuple[type, str]]:
     return [(kind, file) for kind in kinds if (file := _file_of(kind)) is not None]
 
 
-def insertion(found: Found | None) -> str:
-    """The line that marks the states of a loop."""
+PLAIN = "{0}", ""
+FLAT = "{0}.flatten(1)", ".view_as({0})"  # states (B, ...) as the rows that tap takes, and back
+FLAT_IN_TIME = "{0}.transpose(0, 1).flatten(1)", ".unflatten(1, (len({0}), -1)).transpose(0, 1)"
+
+
+def insertion(found: Found | None, form: tuple[str, str] = PLAIN) -> str:
+    """The line that marks the states of a loop; form: how a state becomes rows, and is made of them."""
     names = found.carried if found is not None else ()
     plain = [name.rpartition(".")[2] for name in names]
+    if form[1]:  # one state: of several it is not known which are no rows
+        name = names[0] if len(names) == 1 and plain[0].isidentifier() else "h"
+        short = name.rpartition(".")[2]
+        return f"{name} = gradflow.tap({short}={form[0].format(name)}){form[1].format(name)}"
     if not names or not all(name.isidentifier() for name in plain) or len(set(plain)) < len(plain):
         return "h, c = gradflow.tap(h=h, c=c)" if len(names) > 1 else "h = gradflow.tap(h=h)"
     given = ", ".join(f"{short}={name}" for short, name in zip(plain, names, strict=True))

@@ -25,6 +25,10 @@ class NoState(Exception):
     """The state cannot be told; the text says why."""
 
 
+class NoRows(NoState):
+    """Its states have more axes than a batch of rows."""
+
+
 class NotAlike(NoState):
     """The steps are not made of the same operations."""
 

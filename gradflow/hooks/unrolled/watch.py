@@ -20,7 +20,7 @@ from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
 from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
 from gradflow.hooks.unrolled.held import Held
 from gradflow.hooks.unrolled.order import TooLarge, Unrolled
-from gradflow.hooks.unrolled.steps import NoState, Steps, steps_of
+from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps, steps_of
 from gradflow.hooks.unrolled.takeup import checked, rows_of, take_up
 from gradflow.hooks.unrolled.values import Values
 from gradflow.hooks.unseen import foreign_code, has_no_numbers
@@ -148,7 +148,8 @@ class Watch:
         try:
             steps, rows = self._states(graph, found, names)
         except NoState as error:
-            self._note(found, names, path, loop, str(error))
+            form = sources.FLAT if isinstance(error, NoRows) else sources.PLAIN
+            self._note(found, names, path, loop, (str(error), form))
             return
         name = path or "loop"
         if self.owner.wants_track(name):
@@ -156,6 +157,7 @@ class Watch:
             cell = cell_name(self.modules[path])
             self.taken.update(n._sequence_nr() for edges in steps.edges for n, _ in edges)
             track = take_up(self.marks, name, cell, steps, known, rows)
+            track.code = tuple(sorted(names))
             track.notes += [EARLY] if steps.ends_early else []
 
     def _is_around_stock(self, graph: Unrolled, found: Recurrence) -> bool:
@@ -212,18 +214,36 @@ class Watch:
         names: list[str],
         path: str,
         loop: sources.Found | None,
-        reason: str,
+        reason: tuple[str, tuple[str, str]],
     ) -> None:
         key = tuple(sorted(names))
         known = self.unseen.get(key)
         if known is not None and known.steps >= found.steps:
             return
-        self.unseen[key] = Unseen(
-            module=path or type(self.model).__name__,
+        self.unseen[key] = self._said(names, path, loop, found.steps, *reason)
+
+    def unseen_loop(
+        self, names: list[str], module: str, steps: int, reason: str, form: tuple[str, str]
+    ) -> Unseen:
+        """The same of a layer that is called so often, each time on what came of the call before."""
+        _, loop = self.place_of(names)
+        return self._said(names, module, loop, steps, reason, form)
+
+    def _said(
+        self,
+        names: list[str],
+        module: str,
+        loop: sources.Found | None,
+        steps: int,
+        reason: str,
+        form: tuple[str, str],
+    ) -> Unseen:
+        return Unseen(
+            module=module or type(self.model).__name__,
             weights=tuple(names),
-            steps=found.steps,
+            steps=steps,
             line=loop.where if loop is not None else "",
-            insert=sources.insertion(loop),
+            insert=sources.insertion(loop, form),
             reason=reason,
         )
 

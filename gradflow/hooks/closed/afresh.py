@@ -1,0 +1,64 @@
+"""Runs of a layer that start afresh, each on what came of the run before: a loop that carries no state.
+
+A decoder that gives its layer the last outputs and no state, for one. What goes around is what lies
+between two runs, so each run is a track of its own and none of them is the loop.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from gradflow.hooks.closed.dependence import Dependence
+from gradflow.hooks.closed.parts import Seen, StockPart
+
+LEAST = 3  # runs in a row that make a recurrence
+REASON = (
+    "each call starts from a state of its own, and what goes around are its inputs; the tracks hold what "
+    "flows within one call"
+)
+
+
+class Afresh:
+    """How many runs in a row every layer made."""
+
+    def __init__(self) -> None:
+        self._most: dict[str, int] = {}  # path of a layer -> runs in a row
+        self._forms: dict[str, tuple[bool, bool]] = {}  # path -> is it a cell, is it batch_first
+        self._rows: dict[Seen, dict[str, int]] = {}  # a run -> path -> runs in the row that it ends
+
+    def look(self, calls: Sequence[Seen]) -> None:
+        """All calls so far, in the order in which they were made."""
+        runs = Counter(seen.part.path for seen in calls if _is_run(seen))
+        if not runs or max(runs.values()) < LEAST:
+            return
+        dependence = Dependence(calls)
+        rows: dict[Seen, dict[str, int]] = {}
+        for seen in calls:
+            if not _is_run(seen):
+                continue  # what goes through a loop that has a track is told by that
+            row = rows[seen] = dict(self._rows.get(seen, {}))
+            if row:
+                continue
+            for before in dependence.nearest([*seen.starts, *seen.inputs]):
+                for path, length in rows.get(before, {}).items():
+                    row[path] = max(row.get(path, 0), length)
+            own = seen.part.path
+            row[own] = row.get(own, 0) + 1
+            self._most[own] = max(self._most.get(own, 0), row[own])
+            if seen.call is not None:
+                self._forms[own] = seen.call.single, seen.call.batch_first
+        self._rows = rows
+
+    def found(self) -> dict[str, tuple[int, bool, bool]]:
+        """Layers whose runs follow one another -> how many do; is it a cell, is it batch_first."""
+        return {p: (n, *self._forms[p]) for p, n in self._most.items() if n >= LEAST}
+
+    def close(self) -> None:
+        """Let go of the calls."""
+        self._rows.clear()
+
+
+def _is_run(seen: Seen) -> bool:
+    """Whether a step is a call that starts afresh and is gone on with by no other."""
+    return isinstance(seen.part, StockPart) and seen.part.count == 1
