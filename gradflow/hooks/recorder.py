@@ -434,7 +434,7 @@ class Recorder:
         """Hold on to nothing that was recorded: from now on only the user does."""
         self.recording, self.uses = Recording(""), WeightUses(nn.Module())
         self.calls.clear()
-        del self.taps, self.own, self.watch, self._copies
+        del self.taps, self.own, self.watch, self.closed, self._copies
 
 
 def _any_wrapped(seen: FusedCall | CellCall) -> bool:
