@@ -39,7 +39,7 @@ def linear_recurrence(e: Evidence) -> Iterator[Finding]:
         where=f"{counted(int(e.track.mask.sum()), 'step')} of {counted(e.track.batch, 'sequence')}",
         value=rate,
         source="Arjovsky et al. 2016; Orvieto et al. 2023",
-        severity=abs(e.decades) if math.isfinite(e.decades) else math.inf,
+        severity=e.severity,
         advice="put a nonlinearity on the new state (h = torch.tanh(...)), so that its gain can depend on "
         "what it reads; or keep it linear and hold the eigenvalues of its matrix near 1: orthogonal or "
         "diagonal with moduli below 1",
