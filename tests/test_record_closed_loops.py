@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import closed_loops as loops
 import pytest
 import torch
+from closed_loops import Loop, advanced, made
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analyzer import step_jacobians
 from gradflow.errors import RecordingError
 from gradflow.recording import Recording
-from tests import closed_loops as loops
-from tests.closed_loops import Loop, advanced, made
 
 
 def recorded(model: Loop, batch: int = loops.B, **options: object) -> tuple[object, list]:

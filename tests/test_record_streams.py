@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import gradflow
 from gradflow.analyzer import step_jacobians
+from gradflow.errors import RecordingError
 from gradflow.recording import Recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,9 +171,24 @@ def test_two_states_of_one_loop_at_different_ages() -> None:
             h, older = keep(kept, "h", cell(h, older)), h
         return h
 
-    recording, kept = recorded(SecondOrder(), run)
+    torch.manual_seed(1)
+    cell = SecondOrder().double()
+    recording, kept = recorded(cell, run)
+    joint = recording["loop"]
+    recording.drop(joint)
     assert_totals(recording, kept, {"cell.h": "h"})
-    assert "more of the past" in recording["cell"].notes[0]
+    assert "more of its past" in recording["cell"].notes[0]
+    assert list(joint.states) == ["h", "carried"]
+    h, steps = recording["cell"].h, step_jacobians(joint)
+    before, older = (h[t, :1].clone().requires_grad_() for t in (STEPS - 2, STEPS - 3))
+    made = cell(before, older)[0]
+    rows = [torch.autograd.grad(unit, (before, older), retain_graph=True) for unit in made]
+    expected = torch.stack([torch.cat([part[0] for part in row]) for row in rows])
+    width = h.shape[2]
+    assert torch.allclose(steps[-1, 0, :width], expected, rtol=1e-12, atol=0)
+    # the state before last goes on as it is, but for the last step, after which nobody reads it
+    assert torch.equal(steps[-2, 0, width:, :width], torch.eye(width, dtype=torch.float64))
+    assert not steps[-2, 0, width:, width:].any()
 
 
 @pytest.mark.parametrize("streams", [7, 40])
@@ -233,7 +249,9 @@ def test_a_growing_list_of_the_past_is_one_loop_whose_jacobians_are_refused() ->
 
     recording, kept = recorded(Attending(), run)
     assert_totals(recording, kept, {"cell.h": "h"})
-    assert "the loop carries more" in recording["cell"].notes[0]
+    assert "attention over all earlier steps, a memory that grows" in recording["cell"].notes[0]
+    with pytest.raises(RecordingError, match="more goes around it than its states"):
+        recording["cell"].operator()
 
 
 def test_ends_that_nothing_goes_on_with_are_let_go() -> None:

@@ -44,9 +44,7 @@ class Track:
     unseen_states: tuple[str, ...] = ()  # states whose values were not seen, and stand as NaN
     loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of
     stamp: tuple[object, ...] = ()  # of weights that were not seen: equal where they were the same
-    code: tuple[
-        object, ...
-    ] = ()  # what tells loops of one name apart: weights, or where it is tapped
+    code: tuple[object, ...] = ()  # tells loops of one name apart: weights, or the line of a tap
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
 
     def read_anew(self) -> None:
