@@ -17,7 +17,6 @@ from torch import Tensor
 from gradflow.analyzer.jacobians import operator_of, state_size, transposed_step
 from gradflow.errors import RecordingError
 from gradflow.recording import (
-    GATES,
     Backward,
     Contributions,
     Forward,
@@ -70,7 +69,7 @@ def read_part(track: Track) -> ReadPart:
     (['h'], 'n')
     """
     everything = ReadPart(track, track)
-    if track.cell in GATES or not track.has_gradient:
+    if track.spec is not None or not track.has_gradient:
         return everything
     try:
         read = _read_entries(track)
