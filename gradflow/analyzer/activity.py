@@ -13,9 +13,8 @@ from torch import Tensor
 
 from gradflow.analyzer.loss import masked_median
 from gradflow.cells import called
+from gradflow.limits import GATE_CLOSED, GATE_OPEN
 from gradflow.recording import Track
-
-CLOSED, OPEN = 0.05, 0.95
 
 
 def gate_statistics(track: Track) -> dict[str, np.ndarray]:
@@ -27,8 +26,8 @@ def gate_statistics(track: Track) -> dict[str, np.ndarray]:
         result["gate_mean"][place] = masked_mean(values, track.mask)
         if name in between(track):
             continue
-        result["gate_closed"][place] = masked_mean((values < CLOSED).double(), track.mask)
-        result["gate_open"][place] = masked_mean((values > OPEN).double(), track.mask)
+        result["gate_closed"][place] = masked_mean((values < GATE_CLOSED).double(), track.mask)
+        result["gate_open"][place] = masked_mean((values > GATE_OPEN).double(), track.mask)
     return result
 
 

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.activity import CLOSED, OPEN, between, sigmoid_and_other
+from gradflow.analyzer.activity import between, sigmoid_and_other
+from gradflow.limits import GATE_CLOSED, GATE_OPEN, SATURATED
 from gradflow.recording import Track
-
-SATURATED = 0.95  # |tanh| above this passes on less than a tenth of the gradient
 
 
 def gate_census(track: Track, units: int) -> dict[str, np.ndarray]:
@@ -30,8 +29,8 @@ def gate_census(track: Track, units: int) -> dict[str, np.ndarray]:
         width = values.shape[-1]
         value[place, :width] = _mean_over_sequences(values, track.mask)
         if name not in between(track):
-            closed[place, :width] = _mean_per_unit(values < CLOSED, track.mask)
-            opened[place, :width] = _mean_per_unit(values > OPEN, track.mask)
+            closed[place, :width] = _mean_per_unit(values < GATE_CLOSED, track.mask)
+            opened[place, :width] = _mean_per_unit(values > GATE_OPEN, track.mask)
     return {"gate_value": value, "gate_unit_closed": closed, "gate_unit_open": opened}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gradflow.cells.base import Scan, Steps, Weights, previous
 from gradflow.cells.spec import CellSpec, Keeper, Named
+from gradflow.limits import OVERWRITTEN
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ GRU = CellSpec(
         "set one to zero",
         reading="An open update gate z keeps the state and its gradient, a closed one replaces it.",
         note=", and PyTorch's z is the share of the old state that is kept",
-        overwritten=0.75,
+        overwritten=OVERWRITTEN,
     ),
     tanh=("n",),
     limits={"h": lambda _, gates: gates["n"]},

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from gradflow.cells.base import Scan, Steps, Weights, previous
 from gradflow.cells.spec import WEIGHTS, CellPaths, CellSpec, Keeper, Named
-
-ROUNDING = 4  # units of rounding of what was subtracted, below which a difference counts as 0
+from gradflow.limits import CELL_ROUNDING
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class LSTMSteps(Steps):
         terms = total.abs() + through.abs()
         if self.weight_hr is not None:  # the sum over h may have cancelled
             terms = total.abs() + self.through * (grads["h"].abs() @ self.weight_hr.abs())
-        bound = ROUNDING * torch.finfo(total.dtype).eps * terms
+        bound = CELL_ROUNDING * torch.finfo(total.dtype).eps * terms
         return grads | {"c": left.masked_fill(left.abs() <= bound, 0.0)}
 
     def made_of(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import math
 
 from gradflow.analysis import LayerAnalysis, Prediction, Rate
 from gradflow.cells import CELLS
-from gradflow.reporter.scale import power
+from gradflow.limits import power
 
 
 def gain_words(layer: LayerAnalysis | Prediction) -> str:

@@ -11,14 +11,13 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.cells import called
+from gradflow.limits import STUCK
 from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import DASHED, key, whole
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS
 from gradflow.reporter.scale import GATE_COLOURS, SERIES, paint_gates
-
-STUCK = 0.9  # a unit that is closed, open or at its limit for this share of the time is stuck
 
 
 @dataclass(frozen=True, kw_only=True)
