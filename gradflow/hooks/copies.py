@@ -26,15 +26,14 @@ class Copies:
 
     def call(self, seen: FusedCall, owner: str) -> Call:
         """One fused call."""
-        device = seen.data.device.type
+        device, states = seen.data.device.type, CELLS[seen.cell].states
         return Call(
             cell=seen.cell,
             owner=owner,
             data=copied(seen.data),
             batch_sizes=seen.batch_sizes,
             unsorted=seen.unsorted,
-            h0=copied(seen.initial[0]),
-            c0=copied(seen.initial[1]) if len(seen.initial) == 2 else None,
+            initial=dict(zip(states, map(copied, seen.initial), strict=True)),
             weights=self._weights(owner, seen.weights),
             weight_keys=tuple(self._key(weight) for weight in seen.weights),
             has_biases=seen.has_biases,
@@ -47,7 +46,7 @@ class Copies:
             autocast=_autocast(device),
             returned={
                 name: copied(tensor)
-                for name, tensor in zip(("output", "h_n", "c_n"), seen.results, strict=False)
+                for name, tensor in zip(("output", *states), seen.results, strict=True)
             },
             grad_enabled=torch.is_grad_enabled(),
             differentiable=any(tensor.requires_grad for tensor in seen.results),
@@ -56,20 +55,19 @@ class Copies:
 
     def step(self, seen: CellCall, owner: str) -> Call:
         """A single step as a fused call of one layer and T = 1."""
-        h = seen.results[0]
-        c = seen.results[1] if len(seen.results) == 2 else None
-        output = copied(h).unsqueeze(0)
-        returned = {"output": output, "h_n": output}
-        if c is not None:
-            returned["c_n"] = copied(c).unsqueeze(0)
+
+        def copies(tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+            rows = [copied(tensor).unsqueeze(0) for tensor in tensors]
+            return dict(zip(CELLS[seen.cell].states, rows, strict=True))
+
+        returned = copies(seen.results)
         return Call(
             cell=seen.cell,
             owner=owner,
             data=copied(seen.data).unsqueeze(0),
             batch_sizes=None,
             unsorted=None,
-            h0=copied(seen.initial[0]).unsqueeze(0),
-            c0=copied(seen.initial[1]).unsqueeze(0) if len(seen.initial) == 2 else None,
+            initial=copies(seen.initial),
             weights=self._weights(owner, seen.weights),
             weight_keys=tuple(self._key(weight) for weight in seen.weights),
             has_biases=any(
@@ -82,13 +80,13 @@ class Copies:
             batch_first=False,
             rng=None,
             autocast=_autocast(seen.data.device.type),
-            returned=returned,
+            returned={"output": returned["h"], **returned},
             grad_enabled=torch.is_grad_enabled(),
             differentiable=any(tensor.requires_grad for tensor in seen.results),
             lengths=None,
             single=True,
             # a function in steps (on a CPU) makes h of c's own tensor; one kernel for both does not
-            c_is_total=c is not None and h.grad_fn is not c.grad_fn,
+            totals=any(state.grad_fn is not seen.results[0].grad_fn for state in seen.results),
         )
 
     def _weights(self, owner: str, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -303,12 +303,12 @@ class Recorder:
         if len(chain.calls) == 1:
             self._add_tracks(chain)
         elif _goes_around(chain):
-            for name, tensor in zip("hc", initial, strict=False):
+            for name, tensor in zip(call.initial, initial, strict=True):
                 self.handles += call.listen_at_entry(name, tensor, self.scale)
 
     def _listen(self, call: Call, results: tuple[Tensor, ...]) -> None:
-        names = ("output", "c_n") if call.single else ("output", "h_n", "c_n")
-        for name, tensor in zip(names, results, strict=False):
+        names = [name for name in call.returned if not call.single or name != "h"]
+        for name, tensor in zip(names, results, strict=True):
             self.handles += call.listen(name, tensor, self.scale)
 
     def scale(self) -> float:

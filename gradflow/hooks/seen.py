@@ -30,7 +30,9 @@ class FusedCall:
     cell: str
     data: Tensor  # (T, B, I), (B, T, I) with batch_first, or packed (N, I)
     batch_sizes: Tensor | None  # (T,), packed
-    initial: tuple[Tensor, ...]  # h0, or h0 and c0: (layers * directions, B, width)
+    initial: tuple[
+        Tensor, ...
+    ]  # in the order of the cell's states: (layers * directions, B, width)
     weights: tuple[Tensor, ...]
     has_biases: bool
     layers: int
@@ -38,7 +40,7 @@ class FusedCall:
     training: bool
     bidirectional: bool
     batch_first: bool
-    results: tuple[Tensor, ...]  # output, h_n and, of a cell with a c, c_n
+    results: tuple[Tensor, ...]  # output, then the last states
     rng: Tensor | None  # state of the CPU generator before the call, when dropout was drawn
     module: nn.Module | None  # whose forward made the call
     unsorted: Tensor | None  # packed: sorted place of each of the user's sequences
@@ -51,9 +53,9 @@ class CellCall:
 
     cell: str
     data: Tensor  # (B, I)
-    initial: tuple[Tensor, ...]  # h, or h and c: (B, H)
+    initial: tuple[Tensor, ...]  # in the order of the cell's states: (B, H)
     weights: tuple[Tensor, ...]  # weight_ih, weight_hh, then the biases if there are any
-    results: tuple[Tensor, ...]  # h, or h and c: (B, H)
+    results: tuple[Tensor, ...]  # likewise
     training: bool
     module: nn.Module | None
 
