@@ -45,7 +45,10 @@ def is_hooked(node: Any) -> bool:
     return False
 
 
-def _saved(node: Any) -> list[Tensor]:
+def saved_by(node: Any) -> list[Tensor]:
+    """The tensors that an operation keeps for its backward, none where reading would run code."""
+    if is_hooked(node):
+        return []
     found: list[Tensor] = []
     for name in _saved_names(node):
         try:
@@ -120,10 +123,7 @@ class Values:
         if place in self._read:
             return
         self._read.add(place)
-        node = self.graph.nodes[place]
-        if is_hooked(node):
-            return
-        for tensor in _saved(node):
+        for tensor in saved_by(self.graph.nodes[place]):
             edge = edge_of(tensor)
             if edge is not None:
                 self._known.setdefault(edge, tensor)
