@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 
 from gradflow.hooks.own.comeback import ELEMENTWISE, MOVES
 from gradflow.hooks.unrolled.order import Unrolled
+from gradflow.limits import RECURRENCE_USES
 
-LEAST = 3  # uses that make a recurrence
 _PRODUCTS = (
     "Mm Addmm Bmm Baddbmm Addbmm Mv Addmv Dot Addr Convolution ConvolutionOverrideable Linear "
     "MkldnnLinear SlowConvDilated2D Trilinear ThnnFusedGruCell ThnnFusedLstmCell"
@@ -48,7 +48,7 @@ class Uses:
     @property
     def product(self) -> bool:
         """Whether it is a matrix: not a vector that is added to what enters one product."""
-        return self.products >= LEAST
+        return self.products >= RECURRENCE_USES
 
 
 @dataclass(eq=False)
@@ -93,7 +93,7 @@ def uses_of(graph: Unrolled, weights: Mapping[int, int]) -> list[Uses]:
                 if not uses.nodes or uses.nodes[-1] != place:
                     uses.nodes.append(place)
                     uses.products += product
-    return [uses for uses in found.values() if len(uses.nodes) >= LEAST]
+    return [uses for uses in found.values() if len(uses.nodes) >= RECURRENCE_USES]
 
 
 class _Labels:
@@ -187,7 +187,7 @@ def chains(graph: Unrolled, weights: Mapping[int, int], states: Collection[int])
         key = tuple(uses.nodes)
         if key not in known:
             lines = chains_of(graph, uses, states)
-            long = [line for line in lines if line.length >= LEAST]
+            long = [line for line in lines if line.length >= RECURRENCE_USES]
             known[key] = _not_within(graph, long) if states else long
             tree = bool(known[key]) and is_tree(graph, lines)
             for line in known[key]:

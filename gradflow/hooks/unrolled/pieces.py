@@ -17,9 +17,7 @@ from gradflow.hooks.graph import Edge
 from gradflow.hooks.marks import End
 from gradflow.hooks.unrolled.order import kind_of
 from gradflow.hooks.unrolled.values import saved_by
-
-NODES = 64  # operations of a first step that are looked at
-MOST = 8  # loops over the same weights of which one may go on
+from gradflow.limits import PIECE_NODES
 
 
 @dataclass(eq=False)
@@ -48,7 +46,7 @@ def _used(states: list[Edge], since: int) -> list[Tensor]:
     found: list[Tensor] = []
     seen = {node for node, _ in states}
     queue = deque(seen)
-    while queue and len(seen) < NODES:
+    while queue and len(seen) < PIECE_NODES:
         node = queue.popleft()
         found += saved_by(node)
         for child, _ in node.next_functions:

@@ -90,7 +90,9 @@ def _classes(module: nn.Module) -> list[tuple[type, str]]:
 def _scopes_of(module: nn.Module) -> Iterator[tuple[str, ast.ClassDef]]:
     """The source of a module's classes, as far as it is to be had."""
     for kind, file in _classes(module):
-        codes = [getattr(inspect.unwrap(f), "__code__", None) for f in vars(kind).values() if callable(f)]
+        codes = [
+            getattr(inspect.unwrap(f), "__code__", None) for f in vars(kind).values() if callable(f)
+        ]
         lines = [code.co_firstlineno for code in codes if code is not None]
         for scope in _scopes(file):
             if not isinstance(scope, ast.ClassDef) or scope.name != kind.__name__:

@@ -15,12 +15,10 @@ from gradflow.hooks.graph import LEAF, Edge
 from gradflow.hooks.unrolled.chains import Chain, Recurrence
 from gradflow.hooks.unrolled.crossing import crossing, earliest, latest
 from gradflow.hooks.unrolled.order import Unrolled
+from gradflow.limits import CUT_PLACES, LOOP_STEPS, PERIODS
 
-PERIODS = (1, 2, 3, 4)  # uses of one weight in one step
-LEAST = 4  # steps from which on one of them is neither among the first nor the last two
 TREE = "its uses are the nodes of a tree, several of which lead into one, and not steps of one line"
 SAME_NOT = "not every step does the same"
-PLACES = 16  # equally good places to cut that are tried
 
 
 class NoState(Exception):
@@ -52,11 +50,11 @@ def steps_of(graph: Unrolled, found: Recurrence) -> Steps:
     if found.tree:
         raise NoState(TREE)
     chain = _first_in_a_step(graph, found)
-    if chain.length < LEAST:
-        raise NoState(f"it has fewer than {LEAST} steps")
+    if chain.length < LOOP_STEPS:
+        raise NoState(f"it has fewer than {LOOP_STEPS} steps")
     for period in PERIODS:
         # several uses to a step are shown by two steps that can be compared
-        if chain.length % period or chain.length // period < LEAST + (period > 1):
+        if chain.length % period or chain.length // period < LOOP_STEPS + (period > 1):
             continue
         try:
             marks = {place: (depth - 1) // period for place, depth in chain.depth.items()}
@@ -183,7 +181,7 @@ class _Loop:
                     size[index] += entries
         least = min(size, default=0)
         best = [index for index in range(len(model)) if size[index] == least and least]
-        return best[::-1][:PLACES]
+        return best[::-1][:CUT_PLACES]
 
     def _parts(self, model: list[int], middle: int, cut: int) -> list[tuple[int, int]] | None:
         """Which operations of a step, by their place in it, made what crosses, and which output."""

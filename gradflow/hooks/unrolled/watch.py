@@ -20,16 +20,16 @@ from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
 from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
 from gradflow.hooks.unrolled.held import Held
 from gradflow.hooks.unrolled.order import TooLarge, Unrolled
-from gradflow.hooks.unrolled.pieces import MOST, Piece
+from gradflow.hooks.unrolled.pieces import Piece
 from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps, steps_of
 from gradflow.hooks.unrolled.takeup import checked, rows_of, take_up
 from gradflow.hooks.unrolled.values import Values
 from gradflow.hooks.unseen import foreign_code, has_no_numbers
+from gradflow.limits import CALLER_FRAMES, OPEN_PIECES
 from gradflow.recording import Unseen
 
 FUSED = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
 EARLY = "its last step is not shown: the loss does not depend on all states that the loop ends with"
-FRAMES = 24  # how far up the code that called backward is looked for
 
 
 class WatchOwner(Owner, Protocol):
@@ -171,12 +171,14 @@ class Watch:
             )
             end.track.code = code
             end.track.notes += [EARLY] if steps.ends_early else []
-            self._ended(code, before, None if steps.ends_early else Piece(end, steps.edges[-1], rows[-1]))
+            self._ended(
+                code, before, None if steps.ends_early else Piece(end, steps.edges[-1], rows[-1])
+            )
 
     def _ended(self, code: tuple[str, ...], before: Piece | None, now: Piece | None) -> None:
         """Remember how far a loop has come, instead of how far it had."""
         known = [piece for piece in self.pieces.get(code, []) if piece is not before]
-        self.pieces[code] = ([] if now is None else [now]) + known[: MOST - 1]
+        self.pieces[code] = ([] if now is None else [now]) + known[: OPEN_PIECES - 1]
 
     def _is_around_stock(self, graph: Unrolled, found: Recurrence) -> bool:
         """Whether calls of other tracks are part of it: a closed loop, which is told as one."""
@@ -330,7 +332,7 @@ def _frames() -> list[FrameType]:
     """The code that called backward, innermost first, without torch's and gradflow's."""
     found: list[FrameType] = []
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and len(found) < FRAMES:
+    while frame is not None and len(found) < CALLER_FRAMES:
         name = str(frame.f_globals.get("__name__", ""))
         if not name.startswith(("torch.", "gradflow.")):
             found.append(frame)
