@@ -33,7 +33,7 @@ class Piece:
         if [_form(edge) for edge in first] != [_form(edge) for edge in self.last]:
             return False
         since = max(node._sequence_nr() for node, _ in self.last)
-        return any(_holds(found, row) for found in _used(first, since) for row in self.rows)
+        return any(holds(found, row) for found in _used(first, since) for row in self.rows)
 
 
 def _form(edge: Edge) -> tuple[object, ...]:
@@ -59,13 +59,16 @@ def _used(states: list[Edge], since: int) -> list[Tensor]:
 _SHOWN: tuple[Callable[[Tensor], Tensor], ...] = (torch.tanh, torch.sigmoid, torch.relu)
 
 
-def _holds(found: Tensor, row: Tensor) -> bool:
-    """Whether a tensor is a state (B, width), an activation of it, or has it beside something else."""
-    if found.dtype != row.dtype or found.device != row.device or not bool(row.any()):
+def holds(found: Tensor, row: Tensor) -> bool:
+    """Whether a tensor is a state (B, width), perhaps masked, an activation of it, or it beside others."""
+    if found.layout != torch.strided or found.device != row.device or not bool(row.any()):
         return False
     if found.numel() == row.numel():
-        same = found.detach().reshape(row.shape)
-        return torch.equal(same, row) or any(torch.equal(same, shown(row)) for shown in _SHOWN)
+        same = found.detach().reshape(row.shape).to(row.dtype)
+        equal = same == row
+        if bool((equal | (same == 0)).all()) and bool((equal & (row != 0)).any()):
+            return True
+        return any(torch.equal(same, shown(row)) for shown in _SHOWN)
     width = row.shape[1]
     if found.dim() != 2 or len(found) != len(row) or found.shape[1] < width:
         return False

@@ -36,6 +36,7 @@ class WatchOwner(Owner, Protocol):
     """The recorder, as far as loops written by hand need it."""
 
     def drop_sources(self, sources: list[TapSource]) -> None: ...
+    def drop_cell(self, module: nn.Module) -> None: ...
     def in_closed_loop(self) -> bool: ...
 
 
@@ -163,9 +164,8 @@ class Watch:
             cell = cell_name(self.modules[path])
             numbers = {n._sequence_nr() for edges in steps.edges for n, _ in edges}
             self.taken |= numbers
-            # a module that runs a whole piece at every call has the same states, but for most steps
-            coarse = [s for n in numbers if (s := self.states.get(n)) is not None]
-            self.owner.drop_sources(coarse)
+            if before is not None:  # no cell, then: a whole piece ran at every call of it
+                self.owner.drop_cell(self.modules[path])
             end = take_up(
                 self.marks, name, cell, steps, known, rows, None if before is None else before.end
             )
