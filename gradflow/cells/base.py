@@ -6,9 +6,9 @@ shape (B, m, S), its rows are the vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -107,14 +107,30 @@ class Steps:
         return None
 
     def scan(
-        self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
+        self, direct: Tensor, final: Mapping[str, Tensor], last: Tensor, *, totals: bool = False
     ) -> Scan:
         """Total gradients of all steps from the direct ones, backward in time.
 
-        direct (T, B, P) is the gradient that reaches h_t from outside this layer's recurrence,
-        final_c (B, H) the gradient at c of each sequence's last step, whose index is last (B,).
-        With c_is_total, for T = 1, final_c holds what comes through h = o ⊙ tanh c already.
+        direct (T, B, P) is the gradient that reaches h_t from outside this layer's recurrence, final
+        the gradients (B, width) at the other states of each sequence's last step, whose index is
+        last (B,). With totals, for T = 1, these hold what comes through h already.
         """
+        raise NotImplementedError
+
+    def made_of(self) -> dict[str, Tensor]:
+        """State name -> ∂m_t/∂state_t, (T, B, H): other states that h_t = W_hr m_t is made of."""
+        return {}
+
+    def at_m(self, grad_h: Tensor) -> Tensor:
+        """What gradients at h (..., P) are at m, (..., H): the same without a projection W_hr."""
+        return grad_h
+
+    def through_h(self, grad_h: Tensor) -> dict[str, Tensor]:
+        """What gradients at h (T, B, P) bring to the states that it is made of."""
+        return {name: slope * self.at_m(grad_h) for name, slope in self.made_of().items()}
+
+    def projected(self) -> Tensor:
+        """m_t, which a projection reads, (T, B, H)."""
         raise NotImplementedError
 
     def partial(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,20 +151,6 @@ class Steps:
     def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
         """The same with every term's absolute value: what rounding errors are measured by."""
         return {"h": scan.delta_hh[t].abs() @ self.weight_hh.abs()}
-
-
-class Cell(Protocol):
-    """One kind of recurrent cell."""
-
-    def linearise(
-        self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None
-    ) -> Steps:
-        """Linearise all steps at the known states: x (T, B, I), h (T, B, P), h0 (B, P), c0 (B, H).
-
-        h0 and c0 may also be (T, B, ·): then they are what each step really started from, which in
-        a user's loop need not be what the step before returned.
-        """
-        ...
 
 
 def previous(h: Tensor, h0: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Call:
     lost: str = ""  # why what the backwards brought is no total, if it is none
     batched: bool = False  # a backward of several outputs at once came by, which is not counted
     single: bool = False  # of a single-step function
-    c_is_total: bool = False  # what reaches c_n has come through h = o ⊙ tanh c already
+    c_is_total: bool = False  # what reaches c_n has come through h already, which is made of it
     within: int | None = None  # the backward that a reentrant checkpoint made the call again in
     entering: dict[str, Tensor] = field(default_factory=dict)  # h0, c0: gradients that reach them
 

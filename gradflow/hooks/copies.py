@@ -84,7 +84,7 @@ class Copies:
             differentiable=any(tensor.requires_grad for tensor in seen.results),
             lengths=None,
             single=True,
-            # nn.LSTMCell on a CPU computes h from c's own tensor; one kernel for both does not
+            # a function in steps (on a CPU) makes h of c's own tensor; one kernel for both does not
             c_is_total=c is not None and h.grad_fn is not c.grad_fn,
         )
 

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from gradflow.cells import CELLS
 from gradflow.hooks.call import Call
-
-_VF: Any = torch._C._VariableFunctions  # never patched
-_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "LSTM": _VF.lstm,
-    "GRU": _VF.gru,
-    "RNN_TANH": _VF.rnn_tanh,
-    "RNN_RELU": _VF.rnn_relu,
-}
-_SINGLE: dict[str, Callable[..., Any]] = {
-    "LSTM": _VF.lstm_cell,
-    "GRU": _VF.gru_cell,
-    "RNN_TANH": _VF.rnn_tanh_cell,
-    "RNN_RELU": _VF.rnn_relu_cell,
-}
 
 
 @contextlib.contextmanager
@@ -47,7 +33,7 @@ def one_layer(call: Call, number: int, data: Tensor) -> Tensor:
 
 
 def whole_call(call: Call) -> tuple[Tensor, ...]:
-    """What the call returns, all layers at once: output, h_n and for an LSTM c_n."""
+    """What the call returns, all layers at once: output, h_n and, of a cell with a c, c_n."""
     states = tuple(state for state in (call.h0, call.c0) if state is not None)
     with torch.no_grad(), as_recorded(call):
         return _run(
@@ -103,9 +89,10 @@ def _run(
 ) -> tuple[Tensor, ...]:
     if call.single:
         return _step(call, data, states, weights)
-    hidden = states if call.cell == "LSTM" else states[0]
+    hidden = states if len(states) > 1 else states[0]
     tail = (list(weights), call.has_biases, layers, dropout, call.training, call.bidirectional)
-    function = _FUNCTIONS[call.cell]
+    function = CELLS[call.cell].whole
+    assert function is not None
     if call.batch_sizes is not None:
         return function(data, call.batch_sizes, hidden, *tail)
     return function(data, hidden, *tail, batch_first)
@@ -116,6 +103,6 @@ def _step(
 ) -> tuple[Tensor, ...]:
     """A single step by the function that made it, its results as those of a call of T = 1."""
     first = tuple(state[0] for state in states)
-    found = _SINGLE[call.cell](data[0], first if call.cell == "LSTM" else first[0], *weights)
+    found = CELLS[call.cell].step(data[0], first if len(first) > 1 else first[0], *weights)
     h, *c = found if isinstance(found, tuple) else (found,)
     return (h.unsqueeze(0), h.unsqueeze(0), *(state.unsqueeze(0) for state in c))

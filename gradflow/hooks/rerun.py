@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradflow.cells import CELLS
 from gradflow.errors import RecordingError
 from gradflow.hooks.call import Call
 from gradflow.hooks.kernels import whole_call
@@ -25,9 +26,8 @@ from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain
-from gradflow.recording import GATES, Parity, Recording, Track
+from gradflow.recording import Parity, Recording, Track
 
-KEEPING = {"LSTM": "forget", "GRU": "update"}  # the gate that keeps the state, second of its kind
 UNCHANGED = "the weights were changed and the loss was not run again"
 
 
@@ -35,7 +35,7 @@ UNCHANGED = "the weights were changed and the loss was not run again"
 class Change:
     """What to change in one layer and direction."""
 
-    forget_bias: float = 0.0  # added to the pre-activation of an LSTM's f, of a GRU's z
+    forget_bias: float = 0.0  # added to the pre-activation of the gate that keeps the state
     scale_hh: float = 1.0  # what W_hh is multiplied by
     scale_ih: float = 1.0  # what W_ih is multiplied by: as if it read so much of its input
 
@@ -140,8 +140,9 @@ def _refuses(source: LoopSource, change: Change) -> str:
         return (
             "it is part of a closed loop: its inputs would change with it, and are the user's own"
         )
-    if change.forget_bias and source.calls[0].cell not in KEEPING:
-        return "a vanilla RNN has no gate that keeps its state"
+    spec = CELLS[source.calls[0].cell]
+    if change.forget_bias and spec.keeper is None:
+        return f"a {'vanilla ' if spec.vanilla else ''}{spec.kind} has no gate that keeps its state"
     return ""
 
 
@@ -240,10 +241,11 @@ class _ChangedWeights:
         if self.with_biases and not call.has_biases:
             nothing = weight_hh.new_zeros(len(weight_hh))
             rest = [nothing, nothing, *rest]  # before weight_hr, with a projection
-        if change.forget_bias:
-            hidden = len(weight_hh) // GATES[call.cell]
+        keeper = CELLS[call.cell].keeper
+        if change.forget_bias and keeper is not None:
+            hidden = len(weight_hh) // CELLS[call.cell].blocks
             bias_ih = rest[0].clone()
-            bias_ih[hidden : 2 * hidden] += change.forget_bias
+            bias_ih[CELLS[call.cell].block(keeper.gate, hidden)] += change.forget_bias
             rest[0] = bias_ih
         if change.scale_ih != 1.0:
             weight_ih = weight_ih * change.scale_ih

@@ -166,9 +166,9 @@ class Scans:
                 direct[last, sequences] += h_n[place]
                 scan = steps.scan(
                     direct,
-                    None if c_n is None else c_n[place],
+                    {} if c_n is None else {"c": c_n[place]},
                     last,
-                    c_is_total=self.replay.call.c_is_total,
+                    totals=self.replay.call.c_is_total,
                 )
                 row.append((direct, scan))
                 if number:

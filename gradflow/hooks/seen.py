@@ -38,7 +38,7 @@ class FusedCall:
     training: bool
     bidirectional: bool
     batch_first: bool
-    results: tuple[Tensor, ...]  # output, h_n and, for an LSTM, c_n
+    results: tuple[Tensor, ...]  # output, h_n and, of a cell with a c, c_n
     rng: Tensor | None  # state of the CPU generator before the call, when dropout was drawn
     module: nn.Module | None  # whose forward made the call
     unsorted: Tensor | None  # packed: sorted place of each of the user's sequences

@@ -205,10 +205,10 @@ class ClosedLoop:
 
 
 def _within(part: LoopSource, place: int, *, wide: bool) -> Tensor | WideStep:
-    """M of an LSTM cell: h = o ⊙ tanh c moves with c, (B, S, S) or a map."""
+    """M of a cell whose h is made of its c, and moves with it, (B, S, S) or a map."""
     through = part.loop.once(
         "through",
-        lambda: part.loop.per_call([g.replay.steps(0, 0).through for g in part.loop.groups]),  # type: ignore[attr-defined]
+        lambda: part.loop.per_call([g.replay.steps(0, 0).made_of()["c"] for g in part.loop.groups]),
     )[place][0]
     width = through.shape[1]
     if wide:

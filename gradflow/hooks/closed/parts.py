@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradflow.cells import CELLS
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.standing import View, view_in_place, views_of_call
 from gradflow.hooks.dense import Place
@@ -105,8 +106,8 @@ class StockPart:
         self.chain.unread = self.chain.unread or why
 
     def states(self, layer: int) -> list[str]:
-        """h, and c of an LSTM."""
-        return ["h"] if self.chain.calls[0].c0 is None else ["h", "c"]
+        """As the cell names them."""
+        return list(CELLS[self.chain.calls[0].cell].states)
 
     def track_name(self, layer: int) -> str:
         """The name of the track of one layer, also where it is not picked."""

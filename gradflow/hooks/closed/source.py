@@ -199,18 +199,13 @@ class JointSource(TapSource):
         return rows
 
     def _through_h(self, member: Member, at_h: Tensor, sequences: Tensor) -> Tensor:
-        """What gradients at h, (T, n, m, P), bring to c through h = o ⊙ tanh c; (T, n, m, H)."""
+        """What gradients at h, (T, n, m, P), bring to c through h; (T, n, m, H)."""
         assert isinstance(member.part, StockPart)
-        groups = member.part.loop.groups
-        each = member.part.loop.per_call(
-            [g.replay.steps(member.layer, 0).through for g in groups]  # type: ignore[attr-defined]
-        )
+        steps = [group.replay.steps(member.layer, 0) for group in member.part.loop.groups]
+        each = member.part.loop.per_call([one.made_of()["c"] for one in steps])
         calls = [ends[id(member.part)] for ends in self.ends]
         through = torch.cat([each[place] for place in calls])[:, sequences].unsqueeze(2)
-        weight = groups[0].replay.steps(member.layer, 0).weight_hr  # type: ignore[attr-defined]
-        if weight is not None:
-            at_h = at_h @ weight.to(at_h.dtype)
-        return through.to(at_h.dtype) * at_h
+        return through.to(at_h.dtype) * steps[0].at_m(at_h)
 
     def notes(self) -> list[str]:
         """What a step and a state of it are."""

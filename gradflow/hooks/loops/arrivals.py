@@ -54,8 +54,8 @@ def arrivals_at_top(group: Group, direction: int) -> Arrivals | None:
             if c_n is not None:
                 scan, steps = total[number][direction][1], replay.steps(number, direction)
                 c = torch.zeros_like(scan.grads["c"])
-                if call.c_is_total:  # T = 1: the total less what came through h = o ⊙ tanh c
-                    c += scan.grads["c"] - steps.through_h(scan.grads["h"])  # type: ignore[attr-defined]
+                if call.c_is_total:  # T = 1: the total less what came through h
+                    c += scan.grads["c"] - steps.through_h(scan.grads["h"])["c"]
                 else:
                     c[last, sequences] = c_n[place]
             found.append((h, c))
@@ -116,5 +116,5 @@ def _through_h(loop: Loop) -> list[Tensor]:
     arrays = []
     for group, (_, scan) in zip(loop.groups, scans, strict=True):
         steps = group.replay.steps(0, 0)
-        arrays.append(steps.through_h(scan.grads["h"]))  # type: ignore[attr-defined]
+        arrays.append(steps.through_h(scan.grads["h"])["c"])
     return loop.per_call(arrays)

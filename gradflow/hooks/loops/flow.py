@@ -226,9 +226,9 @@ def taken(array: Tensor, places: Tensor) -> Tensor:
 def _through(steps: Steps, index: Tensor, state: Tensor) -> tuple[Scan, Tensor]:
     rows = steps.each_step(lambda array: taken(array[0], index).unsqueeze(0))
     width = rows.weight_hh.shape[1]
-    final_c = state[:, width:] if state.shape[1] > width else None
+    final = {"c": state[:, width:]} if state.shape[1] > width else {}
     zero = torch.zeros(len(state), dtype=torch.long, device=state.device)
-    scan = rows.scan(state[:, :width].unsqueeze(0), final_c, zero)
+    scan = rows.scan(state[:, :width].unsqueeze(0), final, zero)
     before = rows.before(scan, 0)
     return scan, torch.cat([before[name] for name in ("h", "c") if name in before], dim=1)
 

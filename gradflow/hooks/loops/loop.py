@@ -278,7 +278,7 @@ def _nothing(group: Group, layer: int) -> tuple[Tensor, Scan]:
     steps = replay.steps(layer, 0)
     direct = torch.zeros_like(steps.states["h"])
     with torch.no_grad():
-        return direct, steps.scan(direct, None, replay.kernel_lengths - 1)
+        return direct, steps.scan(direct, {}, replay.kernel_lengths - 1)
 
 
 def _flat(states: dict[str, Tensor]) -> Tensor:
