@@ -3,17 +3,27 @@
 A cell is one file with one `CellSpec`: nothing else in gradflow names a cell.
 """
 
-from gradflow.cells.base import Scan, Steps, Weights
+from gradflow.cells.base import Scan, Steps, Weights, previous
 from gradflow.cells.gru import GRU
 from gradflow.cells.lstm import LSTM
 from gradflow.cells.rnn import RELU, TANH
-from gradflow.cells.spec import CellPaths, CellSpec, Keeper
+from gradflow.cells.spec import CellPaths, CellSpec, Keeper, Named
 
 CELLS: dict[str, CellSpec] = {spec.name: spec for spec in (TANH, RELU, LSTM, GRU)}
 IN_LOOP = " in a closed loop"  # what the kind of a cell is called there, whose loop is not its own
 
-__all__ = ["CELLS", "IN_LOOP", "CellPaths", "CellSpec", "Keeper", "Scan", "Steps", "Weights"]
-__all__ += ["called", "kinds", "layer_names"]
+__all__ = [
+    "CELLS",
+    "IN_LOOP",
+    "CellPaths",
+    "CellSpec",
+    "Keeper",
+    "Named",
+    "Scan",
+    "Steps",
+    "Weights",
+]
+__all__ += ["called", "kinds", "layer_names", "previous"]
 
 
 def called(cell: str) -> CellSpec | None:

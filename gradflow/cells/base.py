@@ -7,7 +7,7 @@ shape (B, m, S), its rows are the vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Self
 
 import torch
@@ -19,7 +19,7 @@ class Weights:
     """Weights of one layer and direction, by PyTorch's own names."""
 
     weight_ih: Tensor  # (G*H, I)
-    weight_hh: Tensor  # (G*H, P)
+    weight_hh: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (G*H, P), or no rows
     bias_ih: Tensor | None = None  # (G*H,)
     bias_hh: Tensor | None = None  # (G*H,)
     weight_hr: Tensor | None = None  # (P, H), with a projection
@@ -34,7 +34,8 @@ class Weights:
 
     def named(self) -> dict[str, Tensor]:
         """Name -> tensor, only those this layer has."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if value is not None and len(value)}
 
     def project_input(self, x: Tensor) -> Tensor:
         """W_ih x_t + b_ih of all steps at once, (T, B, G*H)."""
@@ -63,7 +64,7 @@ class Steps:
 
     per_step: ClassVar[tuple[str, ...]] = ()
 
-    weight_hh: Tensor  # (G*H, P)
+    weight_hh: Tensor  # (G*H, P), no rows where the recurrence has no weights
     gates: dict[str, Tensor]  # gate name -> (T, B, H)
     states: dict[str, Tensor]  # state name -> (T, B, width), as recomputed
 
@@ -141,16 +142,28 @@ class Steps:
         """
         return grads
 
-    def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
+    def kept(self) -> dict[str, Tensor]:
+        """State name -> the share (T, B, width) of it that a step keeps as it is; none by default."""
+        return {}
+
+    def before(self, scan: Scan, t: int, *, absolute: bool = False) -> dict[str, Tensor]:
         """What step t hands to the state before it: state name -> (B, width).
 
-        A_tᵀ applied to the gradient at step t, from a scan's totals and δ.
+        A_tᵀ applied to the gradient at step t, from a scan's totals and δ; or the same of every term's
+        absolute value, which is what rounding errors are measured by.
         """
-        return {"h": scan.delta_hh[t] @ self.weight_hh}
 
-    def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
-        """The same with every term's absolute value: what rounding errors are measured by."""
-        return {"h": scan.delta_hh[t].abs() @ self.weight_hh.abs()}
+        def sized(array: Tensor) -> Tensor:
+            return array.abs() if absolute else array
+
+        found = {"h": sized(scan.delta_hh[t]) @ sized(self.weight_hh)}
+        for name, keep in self.kept().items():
+            grad = sized(scan.grads[name][t])
+            through = found.get(name)
+            found[name] = (
+                grad * keep[t] if through is None else torch.addcmul(through, grad, keep[t])
+            )
+        return found
 
 
 def previous(h: Tensor, h0: Tensor) -> Tensor:

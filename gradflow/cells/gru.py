@@ -41,13 +41,8 @@ class GRUSteps(Steps):
         factor = self.factor[t]
         return torch.cat([factor[:, :2], (factor[:, 2] * self.reset[t]).unsqueeze(1)], dim=1)
 
-    def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
-        through = scan.delta_hh[t] @ self.weight_hh
-        return {"h": torch.addcmul(through, scan.grads["h"][t], self.keep[t])}
-
-    def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
-        through = scan.delta_hh[t].abs() @ self.weight_hh.abs()
-        return {"h": torch.addcmul(through, scan.grads["h"][t].abs(), self.keep[t])}
+    def kept(self) -> dict[str, Tensor]:
+        return {"h": self.keep}
 
     def scan(self, direct: Tensor, final: Named, last: Tensor, *, totals: bool = False) -> Scan:
         grad_h = direct.clone()
@@ -90,15 +85,11 @@ GRU = CellSpec(
         gate="z",
         name="update",
         source="Tallec & Ollivier 2018",
-        finding="update-gates-overwrite",
-        keeps="units keep their state",
-        below="below",
-        chrono="draw the update biases from the range of distances in the task (chrono "
-        "initialisation), so that units keep their state, and train again; of the two bias vectors "
-        "set one to zero",
-        reading="An open update gate z keeps the state and its gradient, a closed one replaces it.",
         note=", and PyTorch's z is the share of the old state that is kept",
         overwritten=OVERWRITTEN,
+        fault="overwrite",
+        so_that=", so that units keep their state,",
+        biases="; of the two bias vectors set one to zero",
     ),
     tanh=("n",),
     limits={"h": lambda _, gates: gates["n"]},

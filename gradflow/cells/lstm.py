@@ -60,11 +60,8 @@ class LSTMSteps(Steps):
             return forgotten + reach.abs().log().sum(-1) + torch.linalg.slogdet(u_o)[1]
         return forgotten + torch.linalg.slogdet((self.weight_hr * reach.unsqueeze(2)) @ u_o)[1]
 
-    def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
-        return super().before(scan, t) | {"c": scan.grads["c"][t] * self.keep[t]}
-
-    def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
-        return super().before_size(scan, t) | {"c": scan.grads["c"][t].abs() * self.keep[t]}
+    def kept(self) -> dict[str, Tensor]:
+        return {"c": self.keep}
 
     def partial(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         total, through = grads["c"], self.through_h(grads["h"])["c"]
@@ -172,13 +169,12 @@ LSTM = CellSpec(
         gate="f",
         name="forget",
         source="Jozefowicz et al. 2015",
-        finding="forget-gates-closed",
-        keeps="cells keep their memory",
-        below="closed, below",
-        chrono="draw the forget biases from the range of distances in the task (chrono "
-        "initialisation) and train again; of the two bias vectors, which add up, set one to zero",
-        reading="An open forget gate f keeps the cell and its gradient, a closed one cuts both.",
         opposite="i",
+        keeps="cells keep their memory",
+        shut="closed, ",
+        biases="; of the two bias vectors, which add up, set one to zero",
+        keeps_what="the cell",
+        otherwise="cuts both",
     ),
     tanh=("g",),
     limits={"c": lambda states, _: states["c"].tanh()},

@@ -36,14 +36,29 @@ class Keeper:
     gate: str
     name: str  # "forget": what people call the gate
     source: str  # who raised its bias
-    finding: str  # the finding on a layer whose gates alone shorten the memory, and its words
-    keeps: str
-    below: str
-    chrono: str  # advice: biases drawn from the range of distances
-    reading: str  # how to read its picture
     note: str = ""  # what to know of its mean
     opposite: str = ""  # the gate whose bias is drawn opposite
     overwritten: float | None = None  # its mean below which a state is mostly new after two steps
+    # words of the finding on a layer whose gates alone shorten the memory, and of their picture
+    fault: str = "closed"
+    keeps: str = "units keep their state"
+    shut: str = ""
+    so_that: str = ""
+    biases: str = ""
+    keeps_what: str = "the state"
+    otherwise: str = "replaces it"
+
+    @property
+    def chrono(self) -> str:
+        """Advice: biases drawn from the range of distances."""
+        drawn = f"draw the {self.name} biases from the range of distances in the task"
+        return f"{drawn} (chrono initialisation){self.so_that} and train again{self.biases}"
+
+    @property
+    def reading(self) -> str:
+        """How to read its picture."""
+        kept = f"An open {self.name} gate {self.gate} keeps {self.keeps_what} and its gradient"
+        return f"{kept}, a closed one {self.otherwise}."
 
 
 @dataclass(frozen=True)

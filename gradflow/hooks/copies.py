@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gradflow.cells import CELLS
 from gradflow.hooks.call import Call
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.seen import CellCall, FusedCall
@@ -71,7 +72,9 @@ class Copies:
             c0=copied(seen.initial[1]).unsqueeze(0) if len(seen.initial) == 2 else None,
             weights=self._weights(owner, seen.weights),
             weight_keys=tuple(self._key(weight) for weight in seen.weights),
-            has_biases=len(seen.weights) > 2,
+            has_biases=any(
+                "bias" in name for name in CELLS[seen.cell].weights[: len(seen.weights)]
+            ),
             layers=1,
             dropout=0.0,
             training=seen.training,

@@ -143,6 +143,8 @@ def _refuses(source: LoopSource, change: Change) -> str:
     spec = CELLS[source.calls[0].cell]
     if change.forget_bias and spec.keeper is None:
         return f"a {'vanilla ' if spec.vanilla else ''}{spec.kind} has no gate that keeps its state"
+    if change.scale_hh != 1.0 and "weight_hh" not in spec.weights:
+        return f"a {spec.kind} has no recurrent weights"
     return ""
 
 
@@ -237,19 +239,21 @@ class _ChangedWeights:
         return tuple(found)
 
     def _changed(self, call: Call, weights: list[Tensor], change: Change) -> list[Tensor]:
-        weight_ih, weight_hh, *rest = weights
+        spec = CELLS[call.cell]
+        names = spec.weight_names(len(weights), has_biases=call.has_biases)
+        named = dict(zip(names, weights, strict=True))
         if self.with_biases and not call.has_biases:
-            nothing = weight_hh.new_zeros(len(weight_hh))
-            rest = [nothing, nothing, *rest]  # before weight_hr, with a projection
-        keeper = CELLS[call.cell].keeper
-        if change.forget_bias and keeper is not None:
-            hidden = len(weight_hh) // CELLS[call.cell].blocks
-            bias_ih = rest[0].clone()
-            bias_ih[CELLS[call.cell].block(keeper.gate, hidden)] += change.forget_bias
-            rest[0] = bias_ih
+            nothing = named["weight_ih"].new_zeros(len(named["weight_ih"]))
+            named |= {name: nothing for name in spec.weights if name.startswith("bias")}
+        if change.forget_bias and spec.keeper is not None:
+            kept = spec.block(spec.keeper.gate, len(named["weight_ih"]) // spec.blocks)
+            named["bias_ih"] = named["bias_ih"].clone()
+            named["bias_ih"][kept] += change.forget_bias
         if change.scale_ih != 1.0:
-            weight_ih = weight_ih * change.scale_ih
-        return [weight_ih, weight_hh * change.scale_hh, *rest]
+            named["weight_ih"] = named["weight_ih"] * change.scale_ih
+        if "weight_hh" in named:
+            named["weight_hh"] = named["weight_hh"] * change.scale_hh
+        return [named[name] for name in spec.weights if name in named]
 
 
 # ------------------------------------------------------------------------------- between two calls

@@ -35,11 +35,11 @@ def keeping_gates(e: Evidence) -> Iterator[Finding]:
     if not (fast and _at_most_steps(gate.log(), e) < -e.band):
         return
     yield Finding(
-        name=keeper.finding,
+        name=f"{keeper.name}-gates-{keeper.fault}",
         layer=e.track.name,
         message=f"{keeper.name} gates average {mean:.2f}: {keeper.keeps} for "
         f"{number(-1 / pace.value)} steps, of your {e.span}",
-        where=_shut(keeper.gate, keeper.below, gate, e),
+        where=_shut(keeper.gate, f"{keeper.shut}below", gate, e),
         **_scale(e, pace),
         basis=BAND,
         source="" if foreign_biases(e) else "Tallec & Ollivier 2018",
@@ -99,22 +99,16 @@ def saturated_gates(e: Evidence) -> Iterator[Finding]:
 
 def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
     """Advice and code for a gate that is shut: by its biases alone, or by what it reads."""
-    block = list(e.track.gates).index(gate)
-    bias = sum(
-        float(e.track.weights[name].detach().double().chunk(len(e.track.gates))[block].mean())
-        for name in ("bias_ih", "bias_hh")
-        if name in e.track.weights
-    )
+    names = [name for name in e.track.weights if name.startswith("bias")]
+    rows = slice(0) if e.spec is None else e.spec.block(gate, e.track.hidden)
+    bias = sum(float(e.track.weights[name].detach().double()[rows].mean()) for name in names)
     if not bias < math.log(GATE_CLOSED / (1 - GATE_CLOSED)):
         return calmer(e, "scale the inputs or the weights down, or add layer normalisation", gate)
-    if not all(own(e, name) for name in ("bias_ih", "bias_hh")):
+    if not all(own(e, name) for name in names):
         return "change what makes its biases: they are no parameters of its own", ""
-    first, last = block * e.track.hidden, (block + 1) * e.track.hidden
     return (
         f"set its biases to 0, and train again: they average {number(bias)}, which alone shuts it",
-        "\n".join(
-            f"{e.parameter(name)}.data[{first}:{last}] = 0.0" for name in ("bias_ih", "bias_hh")
-        ),
+        "\n".join(f"{e.parameter(name)}.data[{rows.start}:{rows.stop}] = 0.0" for name in names),
     )
 
 

@@ -87,10 +87,9 @@ def chrono(e: Evidence) -> str:
     assert e.spec is not None and e.keeper is not None
     kept, longest = _bias(e, "bias_ih", e.keeper.gate), max(e.span - 1, 2)
     end = e.spec.block(e.keeper.gate, e.track.hidden).stop
-    lines = [
-        f"{e.parameter('bias_hh')}.data[:{end}] = 0.0",
-        f"{kept}.uniform_(1, {longest}).log_()",
-    ]
+    lines = [f"{kept}.uniform_(1, {longest}).log_()"]
+    if "bias_hh" in e.track.weights:
+        lines.insert(0, f"{e.parameter('bias_hh')}.data[:{end}] = 0.0")
     if e.keeper.opposite:
         lines.append(f"{_bias(e, 'bias_ih', e.keeper.opposite)} = -{kept}")
     path = module(e.track.owner)

@@ -225,7 +225,7 @@ def taken(array: Tensor, places: Tensor) -> Tensor:
 
 def _through(steps: Steps, index: Tensor, state: Tensor) -> tuple[Scan, Tensor]:
     rows = steps.each_step(lambda array: taken(array[0], index).unsqueeze(0))
-    width = rows.weight_hh.shape[1]
+    width = rows.states["h"].shape[2]
     final = {"c": state[:, width:]} if state.shape[1] > width else {}
     zero = torch.zeros(len(state), dtype=torch.long, device=state.device)
     scan = rows.scan(state[:, :width].unsqueeze(0), final, zero)

@@ -99,7 +99,7 @@ class Loop:
         for group, (_, scan) in zip(self.groups, scans, strict=True):
             steps = group.replay.steps(layer, 0)
             values.append(_flat(steps.before(scan, 0)).unsqueeze(0))
-            sizes.append(_flat(steps.before_size(scan, 0)).unsqueeze(0))
+            sizes.append(_flat(steps.before(scan, 0, absolute=True)).unsqueeze(0))
         handed = [array[0] for array in self.per_call(values)]
         size = [array[0] for array in self.per_call(sizes)]
         for place in range(len(handed) - 1):

@@ -315,7 +315,7 @@ class LoopSource:
         """Whether ∂L/∂W_hh has an entry that is not exactly 0; None without a gradient."""
         with torch.no_grad():
             found = [part.rebuilt() for part in self._layers()]
-        known = [part["weight_hh"] for part in found if part is not None]
+        known = [part["weight_hh"] for part in found if part is not None and len(part["weight_hh"])]
         return any(bool((grad != 0).any()) for grad in known) if known else None
 
     def unread(self) -> bool:
