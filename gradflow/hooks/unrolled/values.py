@@ -24,7 +24,9 @@ def _saved_names(node: Any) -> tuple[str, ...]:
     kind = type(node)
     if kind not in _known_names:
         prefix = "_raw_saved"
-        _known_names[kind] = tuple(n[len(prefix) :] for n in dir(kind) if n.startswith(prefix))
+        names = [n[len(prefix) :] for n in dir(kind) if n.startswith(prefix)]
+        # a torch.autograd.Function of somebody's own keeps what it likes, under another name
+        _known_names[kind] = tuple(name for name in names if hasattr(kind, f"_saved{name}"))
     return _known_names[kind]
 
 
