@@ -15,11 +15,6 @@ from gradflow.analyzer.order import in_processing_order
 from gradflow.recording import Track
 
 
-def has_cell_path(track: Track) -> bool:
-    """Whether a forget gate carries a cell state, as in an LSTM."""
-    return track.spec is not None and track.spec.paths is not None
-
-
 def log_cell_path(track: Track, sequences: Sequence[int], sources: np.ndarray) -> np.ndarray:
     """ln (‖diag(f_t' ⊙ … ⊙ f_{t+1})‖_F/√H), (M, n, T) float64; all NaN for a cell without it.
 

@@ -63,6 +63,7 @@ class Steps:
     """
 
     per_step: ClassVar[tuple[str, ...]] = ()
+    others: ClassVar[tuple[str, ...]] = ()  # states beside h, of one width
 
     weight_hh: Tensor  # (G*H, P), no rows where the recurrence has no weights
     gates: dict[str, Tensor]  # gate name -> (T, B, H)

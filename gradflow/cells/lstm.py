@@ -23,6 +23,7 @@ class LSTMSteps(Steps):
     """The joint Jacobian of (h, c) as factors of the gates' pre-activations."""
 
     per_step: ClassVar[tuple[str, ...]] = ("factor", "keep", "through")
+    others: ClassVar[tuple[str, ...]] = ("c",)
 
     factor: Tensor  # (T, B, 4, H): ∂c/∂a_i, ∂c/∂a_f, ∂c/∂a_g, ∂m/∂a_o
     keep: Tensor  # (T, B, H): ∂c_t/∂c_{t−1} at fixed h, the forget gate

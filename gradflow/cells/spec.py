@@ -116,6 +116,10 @@ class CellSpec:
         place = self.gates.index(gate)
         return slice(place * hidden, (place + 1) * hidden)
 
+    def has_biases(self, count: int) -> bool:
+        """Whether there are biases among so many first weights."""
+        return any(name.startswith("bias") for name in self.weights[:count])
+
     def weight_names(self, count: int, *, has_biases: bool) -> list[str]:
         """The names of so many weights of one layer and direction."""
         return [n for n in self.weights if has_biases or not n.startswith("bias")][:count]

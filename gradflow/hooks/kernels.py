@@ -61,12 +61,13 @@ def one_layer(call: Call, number: int, data: Tensor) -> Tensor:
     """The output of one layer, both directions, from its input (T, B, ·) or packed (N, ·)."""
     per_layer = len(call.weights) // call.layers
     weights = call.weights[number * per_layer : (number + 1) * per_layer]
-    return _run(call, data, initial(call, number), weights, 1, 0.0, batch_first=False)[0]
+    states = tuple(initial(call, number).values())
+    return _run(call, data, states, weights, 1, 0.0, batch_first=False)[0]
 
 
 def whole_call(call: Call) -> tuple[Tensor, ...]:
-    """What the call returns, all layers at once: output, h_n and, of a cell with a c, c_n."""
-    states = tuple(state for state in (call.h0, call.c0) if state is not None)
+    """What the call returns, all layers at once: output and the last states."""
+    states = tuple(call.initial.values())
     with torch.no_grad(), as_recorded(call):
         return _run(
             call,
@@ -79,23 +80,23 @@ def whole_call(call: Call) -> tuple[Tensor, ...]:
         )
 
 
-def initial(call: Call, number: int) -> tuple[Tensor, ...]:
+def initial(call: Call, number: int) -> dict[str, Tensor]:
     """The initial states of one layer, (directions, B, width) each."""
     directions = 1 + call.bidirectional
     rows = slice(number * directions, (number + 1) * directions)
-    return tuple(state[rows] for state in (call.h0, call.c0) if state is not None)
+    return {name: state[rows] for name, state in call.initial.items()}
 
 
-def weight_gradients(call: Call, at_c: Tensor | None = None) -> dict[int, Tensor]:
+def weight_gradients(call: Call, beside: dict[str, Tensor]) -> dict[int, Tensor]:
     """Gradients of the weights by torch's own backward, from the gradients that were caught.
 
-    Place in the flat list of weights -> gradient. at_c takes the place of what was caught at c_n,
-    where that was more than what came from outside the call.
+    Place in the flat list of weights -> gradient. What is given takes the place of what was caught at
+    the states beside h, where that was more than what came from outside the call.
     """
-    caught = call.grads if at_c is None else call.grads | {"c_n": at_c.to(call.h0.dtype)}
+    caught = call.grads | {name: grad.to(call.h0.dtype) for name, grad in beside.items()}
     with torch.enable_grad(), as_recorded(call):
         weights = [weight.detach().clone().requires_grad_() for weight in call.weights]
-        state = tuple(state for state in (call.h0, call.c0) if state is not None)
+        state = tuple(call.initial.values())
         results = _run(
             call, call.data, state, weights, call.layers, call.dropout, batch_first=call.batch_first
         )

@@ -88,11 +88,11 @@ class LayerSource:
             return None
         direct, _ = scans[self.layer][self.direction]
         found = (direct != 0).any(2)
-        c_n = self.scans.arrived()[2]
-        if c_n is not None:
-            place = self.layer * len(scans[0]) + self.direction
-            last = self.replay.kernel_lengths - 1
-            found[last, torch.arange(len(last), device=last.device)] |= (c_n[place] != 0).any(1)
+        place, last = self.layer * len(scans[0]) + self.direction, self.replay.kernel_lengths - 1
+        for name, state in self.scans.arrived()[1].items():
+            if name != "h":
+                sequences = torch.arange(len(last), device=last.device)
+                found[last, sequences] |= (state[place] != 0).any(1)
         layer = self.replay.layers[self.layer][self.direction]
         return layer.turned(found.unsqueeze(2)).squeeze(2)
 
@@ -167,14 +167,14 @@ class LayerSource:
         )
         return {name: grads[place] for name, place in places.items() if place in grads}
 
-    def _outside_h(self) -> Tensor | None:
-        """For a call whose c was listened to as a total: what reaches c not through h, (1, B, H)."""
-        call = self.replay.call
+    def _outside_h(self) -> dict[str, Tensor]:
+        """Where totals were listened to: what reaches the states not through h, (1, B, H)."""
         scanned = self.scans.scanned("total")
-        if not call.c_is_total or scanned is None:
-            return None
-        scan = scanned[0][0][1]
-        return scan.grads["c"] - self.replay.steps(0, 0).through_h(scan.grads["h"])["c"]
+        if not self.replay.call.totals or scanned is None:
+            return {}
+        grads = scanned[0][0][1].grads
+        through = self.replay.steps(0, 0).through_h(grads["h"])
+        return {name: grads[name] - part for name, part in through.items()}
 
 
 def alone(scan: Scan, shaped: Callable[[Tensor], Tensor]) -> Backward:

@@ -184,7 +184,7 @@ class Replay:
         x, h = self.padded(data), self.padded(output)
         if number == self.call.layers - 1:
             h = self.padded(self.time_first(self.call.returned["output"]))
-        starts = [self.unsort(state, 1) for state in initial(self.call, number)]
+        starts = {name: self.unsort(s, 1) for name, s in initial(self.call, number).items()}
         layers = []
         for direction, part in enumerate(h.chunk(1 + self.call.bidirectional, dim=2)):
             order = self.mirror if direction else None
@@ -193,10 +193,7 @@ class Replay:
                     weights=self.weights(number, direction),
                     x=take_steps(x, order) if order is not None else x,
                     h=take_steps(part, order) if order is not None else part,
-                    initial={
-                        name: start[direction]
-                        for name, start in zip(CELLS[self.call.cell].states, starts, strict=True)
-                    },
+                    initial={name: start[direction] for name, start in starts.items()},
                     order=order,
                     valid=self.kernel_mask,
                 )

@@ -190,7 +190,7 @@ def _again(chain: Chain, changes: Mapping[tuple[int, int], Change]) -> Chain | s
                 link = chain.links[place]
                 assert link is not None
                 state = _started(link, chain.calls[place - 1], call, calls[-1])
-                changed = replace(changed, **state)  # type: ignore[arg-type]
+                changed = replace(changed, initial=state)
             calls.append(_run(changed))
         again = Chain(calls, list(chain.links), lengths=chain.lengths)
         for group in again.groups():
@@ -203,7 +203,7 @@ def _again(chain: Chain, changes: Mapping[tuple[int, int], Change]) -> Chain | s
 def _run(call: Call) -> Call:
     """The call with what it returns now, and no gradients."""
     results = list(whole_call(call))
-    if call.single:  # its h stands as output and as h_n
+    if call.single:  # its h stands as output and as the last h
         results[1] = results[0]
     return replace(
         call,
@@ -260,7 +260,7 @@ class _ChangedWeights:
 
 
 def _started(link: Link, earlier: Call, call: Call, before: Call) -> dict[str, Tensor]:
-    """h0 and c0 of a call, from what the changed call before it returned.
+    """The initial states of a call, from what the changed call before it returned.
 
     earlier and call are the recorded ones, before is the changed call before this one. What multiplied
     the state is taken as recorded; a state that was made from the one before in any other way cannot
@@ -268,7 +268,7 @@ def _started(link: Link, earlier: Call, call: Call, before: Call) -> dict[str, T
     """
     if link.unknown:
         raise RecordingError(link.unknown)
-    entered = _in_users_order(call, _flat(call.h0, call.c0))
+    entered = _in_users_order(call, call.started())
     was, now = _through(link, earlier), _through(link, before)
     start = torch.where(link.cut.view(-1, 1), _past_a_cut(link, earlier, before, entered), now)
     size = _through(link, earlier, absolute=True).abs()
@@ -283,10 +283,7 @@ def _started(link: Link, earlier: Call, call: Call, before: Call) -> dict[str, T
         )
     if call.unsorted is not None:
         start = start.index_select(1, call.unsorted.to(start.device).argsort())
-    width = call.h0.shape[2]
-    parts = {"h0": start[..., :width].contiguous()}
-    if call.c0 is not None:
-        parts["c0"] = start[..., width:].contiguous()
+    parts = {name: start[..., block].contiguous() for name, block in call.columns().items()}
     return {name: part.to(call.h0.dtype) for name, part in parts.items()}
 
 
@@ -306,7 +303,7 @@ def _through(link: Link, call: Call, *, absolute: bool = False) -> Tensor:
     """What the link makes of the state a call returned, and of the one that entered it."""
     result = _times(link.into, picked(_returned(call), link.rows, 1), absolute)
     if link.around is not None:
-        entered = _in_users_order(call, _flat(call.h0, call.c0))
+        entered = _in_users_order(call, call.started())
         result = result + _times(link.around, picked(entered, link.rows, 1), absolute)
     return result
 
@@ -322,14 +319,9 @@ def _times(factor: Factor, state: Tensor, absolute: bool) -> Tensor:
 
 
 def _returned(call: Call) -> Tensor:
-    return _in_users_order(call, _flat(call.returned["h_n"], call.returned.get("c_n")))
+    return _in_users_order(call, call.ended())
 
 
 def _in_users_order(call: Call, state: Tensor) -> Tensor:
     """(layers, B, S) from the kernel's order of sequences."""
     return state if call.unsorted is None else state[:, call.unsorted.to(state.device)]
-
-
-def _flat(h: Tensor, c: Tensor | None) -> Tensor:
-    """h, then c, in one (layers, B, S)."""
-    return h if c is None else torch.cat([h, c], dim=2)

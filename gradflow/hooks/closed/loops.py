@@ -148,15 +148,12 @@ class ClosedLoop:
                 none = torch.zeros(chain.batch, dtype=torch.bool, device=call.h0.device)
                 cut = none if link is None else link.cut
             mark = Mark(
-                states={
-                    name: call.returned["c_n" if state == "c" else "h_n"][0]
-                    for state, name in member.names.items()
-                },
+                states={name: call.returned[state][0] for state, name in member.names.items()},
                 grad_enabled=call.grad_enabled,
                 differentiable=call.differentiable,
                 cut=cut,
                 jacobian=jacobian,
-                within=_within(part, place, wide=wide) if call.c_is_total else None,
+                within=_within(part, place, wide=wide) if call.totals else None,
             )
             if jacobian is None and place:
                 if closed_form is None:

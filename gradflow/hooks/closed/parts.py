@@ -121,11 +121,10 @@ class StockPart:
     def arrived(self, step: int, layer: int, state: str) -> Tensor | None:
         """What reached a state of one call, (B, width), as the graph has it."""
         call = self.chain.calls[step]
-        if state == "c":
-            grad = call.grads.get("c_n")
-            return None if grad is None else grad[layer]
-        found = call.grads.get("h_n")
+        found = call.grads.get(state)
         total = None if found is None else found[layer]
+        if state != "h":
+            return total
         output = call.grads.get("output")
         if output is not None and layer == call.layers - 1:
             last = output.select(1 if call.batch_first and not call.single else 0, -1)
@@ -223,7 +222,7 @@ class Seen:
 
     part: StockPart | MarkedPart
     place: int  # of the step in its part
-    edges: dict[Edge, str]  # of what it returned -> output, h_n or c_n, or the name of a state
+    edges: dict[Edge, str]  # of what it returned -> output, or the name of a state
     starts: list[Any]  # nodes of its initial states; of a mark, of all that it was made from
     inputs: list[Any]  # nodes of its input
     number: int  # of its newest node; 0 without a graph
@@ -282,8 +281,7 @@ class Seen:
         for member in members:
             for state, name in member.names.items():
                 if self.call is not None:
-                    key = "c_n" if state == "c" else "h_n"
-                    found[name] = self.call.returned[key][member.layer]
+                    found[name] = self.call.returned[state][member.layer]
                 else:
                     assert self.mark is not None
                     found[name] = self.mark[1].states[state]

@@ -80,7 +80,7 @@ class JointSource(TapSource):
     # -- what the calls heard ----------------------------------------------------------------
 
     def fill(self) -> None:
-        """Put what reached the calls on the marks, as the graph has it: at h_n and the output, at c_n."""
+        """Put what reached the calls on the marks, as the graph has it: at h and the output, at c."""
         stamp = (len(self.marks), self.version)
         if self._filled == stamp:
             return
@@ -190,22 +190,24 @@ class JointSource(TapSource):
             start += state.shape[1]
         for member in self.members:
             part = member.part
-            if not isinstance(part, StockPart) or "c" not in member.names:
+            if not isinstance(part, StockPart) or part.chain.calls[0].totals:
                 continue
-            if part.chain.calls[0].c_is_total:
-                continue
-            through = self._through_h(member, rows[..., columns[member.names["h"]]], sequences)
-            rows[..., columns[member.names["c"]]] += through.to(rows.dtype)
+            at_h = rows[..., columns[member.names["h"]]]
+            for name, through in self._through_h(part, member.layer, at_h, sequences).items():
+                rows[..., columns[member.names[name]]] += through.to(rows.dtype)
         return rows
 
-    def _through_h(self, member: Member, at_h: Tensor, sequences: Tensor) -> Tensor:
-        """What gradients at h, (T, n, m, P), bring to c through h; (T, n, m, H)."""
-        assert isinstance(member.part, StockPart)
-        steps = [group.replay.steps(member.layer, 0) for group in member.part.loop.groups]
-        each = member.part.loop.per_call([one.made_of()["c"] for one in steps])
-        calls = [ends[id(member.part)] for ends in self.ends]
-        through = torch.cat([each[place] for place in calls])[:, sequences].unsqueeze(2)
-        return through.to(at_h.dtype) * steps[0].at_m(at_h)
+    def _through_h(
+        self, part: StockPart, layer: int, at_h: Tensor, sequences: Tensor
+    ) -> dict[str, Tensor]:
+        """What gradients at h, (T, n, m, P), bring to the states it is made of; (T, n, m, H)."""
+        steps = [group.replay.steps(layer, 0) for group in part.loop.groups]
+        calls, found = [ends[id(part)] for ends in self.ends], {}
+        for name in steps[0].made_of():
+            each = part.loop.per_call([one.made_of()[name] for one in steps])
+            through = torch.cat([each[place] for place in calls])[:, sequences].unsqueeze(2)
+            found[name] = through.to(at_h.dtype) * steps[0].at_m(at_h)
+        return found
 
     def notes(self) -> list[str]:
         """What a step and a state of it are."""
