@@ -130,7 +130,8 @@ def fitting_threads(size: int) -> Iterator[None]:
     torch keeps a number of threads for each thread, and one that new threads take over; setting the
     first sets the second too, which is set back at once.
     """
-    before = torch.get_num_threads()
+    with _thread_lock:  # else a new thread may take over what another one sets
+        before = torch.get_num_threads()
     if size > ONE_THREAD or before == 1:
         yield
         return
