@@ -123,6 +123,11 @@ def _within(e: Evidence) -> str:
 
 
 def _inconclusive(e: Evidence) -> str:
+    if "no recurrence" in e.labels and e.track.afresh:
+        return (
+            f"is one of {e.track.afresh} calls that start afresh, each on what came of the call before: "
+            "what goes around is in no track, and within one step there is nothing to measure"
+        )
     if "no recurrence" in e.labels:
         return "ran for one step only: no recurrence is exercised, so there is nothing to measure"
     if "not finite" in e.labels:

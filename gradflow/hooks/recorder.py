@@ -377,9 +377,17 @@ class Recorder:
         return tuple(
             one
             for one in (*self.watch.unseen.values(), *self._of_outputs())
-            if self.layers is None
-            or any(matches_any(name, self.layers) for name in (one.module, *one.weights))
+            if not self._is_told(one)
+            and (
+                self.layers is None
+                or any(matches_any(name, self.layers) for name in (one.module, *one.weights))
+            )
         )
+
+    def _is_told(self, one: Unseen) -> bool:
+        """Whether it is a layer of torch's own of which is said already why its call was not seen."""
+        holders = {name.rpartition(".")[0] for name in one.weights}
+        return bool(holders) and all(holder in self.own.unseen for holder in holders)
 
     def _of_outputs(self) -> list[Unseen]:
         """Layers whose calls start afresh, each on what came of the call before."""
@@ -422,7 +430,10 @@ class Recorder:
             self.handles.pop().remove()
 
     def _let_tracks_go(self) -> None:
+        afresh = self.closed.afresh.found()
         for track in self.recording:
+            if isinstance(track.source, LoopSource) and track.owner in afresh:
+                track.afresh = afresh[track.owner][0]
             if isinstance(track.source, LoopSource):
                 track.source.loop.chain.tracks.clear()
 

@@ -96,7 +96,7 @@ def _made_in(e: Evidence, bad: Bad, direction: str) -> tuple[str, str, str]:
 
 def no_recurrence(e: Evidence) -> Iterator[Finding]:
     """One step: no recurrence is exercised."""
-    if "no recurrence" not in e.labels:
+    if "no recurrence" not in e.labels or e.track.afresh:  # what goes around is told as unseen
         return
     advice, code = _how_to_recur(e)
     yield Finding(

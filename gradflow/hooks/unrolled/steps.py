@@ -142,7 +142,7 @@ class _Loop:
             return list(body)
         place_of = {place: index for index, place in enumerate(model)}
         found: list[int | None] = []
-        start = 0
+        start, within = 0, set(body)
         for place in model:
             own = [place_of[child] for child, _ in self.graph.inputs[place] if child in place_of]
             needed = {found[index] for index in own}
@@ -153,6 +153,8 @@ class _Loop:
                 for index in range(start, len(body)):
                     candidate = body[index]
                     inputs = {child for child, _ in self.graph.inputs[candidate]}
+                    if step == 0 and inputs & within != needed:
+                        continue  # made from more of this step than its counterpart
                     if self.graph.kind(candidate) == kind and needed <= inputs:
                         hit, start = candidate, index + 1
                         break
