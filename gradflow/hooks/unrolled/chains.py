@@ -72,7 +72,7 @@ class Chain:
         return min(every), max(every)
 
 
-def uses_of(graph: Unrolled, weights: Mapping[int, int]) -> list[Uses]:
+def uses_of(graph: Unrolled, weights: Mapping[int, object]) -> list[Uses]:
     """The uses of every weight that has at least `LEAST` of them.
 
     Args:
@@ -102,7 +102,7 @@ class _Labels:
     A part has a negative number of its own.
     """
 
-    def __init__(self, graph: Unrolled, weights: Mapping[int, int]) -> None:
+    def __init__(self, graph: Unrolled, weights: Mapping[int, object]) -> None:
         self.graph = graph
         self.places: dict[int, tuple[int, ...]] = {place: (place,) for place in weights}
         self._parts: dict[tuple[object, ...], int] = {}
@@ -175,7 +175,7 @@ def chains_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> list[Chai
     return list({id(chain): chain for chain in chains.values()}.values())
 
 
-def chains(graph: Unrolled, weights: Mapping[int, int], states: Collection[int]) -> list[Chain]:
+def chains(graph: Unrolled, weights: Mapping[int, object], states: Collection[int]) -> list[Chain]:
     """All lines of at least `LEAST` uses of one weight; see `chains_of`.
 
     A weight that only enters elementwise (a bias, a gain, a shared activation) counts if all matrices
@@ -194,7 +194,7 @@ def chains(graph: Unrolled, weights: Mapping[int, int], states: Collection[int])
                 line.tree = tree
         found += [replace(line, uses=uses) for line in known[key]]
     repeated = {place for chain in found if chain.uses.product for place in chain.depth}
-    return [c for c in found if c.uses.product or _alone(graph, c, repeated)]
+    return [c for c in found if c.uses.product or is_without_other_products(graph, c, repeated)]
 
 
 def _not_within(graph: Unrolled, found: list[Chain]) -> list[Chain]:
@@ -204,7 +204,7 @@ def _not_within(graph: Unrolled, found: list[Chain]) -> list[Chain]:
     return [chain for chain in found if length[next(iter(chain.depth))] == chain.length]
 
 
-def _alone(graph: Unrolled, chain: Chain, repeated: Collection[int]) -> bool:
+def is_without_other_products(graph: Unrolled, chain: Chain, repeated: Collection[int]) -> bool:
     """Whether no matrix of its own lies between the uses of an elementwise weight."""
     first, last = chain.numbers(graph)
     every = sorted(chain.depth)

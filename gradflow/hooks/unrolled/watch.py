@@ -24,6 +24,7 @@ from gradflow.hooks.unrolled.pieces import Piece
 from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps, steps_of
 from gradflow.hooks.unrolled.takeup import checked, rows_of, take_up
 from gradflow.hooks.unrolled.values import Values
+from gradflow.hooks.unrolled.weights import computed_chains, in_attributes, origin
 from gradflow.hooks.unseen import foreign_code, has_no_numbers
 from gradflow.limits import CALLER_FRAMES, OPEN_PIECES
 from gradflow.recording import Unseen
@@ -90,21 +91,24 @@ class Watch:
             return
         if self._is_second_order(graph):
             return
-        weights = {
-            place: id(node.variable)
-            for place, node in enumerate(graph.nodes)
-            if graph.is_leaf(place) and hasattr(node, "variable")
-        }
-        weights = {place: key for place, key in weights.items() if key in self.names}
+        weights = self._weights(graph)
         if any(has_no_numbers(graph.nodes[place].variable) for place in weights):
             return
         self._note_fused(graph, weights)
         states = {p for p, number in enumerate(graph.numbers) if self._is_state(number)}
-        for found in recurrences(graph, chains(graph, weights, states)):
+        known = chains(graph, weights, states)
+        known += computed_chains(graph, known, weights, states)
+        for found in recurrences(graph, known):
             if is_empty(graph, found) or self._is_around_stock(graph, found):
                 continue
-            names = [self.names[weights[chain.weight]] for chain in found.chains]
-            self._found(graph, found, list(dict.fromkeys(names)))
+            own = [weights[chain.weight] for chain in found.chains if chain.weight in weights]
+            names = list(dict.fromkeys(own))
+            if names:
+                self._found(graph, found, names)
+                continue
+            names = origin(graph, found.chains[0].weight, weights)
+            if names:
+                self._found(graph, found, names, computed=True)
         here = {id(s): s for n in graph.numbers if (s := self.states.get(n)) is not None}
         self.owner.drop_sources([s for s in here.values() if s.part_of_a_step])
         self.walked.update(graph.numbers)
@@ -116,12 +120,24 @@ class Watch:
             self.differentiated.append((self._since, newest()))
             self._since = -1
 
-    def _note_fused(self, graph: Unrolled, weights: dict[int, int]) -> None:
+    def _weights(self, graph: Unrolled) -> dict[int, str]:
+        """The places of the model's own leaves, and their names."""
+        leaves = {
+            place: node.variable
+            for place, node in enumerate(graph.nodes)
+            if graph.is_leaf(place) and hasattr(node, "variable")
+        }
+        names = self.names
+        if any(id(t) not in names and not isinstance(t, nn.Parameter) for t in leaves.values()):
+            names = names | in_attributes(self.modules)
+        return {place: names[id(t)] for place, t in leaves.items() if id(t) in names}
+
+    def _note_fused(self, graph: Unrolled, weights: dict[int, str]) -> None:
         """Fused functions that ran unseen: what was seen is stepped over, and shows no weights."""
         for place, inputs in enumerate(graph.inputs):
             mine = [weights[child] for child, _ in inputs if child in weights]
             if mine and graph.kind(place) in FUSED:
-                path = self.names[mine[0]].rpartition(".")[0]
+                path = mine[0].rpartition(".")[0]
                 if isinstance(self.modules[path], nn.RNNBase):
                     self.fused[path] = self.modules[path]
 
@@ -145,7 +161,9 @@ class Watch:
 
     # -- one recurrence ----------------------------------------------------------------------
 
-    def _found(self, graph: Unrolled, found: Recurrence, names: list[str]) -> None:
+    def _found(
+        self, graph: Unrolled, found: Recurrence, names: list[str], *, computed: bool = False
+    ) -> None:
         """Take a loop up, or note that it is in no track and why."""
         path, loop = self.place_of(names)
         self._drop_parts(graph, found)
@@ -153,7 +171,7 @@ class Watch:
             steps, rows = self._states(graph, found, names)
         except NoState as error:
             form = sources.FLAT if isinstance(error, NoRows) else sources.PLAIN
-            self._note(found, names, path, loop, (str(error), form))
+            self._note(found, [] if computed else names, path, loop, (str(error), form))
             return
         name = path or "loop"
         if self.owner.wants_track(name):
@@ -236,7 +254,7 @@ class Watch:
         loop: sources.Found | None,
         reason: tuple[str, tuple[str, str]],
     ) -> None:
-        key = tuple(sorted(names))
+        key = (path, *sorted(names))
         known = self.unseen.get(key)
         if known is not None and known.steps >= found.steps:
             return
