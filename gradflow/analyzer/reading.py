@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradflow.analyzer.order import in_processing_order
 from gradflow.errors import RecordingError
+from gradflow.limits import STATES_ALIKE
 from gradflow.recording import Padding, Recording, Track, padding_of
 
 UNREAD = "unread"  # no gradient comes
@@ -252,7 +253,7 @@ def _of_model(track: Track, given: Sequence[Padding]) -> Padding | None:
     state = track.seen_states.get(track.main_state)
     if len(tails) > 1 and common and state is not None:
         early = state[:common, (tails >= common).to(state.device)]
-        if torch.allclose(early, early[:, :1], rtol=1e-3, atol=0.0):
+        if torch.allclose(early, early[:, :1], rtol=STATES_ALIKE, atol=0.0):
             return None
     return None if track.turned else known[0]
 

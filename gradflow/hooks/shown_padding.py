@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gradflow.hooks.graph import is_hooked
 from gradflow.hooks.own.leaves import leaves
+from gradflow.limits import FIRST_NODES, INPUT_NODES, SHOWN_CALLS
 from gradflow.recording.padding import Padding, padding_of
 
 # nodes that make every step of their result from the same step of what they are given
@@ -53,9 +54,6 @@ TURNING = {"TransposeBackward0", "PermuteBackward0"}
 REORDERING = {
     f"{name}Backward0" for name in ("Flip", "Roll", "Index", "IndexSelect", "Gather", "Take")
 }
-MOST_CALLS = 8  # of the model, whose arguments are looked at
-FARTHEST = 4096  # nodes before the first step of a loop
-FURTHEST = 64  # nodes between a layer's input and what it was made from
 
 
 class ShownPadding:
@@ -72,7 +70,7 @@ class ShownPadding:
     def of_model(self, args: Any, kwargs: Any) -> list[Padding]:
         """Of every tensor that the model was given, its axes in both orders."""
         self._calls += 1
-        if self._calls > MOST_CALLS:  # a loop that calls the model step by step
+        if self._calls > SHOWN_CALLS:  # a loop that calls the model step by step
             return []
         given = [t.detach() for t in leaves((args, kwargs)).values() if not t.is_complex()]
         found = []
@@ -106,7 +104,7 @@ class ShownPadding:
                 names += made
             elif node.name() == "EmbeddingBackward0":
                 ids.append((node, turned))
-            elif node.name() in STEPWISE and len(seen) < FURTHEST:
+            elif node.name() in STEPWISE and len(seen) < INPUT_NODES:
                 turned |= node.name() in TURNING
                 waiting += [(child, turned) for child, _ in node.next_functions]
             elif node.name() != "torch::autograd::AccumulateGrad":
@@ -127,7 +125,7 @@ class ShownPadding:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if len(seen) > FARTHEST or node.name() in REORDERING or _takes_the_last(node):
+            if len(seen) > FIRST_NODES or node.name() in REORDERING or _takes_the_last(node):
                 return True
             if node._sequence_nr() not in self._made:
                 waiting += [child for child, _ in node.next_functions]

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLANKS = 0.05  # share of the steps before a padded tail that may hold the padding's row
-CHANCE = 2  # steps in a row at the end that may be equal by chance
-ROUNDING = 32  # units of rounding within which two rows are one: a layer made both of one row
+from gradflow.limits import BLANKS, CHANCE, CHANCE_STEPS, INPUT_ROUNDING
 
 
 @dataclass(frozen=True)
@@ -42,31 +40,44 @@ class Padding:
 def padding_of(rows: Tensor, tokens: Collection[int] = ()) -> Padding | None:
     """The tails of rows (T, B, I), or of token ids (T, B, 1), some of which stand for padding.
 
-    The row of the tails must be the same in all sequences, and must hardly occur before them.
+    The row of the tails must be the same in all sequences, must hardly occur before them, and must
+    not come so often in a row by chance.
 
     >>> x = torch.randn(9, 3, 2)
     >>> x[4:, 0], x[6:, 1] = 0.0, 0.0
     >>> padding_of(x).lengths.tolist(), padding_of(torch.randn(9, 3, 2))
     ([4, 6, 9], None)
     """
-    steps = len(rows)
-    if steps < 3 or not rows.numel():
+    if len(rows) < 3 or not rows.numel():
         return None
-    if not bool(_same(rows[-2], rows[-1]).any()):
+    token = _token(rows, tokens)
+    if token is None and not bool(_same(rows[-2], rows[-1]).any()):
         return None
     x = rows.detach().cpu()
     tails = _tails(_same(x, x[-1]))
-    longest = int(tails.argmax())
-    blank = _same(x, x[-1, longest])
-    lengths = steps - _tails(blank)
-    before = blank & (torch.arange(steps)[:, None] < lengths)
-    others = tails[~blank[-1]]  # token ids may well be the same twice
-    if bool((others > CHANCE).any()) or int(lengths.min()) < 1:
+    blank = _same(x, x[-1, int(tails.argmax())] if token is None else x.new_tensor([token]))
+    lengths = len(x) - _tails(blank)
+    real = int(lengths.sum())
+    before = int(blank.sum()) - (len(x) * x.shape[1] - real)
+    if int(lengths.min()) < 1 or before > BLANKS * real:
         return None
-    if float(before.sum()) > BLANKS * float(lengths.sum()):
+    if token is None and _by_chance(tails, blank, max(before, 1) / real):
         return None
-    is_token = not x.is_floating_point() and x.shape[2] == 1
-    return Padding(lengths, steps, is_token and int(x[-1, longest]) in tokens)
+    return Padding(lengths, len(x), token is not None)
+
+
+def _token(rows: Tensor, tokens: Collection[int]) -> int | None:
+    """Which token that stands for padding ends some sequence, if any does."""
+    if rows.is_floating_point() or rows.shape[2] != 1:
+        return None
+    return next((token for token in tokens if bool((rows[-1] == token).any())), None)
+
+
+def _by_chance(tails: Tensor, blank: Tensor, share: float) -> bool:
+    """Whether rows of which this share is alike may end so, or in several ways, or only one does."""
+    likely = len(tails) * share ** int(tails.max())
+    alone = len(tails) > 2 and int((_tails(blank) > 1).sum()) < 2
+    return likely > CHANCE or alone or bool((tails[~blank[-1]] > CHANCE_STEPS).any())
 
 
 def _tails(blank: Tensor) -> Tensor:
@@ -78,5 +89,5 @@ def _same(x: Tensor, row: Tensor) -> Tensor:
     """(...): whether rows (..., I) are this one, up to rounding."""
     if not x.is_floating_point():
         return (x == row).all(-1)
-    bound = ROUNDING * torch.finfo(x.dtype).eps * row.abs().amax(-1, keepdim=True)
+    bound = INPUT_ROUNDING * torch.finfo(x.dtype).eps * row.abs().amax(-1, keepdim=True)
     return ((x - row).abs() <= bound).all(-1)
