@@ -90,6 +90,10 @@ WALL_LOSS = _limit(0.5, "of decades lost", "where few steps lose so much, they a
 WALL_STEPS = _limit(0.1, "of steps", "that is few, and one in any case")
 WALL_LEAST = _limit(5, "steps", "without which few of them means nothing")
 BLANKS = _limit(0.05, "of steps", "before a padded tail that may hold the padding's row")
+CHANCE = _limit(1e-3, "probability", "that some sequence of a batch ends as padding does, by chance")
+CHANCE_STEPS = _limit(2, "steps", "in a row at the end that may be alike by chance")
+INPUT_ROUNDING = _limit(32, "units of rounding", "within which a layer made two rows of one")
+STATES_ALIKE = _limit(1e-3, "relative", "within which sequences that read the same have the same states")
 LARGE_INPUT = _limit(1.5, "standard deviations", "from which on normalising makes an input smaller")
 LINEAR_ROUNDING = _limit(256, "units of rounding", "within which two steps make the same of a vector")
 LAG_TOLERANCES = _limit((0.01, 0.05, 0.1), "of ‖∂L/∂W‖", "errors for which a window is given")
@@ -205,6 +209,9 @@ CALLER_FRAMES = _limit(24, "frames", "how far up the code that called backward i
 HELD_ENTRIES = _limit(2**24, "entries", "that are kept alive of a loop's own variables")
 HELD_LOCALS = _limit(32, "variables", "of one frame that are looked at")
 SAMPLED = _limit(16, "entries", "compared of a weight whose values are not kept")
+SHOWN_CALLS = _limit(8, "calls", "of the model, whose arguments are looked at for padding")
+INPUT_NODES = _limit(64, "nodes", "between a layer's input and the tokens that it is made from")
+FIRST_NODES = _limit(4096, "nodes", "before the first step of a loop")
 MANY_TRACKS = _limit(64, "tracks", "of one layer in one block, above which a sentence says so")
 
 # what a file may hold, and what is listed of it
