@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def measure(
     kept = keeping(track, settings, span)
     growth = growth_of(track, settings, watch, kept.leading)
     short = (track.lengths.cpu() == 1).numpy()  # one step has no recurrence
-    gains = SpanGains(np.where(finite, kept.gains.values, np.nan), kept.gains.steps)
+    gains = replace(kept.gains, values=np.where(finite, kept.gains.values, np.nan))
     rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
     common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
     usable = bool(finite.all()) and track.steps > 1
@@ -87,9 +87,9 @@ def measure(
         interval_of_rates(rates, common, kept.constant is not None, growth) if usable else UNKNOWN
     )
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
-    mapped = _mapped(track, gains.values, finite, settings)
+    mapped = _mapped(track, gains.votes, finite, settings)
     maps, ranks = _maps(track, mapped, span, withheld, settings)
-    measurable = int(np.isfinite(gains.values).sum())
+    measurable = int(np.isfinite(gains.votes).sum())
     return Core(
         span=span,
         finite=finite,
@@ -205,10 +205,16 @@ def channels(track: Track, singular: np.ndarray) -> int | None:
 
 
 def half_life(core: Core, labels: tuple[str, ...]) -> float:
-    """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half."""
+    """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half.
+
+    A rate that has not settled tells none: then it is the curve's own, and where that has not fallen
+    by half yet, NaN.
+    """
     rate, curve = core.rate.value, core.curve
     if math.isnan(rate) and curve.searched == 0:
         return math.nan
+    if math.isfinite(rate) and not core.settled:
+        return curve.half_life if math.isfinite(curve.half_life) else math.nan
     if rate < -ROUNDING and "not exponential" not in labels and curve.falls_with(rate):
         return math.log(2) / -rate
     return curve.half_life
