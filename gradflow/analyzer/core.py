@@ -28,19 +28,15 @@ from gradflow.analyzer.keeping import (
 )
 from gradflow.analyzer.leading import WeightGrowth
 from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
-from gradflow.analyzer.norms import EXACT_ROWS
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.ranks import Ranks, measure_ranks
-from gradflow.analyzer.rates import ROUNDING, Verdict, judge
+from gradflow.analyzer.rates import Verdict, judge
 from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.settling import enough
 from gradflow.analyzer.singular import survivors
 from gradflow.analyzer.thin import thin_maps
+from gradflow.limits import CHANNEL_WORK, EXACT_ROWS, MAP_SECONDS, RATE_ROUNDING, RATE_SECONDS
 from gradflow.recording import Track
-
-MAP_SECONDS = 5.0  # predicted, for the maps of all layers together
-RATE_SECONDS = 1.0  # predicted, for the exponents of all layers together
-CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
 
 
 @dataclass(frozen=True)
@@ -83,11 +79,12 @@ def measure(
     rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
     common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
     usable = bool(finite.all()) and track.steps > 1
+    paced = usable and gains.over > 0  # one step from a first state has no pace
     rate = (
-        interval_of_rates(rates, common, kept.constant is not None, growth) if usable else UNKNOWN
+        interval_of_rates(rates, common, kept.constant is not None, growth) if paced else UNKNOWN
     )
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
-    mapped = _mapped(track, gains.votes, finite, settings)
+    mapped = _mapped(track, gains, finite, settings)
     maps, ranks = _maps(track, mapped, span, withheld, settings)
     measurable = int(np.isfinite(gains.votes).sum())
     return Core(
@@ -152,10 +149,13 @@ def growth_of(
 
 
 def _mapped(
-    track: Track, gains: np.ndarray, finite: np.ndarray, settings: Settings
+    track: Track, found: SpanGains, finite: np.ndarray, settings: Settings
 ) -> tuple[int, ...]:
-    """Which sequences are mapped: those nearest to the median gain of all, nearest first."""
-    candidates = settings.sequences or tuple(range(track.batch))
+    """Which sequences are mapped: those nearest to the median gain of all, nearest first.
+
+    Those that are too short for a vote come last.
+    """
+    candidates, gains = settings.sequences or tuple(range(track.batch)), found.votes
     known = [b for b in candidates if not math.isnan(gains[b])]
     if not known:
         usable = [b for b in candidates if finite[b]] or list(candidates)
@@ -164,7 +164,8 @@ def _mapped(
     middle = np.sort(gains[~np.isnan(gains)])[(int((~np.isnan(gains)).sum()) - 1) // 2]
     distance = [0.0 if gains[b] == middle else abs(float(gains[b] - middle)) for b in known]
     order = sorted(range(len(known)), key=lambda place: (distance[place], known[place]))
-    return tuple(known[place] for place in order[: settings.maps])
+    short = [b for b in candidates if b not in known and not math.isnan(found.values[b])]
+    return tuple([*(known[place] for place in order), *short][: settings.maps])
 
 
 def _maps(
@@ -211,10 +212,10 @@ def half_life(core: Core, labels: tuple[str, ...]) -> float:
     by half yet, NaN.
     """
     rate, curve = core.rate.value, core.curve
-    if math.isnan(rate) and curve.searched == 0:
+    if curve.searched == 0 and not math.isfinite(rate):
         return math.nan
     if math.isfinite(rate) and not core.settled:
         return curve.half_life if math.isfinite(curve.half_life) else math.nan
-    if rate < -ROUNDING and "not exponential" not in labels and curve.falls_with(rate):
+    if rate < -RATE_ROUNDING and "not exponential" not in labels and curve.falls_with(rate):
         return math.log(2) / -rate
     return curve.half_life

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.windows import Norms, Window, log_norms
+from gradflow.limits import STEPS_ALIKE, WINDOW_BYTES, WINDOW_ROUNDS
 from gradflow.recording import Operator
-
-MOST = 2**28  # bytes of the blocks of all windows together; beyond, a few windows stand for many
-NEARLY = 0.9  # of the steps that gains are taken over: so long is as good as whole
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def span_gains(
     *,
     cuts: Tensor | None = None,
     rows: int = 4,
-    rounds: int = 24,
+    rounds: int = WINDOW_ROUNDS,
 ) -> SpanGains:
     """ln of the largest gain of any direction over the span, of every sequence.
 
@@ -75,7 +73,7 @@ def span_gains(
     crossed = crossing(operator.length, lengths, cuts)
     size = 16 * rows * operator.size  # bytes of a window, in float64, to and fro
     over = common_steps(crossed, span)
-    windows = span_windows(crossed, over, max(1, MOST // (size * operator.batch)))
+    windows = span_windows(crossed, over, max(1, WINDOW_BYTES // (size * operator.batch)))
     norms = log_norms(operator, windows, rows=rows, rounds=rounds)
     return collected(windows, norms, crossed, over)
 
@@ -125,7 +123,7 @@ def common_steps(crossed: np.ndarray, span: int) -> int:
         longest[b] = max(longest.get(b, 0), int(width))
     second = sorted(longest.values(), reverse=True)[:2][-1]
     most = min(int(half), second)
-    return int(widths[widths >= NEARLY * most].min())
+    return int(widths[widths >= STEPS_ALIKE * most].min())
 
 
 def span_windows(crossed: np.ndarray, over: int, most: int) -> list[Window]:
@@ -148,9 +146,7 @@ def span_windows(crossed: np.ndarray, over: int, most: int) -> list[Window]:
     return chosen
 
 
-def collected(
-    windows: list[Window], norms: Norms, crossed: np.ndarray, over: int
-) -> SpanGains:
+def collected(windows: list[Window], norms: Norms, crossed: np.ndarray, over: int) -> SpanGains:
     """The median of each sequence's windows, a stretch between cuts counting by its steps."""
     batch = crossed.shape[1]
     values, steps = np.full(batch, math.nan), np.zeros(batch, dtype=int)
