@@ -56,6 +56,7 @@ GONE = _limit(1e-3, "gain", "below it a direction, a unit, the gradient counts a
 CARRIED = _limit(0.1, "gain", "a unit that never falls below it carries the gradient")
 DEAD_SHARE = _limit(0.5, "of sequences", "where as many are cut by exact zeros, the layer is dead")
 GAINS_APART = _limit(0.2, "decades", "a difference of two gains that is worth a word")
+STEPS_ALIKE = _limit(0.9, "of the steps of a gain", "a stretch so long shortens it for all")
 SHORT = _limit(10, "steps", "with fewer all are counted, the first ones too: theory, section 3")
 SHAPE_STEPS = _limit(10, "steps", "a curve of fewer has no shape to tell")
 POWER_BETTER = _limit(0.8, "of the line's error", "a power law must predict other sequences so well")
