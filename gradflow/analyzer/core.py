@@ -80,9 +80,7 @@ def measure(
     common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
     usable = bool(finite.all()) and track.steps > 1
     paced = usable and gains.over > 0  # one step from a first state has no pace
-    rate = (
-        interval_of_rates(rates, common, kept.constant is not None, growth) if paced else UNKNOWN
-    )
+    rate = interval_of_rates(rates, common, kept.constant is not None, growth) if paced else UNKNOWN
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
     mapped = _mapped(track, gains, finite, settings)
     maps, ranks = _maps(track, mapped, span, withheld, settings)
