@@ -47,7 +47,6 @@ WRONG: dict[str, tuple[str, Callable[[LayerAnalysis], LayerAnalysis]]] = {
     ),
     "dotted line": ("rate", lambda layer: shifted(layer, "lag_fit", np.arange(40.0))),
     "rate": ("rate", lambda layer: replace(layer, rate=Rate(-0.01, -0.011, -0.009))),
-    "Lyapunov figure": ("figures", lambda layer: replace(layer, verdict="exploding")),
     "bar": ("curve", lambda layer: replace(layer, searched=3)),
 }
 

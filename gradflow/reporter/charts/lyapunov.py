@@ -73,9 +73,8 @@ def _message(layer: LayerAnalysis, mean: np.ndarray, over: int) -> str:
     kept = int((mean >= -LN10 / over).sum())
     otherwise = layer.verdict == "vanishing" if kept else layer.verdict in ("stable", "exploding")
     if otherwise:  # near the edge, or where few steps are not yet like many
-        return (
-            f"{largest} in the long run; over {over} steps the largest gain is {gain_words(layer)}"
-        )
+        gain = f"; over {over} steps the largest gain is {gain_words(layer)}"
+        return f"{largest} in the long run{gain * math.isfinite(layer.gain.value)}"
     share = (
         f"{kept} of the {len(mean)} measured"
         if len(mean) < layer.size
