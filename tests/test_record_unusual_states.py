@@ -60,19 +60,6 @@ class Packed(Marked):
         return self.out(s[0]) + self.out(s[1])
 
 
-class OneStart(Marked):
-    """The start is one row for all sequences, without a batch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        v = r = torch.zeros(H, dtype=x.dtype)
-        for u in x:
-            through = (r.unsqueeze(0) @ self.W).squeeze(0) if r.dim() == 1 else r @ self.W
-            v = 0.7 * v + 0.3 * (through + self.x(u))
-            r = torch.relu(v)
-            self.keep(v)
-        return self.out(r)
-
-
 class Hidden(Marked):
     """Into what the last state goes keeps no values of it."""
 
@@ -90,7 +77,7 @@ def flat(state: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("make", "first", "last"),
-    [(Oscillators, 0, T), (Packed, 0, T), (OneStart, 0, T), (Hidden, 0, T - 1)],
+    [(Oscillators, 0, T), (Packed, 0, T), (Hidden, 0, T - 1)],
 )
 def test_the_totals_and_the_product_are_those_of_autograd(
     make: Callable[[], Marked], first: int, last: int

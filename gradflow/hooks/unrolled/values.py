@@ -246,6 +246,11 @@ def _unbind(node: Any, values: list[Tensor | None]) -> Any:
     return None if values[0] is None else values[0].unbind(_signed(node._saved_dim))
 
 
+def _reshape(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    shape = tuple(node._input_metadata[0].shape)
+    return None if values[0] is None else values[0].reshape(shape)
+
+
 def _expand(node: Any, values: list[Tensor | None]) -> Tensor | None:
     shape = tuple(node._input_metadata[0].shape)
     return None if values[0] is None else values[0].expand(shape)
@@ -303,6 +308,7 @@ _RULES: dict[str, Rule] = {
     "Cat": _cat,
     "Stack": _stack,
     "Unbind": _unbind,
+    **dict.fromkeys(_RESHAPED, _reshape),
     "Expand": _expand,
     "Div": _of_two(torch.div),
     "Maximum": _of_two(torch.maximum),
