@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -221,6 +221,13 @@ class Recorder:
         if torch._C._current_graph_task_id() == -1:
             self.watch.after_backward()
 
+    def is_told(self, weights: Collection[str]) -> bool:
+        """Whether it is said already why nothing was read of a module that holds all these weights."""
+        told = {name.partition(" (")[0] for name in self.own.unseen}
+        parts = [name.split(".") for name in weights]
+        holders = [{".".join(some[:n]) for n in range(1, len(some))} for some in parts]
+        return bool(holders) and any(path in told for path in set.intersection(*holders))
+
     def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None:
         """States of a track sit at these edges of the graph."""
         self.watch.marked(edges, source)
@@ -391,17 +398,12 @@ class Recorder:
         return tuple(
             one
             for one in (*self.watch.unseen.values(), *self._of_outputs())
-            if not self._is_told(one)
+            if not self.is_told(one.weights)
             and (
                 self.layers is None
                 or any(matches_any(name, self.layers) for name in (one.module, *one.weights))
             )
         )
-
-    def _is_told(self, one: Unseen) -> bool:
-        """Whether it is a layer of torch's own of which is said already why its call was not seen."""
-        holders = {name.rpartition(".")[0] for name in one.weights}
-        return bool(holders) and all(holder in self.own.unseen for holder in holders)
 
     def _of_outputs(self) -> list[Unseen]:
         """Layers whose calls start afresh, each on what came of the call before."""

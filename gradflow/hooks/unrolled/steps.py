@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from gradflow.hooks.axes import Axis
 from gradflow.hooks.graph import LEAF, Edge
 from gradflow.hooks.unrolled.chains import Chain, Recurrence
 from gradflow.hooks.unrolled.crossing import crossing, earliest, latest
@@ -18,6 +19,9 @@ from gradflow.hooks.unrolled.order import Unrolled
 from gradflow.limits import CUT_PLACES, LOOP_STEPS, PERIODS
 
 TREE = "its uses are the nodes of a tree, several of which lead into one, and not steps of one line"
+EARLY = "its last step is not shown: the loss does not depend on all states that the loop ends with"
+NO_VALUE = "its last step is not shown: no operation keeps the values of the states that the loop ends with"
+UNLIKE = "its first step is not shown: it does not do what the others do"
 SAME_NOT = "not every step does the same"
 
 
@@ -38,7 +42,18 @@ class Steps:
     """The states of a loop, T steps of edges in the order in which a step makes them."""
 
     edges: list[list[Edge]]
-    ends_early: bool = False  # the last step of the loop is not among them
+    axes: tuple[Axis, ...] = ()  # of every state: which is the batch
+    notes: tuple[str, ...] = ()  # that its first step, or its last one, is not among them
+
+    @property
+    def begins(self) -> bool:
+        """Whether its first step is among them."""
+        return UNLIKE not in self.notes
+
+    @property
+    def ends(self) -> bool:
+        """Whether its last step is among them."""
+        return EARLY not in self.notes and NO_VALUE not in self.notes
 
 
 def steps_of(graph: Unrolled, found: Recurrence) -> Steps:
@@ -130,9 +145,10 @@ class _Loop:
             if edges is not None and self._is_all(edges, shown, cut):
                 return Steps(edges)
             tried = tried or wanted
-        edges = None if tried is None else self._everywhere(tried, shown[:-1])
-        if edges is not None and self._is_all(edges, shown, cuts[0]):
-            return Steps(edges, ends_early=True)
+        for first, last, notes in _SHORTER if tried is not None else ():
+            edges = self._everywhere(tried or [], shown[first:last])
+            if edges is not None and self._is_all(edges, shown[first:last], cuts[0], first):
+                return Steps(edges, notes=notes)
         raise NoState("what crosses from step to step is not the same at every step")
 
     def _matched(self, model: list[int], step: int) -> list[int | None]:
@@ -214,7 +230,9 @@ class _Loop:
             raise NoState("its states change their shape from step to step")
         return found
 
-    def _is_all(self, edges: list[list[Edge]], shown: list[list[int | None]], cut: int) -> bool:
+    def _is_all(
+        self, edges: list[list[Edge]], shown: list[list[int | None]], cut: int, first: int = 0
+    ) -> bool:
         """Whether exactly these edges cross at every step; the last of them lead out of the loop."""
         boundaries = []
         for step in range(len(edges) - 1):
@@ -222,12 +240,20 @@ class _Loop:
             place = shown[step][cut]
             boundaries.append((max(numbers) if place is None else self.graph.numbers[place]) + 1)
         ends = {node for node, _ in edges[-1]}
-        marks = dict(self.marks)
+        marks = {place: max(step - first, 0) for place, step in self.marks.items()}
         for place, node in enumerate(self.graph.nodes):
             if node in ends:
                 marks[place] = len(edges)
         found = crossing(self.graph, marks, boundaries)
         return all(set(some) == set(edges[step]) for step, some in enumerate(found))
+
+
+_SHORTER = (
+    # from which step, to which, and what to say of it
+    (0, -1, (EARLY,)),
+    (1, None, (UNLIKE,)),
+    (1, -1, (UNLIKE, EARLY)),
+)
 
 
 def _two(marks: dict[int, int], middle: int) -> dict[int, int]:

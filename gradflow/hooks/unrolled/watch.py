@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import takewhile
 from types import FrameType
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from gradflow.hooks.unrolled.held import Held
 from gradflow.hooks.unrolled.order import TooLarge, Unrolled
 from gradflow.hooks.unrolled.pieces import Piece
 from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps, steps_of
-from gradflow.hooks.unrolled.takeup import checked, rows_of, take_up
+from gradflow.hooks.unrolled.takeup import checked, take_up, with_rows
 from gradflow.hooks.unrolled.values import Values
 from gradflow.hooks.unrolled.weights import computed_chains, in_attributes, origin
 from gradflow.hooks.unseen import foreign_code, has_no_numbers
@@ -30,7 +30,6 @@ from gradflow.limits import CALLER_FRAMES, OPEN_PIECES
 from gradflow.recording import Unseen
 
 FUSED = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
-EARLY = "its last step is not shown: the loss does not depend on all states that the loop ends with"
 
 
 class WatchOwner(Owner, Protocol):
@@ -39,6 +38,7 @@ class WatchOwner(Owner, Protocol):
     def drop_sources(self, sources: list[TapSource]) -> None: ...
     def drop_cell(self, module: nn.Module) -> None: ...
     def in_closed_loop(self) -> bool: ...
+    def is_told(self, weights: Collection[str]) -> bool: ...
 
 
 class Watch:
@@ -165,6 +165,8 @@ class Watch:
         self, graph: Unrolled, found: Recurrence, names: list[str], *, computed: bool = False
     ) -> None:
         """Take a loop up, or note that it is in no track and why."""
+        if self.owner.is_told(names):
+            return
         path, loop = self.place_of(names)
         self._drop_parts(graph, found)
         try:
@@ -176,7 +178,8 @@ class Watch:
         name = path or "loop"
         if self.owner.wants_track(name):
             code = tuple(sorted(names))
-            before = next((p for p in self.pieces.get(code, ()) if p.goes_on(steps.edges[0])), None)
+            open_ones = self.pieces.get(code, ()) if steps.begins else ()
+            before = next((p for p in open_ones if p.goes_on(steps.edges[0])), None)
             known = self._called(steps) or _names(loop, len(steps.edges[0]))
             known = known if before is None else list(before.end.place.parts)
             cell = cell_name(self.modules[path])
@@ -188,10 +191,9 @@ class Watch:
                 self.marks, name, cell, steps, known, rows, None if before is None else before.end
             )
             end.track.code = code
-            end.track.notes += [EARLY] if steps.ends_early else []
-            self._ended(
-                code, before, None if steps.ends_early else Piece(end, steps.edges[-1], rows[-1])
-            )
+            end.track.notes += [f"{end.track.name}: {note}" for note in steps.notes]
+            now = Piece(end, steps.edges[-1], rows[-1]) if steps.ends else None
+            self._ended(code, before, now)
 
     def _ended(self, code: tuple[str, ...], before: Piece | None, now: Piece | None) -> None:
         """Remember how far a loop has come, instead of how far it had."""
@@ -235,8 +237,8 @@ class Watch:
         if any(since < FAR for place, since in enumerate(earliest(graph, taken)) if place in uses):
             raise NoState("a backward ran in the middle of it")
         steps = steps_of(graph, found)
-        checked(graph, steps)
-        return steps, rows_of(Values(graph, self.held.tensors), steps)
+        steps = checked(graph, steps)
+        return with_rows(Values(graph, self.held.tensors), steps)
 
     def _called(self, steps: Steps) -> list[str]:
         """What the user's variables of the states were called in a middle step, if all are known."""
