@@ -69,7 +69,7 @@ def _from_many_steps(known: list[Track], layers: dict[str, LayerAnalysis]) -> li
     perhaps: list[str] = []
     for track in every:
         later = known[known.index(track) + 1 :]
-        passed = any(other in few and other.owner != track.owner for other in later)
+        passed = any(other in few and _place(other) != _place(track) for other in later)
         (perhaps if passed else loss).append(track.name)
     notes = []
     if loss:
@@ -83,6 +83,11 @@ def _from_many_steps(known: list[Track], layers: dict[str, LayerAnalysis]) -> li
             "layers above: the total gradient need not fade even where nothing flows; read the gains"
         )
     return notes
+
+
+def _place(track: Track) -> tuple[str, int]:
+    """Tracks of one place are layers of one stack, or runs of them side by side."""
+    return track.owner, track.depth
 
 
 def _is_said(note: str, layer: LayerAnalysis) -> bool:

@@ -298,8 +298,7 @@ class Recorder:
         self._listen(call, results)
         self.calls.append(call)
         chain, end = self.stitcher.place(call, initial, results)
-        if end is not None:
-            self.closed.saw(chain, end, data)
+        self.closed.saw(chain, end, data)
         if len(chain.calls) == 1:
             self._add_tracks(chain)
         elif _goes_around(chain):
