@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import html
+import io
 from pathlib import Path
 
 import closed_loops as loops
 import pytest
 import torch
 from closed_loops import Loop, advanced, made
+from rich.console import Console
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analyzer import step_jacobians
+from gradflow.analyzer.evidence import number
 from gradflow.errors import RecordingError
 from gradflow.recording import Recording
+from gradflow.reporter.text import render
 
 
 def recorded(model: Loop, batch: int = loops.B, **options: object) -> tuple[object, list]:
@@ -287,7 +292,44 @@ def test_what_is_alone_is_saved_and_read_again(tmp_path: Path) -> None:
     analysis = gradflow.analyze(recording)
     again = gradflow.load(analysis.save(tmp_path / "run.nc"))
     assert again["cell"].alone == analysis["cell"].alone is not None
-    assert any("alone, its inputs held fixed" in note for note in again.warnings)
+    assert (
+        "\n    cell alone, its inputs held fixed, which is not what the loss sees, would"
+        in repr(again)
+    )
+
+
+def test_the_verdict_of_several_cells_is_said_once_and_what_each_does_alone_after_it(
+    tmp_path: Path,
+) -> None:
+    recording, _ = recorded(made(loops.TwoCells))
+    analysis = gradflow.analyze(recording)
+    printed = io.StringIO()
+    render(analysis, Console(file=printed, width=400))
+    files = gradflow.report(analysis, tmp_path / "run")
+    page = html.unescape(files["report.html"].read_text()).partition("<h2>")[0]
+    said = analysis["loop"].sentence.removeprefix("loop (over lower, upper)")
+    for text in (repr(analysis), printed.getvalue(), page):
+        places = [text.find(f"{name} alone, its inputs held fixed") for name in ("lower", "upper")]
+        assert text.count(said) == 1 and text.index(said) < places[0] < places[1]
+    assert [layer.name for layer in analysis.told] == ["loop"]
+    assert {name for name in files if "gain-map" in name} == {"figures/loop-gain-map.png"}
+    assert [layer.part_of for layer in gradflow.load(files["run.nc"])] == ["loop", "loop", ""]
+
+
+@pytest.mark.parametrize("case", [JOINT["gru cell"], JOINT["upper cell feeds lower"]])
+def test_what_is_said_of_a_cell_alone_are_its_gain_and_horizon(case: tuple) -> None:
+    """The same words as of a verdict, and the numbers of the cell run open on the same inputs."""
+    recording, _ = recorded(made(*case))
+    name = "cell" if case[0] is loops.Decoder else "upper"
+    alone = gradflow.analyze(recording)[name].alone
+    matrices = step_jacobians(recording[name].alone)
+    gains = [
+        float(torch.linalg.matrix_norm(product(matrices[:, b], 0, loops.T - 1), 2).log10())
+        for b in range(loops.B)
+    ]
+    assert alone.gain.decades == pytest.approx(sum(gains) / len(gains), rel=1e-6)
+    verb = "lose" if alone.gain.value < 0 else "win"
+    assert f"would {verb} {number(abs(alone.gain.decades))} decades over 7 steps" in alone.sentence
 
 
 def test_every_run_of_a_closed_loop_has_its_own_joint_track() -> None:

@@ -8,7 +8,6 @@ import torch
 from gradflow._version import __version__
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer.certificates import broken
-from gradflow.analyzer.closed import alone_words
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.lyapunov import SHORT, burn_in
 from gradflow.analyzer.settings import Settings
@@ -47,7 +46,6 @@ def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple
                 f"the Lyapunov exponents of {track.name} add up to {number(sides[0])} per step, its "
                 f"determinants to {number(sides[1])}: the smallest exponents lie below rounding"
             )
-    notes += alone_words(layers)
     for name, some in limited.items():
         notes.append(
             f"gains of {_listed(some, names)} leave the range of {name}: there the model's own "
@@ -93,7 +91,7 @@ def _place(track: Track) -> tuple[str, int]:
 def _is_said(note: str, layer: LayerAnalysis) -> bool:
     """Whether the sentence gives this already: a reason without gains, the loop that it is a part of."""
     if note.startswith(f"{layer.name} is a part of "):
-        return f"{layer.name}, a part of " in layer.sentence
+        return bool(layer.part_of)
     reason = note.partition(": ")[2].removesuffix("; totals are exact all the same")
     return "no gains" in layer.labels and bool(reason) and reason in layer.sentence
 
