@@ -9,8 +9,9 @@ from gradflow._version import __version__
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer.certificates import broken
 from gradflow.analyzer.evidence import number
-from gradflow.analyzer.lyapunov import SHORT, burn_in
+from gradflow.analyzer.lyapunov import burn_in
 from gradflow.analyzer.settings import Settings
+from gradflow.limits import SHORT
 from gradflow.recording import Recording, Track
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from gradflow.hooks.closed.dependence import Dependence
 from gradflow.hooks.closed.parts import Seen, StockPart
+from gradflow.limits import RECURRENCE_USES
 
-LEAST = 3  # runs in a row that make a recurrence
 REASON = (
     "each call starts from a state of its own, and what goes around are its inputs; the tracks hold what "
     "flows within one call"
@@ -38,7 +38,7 @@ class Afresh:
             for track in part.tracks:
                 track.depth = max(track.depth, depth)
         runs = Counter(seen.part.path for seen in calls if _is_run(seen))
-        if runs and max(runs.values()) >= LEAST:
+        if runs and max(runs.values()) >= RECURRENCE_USES:
             self._count(calls, dependence)
 
     def _count(self, calls: Sequence[Seen], dependence: Dependence) -> None:
@@ -61,7 +61,7 @@ class Afresh:
 
     def found(self) -> dict[str, tuple[int, bool, bool]]:
         """Layers whose runs follow one another -> how many do; is it a cell, is it batch_first."""
-        return {p: (n, *self._forms[p]) for p, n in self._most.items() if n >= LEAST}
+        return {p: (n, *self._forms[p]) for p, n in self._most.items() if n >= RECURRENCE_USES}
 
     def close(self) -> None:
         """Let go of the calls."""
