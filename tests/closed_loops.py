@@ -202,7 +202,7 @@ class TwoCells(Loop):
         self.lower, self.upper, self.out = kind(H, H), nn.LSTMCell(H, H), nn.Linear(H, H)
 
     def step(self, state: State, t: int) -> State:
-        x = self.noise[t] + (self.out(state["upper.h"]) if t else 0.0)
+        x = self.noise[t, : len(state["upper.h"])] + (self.out(state["upper.h"]) if t else 0.0)
         low = self.lower(x, state["lower.h"])
         h, c = self.upper(low, (state["upper.h"], state["upper.c"]))
         return {"lower.h": low, "upper.h": h, "upper.c": c}
@@ -261,6 +261,33 @@ class Chunks(Loop):
     def step(self, state: State, t: int) -> State:
         x = self.noise[t] + (self.out(state["h"]) if t else 0.0)
         return {"h": self.rnn(x.expand(3, -1, -1), state["h"].unsqueeze(0))[1][0]}
+
+
+SHRINKING = ([0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1], [0, 1], [0, 1], [0], [0])
+KEPT = ([0, 1, 2], [0, 1, 2], [0, 2], [0, 1], [1, 0], [1, 0], [1, 0], [0])
+PERMUTED = ([0, 1, 2], [2, 0, 1], [0, 1, 2], [1, 0, 2], [0, 1, 2], [2, 1, 0], [2, 0, 1], [0, 2, 1])
+
+
+class Changing(Decoder):
+    """Sequences end early, are dropped or change their places; `rows` picks those of every step."""
+
+    def __init__(self, kind: Callable[..., nn.Module], rows: tuple[list[int], ...]) -> None:
+        super().__init__(kind)
+        self.rows = rows
+
+    def step(self, state: State, t: int) -> State:
+        return super().step({name: value[self.rows[t]] for name, value in state.items()}, t)
+
+
+class ChangingTwo(TwoCells):
+    """The same of two cells."""
+
+    def __init__(self, kind: Callable[..., nn.Module], rows: tuple[list[int], ...]) -> None:
+        super().__init__(kind)
+        self.rows = rows
+
+    def step(self, state: State, t: int) -> State:
+        return super().step({name: value[self.rows[t]] for name, value in state.items()}, t)
 
 
 class Ring(Loop):

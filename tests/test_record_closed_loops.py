@@ -124,6 +124,55 @@ def test_totals_compose_by_the_joint_steps(case: tuple) -> None:
             assert same(rows[t], carried), t
 
 
+CHANGING = {
+    "gru, shrinking": (loops.Changing, nn.GRUCell, loops.SHRINKING),
+    "lstm, some are kept": (loops.Changing, nn.LSTMCell, loops.KEPT),
+    "rnn, permuted": (loops.Changing, nn.RNNCell, loops.PERMUTED),
+    "one's own, some are kept": (loops.Changing, loops.Own, loops.KEPT),
+    "two cells, some are kept": (loops.ChangingTwo, nn.GRUCell, loops.KEPT),
+    "two cells, permuted": (loops.ChangingTwo, loops.Own, loops.PERMUTED),
+}
+
+
+@pytest.mark.parametrize("case", CHANGING.values(), ids=CHANGING)
+def test_a_closed_loop_whose_batch_changes_has_a_product_for_every_sequence(case: tuple) -> None:
+    """Sequences are named by their first place; every one is followed to its own last step."""
+    model, losses = made(*case), []
+    with gradflow.record(model) as recording:
+        states = model(loops.B)
+        losses = [(value**2).sum() for state in states for value in state.values()]
+        sum(losses).backward()
+    track = recording[model.track]
+    matrices, names = step_jacobians(track), [list(range(loops.B))]
+    for rows in model.rows[1:]:
+        names.append([names[-1][row] for row in rows])
+    assert track.lengths.tolist() == [sum(b in alive for alive in names) for b in range(loops.B)]
+    for b, length in enumerate(track.lengths.tolist()):
+        model(loops.B)
+        rows, at, last = rows_of(model, states[0]), names[0].index(b), names[length - 1].index(b)
+        exact = torch.autograd.functional.jacobian(
+            lambda one, rows=rows, at=at, last=last, end=length - 1: advanced(
+                model, torch.cat([rows[:at], one[None], rows[at + 1 :]]), 0, end
+            )[last],
+            rows[at],
+        )
+        mine = product(matrices[:, b], 0, length - 1)
+        assert same(mine, exact) and not same(mine * (1 + 1e-8), exact)
+    assert gradflow.analyze(recording)[model.track].sentence
+    if track.last_grads is not None:
+        model.zero_grad()
+        with gradflow.record(model) as again:
+            ends = {b: (n - 1, names[n - 1].index(b)) for b, n in enumerate(track.lengths.tolist())}
+            states = model(loops.B)
+            sum(
+                (v[at] ** 2).sum() for t, at in ends.values() for v in states[t].values()
+            ).backward()
+        for name, grad in again[model.track].grads.items():
+            assert torch.allclose(
+                track.last_grads[name], grad, rtol=1e-9, atol=1e-12, equal_nan=True
+            )
+
+
 def test_open_loops_stay_as_they_are() -> None:
     model = made(loops.Open)
     recording, _ = recorded(model)

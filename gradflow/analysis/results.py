@@ -186,9 +186,7 @@ class LayerAnalysis:
     data: xr.Dataset = field(repr=False)  # every array; see `gradflow.analysis`
     predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
     alone: Alone | None = None  # of a layer in a closed loop: the same with its inputs held fixed
-    part_of: str = (
-        ""  # the layer that holds the joint state of its closed loop and is judged for it
-    )
+    part_of: str = ""  # name of the layer that holds the joint state of its closed loop
     step_labels: tuple[str, ...] = ()  # T words for the steps in input time, or none
     gain: Gain = UNMEASURED  # nats over the span: what the verdict judges
 

@@ -116,7 +116,20 @@ class Analysis:
         return [layer for layer in self.worst_first if layer.part_of not in self.layers]
 
     def alone_of(self, layer: LayerAnalysis) -> list[str]:
-        """What a layer of a closed loop, or each part of it, does with its inputs held fixed."""
+        """What a layer of a closed loop, or each part of it, does with its inputs held fixed.
+
+        Args:
+            layer: one of this analysis.
+
+        Returns:
+            A sentence each, with the gain over the span in decades and the horizon in steps; none
+            outside closed loops.
+
+        >>> import torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> run.alone_of(run["l0"])
+        []
+        """
         parts = [one for one in self if one is layer or one.part_of == layer.name]
         return [one.alone.sentence for one in parts if one.alone is not None]
 

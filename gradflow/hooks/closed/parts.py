@@ -67,9 +67,14 @@ class StockPart:
         return self.chain.layout.even
 
     @property
-    def real(self) -> Tensor | None:
-        """(B,) real steps."""
-        return self.chain.real
+    def packed(self) -> bool:
+        """Whether some call is packed."""
+        return any(call.batch_sizes is not None for call in self.chain.calls)
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B,) the user's own."""
+        return self.chain.lengths
 
     @property
     def layers(self) -> int:
@@ -165,9 +170,14 @@ class MarkedPart:
         return self.source.layout.even
 
     @property
-    def real(self) -> Tensor | None:
-        """(B,) real steps."""
-        return self.source.real
+    def packed(self) -> bool:
+        """Marks are not."""
+        return False
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B,) the user's own."""
+        return self.source.lengths
 
     @property
     def layers(self) -> int:

@@ -95,6 +95,7 @@ class JointSource(TapSource):
                     mark.grads.pop(name, None)
                     if grad is not None:
                         self._add(mark, name, grad)
+        self._steps = None
 
     def _has_gradient(self) -> bool:
         self.fill()
@@ -132,15 +133,19 @@ class JointSource(TapSource):
         """State -> total gradient at the end of every step of the loop, (T, B, width)."""
         if not isinstance(member.part, StockPart):
             return None  # what reaches the marks is the total
-        loop, parts = member.part.loop, member.part.chain.layout.parts
+        loop = member.part.loop
         scans = loop.scans(member.layer)
         if scans is None:
             return None
-        last = [int(parts[ends[id(member.part)]].ends[0]) for ends in self.ends]
         return {
-            state: loop.in_time([scan.grads[state] for _, scan in scans])[last]
+            state: self._at_ends(member, loop.per_call([scan.grads[state] for _, scan in scans]))
             for state in member.names
         }
+
+    def _at_ends(self, member: Member, each: list[Tensor]) -> Tensor:
+        """(T, B, ·) of every step of the loop, of what each call (t, b, ·) has at its last step."""
+        ends = [calls[id(member.part)] for calls in self.ends]
+        return self.layout.placed({n: each[place][-1:] for n, place in enumerate(ends)})
 
     def direct_of(self, name: str) -> Tensor | None:
         """(T, B, width): what reaches a state not through the next step of the loop."""
@@ -205,8 +210,7 @@ class JointSource(TapSource):
         each = member.part.loop.per_call(
             [g.replay.steps(member.layer, 0).through for g in groups]  # type: ignore[attr-defined]
         )
-        calls = [ends[id(member.part)] for ends in self.ends]
-        through = torch.cat([each[place] for place in calls])[:, sequences].unsqueeze(2)
+        through = self._at_ends(member, each)[:, sequences].unsqueeze(2)
         weight = groups[0].replay.steps(member.layer, 0).weight_hr  # type: ignore[attr-defined]
         if weight is not None:
             at_h = at_h @ weight.to(at_h.dtype)
