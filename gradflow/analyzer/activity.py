@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.loss import masked_median
+from gradflow.cells import called
 from gradflow.limits import GATE_CLOSED, GATE_OPEN
 from gradflow.recording import Track
-
-CANDIDATES = ("g", "n")  # tanh, from −1 to 1: open and closed have no meaning
 
 
 def gate_statistics(track: Track) -> dict[str, np.ndarray]:
@@ -25,17 +24,21 @@ def gate_statistics(track: Track) -> dict[str, np.ndarray]:
     result = {f"gate_{what}": np.full(shape, np.nan) for what in ("mean", "closed", "open")}
     for place, (name, values) in enumerate(gates.items()):
         result["gate_mean"][place] = masked_mean(values, track.mask)
-        if name in CANDIDATES:
+        if name in between(track):
             continue
         result["gate_closed"][place] = masked_mean((values < GATE_CLOSED).double(), track.mask)
         result["gate_open"][place] = masked_mean((values > GATE_OPEN).double(), track.mask)
     return result
 
 
+def between(track: Track) -> tuple[str, ...]:
+    """Gates that go from −1 to 1, for which open and closed have no meaning."""
+    spec = called(track.cell)
+    return () if spec is None else tuple(name for name in spec.gates if name in spec.tanh)
+
+
 def sigmoid_and_other(track: Track) -> dict[str, Tensor]:
-    """Gate name -> (T, B, H) float64 on the CPU; none for a cell whose only gate is its state."""
-    if track.cell in ("RNN_TANH", "RNN_RELU"):
-        return {}
+    """Gate name -> (T, B, H) float64 on the CPU."""
     return {name: gate.detach().cpu().double() for name, gate in track.gates.items()}
 
 

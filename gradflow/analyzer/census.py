@@ -6,17 +6,14 @@ Letters: T timesteps, B sequences, H units, U units of the widest state. Padding
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.activity import CANDIDATES, sigmoid_and_other
+from gradflow.analyzer.activity import between, sigmoid_and_other
 from gradflow.limits import GATE_CLOSED, GATE_OPEN, SATURATED
 from gradflow.recording import Track
-
-KEEPERS = {"LSTM": "f", "GRU": "z"}  # the gate whose product over the steps is the memory
 
 
 def gate_census(track: Track, units: int) -> dict[str, np.ndarray]:
@@ -31,7 +28,7 @@ def gate_census(track: Track, units: int) -> dict[str, np.ndarray]:
     for place, (name, values) in enumerate(gates.items()):
         width = values.shape[-1]
         value[place, :width] = _mean_over_sequences(values, track.mask)
-        if name not in CANDIDATES:
+        if name not in between(track):
             closed[place, :width] = _mean_per_unit(values < GATE_CLOSED, track.mask)
             opened[place, :width] = _mean_per_unit(values > GATE_OPEN, track.mask)
     return {"gate_value": value, "gate_unit_closed": closed, "gate_unit_open": opened}
@@ -53,9 +50,9 @@ def time_scales(track: Track, units: int) -> np.ndarray:
     1.4427
     """
     result = np.full(units, math.nan)
-    if track.cell not in KEEPERS:
+    if track.spec is None or track.spec.keeper is None:
         return result
-    gate = sigmoid_and_other(track)[KEEPERS[track.cell]]
+    gate = sigmoid_and_other(track)[track.spec.keeper.gate]
     pace = -_mean_per_unit(gate.log(), track.mask)
     with np.errstate(divide="ignore"):
         result[: gate.shape[-1]] = np.where(pace == 0, math.inf, 1 / pace)
@@ -69,25 +66,18 @@ def saturation(track: Track, units: int) -> np.ndarray:
     what has no limits, and for an LSTM's h, which is gated.
     """
     result = np.full((len(track.states), units), math.nan)
+    limits = {} if track.spec is None else track.spec.limits
     for place, state in enumerate(track.states):
-        read = _SQUASHED.get((track.cell, state))
-        if read is not None:
-            flat = read(track).detach().cpu().abs() > SATURATED
+        if state in limits:
+            flat = limits[state](track.states, track.gates).detach().cpu().abs() > SATURATED
             result[place, : flat.shape[-1]] = _mean_per_unit(flat, track.mask)
     return result
-
-
-_SQUASHED: dict[tuple[str, str], Callable[[Track], Tensor]] = {
-    ("RNN_TANH", "h"): lambda track: track.states["h"],
-    ("LSTM", "c"): lambda track: track.states["c"].tanh(),
-    ("GRU", "h"): lambda track: track.gates["n"],
-}
 
 
 def idleness(track: Track, units: int) -> np.ndarray:
     """(U,): share of real steps and sequences at which a ReLU unit is exactly 0; NaN for others."""
     result = np.full(units, math.nan)
-    if track.cell == "RNN_RELU":
+    if track.spec is not None and track.spec.relu:
         zero = track.states["h"].detach().cpu() == 0
         result[: zero.shape[-1]] = _mean_per_unit(zero, track.mask)
     return result

@@ -19,8 +19,9 @@ from gradflow.analysis import Alone, LayerAnalysis
 from gradflow.analyzer.brief import Brief, brief
 from gradflow.analyzer.evidence import counted, number
 from gradflow.analyzer.settings import Settings
+from gradflow.cells import IN_LOOP
 from gradflow.errors import RecordingError
-from gradflow.recording import GATES, Operator, Recording, Track
+from gradflow.recording import Operator, Recording, Track
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def judged(recording: Recording, track: Track) -> tuple[Track, Track]:
     """A track as it is shown, and the track whose gains decide: outside closed loops both are itself."""
     if track.alone is None and not track.loop:
         return track, track
-    kind = track.cell.split("_")[0] if track.cell in GATES else track.cell
-    shown = replace(track, cell=f"{kind} in a closed loop", weights={})
+    kind = track.cell if track.spec is None else track.spec.kind
+    shown = replace(track, cell=f"{kind}{IN_LOOP}", weights={})
     loop = recording.tracks.get(track.loop)
     if loop is None or (loop.steps, loop.batch) != (track.steps, track.batch):
         return shown, shown

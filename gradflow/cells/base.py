@@ -6,9 +6,9 @@ shape (B, m, S), its rows are the vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Protocol, Self
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Weights:
     """Weights of one layer and direction, by PyTorch's own names."""
 
     weight_ih: Tensor  # (G*H, I)
-    weight_hh: Tensor  # (G*H, P)
+    weight_hh: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (G*H, P), or no rows
     bias_ih: Tensor | None = None  # (G*H,)
     bias_hh: Tensor | None = None  # (G*H,)
     weight_hr: Tensor | None = None  # (P, H), with a projection
@@ -34,7 +34,8 @@ class Weights:
 
     def named(self) -> dict[str, Tensor]:
         """Name -> tensor, only those this layer has."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if value is not None and len(value)}
 
     def project_input(self, x: Tensor) -> Tensor:
         """W_ih x_t + b_ih of all steps at once, (T, B, G*H)."""
@@ -62,8 +63,9 @@ class Steps:
     """
 
     per_step: ClassVar[tuple[str, ...]] = ()
+    others: ClassVar[tuple[str, ...]] = ()  # states beside h, of one width
 
-    weight_hh: Tensor  # (G*H, P)
+    weight_hh: Tensor  # (G*H, P), no rows where the recurrence has no weights
     gates: dict[str, Tensor]  # gate name -> (T, B, H)
     states: dict[str, Tensor]  # state name -> (T, B, width), as recomputed
 
@@ -107,14 +109,30 @@ class Steps:
         return None
 
     def scan(
-        self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
+        self, direct: Tensor, final: Mapping[str, Tensor], last: Tensor, *, totals: bool = False
     ) -> Scan:
         """Total gradients of all steps from the direct ones, backward in time.
 
-        direct (T, B, P) is the gradient that reaches h_t from outside this layer's recurrence,
-        final_c (B, H) the gradient at c of each sequence's last step, whose index is last (B,).
-        With c_is_total, for T = 1, final_c holds what comes through h = o ⊙ tanh c already.
+        direct (T, B, P) is the gradient that reaches h_t from outside this layer's recurrence, final
+        the gradients (B, width) at the other states of each sequence's last step, whose index is
+        last (B,). With totals, for T = 1, these hold what comes through h already.
         """
+        raise NotImplementedError
+
+    def made_of(self) -> dict[str, Tensor]:
+        """State name -> ∂m_t/∂state_t, (T, B, H): other states that h_t = W_hr m_t is made of."""
+        return {}
+
+    def at_m(self, grad_h: Tensor) -> Tensor:
+        """What gradients at h (..., P) are at m, (..., H): the same without a projection W_hr."""
+        return grad_h
+
+    def through_h(self, grad_h: Tensor) -> dict[str, Tensor]:
+        """What gradients at h (T, B, P) bring to the states that it is made of."""
+        return {name: slope * self.at_m(grad_h) for name, slope in self.made_of().items()}
+
+    def projected(self) -> Tensor:
+        """m_t, which a projection reads, (T, B, H)."""
         raise NotImplementedError
 
     def partial(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -125,30 +143,28 @@ class Steps:
         """
         return grads
 
-    def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
+    def kept(self) -> dict[str, Tensor]:
+        """State name -> the share (T, B, width) of it that a step keeps as it is; none by default."""
+        return {}
+
+    def before(self, scan: Scan, t: int, *, absolute: bool = False) -> dict[str, Tensor]:
         """What step t hands to the state before it: state name -> (B, width).
 
-        A_tᵀ applied to the gradient at step t, from a scan's totals and δ.
+        A_tᵀ applied to the gradient at step t, from a scan's totals and δ; or the same of every term's
+        absolute value, which is what rounding errors are measured by.
         """
-        return {"h": scan.delta_hh[t] @ self.weight_hh}
 
-    def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
-        """The same with every term's absolute value: what rounding errors are measured by."""
-        return {"h": scan.delta_hh[t].abs() @ self.weight_hh.abs()}
+        def sized(array: Tensor) -> Tensor:
+            return array.abs() if absolute else array
 
-
-class Cell(Protocol):
-    """One kind of recurrent cell."""
-
-    def linearise(
-        self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None
-    ) -> Steps:
-        """Linearise all steps at the known states: x (T, B, I), h (T, B, P), h0 (B, P), c0 (B, H).
-
-        h0 and c0 may also be (T, B, ·): then they are what each step really started from, which in
-        a user's loop need not be what the step before returned.
-        """
-        ...
+        found = {"h": sized(scan.delta_hh[t]) @ sized(self.weight_hh)}
+        for name, keep in self.kept().items():
+            grad = sized(scan.grads[name][t])
+            through = found.get(name)
+            found[name] = (
+                grad * keep[t] if through is None else torch.addcmul(through, grad, keep[t])
+            )
+        return found
 
 
 def previous(h: Tensor, h0: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradflow.cells.base import Scan, Steps, Weights, previous
+from gradflow.cells.spec import CellSpec, Keeper, Named
+from gradflow.limits import OVERWRITTEN
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,10 @@ class GRUSteps(Steps):
         factor = self.factor[t]
         return torch.cat([factor[:, :2], (factor[:, 2] * self.reset[t]).unsqueeze(1)], dim=1)
 
-    def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
-        through = scan.delta_hh[t] @ self.weight_hh
-        return {"h": torch.addcmul(through, scan.grads["h"][t], self.keep[t])}
+    def kept(self) -> dict[str, Tensor]:
+        return {"h": self.keep}
 
-    def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
-        through = scan.delta_hh[t].abs() @ self.weight_hh.abs()
-        return {"h": torch.addcmul(through, scan.grads["h"][t].abs(), self.keep[t])}
-
-    def scan(
-        self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
-    ) -> Scan:
+    def scan(self, direct: Tensor, final: Named, last: Tensor, *, totals: bool = False) -> Scan:
         grad_h = direct.clone()
         delta = torch.empty_like(self.factor)
         delta_hh = torch.empty_like(self.factor)
@@ -63,19 +58,39 @@ class GRUSteps(Steps):
         return Scan({"h": grad_h}, delta.flatten(2), delta_hh.flatten(2))
 
 
-class GRUCell:
-    """PyTorch's GRU; its z multiplies h_{t−1}, some papers put it on the other side."""
+def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> GRUSteps:
+    """All steps; PyTorch's z multiplies h_{t−1}, some papers put it on the other side."""
+    before = previous(h, initial["h"])
+    in_r, in_z, in_n = weights.project_input(x).chunk(3, dim=2)
+    rec_r, rec_z, rec_n = weights.project_state(before).chunk(3, dim=2)
+    r, z = (in_r + rec_r).sigmoid(), (in_z + rec_z).sigmoid()
+    n = (in_n + r * rec_n).tanh()
+    candidate = (1 - z) * (1 - n * n)
+    factor = torch.stack(
+        [candidate * rec_n * r * (1 - r), (before - n) * z * (1 - z), candidate], dim=2
+    )
+    return GRUSteps(weights.weight_hh, {"r": r, "z": z, "n": n}, {"h": h}, factor, z, r)
 
-    def linearise(
-        self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None
-    ) -> GRUSteps:
-        before = previous(h, h0)
-        in_r, in_z, in_n = weights.project_input(x).chunk(3, dim=2)
-        rec_r, rec_z, rec_n = weights.project_state(before).chunk(3, dim=2)
-        r, z = (in_r + rec_r).sigmoid(), (in_z + rec_z).sigmoid()
-        n = (in_n + r * rec_n).tanh()
-        candidate = (1 - z) * (1 - n * n)
-        factor = torch.stack(
-            [candidate * rec_n * r * (1 - r), (before - n) * z * (1 - z), candidate], dim=2
-        )
-        return GRUSteps(weights.weight_hh, {"r": r, "z": z, "n": n}, {"h": h}, factor, z, r)
+
+GRU = CellSpec(
+    name="GRU",
+    kind="GRU",
+    linearise=linearise,
+    step=torch._C._VariableFunctions.gru_cell,
+    whole=torch._C._VariableFunctions.gru,
+    layer=nn.GRU,
+    cell=nn.GRUCell,
+    gates=("r", "z", "n"),
+    keeper=Keeper(
+        gate="z",
+        name="update",
+        source="Tallec & Ollivier 2018",
+        note=", and PyTorch's z is the share of the old state that is kept",
+        overwritten=OVERWRITTEN,
+        fault="overwrite",
+        so_that=", so that units keep their state,",
+        biases="; of the two bias vectors set one to zero",
+    ),
+    tanh=("n",),
+    limits={"h": lambda _, gates: gates["n"]},
+)

@@ -30,7 +30,7 @@ from gradflow.hooks.own.cells import OwnCells
 from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.own.leaves import leaves
 from gradflow.hooks.parity import WeightUses
-from gradflow.hooks.seen import CellCall, FusedCall
+from gradflow.hooks.seen import SeenCall
 from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
 from gradflow.hooks.unrolled.sources import FLAT, FLAT_IN_TIME, PLAIN
@@ -119,27 +119,18 @@ class Recorder:
                 return self._holders[id(weight)]
         return holder_of(weights, self._holders)
 
-    def saw(self, seen: FusedCall) -> None:
-        """Copy one fused call and listen for its gradients."""
+    def saw(self, seen: SeenCall) -> None:
+        """Copy one call and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
-        if owner is not None and _any_wrapped(seen):
-            self.did_not_see(owner or seen.cell, WRAPPED)
-        elif owner is not None and not seen.initial[0].numel():
-            self.own.unseen[owner or seen.cell] = NO_SEQUENCE
-        elif owner is not None:
+        if owner is None:
+            return
+        name = owner or ("cell" if seen.single else seen.cell)
+        if _any_wrapped(seen):
+            self.did_not_see(name, WRAPPED)
+        elif not seen.initial[0].numel():
+            self.own.unseen[name] = NO_SEQUENCE
+        else:
             self._admit(self._copies.call(seen, owner), seen.data, seen.initial, seen.results)
-            self.own.saw_stock(owner, seen.results)
-            self.watch.saw_stock((seen.data, *seen.initial), seen.results)
-
-    def saw_cell(self, seen: CellCall) -> None:
-        """Copy one call of a single-step function and listen for its gradients."""
-        owner = self._owner(seen.weights, seen.module)
-        if owner is not None and _any_wrapped(seen):
-            self.did_not_see(owner or "cell", WRAPPED)
-        elif owner is not None and not seen.initial[0].numel():
-            self.own.unseen[owner or "cell"] = NO_SEQUENCE
-        elif owner is not None:
-            self._admit(self._copies.step(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
             self.watch.saw_stock((seen.data, *seen.initial), seen.results)
 
@@ -302,12 +293,12 @@ class Recorder:
         if len(chain.calls) == 1:
             self._add_tracks(chain)
         elif _goes_around(chain):
-            for name, tensor in zip("hc", initial, strict=False):
+            for name, tensor in zip(call.initial, initial, strict=True):
                 self.handles += call.listen_at_entry(name, tensor, self.scale)
 
     def _listen(self, call: Call, results: tuple[Tensor, ...]) -> None:
-        names = ("output", "c_n") if call.single else ("output", "h_n", "c_n")
-        for name, tensor in zip(names, results, strict=False):
+        names = [name for name in call.returned if not call.single or name != "h"]
+        for name, tensor in zip(names, results, strict=True):
             self.handles += call.listen(name, tensor, self.scale)
 
     def scale(self) -> float:
@@ -436,7 +427,7 @@ class Recorder:
         del self.taps, self.own, self.watch, self.closed, self._copies
 
 
-def _any_wrapped(seen: FusedCall | CellCall) -> bool:
+def _any_wrapped(seen: SeenCall) -> bool:
     return any(map(is_wrapped, (seen.data, *seen.initial, *seen.weights, *seen.results)))
 
 

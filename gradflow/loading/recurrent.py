@@ -1,6 +1,6 @@
 """Recurrent modules from their weights: what kind, which sizes, and a fresh module to run.
 
-Letters: G gates (LSTM 4, GRU 3, RNN 1), H hidden units, I inputs, P width of h (H, or proj_size).
+Letters: G gates (1 for a cell without any), H hidden units, I inputs, P width of h (H, or proj_size).
 ``weight_ih_l0`` is (G·H, I), ``weight_hh_l0`` (G·H, P), ``weight_hr_l0`` (P, H).
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from gradflow.cells import CELLS, kinds
 from gradflow.errors import FileError
 from gradflow.loading.words import article, printable
 
@@ -23,8 +24,7 @@ _KEY = re.compile(
     r"(?:_l(?P<layer>\d+)(?P<reverse>_reverse)?)?",
     re.DOTALL,
 )
-_KINDS = {4: "LSTM", 3: "GRU", 1: "RNN"}
-_CLASSES: dict[str, Callable[..., nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
+_KINDS = {spec.blocks: kind for kind, spec in sorted(kinds().items(), key=lambda k: -k[1].blocks)}
 _EMBEDS = re.compile(r"emb|wte|lookup|token|vocab|word|char", re.I)
 _NOT_EMBEDS = re.compile(r"fc|linear|head|out|proj|dec|class|norm|attn|conv|key|query|value", re.I)
 GIVE_MODEL = "give the class that uses it: --model 'pkg.mod:Net(...)'"
@@ -36,8 +36,8 @@ class RecurrentModule:
 
     name: str  # module path as in the file, "" for a bare module
     module: nn.RNNBase  # fresh, in eval mode, with the file's weights in the file's dtype
-    kind: str  # "LSTM", "GRU" or "RNN"
-    from_cell: bool = False  # an LSTMCell, GRUCell or RNNCell, run as a one-layer module
+    kind: str  # what people call its cell
+    from_cell: bool = False  # a cell of one step, run as a one-layer module
     nonlinearity_known: bool = True
     embedding: Tensor | None = field(default=None, repr=False)  # (V, I)
     embedding_name: str = ""
@@ -93,7 +93,7 @@ class RecurrentModule:
 
     @property
     def proj_size(self) -> int:
-        """Width of h after the projection of an LSTM, 0 without one."""
+        """Width of h after a projection, 0 without one."""
         return int(self.module.proj_size)
 
     @property
@@ -188,9 +188,9 @@ def from_model(model: nn.Module) -> tuple[RecurrentModule, ...]:
 def _copy_fused(name: str, module: nn.RNNBase, tensors: Mapping[str, Tensor]) -> RecurrentModule:
     names = [weight for layer in module._all_weights for weight in layer]
     weights = {weight: getattr(module, weight) for weight in names} | _hooked_weights(module)
-    kind = "RNN" if module.mode.startswith("RNN") else module.mode
+    spec = CELLS[module.mode]
     shape = Shape(
-        kind=kind,
+        kind=spec.kind,
         input_size=module.input_size,
         hidden_size=module.hidden_size,
         proj_size=module.proj_size,
@@ -199,11 +199,10 @@ def _copy_fused(name: str, module: nn.RNNBase, tensors: Mapping[str, Tensor]) ->
         bias=module.bias,
     )
     options: dict[str, object] = {"dropout": module.dropout, "batch_first": module.batch_first}
-    if kind == "RNN":
-        options["nonlinearity"] = module.mode.removeprefix("RNN_").lower()
+    options |= spec.options
     embedding = _embedding(name, module.input_size, tensors)
     return RecurrentModule(
-        name, _instantiate(name, shape, weights, options), kind, False, True, *embedding
+        name, _instantiate(name, shape, weights, options), spec.kind, False, True, *embedding
     )
 
 
@@ -219,7 +218,7 @@ def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _copy_cell(name: str, cell: nn.RNNCellBase, tensors: Mapping[str, Tensor]) -> RecurrentModule:
-    kind = _KINDS.get(cell.weight_hh.shape[0] // cell.hidden_size, "RNN")
+    kind = _KINDS.get(cell.weight_hh.shape[0] // cell.hidden_size, _KINDS[1])
     hooked = _hooked_weights(cell)
     weights = {
         f"{part}_l0": hooked.get(part, getattr(cell, part))
@@ -227,7 +226,7 @@ def _copy_cell(name: str, cell: nn.RNNCellBase, tensors: Mapping[str, Tensor]) -
         if getattr(cell, part, None) is not None
     }
     shape = Shape(kind, cell.input_size, cell.hidden_size, bias=bool(cell.bias))
-    options = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}
+    options = {option: getattr(cell, option) for option in kinds()[kind].options}
     module = _instantiate(name, shape, weights, options)
     embedding = _embedding(name, cell.input_size, tensors)
     return RecurrentModule(name, module, kind, True, True, *embedding)
@@ -247,7 +246,7 @@ class Shape:
 
     def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every weight's name and shape."""
-        gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[self.kind] * self.hidden_size
+        gates = kinds()[self.kind].blocks * self.hidden_size
         width = self.proj_size or self.hidden_size
         directions = ("", "_reverse") if self.bidirectional else ("",)
         for layer in range(self.layers):
@@ -279,7 +278,7 @@ def _build(
         module=_instantiate(path, shape, weights, {}),
         kind=shape.kind,
         from_cell=from_cell,
-        nonlinearity_known=shape.kind != "RNN",
+        nonlinearity_known=not kinds()[shape.kind].options,
         embedding=embedding,
         embedding_name=embedding_name,
         ambiguous=_ambiguities(shape, from_cell, label, embedding, embedding_name),
@@ -327,14 +326,16 @@ def _infer(label: str, weights: Mapping[str, Tensor]) -> Shape:
     rows, columns = first_hh.shape
     hidden = int(columns if projection is None else projection.shape[1])
     gates, rest = divmod(int(rows), hidden) if hidden else (0, 1)
-    if rest or gates not in _KINDS or (projection is not None and gates != 4):
+    kind = "" if rest else _KINDS.get(gates, "")
+    if not kind or (projection is not None and "weight_hr" not in kinds()[kind].weights):
+        *most, last = map(str, _KINDS)
         raise FileError(
-            f"weight_hh_l0 of {label} must have 4, 3 or 1 times as many rows as hidden units "
-            f"(LSTM, GRU, RNN), got shape {tuple(first_hh.shape)}; {GIVE_MODEL}"
+            f"weight_hh_l0 of {label} must have {', '.join(most)} or {last} times as many rows as hidden "
+            f"units ({', '.join(_KINDS.values())}), got shape {tuple(first_hh.shape)}; {GIVE_MODEL}"
         )
     layers = 1 + max(int(_layer(name)) for name in weights)
     return Shape(
-        kind=_KINDS[gates],
+        kind=kind,
         input_size=int(first_ih.shape[1]),
         hidden_size=hidden,
         proj_size=0 if projection is None else int(projection.shape[0]),
@@ -383,14 +384,16 @@ def _instantiate(
         "device": "meta",  # the real tensors are put in below
         **options,
     }
-    if shape.kind == "LSTM":
+    if shape.proj_size:
         arguments["proj_size"] = shape.proj_size
     if shape.layers == 1:
         arguments.pop("dropout", None)  # it has no effect there, and torch warns
     dtype = weights["weight_hh_l0"].dtype
     if dtype.itemsize == 1:
         dtype = torch.float32  # torch has no float8 kernels for these layers
-    module = _CLASSES[shape.kind](**arguments)
+    make: Callable[..., nn.RNNBase] | None = kinds()[shape.kind].layer
+    assert make is not None
+    module = make(**arguments)
     copies = {
         name: weight.detach()
         .to(device="cpu", dtype=dtype)
@@ -439,8 +442,10 @@ def _ambiguities(
     shape: Shape, from_cell: bool, label: str, embedding: Tensor | None, embedding_name: str
 ) -> tuple[str, ...]:
     said = []
-    if shape.kind == "RNN":
-        said.append("the weights do not say tanh or relu: read as tanh")
+    read = kinds()[shape.kind]
+    for option, value in read.options.items():
+        every = [spec.options[option] for spec in CELLS.values() if spec.kind == read.kind]
+        said.append(f"the weights do not say {' or '.join(every)}: read as {value}")
     if from_cell:
         said.append(f"{label} is a cell: run as one {shape.kind} layer over all steps")
     elif shape.layers > 1:

@@ -18,11 +18,10 @@ from gradflow.recording.source import (
     Source,
     ThinOperator,
 )
-from gradflow.recording.track import GATES, Track
+from gradflow.recording.track import Track
 from gradflow.recording.unseen import Unseen
 
 __all__ = [
-    "GATES",
     "Backward",
     "Contributions",
     "Forward",

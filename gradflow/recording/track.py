@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from gradflow.cells import CELLS, CellSpec
 from gradflow.errors import RecordingError, must_be
 from gradflow.recording.source import Backward, Contributions, Forward, Operator, Parity, Source
-
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # blocks of weight_hh
 
 
 @dataclass(eq=False)
@@ -47,6 +46,11 @@ class Track:
     stamp: tuple[object, ...] = ()  # of weights that were not seen: equal where they were the same
     code: tuple[object, ...] = ()  # tells loops of one name apart: weights, or the line of a tap
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
+
+    @property
+    def spec(self) -> CellSpec | None:
+        """What is known of its kind of cell in closed form; None for a loop of the user's own."""
+        return CELLS.get(self.cell)
 
     def read_anew(self) -> None:
         """Forget what was read of the source, which has changed or may have.
@@ -497,9 +501,9 @@ class Track:
     @property
     def hidden(self) -> int:
         """H, the number of hidden units; of a loop of the user's own the width of its main state."""
-        if self.cell not in GATES:
+        if self.spec is None:
             return int(self.states[self.main_state].shape[2])
-        return int(self.weights["weight_hh"].shape[0]) // GATES[self.cell]
+        return int(self.weights["weight_ih"].shape[0]) // self.spec.blocks
 
     def __repr__(self) -> str:
         return (

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from gradflow.analysis import Finding
 from gradflow.analyzer import reading
 from gradflow.analyzer.evidence import Evidence, counted, module
-from gradflow.recording import GATES
 
 
 def read_by_loss(e: Evidence) -> Iterator[Finding]:
@@ -103,7 +102,7 @@ def _unread(e: Evidence) -> Finding:
         if zero
         else "make the loss depend on what the layer returns, or leave the layer out",
         code=f"print([p.grad for p in {path}.parameters()])"
-        if zero or e.track.cell not in GATES
+        if zero or e.track.spec is None
         else f"output = {path}(x)[0]  # and let the loss read it, not output.detach()"
         if e.fused
         else f"h = {path}(x_t, h)  # and let the loss read it, not h.detach()",
@@ -174,7 +173,7 @@ def _first_step(e: Evidence) -> Finding:
         else f"step 1 of {track.steps}"
     )
     what = "∂L/∂W_hh is exactly 0, so its recurrence is not trained"
-    if track.cell not in GATES:
+    if track.spec is None:
         what = "nothing crosses from one step to another, so its recurrence is not trained"
     if not e.reading.still:
         what = "its recurrent weights see this one step alone"
@@ -206,7 +205,7 @@ def _read_further(e: Evidence) -> tuple[str, str]:
 def _final_states(e: Evidence, given: str) -> str:
     """Code: h_n of the top layer, of both directions where there are two."""
     path = module(e.track.owner)
-    inner = "[0]" if e.kind == "LSTM" else ""
+    inner = "[0]" if e.spec is not None and len(e.spec.states) > 1 else ""
     top = "torch.cat([h_n[-2], h_n[-1]], -1)" if e.reading.bidirectional else "h_n[-1]"
     return f"h_n = {path}({given})[1]{inner}\nlast = {top}"
 

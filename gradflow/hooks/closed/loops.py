@@ -150,15 +150,12 @@ class ClosedLoop:
                 none = torch.zeros(call.h0.shape[1], dtype=torch.bool, device=call.h0.device)
                 cut = none if link is None else link.cut
             mark = Mark(
-                states={
-                    name: call.returned["c_n" if state == "c" else "h_n"][0]
-                    for state, name in member.names.items()
-                },
+                states={name: call.returned[state][0] for state, name in member.names.items()},
                 grad_enabled=call.grad_enabled,
                 differentiable=call.differentiable,
                 cut=cut,
                 jacobian=jacobian,
-                within=_within(part, place, wide=wide) if call.c_is_total else None,
+                within=_within(part, place, wide=wide) if call.totals else None,
             )
             if jacobian is None and place:
                 if closed_form is None:
@@ -205,10 +202,10 @@ class ClosedLoop:
 
 
 def _within(part: LoopSource, place: int, *, wide: bool) -> Tensor | WideStep:
-    """M of an LSTM cell: h = o ⊙ tanh c moves with c, (B, S, S) or a map."""
+    """M of a cell whose h is made of its c, and moves with it, (B, S, S) or a map."""
     through = part.loop.once(
         "through",
-        lambda: part.loop.per_call([g.replay.steps(0, 0).through for g in part.loop.groups]),  # type: ignore[attr-defined]
+        lambda: part.loop.per_call([g.replay.steps(0, 0).made_of()["c"] for g in part.loop.groups]),
     )[place][0]
     width = through.shape[1]
     if wide:

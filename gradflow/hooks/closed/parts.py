@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradflow.cells import CELLS
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.standing import View, view_in_place, views_of_call
 from gradflow.hooks.dense import Place
@@ -110,8 +111,8 @@ class StockPart:
         self.chain.unread = self.chain.unread or why
 
     def states(self, layer: int) -> list[str]:
-        """h, and c of an LSTM."""
-        return ["h"] if self.chain.calls[0].c0 is None else ["h", "c"]
+        """As the cell names them."""
+        return list(CELLS[self.chain.calls[0].cell].states)
 
     def track_name(self, layer: int) -> str:
         """The name of the track of one layer, also where it is not picked."""
@@ -125,11 +126,10 @@ class StockPart:
     def arrived(self, step: int, layer: int, state: str) -> Tensor | None:
         """What reached a state of one call, (B, width), as the graph has it."""
         call = self.chain.calls[step]
-        if state == "c":
-            grad = call.grads.get("c_n")
-            return None if grad is None else grad[layer]
-        found = call.grads.get("h_n")
+        found = call.grads.get(state)
         total = None if found is None else found[layer]
+        if state != "h":
+            return total
         output = call.grads.get("output")
         if output is not None and layer == call.layers - 1:
             last = output.select(1 if call.batch_first and not call.single else 0, -1)
@@ -232,7 +232,7 @@ class Seen:
 
     part: StockPart | MarkedPart
     place: int  # of the step in its part
-    edges: dict[Edge, str]  # of what it returned -> output, h_n or c_n, or the name of a state
+    edges: dict[Edge, str]  # of what it returned -> output, or the name of a state
     starts: list[Any]  # nodes of its initial states; of a mark, of all that it was made from
     inputs: list[Any]  # nodes of its input
     number: int  # of its newest node; 0 without a graph
@@ -291,8 +291,7 @@ class Seen:
         for member in members:
             for state, name in member.names.items():
                 if self.call is not None:
-                    key = "c_n" if state == "c" else "h_n"
-                    found[name] = self.call.returned[key][member.layer]
+                    found[name] = self.call.returned[state][member.layer]
                 else:
                     assert self.mark is not None
                     found[name] = self.mark[1].states[state]

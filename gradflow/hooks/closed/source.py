@@ -80,7 +80,7 @@ class JointSource(TapSource):
     # -- what the calls heard ----------------------------------------------------------------
 
     def fill(self) -> None:
-        """Put what reached the calls on the marks, as the graph has it: at h_n and the output, at c_n."""
+        """Put what reached the calls on the marks, as the graph has it: at h and the output, at c."""
         stamp = (len(self.marks), self.version)
         if self._filled == stamp:
             return
@@ -138,13 +138,13 @@ class JointSource(TapSource):
         if scans is None:
             return None
         return {
-            state: self._at_ends(member, loop.per_call([scan.grads[state] for _, scan in scans]))
+            state: self._at_ends(member.part, loop.per_call([scan.grads[state] for _, scan in scans]))
             for state in member.names
         }
 
-    def _at_ends(self, member: Member, each: list[Tensor]) -> Tensor:
+    def _at_ends(self, part: StockPart, each: list[Tensor]) -> Tensor:
         """(T, B, ·) of every step of the loop, of what each call (t, b, ·) has at its last step."""
-        ends = [calls[id(member.part)] for calls in self.ends]
+        ends = [calls[id(part)] for calls in self.ends]
         return self.layout.placed({n: each[place][-1:] for n, place in enumerate(ends)})
 
     def direct_of(self, name: str) -> Tensor | None:
@@ -195,26 +195,24 @@ class JointSource(TapSource):
             start += state.shape[1]
         for member in self.members:
             part = member.part
-            if not isinstance(part, StockPart) or "c" not in member.names:
+            if not isinstance(part, StockPart) or part.chain.calls[0].totals:
                 continue
-            if part.chain.calls[0].c_is_total:
-                continue
-            through = self._through_h(member, rows[..., columns[member.names["h"]]], sequences)
-            rows[..., columns[member.names["c"]]] += through.to(rows.dtype)
+            at_h = rows[..., columns[member.names["h"]]]
+            for name, through in self._through_h(part, member.layer, at_h, sequences).items():
+                rows[..., columns[member.names[name]]] += through.to(rows.dtype)
         return rows
 
-    def _through_h(self, member: Member, at_h: Tensor, sequences: Tensor) -> Tensor:
-        """What gradients at h, (T, n, m, P), bring to c through h = o ⊙ tanh c; (T, n, m, H)."""
-        assert isinstance(member.part, StockPart)
-        groups = member.part.loop.groups
-        each = member.part.loop.per_call(
-            [g.replay.steps(member.layer, 0).through for g in groups]  # type: ignore[attr-defined]
-        )
-        through = self._at_ends(member, each)[:, sequences].unsqueeze(2)
-        weight = groups[0].replay.steps(member.layer, 0).weight_hr  # type: ignore[attr-defined]
-        if weight is not None:
-            at_h = at_h @ weight.to(at_h.dtype)
-        return through.to(at_h.dtype) * at_h
+    def _through_h(
+        self, part: StockPart, layer: int, at_h: Tensor, sequences: Tensor
+    ) -> dict[str, Tensor]:
+        """What gradients at h, (T, n, m, P), bring to the states it is made of; (T, n, m, H)."""
+        steps = [group.replay.steps(layer, 0) for group in part.loop.groups]
+        found = {}
+        for name in steps[0].made_of():
+            each = part.loop.per_call([one.made_of()[name] for one in steps])
+            through = self._at_ends(part, each)[:, sequences].unsqueeze(2)
+            found[name] = through.to(at_h.dtype) * steps[0].at_m(at_h)
+        return found
 
     def notes(self) -> list[str]:
         """What a step and a state of it are."""

@@ -1,6 +1,6 @@
 """Where the joint state of a closed loop stands in the graph at the end of one of its steps.
 
-A state of a fused call is a part of a tensor (one layer of h_n), and h of its top layer is carried by
+A state of a fused call is a part of a tensor (one layer of the last h), and h of its top layer is carried by
 the output too; what else crosses may be any tensor with a batch axis. A `View` says how the rows of a
 state lie in such a tensor.
 
@@ -108,13 +108,13 @@ def views_of_call(
 ) -> dict[Edge, list[View]]:
     """The states of one call; names gives for each layer the joint names of its h and c."""
     found: dict[Edge, list[View]] = {}
-    for edge, what in sorted(edges.items(), key=lambda item: item[1]):  # c_n, h_n, output
+    for edge, what in sorted(edges.items(), key=lambda item: (item[1] == "output", item[1])):
         if call.single:
-            found[edge] = [_whole(names[0]["c" if what == "c_n" else "h"])]
+            found[edge] = [_whole(names[0][what])]
         elif what == "output":
             found[edge] = [_last_output(names[-1]["h"], call)]
         else:
-            found[edge] = [_layer(each[what[0]], n, len(names)) for n, each in enumerate(names)]
+            found[edge] = [_layer(each[what], n, len(names)) for n, each in enumerate(names)]
     return found
 
 

@@ -160,8 +160,9 @@ class LoopSource:
         ):  # what lies between two calls is not known
             return None
         arrives = (direct.nan_to_num() != 0).any(2)
-        at_c = found[self.layer][1]
-        return arrives if at_c is None else arrives | (at_c.nan_to_num() != 0).any(2)
+        for name, part in found[self.layer].items():
+            arrives = arrives if name == "h" else arrives | (part.nan_to_num() != 0).any(2)
+        return arrives
 
     def _trimmed_to_zero(self, array: Tensor) -> Tensor:
         real = self.loop.chain.real
@@ -263,9 +264,7 @@ class LoopSource:
     def _gathered(
         self, direct: Tensor | None, gather: Callable[[Callable[[Scan], Tensor]], Tensor]
     ) -> Backward:
-        grads = {"h": gather(lambda scan: scan.grads["h"])}
-        if self.calls[0].c0 is not None:
-            grads["c"] = gather(lambda scan: scan.grads["c"])
+        grads = {n: gather(lambda scan, n=n: scan.grads[n]) for n in self.calls[0].initial}  # type: ignore[misc]
         return Backward(
             grads={name: self._trimmed(grad) for name, grad in grads.items()},
             direct=None if direct is None else self._trimmed(direct),
@@ -315,7 +314,7 @@ class LoopSource:
         """Whether ∂L/∂W_hh has an entry that is not exactly 0; None without a gradient."""
         with torch.no_grad():
             found = [part.rebuilt() for part in self._layers()]
-        known = [part["weight_hh"] for part in found if part is not None]
+        known = [part["weight_hh"] for part in found if part is not None and len(part["weight_hh"])]
         return any(bool((grad != 0).any()) for grad in known) if known else None
 
     def unread(self) -> bool:
