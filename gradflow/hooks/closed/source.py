@@ -138,7 +138,9 @@ class JointSource(TapSource):
         if scans is None:
             return None
         return {
-            state: self._at_ends(member.part, loop.per_call([scan.grads[state] for _, scan in scans]))
+            state: self._at_ends(
+                member.part, loop.per_call([scan.grads[state] for _, scan in scans])
+            )
             for state in member.names
         }
 
