@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -294,9 +294,10 @@ def compare(
 
 def _analyzed(path: Path, progress: Progress, options: dict[str, Any]) -> Analysis:
     """Analyze a model file with the options of the command line."""
+    from gradflow.process import printed_to_stderr
     from gradflow.workflow import FileRequest, analyze_file
 
-    with redirect_stdout(sys.stderr):  # whatever the user's own code prints
+    with printed_to_stderr():  # whatever the user's own code prints
         return analyze_file(FileRequest(path=path, **options), progress)
 
 

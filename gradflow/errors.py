@@ -6,6 +6,11 @@ A message reads "<what> must be <expected>, got <actual>; <what to do>". The com
 
 from __future__ import annotations
 
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class GradflowError(Exception):
     """The base of all of gradflow's own errors. Its text is a sentence for the user.
@@ -46,6 +51,35 @@ class GradflowWarning(UserWarning):
     >>> len(recording)
     0
     """
+
+
+_collecting = threading.local()  # `sentences`: where a thread's warnings go instead
+
+
+def warn(sentence: str, stacklevel: int = 1) -> None:
+    """Warn of something, or add it to what `collected_warnings` of this thread collects."""
+    sentences = getattr(_collecting, "sentences", None)
+    if sentences is None:
+        warnings.warn(sentence, GradflowWarning, stacklevel=stacklevel + 1)
+    else:
+        sentences.append(sentence)
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """gradflow's own warnings of this thread as a list of sentences; all others are raised as ever.
+
+    >>> with collected_warnings() as sentences:
+    ...     warn("no backward ran")
+    >>> sentences
+    ['no backward ran']
+    """
+    before, sentences = getattr(_collecting, "sentences", None), list[str]()
+    _collecting.sentences = sentences
+    try:
+        yield sentences
+    finally:
+        _collecting.sentences = before
 
 
 def must_be(what: str, expected: str, actual: object, advice: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradflow import loading
 from gradflow.errors import GradflowError, InputError, UserCodeError, must_be
 from gradflow.hooks import record
+from gradflow.process import random_numbers_kept
 from gradflow.recording import Recording
 
 
@@ -153,7 +154,7 @@ def left_as_found(model: nn.Module, inputs: Sequence[Any] = ()) -> Iterator[None
     for tensor, _ in grads:
         tensor.grad = None
     try:
-        with torch.random.fork_rng():
+        with random_numbers_kept(devices=None):
             yield
     finally:
         for tensor, grad in grads:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +16,11 @@ from gradflow.analysis import Analysis, LayerAnalysis, checked_labels
 from gradflow.analyzer import analyze
 from gradflow.analyzer.agreement import agreed
 from gradflow.cells import layer_names
-from gradflow.errors import FileError, GradflowWarning, InputError, must_be
+from gradflow.errors import FileError, InputError, collected_warnings, must_be
 from gradflow.hooks import record
 from gradflow.passes import Settings, left_as_found, recorded_pass, with_notes
 from gradflow.prediction import with_predictions
+from gradflow.process import random_numbers_kept
 from gradflow.recording import Recording
 
 if TYPE_CHECKING:
@@ -180,7 +179,7 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
     if labels is not None and request.input is None:
         checked_labels(labels, request.seq_len)
     opened = loading.open_model(request.path, request.spec, request.trust, request.member)
-    with _collected_warnings() as sentences:
+    with collected_warnings() as sentences:
         if request.input is None:
             analysis = _from_weights(opened, request, progress)
         else:
@@ -212,7 +211,7 @@ def _from_batch(
         raise InputError(loading.no_model_to_run(opened, request.input))
     assert request.input is not None
     batch = loading.fit_batch(loading.read_batch(request.input, request.target), opened.model)
-    with torch.random.fork_rng(devices=[]):
+    with random_numbers_kept(devices=None):
         torch.manual_seed(request.seed)
         settings = Settings(loss_name=request.loss, output=request.output, guard=True)
         recording = recorded_pass(opened.model, batch, settings)
@@ -330,19 +329,3 @@ def _part(progress: Progress | None, number: int, count: int, words: str) -> Pro
     if progress is None:
         return None
     return lambda what, done: progress(f"{words}: {what}", (number + done) / count)
-
-
-@contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """Turn gradflow's own warnings into sentences; others pass as they are."""
-    sentences: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", GradflowWarning)
-        yield sentences
-    for warning in caught:
-        if isinstance(warning.message, GradflowWarning):
-            sentences.append(str(warning.message))
-        else:
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )

@@ -7,13 +7,11 @@ input alone, a = W_ih x_t + b_ih. k = 1 − z is what it keeps.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gradflow.cells import CellSpec, Keeper, Named, Scan, Steps, Weights, previous
+from gradflow.cells import CellSpec, Keeper, Named, Steps, Weights, previous
 
 
 def min_gru_cell(x: Tensor, h: Tensor, weight_ih: Tensor, bias_ih: Tensor) -> Tensor:
@@ -32,35 +30,13 @@ class MinGRUCell(nn.Module):
         return min_gru_cell(x, h, self.weight_ih, self.bias_ih)
 
 
-@dataclass(frozen=True)
-class MinGRUSteps(Steps):
+def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> Steps:
     """A_t = diag(k_t)."""
-
-    per_step: ClassVar[tuple[str, ...]] = ("keep", "factor")
-    keep: Tensor  # (T, B, H): k
-    factor: Tensor  # (T, B, 2, H): ∂h/∂a_k, ∂h/∂a_n
-
-    def kept(self) -> dict[str, Tensor]:
-        return {"h": self.keep}
-
-    def push(self, t: int, block: Tensor) -> Tensor:
-        return block * self.keep[t].unsqueeze(1)
-
-    pull = push  # it is diagonal
-
-    def scan(self, direct: Tensor, final: Named, last: Tensor, *, totals: bool = False) -> Scan:
-        grad = direct.clone()
-        for t in reversed(range(1, self.length)):
-            grad[t - 1].addcmul_(grad[t], self.keep[t])
-        delta = (self.factor * grad.unsqueeze(2)).flatten(2)
-        return Scan({"h": grad}, delta, delta[..., :0])
-
-
-def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> MinGRUSteps:
     a_k, n = weights.project_input(x).chunk(2, dim=2)
     k = a_k.sigmoid()
     factor = torch.stack([(previous(h, initial["h"]) - n) * k * (1 - k), 1 - k], dim=2)
-    return MinGRUSteps(h.new_empty(0, h.shape[2]), {"k": k}, {"h": h}, k, factor)
+    no_weights = h.new_empty(0, h.shape[2])
+    return Steps(weight_hh=no_weights, gates={"k": k}, states={"h": h}, factor=factor, keep=k)
 
 
 SPEC = CellSpec(

@@ -31,12 +31,12 @@ from gradflow.analyzer.read_states import read_part
 from gradflow.analyzer.reading import Reading, readings
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
-from gradflow.analyzer.threads import fitting_threads
 from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.unmeasured import without_gains
 from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.limits import LAG_SECONDS, SHORT, TRIANGLE_SECONDS
+from gradflow.process import fitting_threads
 from gradflow.recording import Recording, Track, pooled
 
 

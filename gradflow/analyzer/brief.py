@@ -19,7 +19,7 @@ from gradflow.analyzer.plan import exact_seconds
 from gradflow.analyzer.rates import decays_as_power
 from gradflow.analyzer.read_states import read_part
 from gradflow.analyzer.sweep import SPEED
-from gradflow.analyzer.threads import fitting_threads
+from gradflow.process import fitting_threads
 from gradflow.recording import Track
 
 

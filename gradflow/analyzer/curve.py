@@ -6,7 +6,6 @@ Letters: k lag, n sources, T timesteps. L(k) is the median of the spectral ln ga
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,5 +138,4 @@ def finite_extremes(log_gain: np.ndarray) -> tuple[float, float]:
     finite = log_gain[np.isfinite(log_gain)]
     if len(finite) == 0:
         return math.nan, math.nan
-    with warnings.catch_warnings():
-        return float(finite.min()), float(finite.max())
+    return float(finite.min()), float(finite.max())

@@ -18,15 +18,14 @@ from gradflow.cells.spec import WEIGHTS, CellPaths, CellSpec, Keeper, Named
 from gradflow.limits import CELL_ROUNDING
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LSTMSteps(Steps):
-    """The joint Jacobian of (h, c) as factors of the gates' pre-activations."""
+    """The joint Jacobian of (h, c); keep is the forget gate, the last factor moves m, the others c."""
 
     per_step: ClassVar[tuple[str, ...]] = ("factor", "keep", "through")
     others: ClassVar[tuple[str, ...]] = ("c",)
 
-    factor: Tensor  # (T, B, 4, H): ∂c/∂a_i, ∂c/∂a_f, ∂c/∂a_g, ∂m/∂a_o
-    keep: Tensor  # (T, B, H): ∂c_t/∂c_{t−1} at fixed h, the forget gate
+    keep: Tensor
     through: Tensor  # (T, B, H): ∂m_t/∂c_t = o (1 − tanh² c)
     weight_hr: Tensor | None  # (P, H)
 
@@ -60,9 +59,6 @@ class LSTMSteps(Steps):
         if self.weight_hr is None:
             return forgotten + reach.abs().log().sum(-1) + torch.linalg.slogdet(u_o)[1]
         return forgotten + torch.linalg.slogdet((self.weight_hr * reach.unsqueeze(2)) @ u_o)[1]
-
-    def kept(self) -> dict[str, Tensor]:
-        return {"c": self.keep}
 
     def partial(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         total, through = grads["c"], self.through_h(grads["h"])["c"]
@@ -125,13 +121,13 @@ def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> LSTMSte
         dim=2,
     )
     return LSTMSteps(
-        weights.weight_hh,
-        {"i": i, "f": f, "g": g, "o": o},
-        {"h": h, "c": c},
-        factor,
-        f,
-        o * (1 - squashed * squashed),
-        weights.weight_hr,
+        weight_hh=weights.weight_hh,
+        gates={"i": i, "f": f, "g": g, "o": o},
+        states={"h": h, "c": c},
+        factor=factor,
+        keep=f,
+        through=o * (1 - squashed * squashed),
+        weight_hr=weights.weight_hr,
     )
 
 

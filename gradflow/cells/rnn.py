@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gradflow.cells.base import Scan, Steps, Weights
+from gradflow.cells.base import Steps, Weights
 from gradflow.cells.spec import CellSpec, Linearise, Named
-
-
-@dataclass(frozen=True)
-class RNNSteps(Steps):
-    """diag(slope_t) W_hh, slope = φ'(a_t)."""
-
-    per_step: ClassVar[tuple[str, ...]] = ("slope",)
-
-    slope: Tensor  # (T, B, H)
-
-    def push(self, t: int, block: Tensor) -> Tensor:
-        return (block @ self.weight_hh.T).mul_(self.slope[t].unsqueeze(1))
-
-    def pull(self, t: int, block: Tensor) -> Tensor:
-        return (block * self.slope[t].unsqueeze(1)) @ self.weight_hh
-
-    def log_volume(self) -> Tensor:
-        """ln |det W_hh| + Σ ln φ'(a_t)."""
-        return self.slope.abs().log().sum(-1) + torch.linalg.slogdet(self.weight_hh)[1]
-
-    def scan(self, direct: Tensor, final: Named, last: Tensor, *, totals: bool = False) -> Scan:
-        grad_h, delta = direct.clone(), torch.empty_like(self.slope)
-        for t in reversed(range(self.length)):
-            torch.mul(grad_h[t], self.slope[t], out=delta[t])
-            if t:
-                grad_h[t - 1].addmm_(delta[t], self.weight_hh)
-        return Scan({"h": grad_h}, delta, delta)
 
 
 def _linearise(slope: Callable[[Tensor], Tensor]) -> Linearise:
     """Both slopes φ'(a) can be read off the state φ(a) itself."""
 
-    def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> RNNSteps:
-        return RNNSteps(weights.weight_hh, {}, {"h": h}, slope(h))
+    def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> Steps:
+        factor = slope(h).unsqueeze(2)
+        return Steps(weight_hh=weights.weight_hh, gates={}, states={"h": h}, factor=factor)
 
     return linearise
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from gradflow.process import fitting_threads, random_numbers_kept
 
 STEPS, HIDDEN, BATCH = 100, 32, 64
 LEARNING_RATE, CLIP, SEED = 1e-2, 1.0, 0
@@ -76,10 +77,11 @@ def train(
     cell: Literal["RNN", "LSTM"], seed: int = SEED, progress: Progress | None = None
 ) -> Trained:
     """Train one model by the demo's rule; the global random state is left as found."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with random_numbers_kept():
+        torch.default_generator.manual_seed(seed)
         model = AddingModel(cell)
-    with _one_thread():
+    # matrices this small are slower on several threads, and rounding would depend on their number
+    with fitting_threads(HIDDEN):
         return _train(cell, model, torch.Generator().manual_seed(seed), progress)
 
 
@@ -104,14 +106,3 @@ def _train(
         if cell == "LSTM" and len(errors) == WINDOW and mean < SOLVED:
             break
     return Trained(model, update, mean)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are slower on several threads, and rounding would depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

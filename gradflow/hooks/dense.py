@@ -7,7 +7,6 @@ so ∂s_t/∂c_{t−1} does not hold what goes through h_{t−1}. That is the st
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from gradflow.hooks.graph import LEAF, Between, Edge, NotReadable, called, edge_
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.loops.rows import completed, origins, picked
 from gradflow.limits import DENSE_UNITS
+from gradflow.process import quiet
 
 # operations that multiply a state by zero, or put a zero in its place
 MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill", "CopySlices")
@@ -425,9 +425,8 @@ def unit_rows(
         try:
             if not together:
                 raise NotReadable("one by one")
-            with warnings.catch_warnings():
+            with quiet():
                 # torch says that an operation is batched by a loop: no slower than one by one
-                warnings.simplefilter("ignore")
                 chunk = None if len(seeds) <= DENSE_UNITS else DENSE_UNITS
                 rows, beside = torch.vmap(one, chunk_size=chunk)(seeds)
         except (NotReadable, RuntimeError):

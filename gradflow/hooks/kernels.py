@@ -3,26 +3,58 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gradflow.cells import CELLS
 from gradflow.hooks.call import Call
+from gradflow.process import random_numbers_kept
+
+
+@contextlib.contextmanager
+def autocast_of(call: Call) -> Iterator[None]:
+    """The autocast of the recorded call."""
+    device, enabled, dtype = call.autocast
+    with contextlib.ExitStack() as stack:
+        if enabled or torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=enabled, dtype=dtype))
+        yield
 
 
 @contextlib.contextmanager
 def as_recorded(call: Call) -> Iterator[None]:
     """The random numbers and the autocast of the recorded call."""
-    device, enabled, dtype = call.autocast
     with contextlib.ExitStack() as stack:
         if call.rng is not None:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
+            graphic = [call.data.device] if call.data.device.type == "cuda" else []
+            stack.enter_context(random_numbers_kept(graphic))
             torch.set_rng_state(call.rng)
-        if enabled or torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=enabled, dtype=dtype))
+        stack.enter_context(autocast_of(call))
         yield
+
+
+def dropout_of(call: Call) -> Callable[[Tensor], Tensor] | None:
+    """Gives the masks that the call drew between its layers again, one after the other.
+
+    They come from a generator of their own, so nothing is drawn from anybody's; on a GPU, where the
+    masks of a call cannot be had again, they are others. None where nothing was drawn.
+    """
+    if call.rng is None:
+        return None
+    device = call.data.device
+    numbers = torch.Generator(device)
+    if device.type == "cpu":
+        numbers.set_state(call.rng)
+
+    def factor(output: Tensor) -> Tensor:
+        kept = 1 - call.dropout
+        if kept <= 0:  # nothing is drawn
+            return torch.zeros_like(output)
+        return torch.empty_like(output).bernoulli_(kept, generator=numbers).div_(kept)
+
+    return factor
 
 
 def one_layer(call: Call, number: int, data: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from gradflow._version import __version__
-from gradflow.errors import GradflowWarning, InputError, must_be
+from gradflow.errors import InputError, must_be, warn
 from gradflow.hooks import circumstances, mistakes
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.guard import Point, guarded
@@ -96,7 +95,7 @@ def record(
     if recorder is None:
         recording.empty_reason = f"nothing was recorded: {failed[0]}"
         yield recording
-        warnings.warn(recording.empty_reason, GradflowWarning, stacklevel=3)
+        warn(recording.empty_reason, stacklevel=3)
         return
     block = _Block(recorder)
     try:
@@ -105,7 +104,7 @@ def record(
     finally:
         sentences = block.close()
     for sentence in sentences:
-        warnings.warn(sentence, GradflowWarning, stacklevel=3)
+        warn(sentence, stacklevel=3)
 
 
 class _Block:

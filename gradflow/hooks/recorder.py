@@ -265,6 +265,11 @@ class Recorder:
         self.drop_tracks([track for track in self.recording if track.source in sources])
         self.own.ignore(sources)
 
+    def drop_cell(self, module: nn.Module) -> None:
+        """Forget a module as a cell: the loop is inside it."""
+        self.drop_tracks(self.own.tracks_of(module))
+        self.own.leave(module)
+
     def in_closed_loop(self) -> bool:
         """Whether some stock layer's input depends on its own earlier state."""
         return bool(self.closed.loops)

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gradflow.cells import CELLS, Steps, Weights
 from gradflow.errors import RecordingError
 from gradflow.hooks.call import Call
-from gradflow.hooks.kernels import as_recorded, initial, one_layer
+from gradflow.hooks.kernels import autocast_of, dropout_of, initial, one_layer
 from gradflow.limits import REPLAY_FLOAT32, REPLAY_FLOAT64, REPLAY_HALF
 
 TOLERANCES = {torch.float64: REPLAY_FLOAT64, torch.float32: REPLAY_FLOAT32}
@@ -133,7 +132,8 @@ class Replay:
         """All layers, and the dropout between them as factors (T, B, ·), input-time order."""
         call = self.call
         data, layers, factors = self.time_first(call.data), [], []
-        with torch.no_grad(), as_recorded(call):
+        drawn = dropout_of(call)
+        with torch.no_grad(), autocast_of(call):
             for number in range(call.layers):
                 top = number == call.layers - 1
                 inner = call.layers > 1  # a single layer's states are its output
@@ -147,8 +147,8 @@ class Replay:
                 layers.append(self._directions(number, data, output))
                 if top:
                     break
-                if call.rng is not None:
-                    factor = F.dropout(torch.ones_like(output), call.dropout, training=True)
+                if drawn is not None:
+                    factor = drawn(output)
                     factors.append(self.padded(factor))
                     data = output * factor
                 else:

@@ -11,7 +11,6 @@ Letters: B sequences, m vectors, N entries of a vector.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from gradflow.hooks.graph import NotReadable
 from gradflow.limits import MOST_KEPT, TAPE_BYTES, TAPE_ROUNDING
+from gradflow.process import quiet
 
 # operations that hand on the very numbers; as themselves they would cut the gradient
 SAME = ("aten.detach.default", "aten.alias.default")
@@ -302,9 +302,8 @@ class Tape:
 def _together(run: Callable[[Tensor], Tensor], block: Tensor, chunk: int) -> Tensor | None:
     """All vectors at once; None where an operation cannot do that."""
     try:
-        with warnings.catch_warnings():
+        with quiet():
             # torch says that an operation is batched by a loop: no slower than one by one
-            warnings.simplefilter("ignore")
             found: Tensor = torch.vmap(run, in_dims=1, out_dims=1, chunk_size=chunk)(block)
             return found
     except RuntimeError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from gradflow.errors import FileError, InputError, must_be
 from gradflow.loading.kinds import READ_ERRORS, about_dangling
 from gradflow.loading.states import is_recurrent
 from gradflow.loading.words import article, reason
+from gradflow.process import quiet
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 SAVE = 'save it with torch.save({"input": x, "target": y}, "batch.pt")'
@@ -80,8 +80,7 @@ def _read(path: Path) -> object:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileError(f"the batch {path} {what}; check the path, or {SAVE}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             return _readers()[_content(path) or path.suffix.lower()](path)
     except PermissionError as error:
         raise FileError(f"cannot read {path}: {error.strerror}; check its permissions") from error

@@ -9,11 +9,8 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-import sys
-import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -30,6 +27,7 @@ from gradflow.loading.imports import current_folder_importable
 from gradflow.loading.kinds import READ_ERRORS, sniff
 from gradflow.loading.shells import allow_list, is_forbidden
 from gradflow.loading.words import RESAVE, analyze_command, reason, some
+from gradflow.process import lock, printed_to_stderr, quiet
 
 
 @dataclass(frozen=True)
@@ -71,15 +69,18 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+_reading = lock()
+
+
 def _read_weights_only(path: Path, kind: str, names: tuple[str, ...]) -> object:
     try:
         # An open file, for of a path torch.load trusts the suffix: ".safetensors" of a zip.
         with (
             path.open("rb") as file,
+            _reading,  # what torch may read is the same list for all threads
             safe_globals(allow_list(names)),
-            warnings.catch_warnings(),
+            quiet(),
         ):
-            warnings.simplefilter("ignore")  # torch's advice on its own formats, not the user's
             return torch.load(file, map_location="cpu", weights_only=True)
     except READ_ERRORS as error:
         forbidden = [name for name in names if is_forbidden(name)]
@@ -110,7 +111,7 @@ def _read_trusted(path: Path, kind: str) -> object:
         except AttributeError as error:
             if not isinstance(error.obj, nn.RNNBase):
                 raise
-            with older_layers_open():
+            with _reading, older_layers_open():
                 return _unpickled(path, kind)
     except (Exception, SystemExit) as error:  # a trusted pickle runs any code
         if is_of_age(error):
@@ -127,10 +128,9 @@ def _unpickled(path: Path, kind: str) -> object:
     with (
         path.open("rb") as file,
         current_folder_importable(),
-        redirect_stdout(sys.stderr),
-        warnings.catch_warnings(),
+        printed_to_stderr(),
+        quiet(),
     ):
-        warnings.simplefilter("ignore")
         if kind == "pickle":
             return pickle.load(file)  # noqa: S301 - the user said --trust
         return torch.load(file, map_location="cpu", weights_only=False)
@@ -140,8 +140,7 @@ def _scan_globals(path: Path, kind: str) -> tuple[str, ...]:
     """Names that a pickle would import, read from its opcodes; nothing is imported."""
     names: dict[str, None] = {}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # strange escapes in a damaged file
+        with quiet():
             _scan_file(path, kind, names)
     except READ_ERRORS:
         pass  # a damaged file: the reader itself will say so

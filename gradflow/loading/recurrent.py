@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,42 @@ _NOT_EMBEDS = re.compile(r"fc|linear|head|out|proj|dec|class|norm|attn|conv|key|
 GIVE_MODEL = "give the class that uses it: --model 'pkg.mod:Net(...)'"
 
 
-@dataclass(frozen=True)
-class RecurrentModule:
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a recurrent module."""
+
+    kind: str  # what people call its cell
+    input_size: int  # I
+    hidden_size: int  # H
+    proj_size: int = 0  # width of h after a projection, 0 without one
+    layers: int = 1
+    bidirectional: bool = False
+    bias: bool = True
+
+    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every weight's name and shape."""
+        gates = kinds()[self.kind].blocks * self.hidden_size
+        width = self.proj_size or self.hidden_size
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        for layer in range(self.layers):
+            inputs = self.input_size if layer == 0 else width * len(directions)
+            for direction in directions:
+                end = f"_l{layer}{direction}"
+                yield f"weight_ih{end}", (gates, inputs)
+                yield f"weight_hh{end}", (gates, width)
+                if self.bias:
+                    yield f"bias_ih{end}", (gates,)
+                    yield f"bias_hh{end}", (gates,)
+                if self.proj_size:
+                    yield f"weight_hr{end}", (width, self.hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentModule(Shape):
     """One recurrent module of a file, ready to run alone."""
 
     name: str  # module path as in the file, "" for a bare module
     module: nn.RNNBase  # fresh, in eval mode, with the file's weights in the file's dtype
-    kind: str  # what people call its cell
     from_cell: bool = False  # a cell of one step, run as a one-layer module
     nonlinearity_known: bool = True
     embedding: Tensor | None = field(default=None, repr=False)  # (V, I)
@@ -70,36 +99,6 @@ class RecurrentModule:
         if self.embedding is not None:
             said.append(non_finite(printable(self.embedding_name), self.embedding))
         return tuple(sentence for sentence in said if sentence)
-
-    @property
-    def input_size(self) -> int:
-        """I, the number of input features."""
-        return int(self.module.input_size)
-
-    @property
-    def hidden_size(self) -> int:
-        """H, the number of hidden units."""
-        return int(self.module.hidden_size)
-
-    @property
-    def layers(self) -> int:
-        """How many layers the module stacks."""
-        return int(self.module.num_layers)
-
-    @property
-    def bidirectional(self) -> bool:
-        """Whether it also runs from the last step to the first."""
-        return bool(self.module.bidirectional)
-
-    @property
-    def proj_size(self) -> int:
-        """Width of h after a projection, 0 without one."""
-        return int(self.module.proj_size)
-
-    @property
-    def bias(self) -> bool:
-        """Whether it has bias vectors."""
-        return bool(self.module.bias)
 
     @property
     def width(self) -> int:
@@ -200,10 +199,7 @@ def _copy_fused(name: str, module: nn.RNNBase, tensors: Mapping[str, Tensor]) ->
     )
     options: dict[str, object] = {"dropout": module.dropout, "batch_first": module.batch_first}
     options |= spec.options
-    embedding = _embedding(name, module.input_size, tensors)
-    return RecurrentModule(
-        name, _instantiate(name, shape, weights, options), spec.kind, False, True, *embedding
-    )
+    return _module(name, shape, weights, options, tensors)
 
 
 def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -225,41 +221,36 @@ def _copy_cell(name: str, cell: nn.RNNCellBase, tensors: Mapping[str, Tensor]) -
         for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         if getattr(cell, part, None) is not None
     }
-    shape = Shape(kind, cell.input_size, cell.hidden_size, bias=bool(cell.bias))
+    shape = Shape(
+        kind=kind,
+        input_size=cell.input_size,
+        hidden_size=cell.hidden_size,
+        bias=bool(cell.bias),
+    )
     options = {option: getattr(cell, option) for option in kinds()[kind].options}
+    return _module(name, shape, weights, options, tensors, from_cell=True)
+
+
+def _module(
+    name: str,
+    shape: Shape,
+    weights: Mapping[str, Tensor],
+    options: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    *,
+    from_cell: bool = False,
+) -> RecurrentModule:
+    """A fresh module, with what most likely embeds its tokens."""
     module = _instantiate(name, shape, weights, options)
-    embedding = _embedding(name, cell.input_size, tensors)
-    return RecurrentModule(name, module, kind, True, True, *embedding)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a recurrent module."""
-
-    kind: str
-    input_size: int
-    hidden_size: int
-    proj_size: int = 0
-    layers: int = 1
-    bidirectional: bool = False
-    bias: bool = True
-
-    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every weight's name and shape."""
-        gates = kinds()[self.kind].blocks * self.hidden_size
-        width = self.proj_size or self.hidden_size
-        directions = ("", "_reverse") if self.bidirectional else ("",)
-        for layer in range(self.layers):
-            inputs = self.input_size if layer == 0 else width * len(directions)
-            for direction in directions:
-                end = f"_l{layer}{direction}"
-                yield f"weight_ih{end}", (gates, inputs)
-                yield f"weight_hh{end}", (gates, width)
-                if self.bias:
-                    yield f"bias_ih{end}", (gates,)
-                    yield f"bias_hh{end}", (gates,)
-                if self.proj_size:
-                    yield f"weight_hr{end}", (width, self.hidden_size)
+    embedding, key = _embedding(name, shape.input_size, tensors)
+    return RecurrentModule(
+        **vars(shape),
+        name=name,
+        module=module,
+        from_cell=from_cell,
+        embedding=embedding,
+        embedding_name=key,
+    )
 
 
 def _build(
@@ -272,17 +263,9 @@ def _build(
         _check_tensor(f"{path}.{name}" if path else name, tensor)
     shape = _infer(label, weights)
     _check_shapes(label, shape, weights)
-    embedding, embedding_name = _embedding(path, shape.input_size, tensors)
-    return RecurrentModule(
-        name=path,
-        module=_instantiate(path, shape, weights, {}),
-        kind=shape.kind,
-        from_cell=from_cell,
-        nonlinearity_known=not kinds()[shape.kind].options,
-        embedding=embedding,
-        embedding_name=embedding_name,
-        ambiguous=_ambiguities(shape, from_cell, label, embedding, embedding_name),
-    )
+    found = _module(path, shape, weights, {}, tensors, from_cell=from_cell)
+    known = not kinds()[shape.kind].options
+    return replace(found, nonlinearity_known=known, ambiguous=_ambiguities(found, label))
 
 
 def _check_tensor(key: str, tensor: Tensor) -> None:
@@ -438,23 +421,21 @@ def _embedding(path: str, width: int, tensors: Mapping[str, Tensor]) -> tuple[Te
     return tensors[chosen].detach(), chosen
 
 
-def _ambiguities(
-    shape: Shape, from_cell: bool, label: str, embedding: Tensor | None, embedding_name: str
-) -> tuple[str, ...]:
+def _ambiguities(found: RecurrentModule, label: str) -> tuple[str, ...]:
     said = []
-    read = kinds()[shape.kind]
+    read = kinds()[found.kind]
     for option, value in read.options.items():
         every = [spec.options[option] for spec in CELLS.values() if spec.kind == read.kind]
         said.append(f"the weights do not say {' or '.join(every)}: read as {value}")
-    if from_cell:
-        said.append(f"{label} is a cell: run as one {shape.kind} layer over all steps")
-    elif shape.layers > 1:
+    if found.from_cell:
+        said.append(f"{label} is a cell: run as one {found.kind} layer over all steps")
+    elif found.layers > 1:
         said.append("the weights do not say whether there is dropout between layers: read as none")
-    if not from_cell:
+    if not found.from_cell:
         said.append("the weights do not say batch_first: run with time first")
-    if embedding is not None:
+    if found.embedding is not None:
         said.append(
-            f"{embedding_name} {tuple(embedding.shape)} is as wide as the input: read as the "
+            f"{found.embedding_name} {tuple(found.embedding.shape)} is as wide as the input: read as the "
             "embedding of its tokens"
         )
     said.append("the weights do not say what feeds this layer, what reads it, or the loss")

@@ -11,9 +11,8 @@ import copy
 import importlib
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +25,7 @@ from gradflow.errors import FileError, InputError, UserCodeError, must_be
 from gradflow.loading.imports import current_folder_importable
 from gradflow.loading.states import fold, is_recurrent, renamed
 from gradflow.loading.words import article
+from gradflow.process import printed_to_stderr, quiet
 
 EXAMPLE = "write it like --model 'pkg.mod:Net(10, 20, hidden=5)'"
 
@@ -76,7 +76,7 @@ def parse_spec(text: str) -> Spec:
 def _user_code(doing: str) -> Iterator[None]:
     """Quote whatever the user's code raises; keep what it prints off standard output."""
     try:
-        with redirect_stdout(sys.stderr):
+        with printed_to_stderr():
             yield
     except SystemExit as error:
         raise UserCodeError(
@@ -200,8 +200,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], text: str) -> tup
         dtype = dtypes.pop()
         model.to(dtype)
         notes.append(f"the model runs in the file's {str(dtype).removeprefix('torch.')}")
-    with _user_code(f"loading the weights into {text}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _user_code(f"loading the weights into {text}"), quiet():
         model.load_state_dict(dict(chosen), strict=True)
     return tuple(notes)
 

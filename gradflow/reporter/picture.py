@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from gradflow.process import lock
 from gradflow.reporter.fonts import installed, legible
 from gradflow.reporter.scale import palette
 
@@ -44,12 +45,18 @@ _LOOK = {
 }
 
 
+_drawing = (
+    lock()
+)  # matplotlib has one style for all threads, and fonts that are drawn by one at a time
+
+
 @contextmanager
 def look() -> Iterator[None]:
     """matplotlib's defaults and gradflow's fonts, while drawing only; the user's style comes back."""
-    style = seaborn.axes_style("ticks") | _LOOK | {"font.sans-serif": list(installed())}
-    with matplotlib.style.context(["default", style]):
-        yield
+    with _drawing:
+        style = seaborn.axes_style("ticks") | _LOOK | {"font.sans-serif": list(installed())}
+        with matplotlib.style.context(["default", style]):
+            yield
 
 
 class Picture(Figure):

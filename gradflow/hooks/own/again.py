@@ -23,6 +23,7 @@ from gradflow.hooks.graph import NotReadable, saved_tensors_are_hooked
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.own.leaves import Path, leaves, replaced
 from gradflow.hooks.own.returned import row_of, version_of
+from gradflow.process import random_numbers_kept
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EVERYWHERE = tuple(f"_global{name}" for name in HOOKS)  # the same, of all modules
@@ -195,7 +196,7 @@ def _run_copy(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> A
             vars(part)[hooks].clear()
     with (
         patch.paused(),
-        torch.random.fork_rng(list(devices)),
+        random_numbers_kept(list(devices)),
         torch.enable_grad(),
         torch.autocast(device, dtype=dtype, enabled=enabled),
     ):

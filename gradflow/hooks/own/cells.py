@@ -140,6 +140,11 @@ class OwnCells:
         else:
             self.model_unseen[named_so] = reason
 
+    def tracks_of(self, module: nn.Module) -> list[Track]:
+        """The loops over this module."""
+        cell = self._cells.get(id(module))
+        return [] if cell is None else list(cell.tracks)
+
     def leave(self, module: nn.Module) -> None:
         """Something failed at a call of this module: it is not followed any more."""
         cell = self._cells.get(id(module))

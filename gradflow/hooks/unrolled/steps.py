@@ -17,6 +17,9 @@ from gradflow.hooks.unrolled.crossing import crossing, earliest, latest
 from gradflow.hooks.unrolled.order import Unrolled
 from gradflow.limits import CUT_PLACES, LOOP_STEPS, PERIODS
 
+TREE = "its uses are the nodes of a tree, several of which lead into one, and not steps of one line"
+SAME_NOT = "not every step does the same"
+
 
 class NoState(Exception):
     """The state cannot be told; the text says why."""
@@ -44,18 +47,21 @@ def steps_of(graph: Unrolled, found: Recurrence) -> Steps:
     Raises:
         NoState: what crosses is not the same at every step.
     """
+    if found.tree:
+        raise NoState(TREE)
     chain = _first_in_a_step(graph, found)
     if chain.length < LOOP_STEPS:
         raise NoState(f"it has fewer than {LOOP_STEPS} steps")
     for period in PERIODS:
-        if chain.length % period or chain.length // period < LOOP_STEPS:
+        # several uses to a step are shown by two steps that can be compared
+        if chain.length % period or chain.length // period < LOOP_STEPS + (period > 1):
             continue
         try:
             marks = {place: (depth - 1) // period for place, depth in chain.depth.items()}
-            return _Loop(graph, marks, found).steps()
+            return _Loop(graph, marks, found).steps(period)
         except NotAlike:
             continue
-    raise NotAlike("not every step does the same")
+    raise NotAlike(SAME_NOT)
 
 
 def _first_in_a_step(graph: Unrolled, found: Recurrence) -> Chain:
@@ -105,13 +111,15 @@ class _Loop:
             some.sort(key=numbers.__getitem__)
         return found
 
-    def steps(self) -> Steps:
+    def steps(self, period: int) -> Steps:
         middle = (self.length - 1) // 2
         model = self.body[middle]
         kinds = [self.graph.kind(place) for place in model]
+        if period > 1 and kinds == kinds[: len(kinds) // period] * period:
+            raise NotAlike(SAME_NOT)  # several steps, of which not all are alike
         for step in range(1, self.length - 2):
             if [self.graph.kind(place) for place in self.body[step]] != kinds:
-                raise NotAlike("not every step does the same")
+                raise NotAlike(SAME_NOT)
         shown = [self._matched(model, step) for step in range(self.length)]
         cuts, tried = self._cuts(model, middle), None
         for cut in cuts:

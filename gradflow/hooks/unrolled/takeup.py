@@ -16,14 +16,13 @@ from gradflow.hooks.axes import usual_axis
 from gradflow.hooks.dense import Place, Step
 from gradflow.hooks.graph import Edge, NotReadable
 from gradflow.hooks.loops.links import probe_of
-from gradflow.hooks.marks import Marks
+from gradflow.hooks.marks import End, Marks
 from gradflow.hooks.own.returned import row_of
 from gradflow.hooks.tapped import UNROLLED, TapSource
 from gradflow.hooks.unrolled.order import Unrolled
 from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps
 from gradflow.hooks.unrolled.values import Values, is_hooked
 from gradflow.limits import STATE_ENTRIES
-from gradflow.recording import Track
 
 
 def checked(graph: Unrolled, steps: Steps) -> None:
@@ -107,8 +106,14 @@ def rows_of(values: Values, steps: Steps) -> list[list[Tensor]]:
 
 
 def take_up(
-    marks: Marks, name: str, cell: str, steps: Steps, names: list[str], rows: list[list[Tensor]]
-) -> Track:
+    marks: Marks,
+    name: str,
+    cell: str,
+    steps: Steps,
+    names: list[str],
+    rows: list[list[Tensor]],
+    end: End | None = None,
+) -> End:
     """The track of a loop; its hooks are set, and the gradients come with the backward.
 
     Args:
@@ -118,8 +123,11 @@ def take_up(
         steps: the states, as edges.
         names: of the states, in that order.
         rows: their values, from `rows_of`.
+        end: of the loop that it goes on with, cut off from it; without one it begins a track.
+
+    Returns:
+        Where the loop has come to.
     """
-    end = None
     for edges, values in zip(steps.edges, rows, strict=True):
         shapes = {
             name: torch.Size(node._input_metadata[output].shape)
@@ -138,4 +146,4 @@ def take_up(
             Marks.extend(end, mark)
         marks.settle(end, {}, place, mark)
     assert end is not None
-    return end.track
+    return end

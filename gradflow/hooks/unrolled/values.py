@@ -24,7 +24,9 @@ def _saved_names(node: Any) -> tuple[str, ...]:
     kind = type(node)
     if kind not in _known_names:
         prefix = "_raw_saved"
-        _known_names[kind] = tuple(n[len(prefix) :] for n in dir(kind) if n.startswith(prefix))
+        names = [n[len(prefix) :] for n in dir(kind) if n.startswith(prefix)]
+        # a torch.autograd.Function of somebody's own keeps what it likes, under another name
+        _known_names[kind] = tuple(name for name in names if hasattr(kind, f"_saved{name}"))
     return _known_names[kind]
 
 
@@ -43,7 +45,10 @@ def is_hooked(node: Any) -> bool:
     return False
 
 
-def _saved(node: Any) -> list[Tensor]:
+def saved_by(node: Any) -> list[Tensor]:
+    """The tensors that an operation keeps for its backward, none where reading would run code."""
+    if is_hooked(node):
+        return []
     found: list[Tensor] = []
     for name in _saved_names(node):
         try:
@@ -118,10 +123,7 @@ class Values:
         if place in self._read:
             return
         self._read.add(place)
-        node = self.graph.nodes[place]
-        if is_hooked(node):
-            return
-        for tensor in _saved(node):
+        for tensor in saved_by(self.graph.nodes[place]):
             edge = edge_of(tensor)
             if edge is not None:
                 self._known.setdefault(edge, tensor)

@@ -20,11 +20,12 @@ from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
 from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
 from gradflow.hooks.unrolled.held import Held
 from gradflow.hooks.unrolled.order import TooLarge, Unrolled
+from gradflow.hooks.unrolled.pieces import Piece
 from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps, steps_of
 from gradflow.hooks.unrolled.takeup import checked, rows_of, take_up
 from gradflow.hooks.unrolled.values import Values
 from gradflow.hooks.unseen import foreign_code, has_no_numbers
-from gradflow.limits import CALLER_FRAMES
+from gradflow.limits import CALLER_FRAMES, OPEN_PIECES
 from gradflow.recording import Unseen
 
 FUSED = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
@@ -35,6 +36,7 @@ class WatchOwner(Owner, Protocol):
     """The recorder, as far as loops written by hand need it."""
 
     def drop_sources(self, sources: list[TapSource]) -> None: ...
+    def drop_cell(self, module: nn.Module) -> None: ...
     def in_closed_loop(self) -> bool: ...
 
 
@@ -61,6 +63,7 @@ class Watch:
         self.given: dict[int, list[Edge]] = {}  # what recurrent functions of torch's were given
         self.fused: dict[str, nn.Module] = {}  # layers whose fused functions ran unseen, by path
         self.held = Held()
+        self.pieces: dict[tuple[str, ...], list[Piece]] = {}  # names of weights -> loops over them
         self.unseen: dict[tuple[str, ...], Unseen] = {}
 
     def saw_stock(self, given: Iterable[Tensor], results: Iterable[Tensor]) -> None:
@@ -138,6 +141,7 @@ class Watch:
         """Let go of the user's graph."""
         self.given.clear()
         self.held.clear()
+        self.pieces.clear()
 
     # -- one recurrence ----------------------------------------------------------------------
 
@@ -153,12 +157,28 @@ class Watch:
             return
         name = path or "loop"
         if self.owner.wants_track(name):
+            code = tuple(sorted(names))
+            before = next((p for p in self.pieces.get(code, ()) if p.goes_on(steps.edges[0])), None)
             known = self._called(steps) or _names(loop, len(steps.edges[0]))
+            known = known if before is None else list(before.end.place.parts)
             cell = cell_name(self.modules[path])
-            self.taken.update(n._sequence_nr() for edges in steps.edges for n, _ in edges)
-            track = take_up(self.marks, name, cell, steps, known, rows)
-            track.code = tuple(sorted(names))
-            track.notes += [EARLY] if steps.ends_early else []
+            numbers = {n._sequence_nr() for edges in steps.edges for n, _ in edges}
+            self.taken |= numbers
+            if before is not None:  # no cell, then: a whole piece ran at every call of it
+                self.owner.drop_cell(self.modules[path])
+            end = take_up(
+                self.marks, name, cell, steps, known, rows, None if before is None else before.end
+            )
+            end.track.code = code
+            end.track.notes += [EARLY] if steps.ends_early else []
+            self._ended(
+                code, before, None if steps.ends_early else Piece(end, steps.edges[-1], rows[-1])
+            )
+
+    def _ended(self, code: tuple[str, ...], before: Piece | None, now: Piece | None) -> None:
+        """Remember how far a loop has come, instead of how far it had."""
+        known = [piece for piece in self.pieces.get(code, []) if piece is not before]
+        self.pieces[code] = ([] if now is None else [now]) + known[: OPEN_PIECES - 1]
 
     def _is_around_stock(self, graph: Unrolled, found: Recurrence) -> bool:
         """Whether calls of other tracks are part of it: a closed loop, which is told as one."""

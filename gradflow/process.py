@@ -1,0 +1,163 @@
+"""What belongs to the whole process, borrowed: it is given back, also where several threads borrow.
+
+Warnings, random numbers, standard output, torch's numbers of threads and matplotlib's style are the
+same for all threads of a process. Saving and restoring them is not enough: of two threads that do so
+at overlapping times, the one that leaves last restores what the other had set. So here either only
+one's own entry is put in and taken out, or one waits for the other.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradflow.limits import ONE_THREAD
+
+
+def lock() -> Any:
+    """A lock, to be entered by one thread more than once, that a forked process finds free."""
+    made = threading.RLock()
+    os.register_at_fork(after_in_child=made._at_fork_reinit)  # type: ignore[attr-defined]
+    return made
+
+
+_random_lock, _thread_lock, _output_lock = lock(), lock(), lock()
+
+
+class _OfThisThread:
+    """Stands where a filter of warnings has the pattern of its text: matches in one thread only."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def match(self, _: str) -> bool:
+        return threading.get_ident() == self._thread
+
+
+class _Filter(tuple[Any, ...]):
+    """A filter of warnings that equals itself alone, so that no other is taken out for it."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = tuple.__hash__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warning that is raised inside, in this thread, is shown or becomes an error.
+
+    `warnings.catch_warnings` would put back all filters, those of other threads too.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings(), quiet():
+    ...     warnings.simplefilter("error")
+    >>> with quiet():
+    ...     warnings.warn("nobody hears of it")
+    """
+    entry: Any = _Filter(("ignore", _OfThisThread(), Warning, None, 0))
+    found: Any = warnings.filters
+    found.insert(0, entry)
+    try:
+        yield
+    finally:
+        now: Any = warnings.filters  # another list where somebody else is catching warnings
+        for filters in (found, now):
+            if entry in filters:
+                filters.remove(entry)
+
+
+@contextmanager
+def random_numbers_kept(devices: Sequence[Any] | None = ()) -> Iterator[None]:
+    """What is drawn inside leaves the random numbers of torch, numpy and Python as they were.
+
+    Threads that do so wait for each other.
+
+    Args:
+        devices: GPUs whose numbers are kept too; all where None.
+    """
+    with _random_lock:
+        plain = random.getstate()
+        arrays = np.random.get_state(legacy=False)  # noqa: NPY002  the user's model may draw there
+        try:
+            with torch.random.fork_rng(_all_devices() if devices is None else list(devices)):
+                yield
+        finally:
+            random.setstate(plain)
+            np.random.set_state(arrays)  # noqa: NPY002
+
+
+def _all_devices() -> list[int]:
+    """The GPUs in use: without a list torch warns of forking many."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+_printing: list[
+    tuple[Any, Any]
+] = []  # for everyone inside: standard output as it was found, and ours
+
+
+@contextmanager
+def printed_to_stderr() -> Iterator[None]:
+    """What is printed inside, in any thread, goes to standard error."""
+    with _output_lock:
+        _printing.append(_printing[0] if _printing else (sys.stdout, sys.stderr))
+        sys.stdout = _printing[0][1]
+    try:
+        yield
+    finally:
+        with _output_lock:
+            found, ours = _printing.pop()
+            if not _printing and sys.stdout is ours:  # else somebody else's, which stays
+                sys.stdout = found
+
+
+@contextmanager
+def fitting_threads(size: int) -> Iterator[None]:
+    """One thread for small matrices, where waiting for each other costs more than the work.
+
+    torch keeps a number of threads for each thread, and one that new threads take over; setting the
+    first sets the second too, which is set back at once.
+    """
+    with _thread_lock:  # else a new thread may take over what another one sets
+        before = torch.get_num_threads()
+    if size > ONE_THREAD or before == 1:
+        yield
+        return
+    _set_threads_here(1)
+    try:
+        yield
+    finally:
+        _set_threads_here(before)
+
+
+def _set_threads_here(number: int) -> None:
+    """How many threads this thread may use; what new ones get stays what it was."""
+    read, set_here = threading.Event(), threading.Event()
+
+    def put_back() -> None:
+        others = torch.get_num_threads()
+        read.set()
+        set_here.wait()
+        torch.set_num_threads(others)
+
+    with _thread_lock:
+        thread = threading.Thread(target=put_back)
+        thread.start()
+        try:
+            read.wait()
+            torch.set_num_threads(number)
+        finally:
+            set_here.set()
+            thread.join()
