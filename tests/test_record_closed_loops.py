@@ -38,8 +38,8 @@ def same(mine: Tensor, theirs: Tensor) -> bool:
 
 def hidden(model: Loop, name: str) -> bool:
     """Whether a kernel returns a state of which h, or a layer above, is no child in the graph."""
-    fused = isinstance(model, loops.Fused | loops.Stack)
-    return fused and (name.endswith("c") or "l0" in name)
+    fused = isinstance(model, loops.Fused | loops.Stack | loops.WholeChunks)
+    return fused and (name.endswith(("c", "output")) or "l0" in name)
 
 
 def product(matrices: Tensor, start: int, end: int) -> Tensor:
@@ -71,6 +71,8 @@ JOINT = {
     "a key three steps back, a cell of one's own": (loops.Late, loops.Own),
     "upper cell feeds lower, which is one's own": (loops.TwoCells, loops.Own),
     "fused stack": (loops.Stack,),
+    "chunks that read whole chunks": (loops.WholeChunks, nn.GRU, 1, False),
+    "the same, a stack, batch first": (loops.WholeChunks, nn.LSTM, 2, True),
 }
 
 

@@ -33,6 +33,10 @@ BATCHES = (
     "theirs belongs to one sequence"
 )
 CHANGING = "its batch changes between steps while something goes around beside the states"
+UNEQUAL = (
+    "its calls have different numbers of steps, and what they return of all of them goes on; give chunks "
+    "of one length"
+)
 PACKED = "its calls are packed, and the states between them are read of padded calls only"
 NO_GRAPH = "some of its steps ran without a graph; run the whole loop with gradients enabled"
 LATE = "a backward in the middle of it freed what its later steps depend on"
@@ -298,6 +302,6 @@ def note_more(part: MarkedPart) -> None:
 def in_words(error: NotReadable) -> str:
     """Why a loop could not be read, as a clause."""
     text = str(error)
-    clauses = (MORE, BATCHES, CHANGING, PACKED, NO_GRAPH, LATE, NO_BATCH)
+    clauses = (MORE, BATCHES, CHANGING, UNEQUAL, PACKED, NO_GRAPH, LATE, NO_BATCH)
     whole = text in clauses or text.startswith(("wide steps", "step Jacobians"))
     return text if whole else f"between two of its steps lies {text}"

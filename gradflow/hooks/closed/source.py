@@ -137,12 +137,14 @@ class JointSource(TapSource):
         scans = loop.scans(member.layer)
         if scans is None:
             return None
-        return {
-            state: self._at_ends(
-                member.part, loop.per_call([scan.grads[state] for _, scan in scans])
-            )
-            for state in member.names
-        }
+        found = {}
+        for state in member.names:
+            grads = [scan.grads["h" if state == "output" else state] for _, scan in scans]
+            each = loop.per_call(grads)
+            if state == "output":
+                each = [call[:-1].transpose(0, 1).flatten(1).unsqueeze(0) for call in each]
+            found[state] = self._at_ends(member.part, each)
+        return found
 
     def _at_ends(self, part: StockPart, each: list[Tensor]) -> Tensor:
         """(T, B, ·) of every step of the loop, of what each call (t, b, ·) has at its last step."""

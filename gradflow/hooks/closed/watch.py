@@ -22,6 +22,7 @@ from gradflow.hooks.closed.reading import (
     BATCHES,
     LATE,
     PACKED,
+    UNEQUAL,
     WHY_NOT,
     Ask,
     Reading,
@@ -32,7 +33,8 @@ from gradflow.hooks.closed.reading import (
     step_between,
 )
 from gradflow.hooks.closed.source import JointSource
-from gradflow.hooks.dense import Mixed, Place
+from gradflow.hooks.closed.standing import Standing
+from gradflow.hooks.dense import Incomplete, Mixed, Place
 from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.loops.links import End
 from gradflow.hooks.loops.stitch import Chain
@@ -234,21 +236,39 @@ class ClosedLoops:
             raise NotReadable(BATCHES)
         if any(part.packed for part in loop.parts):
             raise NotReadable(PACKED)
+        if any(part.outputs and len(set(part.sizes)) > 1 for part in loop.parts):
+            raise NotReadable(UNEQUAL)
         try:
             if loop.own:
                 self._read_own(loop, reading)
                 return
-            marks = read(reading, self.ask, one=one)
+            marks = self._marks(loop, reading)
         except Mixed:
             batch = next(iter(reading.states[0].values())).batch
             if one or loop.begun or not even:
                 raise
             loop.own, source.one_system, loop.read = False, batch, {}
-            marks = read(reading, self.ask, one=True)
+            marks = self._marks(loop, reading)
         for number, (place, mark) in enumerate(marks):
             if not (loop.begun and number == 0):
                 self._add(loop, states[number], mark)
                 self.owner.handles += source.listen_at(mark, place)
+
+    def _marks(self, loop: ClosedLoop, reading: Reading) -> list[tuple[Standing, Mark]]:
+        """See `read`; outputs within the calls are a part of the state where they are read later."""
+        one = bool(loop.source.one_system)
+        chunks = [part for part in loop.parts if max(part.sizes) > 1]
+        try:
+            return read(reading, self.ask, one=one)
+        except Incomplete:
+            if loop.begun or not chunks or chunks[0].outputs:
+                raise
+        if any(len(set(part.sizes)) > 1 for part in chunks):
+            raise NotReadable(UNEQUAL)
+        for part in chunks:
+            part.outputs = True
+        loop.source.members = _members(loop.parts)
+        return read(reading, self.ask, one=one)
 
     def _read_own(self, loop: ClosedLoop, reading: Reading) -> None:
         """The steps of one layer whose input descends from it; all others are in closed form."""
