@@ -12,6 +12,7 @@ import torch
 from closed_loops import Loop, advanced, made
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gradflow
 from gradflow.analyzer import step_jacobians
@@ -336,6 +337,37 @@ def test_without_a_graph_it_is_said_that_nothing_can_be_told(given: bool, told: 
         recording = without_a_graph(nn.GRUCell(3, 3), torch.randn(6, 2, 3), given=given)
     assert ("cannot be told" in recording["cell"].inputs_unknown) == told
     assert ("cannot be told" in gradflow.analyze(recording)["cell"].sentence) == told
+
+
+@pytest.mark.parametrize("fed_back", [True, False], ids=["closed", "open"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "step by step"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_a_closed_loop_in_a_checkpoint_gets_no_verdict_and_is_told_how_to_get_one(
+    reentrant: bool, whole: bool, fed_back: bool
+) -> None:
+    """An open loop keeps its verdict: the second run shows that its inputs were given."""
+    model = made(loops.Decoder, nn.GRUCell)
+    given = torch.randn(12, 2, loops.H, dtype=torch.float64)
+
+    def run(x: Tensor, h: Tensor, steps: range) -> tuple[Tensor, Tensor]:
+        for t in steps:
+            h = model.cell(x if fed_back else model.out(given[t]), h)
+            x = model.out(h) if fed_back else x
+        return x, h
+
+    x = torch.ones(2, loops.H, dtype=torch.float64, requires_grad=True)
+    h = torch.zeros(2, loops.H, dtype=torch.float64)
+    with gradflow.record(model) as recording:
+        for steps in [range(12)] if whole else [range(t, t + 1) for t in range(12)]:
+            x, h = checkpoint(run, x, h, steps, use_reentrant=reentrant)
+        (h**2).sum().backward()
+    layer, track = gradflow.analyze(recording)["cell"], recording["cell"]
+    if not fed_back:
+        assert "no gains" not in layer.labels and track.inputs_unknown == ""
+        return
+    assert layer.verdict == "inconclusive" and "no gains" in layer.labels
+    assert "record one step without the checkpoint" in layer.sentence
+    assert track.has_gradient and track.last_grads is None
 
 
 def test_what_is_alone_is_saved_and_read_again(tmp_path: Path) -> None:

@@ -289,6 +289,7 @@ class Recorder:
             kept = {name: getattr(known, name) for name in ("grads", "graph_tasks", "entering")}
             vars(known).update(vars(call) | kept | {"within": task})
             self.stitcher.made_again(known, initial, results)
+            self.closed.given.made_again(known, data, results, lambda w: id(w) in self._holders)
             self._listen(known, results)
             return
         self._listen(call, results)

@@ -304,4 +304,6 @@ def in_words(error: NotReadable) -> str:
     text = str(error)
     clauses = (MORE, BATCHES, CHANGING, UNEQUAL, PACKED, NO_GRAPH, LATE, NO_BATCH)
     whole = text in clauses or text.startswith(("wide steps", "step Jacobians"))
+    if text.startswith("what a checkpoint"):
+        text += "; record one step without the checkpoint"
     return text if whole else f"between two of its steps lies {text}"
