@@ -105,7 +105,7 @@ class Prediction:
     words: str  # the remedy as people write it: "forget bias + 1"
     verdict: str  # one of gradflow.conditions.VERDICTS
     rate: Rate  # nats per step
-    half_life: float  # steps; inf if the gain never halves
+    half_life: float  # steps; inf if the gain never halves, NaN if not known
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span
@@ -139,7 +139,7 @@ class Alone:
     """
 
     rate: Rate  # nats per step
-    half_life: float  # steps; inf if the gain never halves
+    half_life: float  # steps; inf if the gain never halves, NaN if not known
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span
@@ -172,7 +172,7 @@ class LayerAnalysis:
     verdict: str  # one of gradflow.conditions.VERDICTS
     labels: tuple[str, ...]  # what else it is: "transient growth", "not exponential"
     rate: Rate  # the largest Lyapunov exponent, nats per step
-    half_life: float  # steps; inf if the gain never halves
+    half_life: float  # steps; inf if the gain never halves, NaN if not known
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span; None where undefined

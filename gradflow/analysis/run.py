@@ -197,7 +197,7 @@ class Analysis:
     def _headline(self) -> pd.DataFrame:
         """The columns of a verdict, for reading: what is never reached is said so."""
         return self.frame("layers")[HEADLINE].assign(
-            half_life=["never" if math.isinf(h.half_life) else f"{h.half_life:.4g}" for h in self],
+            half_life=[_half_life(layer) for layer in self],
             horizon=[_horizon(layer) for layer in self],
         )
 
@@ -207,6 +207,12 @@ class Analysis:
         return f"<b>{escape(self.title)}</b><ul>{sentences}</ul>" + self.frame("layers").to_html(
             index=False, border=0
         )
+
+
+def _half_life(layer: LayerAnalysis) -> str:
+    if math.isnan(layer.half_life):
+        return "none"
+    return "never" if math.isinf(layer.half_life) else f"{layer.half_life:.4g}"
 
 
 def _horizon(layer: LayerAnalysis) -> str:

@@ -51,7 +51,9 @@ def without_gains(track: Track, settings: Settings, why: str) -> Core:
         span=span_of(track, settings),
         finite=finite_sequences(track),
         growth=Growth(log_growth, torch.zeros(track.steps, track.batch, dtype=torch.bool)),
-        sequence_gains=SpanGains(np.full(track.batch, math.nan), np.zeros(track.batch, dtype=int)),
+        sequence_gains=SpanGains(
+            np.full(track.batch, math.nan), np.zeros(track.batch, dtype=int), 0
+        ),
         gain=UNMEASURED,
         sequence_rates=np.full(track.batch, math.nan),
         rate=Rate(math.nan, math.nan, math.nan),

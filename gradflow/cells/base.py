@@ -7,7 +7,7 @@ shape (B, m, S), its rows are the vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
@@ -26,16 +26,11 @@ class Weights:
 
     def to(self, dtype: torch.dtype) -> Weights:
         """The same weights in another dtype."""
-        return Weights(*(None if w is None else w.to(dtype) for w in self.values()))  # type: ignore[arg-type]
-
-    def values(self) -> tuple[Tensor | None, ...]:
-        """The tensors, None for those this layer does not have."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return Weights(**{name: weight.to(dtype) for name, weight in self.named().items()})
 
     def named(self) -> dict[str, Tensor]:
         """Name -> tensor, only those this layer has."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in named.items() if value is not None and len(value)}
+        return {n: weight for n, weight in vars(self).items() if weight is not None and len(weight)}
 
     def project_input(self, x: Tensor) -> Tensor:
         """W_ih x_t + b_ih of all steps at once, (T, B, G*H)."""

@@ -24,6 +24,11 @@ class GivenLengths:
     def __init__(self, given: Lengths) -> None:
         self._given = given
 
+    @property
+    def known(self) -> bool:
+        """Whether any were given."""
+        return self._given is not None
+
     def of_call(self, seen: SeenCall) -> Tensor | None:
         """(B,) of a call over whole sequences; None where none were given, or input is packed."""
         if self._given is None or seen.batch_sizes is not None:

@@ -31,6 +31,7 @@ from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.own.leaves import leaves
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.seen import SeenCall
+from gradflow.hooks.shown_padding import ShownPadding
 from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
 from gradflow.hooks.unrolled.sources import FLAT, FLAT_IN_TIME, PLAIN
@@ -63,10 +64,12 @@ class Recorder:
         self.model = model
         self.layers = layers
         self.lengths = GivenLengths(lengths)
+        self.shown = ShownPadding(model)
         self.scaler = scaler
         self.jacobians = jacobians
         self.training = model.training
         self.recording = Recording(type(model).__name__) if recording is None else recording
+        self.recording.lengths_given = self.lengths.known
         self.uses = WeightUses(model)
         self.calls: list[Call] = []
         self.handles: list[RemovableHandle] = []
@@ -227,7 +230,10 @@ class Recorder:
         if torch.is_grad_enabled():
             self.watch.held.hold(leaves((args, kwargs)).values())
             self.watch.held.hold_locals()
-        return self.own.entered(module, args, kwargs)
+        call = self.own.entered(module, args, kwargs)
+        if call is not None and self.own.is_outermost(call):
+            self.recording.paddings += self.shown.of_model(args, kwargs)
+        return call
 
     def left(self, call: Any, result: Any) -> None:
         """That call is over; result is None where it raised."""
@@ -252,6 +258,8 @@ class Recorder:
 
     def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None:
         """One more step of a loop that is tapped, or over a cell of the user's own."""
+        if len(source.marks) <= 1:
+            track.turned = self.shown.turns(node for node, _ in place.edges.values())
         self.closed.saw_mark(source, track, place, mark)
 
     def drop_tracks(self, tracks: list[Track]) -> None:
@@ -297,7 +305,10 @@ class Recorder:
         chain, end = self.stitcher.place(call, initial, results)
         self.closed.saw(chain, end, data)
         if len(chain.calls) == 1:
-            self._add_tracks(chain)
+            self._add_tracks(chain, data)
+            for track in chain.tracks:
+                track.turned = self.shown.turns([data.grad_fn])
+            self.shown.made(results, (track.name for track in chain.tracks))
         elif _goes_around(chain):
             for name, tensor in zip(call.initial, initial, strict=True):
                 self.handles += call.listen_at_entry(name, tensor, self.scale)
@@ -327,7 +338,7 @@ class Recorder:
 
     # -- tracks ------------------------------------------------------------------------------
 
-    def _add_tracks(self, chain: Chain) -> None:
+    def _add_tracks(self, chain: Chain, data: Tensor) -> None:
         call = chain.calls[0]
         picked = [
             (layer, direction, name)
@@ -337,6 +348,7 @@ class Recorder:
         if not picked:
             return
         notes: list[str] = []
+        padding, below = self.shown.of_input(data, call.batch_first)
         if chain.sizes == [1] and call.batch_sizes is None:
             chain.lengths = self.lengths.of_steps(chain.batch)
             notes += self.lengths.notes
@@ -363,6 +375,8 @@ class Recorder:
                 notes=list(notes),
                 owner=call.owner,
                 above=tuple(upper for i, _, upper in picked if i == layer + 1),
+                below=below if layer == 0 else (),
+                padding=padding,
             )
             chain.tracks.append(track)
             self.recording.add(track)
@@ -409,6 +423,7 @@ class Recorder:
             self._remove_handles,
             self.uses.close,
             self.stitcher.close,
+            self.shown.close,
             self.taps.close,
             self.own.close,
             self.watch.close,

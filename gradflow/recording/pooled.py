@@ -74,6 +74,7 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
     made = Recording(recording.model_name)
     made.notes, made.provenance = list(recording.notes), dict(recording.provenance)
     made.unseen, made.empty_reason = recording.unseen, recording.empty_reason
+    made.paddings, made.lengths_given = recording.paddings, recording.lengths_given
     for run in groups:
         made.add(run[0] if len(run) == 1 else _as_one(run))
     return made, list(dict.fromkeys(filter(None, said)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradflow.cells import CELLS, CellSpec
 from gradflow.errors import RecordingError, must_be
+from gradflow.recording.padding import Padding
 from gradflow.recording.source import Backward, Contributions, Forward, Operator, Parity, Source
 
 
@@ -39,6 +40,9 @@ class Track:
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
     owner: str = ""  # path of its module in the model, "" for the model itself
     above: tuple[str, ...] = ()  # names of the tracks of the same stack that read this one
+    below: tuple[str, ...] = ()  # names of the tracks that its input is made of, step by step
+    padding: Padding | None = None  # of the token ids that its input is made from, step by step
+    turned: bool = False  # whether its first step may read another step of the batch than the first
     inputs_unknown: str = ""  # that steps ran without a graph, and what that hides of their inputs
     unseen_states: tuple[str, ...] = ()  # states whose values were not seen, and stand as NaN
     loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of

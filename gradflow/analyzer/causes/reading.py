@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from gradflow.analysis import Finding
 from gradflow.analyzer import reading
 from gradflow.analyzer.evidence import Evidence, counted, module
+from gradflow.recording import Track
 
 
 def read_by_loss(e: Evidence) -> Iterator[Finding]:
@@ -25,6 +26,18 @@ def mend_first(e: Evidence) -> str:
     """The advice in place of a remedy, where none can help before the loss reads other steps."""
     where = f" of {e.reading.under[0]}" if e.reading.under[0] and not e.reading.kind else ""
     return f"first mend what the loss reads{where}: before that no change of this layer helps"
+
+
+def perhaps_padding(track: Track, read: reading.Reading) -> str:
+    """What to know where all sequences end with one row, which may be padding and may be data."""
+    if not read.perhaps:
+        return ""
+    every = "every sequence" if track.batch > 1 else "its one sequence"
+    return (
+        f"from step {read.perhaps + 1} on, what {track.name} reads repeats one row in {every}, and the "
+        f"loss reads only what comes after: if these steps are padding, read step {read.perhaps} "
+        "instead; lengths= in record() tells which steps are real"
+    )
 
 
 # ----------------------------------------------------------------------------- sentence and title
@@ -229,7 +242,7 @@ def _after_end(e: Evidence) -> Finding:
     behind = (
         f"at the median {counted(seen.padding, 'step')} of padding between the last real one and it"
     )
-    seems = "" if seen.told else " (told from the input, which repeats one row from there on)"
+    seems = f" ({seen.shown})" if seen.shown else ""
     code = _last_step(e, "lengths - 1")
     if e.fused and seen.bidirectional:
         first = ", batch_first=True" if e.track.batch_first else ""

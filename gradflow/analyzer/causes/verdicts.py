@@ -167,4 +167,11 @@ def _rate(e: Evidence) -> str:
 
 
 def _sequences(e: Evidence) -> str:
-    return "one sequence" if e.track.batch == 1 else f"{e.track.batch} sequences"
+    if e.track.batch == 1:
+        return "one sequence"
+    voting = int(e.sequence_gains.voting.sum())
+    return (
+        f"{voting} of {e.track.batch} sequences"
+        if voting < e.track.batch
+        else f"{voting} sequences"
+    )

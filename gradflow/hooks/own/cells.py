@@ -102,6 +102,10 @@ class OwnCells:
         self._under_way.append(call)
         return call
 
+    def is_outermost(self, call: Any) -> bool:
+        """Whether no other call that is followed is under way around this one."""
+        return self._under_way[0] is call
+
     def _origin(
         self, cell: Candidate, given: Given
     ) -> tuple[First | CellLoop | None, dict[Path, Path]]:
