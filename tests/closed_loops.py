@@ -285,6 +285,17 @@ class Changing(Decoder):
         return super().step({name: value[self.rows[t]] for name, value in state.items()}, t)
 
 
+class ChangingFused(Fused):
+    """The same of a fused layer."""
+
+    def __init__(self, kind: Callable[..., nn.Module], rows: tuple[list[int], ...]) -> None:
+        super().__init__(kind, True)
+        self.rows = rows
+
+    def step(self, state: State, t: int) -> State:
+        return super().step({name: value[self.rows[t]] for name, value in state.items()}, t)
+
+
 class ChangingTwo(TwoCells):
     """The same of two cells."""
 

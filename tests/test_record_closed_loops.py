@@ -130,6 +130,7 @@ def test_totals_compose_by_the_joint_steps(case: tuple) -> None:
 CHANGING = {
     "gru, shrinking": (loops.Changing, nn.GRUCell, loops.SHRINKING),
     "lstm, some are kept": (loops.Changing, nn.LSTMCell, loops.KEPT),
+    "fused lstm, some are kept": (loops.ChangingFused, nn.LSTM, loops.KEPT),
     "rnn, permuted": (loops.Changing, nn.RNNCell, loops.PERMUTED),
     "one's own, some are kept": (loops.Changing, loops.Own, loops.KEPT),
     "two cells, some are kept": (loops.ChangingTwo, nn.GRUCell, loops.KEPT),
@@ -243,7 +244,12 @@ def test_chunks_have_one_step_per_call() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [JOINT["fused lstm"], JOINT["lstm cell"], JOINT["fused gru, batch first"]]
+    "case",
+    [
+        *(JOINT[name] for name in ("fused lstm", "lstm cell", "fused gru, batch first")),
+        JOINT["fused stack"],
+        (loops.Chunks,),
+    ],
 )
 def test_the_last_loss_step_alone_is_that_of_a_loss_at_the_last_step(case: tuple) -> None:
     alone, _ = recorded(made(*case))
@@ -255,6 +261,10 @@ def test_the_last_loss_step_alone_is_that_of_a_loss_at_the_last_step(case: tuple
     assert last is not None
     for name, grad in alone[model.track].grads.items():
         assert same(last[name], grad), name
+    for track in every:  # of a chunk all steps are not known
+        if track.last_grads is not None or not isinstance(model, loops.Chunks):
+            for name, grad in alone[track.name].grads.items():
+                assert same(track.last_grads[name], grad), (track.name, name)
     assert gradflow.analyze(every)[model.track].sentence
 
 

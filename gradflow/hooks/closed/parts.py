@@ -74,6 +74,16 @@ class StockPart:
         return any(call.batch_sizes is not None for call in self.chain.calls)
 
     @property
+    def read_at_ends(self) -> bool:
+        """Whether all that reaches its calls comes to their last steps."""
+        return not self.outputs and all(
+            size == 1
+            or "output" not in call.grads
+            or not before_last(call, call.grads["output"]).any()
+            for call, size in zip(self.chain.calls, self.sizes, strict=True)
+        )
+
+    @property
     def lengths(self) -> Tensor | None:
         """(B,) the user's own."""
         return self.chain.lengths
@@ -148,6 +158,7 @@ class MarkedPart:
     source: TapSource
     track: Track
     outputs = False  # see `StockPart`
+    read_at_ends = True
 
     @property
     def path(self) -> str:
