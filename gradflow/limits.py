@@ -110,6 +110,7 @@ LESS_SHUT = _limit(0.1, "of values", "by which a gate is to be shut less often")
 TRIED_SECONDS = _limit(1.0, "seconds", "predicted, of one try, of all layers together")
 PREDICTION_LEAST = _limit(0.05, "decades", "that are worth saying")
 PREDICTION_SECONDS = _limit(5.0, "seconds", "predicted, of all predictions for a report together")
+SHOWN_LETTERS = _limit(64, "letters", "of a name in a file that are shown")
 SHOWN_PREDICTIONS = _limit(2, "predictions", "shown for a layer")
 REPORT_SHARE = _limit(16, "one part in", "of the budgets of `analyze`, for a prediction for a report")
 QUICK = _limit(4, "one part in", "of the budgets of `analyze`, for one measurement of `what_if`")
@@ -283,5 +284,6 @@ GREW_DECADES = -GONE_DECADES
 CARRIED_DECADES = math.log10(CARRIED)
 
 # and in words
+VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
 BAND_WORDS = "one decade" if BAND == 1 else f"{BAND:g} decades"
 GONE_WORDS = power(GONE_DECADES)

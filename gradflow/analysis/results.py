@@ -103,7 +103,7 @@ class Prediction:
     remedy: str  # an argument of `gradflow.what_if`: "forget_bias" or "scale_hh"
     value: float  # of that argument
     words: str  # the remedy as people write it: "forget bias + 1"
-    verdict: str  # one of gradflow.conditions.VERDICTS
+    verdict: str  # one of gradflow.limits.VERDICTS
     rate: Rate  # nats per step
     half_life: float  # steps; inf if the gain never halves, NaN if not known
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
@@ -167,7 +167,7 @@ class LayerAnalysis:
     steps: int  # T of the longest sequence
     sequences: int  # B
     span: int  # the distance of interest, in steps
-    verdict: str  # one of gradflow.conditions.VERDICTS
+    verdict: str  # one of gradflow.limits.VERDICTS
     labels: tuple[str, ...]  # what else it is: "transient growth", "not exponential"
     rate: Rate  # the largest Lyapunov exponent, nats per step
     half_life: float  # steps; inf if the gain never halves, NaN if not known

@@ -274,6 +274,8 @@ def _check_tensor(key: str, tensor: Tensor) -> None:
         problem = "a shape without numbers (a meta tensor)"
     elif tensor.is_quantized:
         problem = "quantised"
+    elif tensor.is_nested:
+        problem = "nested (tensors of several shapes in one)"
     elif tensor.layout != torch.strided:
         problem = f"sparse ({str(tensor.layout).removeprefix('torch.')})"
     elif not tensor.is_floating_point():
