@@ -277,8 +277,8 @@ class Recorder:
 
     def drop_sources(self, sources: list[TapSource]) -> None:
         """Forget the loops over modules that turned out to be only part of a step."""
-        self.drop_tracks([track for track in self.recording if track.source in sources])
         self.own.ignore(sources)
+        self.drop_tracks([track for track in self.recording if track.source in sources])
 
     def drop_cell(self, module: nn.Module) -> None:
         """Forget a module as a cell: the loop is inside it."""

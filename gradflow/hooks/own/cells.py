@@ -259,6 +259,7 @@ class OwnCells:
         for cell in self._cells.values():
             if any(track.source in sources for track in cell.tracks):
                 cell.ignored = True
+                self.owner.drop_tracks(cell.tracks)
                 cell.tracks.clear()
 
     def _tell_outer(self, path: str, results: list[Tensor]) -> None:
