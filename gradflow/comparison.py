@@ -12,7 +12,8 @@ import pandas as pd
 
 from gradflow import reporter
 from gradflow.analysis import HEADLINE, Analysis, LayerAnalysis
-from gradflow.analyzer.rates import ROUNDING, quantile
+from gradflow.analyzer.rates import quantile
+from gradflow.limits import RATE_ROUNDING
 
 COLUMNS = ["run", *HEADLINE]
 
@@ -159,7 +160,7 @@ def _change(first: str, before: LayerAnalysis, second: str, after: LayerAnalysis
     difference = two.value - one.value
     if not by_gain:
         low, high = _widened(difference, low, high, before, after)
-    larger = None if math.isnan(low) else low > ROUNDING or high < -ROUNDING
+    larger = None if math.isnan(low) else low > RATE_ROUNDING or high < -RATE_ROUNDING
     if math.isinf(difference):
         larger = True  # one is dead, the other is not
     if one.value == two.value == -math.inf:
@@ -207,7 +208,7 @@ def _interval(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     difference = float(after.mean() - before.mean())
     errors = [float(values.var(ddof=1)) / len(values) for values in (before, after)]
-    if sum(errors) <= ROUNDING**2:
+    if sum(errors) <= RATE_ROUNDING**2:
         return difference, difference
     freedom = sum(errors) ** 2 / sum(
         error**2 / (len(values) - 1) for error, values in zip(errors, (before, after), strict=True)
@@ -249,7 +250,7 @@ def _verdict(change: Change, after: LayerAnalysis) -> str:
         if values == (-math.inf, -math.inf):
             return "exact zeros cut every path in both"
         return f"the {change.compared}s cannot be compared"
-    if abs(change.difference) < ROUNDING:
+    if abs(change.difference) < RATE_ROUNDING:
         return f"the {what} does not differ"
     way = "rises" if change.difference > 0 else "falls"
     if math.isinf(change.difference):

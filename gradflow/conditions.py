@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradflow.errors import InputError
+from gradflow.limits import LN_GONE
 
 if TYPE_CHECKING:
     from gradflow.analysis import Analysis, LayerAnalysis
@@ -26,7 +27,7 @@ def _horizon(layer: LayerAnalysis) -> float:
         return layer.horizon
     if layer.never_gone or not layer.pace < 0:
         return math.inf
-    return max(layer.searched + 1, math.log(1e3) / -layer.pace)
+    return max(layer.searched + 1, LN_GONE / layer.pace)
 
 
 NUMBERS: dict[str, Callable[[LayerAnalysis], float | None]] = {

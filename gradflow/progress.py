@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-PATIENCE = 2.0  # seconds before progress is shown
+from gradflow.limits import PROGRESS_SECONDS
 
 
 class Progress:
@@ -27,7 +27,7 @@ class Progress:
     def __call__(self, what: str, done: float) -> None:
         """Show what is being done and which share of it is done."""
         if self._display is None:
-            if time.monotonic() - self._started < PATIENCE or not sys.stderr.isatty():
+            if time.monotonic() - self._started < PROGRESS_SECONDS or not sys.stderr.isatty():
                 return
             self._open()
         self._display.update(self._task, description=what, completed=done)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer import iteration
-from gradflow.analyzer.iteration import KEPT, TOLERANCE, spectral_by_iteration
+from gradflow.analyzer.iteration import spectral_by_iteration
 from gradflow.analyzer.jacobians import DenseOperator
 from gradflow.analyzer.products import log_gains
+from gradflow.limits import NORM_KEPT, NORM_TOLERANCE
 
 F64 = torch.float64
 ROWS, COLUMNS = 70, 90
@@ -31,7 +32,7 @@ def with_singular_values(sizes: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def random_start(count: int = 2, rows: int = ROWS) -> Tensor:
-    start = torch.randn(count, rows, KEPT, generator=generator(3), dtype=F64)
+    start = torch.randn(count, rows, NORM_KEPT, generator=generator(3), dtype=F64)
     return torch.linalg.qr(start)[0]
 
 
@@ -56,14 +57,14 @@ def test_a_norm_is_within_1e_4_from_any_start(sizes: Tensor, begin: str) -> None
     blocks, left = with_singular_values(sizes.to(F64))
     start = random_start()
     if begin == "at the last":
-        start = left[..., -KEPT:]
+        start = left[..., -NORM_KEPT:]
     found, carried, images = spectral_by_iteration(blocks, start)
     error = found / sizes[0] - 1
     assert error.max() <= 1e-12, "a Ritz value is never too large"
-    assert error.min() >= -TOLERANCE
+    assert error.min() >= -NORM_TOLERANCE
     assert torch.allclose(images, carried.mT @ blocks, rtol=0, atol=1e-12 * float(sizes[0]))
     assert torch.allclose(
-        carried.mT @ carried, torch.eye(KEPT, dtype=F64).expand(2, -1, -1), atol=1e-12
+        carried.mT @ carried, torch.eye(NORM_KEPT, dtype=F64).expand(2, -1, -1), atol=1e-12
     )
 
 
@@ -72,8 +73,8 @@ def test_a_direction_that_the_basis_left_out_is_found(name: str) -> None:
     """A basis of the exact singular vectors 2 to 13 sees nothing beside itself."""
     sizes = SPECTRA[name].to(F64)
     blocks, left = with_singular_values(sizes)
-    found, basis, _ = spectral_by_iteration(blocks, left[..., 1 : 1 + KEPT])
-    assert (1 - found / sizes[0]).max() <= TOLERANCE
+    found, basis, _ = spectral_by_iteration(blocks, left[..., 1 : 1 + NORM_KEPT])
+    assert (1 - found / sizes[0]).max() <= NORM_TOLERANCE
     if name in ("evenly spread", "graded"):  # the others lie within the tolerance
         assert (basis[..., 0] * left[..., 0]).sum(-1).abs().min() > 0.999
 
@@ -82,7 +83,7 @@ def test_the_tolerance_is_what_is_reached() -> None:
     """A bound a thousand times weaker lets an error through that the comparison above would see."""
     blocks, _ = with_singular_values(SPECTRA["evenly spread"].to(F64))
     found = spectral_by_iteration(blocks, random_start(), tolerance=0.1)[0]
-    assert (1 - found).max() > TOLERANCE
+    assert (1 - found).max() > NORM_TOLERANCE
 
 
 def test_rows_of_very_different_sizes_are_one_block() -> None:
@@ -90,14 +91,14 @@ def test_rows_of_very_different_sizes_are_one_block() -> None:
     scale = torch.logspace(0, -250, ROWS, dtype=F64).expand(2, -1)
     found, carried, images = spectral_by_iteration(blocks, random_start(), scale=scale)
     scaled = blocks * scale[..., None]
-    assert torch.allclose(found, torch.linalg.matrix_norm(scaled, 2), rtol=TOLERANCE, atol=0)
+    assert torch.allclose(found, torch.linalg.matrix_norm(scaled, 2), rtol=NORM_TOLERANCE, atol=0)
     assert torch.allclose(images, carried.mT @ scaled, rtol=0, atol=1e-12)
 
 
 def test_single_precision_is_enough_for_1e_4() -> None:
     blocks, _ = with_singular_values(SPECTRA["an edge"].to(F64))
     found = spectral_by_iteration(blocks.float(), random_start().float())[0]
-    assert (found.double() - 1).abs().max() <= TOLERANCE
+    assert (found.double() - 1).abs().max() <= NORM_TOLERANCE
 
 
 def test_the_eigenvectors_are_left_for_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +108,9 @@ def test_the_eigenvectors_are_left_for_last(monkeypatch: pytest.MonkeyPatch) -> 
         iteration, "_by_eigenvectors", lambda block: asked.append(block) or exactly(block)
     )
     blocks, left = with_singular_values(SPECTRA["graded"].to(F64))
-    spectral_by_iteration(blocks, left[..., :KEPT])
+    spectral_by_iteration(blocks, left[..., :NORM_KEPT])
     assert asked == []
-    monkeypatch.setattr(iteration, "STEPS", 1)
+    monkeypatch.setattr(iteration, "NORM_STEPS", 1)
     blocks, _ = with_singular_values(SPECTRA["hardly spread"].to(F64))
     spectral_by_iteration(blocks, random_start())
     assert len(asked) == 2
@@ -156,7 +157,7 @@ def test_every_lag_of_a_map_is_within_1e_4(jacobians: Tensor) -> None:
         for target in range(source + 1, steps):
             product = jacobians[target, 0] @ product
             error = found[source, target].exp() / torch.linalg.matrix_norm(product, 2) - 1
-            assert -TOLERANCE <= error <= 1e-9, (source, target)
+            assert -NORM_TOLERANCE <= error <= 1e-9, (source, target)
 
 
 def test_images_follow_a_block_whose_largest_rows_die() -> None:
@@ -179,5 +180,5 @@ def test_sequences_side_by_side_are_maps_of_their_own() -> None:
     for b in range(3):
         alone = log_gains(DenseOperator(jacobians[:, b : b + 1]), range(10), ("spectral",))
         assert torch.allclose(
-            together[b], alone["spectral"][0], rtol=0, atol=TOLERANCE, equal_nan=True
+            together[b], alone["spectral"][0], rtol=0, atol=NORM_TOLERANCE, equal_nan=True
         )

@@ -480,7 +480,7 @@ def test_4096_steps_by_strided_sources_fit_the_memory(monkeypatch: pytest.Monkey
     rnn = nn.RNN(1, 1, dtype=F64)
     track = record(rnn, 4096, 1)["l0"]
     assert plan._Making(track, [0], False, 0).least_stride() == 2
-    monkeypatch.setattr(plan, "MEMORY", 2**20)
+    monkeypatch.setattr(plan, "MAP_BYTES", 2**20)
     maps = make(track, method="auto", withheld=True)
     assert maps.words.startswith("exact, every 512th step a source")
     assert sum(plane.nbytes for plane in maps.planes) <= 2**20
@@ -501,10 +501,10 @@ def test_blocks_stay_within_the_memory(monkeypatch: pytest.MonkeyPatch, sketch: 
         most.append(sum(level.bytes for level in plain(sweep)))
         return list(plain(sweep))
 
-    monkeypatch.setattr(products, "CHUNK", 8 * 12 * 12 * 16)
+    monkeypatch.setattr(products, "BLOCK_BYTES", 8 * 12 * 12 * 16)
     monkeypatch.setattr(Sweep, "live", property(watched))
     parts = log_gains(DenseOperator(jacobians), range(40), sketch=sketch)
-    assert max(most) <= 2 * products.CHUNK  # a buffer doubles before it is found too large
+    assert max(most) <= 2 * products.BLOCK_BYTES  # a buffer doubles before it is found too large
     for norm, values in whole.items():
         assert_logs_close(parts[norm], values, 1e-9)
 

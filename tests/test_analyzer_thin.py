@@ -30,7 +30,7 @@ STEPS = 14
 
 @pytest.fixture
 def _thin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide, "WRITING", -1.0)
+    monkeypatch.setattr(wide, "WIDE_WRITING", -1.0)
 
 
 def measured(track: Track, span: int | None = None) -> LayerAnalysis:
@@ -125,8 +125,8 @@ def test_a_cell_of_moderate_width_is_written_out_after_all() -> None:
 
 
 def test_a_layer_too_dear_to_be_measured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide, "WRITING", -1.0)
-    monkeypatch.setattr(thin, "MOST", -1.0)
+    monkeypatch.setattr(wide, "WIDE_WRITING", -1.0)
+    monkeypatch.setattr(thin, "THIN_SECONDS", -1.0)
     monkeypatch.setattr("gradflow.analyzer.core.MAP_SECONDS", -1.0)
     layer = measured(convolved(None))
     assert "gains between steps not measured" in layer.method

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 
-from gradflow.analyzer.threads import SMALL, fitting_threads
+from gradflow.analyzer.threads import fitting_threads
+from gradflow.limits import ONE_THREAD
 
 FOUND = 3
 
@@ -65,7 +66,7 @@ def each_for_itself() -> Iterator[None]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_many_analyses_at_once_leave_the_number_of_threads(seed: int) -> None:
-    assert set(stress(lambda: fitting_threads(SMALL), seed)) == {FOUND}
+    assert set(stress(lambda: fitting_threads(ONE_THREAD), seed)) == {FOUND}
 
 
 def test_a_number_that_is_not_given_back_would_be_seen() -> None:
@@ -73,9 +74,9 @@ def test_a_number_that_is_not_given_back_would_be_seen() -> None:
 
 
 def test_small_states_get_one_thread_and_wide_ones_all() -> None:
-    with fitting_threads(SMALL + 1):
+    with fitting_threads(ONE_THREAD + 1):
         assert torch.get_num_threads() == FOUND
-    with fitting_threads(SMALL), fitting_threads(SMALL):
+    with fitting_threads(ONE_THREAD), fitting_threads(ONE_THREAD):
         assert torch.get_num_threads() == 1
     assert (torch.get_num_threads(), of_a_new_thread()) == (FOUND, FOUND)
 
@@ -85,6 +86,6 @@ def test_a_number_of_ones_own_stays_a_threads_own() -> None:
     thread = threading.Thread(target=lambda: torch.set_num_threads(5))
     thread.start()
     thread.join()
-    with fitting_threads(SMALL):
+    with fitting_threads(ONE_THREAD):
         assert torch.get_num_threads() == 1
     assert (torch.get_num_threads(), of_a_new_thread()) == (FOUND, 5)

@@ -78,7 +78,7 @@ def test_a_long_way_between_two_calls_is_read_whole(cell: str, deep: int, residu
 
 
 def test_more_than_is_looked_at_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "MOST_BETWEEN", 500)
+    monkeypatch.setattr(graph, "BETWEEN_NODES", 500)
     torch.manual_seed(0)
     model, x = (
         Between(nn.GRUCell(INPUTS, HIDDEN), 300, True).double(),

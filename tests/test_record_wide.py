@@ -34,8 +34,8 @@ Between = Callable[[int, States], States]
 
 @pytest.fixture
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(marks, "WIDEST", 0)
-    monkeypatch.setattr(wide, "WRITING", -1.0)
+    monkeypatch.setattr(marks, "JACOBIAN_WIDEST", 0)
+    monkeypatch.setattr(wide, "WIDE_WRITING", -1.0)
 
 
 def nothing(_: int, states: States) -> States:
@@ -144,9 +144,9 @@ def test_lengths_cut_the_products() -> None:
 def test_wide_cells_are_read_by_default(
     make: Callable[[bool | None], Track], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wide, "WRITING", -1.0)
+    monkeypatch.setattr(wide, "WIDE_WRITING", -1.0)
     mine, theirs = make(None), make(True)
-    assert mine.operator().size > marks.WIDEST
+    assert mine.operator().size > marks.JACOBIAN_WIDEST
     assert_operators_agree(mine, theirs, list(range(mine.batch)))
     assert mine.last_grads is not None and theirs.last_grads is not None
     for name, grad in theirs.last_grads.items():
@@ -333,7 +333,7 @@ def test_little_is_kept_of_a_call_that_may_stay_the_only_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cells, "PERHAPS", 0)
-    monkeypatch.setattr(wide, "WRITING", -1.0)
+    monkeypatch.setattr(wide, "WIDE_WRITING", -1.0)
     mine, theirs = convolved(None), convolved(True)
     assert_operators_agree(mine, theirs, [0, 1, 2])
     partial, known = mine.partial_grads, theirs.partial_grads

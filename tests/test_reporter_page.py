@@ -17,9 +17,10 @@ import synthetic
 from gradflow.analysis import Analysis
 from gradflow.analyzer import agreement, assemble
 from gradflow.analyzer.rates import decays_as_power
+from gradflow.limits import PAGE_BYTES
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.files import draw
-from gradflow.reporter.page import BUDGET, LABELS, embed, page
+from gradflow.reporter.page import LABELS, embed, page
 
 EVIL = "</script><b>x"
 
@@ -83,7 +84,7 @@ def test_page_is_well_formed_offline_and_small(case: tuple[Analysis, str]) -> No
     assert "script" not in outline.tags and "link" not in outline.tags
     assert all(url.startswith(("data:image/png;base64,", "#")) for url in outline.urls)
     assert "url(" not in text and "@import" not in text
-    assert len(text.encode()) <= BUDGET
+    assert len(text.encode()) <= PAGE_BYTES
 
 
 def test_every_picture_has_words(case: tuple[Analysis, str]) -> None:
@@ -200,14 +201,16 @@ def test_a_page_with_too_many_pictures_leaves_the_least_important_out() -> None:
     analysis, pictures = drawn("bidirectional")
     heavy = {key: png + bytes(60_000) for key, png in pictures.items()}
     text = page(analysis, heavy)
-    assert len(text.encode()) <= BUDGET
+    assert len(text.encode()) <= PAGE_BYTES
     left_out = re.search(r"Left out to keep this page below a megabyte, .*: ([^.]*)", text)
     assert left_out and "overview" not in left_out[1]
 
 
 def test_the_maps_of_the_worst_layers_come_before_anything_folded() -> None:
     analysis, pictures = drawn("bidirectional")
-    room = BUDGET // 11  # in PNG bytes a picture needs a third less: 3 overviews and six more fit
+    room = (
+        PAGE_BYTES // 11
+    )  # in PNG bytes a picture needs a third less: 3 overviews and six more fit
     heavy = {key: png.ljust(room * 3 // 4, b"\0") for key, png in pictures.items()}
     shown, _ = embed(analysis, heavy, words=60_000)
     worst = [layer.name for layer in analysis.worst_first][:3]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.loss import masked_median
+from gradflow.limits import GATE_CLOSED, GATE_OPEN
 from gradflow.recording import Track
 
-CLOSED, OPEN = 0.05, 0.95
 CANDIDATES = ("g", "n")  # tanh, from −1 to 1: open and closed have no meaning
 
 
@@ -27,8 +27,8 @@ def gate_statistics(track: Track) -> dict[str, np.ndarray]:
         result["gate_mean"][place] = masked_mean(values, track.mask)
         if name in CANDIDATES:
             continue
-        result["gate_closed"][place] = masked_mean((values < CLOSED).double(), track.mask)
-        result["gate_open"][place] = masked_mean((values > OPEN).double(), track.mask)
+        result["gate_closed"][place] = masked_mean((values < GATE_CLOSED).double(), track.mask)
+        result["gate_open"][place] = masked_mean((values > GATE_OPEN).double(), track.mask)
     return result
 
 

@@ -17,7 +17,6 @@ import xarray as xr
 from gradflow.analyzer.activity import gate_statistics, sigmoid_and_other, state_norms
 from gradflow.analyzer.census import gate_census, idleness, saturation, time_scales
 from gradflow.analyzer.certificates import SIDES, sum_rule
-from gradflow.analyzer.contributions import TOLERANCES
 from gradflow.analyzer.flow import input_gradient_norms
 from gradflow.analyzer.leading import FACTORS, step_growth
 from gradflow.analyzer.loss import KINDS, grad_norms
@@ -26,6 +25,7 @@ from gradflow.analyzer.order import segment_lengths
 from gradflow.analyzer.paths import PATHS, path_gains
 from gradflow.analyzer.ranks import stable_rank
 from gradflow.analyzer.rates import rate_over_sequences
+from gradflow.limits import LAG_TOLERANCES
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _loss_steps(m: Measured) -> Part:
         {
             "loss_step": m.triangle.loss_steps,
             "parameter": np.array(seen.parameters, dtype=str),
-            "tolerance": list(TOLERANCES),
+            "tolerance": list(LAG_TOLERANCES),
         },
         {"lag_contribution": seen.note},
     )

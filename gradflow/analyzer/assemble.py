@@ -24,7 +24,6 @@ from gradflow.analyzer.flow import with_flow
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.leading import rate_factors, watcher
 from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
-from gradflow.analyzer.lyapunov import SHORT
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.notes import provenance_of, warnings_of
 from gradflow.analyzer.rates import decays_as_power
@@ -37,10 +36,8 @@ from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.unmeasured import without_gains
 from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
+from gradflow.limits import LAG_SECONDS, SHORT, TRIANGLE_SECONDS
 from gradflow.recording import Recording, Track, pooled
-
-TRIANGLE_SECONDS = 1.5  # predicted, for the triangles of all layers together
-LAG_SECONDS = 5.5  # predicted, for the gradients by lag of all layers together
 
 
 def analyze(

@@ -13,12 +13,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.iteration import KEPT, spectral_by_iteration
-from gradflow.analyzer.norms import EXACT_ROWS, SMALL, row_norms, spectral_by_gram, spectral_from
+from gradflow.analyzer.iteration import spectral_by_iteration
+from gradflow.analyzer.norms import row_norms, spectral_by_gram, spectral_from
+from gradflow.limits import (
+    EXACT_ROWS,
+    IMAGE_DRIFT,
+    NORM_KEPT,
+    RESCALE_FLOAT32,
+    RESCALE_FLOAT64,
+    ROW_DEPTH,
+    SMALL_ROWS,
+)
 
-ROOM = {torch.float64: 32, torch.float32: 8}  # powers of two a row may leave 1 before rescaling
-FARTHEST = 40  # powers of two by which images may have drifted before they are made anew
-DEEPEST = 2000  # powers of two below the largest row at which a row counts for nothing in a sum
+RESCALED = {torch.float64: RESCALE_FLOAT64, torch.float32: RESCALE_FLOAT32}
 
 
 class Blocks:
@@ -39,7 +46,7 @@ class Blocks:
         self.tolerance = tolerance  # of the spectral norms, 0 where they are not asked for
         # what the iteration carries is pushed with the rows of every block
         self._followed = tolerance > 0 and rank > EXACT_ROWS
-        self.height = rank + (KEPT if self._followed else 0)
+        self.height = rank + (NORM_KEPT if self._followed else 0)
         self.widths = list(widths) or [size]  # of the states, side by side in the columns
         self.count = 0
         self._now = torch.empty(batch, capacity, self.height, size, dtype=dtype)
@@ -48,7 +55,7 @@ class Blocks:
         self.start = torch.zeros(0, dtype=torch.long)  # (n,) which start
         self.retry = torch.zeros(0, dtype=torch.long)  # (n,) step t of the next truncation
         # of the spectral norm at the last lag: the leading vector, or all that is carried
-        self.guess = torch.empty(batch, 0, rank, KEPT if self._followed else 1, dtype=dtype)
+        self.guess = torch.empty(batch, 0, rank, NORM_KEPT if self._followed else 1, dtype=dtype)
         self._held = torch.zeros(batch, 0, dtype=torch.float64)  # (B, n) powers of the images
         k = len(self.widths)
         # (B, n, k, r, r): Q_aᵀ Q_a of the source's states a, where rows are Qᵀ Pᵀ after a truncation
@@ -155,7 +162,7 @@ class Blocks:
             parts = torch.stack([row_norms(v) for v in self.values.split(self.widths, -1)], -1)
             rows = row_norms(parts)
         power = torch.frexp(rows)[1]
-        far = (power.abs() > ROOM[rows.dtype]) & torch.isfinite(rows) & (rows > 0)
+        far = (power.abs() > RESCALED[rows.dtype]) & torch.isfinite(rows) & (rows > 0)
         if bool(far.any()):
             b, n, r = far.nonzero(as_tuple=True)
             shift = -power[far]
@@ -190,7 +197,7 @@ class Blocks:
 
     def _exact(self, b: int, which: slice | Tensor) -> Tensor:
         blocks = self._aligned(b)[which]
-        if self.rank < SMALL:
+        if self.rank < SMALL_ROWS:
             return spectral_by_gram(blocks)
         norms, self.guess[b, which, :, 0] = spectral_from(blocks, self.guess[b, which, :, 0])
         return norms
@@ -199,7 +206,7 @@ class Blocks:
         scale = None if self._shift is None else self._shift[b, which].exp2()
         images = self._images(b)[which]
         drift = (self._held - self.top)[b, which]  # a row may have died or overtaken the others
-        near = bool((drift.abs() <= FARTHEST).all())
+        near = bool((drift.abs() <= IMAGE_DRIFT).all())
         images *= drift.to(images.dtype).exp2()[:, None, None]
         norms, self.guess[b, which], new = spectral_by_iteration(
             self.values[b, which],
@@ -269,4 +276,4 @@ def _highest(exponent: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     """The power of two of the largest living row, (B, n), and how far the rows lie below it."""
     top = torch.where(alive, exponent, -math.inf).amax(-1)
     top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
-    return top, (exponent - top[..., None]).clamp(-DEEPEST, 0)
+    return top, (exponent - top[..., None]).clamp(-ROW_DEPTH, 0)

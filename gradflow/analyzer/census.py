@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.activity import CANDIDATES, CLOSED, OPEN, sigmoid_and_other
+from gradflow.analyzer.activity import CANDIDATES, sigmoid_and_other
+from gradflow.limits import GATE_CLOSED, GATE_OPEN, SATURATED
 from gradflow.recording import Track
 
-SATURATED = 0.95  # |tanh| above this passes on less than a tenth of the gradient
 KEEPERS = {"LSTM": "f", "GRU": "z"}  # the gate whose product over the steps is the memory
 
 
@@ -32,8 +32,8 @@ def gate_census(track: Track, units: int) -> dict[str, np.ndarray]:
         width = values.shape[-1]
         value[place, :width] = _mean_over_sequences(values, track.mask)
         if name not in CANDIDATES:
-            closed[place, :width] = _mean_per_unit(values < CLOSED, track.mask)
-            opened[place, :width] = _mean_per_unit(values > OPEN, track.mask)
+            closed[place, :width] = _mean_per_unit(values < GATE_CLOSED, track.mask)
+            opened[place, :width] = _mean_per_unit(values > GATE_OPEN, track.mask)
     return {"gate_value": value, "gate_unit_closed": closed, "gate_unit_open": opened}
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.lyapunov import Growth
+from gradflow.limits import CERTIFIED
 from gradflow.recording import Track
 
 SIDES = ("measured", "exact")
-TOLERANCE = 1e-4  # relative; rounding makes 1e-6 of it where gates are saturated
 
 
 @runtime_checkable
@@ -85,4 +85,4 @@ def broken(sides: np.ndarray) -> bool:
     measured, exact = sides
     if np.isnan(sides).any() or measured == exact:
         return False
-    return not abs(measured - exact) <= TOLERANCE * max(1.0, abs(exact))
+    return not abs(measured - exact) <= CERTIFIED * max(1.0, abs(exact))

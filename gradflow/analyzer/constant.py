@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.jacobians import transposed_step
+from gradflow.limits import CONSTANT_ALIKE, CONSTANT_SEED, EIGEN_WIDEST
 from gradflow.recording import Operator
-
-WIDEST = 512  # eigenvalues of wider ones cost more than they are worth
-ALIKE = 1e-12  # relative, of what two steps make of one vector
-SEED = 1
 
 
 def constant_exponents(operator: Operator, counted: np.ndarray) -> np.ndarray | None:
@@ -31,7 +28,7 @@ def constant_exponents(operator: Operator, counted: np.ndarray) -> np.ndarray | 
     """
     if operator.dtype != torch.float64:
         return None
-    matrix = constant_step(operator, counted, ALIKE)
+    matrix = constant_step(operator, counted, CONSTANT_ALIKE)
     if matrix is None:
         return None
     with np.errstate(divide="ignore"):
@@ -44,9 +41,9 @@ def constant_step(operator: Operator, counted: np.ndarray, alike: float) -> Tens
     Compared is what every step makes of one random vector; alike is by how much, relative to it, that
     may differ.
     """
-    if operator.size > WIDEST or counted.sum() < 2:
+    if operator.size > EIGEN_WIDEST or counted.sum() < 2:
         return None
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(CONSTANT_SEED)
     probe = torch.randn(1, 1, operator.size, generator=generator, dtype=operator.dtype)
     probe = probe.expand(operator.batch, -1, -1)
     first: Tensor | None = None

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from gradflow.analyzer.norms import row_norms
 from gradflow.analyzer.order import in_processing_order
+from gradflow.limits import (
+    ELEMENT_SECONDS,
+    LAG_BYTES,
+    LAG_CALL_SECONDS,
+    LAG_FEW_ROWS,
+    LAG_SPEED,
+    LAG_TOLERANCES,
+    LAG_WEIGHT_SECONDS,
+)
 from gradflow.recording import Contributions, Outer, Track
 
 PARAMETERS = ("weight_hh", "weight_ih")
-TOLERANCES = (0.01, 0.05, 0.1)
-SPEED = 25e9  # operations a second
-PASSES = 4e-9  # seconds for each number that a row (loss step of a sequence) holds at one lag
-MATRIX = 2e-9  # seconds for each entry of the weights at one lag
-CALLS = 5e-4  # seconds of one lag, however little there is to do
-MEMORY = 2**30  # bytes
-FEW = 16  # a sum of outer products of this many times fewer rows than columns is never formed
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ class Contributed:
     @property
     def window(self) -> np.ndarray:
         """(parameter, tolerance): the fewest steps K from which on the error stays within it."""
-        found = [[_window(error, tolerance) for tolerance in TOLERANCES] for error in self.error]
-        return np.array(found).reshape(len(self.parameters), len(TOLERANCES))
+        found = [
+            [_window(error, tolerance) for tolerance in LAG_TOLERANCES] for error in self.error
+        ]
+        return np.array(found).reshape(len(self.parameters), len(LAG_TOLERANCES))
 
 
 def _window(error: np.ndarray, tolerance: float) -> float:
@@ -146,15 +150,16 @@ def affordable(
     recurrent, into = track.weights["weight_hh"], track.weights["weight_ih"]
     stacked = found.work / (2 * recurrent.numel() + into.numel())  # with the layers above
     held = stacked * (4 * recurrent.shape[0] + 2 * recurrent.shape[1] + into.shape[1])
-    each = 2 * found.work / SPEED + held * PASSES  # of one row, `held` numbers, at one lag
+    # of one row, `held` numbers, at one lag
+    each = 2 * found.work / LAG_SPEED + held * ELEMENT_SECONDS
     # how many loss steps are at work at every lag: those processed at k or later
     arrives = in_processing_order(track, reached).numpy()
     rows = arrives[::-1].cumsum(0)[::-1]  # (lag, B)
-    lag = CALLS + found.work * MATRIX
+    lag = LAG_CALL_SECONDS + found.work * LAG_WEIGHT_SECONDS
     # the sum over all lags is one more pass over the steps
     prices = (rows.sum(0) + track.steps) * each
     order = [*first, *(b for b in range(track.batch) if b not in first)]
-    most = int(MEMORY / (8 * held * track.steps))
+    most = int(LAG_BYTES / (8 * held * track.steps))
     fits = int((prices[order][:most].cumsum() <= seconds - track.steps * lag).sum())
     whole = track.steps * lag + float(prices.sum())
     if fits:
@@ -190,7 +195,7 @@ def _measure(
 def _outer_norm(outer: Outer) -> float:
     """‖Σ_r δ_r v_rᵀ‖_F; of few rows by two QR decompositions, ‖R_δ R_vᵀ‖_F."""
     rows = len(outer.delta)
-    if FEW * rows > min(outer.delta.shape[1], outer.vectors.shape[1]):
+    if LAG_FEW_ROWS * rows > min(outer.delta.shape[1], outer.vectors.shape[1]):
         return _norm(outer.matrix())
     factors = [torch.linalg.qr(side.T, mode="r").R for side in (outer.delta, outer.vectors)]
     return _norm(factors[0] @ factors[1].T)

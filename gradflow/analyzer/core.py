@@ -28,19 +28,15 @@ from gradflow.analyzer.keeping import (
 )
 from gradflow.analyzer.leading import WeightGrowth
 from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
-from gradflow.analyzer.norms import EXACT_ROWS
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.ranks import Ranks, measure_ranks
-from gradflow.analyzer.rates import ROUNDING, Verdict, judge
+from gradflow.analyzer.rates import Verdict, judge
 from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.settling import enough
 from gradflow.analyzer.singular import survivors
 from gradflow.analyzer.thin import thin_maps
+from gradflow.limits import CHANNEL_WORK, EXACT_ROWS, MAP_SECONDS, RATE_ROUNDING, RATE_SECONDS
 from gradflow.recording import Track
-
-MAP_SECONDS = 5.0  # predicted, for the maps of all layers together
-RATE_SECONDS = 1.0  # predicted, for the exponents of all layers together
-CHANNEL_WORK = 2e11  # operations for the singular values of all layers together
 
 
 @dataclass(frozen=True)
@@ -209,6 +205,6 @@ def half_life(core: Core, labels: tuple[str, ...]) -> float:
     rate, curve = core.rate.value, core.curve
     if math.isnan(rate) and curve.searched == 0:
         return math.nan
-    if rate < -ROUNDING and "not exponential" not in labels and curve.falls_with(rate):
+    if rate < -RATE_ROUNDING and "not exponential" not in labels and curve.falls_with(rate):
         return math.log(2) / -rate
     return curve.half_life

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GONE = math.log(1e-3)
-HALF = -math.log(2)
+from gradflow.limits import LN_GONE, LN_HALF
 
 
 @dataclass(frozen=True)
@@ -43,19 +42,19 @@ class LagCurve:
 
         Where the lags before it were not measured, the straight line between the nearest tells it.
         """
-        gone = np.flatnonzero(self.median[1:] < GONE)
+        gone = np.flatnonzero(self.median[1:] < LN_GONE)
         if len(gone) == 0:
             return None
         k = int(gone[0]) + 1
-        return min(k, math.floor(self._reached(k, GONE)) + 1)
+        return min(k, math.floor(self._reached(k, LN_GONE)) + 1)
 
     @property
     def half_life(self) -> float:
         """The interpolated lag at which L(k) first reaches −ln 2; inf if it never does."""
-        fallen = np.flatnonzero(self.median[1:] <= HALF)
+        fallen = np.flatnonzero(self.median[1:] <= LN_HALF)
         if len(fallen) == 0:
             return math.inf
-        return self._reached(int(fallen[0]) + 1, HALF)
+        return self._reached(int(fallen[0]) + 1, LN_HALF)
 
     def _reached(self, k: int, level: float) -> float:
         """Where the line from the last measured lag before k to k meets a level; k if it has none."""
@@ -71,7 +70,7 @@ class LagCurve:
 
         A half-life may be off by half or double, a horizon by half as much again, or a step or two.
         """
-        half, gone = HALF / rate, GONE / rate
+        half, gone = LN_HALF / rate, LN_GONE / rate
         own, reached = self.half_life, self.horizon
         if self.searched == 0:
             return True

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from gradflow.analysis import Rate
 from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.rates import DECADE, band, rate_over_sequences
+from gradflow.analyzer.rates import band, rate_over_sequences
 from gradflow.analyzer.reading import Reading
+from gradflow.limits import LN_BAND, LN_TELLING
 from gradflow.recording import GATES, Track
-
-TELLING = 0.2 * DECADE  # between two gains, that is worth a word
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Evidence(Measured):
     @property
     def severity(self) -> float:
         """Decades over the span: by the rate where it tells, else those that were measured."""
-        return self.rate.value * self.span / DECADE if self.told else self.decades
+        return self.rate.value * self.span / math.log(10) if self.told else self.decades
 
     @property
     def over(self) -> str:
@@ -94,12 +93,12 @@ class Evidence(Measured):
         """Whether the rate over these steps makes another gain than was measured, beyond both intervals."""
         low, high = self.rate.low * self.gain.steps, self.rate.high * self.gain.steps
         off = abs(self.rate.value - self.gain.pace) * self.gain.steps
-        return off > TELLING and (low > self.gain.high or high < self.gain.low)
+        return off > LN_TELLING and (low > self.gain.high or high < self.gain.low)
 
     @property
     def fades(self) -> bool:
         """Whether the gradient is lost: vanishing, dead, or open but below one decade."""
-        low = self.verdict.name == "inconclusive" and self.gain.value < -DECADE
+        low = self.verdict.name == "inconclusive" and self.gain.value < -LN_BAND
         return self.verdict.name in ("vanishing", "dead") or low
 
 

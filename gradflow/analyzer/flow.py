@@ -16,9 +16,8 @@ from gradflow.analysis import Finding, LayerAnalysis
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.loss import median_norm
 from gradflow.errors import RecordingError
+from gradflow.limits import GONE
 from gradflow.recording import Recording, Track
-
-LOST = 1e-3  # share of the gradient that must come through, the level of the horizon
 
 
 def input_gradient_norms(track: Track, withheld: bool) -> np.ndarray:
@@ -71,7 +70,7 @@ def _lost_above(track: Track, layers: Mapping[str, LayerAnalysis]) -> Finding | 
         return None
     arrives = _size(layers[track.name], "direct")
     sent = math.hypot(*(_size(layer, "total") for layer in above))
-    if not sent > 0 or not math.isfinite(sent) or not arrives < LOST * sent:
+    if not sent > 0 or not math.isfinite(sent) or not arrives < GONE * sent:
         return None
     share = arrives / sent
     decades = math.log10(share) if share else -math.inf
@@ -85,7 +84,7 @@ def _lost_above(track: Track, layers: Mapping[str, LayerAnalysis]) -> Finding | 
         message=f"{names} {'has' if len(above) == 1 else 'have'} a gradient, but {left}",
         where=f"between {names} and {track.name}",
         value=share,
-        threshold=LOST,
+        threshold=GONE,
         basis="gone below 10⁻³, as for the horizon",
         severity=decades,
         advice="look at the layer above: gates or activations at their flat ends, or tiny input "

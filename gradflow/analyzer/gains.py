@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.windows import Norms, Window, log_norms
+from gradflow.limits import WINDOW_BYTES, WINDOW_ROUNDS
 from gradflow.recording import Operator
-
-MOST = 2**28  # bytes of the blocks of all windows together; beyond, a few windows stand for many
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def span_gains(
     *,
     cuts: Tensor | None = None,
     rows: int = 4,
-    rounds: int = 24,
+    rounds: int = WINDOW_ROUNDS,
 ) -> SpanGains:
     """ln of the largest gain of any direction over the span, of every sequence.
 
@@ -60,7 +59,7 @@ def span_gains(
     """
     crossed = crossing(operator.length, lengths, cuts)
     size = 16 * rows * operator.size  # bytes of a window, in float64, to and fro
-    windows = span_windows(crossed, span, max(1, MOST // (size * operator.batch)))
+    windows = span_windows(crossed, span, max(1, WINDOW_BYTES // (size * operator.batch)))
     return collected(windows, log_norms(operator, windows, rows=rows, rounds=rounds), crossed)
 
 

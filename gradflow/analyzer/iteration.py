@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.norms import row_norms
-
-TOLERANCE = 1e-4  # relative error of a norm, unless told otherwise
-SAFETY = 10.0  # how far below it the estimated error has to be
-KEPT = 12  # directions that go on to the next lag
-NEW = 4  # directions that a step of the iteration adds
-MOST = 0.6  # of ‖V‖_F² in one direction: no other can be larger
-STEPS = 12  # then the eigenvectors of G, about as dear as that many steps
+from gradflow.limits import NORM_KEPT, NORM_LEADS, NORM_NEW, NORM_SAFETY, NORM_STEPS, NORM_TOLERANCE
 
 
 def spectral_by_iteration(
@@ -30,7 +24,7 @@ def spectral_by_iteration(
     images: Tensor | None = None,
     scale: Tensor | None = None,
     frobenius: Tensor | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float = NORM_TOLERANCE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Largest singular values of finite blocks ≠ 0, by block Lanczos (Golub & Underwood 1977).
 
@@ -60,18 +54,18 @@ def spectral_by_iteration(
     value, left = blocks.new_empty(len(blocks)), torch.arange(len(blocks))
     images = factors.down(left, basis) if images is None else images * one
     ritz, basis = _Ritz.make(basis, images), basis.clone()
-    for _ in range(STEPS):
-        moved = factors.up(left, ritz.images[:, :NEW])
+    for _ in range(NORM_STEPS):
+        moved = factors.up(left, ritz.images[:, :NORM_NEW])
         outside = moved - ritz.basis @ (ritz.basis.mT @ moved)
         value[left] = ritz.values[:, 0].sqrt()
-        basis[left], images[left] = ritz.basis[..., :KEPT], ritz.images[:, :KEPT]
+        basis[left], images[left] = ritz.basis[..., :NORM_KEPT], ritz.images[:, :NORM_KEPT]
         done = ritz.settled(outside, tolerance)
         left, ritz, outside = left[~done], ritz.of(~done), outside[~done]
         if len(left) == 0:
             break
-        new = torch.linalg.qr(torch.cat([ritz.basis, outside], -1))[0][..., -NEW:]
+        new = torch.linalg.qr(torch.cat([ritz.basis, outside], -1))[0][..., -NORM_NEW:]
         ritz = ritz.wider(new, factors.down(left, new))
-    doubtful = value.square() < MOST
+    doubtful = value.square() < NORM_LEADS
     doubtful[left] = False
     missed = [
         i
@@ -97,7 +91,7 @@ def _bounded(factors: _Factors, i: int, value: Tensor, tolerance: float) -> bool
 def _by_eigenvectors(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The norm of one block, its leading left singular vectors, and their images."""
     values, vectors = torch.linalg.eigh(block @ block.mT)
-    basis = vectors[:, -KEPT:].flip(-1)
+    basis = vectors[:, -NORM_KEPT:].flip(-1)
     return values[-1].clamp_min(0).sqrt(), basis, basis.mT @ block
 
 
@@ -152,8 +146,8 @@ class _Ritz:
 
     def wider(self, new: Tensor, images: Tensor) -> _Ritz:
         """Of the 12 best vectors and some more."""
-        basis = torch.cat([self.basis[..., :KEPT], new], -1)
-        return _Ritz.make(basis, torch.cat([self.images[:, :KEPT], images], 1))
+        basis = torch.cat([self.basis[..., :NORM_KEPT], new], -1)
+        return _Ritz.make(basis, torch.cat([self.images[:, :NORM_KEPT], images], 1))
 
     def settled(self, outside: Tensor, tolerance: float) -> Tensor:
         """Whether λ₁ can be hardly more than θ₁, from G X outside the basis for the leading X."""
@@ -162,4 +156,4 @@ class _Ritz:
         gap = top - self.values[:, 1 : 1 + outside.shape[-1]]
         bound = torch.where(gap > 0, sizes / gap, math.inf).amin(-1)
         bound = torch.minimum(bound, sizes[:, 0].sqrt())  # some eigenvalue is as near as this
-        return bound <= 2 * tolerance / SAFETY * top[:, 0]
+        return bound <= 2 * tolerance / NORM_SAFETY * top[:, 0]

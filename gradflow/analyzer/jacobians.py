@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import InputError, must_be
+from gradflow.limits import JACOBIAN_BYTES, JACOBIAN_CHUNK, VECTOR_SPEED
 from gradflow.recording import Operator, ThinOperator, Track
-
-MEMORY_BUDGET = 4 * 2**30  # bytes of one dense stack
-CHUNK = 64 * 2**20  # bytes of pushed rows at a time
-SPEED = 8e9  # operations a second of products with few vectors
 
 
 class DenseOperator:
@@ -110,7 +107,7 @@ def vector_seconds(operator: HostOperator) -> float:
     """Predicted seconds of one vector of every sequence through one step."""
     if isinstance(operator.inner, ThinOperator):
         return operator.inner.seconds
-    return operator.batch * 2.0 * operator.size**2 / SPEED
+    return operator.batch * 2.0 * operator.size**2 / VECTOR_SPEED
 
 
 def operator_of(
@@ -156,18 +153,18 @@ def step_jacobians(track: Track) -> Tensor:
     operator = operator_of(track)
     steps, batch, size = track.steps, track.batch, operator.size
     needed = steps * batch * size**2 * 8
-    if needed > MEMORY_BUDGET:
+    if needed > JACOBIAN_BYTES:
         raise InputError(
             must_be(
                 "T·B·S² float64 numbers",
-                f"at most {MEMORY_BUDGET / 2**30:g} GiB",
+                f"at most {JACOBIAN_BYTES / 2**30:g} GiB",
                 f"{needed / 2**30:.1f} GiB (T={steps}, B={batch}, S={size})",
                 "record fewer sequences or shorter ones, or use gradflow.analyze, "
                 "which never holds them all",
             )
         )
     stack = torch.full((steps, batch, size, size), torch.nan, dtype=torch.float64)
-    rows = max(1, min(size, CHUNK // (8 * batch * size)))
+    rows = max(1, min(size, JACOBIAN_CHUNK // (8 * batch * size)))
     eye = torch.eye(size, dtype=torch.float64)
     lengths = track.lengths.cpu()
     for t in range(operator.length):

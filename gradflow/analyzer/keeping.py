@@ -21,24 +21,32 @@ from gradflow.analyzer.gains import (
     dead_by_cuts,
     span_windows,
 )
-from gradflow.analyzer.jacobians import SPEED, HostOperator, operator_of, state_size, vector_seconds
+from gradflow.analyzer.jacobians import HostOperator, operator_of, state_size, vector_seconds
 from gradflow.analyzer.lyapunov import Growth, Leading, burn_in
 from gradflow.analyzer.order import cuts_before
-from gradflow.analyzer.rates import ROUNDING, quantile, rate_of_one, rate_over_sequences
+from gradflow.analyzer.rates import quantile, rate_of_one, rate_over_sequences
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import PARTS, UNSETTLED, Settled, beyond_noise, parted, settled
-from gradflow.analyzer.windows import EXACT, ROUNDS, ROWS, Norms, Window, log_norms
+from gradflow.analyzer.settling import PARTS, Settled, beyond_noise, parted, settled
+from gradflow.analyzer.windows import Norms, Window, log_norms
+from gradflow.limits import (
+    EXACT_WIDTH,
+    GAIN_SECONDS,
+    LEAST_ROUNDS,
+    PIECES,
+    RATE_ROUNDING,
+    ROUND_TELLS,
+    STEP_CALL_SECONDS,
+    THIN_BUDGETS,
+    THIN_ROUNDS,
+    UNSETTLED,
+    USUAL_ROUNDS,
+    VECTOR_SPEED,
+    WINDOW_BYTES,
+    WINDOW_ROUNDS,
+    WINDOW_ROWS,
+)
 from gradflow.recording import Track
 
-GAIN_SECONDS = 1.0  # predicted, for gains and rates of all layers together
-USUAL = 4  # rounds that the block iteration takes as a rule
-LEAST = 2  # rounds of it without which nothing is found
-THIN = 5  # times the budget for a state so wide that only few directions can be sent through it
-THIN_LEAST = 6  # rounds of those
-MOST = 2**28  # bytes of the blocks of all windows together
-TELLING = 1e-3  # nats that one more round could add and that an interval has to hold
-PIECES = 4  # means of one sequence where it does not hold enough autocorrelation times
-CALL = 2e-4  # seconds that the calls of one step take, however little they do
 UNKNOWN = Rate(math.nan, math.nan, math.nan)
 
 
@@ -81,7 +89,7 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     crossed = crossing(len(cuts), lengths, cuts)
     counted = _counted(lengths, cuts)
     plan = _planned(_cost(track, operator), operator.size, settings)
-    most = max(1, MOST // (16 * plan.rows * operator.size * operator.batch))
+    most = max(1, WINDOW_BYTES // (16 * plan.rows * operator.size * operator.batch))
     windows = span_windows(crossed, span, most)
     together = windows + (parted(counted, 1) if plan.rated == track.batch else [])
     norms = log_norms(operator, together, rows=plan.rows, rounds=plan.rounds)
@@ -152,7 +160,7 @@ def interval_of_gains(gains: SpanGains, kept: Keeping, growth: Growth) -> Gain:
     if math.isnan(found.low) and len(finite) == 1 and math.isfinite(found.value):
         half = 0.0 if kept.constant is not None else steps * _half_of_one(growth, int(finite[0]))
         found = Rate(found.value, found.value - half, found.value + half)
-    more = kept.missing if kept.missing > TELLING else 0.0
+    more = kept.missing if kept.missing > ROUND_TELLS else 0.0
     return Gain(found.value, found.low, found.high + more, steps)
 
 
@@ -164,7 +172,7 @@ def interval_of_rates(rates: np.ndarray, common: float, constant: bool, growth: 
         return Rate(found.value, found.value, found.value)
     if len(finite) == 1:
         half = _half_of_one(growth, int(finite[0]))
-    elif float(np.ptp(rates[finite])) <= ROUNDING:  # the same sequence again and again
+    elif float(np.ptp(rates[finite])) <= RATE_ROUNDING:  # the same sequence again and again
         half = _half_of_one(growth, int(finite[0]), pieces=PIECES)
     else:
         half = (found.high - found.low) / 2
@@ -221,7 +229,7 @@ class _Cost:
     def sweep(self, rows: int, batch: int | None = None) -> float:
         """Predicted seconds of one sweep of blocks of so many rows."""
         share = 1.0 if batch is None or self.thin else batch / self.batch
-        return self.length * (rows * share * self.vector + CALL)
+        return self.length * (rows * share * self.vector + STEP_CALL_SECONDS)
 
 
 def operator_for(
@@ -245,36 +253,36 @@ def qr_seconds(length: int, batch: int, size: int, k: int, vector: float) -> flo
     vector is what one vector of every sequence takes at one step, see `vector_seconds`.
     """
     factoring = (8.0 * size * k * k + 3e5) if k > 1 else 4.0 * size
-    return length * (k * vector + batch * factoring / SPEED + CALL)
+    return length * (k * vector + batch * factoring / VECTOR_SPEED + STEP_CALL_SECONDS)
 
 
 def _planned(cost: _Cost, size: int, settings: Settings) -> _Plan:
     """Whole where it fits; else fewer rows, rounds, and sequences whose rate is measured by parts."""
     allowed, parts = GAIN_SECONDS / settings.layers, len(PARTS)
-    least = LEAST
+    least = LEAST_ROUNDS
     if cost.thin:
-        allowed, least = THIN * allowed, THIN_LEAST
-    if size <= EXACT:
+        allowed, least = THIN_BUDGETS * allowed, THIN_ROUNDS
+    if size <= EXACT_WIDTH:
         return _Plan(size, 1, cost.batch)
-    usual = 2 * USUAL
-    if usual * cost.sweep((1 + parts) * ROWS) <= allowed:
-        return _Plan(ROWS, ROUNDS, cost.batch)
-    fitting = [rows for rows in (ROWS, 2) if usual * cost.sweep(rows) <= allowed]
+    usual = 2 * USUAL_ROUNDS
+    if usual * cost.sweep((1 + parts) * WINDOW_ROWS) <= allowed:
+        return _Plan(WINDOW_ROWS, WINDOW_ROUNDS, cost.batch)
+    fitting = [rows for rows in (WINDOW_ROWS, 2) if usual * cost.sweep(rows) <= allowed]
     rows = fitting[0] if fitting else 1
     rounds = int(allowed / (2 * cost.sweep(rows)))
     if cost.thin:
         whole = usual * cost.sweep(parts * rows) <= allowed
-        return _Plan(rows, min(ROUNDS, max(least, rounds)), cost.batch if whole else 0)
+        return _Plan(rows, min(WINDOW_ROUNDS, max(least, rounds)), cost.batch if whole else 0)
     each = usual * (cost.sweep(parts * rows, 1) - cost.sweep(0))
     rated = int((allowed - usual * cost.sweep(0)) / each)
-    return _Plan(rows, min(ROUNDS, max(least, rounds)), min(cost.batch, max(0, rated)))
+    return _Plan(rows, min(WINDOW_ROUNDS, max(least, rounds)), min(cost.batch, max(0, rated)))
 
 
 def keeping_seconds(track: Track, layers: int) -> float:
     """Predicted seconds of `keeping` where so many measurements share its budget."""
     size, parts = state_size(track), 1 + len(PARTS)
     cost = _cost(track, operator_of(track))
-    if size <= EXACT:
+    if size <= EXACT_WIDTH:
         return cost.sweep(parts * size)
-    whole = 2 * USUAL * cost.sweep(parts * ROWS)
-    return max(2 * LEAST * cost.sweep(1), min(whole, 2 * GAIN_SECONDS / layers))
+    whole = 2 * USUAL_ROUNDS * cost.sweep(parts * WINDOW_ROWS)
+    return max(2 * LEAST_ROUNDS * cost.sweep(1), min(whole, 2 * GAIN_SECONDS / layers))

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from gradflow.analyzer.finite import bad_gradient, bad_state
 from gradflow.analyzer.order import cuts_before, in_processing_order
+from gradflow.limits import CARRIED_DECADES, GONE_DECADES
 from gradflow.recording import Track
 
-GONE = -3.0  # log10 of the level at which a unit's gradient counts as gone
-CARRIED = -1.0  # log10 of the level that a unit must hold throughout to count as a carrier
 KINDS = ("total", "direct", "last")
 
 
@@ -66,7 +65,7 @@ def arrives_elsewhere(seen: Profile) -> str:
         return ""
     for state in seen.log10_grad:
         level = rms_over_units(state)
-        if np.isfinite(level).any() and np.nanmax(level[np.isfinite(level)]) > -GONE:
+        if np.isfinite(level).any() and np.nanmax(level[np.isfinite(level)]) > -GONE_DECADES:
             return (
                 "the layer above passes the gradient down at other steps than the one the loss reads; "
                 "counted from that step, this layer's profile would mislead"
@@ -137,7 +136,7 @@ def _memory(unit: np.ndarray) -> float:
     known = ~np.isnan(unit)
     if not known.any():
         return math.nan
-    gone = np.flatnonzero(known & (unit < GONE))
+    gone = np.flatnonzero(known & (unit < GONE_DECADES))
     return float(gone[0]) if len(gone) else math.inf
 
 
@@ -189,7 +188,7 @@ def masked_median(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def steps_until_gone(log10_grad: np.ndarray) -> int | None:
     """First j ≥ 1 at which the rms over units of a profile (unit, back) is below 10⁻³, else None."""
     level = rms_over_units(log10_grad)
-    gone = np.flatnonzero(level[1:] < GONE)  # NaN compares false
+    gone = np.flatnonzero(level[1:] < GONE_DECADES)  # NaN compares false
     return int(gone[0]) + 1 if len(gone) else None
 
 
@@ -207,5 +206,5 @@ def carriers(log10_grad: np.ndarray) -> tuple[int, int]:
     """How many units stay at a tenth of the level or above all the way back, and how many there are."""
     known = ~np.isnan(log10_grad)
     units = known.any(1)
-    steady = units & np.where(known, log10_grad >= CARRIED, True).all(1)
+    steady = units & np.where(known, log10_grad >= CARRIED_DECADES, True).all(1)
     return int(steady.sum()), int(units.sum())

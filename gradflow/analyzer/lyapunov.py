@@ -14,10 +14,8 @@ from torch import Tensor
 
 from gradflow.analyzer.jacobians import DenseOperator, checked_stack
 from gradflow.errors import InputError, must_be
+from gradflow.limits import SEED, SHORT
 from gradflow.recording import Operator
-
-SHORT = 10  # sequences of fewer steps are used whole, their transient included
-SEED = 0
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-EXACT_ROWS = 64  # up to here the largest eigenvalue of the Gram matrix gives the spectral norm
-SMALL = 24  # rows below which eigenvalues are cheaper than trying without
-POWERS = 4  # products with the Gram matrix between two looks at what they found
-LOOKS = 4  # then the eigenvalues
+from gradflow.limits import GRAM_LOOKS, GRAM_POWERS
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -57,7 +54,7 @@ def spectral_from(blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     left = hopeful.nonzero()[:, 0]
     value[~hopeful] = _largest(gram[~hopeful])
     gram = gram[left]
-    for _ in range(LOOKS):
+    for _ in range(GRAM_LOOKS):
         theta, vector, sure = _power(gram, vectors[left])
         value[left], vectors[left] = theta, vector
         left, gram = left[~sure], gram[~sure]
@@ -73,7 +70,7 @@ def _largest(gram: Tensor) -> Tensor:
 
 def _power(gram: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """θ and u after some products, and whether θ is certain to be λ₁ to rounding; tr G = 1."""
-    for _ in range(POWERS):
+    for _ in range(GRAM_POWERS):
         vector = (gram * vector[:, None, :]).sum(-1)
     length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
     vector = torch.where(length > 0, vector / length, vector.shape[-1] ** -0.5)

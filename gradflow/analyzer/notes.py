@@ -10,8 +10,9 @@ from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer.certificates import broken
 from gradflow.analyzer.closed import alone_words
 from gradflow.analyzer.evidence import number
-from gradflow.analyzer.lyapunov import SHORT, burn_in
+from gradflow.analyzer.lyapunov import burn_in
 from gradflow.analyzer.settings import Settings
+from gradflow.limits import SHORT
 from gradflow.recording import Recording, Track
 
 

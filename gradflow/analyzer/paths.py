@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.iteration import KEPT, spectral_by_iteration
+from gradflow.analyzer.iteration import spectral_by_iteration
 from gradflow.analyzer.jacobians import HostOperator, operator_of
 from gradflow.analyzer.loss import masked_median
-from gradflow.analyzer.norms import EXACT_ROWS, spectral_by_gram
+from gradflow.analyzer.norms import spectral_by_gram
 from gradflow.analyzer.order import cuts_before, in_processing_order, input_time
+from gradflow.limits import EXACT_ROWS, NORM_KEPT, PATH_SECONDS, PATHS_AGREED
 from gradflow.recording import Track
 
 PATHS = ("forget gate", "through f", "through i", "through g", "total")
-SECONDS = 1.0  # predicted, for the paths of all layers together
-AGREED = 1e-4  # how well the paths must add up to what the step really does; float32 states
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def path_gains(track: Track, sequences: Sequence[int], share: float = 1.0) -> np
         return np.zeros((0, track.steps))
     paths, operator = cell_paths(track, sequences), operator_of(track, sequences=sequences)
     length, count, hidden = operator.length, len(sequences), paths.forget.shape[-1]
-    stride = max(1, math.ceil(_seconds(length, count, hidden) / (SECONDS * share)))
+    stride = max(1, math.ceil(_seconds(length, count, hidden) / (PATH_SECONDS * share)))
     usable = _usable(track, sequences)
     gains = torch.full((len(PATHS), track.steps, count), math.nan, dtype=torch.float64)
     start = torch.linalg.qr(_random(count * 4, hidden).float())[0]
@@ -140,7 +139,7 @@ def _adds_up(paths: CellPaths, operator: HostOperator, t: int, total: Tensor) ->
     done = operator.push(t, joint)[..., dh.shape[-1] :]
     expected = change @ total.mT
     error = torch.linalg.vector_norm(done - expected, dim=-1)
-    return (error <= AGREED * torch.linalg.vector_norm(done, dim=-1).clamp_min(1e-30))[:, 0]
+    return (error <= PATHS_AGREED * torch.linalg.vector_norm(done, dim=-1).clamp_min(1e-30))[:, 0]
 
 
 def _spectral(blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +157,7 @@ def _spectral(blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 def _random(count: int, hidden: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    width = min(KEPT, hidden)
+    width = min(NORM_KEPT, hidden)
     return torch.randn(count, hidden, width, generator=generator, dtype=torch.float64)
 
 

@@ -16,16 +16,20 @@ from torch import Tensor
 
 from gradflow.analyzer.cellpath import log_cell_path
 from gradflow.analyzer.direction import loss_map
-from gradflow.analyzer.iteration import TOLERANCE
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.products import NORMS, log_gains, spectral_work
-from gradflow.analyzer.sweep import CALLS, SKETCHED, SPEED
-from gradflow.analyzer.truncation import SPOILED, TRUNCATION
+from gradflow.analyzer.sweep import SPEED
+from gradflow.limits import (
+    MAP_BYTES,
+    NORM_TOLERANCE,
+    RANK_CALL_SECONDS,
+    SKETCH_LEVELS,
+    SKETCH_SPOILED,
+    SKETCH_TRUNCATION,
+    SKETCH_WIDE,
+    SKETCHED,
+)
 from gradflow.recording import Operator, Track
-
-WIDE = 192  # states wider than this are sketched in float32
-MEMORY = 256 * 2**20  # bytes of the maps of one layer
-LEVELS = 8  # ranks that a sketch has at a time, for what its calls take
 
 Progress = Callable[[float], None]
 
@@ -117,7 +121,7 @@ def _fitting(
         for stride in strides
         if sum(exact_seconds(size, length, stride) for length in lengths) <= seconds
     ]
-    if cheap and (cheap[0] == least or max(lengths) * LEVELS * CALLS > seconds):
+    if cheap and (cheap[0] == least or max(lengths) * SKETCH_LEVELS * RANK_CALL_SECONDS > seconds):
         exact.add(cheap[0])
         return exact
     sketch = _Making(track, sequences, True, seed)
@@ -136,7 +140,7 @@ class _Making:
 
     def __init__(self, track: Track, sequences: Sequence[int], sketch: bool, seed: int) -> None:
         self.steps, self.sketch, self.seed = track.steps, sketch, seed
-        wide = sketch and state_size(track) > WIDE
+        wide = sketch and state_size(track) > SKETCH_WIDE
         self.dtype = torch.float32 if wide else torch.float64
         self.operators = [operator_of(track, self.dtype, [b]) for b in sequences]
         widths = [int(state.shape[-1]) for state in track.states.values()]
@@ -153,7 +157,7 @@ class _Making:
         planes = len(NORMS) + len(self.widths) ** 2 + 2  # and the loss direction, the cell path
         row = 8.0 * planes * len(self.operators) * self.steps
         stride = 1
-        while row * math.ceil(self.steps / stride) > MEMORY and stride < self.steps:
+        while row * math.ceil(self.steps / stride) > MAP_BYTES and stride < self.steps:
             stride *= 2
         return stride
 
@@ -222,8 +226,9 @@ def _foretold(pilots: list[np.ndarray], stride: int) -> float:
     for pilot in pilots:
         length = len(pilot)
         reached = np.ceil((length - np.arange(length)) / stride)
-        calls = LEVELS * CALLS  # of each step, shared by all sources
-        total += float(((pilot - calls).clip(CALLS / 8) * reached).sum()) + length * calls
+        calls = SKETCH_LEVELS * RANK_CALL_SECONDS  # of each step, shared by all sources
+        own = (pilot - calls).clip(RANK_CALL_SECONDS / 8)
+        total += float((own * reached).sum()) + length * calls
     return total
 
 
@@ -234,11 +239,11 @@ def _words(making: _Making, every: int, predicted: float | None) -> str:
         words += f", {_every(every)} a target of the loss direction"
     if making.sketch:
         words += (
-            f", at most {TRUNCATION:g} of a block dropped at a time; gains of which more than "
-            f"{SPOILED:g} may be missing are left out"
+            f", at most {SKETCH_TRUNCATION:g} of a block dropped at a time; gains of which more than "
+            f"{SKETCH_SPOILED:g} may be missing are left out"
         )
     if making.size > 64:
-        words += f", spectral norms iterated to {SKETCHED if making.sketch else TOLERANCE:.0e}"
+        words += f", spectral norms iterated to {SKETCHED if making.sketch else NORM_TOLERANCE:.0e}"
     if making.dtype == torch.float32:
         words += ", products in float32"
     if predicted is not None and (making.sketch or making.stride > 1):

@@ -14,17 +14,21 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.blocks import Blocks
-from gradflow.analyzer.iteration import KEPT
 from gradflow.analyzer.jacobians import DenseOperator, transposed_step
-from gradflow.analyzer.norms import EXACT_ROWS
-from gradflow.analyzer.sweep import CALLS, SPEED, Sweep
-from gradflow.analyzer.truncation import FIRST, known, log_dropped, truncate
+from gradflow.analyzer.sweep import SPEED, Sweep
+from gradflow.analyzer.truncation import known, log_dropped, truncate
 from gradflow.errors import InputError, must_be
+from gradflow.limits import (
+    BLOCK_BYTES,
+    EXACT_ROWS,
+    NORM_KEPT,
+    RANK_CALL_SECONDS,
+    SEED,
+    SKETCH_FIRST,
+)
 from gradflow.recording import Operator
 
 NORMS = ("spectral", "rms")
-CHUNK = 768 * 2**20  # bytes of blocks at a time
-SEED = 0
 
 
 def log_gain_map(jacobians: Tensor, norm: str = "spectral") -> Tensor:
@@ -92,9 +96,9 @@ def log_gains(
     gains = {norm: torch.full(shape, torch.nan, dtype=torch.float64) for norm in norms}
     if widths:
         gains["blocks"] = torch.full((len(widths) ** 2, *shape), torch.nan, dtype=torch.float64)
-    rows = 2 * operator.size + 3 * KEPT  # two buffers, and what the spectral norms carry
+    rows = 2 * operator.size + 3 * NORM_KEPT  # two buffers, and what the spectral norms carry
     each = operator.batch * rows * operator.size * torch.finfo(operator.dtype).bits // 8
-    many = len(starts) if sketch else max(1, CHUNK // each)
+    many = len(starts) if sketch else max(1, BLOCK_BYTES // each)
     waiting = [slice(first, first + many) for first in range(0, len(starts), many)]
     while waiting:
         chosen = waiting.pop()
@@ -128,7 +132,7 @@ def _run(sweep: Sweep, spend: Callable[[float], None] | None) -> bool:
             truncate(sweep, t)
         if spend is not None:
             spend(sweep.spent - before)
-        if len(sources) > 1 and sum(level.bytes for level in sweep.live) > CHUNK:
+        if len(sources) > 1 and sum(level.bytes for level in sweep.live) > BLOCK_BYTES:
             return False
     return True
 
@@ -151,7 +155,7 @@ def _advance(sweep: Sweep, t: int, begun: int | None) -> None:
         if begun is not None:
             _begin(sweep, begun, step)
     work = 2.0 * rows * operator.size**2 * operator.batch
-    sweep.spent += work / SPEED[operator.dtype] + CALLS
+    sweep.spent += work / SPEED[operator.dtype] + RANK_CALL_SECONDS
 
 
 def _begin(sweep: Sweep, place: int, step: Tensor) -> None:
@@ -160,13 +164,13 @@ def _begin(sweep: Sweep, place: int, step: Tensor) -> None:
     if level.count:  # the step before is much like this one
         guess = level.guess[:, -1:]
     else:
-        shape = (batch, 1, size, KEPT)
+        shape = (batch, 1, size, NORM_KEPT)
         guess = torch.randn(shape, generator=sweep.generator, dtype=step.dtype)
     level.add(
         step[:, None],
         torch.zeros(batch, 1, size, dtype=torch.float64),
         torch.tensor([place]),
-        sweep.sources[place : place + 1] + FIRST,
+        sweep.sources[place : place + 1] + SKETCH_FIRST,
         guess,
     )
 
@@ -184,7 +188,7 @@ def _write_identity(sweep: Sweep, place: int, t: int) -> None:
 def _write(sweep: Sweep, level: Blocks, t: int, dropped: Tensor | None) -> None:
     if level.count == 0:
         return
-    sweep.spent += CALLS
+    sweep.spent += RANK_CALL_SECONDS
     operator, places = sweep.operator, level.start
     lost = None if dropped is None else dropped[:, places]
     total = known(level.rescale(), lost)

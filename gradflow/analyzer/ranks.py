@@ -16,9 +16,8 @@ from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.plan import Maps
 from gradflow.analyzer.singular import log_singular_along, survivors
+from gradflow.limits import RANK_STARTS
 from gradflow.recording import Track
-
-STARTS = 4  # of each mapped sequence, evenly spread
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def dyadic(reach: int) -> list[int]:
 
 
 def _starts(first: int, last: int) -> list[int]:
-    return sorted({first + place * (last - first) // STARTS for place in range(STARTS)})
+    return sorted({first + place * (last - first) // RANK_STARTS for place in range(RANK_STARTS)})
 
 
 def _longest_stretch(track: Track, sequence: int) -> tuple[int, int]:

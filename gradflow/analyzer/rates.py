@@ -13,14 +13,20 @@ import numpy as np
 from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from gradflow.analysis import Gain, Rate
+from gradflow.limits import (
+    BATCH_MEANS,
+    CONFIDENCE,
+    CORRELATION_TIMES,
+    COUNTED_SHARE,
+    DEAD_SHARE,
+    LN_BAND,
+    MOST_NEEDED,
+    POWER_BETTER,
+    POWER_BETTER_ONE,
+    RATE_ROUNDING,
+    SHAPE_STEPS,
+)
 
-CONFIDENCE = 0.95
-BATCHES = 20  # batch means of one sequence
-TIMES = 60  # integrated autocorrelation times that one sequence must hold
-ROUNDING = 1e-10  # nats per step; what float64 rounding alone makes of a rate
-MOST = 10**6  # sequences or steps above which saying how many helps nobody
-KEPT = 0.8  # of a long sequence's steps, past the burn-in
-DECADE = math.log(10)
 EDGE = "a span further from one decade: the gain lies on the edge of it"
 
 
@@ -38,7 +44,7 @@ def band(span: int) -> float:
     >>> round(band(100), 6)
     0.023026
     """
-    return math.log(10) / span
+    return LN_BAND / span
 
 
 def rate_over_sequences(rates: np.ndarray) -> Rate:
@@ -56,7 +62,7 @@ def rate_over_sequences(rates: np.ndarray) -> Rate:
     if len(known) == 0 or np.isposinf(known).any():
         return Rate(math.nan, math.nan, math.nan)
     dead = np.isneginf(known)
-    if dead.mean() >= 0.5:
+    if dead.mean() >= DEAD_SHARE:
         return Rate(-math.inf, -math.inf, -math.inf)
     return _interval(known[~dead])
 
@@ -72,7 +78,7 @@ def quantile(freedom: float) -> float:
 
 def _interval(values: np.ndarray) -> Rate:
     mean = float(np.mean(values))
-    if len(values) > 1 and float(np.ptp(values)) <= ROUNDING:
+    if len(values) > 1 and float(np.ptp(values)) <= RATE_ROUNDING:
         return Rate(mean, mean, mean)  # identical sequences: a point, not an error
     if len(values) < 2:
         return Rate(mean, math.nan, math.nan)
@@ -96,12 +102,12 @@ def rate_of_one(growth: np.ndarray) -> Rate:
     if np.isneginf(growth).any():
         return Rate(-math.inf, -math.inf, -math.inf)
     mean = float(np.mean(growth))
-    if float(np.ptp(growth)) <= ROUNDING * max(1.0, abs(mean)):
+    if float(np.ptp(growth)) <= RATE_ROUNDING * max(1.0, abs(mean)):
         return Rate(mean, mean, mean)
-    if len(growth) < TIMES * correlation_time(growth):
+    if len(growth) < CORRELATION_TIMES * correlation_time(growth):
         return Rate(mean, math.nan, math.nan)
-    length = len(growth) // BATCHES
-    means = growth[len(growth) - length * BATCHES :].reshape(BATCHES, length).mean(1)
+    length = len(growth) // BATCH_MEANS
+    means = growth[len(growth) - length * BATCH_MEANS :].reshape(BATCH_MEANS, length).mean(1)
     spread = _interval(means)
     return Rate(mean, spread.low + mean - spread.value, spread.high + mean - spread.value)
 
@@ -150,30 +156,29 @@ def judge(gain: Rate | Gain, sequences: int, steps: int) -> Verdict:
         return Verdict("dead")
     if math.isnan(gain.low):
         return Verdict("inconclusive", "a second sequence (better ten)")
-    if gain.high < -DECADE:
+    if gain.high < -LN_BAND:
         return Verdict("vanishing")
-    if gain.low > DECADE:
+    if gain.low > LN_BAND:
         return Verdict("exploding")
-    if gain.low > -DECADE and gain.high < DECADE:
+    if gain.low > -LN_BAND and gain.high < LN_BAND:
         return Verdict("stable")
     return Verdict("inconclusive", _needed(gain, sequences, steps))
 
 
 def _needed(gain: Rate | Gain, sequences: int, steps: int) -> str:
     half = (gain.high - gain.low) / 2
-    room = min(abs(gain.value - DECADE), abs(gain.value + DECADE))
+    room = min(abs(gain.value - LN_BAND), abs(gain.value + LN_BAND))
     if room <= 0:
         return EDGE
     if sequences < 2:
-        count = math.ceil(steps * (half / room) ** 2 / KEPT)
-        return (
-            f"about {_rounded(count)} steps, or ten sequences" if count < MOST else "ten sequences"
-        )
+        count = math.ceil(steps * (half / room) ** 2 / COUNTED_SHARE)
+        steps_too = f"about {_rounded(count)} steps, or " if count < MOST_NEEDED else ""
+        return f"{steps_too}ten sequences"
     spread = half / quantile(sequences - 1) * math.sqrt(sequences)
     count = max(sequences + 1, math.ceil((1.96 * spread / room) ** 2))
-    while count < MOST and quantile(count - 1) * spread / math.sqrt(count) >= room:
+    while count < MOST_NEEDED and quantile(count - 1) * spread / math.sqrt(count) >= room:
         count += max(1, count // 100)
-    return f"about {_rounded(count)} sequences" if count < MOST else EDGE
+    return f"about {_rounded(count)} sequences" if count < MOST_NEEDED else EDGE
 
 
 def _rounded(count: int) -> int:
@@ -200,12 +205,12 @@ def decays_as_power(curves: np.ndarray) -> bool:
     if len(usable) and np.isfinite(usable).all():
         length = usable.shape[1]
     usable = usable[:, :length]
-    if length < 10 or float(np.ptp(usable.mean(0))) < math.log(10):
+    if length < SHAPE_STEPS or float(np.ptp(usable.mean(0))) < math.log(10):
         return False
     lags = np.arange(1, length + 1)
     line, power = lags.astype(float), np.log1p(lags)
     # the later half of one random walk is weak evidence: it must be far better to count
-    better = 0.8 if len(usable) > 1 else 0.02
+    better = POWER_BETTER if len(usable) > 1 else POWER_BETTER_ONE
     return _missed(usable, power) < better * _missed(usable, line)
 
 

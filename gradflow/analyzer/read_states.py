@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradflow.analyzer.jacobians import operator_of, state_size, transposed_step
 from gradflow.errors import RecordingError
+from gradflow.limits import ENTRIES_WIDEST, SEED
 from gradflow.recording import (
     GATES,
     Backward,
@@ -27,9 +28,6 @@ from gradflow.recording import (
     Track,
 )
 from gradflow.recording.source import Source
-
-WIDEST = 64  # states up to which single entries are told apart, and not only whole states
-PROBE = 0  # seed of the vectors that are sent through unread states
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def _read_entries(track: Track) -> dict[str, Tensor] | None:
     )
     if not _flows(track, ~reached, reached):
         read = reached
-    elif state_size(track) <= WIDEST:
+    elif state_size(track) <= ENTRIES_WIDEST:
         read = _closed(_entries_that_flow(track), reached)
     else:
         read = _closed_by_state(track, owner, reached)
@@ -137,7 +135,7 @@ def _flows(track: Track, source: Tensor, target: Tensor) -> bool:
     A random vector through each step tells: it is sent to exactly 0 only by a block of zeros.
     """
     operator = operator_of(track)
-    generator = torch.Generator().manual_seed(PROBE)
+    generator = torch.Generator().manual_seed(SEED)
     probe = torch.rand(operator.size, generator=generator, dtype=operator.dtype) + 0.5
     block = (probe * source).expand(operator.batch, 1, -1)
     lengths = track.lengths.cpu()

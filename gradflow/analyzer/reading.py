@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradflow.analyzer.order import in_processing_order
 from gradflow.errors import RecordingError
+from gradflow.limits import BLANKS
 from gradflow.recording import Recording, Track
 
 UNREAD = "unread"  # no gradient comes
@@ -24,7 +25,6 @@ PACKED_ROWS = "packed rows"  # of packed sequences only the longest
 FIRST_STEP = "first step"  # only the step at which the layer starts
 AFTER_END = "after end"  # only steps past a sequence's last real one
 FEW_SEQUENCES = "few sequences"  # at most half of the sequences get a gradient
-BLANKS = 0.05  # share of the steps before a padded tail that may hold the padding's row
 
 
 @dataclass(frozen=True)

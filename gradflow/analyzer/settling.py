@@ -20,12 +20,9 @@ import numpy as np
 from gradflow.analyzer.gains import stretches
 from gradflow.analyzer.rates import quantile
 from gradflow.analyzer.windows import Norms, Window
+from gradflow.limits import BOUNDARY, LN_SETTLED, SETTLED_SHARE, UNSETTLED
 
 PARTS = (1, 2, 4)
-UNSETTLED = 1.25  # of the difference between scales and between halves, by simulation
-BOUNDARY = 0.25  # of the boundary that was taken out, likewise
-HALF_DECADE = math.log(10) / 2
-SHARE = 0.2  # of a rate that its settling may be, where it is more than half a decade over the span
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ def enough(common: float, rate: float, span: int) -> bool:
     >>> enough(0.001, -0.002, 100), enough(0.05, -0.1, 100), enough(0.05, -0.5, 100)
     (True, False, True)
     """
-    return common * span <= HALF_DECADE or common <= SHARE * abs(rate)
+    return common * span <= LN_SETTLED or common <= SETTLED_SHARE * abs(rate)
 
 
 def parted(counted: np.ndarray, part: int) -> list[Window]:

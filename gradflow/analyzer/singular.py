@@ -14,13 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.limits import (
+    GONE,
+    GROWTH_FLOAT32,
+    GROWTH_FLOAT64,
+    RANK_TRUNCATION,
+    SEED,
+    SNAPSHOT,
+    TRUNCATE_ROWS,
+)
 from gradflow.recording import Operator
 
-THRESHOLD = 1e-3  # a direction whose gain is at least this survives
-GROWTH = {torch.float64: 1e4, torch.float32: 10.0}  # of the norm, between two factorisations
-TRUNCATION, WIDE = 1e-4, 192  # of the largest; rows above which truncating pays
-SNAPSHOT = 20.0  # operations of one set of singular values of n rows, in n³
-SEED = 0
+GROWTH = {torch.float64: GROWTH_FLOAT64, torch.float32: GROWTH_FLOAT32}
 
 
 def log_singular_along(
@@ -50,7 +55,7 @@ def log_singular_along(
             break
         if not graded.finite or work > most_work:
             break
-        if done >= 8 and done & (done - 1) == 0 and len(graded.rows) > WIDE:
+        if done >= 8 and done & (done - 1) == 0 and len(graded.rows) > TRUNCATE_ROWS:
             graded.truncate()
         if done == lags[place]:
             values = graded.logarithms()
@@ -75,7 +80,7 @@ class _Graded:
         if self.factored:
             return
         square, turn = torch.linalg.eigh((self.rows @ self.rows.T).double())
-        kept = turn[:, square > (TRUNCATION**2) * square[-1]].to(self.rows.dtype)
+        kept = turn[:, square > (RANK_TRUNCATION**2) * square[-1]].to(self.rows.dtype)
         self.rows = kept.T @ self.rows
         self.scale, self.mixing = self.scale[: kept.shape[1]], torch.eye(kept.shape[1]).double()
 
@@ -146,4 +151,4 @@ def _graded_singular(scale: Tensor, mixing: Tensor, sweeps: int = 30) -> np.ndar
 
 def survivors(log_singular: np.ndarray) -> int:
     """How many singular values are at least 10⁻³; NaN ones lie under the rounding of larger ones."""
-    return int(np.sum(log_singular >= math.log(THRESHOLD)))
+    return int(np.sum(log_singular >= math.log(GONE)))

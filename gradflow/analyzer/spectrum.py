@@ -15,8 +15,7 @@ from gradflow.analyzer.core import Core
 from gradflow.analyzer.keeping import settling_by_halves
 from gradflow.analyzer.lyapunov import Growth
 from gradflow.analyzer.rates import rate_of_one, rate_over_sequences
-
-TRACED = 8  # exponents whose settling is kept
+from gradflow.limits import DEAD_SHARE, TRACED
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _trace(growth: Growth, exponents: np.ndarray, j: int, alive: np.ndarray) -> 
     which the exponent is −inf is left out as it is left out of the exponent.
     """
     ends = exponents[alive, j]
-    kept = alive[np.isfinite(ends)] if np.isneginf(ends).mean() < 0.5 else alive
+    kept = alive[np.isfinite(ends)] if np.isneginf(ends).mean() < DEAD_SHARE else alive
     counted = growth.counted[:, kept].numpy()
     logs = np.where(counted, growth.log_growth[:, kept, j].numpy(), 0.0)
     number = counted.cumsum(0)

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.blocks import Blocks
-from gradflow.analyzer.iteration import TOLERANCE
+from gradflow.limits import LADDER, NORM_TOLERANCE, PRODUCT_FLOAT32, PRODUCT_FLOAT64, SKETCHED
 from gradflow.recording import Operator
 
-LADDER = 0.5  # each rank a sketch may have, as a share of the one above
-SKETCHED = 1e-3  # relative error of a sketch's wide spectral norms
-CALLS = 2e-4  # seconds that the calls for one step of one rank take, however small
-SPEED = {torch.float64: 30e9, torch.float32: 100e9}  # operations a second on two cores
+SPEED = {torch.float64: PRODUCT_FLOAT64, torch.float32: PRODUCT_FLOAT32}
 
 
 @dataclass
@@ -51,7 +48,7 @@ class Sweep:
     def blocks(self, rank: int, capacity: int) -> Blocks:
         """No blocks yet."""
         batch, size = self.operator.batch, self.operator.size
-        tolerance = SKETCHED if self.sketch else TOLERANCE
+        tolerance = SKETCHED if self.sketch else NORM_TOLERANCE
         if "spectral" not in self.result:
             tolerance = 0.0
         return Blocks(

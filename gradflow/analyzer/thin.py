@@ -18,19 +18,22 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.cellpath import log_cell_path
-from gradflow.analyzer.curve import GONE, HALF
 from gradflow.analyzer.direction import loss_map
 from gradflow.analyzer.jacobians import HostOperator, operator_of, vector_seconds
 from gradflow.analyzer.order import cuts_before
-from gradflow.analyzer.plan import MEMORY, NORMS, Maps
+from gradflow.analyzer.plan import NORMS, Maps
 from gradflow.analyzer.ranks import Ranks, dyadic
 from gradflow.analyzer.windows import Norms, Sweep, Window, log_norms
+from gradflow.limits import (
+    LN_GONE,
+    LN_HALF,
+    MAP_BYTES,
+    THIN_SECONDS,
+    THIN_SEED,
+    THIN_SOURCES,
+    THIN_TOLERANCE,
+)
 from gradflow.recording import Track
-
-TOLERANCE = 1e-3  # what one more round may still add to ln ‖P‖₂: it is found to 1 %
-MOST = 30.0  # predicted seconds of the least that says anything, beyond which nothing is measured
-SOURCES = 6  # windows of one lag and stretch, evenly spread
-SEED = 24_301  # of the probes: no seed with which somebody draws their weights
 
 Progress = Callable[[float], None]
 
@@ -108,7 +111,7 @@ def thin_maps(
     if lags:
         measuring.measure(lags, progress)
         left = max(seconds - effort.seconds(operator, len(lags)), seconds / 2)
-        for level in (GONE, HALF):
+        for level in (LN_GONE, LN_HALF):
             left = measuring.cross(level, left)
     maps = _filled(track, mapped, pairs, stride, seconds / 4, withheld)
     words = _words(measuring, reach)
@@ -137,7 +140,7 @@ def _stride(track: Track, mapped: int) -> int:
     states = len(track.states)
     row = 8.0 * (len(NORMS) + states**2 + 3) * mapped * track.steps
     stride = 1
-    while row * math.ceil(track.steps / stride) > MEMORY and stride < track.steps:
+    while row * math.ceil(track.steps / stride) > MAP_BYTES and stride < track.steps:
         stride *= 2
     return stride
 
@@ -154,7 +157,7 @@ def _affordable(
             if effort.seconds(operator, len(wanted)) <= seconds:
                 return wanted, effort
     least = EFFORTS[-1]
-    return (lags[-1:] if least.seconds(operator, 1) <= MOST else []), least
+    return (lags[-1:] if least.seconds(operator, 1) <= THIN_SECONDS else []), least
 
 
 # --------------------------------------------------------------------------------- the measuring
@@ -185,7 +188,7 @@ class _Measuring:
             windows,
             rows=self.effort.rows,
             rounds=self.effort.rounds,
-            tolerance=TOLERANCE,
+            tolerance=THIN_TOLERANCE,
             progress=progress,
         )
         total, error = _probed(self.operator, windows, norms, self.effort.probes)
@@ -218,9 +221,9 @@ def _starts(first: int, last: int, lag: int, stride: int) -> list[int]:
     """Source states of disjoint windows of a stretch, at most `SOURCES`, on the grid of sources."""
     step = math.ceil(lag / stride) * stride
     every = range(math.ceil(first / stride) * stride, last - lag + 1, step)
-    if len(every) <= SOURCES:
+    if len(every) <= THIN_SOURCES:
         return list(every)
-    chosen = np.linspace(0, len(every) - 1, SOURCES).round().astype(int)
+    chosen = np.linspace(0, len(every) - 1, THIN_SOURCES).round().astype(int)
     return [every[int(place)] for place in chosen]
 
 
@@ -232,7 +235,7 @@ def _probed(
     ‖P‖_F² = ‖P v‖² + E ‖P z⊥‖², z⊥ Gaussian without its share along the leading direction v: what
     would make the mean of few probes most uneven is known already (Hutch++, Meyer et al. 2021).
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(THIN_SEED)
     spectral, leading = norms.spectral, norms.leading
     probes = torch.randn(count, operator.size, generator=generator, dtype=torch.float64)
     along = (probes @ leading.T).T.unsqueeze(2) * leading.unsqueeze(1)  # (N, m, S)
@@ -302,7 +305,7 @@ def _words(measuring: _Measuring, reach: int) -> str:
         f"{', '.join(str(lag) for lag in pairs.lags)} steps, distances between them by the line from one "
         f"to the next: largest gains by block iteration to {within:.0%}"
     )
-    if pairs.missing > TOLERANCE:
+    if pairs.missing > THIN_TOLERANCE:
         words += f" after {effort.rounds} rounds"
     return words + f", rms gains by {effort.probes} random probes to {off:.1%} (one standard error)"
 

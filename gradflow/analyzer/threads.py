@@ -14,8 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-# states of at most this width are faster on one thread, and far faster on a busy machine
-SMALL = 600
+from gradflow.limits import ONE_THREAD
 
 
 class _Account:
@@ -79,7 +78,7 @@ def _in_a_new_thread(work: Callable[[], object]) -> None:
 @contextmanager
 def fitting_threads(size: int) -> Iterator[None]:
     """One thread for small matrices, where waiting for each other costs more than the work."""
-    if size > SMALL:
+    if size > ONE_THREAD:
         yield
         return
     _account.enter()

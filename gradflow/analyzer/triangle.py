@@ -13,12 +13,8 @@ import numpy as np
 
 from gradflow.analyzer.norms import row_norms
 from gradflow.analyzer.order import cuts_before, input_time
+from gradflow.limits import ELEMENT_SECONDS, LOSS_STEPS, THIN_SPEED, TRIANGLE_BYTES
 from gradflow.recording import Backward, Track
-
-MOST = 256  # loss steps
-CHUNK = 256 * 2**20  # bytes of gradients at a time
-SPEED = 10e9  # operations a second of thin matrix products
-PASSES = 4e-9  # seconds for each number that a step of a loss step holds
 
 
 @dataclass(frozen=True)
@@ -55,17 +51,17 @@ def triangle(track: Track, mapped: Sequence[int], withheld: bool, seconds: float
     """
     reached = None if withheld else track.reached
     if reached is None:
-        steps = _strided(np.arange(track.steps), MOST)
+        steps = _strided(np.arange(track.steps), LOSS_STEPS)
         shape = (len(track.states), len(mapped), len(steps), track.steps)
         return Triangle(np.full(shape, np.nan), steps)
     arrives = reached.cpu()[:, list(mapped)].any(1).numpy()
     steps = np.arange(track.steps)
-    if track.steps > MOST:
+    if track.steps > LOSS_STEPS:
         steps = steps[arrives] if arrives.any() else steps[-1:]
     most = int(seconds / (_seconds_each(track) * len(mapped)))
     if int(arrives.sum()) > most:
         steps = _strided(steps, most)
-    steps = _strided(steps, MOST)
+    steps = _strided(steps, LOSS_STEPS)
     logs = _logs(track, mapped, steps, arrives[steps])
     _blank(track, mapped, steps, logs)
     return Triangle(logs, steps)
@@ -87,7 +83,7 @@ def _seconds_each(track: Track) -> float:
         work = 4 * (track.weights["weight_hh"].numel() + track.weights["weight_ih"].numel())
     else:
         work = width**2
-    return track.steps * (2 * work / SPEED + 20 * width * PASSES)
+    return track.steps * (2 * work / THIN_SPEED + 20 * width * ELEMENT_SECONDS)
 
 
 def _logs(
@@ -96,7 +92,7 @@ def _logs(
     """(state, m, n, T), −inf throughout where nothing arrives."""
     logs = np.full((len(track.states), len(mapped), len(steps), track.steps), -np.inf)
     width = sum(int(state.shape[2]) for state in track.states.values())
-    each = max(1, CHUNK // (8 * 10 * width * track.steps * len(mapped)))
+    each = max(1, TRIANGLE_BYTES // (8 * 10 * width * track.steps * len(mapped)))
     places = np.flatnonzero(arrives)
     for start in range(0, len(places), each):
         chunk = places[start : start + each]

@@ -11,19 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
-from gradflow.analyzer.activity import CLOSED, over_all
+from gradflow.analyzer.activity import over_all
 from gradflow.analyzer.evidence import Evidence
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.sweep import SPEED
 from gradflow.errors import RecordingError
+from gradflow.limits import (
+    GATE_CLOSED,
+    LESS_SHUT,
+    TRIED_LEAST,
+    TRIED_SECONDS,
+    TRIED_SEQUENCES,
+    TRIED_VECTORS,
+)
 from gradflow.recording import Track
-
-VECTORS = 4  # random ones, of a seed of their own
-MOST = 8  # sequences
-PATIENCE = 1.0  # predicted seconds of one try, of all layers together
-LEAST = 0.05  # decades over the span by which the gain is to come nearer to 1
-LESS_SHUT = 0.1  # share of its values by which a gate is to be shut less often
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,17 @@ def tried(
 
 
 def _try(e: Evidence, changes: dict[str, float], opens: str) -> Try:
-    least = LESS_SHUT if opens else LEAST
+    least = LESS_SHUT if opens else TRIED_LEAST
     seconds = _seconds(e.track)
-    if seconds > PATIENCE * e.share:
+    if seconds > TRIED_SECONDS * e.share:
         return Try(math.nan, least, f"that would take about {max(1, round(seconds))} s")
     others = [b for b in range(e.track.batch) if b not in e.mapped]
-    sequences = [*e.mapped, *others][:MOST]
+    sequences = [*e.mapped, *others][:TRIED_SEQUENCES]
 
     def amiss(track: Track) -> float:
         """What the change is to make smaller."""
         if opens:
-            return over_all((track.gates[opens] < CLOSED).double(), track.mask)
+            return over_all((track.gates[opens] < GATE_CLOSED).double(), track.mask)
         return abs(decades(track, sequences, e.span))
 
     try:
@@ -104,7 +106,7 @@ def decades(track: Track, sequences: list[int], span: int) -> float:
     operator = operator_of(track, torch.float64, sequences)
     segments, lengths = cuts_before(track)[:, sequences], track.lengths.cpu()[sequences]
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(VECTORS, operator.size, generator=generator, dtype=torch.float64)
+    start = torch.randn(TRIED_VECTORS, operator.size, generator=generator, dtype=torch.float64)
     block = (start / start.norm()).expand(len(sequences), -1, -1)
     total, count = torch.zeros(2, len(sequences), dtype=torch.float64)
     for t in range(1, operator.length):
@@ -124,5 +126,7 @@ def _seconds(track: Track) -> float:
     weights = sum(weight.numel() for weight in track.weights.values())
     length = int(track.lengths.max())
     again = 8.0 * length * track.batch * weights
-    pushes = 4.0 * length * min(MOST, track.batch) * VECTORS * state_size(track) ** 2
+    pushes = (
+        4.0 * length * min(TRIED_SEQUENCES, track.batch) * TRIED_VECTORS * state_size(track) ** 2
+    )
     return (again + pushes) / SPEED[torch.float64] + length * 4e-4

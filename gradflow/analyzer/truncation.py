@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.blocks import Blocks
-from gradflow.analyzer.sweep import CALLS, SPEED, Sweep
-
-TRUNCATION = 1e-3  # of a block's Frobenius norm, the most one truncation drops
-FIRST = 3  # lag of the first truncation
-PROBES = 2  # vectors through what was dropped of each start
-SPOILED = 0.05  # of a norm: where more than that was dropped, it is not known
+from gradflow.analyzer.sweep import SPEED, Sweep
+from gradflow.limits import RANK_CALL_SECONDS, SKETCH_PROBES, SKETCH_SPOILED, SKETCH_TRUNCATION
 
 
 def truncate(sweep: Sweep, t: int) -> None:
@@ -35,7 +31,7 @@ def truncate(sweep: Sweep, t: int) -> None:
         target = ladder[ladder.index(rank) + 1]
         values = level.values[:, due]
         work = 6.0 * rank * target * level.size * values.shape[0] * values.shape[1]
-        sweep.spent += 4 * CALLS + 2 * work / SPEED[level.norm.dtype]
+        sweep.spent += 4 * RANK_CALL_SECONDS + 2 * work / SPEED[level.norm.dtype]
         rows, basis, needed = _compress(values, target, sweep.generator)
         level.retry[due] = t + 2 + lag // 2
         if not bool((needed <= target).any()):
@@ -73,7 +69,7 @@ def log_dropped(sweep: Sweep) -> Tensor | None:
         return None
     shape = (sweep.operator.batch, len(sweep.sources))
     result = torch.full(shape, -math.inf, dtype=torch.float64)
-    result[:, sweep.dropped.start] = sweep.dropped.rescale() - math.log(PROBES) / 2
+    result[:, sweep.dropped.start] = sweep.dropped.rescale() - math.log(SKETCH_PROBES) / 2
     return result
 
 
@@ -81,7 +77,7 @@ def known(log_gain: Tensor, dropped: Tensor | None) -> Tensor:
     """The gains, NaN where what was dropped may count for more than 5 % of them."""
     if dropped is None:
         return log_gain
-    return log_gain.masked_fill(dropped > log_gain + math.log(SPOILED), math.nan)
+    return log_gain.masked_fill(dropped > log_gain + math.log(SKETCH_SPOILED), math.nan)
 
 
 def _fitting(ladder: list[int], needed: int) -> int:
@@ -91,17 +87,17 @@ def _fitting(ladder: list[int], needed: int) -> int:
 def _follow(sweep: Sweep, level: Blocks, piece: Tensor, turn: Tensor, rows: Tensor) -> None:
     """Add gᵀ (V − B Bᵀ V) to the vectors through what was dropped of these starts."""
     values, start = level.values[:, piece], level.start[piece]
-    shape = (*values.shape[:2], PROBES, level.rank)
+    shape = (*values.shape[:2], SKETCH_PROBES, level.rank)
     probe = torch.randn(shape, generator=sweep.generator, dtype=values.dtype)
     lost = probe @ values - (probe @ turn) @ rows
     exponent = level.exponent[:, piece, :1]
     if sweep.dropped is None:
-        sweep.dropped = sweep.blocks(PROBES, 4)
+        sweep.dropped = sweep.blocks(SKETCH_PROBES, 4)
     dropped = sweep.dropped
     new = start[~torch.isin(start, dropped.start)]
     if len(new):
-        nothing = lost.new_zeros(len(lost), len(new), PROBES, level.size)
-        least = torch.full((len(lost), len(new), PROBES), -math.inf, dtype=torch.float64)
+        nothing = lost.new_zeros(len(lost), len(new), SKETCH_PROBES, level.size)
+        least = torch.full((len(lost), len(new), SKETCH_PROBES), -math.inf, dtype=torch.float64)
         dropped.add(nothing, least, new, new)
     place = (start[:, None] == dropped.start[None, :]).int().argmax(1)
     before = dropped.exponent[:, place]
@@ -139,7 +135,7 @@ def _compress(
     tail = (
         torch.cat([tail, torch.zeros_like(tail[..., :1])], -1) + lost.double().square()[..., None]
     )
-    allowed = (TRUNCATION * whole.double()).square()[..., None]
+    allowed = (SKETCH_TRUNCATION * whole.double()).square()[..., None]
     needed = (tail > allowed).sum(-1)  # target + 1 where even all rows lose too much
     unfit = ~finite  # a block with NaN or Inf stays as it is
     needed = torch.where(unfit, torch.full_like(needed, target + 1), needed)

@@ -13,13 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradflow.limits import EXACT_WIDTH, SEED, WINDOW_ROUNDS, WINDOW_ROWS, WINDOW_TOLERANCE
 from gradflow.recording import Operator
-
-EXACT = 32  # widths up to which all of P is pushed; above, a block of few rows goes to and fro
-ROWS = 4  # of such a block
-ROUNDS = 24  # of pulling and pushing, at most
-TOLERANCE = 2e-5  # what one more round may still add to ln ‖P‖₂ where it counts as found
-SEED = 0  # of the block's first rows: always the same, so that no result hangs on a seed
 
 
 @dataclass(frozen=True)
@@ -56,9 +51,9 @@ def log_norms(
     operator: Operator,
     windows: list[Window],
     *,
-    rows: int = ROWS,
-    rounds: int = ROUNDS,
-    tolerance: float = TOLERANCE,
+    rows: int = WINDOW_ROWS,
+    rounds: int = WINDOW_ROUNDS,
+    tolerance: float = WINDOW_TOLERANCE,
     progress: Callable[[float], None] | None = None,
 ) -> Norms:
     """ln ‖P‖₂ of every window by pushes and pulls alone.
@@ -87,7 +82,7 @@ def log_norms(
         nothing = torch.zeros(0, dtype=torch.float64)
         return Norms(nothing, nothing, torch.zeros(0, size, dtype=torch.float64), 0.0)
     sweep = Sweep(operator, windows)
-    if size <= EXACT:
+    if size <= EXACT_WIDTH:
         return _exact(sweep, size)
     tell = progress or (lambda share: None)
     return _iterated(sweep, min(rows, size), rounds, tolerance, tell)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from gradflow.cells.base import Scan, Steps, Weights, previous
-
-ROUNDING = 4  # units of rounding of what was subtracted, below which a difference counts as 0
+from gradflow.limits import CELL_ROUNDING
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class LSTMSteps(Steps):
         terms = total.abs() + through.abs()
         if self.weight_hr is not None:  # the sum over h may have cancelled
             terms = total.abs() + self.through * (grads["h"].abs() @ self.weight_hr.abs())
-        bound = ROUNDING * torch.finfo(total.dtype).eps * terms
+        bound = CELL_ROUNDING * torch.finfo(total.dtype).eps * terms
         return grads | {"c": left.masked_fill(left.abs() <= bound, 0.0)}
 
     def through_h(self, grad_h: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from gradflow.hooks.graph import NODES
+from gradflow.limits import LINK_NODES
 
 
 def holder_of(weights: Iterable[Tensor], holders: Mapping[int, str]) -> str | None:
@@ -43,7 +43,7 @@ def parameters_of(weights: Iterable[Tensor]) -> list[Tensor]:
     """
     queue = deque(weight.grad_fn for weight in weights if weight.grad_fn is not None)
     seen, found = set(queue), []
-    while queue and len(seen) < NODES:
+    while queue and len(seen) < LINK_NODES:
         node = queue.popleft()
         leaf = getattr(node, "variable", None)
         if leaf is not None:

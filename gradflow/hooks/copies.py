@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from gradflow.hooks.call import Call
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.seen import CellCall, FusedCall
-
-SAMPLED = 16  # entries of a weight whose values are not kept
+from gradflow.limits import SAMPLED
 
 
 class Copies:

@@ -19,6 +19,7 @@ from gradflow.hooks.axes import Axis, as_rows, from_rows, usual_axis
 from gradflow.hooks.graph import LEAF, Between, Edge, NotReadable, called, edge_of, outputs
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.loops.rows import completed, origins, picked
+from gradflow.limits import DENSE_UNITS
 
 # operations that multiply a state by zero, or put a zero in its place
 MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill", "CopySlices")
@@ -27,7 +28,6 @@ MOVES = ("View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", 
          "Slice", "Select", "Split", "Unbind", "Cat", "Stack", "Transpose", "Permute",
          "ToCopy", "AsStrided")  # fmt: skip
 SUMS = ("Add", "Sub", *MOVES)
-TOGETHER = 128  # units whose products are taken at once
 
 
 class Incomplete(NotReadable):
@@ -428,7 +428,7 @@ def unit_rows(
             with warnings.catch_warnings():
                 # torch says that an operation is batched by a loop: no slower than one by one
                 warnings.simplefilter("ignore")
-                chunk = None if len(seeds) <= TOGETHER else TOGETHER
+                chunk = None if len(seeds) <= DENSE_UNITS else DENSE_UNITS
                 rows, beside = torch.vmap(one, chunk_size=chunk)(seeds)
         except (NotReadable, RuntimeError):
             each = [one(seed) for seed in seeds]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.guard import briefly
+from gradflow.limits import BETWEEN_NODES, LINK_DEPTH, LINK_NODES, STEP_NODES
 
 Edge = tuple[Any, int]  # a node of the graph and which of its outputs
 LEAF = 2**63  # numbers of nodes from here on are those of leaves, which no operation made
@@ -29,10 +30,7 @@ _MOVES = (
 )
 MOVES = frozenset(_MOVES.split())
 PLACES = MOVES | {"IndexPut", "IndexCopy", "SliceScatter", "SelectScatter", "DiagonalScatter"}
-DEPTH, NODES = 16, 400  # how far from the new state, and how many nodes are looked at
 _SAVED: dict[type, tuple[str, ...]] = {}  # see `_saved_by`
-MOST = 100_000  # nodes of one step of a hand-written loop
-MOST_BETWEEN = 20_000  # nodes between two calls
 
 
 class NotReadable(Exception):
@@ -66,7 +64,7 @@ class Between:
         children = self._collect([node for node, _ in roots])
         if not self.whole and ends:
             self.since, self.whole = min(node._sequence_nr() for node in ends), True
-            children = self._collect([node for node, _ in roots], MOST_BETWEEN)
+            children = self._collect([node for node, _ in roots], BETWEEN_NODES)
         self.children = children
         self.seen = children.keys()
         self.on_path = self._leading_to_ends(children)
@@ -98,18 +96,18 @@ class Between:
     def _collect(self, roots: list[Any], most: int | None = None) -> dict[Any, list[Any]]:
         children: dict[Any, list[Any]] = {}
         queue = deque((node, 0) for node in roots)
-        limit = most or (NODES if self.since is None else MOST)
+        limit = most or (LINK_NODES if self.since is None else STEP_NODES)
         while queue:
             node, depth = queue.popleft()
             if node in children:
                 continue
             if len(children) >= limit:
-                if limit == MOST:
-                    raise NotReadable(f"more than {MOST} operations")
+                if limit == STEP_NODES:
+                    raise NotReadable(f"more than {STEP_NODES} operations")
                 self.whole = False
                 break
             older = self.since is not None and node._sequence_nr() < self.since
-            far = self.since is None and depth >= DEPTH
+            far = self.since is None and depth >= LINK_DEPTH
             self.whole &= not far or node in self.ends
             stop = node in self.ends or older or far
             children[node] = [] if stop else [n for n, _ in node.next_functions if n is not None]
@@ -161,7 +159,7 @@ class Between:
                 are too many of them.
         """
         if not self.whole:
-            raise NotReadable(f"more than {MOST_BETWEEN} operations")
+            raise NotReadable(f"more than {BETWEEN_NODES} operations")
         arrived: dict[Edge, Tensor] = {}
         for edge, seed in seeds:
             if edge[0] in self.on_path:

@@ -21,8 +21,9 @@ from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.tape import Constants, TooMuch
-from gradflow.hooks.tapped import WIDEST, Mark, TapSource
+from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.wide import MOVED, Moved, WideStep, wide_step, wide_within
+from gradflow.limits import JACOBIAN_WIDEST
 from gradflow.recording import Track
 
 
@@ -122,7 +123,7 @@ class Marks:
 
     def wide(self, place: Place) -> bool:
         """Whether those of states of this width are kept as products, and not written out."""
-        return self.owner.jacobians is None and place.like.shape[1] > WIDEST
+        return self.owner.jacobians is None and place.like.shape[1] > JACOBIAN_WIDEST
 
     @staticmethod
     def _why_not() -> str:

@@ -17,10 +17,10 @@ from gradflow.hooks.closed.source import JointSource
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unseen import foreign_code
+from gradflow.limits import MANY_TRACKS
 from gradflow.recording import Recording, Track, Unseen
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-MANY = 64  # tracks of one layer in one block
 FEW = 8  # names in one sentence
 ONCE = (
     "was called once, so no state came back and no recurrence is exercised; run it in a loop that "
@@ -245,7 +245,7 @@ def _many_starts(recording: Recording) -> list[str]:
         "state was meant to go on, give each call the state that the one before returned, and "
         "otherwise record fewer sequences in a block"
         for name, count in counts.items()
-        if count > MANY
+        if count > MANY_TRACKS
     ]
 
 

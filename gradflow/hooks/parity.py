@@ -18,9 +18,15 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.unseen import is_batched, why_hidden
+from gradflow.limits import PARITY_FLOAT32, PARITY_FLOAT64, PARITY_HALF
 from gradflow.recording import Parity
 
-BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+BOUNDS = {
+    torch.float64: PARITY_FLOAT64,
+    torch.float32: PARITY_FLOAT32,
+    torch.float16: PARITY_HALF,
+    torch.bfloat16: PARITY_HALF,
+}
 
 
 class LoopUser(Protocol):
@@ -161,7 +167,7 @@ def _bound(weight: Tensor) -> float:
     device, dtype = weight.device.type, weight.dtype
     if dtype is torch.float32 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    return BOUNDS.get(dtype, 1e-3)
+    return BOUNDS.get(dtype, PARITY_FLOAT32)
 
 
 def relative_error(mine: Tensor, theirs: Tensor) -> float:

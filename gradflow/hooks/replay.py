@@ -19,8 +19,9 @@ from gradflow.cells import CELLS, Steps, Weights
 from gradflow.errors import RecordingError
 from gradflow.hooks.call import Call
 from gradflow.hooks.kernels import as_recorded, initial, one_layer
+from gradflow.limits import REPLAY_FLOAT32, REPLAY_FLOAT64, REPLAY_HALF
 
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}  # of a replayed output; else 5e-2
+TOLERANCES = {torch.float64: REPLAY_FLOAT64, torch.float32: REPLAY_FLOAT32}
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Replay:
         finite = returned.isfinite()
         scale = returned[finite].abs().max() if bool(finite.any()) else returned.new_tensor(1.0)
         difference = (output - returned)[finite].abs().max() if bool(finite.any()) else scale * 0
-        tolerance = TOLERANCES.get(returned.dtype, 5e-2)
+        tolerance = TOLERANCES.get(returned.dtype, REPLAY_HALF)
         if not bool(difference <= tolerance * scale):
             raise RecordingError(
                 f"the layers of {self.call.owner or 'the model'} cannot be replayed: run again, the "

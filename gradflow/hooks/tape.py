@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from gradflow.hooks.graph import NotReadable
+from gradflow.limits import MOST_KEPT, TAPE_BYTES, TAPE_ROUNDING
 
-MOST_KEPT = 2**30  # bytes of constants that one recording copies
-TOGETHER = 2**27  # bytes of what vectors that go side by side may hold at a time
 # operations that hand on the very numbers; as themselves they would cut the gradient
 SAME = ("aten.detach.default", "aten.alias.default")
 MATRIX = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}  # the two factors
@@ -282,7 +281,7 @@ class Tape:
         is sent by itself as well.
         """
         each = self.numbers * block.element_size()
-        chunk = max(1, min(block.shape[1], TOGETHER // max(1, each)))
+        chunk = max(1, min(block.shape[1], TAPE_BYTES // max(1, each)))
         if chunk > 1 and self.batches.get(way, True):
             found = _together(run, block, chunk)
             if way not in self.batches:
@@ -295,7 +294,7 @@ class Tape:
     def _same(self, mine: Tensor, theirs: Tensor) -> bool:
         """Equal up to rounding, sequence by sequence; NaN like NaN."""
         size = theirs.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1, keepdim=True)
-        bound = 1024 * torch.finfo(self.coarsest).eps * size
+        bound = TAPE_ROUNDING * torch.finfo(self.coarsest).eps * size
         unlike = (mine - theirs).abs() > bound
         return not bool((unlike | (mine.isnan() != theirs.isnan())).any())
 

@@ -22,12 +22,11 @@ from gradflow.hooks.dense import Dense
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.layout import Layout
-from gradflow.hooks.loops.loop import ROUNDING, difference, trimmed
+from gradflow.hooks.loops.loop import difference, trimmed
 from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.hooks.wide import Wide, WideStep, pulled
+from gradflow.limits import DIFFERENCE_ROUNDING
 from gradflow.recording import Backward, Forward, Operator, Parity, Source
-
-WIDEST = 64  # states up to which step Jacobians are written out unasked
 
 
 @dataclass(eq=False)
@@ -238,7 +237,7 @@ class TapSource:
                 total = self._total(mark)
                 came = _pulled(mark.within, total)
                 size = total.abs() + _pulled(mark.within, total, absolute=True)
-                bound = ROUNDING * torch.finfo(total.dtype).eps * size
+                bound = DIFFERENCE_ROUNDING * torch.finfo(total.dtype).eps * size
                 left = total - came
                 rows.append(left.masked_fill(left.abs() <= bound, 0.0))
             return self._split(torch.stack(rows))

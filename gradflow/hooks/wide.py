@@ -22,14 +22,15 @@ from gradflow.hooks.dense import Incomplete, Place, Step, ways_within
 from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tape import Constants, Tape
+from gradflow.limits import (
+    WIDE_BYTES,
+    WIDE_CALL_SECONDS,
+    WIDE_PASS_SECONDS,
+    WIDE_ROUNDING,
+    WIDE_SPEED,
+    WIDE_WRITING,
+)
 from gradflow.recording import Operator
-
-MEMORY = 2**28  # bytes of graphs for pushing that are kept, and of matrices written out after all
-WRITING = 2.0  # predicted seconds up to which matrices are written out after all
-# predicted: multiplications a second; seconds of each number on the way, of one vector however small
-SPEED, PASS, CALL = 1.2e10, 1e-9, 1e-4
-AGREED = 64  # units of rounding of the terms, within which pushing and pulling must agree
-
 
 MOVED = (
     "a batch that shrinks, grows or is reordered while its states are too wide to be written out, of "
@@ -71,7 +72,7 @@ class TapedStep(WideStep):
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
         self.batch, self.dtype = len(tape.like), tape.like.dtype
-        self.seconds = tape.work / SPEED + tape.numbers * PASS
+        self.seconds = tape.work / WIDE_SPEED + tape.numbers * WIDE_PASS_SECONDS
         self.bytes = tape.numbers * tape.like.element_size()
 
     def pull(self, block: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class LedStep(WideStep):
     def __init__(self, step: WideStep, tape: Tape, rest: Tensor | None, cut: Tensor) -> None:
         self.step, self.tape, self.rest, self.cut = step, tape, rest, cut.view(-1, 1, 1)
         self.batch, self.dtype = len(tape.like), tape.like.dtype
-        self.seconds = step.seconds + tape.work / SPEED + tape.numbers * PASS
+        self.seconds = step.seconds + tape.work / WIDE_SPEED + tape.numbers * WIDE_PASS_SECONDS
         self.bytes = step.bytes + tape.numbers * tape.like.element_size()
 
     def pull(self, block: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class GivenStep(WideStep):
     def __init__(self, operator: Operator, t: int) -> None:
         self.operator, self.t = operator, t
         self.batch, self.dtype = operator.batch, operator.dtype
-        self.seconds = operator.batch * operator.size**2 / SPEED
+        self.seconds = operator.batch * operator.size**2 / WIDE_SPEED
 
     def pull(self, block: Tensor) -> Tensor:
         """Aᵀ of every row of (B, m, S)."""
@@ -310,7 +311,7 @@ class Wide:
     def __post_init__(self) -> None:
         known = [step for step in self.steps if step is not None]
         self._whole = max((step.batch for step in known), default=0) or len(self.sequences)
-        self._keeps = sum(step.bytes for step in known) <= MEMORY
+        self._keeps = sum(step.bytes for step in known) <= WIDE_BYTES
 
     @property
     def length(self) -> int:
@@ -325,14 +326,16 @@ class Wide:
     @property
     def seconds(self) -> float:
         """Predicted seconds of one vector of every sequence through one step."""
-        return max((s.seconds for s in self.steps if s is not None), default=0.0) + CALL
+        return (
+            max((s.seconds for s in self.steps if s is not None), default=0.0) + WIDE_CALL_SECONDS
+        )
 
     @property
     def is_cheap(self) -> bool:
         """Whether the matrices of these sequences are better written out after all."""
         each = self.length * self.size
         numbers = each * self.size * len(self.sequences)
-        return each * self.seconds <= WRITING and numbers * self._itemsize() <= MEMORY
+        return each * self.seconds <= WIDE_WRITING and numbers * self._itemsize() <= WIDE_BYTES
 
     @property
     def _own_dtype(self) -> torch.dtype:
@@ -409,5 +412,5 @@ def _agree(tape: Tape, graph: tuple[Tensor, Tensor] | None) -> bool:
     eps = torch.finfo(tape.coarsest).eps * tape.like.shape[1] ** 0.5
     left, right = (u * there).sum(1), (back * v).sum(1)
     size = (u * there).abs().sum(1) + (back * v).abs().sum(1)
-    apart = (left - right).abs() > AGREED * eps * size
+    apart = (left - right).abs() > WIDE_ROUNDING * eps * size
     return not bool((apart & size.isfinite()).any())

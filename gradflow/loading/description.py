@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gradflow.limits import LISTED_MODULES
 from gradflow.loading.opened import Opened, no_recurrence, open_any
 from gradflow.loading.recurrent import RecurrentModule
 from gradflow.loading.words import analyze_command, printable
-
-MOST_MODULES = 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Description:
     def _lines(self) -> list[str]:
         text = [f"{self.path} is {self.kind}."]
         if self.members:
-            text += [f"members ({len(self.members)}):", *self.members[:MOST_MODULES]]
+            text += [f"members ({len(self.members)}):", *self.members[:LISTED_MODULES]]
         if self.recurrent:
             text.append(f"recurrent ({len(self.recurrent)}):")
             text += [
@@ -63,7 +62,7 @@ class Description:
             ]
         if self.others:
             text.append(f"other modules ({len(self.others)}):")
-            shown = list(self.others.items())[:MOST_MODULES]
+            shown = list(self.others.items())[:LISTED_MODULES]
             text += [f"  {name or '(top)'}  {count:,} parameters" for name, count in shown]
             if len(self.others) > len(shown):
                 text.append(f"  and {len(self.others) - len(shown)} more")

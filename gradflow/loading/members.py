@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import FileError, InputError, must_be
+from gradflow.limits import CONTAINER_DEPTH, MOST_CONTAINERS
 from gradflow.loading.recurrent import from_tensors
 from gradflow.loading.shells import Shell, foreign_classes, tensors_of
 from gradflow.loading.states import NOT_WEIGHTS, fold, is_recurrent, renamed, tensors_in
 from gradflow.loading.words import article, printable, some
-
-MOST_CONTAINERS = 2_000  # a file may claim any number of them
-MOST_DEPTH = 5
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def _places(value: object) -> Iterator[tuple[str, object]]:
             if named_otherwise and not any(map(is_recurrent, weights)):
                 continue
             yield place, item
-            if not _is_module(item) and depth < MOST_DEPTH:
+            if not _is_module(item) and depth < CONTAINER_DEPTH:
                 waiting.append((place, item, depth + 1))
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import FileError
+from gradflow.limits import SHELL_DEPTH, SHELL_MODULES
 
 # Plain data that settings carry; everything else of Python's own library stays refused.
 _PLAIN = {
@@ -47,8 +48,6 @@ _PLAIN = {
     *(f"builtins.{kind.__name__}" for kind in (frozenset, int, list, object, range, set)),
     *(f"builtins.{kind.__name__}" for kind in (slice, str, tuple)),
 }
-MOST_MODULES = 20_000
-MOST_DEPTH = 100
 _TORCH_OWN = {"collections.OrderedDict", "collections.Counter", "_codecs.encode"}
 _MAPPINGS = ("dict", "cfgnode", "munch", "box", "dotmap")  # ends of names of dict subclasses
 
@@ -124,7 +123,7 @@ def _stand_in(name: str) -> Callable[..., Any]:
 def _walk(shell: Shell) -> Iterator[tuple[str, Shell]]:
     """Every module of a pickled module with its prefix; bounded, for a file may claim anything."""
     waiting = [("", shell)]
-    for _ in range(MOST_MODULES):
+    for _ in range(SHELL_MODULES):
         if not waiting:
             return
         prefix, current = waiting.pop()
@@ -135,11 +134,11 @@ def _walk(shell: Shell) -> Iterator[tuple[str, Shell]]:
             if isinstance(child, Shell)
         ]
         waiting += reversed(children)
-        if prefix.count(".") > MOST_DEPTH:
+        if prefix.count(".") > SHELL_DEPTH:
             break
     raise FileError(
-        f"this file nests more than {MOST_DEPTH} modules in one another or holds more than "
-        f"{MOST_MODULES}; in the code that has the model run "
+        f"this file nests more than {SHELL_DEPTH} modules in one another or holds more than "
+        f"{SHELL_MODULES}; in the code that has the model run "
         "torch.save(model.state_dict(), 'weights.pt')"
     )
 

@@ -10,15 +10,16 @@ from gradflow.analyzer.brief import Brief, brief_seconds
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.reading import readings
 from gradflow.hooks.rerun import KEEPING, Change, rerun
+from gradflow.limits import (
+    FACTORS_ALIKE,
+    PREDICTION_LEAST,
+    PREDICTION_SECONDS,
+    REPORT_SHARE,
+    SHOWN_PREDICTIONS,
+    STEEPEST,
+)
 from gradflow.prediction.outcome import helps, measured
 from gradflow.recording import Recording, Track
-
-MOST = 2  # predictions shown for a layer
-SHARE = 16  # of the budgets of `analyze` that a prediction for a report may use, as 1/SHARE
-PATIENCE = 5.0  # predicted seconds, of all predictions for a report together
-LEAST = 0.05  # decades that are worth saying
-STEEPEST = 10.0  # nats per step that a factor is asked to make up for
-ALIKE = 0.02  # two factors that differ by less are one
 
 
 def with_predictions(
@@ -43,9 +44,9 @@ def with_predictions(
         and not read[layer.name].amiss
         and _can_be_set(recording[layer.name], _first_trial(layer)[0])
     ]
-    share = SHARE * max(1, len(ill))
+    share = REPORT_SHARE * max(1, len(ill))
     seconds = 2 * sum(brief_seconds(recording[layer.name], layer.span, share) for layer in ill)
-    if seconds > PATIENCE:
+    if seconds > PREDICTION_SECONDS:
         note = (
             f"remedies were not tried on the batch: that would take about {seconds:.0f} s; "
             "gradflow.what_if(recording, forget_bias=1.0) does it"
@@ -56,7 +57,7 @@ def with_predictions(
         batch += f", {len(ill)} layers changed together"
     tried: dict[str, list[Prediction]] = {layer.name: [] for layer in ill}
     trials = {layer.name: _first_trial(layer) for layer in ill}
-    for _ in range(MOST):
+    for _ in range(SHOWN_PREDICTIONS):
         changes = {name: Change(**{remedy: value}) for name, (remedy, value) in trials.items()}
         again = rerun(recording, changes)
         for name in again.recording.tracks:
@@ -80,8 +81,8 @@ def _can_be_set(track: Track, remedy: str) -> bool:
 
 def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
     """Those that help, the best first; one of two that cannot be told apart."""
-    helping = sorted((p for p in tried if p.helps >= LEAST), key=lambda p: -p.helps)
-    if len(helping) > 1 and abs(helping[0].value / helping[1].value - 1) < ALIKE:
+    helping = sorted((p for p in tried if p.helps >= PREDICTION_LEAST), key=lambda p: -p.helps)
+    if len(helping) > 1 and abs(helping[0].value / helping[1].value - 1) < FACTORS_ALIKE:
         return (helping[0],)
     return tuple(helping)
 

@@ -17,6 +17,7 @@ from gradflow.analyzer.evidence import number
 from gradflow.errors import InputError, must_be
 from gradflow.hooks.gradients import weight_norms
 from gradflow.hooks.rerun import Change, rerun
+from gradflow.limits import QUICK
 from gradflow.prediction.outcome import helps, measured
 from gradflow.recording import Recording
 
@@ -33,7 +34,6 @@ COLUMNS = [
     "note",
 ]
 WHOLE = [f"{name}_{when}" for name in ("horizon", "channels") for when in ("before", "after")]
-QUICK = 4  # of the budgets of `analyze` that `what_if` may use for one measurement, as 1/QUICK
 
 
 def what_if(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gradflow.analysis import LayerAnalysis, Prediction, Rate
-from gradflow.reporter.scale import power
+from gradflow.limits import power
 
 
 def gain_words(layer: LayerAnalysis | Prediction) -> str:

@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 
 from gradflow._version import __version__
 from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
+from gradflow.limits import PAGE_BYTES
 from gradflow.reporter import prepare
 from gradflow.reporter.digest import other_findings, predicted, predictions, strict, top_findings
 from gradflow.reporter.kinds import KINDS
@@ -30,7 +31,6 @@ from gradflow.reporter.numbers import (
     rate_words,
 )
 
-BUDGET = 1_000_000  # bytes of a page
 ROOM = 780  # pixels of the first screen that words may fill before they are set denser
 LONG = 40  # letters of a word from which on it may be broken
 TOP = 3  # layers said at the top of the page; the others follow below
@@ -275,7 +275,7 @@ def embed(
     analysis: Analysis, figures: Mapping[FigureKey, bytes], words: int
 ) -> tuple[dict[FigureKey, Shown], list[str]]:
     """The pictures that fit beside so many bytes of words, and the names of those that do not."""
-    room = BUDGET - words - 1_000 * len(figures)  # what is said of each picture
+    room = PAGE_BYTES - words - 1_000 * len(figures)  # what is said of each picture
     shown: dict[FigureKey, Shown] = {}
     left_out: list[FigureKey] = []
     for key in sorted(figures, key=functools.partial(_importance, analysis)):

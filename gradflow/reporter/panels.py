@@ -9,12 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.limits import power
 from gradflow.reporter import prepare
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import whole
 from gradflow.reporter.picture import FAINT, INK, SOFT
 from gradflow.reporter.prepare import Heat, LagLine
-from gradflow.reporter.scale import COLOURS, VERDICT_COLOURS, paint, power
+from gradflow.reporter.scale import COLOURS, VERDICT_COLOURS, paint
 
 CURVE_FLOOR, CURVE_TOP = -8.0, 2.0
 SHADE = "#ededed"
@@ -81,9 +82,9 @@ def draw_lag(
     if line.note:
         say(ax, line.note, width=22)
         return
-    ax.axhspan(CURVE_FLOOR, prepare.GONE, color=SHADE, lw=0, zorder=0)
+    ax.axhspan(CURVE_FLOOR, prepare.GONE_DECADES, color=SHADE, lw=0, zorder=0)
     ax.axhline(0, color=FAINT, lw=0.7, zorder=1)
-    ax.axhline(prepare.GONE, color=FAINT, lw=0.7, ls=(0, (4, 3)), zorder=1)
+    ax.axhline(prepare.GONE_DECADES, color=FAINT, lw=0.7, ls=(0, (4, 3)), zorder=1)
     _draw_line(ax, line, VERDICT_COLOURS[layer.verdict], top)
     ax.xaxis.set_major_locator(whole(6))
     figure = ax.get_figure(root=True)

@@ -13,10 +13,9 @@ import numpy as np
 import xarray as xr
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.limits import GONE_DECADES, GREW_DECADES
 
 LN10 = math.log(10)
-GONE = -3.0  # a gain of 10⁻³ counts as gone
-GREW = 3.0  # and one of 10³ as exploded
 MAP_CELLS = 128  # a gain map has at most 128 × 128
 HEAT_ROWS, HEAT_COLUMNS = 128, 400
 
@@ -223,15 +222,18 @@ def _floor(values: np.ndarray) -> np.ndarray:
 def _reading(
     layer: LayerAnalysis, lag: np.ndarray, median: np.ndarray, zero_from: int | None
 ) -> tuple[tuple[float, float] | None, str]:
-    grown = np.flatnonzero(median >= GREW)
+    grown = np.flatnonzero(median >= GREW_DECADES)
     if layer.horizon is not None:
         exactly = zero_from == layer.horizon
         words = f"{'exactly 0' if exactly else 'gone'} after {_steps(layer.horizon)}"
-        return (_crossing(lag, median, layer.horizon, GONE), GONE), words
+        return (_crossing(lag, median, layer.horizon, GONE_DECADES), GONE_DECADES), words
     if len(grown):
         at = int(lag[grown[0]])
-        return (_crossing(lag, median, at, GREW), GREW), f"1000 × after {_steps(at)}"
-    below = np.isfinite(median[1:]) & (median[1:] < GONE)
+        return (
+            _crossing(lag, median, at, GREW_DECADES),
+            GREW_DECADES,
+        ), f"1000 × after {_steps(at)}"
+    below = np.isfinite(median[1:]) & (median[1:] < GONE_DECADES)
     if below.any() or not np.isfinite(layer.rate.value):
         return None, ""
     return None, "never below 10⁻³" if layer.never_gone else "not yet below 10⁻³"

@@ -6,8 +6,6 @@ zero black, NaN or Inf magenta. Pictures of two models can therefore be laid sid
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
 
@@ -93,16 +91,3 @@ def palette() -> list[int]:
 def _bytes(colour: str) -> tuple[int, int, int]:
     red, green, blue = (round(255 * part) for part in to_rgb(colour))
     return red, green, blue
-
-
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def power(decades: float) -> str:
-    """A power of ten in words a reader knows.
-
-    >>> power(-3), power(0)
-    ('10⁻³', '1')
-    """
-    whole = math.floor(decades + 0.5)
-    return "1" if whole == 0 else "10" + str(whole).translate(_RAISED)

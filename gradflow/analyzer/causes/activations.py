@@ -9,10 +9,8 @@ from torch import Tensor
 from gradflow.analysis import Finding
 from gradflow.analyzer.activity import CANDIDATES, sigmoid_and_other
 from gradflow.analyzer.causes.remedies import MAJORITY, calmer, identity
-from gradflow.analyzer.census import SATURATED
 from gradflow.analyzer.evidence import Evidence, over_sequences
-
-MOST = 0.5  # share of units from which on saturation or idleness is called a cause
+from gradflow.limits import SATURATED, UNITS_AT_FAULT
 
 
 def saturated_activations(e: Evidence) -> Iterator[Finding]:
@@ -22,10 +20,10 @@ def saturated_activations(e: Evidence) -> Iterator[Finding]:
     for name, values in _squashed(e).items():
         flat = (values.abs() > SATURATED).double()
         share = over_sequences(flat, e.track)
-        if not share.value > MOST:
+        if not share.value > UNITS_AT_FAULT:
             continue
         advice, code = calmer(e, "scale the inputs or the weights down, or add layer normalisation")
-        often = int((flat[e.track.mask.cpu()].mean(0) > MOST).sum())
+        often = int((flat[e.track.mask.cpu()].mean(0) > UNITS_AT_FAULT).sum())
         yield Finding(
             name="saturated-activations",
             layer=e.track.name,
@@ -35,7 +33,7 @@ def saturated_activations(e: Evidence) -> Iterator[Finding]:
             value=share.value,
             low=share.low,
             high=share.high,
-            threshold=MOST,
+            threshold=UNITS_AT_FAULT,
             basis=MAJORITY,
             advice=advice,
             code=code,
@@ -57,7 +55,7 @@ def idle_units(e: Evidence) -> Iterator[Finding]:
         return
     idle = int((e.data["unit_idle"] == 1).sum())
     hidden = e.track.hidden
-    if not idle > MOST * hidden:
+    if not idle > UNITS_AT_FAULT * hidden:
         return
     shown = (e.data["unit_idle"] == 1).values.nonzero()[0]
     listed = ", ".join(str(unit + 1) for unit in shown[:5]) + (", …" if len(shown) > 5 else "")
@@ -67,7 +65,7 @@ def idle_units(e: Evidence) -> Iterator[Finding]:
         message=f"{idle} of {hidden} ReLU units are 0 at every step: no gradient passes them",
         where=f"units {listed}",
         value=idle / hidden,
-        threshold=MOST,
+        threshold=UNITS_AT_FAULT,
         basis=MAJORITY,
         source="Le et al. 2015",
         advice="start from an identity recurrent matrix and zero biases, and train again, with a lower "

@@ -9,13 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from gradflow.analysis import Finding, Rate
-from gradflow.analyzer.activity import (
-    CANDIDATES,
-    CLOSED,
-    masked_mean,
-    over_all,
-    sigmoid_and_other,
-)
+from gradflow.analyzer.activity import CANDIDATES, masked_mean, over_all, sigmoid_and_other
 from gradflow.analyzer.causes.remedies import (
     BAND,
     FOREIGN,
@@ -25,11 +19,9 @@ from gradflow.analyzer.causes.remedies import (
     foreign_biases,
     own,
 )
-from gradflow.analyzer.causes.walls import FEW
 from gradflow.analyzer.census import KEEPERS
 from gradflow.analyzer.evidence import Evidence, number, over_sequences
-
-OVERWRITTEN = 0.75  # mean update gate below which a GRU's state is mostly new after two steps
+from gradflow.limits import GATE_CLOSED, GATE_MOSTLY, OVERWRITTEN, WALL_STEPS
 
 
 def forget_gates(e: Evidence) -> Iterator[Finding]:
@@ -91,7 +83,7 @@ def _at_most_steps(logs: Tensor, e: Evidence) -> float:
     """Mean of ln gate without the tenth of the steps that are lowest: those would be walls."""
     steps = np.sort(masked_mean(logs, e.track.mask))
     known = steps[~np.isnan(steps)]
-    return float(known[int(FEW * len(known)) :].mean())
+    return float(known[int(WALL_STEPS * len(known)) :].mean())
 
 
 def _scale(e: Evidence, pace: Rate) -> dict[str, float]:
@@ -112,23 +104,23 @@ def saturated_gates(e: Evidence) -> Iterator[Finding]:
     for name, values in sigmoid_and_other(e.track).items():
         if name in CANDIDATES or name == KEEPERS.get(e.kind):
             continue
-        shut = values < CLOSED
+        shut = values < GATE_CLOSED
         share = over_sequences(shut.double(), e.track)
-        if not share.value > 0.5:
+        if not share.value > GATE_MOSTLY:
             continue
         closed = e.data["gate_unit_closed"].sel(gate=name)
-        most = int((closed > 0.5).sum())
+        most = int((closed > GATE_MOSTLY).sum())
         advice, code = _open_again(e, name)
         yield Finding(
             name="saturated-gates",
             layer=e.track.name,
-            message=f"{share.value:.0%} of the gates {name} are saturated ({name} < {CLOSED:g}): "
+            message=f"{share.value:.0%} of the gates {name} are saturated ({name} < {GATE_CLOSED:g}): "
             f"{most} of {e.track.hidden} units most of the time",
             where=f"gates {name}",
             value=share.value,
             low=share.low,
             high=share.high,
-            threshold=0.5,
+            threshold=GATE_MOSTLY,
             basis=MAJORITY,
             advice=advice,
             source="Ba et al. 2016",
@@ -144,7 +136,7 @@ def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
         for name in ("bias_ih", "bias_hh")
         if name in e.track.weights
     )
-    if not bias < math.log(CLOSED / (1 - CLOSED)):
+    if not bias < math.log(GATE_CLOSED / (1 - GATE_CLOSED)):
         return calmer(e, "scale the inputs or the weights down, or add layer normalisation", gate)
     if not all(own(e, name) for name in ("bias_ih", "bias_hh")):
         return "change what makes its biases: they are no parameters of its own", ""
@@ -159,6 +151,6 @@ def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
 
 def _shut(name: str, what: str, gate: Tensor, e: Evidence) -> str:
     """Which gate, and how often it is all but shut, if it ever is."""
-    share = over_all((gate < CLOSED).double(), e.track.mask)
-    often = f", {share:.0%} of its values {what} {CLOSED:g}" if share >= 0.005 else ""
+    share = over_all((gate < GATE_CLOSED).double(), e.track.mask)
+    often = f", {share:.0%} of its values {what} {GATE_CLOSED:g}" if share >= 0.005 else ""
     return f"gate {name}{often}"

@@ -13,9 +13,8 @@ from gradflow.analyzer.constant import constant_step
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.jacobians import operator_of
 from gradflow.errors import RecordingError
+from gradflow.limits import LINEAR_ROUNDING
 from gradflow.recording import GATES, Track
-
-ALIKE = 256  # units of rounding within which what two steps make of a vector is the same
 
 
 def linear_recurrence(e: Evidence) -> Iterator[Finding]:
@@ -55,4 +54,4 @@ def _matrix(track: Track) -> Tensor | None:
     steps = (track.mask & ~track.cuts).cpu().numpy().copy()
     steps[0] = False  # of the state before the first step, perhaps nothing was seen
     coarsest = max(torch.finfo(state.dtype).eps for state in track.states.values())
-    return constant_step(operator, steps, ALIKE * coarsest)
+    return constant_step(operator, steps, LINEAR_ROUNDING * coarsest)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from gradflow.analyzer.activity import over_all, sigmoid_and_other
 from gradflow.analyzer.evidence import Evidence, module
 from gradflow.analyzer.tried import tried
+from gradflow.limits import LARGE_INPUT
 
 LONG = 24  # letters of a module's path that several lines need not repeat
 BAND = "one decade over the span"  # the band of the verdict's equivalence test
@@ -14,7 +15,6 @@ MAJORITY = "more than half of them"
 CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # before optimizer.step()"
 NO_BIAS = "# the layer has no bias to raise: build it with bias=True"
 NORMALISE = "x = (x - x.mean()) / x.std()"
-LARGE = 1.5  # standard deviation of an input from which on normalising it makes it smaller
 NOT_CALMER = (
     "add layer normalisation, or use a gated cell (nn.LSTM, nn.GRU), and train it: smaller inputs alone "
     "do not mend this batch"
@@ -102,7 +102,7 @@ def calmer_input(e: Evidence, opens: str = "") -> str:
     if not e.track.owner and lowest and e.track.has_inputs:
         x = e.track.inputs[e.track.mask].double()
         spread = float(x.std())
-        if spread > LARGE and tried(e, scale_ih=1 / spread, opens=opens).helps:
+        if spread > LARGE_INPUT and tried(e, scale_ih=1 / spread, opens=opens).helps:
             return NORMALISE
     if own(e, "weight_ih"):
         for factor in (0.5, 0.1):

@@ -15,6 +15,7 @@ from gradflow.analyzer.causes.remedies import (
     orthogonal,
 )
 from gradflow.analyzer.evidence import Evidence, counted, number
+from gradflow.limits import FEW_CHANNELS, FEW_CHANNELS_UNITS
 
 
 def dead(e: Evidence) -> Iterator[Finding]:
@@ -129,7 +130,8 @@ def _afterwards(e: Evidence, peak: float) -> str:
 
 def few_channels(e: Evidence) -> Iterator[Finding]:
     """Hardly any direction survives where the verdict is open."""
-    few = e.channels is not None and e.channels <= max(1, e.size // 20) and e.size >= 8
+    most = max(1, e.size // FEW_CHANNELS)
+    few = e.channels is not None and e.channels <= most and e.size >= FEW_CHANNELS_UNITS
     if e.verdict.name not in ("inconclusive", "exploding") or not few:
         return
     assert e.channels is not None
@@ -140,7 +142,7 @@ def few_channels(e: Evidence) -> Iterator[Finding]:
         f"{counted(e.ranks.reach, 'step')}",
         where=counted(len(e.mapped), "mapped sequence"),
         value=float(e.channels),
-        threshold=float(max(1, e.size // 20)),
+        threshold=float(most),
         basis="one direction in twenty still at 10⁻³",
         source="Engelken 2023",
         advice="start the recurrent weights orthogonal, so that more directions keep their gradient, "

@@ -10,10 +10,7 @@ import numpy as np
 from gradflow.analysis import Finding
 from gradflow.analyzer.causes.remedies import inputs_at
 from gradflow.analyzer.evidence import Evidence, counted, number
-
-HALF = 0.5  # of all that is lost, counted in decades
-FEW = 0.1  # of the steps, and one in any case
-LEAST = 5  # steps without which "few of them" means nothing
+from gradflow.limits import WALL_LEAST, WALL_LOSS, WALL_STEPS
 
 
 def walls(e: Evidence) -> Iterator[Finding]:
@@ -24,10 +21,14 @@ def walls(e: Evidence) -> Iterator[Finding]:
     known = int((~np.isnan(growth)).sum())
     lost = np.where(growth < 0, -growth, 0.0)  # NaN compares false
     steps = _highest(lost)
-    if known < LEAST or len(steps) > max(1, int(FEW * known)) or not _late_enough(e, steps):
+    if (
+        known < WALL_LEAST
+        or len(steps) > max(1, int(WALL_STEPS * known))
+        or not _late_enough(e, steps)
+    ):
         return
     within, total = float(lost[steps].sum()), float(lost.sum())
-    if within < HALF * math.log(10):
+    if within < WALL_LOSS * math.log(10):
         return
     share = 1.0 if math.isinf(total) else within / total
     noun, verb = ("step", "accounts") if len(steps) == 1 else ("steps", "account")
@@ -39,7 +40,7 @@ def walls(e: Evidence) -> Iterator[Finding]:
         f"{_decades(within)}",
         where=f"{noun} {named}",
         value=share,
-        threshold=HALF,
+        threshold=WALL_LOSS,
         basis="half of the loss within a tenth of the steps",
         severity=-within / math.log(10),
         advice="look at what is read at these steps: an input far larger than the others, a token "
@@ -53,9 +54,9 @@ def _highest(lost: np.ndarray) -> list[int]:
     order = np.argsort(-lost, kind="stable")
     if math.isinf(lost[order[0]]):
         return [int(step) for step in np.flatnonzero(np.isinf(lost))]
-    reached = np.cumsum(lost[order]) >= HALF * lost.sum()
+    reached = np.cumsum(lost[order]) >= WALL_LOSS * lost.sum()
     least = lost[order[int(reached.argmax())]]
-    return [int(step) for step in np.flatnonzero(lost >= HALF * least)] if least > 0 else []
+    return [int(step) for step in np.flatnonzero(lost >= WALL_LOSS * least)] if least > 0 else []
 
 
 def _late_enough(e: Evidence, steps: list[int]) -> bool:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from gradflow.hooks.closed.dependence import Dependence
 from gradflow.hooks.closed.parts import Seen, StockPart
+from gradflow.limits import RECURRENCE_USES
 
-LEAST = 3  # runs in a row that make a recurrence
 REASON = (
     "each call starts from a state of its own, and what goes around are its inputs; the tracks hold what "
     "flows within one call"
@@ -30,7 +30,7 @@ class Afresh:
     def look(self, calls: Sequence[Seen]) -> None:
         """All calls so far, in the order in which they were made."""
         runs = Counter(seen.part.path for seen in calls if _is_run(seen))
-        if not runs or max(runs.values()) < LEAST:
+        if not runs or max(runs.values()) < RECURRENCE_USES:
             return
         dependence = Dependence(calls)
         rows: dict[Seen, dict[str, int]] = {}
@@ -52,7 +52,7 @@ class Afresh:
 
     def found(self) -> dict[str, tuple[int, bool, bool]]:
         """Layers whose runs follow one another -> how many do; is it a cell, is it batch_first."""
-        return {p: (n, *self._forms[p]) for p, n in self._most.items() if n >= LEAST}
+        return {p: (n, *self._forms[p]) for p, n in self._most.items() if n >= RECURRENCE_USES}
 
     def close(self) -> None:
         """Let go of the calls."""

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gradflow.hooks.graph import LEAF, MOST, Edge, NotReadable, descended, outputs
+from gradflow.hooks.graph import LEAF, Edge, NotReadable, descended, outputs
+from gradflow.limits import STEP_NODES
 
 
 def crossing(
@@ -58,8 +59,8 @@ def _younger(roots: Iterable[Any], oldest: int) -> list[Any]:
         node = stack.pop()
         if node in seen or not oldest <= node._sequence_nr() < LEAF:
             continue
-        if len(seen) >= MOST * 10:
-            raise NotReadable(f"more than {MOST * 10} operations")
+        if len(seen) >= STEP_NODES * 10:
+            raise NotReadable(f"more than {STEP_NODES * 10} operations")
         seen.add(node)
         stack += [child for child, _ in node.next_functions if child is not None]
     return list(seen)

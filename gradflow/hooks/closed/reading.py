@@ -20,8 +20,9 @@ from gradflow.hooks.dense import Step, within
 from gradflow.hooks.graph import Between, Edge, NotReadable, kind_of
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tape import Constants
-from gradflow.hooks.tapped import TAPPED, WIDEST, Mark
+from gradflow.hooks.tapped import TAPPED, Mark
 from gradflow.hooks.wide import WideStep, wide_step, wide_within
+from gradflow.limits import JACOBIAN_WIDEST
 
 MORE = (
     "more goes around it than its states: what an earlier step made is read again later (attention "
@@ -51,7 +52,7 @@ class Ask:
 
     def wide(self, width: int) -> bool:
         """Whether those of this width are kept as products, and not written out."""
-        return self.jacobians is None and width > WIDEST
+        return self.jacobians is None and width > JACOBIAN_WIDEST
 
 
 @dataclass(frozen=True)

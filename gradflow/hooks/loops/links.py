@@ -17,8 +17,7 @@ from gradflow.hooks.call import Call
 from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of
 from gradflow.hooks.loops import rows as rows_of
 from gradflow.hooks.loops.rows import MIXED
-
-DENSE = 64  # widest state for which a link that is not elementwise is written out
+from gradflow.limits import LINK_WIDEST, ROW_ROUNDING
 
 Factor = Tensor | None  # (layers, B, S) elementwise, (layers, B, S, S) dense, None: see `Link`
 
@@ -181,7 +180,7 @@ class _Pull:
             return rows, rows, None
         found = self._elementwise(like, rows)
         if any(factor is None for factor in found):
-            dense = self._dense(like, rows) if like.shape[2] <= DENSE else None
+            dense = self._dense(like, rows) if like.shape[2] <= LINK_WIDEST else None
             probe = probe_of(like)
             probed = self._taken(self(probe), rows)
             found = tuple(
@@ -257,7 +256,7 @@ def _at_ends(grad: Tensor, batch_sizes: Tensor) -> Tensor:
 def _checked(dense: Tensor | None, probe: Tensor, probed: Tensor) -> Tensor | str:
     if dense is None:
         return (
-            f"the states are mixed between two of its calls, and at more than {DENSE} of them that "
+            f"the states are mixed between two of its calls, and at more than {LINK_WIDEST} of them that "
             "is not written out"
         )
     again = (probe.unsqueeze(2) @ dense).squeeze(2)
@@ -275,7 +274,7 @@ def probe_of(like: Tensor) -> Tensor:
 
 def close_to(mine: Tensor, theirs: Tensor, size: Tensor) -> bool:
     """Equal up to the rounding of a few operations, per sequence."""
-    bound = 256 * torch.finfo(mine.dtype).eps * size.abs().amax(dim=-1, keepdim=True)
+    bound = ROW_ROUNDING * torch.finfo(mine.dtype).eps * size.abs().amax(dim=-1, keepdim=True)
     return bool(((mine - theirs).abs() <= bound).all())
 
 

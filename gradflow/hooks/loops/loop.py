@@ -20,8 +20,8 @@ from gradflow.hooks.loops.links import Link
 from gradflow.hooks.loops.steps import Group
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.replay import masked
+from gradflow.limits import DIFFERENCE_ROUNDING
 
-ROUNDING = 64  # units of rounding, of what was subtracted, below which a difference counts as 0
 Known = TypeVar("Known")
 
 
@@ -303,7 +303,7 @@ def back(link: Link, layer: int, value: Tensor, *, absolute: bool = False) -> Te
 def difference(total: Tensor, part: Tensor, size: Tensor) -> Tensor:
     """total − part, (B, ·), exactly 0 where that is no more than rounding; see `Loop.direct`."""
     left = total - part
-    bound = ROUNDING * torch.finfo(total.dtype).eps * size.amax(dim=-1, keepdim=True)
+    bound = DIFFERENCE_ROUNDING * torch.finfo(total.dtype).eps * size.amax(dim=-1, keepdim=True)
     return left.masked_fill(left.abs() <= bound, 0.0)
 
 

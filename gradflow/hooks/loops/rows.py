@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gradflow.limits import ROW_ROUNDING
+
 MIXED = "sequences or layers are mixed between two of its calls"
 
 
@@ -35,7 +37,7 @@ def origins(pull: Callable[[Tensor], Tensor], count: int, device: torch.device) 
         The rows, or None where a row came from several, or several from one.
     """
     whole = pull(torch.ones(count, dtype=torch.bool, device=device)).flatten(1)
-    bound = 256 * torch.finfo(whole.dtype).eps * whole.abs().amax(dim=1)
+    bound = ROW_ROUNDING * torch.finfo(whole.dtype).eps * whole.abs().amax(dim=1)
     reached = (whole != 0).any(1)
     number = torch.zeros(len(whole), dtype=torch.long, device=device)
     for place, chosen in enumerate(bits(count, device)):

@@ -17,9 +17,8 @@ from gradflow.hooks.loops import links
 from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.links import End, Link
 from gradflow.hooks.loops.steps import Group, grouped
+from gradflow.limits import OPEN_LOOPS
 from gradflow.recording import Track
-
-OPEN = 8  # loops over one module that may be under way at the same moment
 
 
 @dataclass(eq=False)
@@ -121,7 +120,7 @@ class Stitcher:
         chain = Chain([call], [None])
         self._chains[id(call)] = (chain, 0)
         ends.append((end, chain))
-        del ends[:-OPEN]
+        del ends[:-OPEN_LOOPS]
         return chain, end
 
     def made_again(

@@ -19,14 +19,9 @@ from gradflow.hooks.own.again import Given
 from gradflow.hooks.own.around import Around
 from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.leaves import Path
-from gradflow.hooks.own.returned import LARGEST
 from gradflow.hooks.tapped import TapSource
+from gradflow.limits import CANDIDATE_CALLS, STATE_ENTRIES
 from gradflow.recording import GATES, Track
-
-# loops over one module that may be gone on with at the same moment: always the last 4, and all that
-# were called in the last 64 calls
-OPEN, WINDOW = 4, 64
-DOUBTFUL = 16  # steps of a loop through a module's input, until it is no longer doubted
 
 
 @dataclass(eq=False)
@@ -144,8 +139,8 @@ def move_to_end(cell: Candidate, loop: CellLoop) -> None:
 
 def is_over(cell: Candidate) -> bool:
     """Whether the end that was longest not gone on with is to be let go."""
-    long_ago = cell.calls - cell.ends[0].called > WINDOW
-    return long_ago or sum(end.size for end in cell.ends) > LARGEST
+    long_ago = cell.calls - cell.ends[0].called > CANDIDATE_CALLS
+    return long_ago or sum(end.size for end in cell.ends) > STATE_ENTRIES
 
 
 # -------------------------------------------------- one module as all layers, called step by step

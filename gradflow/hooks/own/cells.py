@@ -18,8 +18,6 @@ from gradflow.hooks.graph import edge_of
 from gradflow.hooks.marks import Marks, Owner
 from gradflow.hooks.own.again import Given, axis_by_run
 from gradflow.hooks.own.candidates import (
-    DOUBTFUL,
-    OPEN,
     Candidate,
     CellLoop,
     First,
@@ -37,7 +35,7 @@ from gradflow.hooks.own.candidates import (
 )
 from gradflow.hooks.own.comeback import Output, came_back, handed_on
 from gradflow.hooks.own.leaves import Path, arguments, leaves, named
-from gradflow.hooks.own.returned import LARGEST, key_of, likely_states, possible_states, row_of
+from gradflow.hooks.own.returned import key_of, likely_states, possible_states, row_of
 from gradflow.hooks.own.steps import OwnSteps
 from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TapSource
@@ -50,9 +48,9 @@ from gradflow.hooks.unseen import (
     why_hidden,
     why_not_read,
 )
+from gradflow.limits import DOUBTFUL, OPEN_CANDIDATES, PERHAPS, STATE_ENTRIES
 from gradflow.recording import Track
 
-PERHAPS = 2**26  # bytes that are kept of a call of which it is not known whether another follows
 STOCK = ":"  # before a module's path: torch's own recurrent functions with its weights
 
 
@@ -182,7 +180,7 @@ class OwnCells:
                 return
         if first is not None:
             cell.ends.append(first)
-        while len(cell.ends) > OPEN and is_over(cell):
+        while len(cell.ends) > OPEN_CANDIDATES and is_over(cell):
             let_go(cell.ends.pop(0))
 
     def _doubt(
@@ -292,9 +290,9 @@ class OwnCells:
             made_by={p: handed_on(outputs[p].edge, t, call.inner) for p, t in tensors.items()},
             handles=source.listen(mark, edges),
             place=place,
-            given=call.given if size <= LARGEST else None,
+            given=call.given if size <= STATE_ENTRIES else None,
             given_at=set(given),
-            size=min(size, LARGEST) + sum(t.numel() for t in tensors.values()),
+            size=min(size, STATE_ENTRIES) + sum(t.numel() for t in tensors.values()),
             called=call.cell.calls,
         )
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.axes import Axis, alike, as_rows
-from gradflow.hooks.graph import DEPTH, MOVES, NODES, Edge, edge_of, kind_of
+from gradflow.hooks.graph import MOVES, Edge, edge_of, kind_of
 from gradflow.hooks.loops.rows import equal_rows
 from gradflow.hooks.own.leaves import Path
+from gradflow.limits import BY_VALUE, LINK_DEPTH, LINK_NODES
 
 _ELEMENTWISE = (
     "Abs Add Addcdiv Addcmul Atan Clamp ClampMax ClampMin Cos Cosh Div Elu Erf Exp Expm1 Fmax Fmin "
@@ -25,7 +26,6 @@ _ELEMENTWISE = (
     "NanToNum NativeDropout Neg Pow Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Sinh SliceScatter "
     "SelectScatter Softplus Softshrink Softsign Sqrt Sub Tan Tanh Threshold Where"
 )
-BY_VALUE = 16  # earlier calls whose outputs are looked for by their values
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 
@@ -103,7 +103,7 @@ def _walk(root: Edge, ends: Collection[Edge]) -> dict[Edge, int]:
     found: dict[Edge, int] = {}
     seen: set[Edge] = set()
     queue: deque[tuple[Edge, int]] = deque([(root, 0)])
-    while queue and len(seen) < NODES:
+    while queue and len(seen) < LINK_NODES:
         edge, distance = queue.popleft()
         if edge in seen:
             continue
@@ -114,7 +114,7 @@ def _walk(root: Edge, ends: Collection[Edge]) -> dict[Edge, int]:
         node = edge[0]
         passes = kind_of(node) in MOVES or kind_of(node) in ELEMENTWISE
         own = isinstance(node, torch.autograd.function.BackwardCFunction)
-        if distance < DEPTH and (passes or own):
+        if distance < LINK_DEPTH and (passes or own):
             queue.extend((child, distance + 1) for child in node.next_functions if child[0])
     return found
 
@@ -151,7 +151,7 @@ def handed_on(edge: Edge | None, tensor: Tensor, inner: dict[str, list[Tensor]])
                 storages.setdefault(pointer, set()).add(name)
     if edge is None:
         return storages.get(tensor.untyped_storage().data_ptr(), set())
-    return _sources(edge, known, DEPTH)
+    return _sources(edge, known, LINK_DEPTH)
 
 
 def _sources(edge: Edge, known: dict[Edge, set[str]], depth: int) -> set[str]:

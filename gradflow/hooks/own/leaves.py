@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-Path = tuple[str | int, ...]  # keyword, parameter, dict or field name, or place in a tuple or list
+from gradflow.limits import LEAF_COUNT, LEAF_DEPTH
 
-DEEPEST, MOST = 6, 64  # containers in containers, and leaves, that are looked at
+Path = tuple[str | int, ...]  # keyword, parameter, dict or field name, or place in a tuple or list
 
 
 def leaves(value: Any) -> dict[Path, Tensor]:
@@ -19,7 +19,7 @@ def leaves(value: Any) -> dict[Path, Tensor]:
     found: dict[Path, Tensor] = {}
     for path, tensor in _walk(value, ()):
         found[path] = tensor
-        if len(found) >= MOST:
+        if len(found) >= LEAF_COUNT:
             break
     return found
 
@@ -29,7 +29,7 @@ def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
         if not value.is_nested:  # it has no shape to speak of
             yield path, value
         return
-    if len(path) < DEEPEST:
+    if len(path) < LEAF_DEPTH:
         for key, part in _parts(value):
             yield from _walk(part, (*path, key))
 
@@ -50,7 +50,7 @@ def replaced(value: Any, tensors: Mapping[Path, Tensor], path: Path = ()) -> Any
     """The same containers with other tensors in them, by path."""
     if isinstance(value, Tensor):
         return tensors.get(path, value)
-    parts = {} if len(path) >= DEEPEST else dict(_parts(value))
+    parts = {} if len(path) >= LEAF_DEPTH else dict(_parts(value))
     if not any(found[: len(path)] == path for found in tensors) or not parts:
         return value
     new = {key: replaced(part, tensors, (*path, key)) for key, part in parts.items()}

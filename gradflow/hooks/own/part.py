@@ -15,9 +15,9 @@ import torch
 from gradflow.hooks.graph import Between, Edge, NotReadable
 from gradflow.hooks.unrolled.chains import PRODUCTS
 from gradflow.hooks.unrolled.order import kind_of
+from gradflow.limits import TERM_OPERATIONS
 
 SUMS = frozenset(("Add", "Sub", "Rsub", "Addcmul", "Lerp", "Where"))
-LOOKED = 32  # operations of another term that are looked at
 
 
 def is_part(entering: Iterable[Edge], ends: set[Any], entered: Iterable[Edge]) -> bool:
@@ -53,7 +53,7 @@ def _is_constant(node: Any) -> bool:
     while stack:
         node = stack.pop()
         seen += 1
-        if kind_of(node) in PRODUCTS or seen > LOOKED:
+        if kind_of(node) in PRODUCTS or seen > TERM_OPERATIONS:
             return False
         stack += [child for child, _ in node.next_functions if child is not None]
     return True

@@ -12,8 +12,7 @@ from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import edge_of
 from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.leaves import Path
-
-LARGEST = 2**20  # entries of a tensor that may be a state
+from gradflow.limits import STATE_ENTRIES
 
 
 def possible_states(
@@ -45,7 +44,7 @@ def _can_be_marked(tensor: Tensor) -> bool:
     return (
         tensor.is_floating_point()
         and tensor.layout == torch.strided
-        and 0 < tensor.numel() <= LARGEST
+        and 0 < tensor.numel() <= STATE_ENTRIES
         and tensor.dim() > 0
     )
 

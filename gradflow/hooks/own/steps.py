@@ -19,8 +19,7 @@ from gradflow.hooks.own.part import is_part
 from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
-
-LOOKED = 12  # calls of a loop after which it is known whether its module is only part of a step
+from gradflow.limits import PART_CALLS
 
 MOVED = "the batch changes between two calls while a state is mixed with the one before (zoneout, a mask)"
 
@@ -180,7 +179,7 @@ class OwnSteps:
     def _look_between(loop: CellLoop, given: Given) -> None:
         """See, at the first few calls, whether what was returned is only part of a step."""
         source = loop.end.source
-        if source.part_of_a_step or len(source.marks) >= LOOKED:
+        if source.part_of_a_step or len(source.marks) >= PART_CALLS:
             return
         tensors = (given.tensors.get(path) for path in dict.fromkeys(loop.entry.values()))
         entering = [edge for t in tensors if t is not None and (edge := edge_of(t)) is not None]

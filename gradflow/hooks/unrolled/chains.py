@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from gradflow.hooks.own.comeback import ELEMENTWISE, MOVES
 from gradflow.hooks.unrolled.order import Unrolled
+from gradflow.limits import RECURRENCE_USES
 
-LEAST = 3  # uses that make a recurrence
 _PRODUCTS = (
     "Mm Addmm Bmm Baddbmm Addbmm Mv Addmv Dot Addr Convolution ConvolutionOverrideable Linear "
     "MkldnnLinear SlowConvDilated2D Trilinear ThnnFusedGruCell ThnnFusedLstmCell"
@@ -46,7 +46,7 @@ class Uses:
     @property
     def product(self) -> bool:
         """Whether it is a matrix: not a vector that is added to what enters one product."""
-        return self.products >= LEAST
+        return self.products >= RECURRENCE_USES
 
 
 @dataclass(eq=False)
@@ -90,7 +90,7 @@ def uses_of(graph: Unrolled, weights: Mapping[int, int]) -> list[Uses]:
                 if not uses.nodes or uses.nodes[-1] != place:
                     uses.nodes.append(place)
                     uses.products += product
-    return [uses for uses in found.values() if len(uses.nodes) >= LEAST]
+    return [uses for uses in found.values() if len(uses.nodes) >= RECURRENCE_USES]
 
 
 class _Labels:
@@ -180,7 +180,7 @@ def chains(graph: Unrolled, weights: Mapping[int, int], states: Collection[int])
         chain = known.get(key)
         chain = chain_of(graph, uses, states) if chain is None else chain
         known[key] = chain
-        if chain.length >= LEAST and not (states and _is_within(graph, chain)):
+        if chain.length >= RECURRENCE_USES and not (states and _is_within(graph, chain)):
             found.append(Chain(uses, chain.depth, chain.length))
     repeated = {place for chain in found if chain.uses.product for place in chain.depth}
     return [c for c in found if c.uses.product or _alone(graph, c, repeated)]

@@ -13,9 +13,8 @@ from types import FrameType
 from torch import Tensor
 
 from gradflow.hooks.graph import Edge
+from gradflow.limits import HELD_ENTRIES, HELD_LOCALS
 
-MOST = 2**24  # entries that are kept alive
-LOCALS = 32  # variables of one frame that are looked at
 NOT_THEIRS = ("torch.nn.modules.module", "gradflow.", "torch._dynamo", "functools")
 
 
@@ -34,7 +33,7 @@ class Held:
             if node is None or tensor.is_inference():
                 continue
             edge = (node, tensor.output_nr)
-            if edge not in self.tensors and self._size < MOST:
+            if edge not in self.tensors and self._size < HELD_ENTRIES:
                 self._size += tensor.numel()
                 self.tensors[edge] = tensor.detach()
 
@@ -47,7 +46,7 @@ class Held:
             frame = frame.f_back
         if frame is None or frame.f_code.co_name == "<module>":
             return
-        for name, value in list(frame.f_locals.items())[:LOCALS]:
+        for name, value in list(frame.f_locals.items())[:HELD_LOCALS]:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 self.hold((value,))
                 self.names[value.grad_fn, value.output_nr] = name

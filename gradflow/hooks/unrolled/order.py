@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gradflow.hooks.graph import LEAF, Edge
-
-MOST = 400_000  # nodes that are looked at in one backward
+from gradflow.limits import BACKWARD_NODES
 
 
 class TooLarge(Exception):
@@ -51,7 +50,7 @@ class Unrolled:
                 number = node._sequence_nr()
                 edges = given.get(number) if given else None
                 edges = node.next_functions if edges is None else edges
-                if len(opened) >= MOST:
+                if len(opened) >= BACKWARD_NODES:
                     raise TooLarge
                 opened[node] = (number, edges)
                 below = [child for child, _ in edges if child is not None and child not in place]

@@ -15,10 +15,7 @@ from gradflow.hooks.graph import LEAF, Edge
 from gradflow.hooks.unrolled.chains import Chain, Recurrence
 from gradflow.hooks.unrolled.crossing import crossing, earliest, latest
 from gradflow.hooks.unrolled.order import Unrolled
-
-PERIODS = (1, 2, 3, 4)  # uses of one weight in one step
-LEAST = 4  # steps from which on one of them is neither among the first nor the last two
-PLACES = 16  # equally good places to cut that are tried
+from gradflow.limits import CUT_PLACES, LOOP_STEPS, PERIODS
 
 
 class NoState(Exception):
@@ -48,10 +45,10 @@ def steps_of(graph: Unrolled, found: Recurrence) -> Steps:
         NoState: what crosses is not the same at every step.
     """
     chain = _first_in_a_step(graph, found)
-    if chain.length < LEAST:
-        raise NoState(f"it has fewer than {LEAST} steps")
+    if chain.length < LOOP_STEPS:
+        raise NoState(f"it has fewer than {LOOP_STEPS} steps")
     for period in PERIODS:
-        if chain.length % period or chain.length // period < LEAST:
+        if chain.length % period or chain.length // period < LOOP_STEPS:
             continue
         try:
             marks = {place: (depth - 1) // period for place, depth in chain.depth.items()}
@@ -176,7 +173,7 @@ class _Loop:
                     size[index] += entries
         least = min(size, default=0)
         best = [index for index in range(len(model)) if size[index] == least and least]
-        return best[::-1][:PLACES]
+        return best[::-1][:CUT_PLACES]
 
     def _parts(self, model: list[int], middle: int, cut: int) -> list[tuple[int, int]] | None:
         """Which operations of a step, by their place in it, made what crosses, and which output."""

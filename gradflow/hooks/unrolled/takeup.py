@@ -17,11 +17,12 @@ from gradflow.hooks.dense import Place, Step
 from gradflow.hooks.graph import Edge, NotReadable
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.marks import Marks
-from gradflow.hooks.own.returned import LARGEST, row_of
+from gradflow.hooks.own.returned import row_of
 from gradflow.hooks.tapped import UNROLLED, TapSource
 from gradflow.hooks.unrolled.order import Unrolled
 from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps
 from gradflow.hooks.unrolled.values import Values, is_hooked
+from gradflow.limits import STATE_ENTRIES
 from gradflow.recording import Track
 
 
@@ -38,7 +39,7 @@ def checked(graph: Unrolled, steps: Steps) -> None:
         shape, dims = tuple(known.shape), len(known.shape)
         if not known.dtype.is_floating_point:
             raise NoState(f"one of its states is {known.dtype}, and only real states are read")
-        if not dims or (dims == 3 and shape[0] != 1) or not 0 < math.prod(shape) <= LARGEST:
+        if not dims or (dims == 3 and shape[0] != 1) or not 0 < math.prod(shape) <= STATE_ENTRIES:
             kind = NoRows if dims > 2 else NoState
             raise kind(f"a state of shape {shape} does not tell its sequences apart from its units")
         batches.add(1 if dims == 1 else shape[1] if dims == 3 else shape[0])

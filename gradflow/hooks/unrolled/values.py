@@ -15,9 +15,7 @@ from torch import Tensor
 
 from gradflow.hooks.graph import Edge, edge_of
 from gradflow.hooks.unrolled.order import Unrolled, kind_of
-
-DEEP = 6  # sums and products that are computed again to get one value
-
+from gradflow.limits import VALUE_DEPTH
 
 _known_names: dict[type, tuple[str, ...]] = {}  # kind of operation -> what it saves
 
@@ -75,7 +73,7 @@ class Values:
 
     def of(self, edge: Edge) -> Tensor | None:
         """The value, detached, or None where it is not to be had."""
-        found = self._value(edge, DEEP)
+        found = self._value(edge, VALUE_DEPTH)
         if found is None:
             found = self._from_zeros(edge)
         return None if found is None else found.detach()
@@ -147,7 +145,7 @@ class Values:
 
     def _from_zeros(self, edge: Edge) -> Tensor | None:
         """The value if constants that the graph does not hold are zero: what was made of it tells."""
-        found = self._computed(edge, DEEP, zeros=True)
+        found = self._computed(edge, VALUE_DEPTH, zeros=True)
         if found is None:
             return None
         for user in self.users[self._places[edge[0]]]:

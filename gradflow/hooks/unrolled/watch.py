@@ -24,11 +24,11 @@ from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps, steps_of
 from gradflow.hooks.unrolled.takeup import checked, rows_of, take_up
 from gradflow.hooks.unrolled.values import Values
 from gradflow.hooks.unseen import foreign_code, has_no_numbers
+from gradflow.limits import CALLER_FRAMES
 from gradflow.recording import Unseen
 
 FUSED = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
 EARLY = "its last step is not shown: the loss does not depend on all states that the loop ends with"
-FRAMES = 24  # how far up the code that called backward is looked for
 
 
 class WatchOwner(Owner, Protocol):
@@ -312,7 +312,7 @@ def _frames() -> list[FrameType]:
     """The code that called backward, innermost first, without torch's and gradflow's."""
     found: list[FrameType] = []
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and len(found) < FRAMES:
+    while frame is not None and len(found) < CALLER_FRAMES:
         name = str(frame.f_globals.get("__name__", ""))
         if not name.startswith(("torch.", "gradflow.")):
             found.append(frame)

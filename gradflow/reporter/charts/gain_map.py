@@ -10,11 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.limits import GONE_DECADES
 from gradflow.reporter.charts.chart import LN10, Chart
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import draw_contour
 from gradflow.reporter.numbers import percent_words
-from gradflow.reporter.prepare import GONE, MAP_CELLS, measured_distances, pooled
+from gradflow.reporter.prepare import MAP_CELLS, measured_distances, pooled
 from gradflow.reporter.scale import UNDEFINED, paint
 
 
@@ -54,7 +55,7 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
     down, across = _axis(targets), _axis(sources)
     shown = pooled(values, down.pool, across.pool)
     low = shown[~np.isnan(shown)]
-    contour = bool(len(low) and low.min() < GONE < low.max() and len(targets) > 2)
+    contour = bool(len(low) and low.min() < GONE_DECADES < low.max() and len(targets) > 2)
     unknown = bool(np.isnan(values[targets[:, None] >= sources[None, :]]).any())
     return GainMap(
         message=_message(known, "measured pair" if unknown else "pair"),
@@ -120,7 +121,7 @@ def _note(layer: LayerAnalysis, sources: np.ndarray, known: np.ndarray) -> str:
 
 def _message(known: np.ndarray, pair: str) -> str:
     """How many of the measured pairs of different steps keep a gain of 10⁻³."""
-    kept = float((known >= GONE).mean())
+    kept = float((known >= GONE_DECADES).mean())
     if kept == 1:
         return f"every {pair} of steps keeps a gain above 10⁻³"
     if kept == 0:
@@ -154,7 +155,7 @@ def draw(axes: Sequence[Axes], gain: GainMap) -> None:
     ax.imshow(paint(gain.values), extent=extent, interpolation="nearest", aspect="equal")
     ax.set(xlim=(0.5, gain.last), ylim=(gain.last, 0.5), facecolor=UNDEFINED)
     if gain.contour:
-        draw_contour(ax, gain.values, gain.columns, gain.rows, GONE)
+        draw_contour(ax, gain.values, gain.columns, gain.rows, GONE_DECADES)
     for axis in (ax.xaxis, ax.yaxis):
         label_steps(axis, gain.labels, range(1, len(gain.labels) + 1), 5)
     order = " (processing order)" if gain.reverse else ""

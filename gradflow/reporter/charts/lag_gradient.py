@@ -13,15 +13,14 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.limits import LAG_TOLERANCE, SMALLEST_SHARE
 from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient, own_cell
 from gradflow.reporter.charts.marks import DASHED, Line, draw_log_lines, key, whole
 from gradflow.reporter.numbers import count_words, number_words, percent_words
 from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import SERIES
 
-TOLERANCE = 0.05  # the window a reader is told
 NAMES = {"weight_hh": "W_hh", "weight_ih": "W_ih"}
-SMALLEST = -6.0  # contributions below this share of the whole are not drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +97,7 @@ def _window(layer: LayerAnalysis, name: str) -> float:
     if array is None:
         return math.nan
     # a dict, for xarray's own sel has an argument named tolerance
-    return float(array.sel(parameter=name).sel({"tolerance": TOLERANCE}, method="nearest"))
+    return float(array.sel(parameter=name).sel({"tolerance": LAG_TOLERANCE}, method="nearest"))
 
 
 def _half(parts: np.ndarray) -> int:
@@ -158,9 +157,9 @@ def draw(axes: Sequence[Axes], chart: LagGradient) -> None:
         for window in chart.windows:
             ax.axvspan(window - 0.5, chart.reach + 0.5, color="#ededed", lw=0, zorder=0)
             ax.axvline(window - 0.5, color=INK, lw=0.9, zorder=1)
-        level = math.log10(TOLERANCE) if number == 1 else None
+        level = math.log10(LAG_TOLERANCE) if number == 1 else None
         shown = chart.lag[chart.lag <= chart.reach]
-        draw_log_lines(ax, shown, lines, decades=-SMALLEST, level=level)
+        draw_log_lines(ax, shown, lines, decades=-SMALLEST_SHARE, level=level)
         ax.set_ylabel(name, labelpad=2)
         ax.set_xlim(-0.5, chart.reach + 0.5)
         ax.xaxis.set_major_locator(whole(8))

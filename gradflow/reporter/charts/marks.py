@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator
 
+from gradflow.limits import power
 from gradflow.reporter.numbers import number_words
 from gradflow.reporter.picture import FAINT
-from gradflow.reporter.scale import power
 
 Dash = str | tuple[float, tuple[float, ...]]
 DASHED: Dash = (0, (4, 2))

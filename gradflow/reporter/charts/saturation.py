@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.limits import STUCK
 from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import DASHED, key, whole
@@ -18,7 +19,6 @@ from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS
 from gradflow.reporter.scale import GATE_COLOURS, SERIES, paint_gates
 
 CANDIDATES = ("g", "n")  # tanh: from −1 to 1; all other gates go from 0 to 1
-STUCK = 0.9  # a unit that is closed, open or at its limit for this share of the time is stuck
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.limits import CARRIED_DECADES, GONE_DECADES, GREW_DECADES
 from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.numbers import count_words
 from gradflow.reporter.overview import WHOLE
 from gradflow.reporter.panels import draw_heat
-from gradflow.reporter.prepare import GONE, GREW, Heat, heat
-
-CARRIED = -1.0  # a unit that never falls below a tenth carries the gradient
+from gradflow.reporter.prepare import Heat, heat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +57,10 @@ def _message(layer: LayerAnalysis, whose: str) -> str:
     far = int(known[-1])
     if far == 0:
         return "the loss reads a step at which the layer starts, or starts anew: there is none before it"
-    left = int((raw[:, far] >= GONE).sum())
-    steady = int((np.isnan(raw) | (raw >= CARRIED)).all(axis=1).sum())
+    left = int((raw[:, far] >= GONE_DECADES).sum())
+    steady = int((np.isnan(raw) | (raw >= CARRIED_DECADES)).all(axis=1).sum())
     unit = "cell" if layer.main_state == "c" else "unit"
-    grown = int((raw[:, far] >= GREW).sum())
+    grown = int((raw[:, far] >= GREW_DECADES).sum())
     if 2 * grown > len(raw):
         have = "has" if grown == 1 else "have"
         return (

@@ -13,11 +13,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.limits import GONE_DECADES
 from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import draw_contour
 from gradflow.reporter.numbers import count_words
-from gradflow.reporter.prepare import GONE, MAP_CELLS, pooled
+from gradflow.reporter.prepare import MAP_CELLS, pooled
 from gradflow.reporter.scale import paint
 
 
@@ -68,7 +69,7 @@ def prepare(layer: LayerAnalysis) -> Triangle:
         rows=(top, top + shown.shape[0] * down * stride),
         columns=(0.5, 0.5 + shown.shape[1] * across),
         reach=reach,
-        contour=bool(known.min() < GONE < known.max() and min(shown.shape) > 2),
+        contour=bool(known.min() < GONE_DECADES < known.max() and min(shown.shape) > 2),
         labels=layer.step_labels,
     )
 
@@ -88,7 +89,7 @@ def _past(row: np.ndarray, step: int, reverse: bool) -> np.ndarray:
 
 
 def _reach(past: np.ndarray) -> float:
-    gone = np.flatnonzero(past < GONE)
+    gone = np.flatnonzero(past < GONE_DECADES)
     return float(gone[0]) if len(gone) else math.inf
 
 
@@ -113,7 +114,7 @@ def draw(axes: Sequence[Axes], triangle: Triangle) -> None:
     ax.imshow(paint(triangle.values), extent=extent, interpolation="nearest", aspect="auto")
     ax.set_ylim(triangle.rows[1], max(0.5, triangle.rows[0]))  # there is no step 0
     if triangle.contour:
-        draw_contour(ax, triangle.values, triangle.columns, triangle.rows, GONE)
+        draw_contour(ax, triangle.values, triangle.columns, triangle.rows, GONE_DECADES)
     for axis in (ax.xaxis, ax.yaxis):
         label_steps(axis, triangle.labels, range(1, len(triangle.labels) + 1), 5)
     ax.set_xlabel("step t", labelpad=2)
