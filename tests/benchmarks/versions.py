@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
