@@ -143,6 +143,8 @@ class Alone:
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span
+    gain: Gain = UNMEASURED  # nats over the span
+    sentence: str = ""  # these numbers in words
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ class LayerAnalysis:
     data: xr.Dataset = field(repr=False)  # every array; see `gradflow.analysis`
     predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
     alone: Alone | None = None  # of a layer in a closed loop: the same with its inputs held fixed
+    part_of: str = ""  # name of the layer that holds the joint state of its closed loop
     step_labels: tuple[str, ...] = ()  # T words for the steps in input time, or none
     gain: Gain = UNMEASURED  # nats over the span: what the verdict judges
 

@@ -187,7 +187,9 @@ def _layer_from(data: xr.Dataset) -> LayerAnalysis:
 
 
 def _alone_from(header: dict[str, Any] | None) -> Alone | None:
-    return None if header is None else Alone(**header | {"rate": Rate(**header["rate"])})
+    if header is None:
+        return None
+    return Alone(**header | {"rate": Rate(**header["rate"]), "gain": _gain_from(header)})
 
 
 def _prediction_from(header: dict[str, Any]) -> Prediction:

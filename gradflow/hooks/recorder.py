@@ -304,13 +304,13 @@ class Recorder:
             kept = {name: getattr(known, name) for name in ("grads", "graph_tasks", "entering")}
             vars(known).update(vars(call) | kept | {"within": task})
             self.stitcher.made_again(known, initial, results)
+            self.closed.given.made_again(known, data, results, lambda w: id(w) in self._holders)
             self._listen(known, results)
             return
         self._listen(call, results)
         self.calls.append(call)
         chain, end = self.stitcher.place(call, initial, results)
-        if end is not None:
-            self.closed.saw(chain, end, data)
+        self.closed.saw(chain, end, data)
         if len(chain.calls) == 1:
             self._add_tracks(chain, data)
             for track in chain.tracks:

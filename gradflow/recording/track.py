@@ -46,7 +46,8 @@ class Track:
     inputs_unknown: str = ""  # that steps ran without a graph, and what that hides of their inputs
     unseen_states: tuple[str, ...] = ()  # states whose values were not seen, and stand as NaN
     loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of
-    afresh: int = 0  # how many calls of its layer start afresh, each on the last one's output
+    afresh: int = 0  # calls of its layer in a row, each from a start of its own on what came before
+    depth: int = 1  # runs of this layer one upon the other, each on what came of the one before
     stamp: tuple[object, ...] = ()  # of weights that were not seen: equal where they were the same
     code: tuple[object, ...] = ()  # tells loops of one name apart: weights, or the line of a tap
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)

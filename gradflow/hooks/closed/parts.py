@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradflow.cells import CELLS
 from gradflow.hooks.call import Call
-from gradflow.hooks.closed.standing import View, view_in_place, views_of_call
+from gradflow.hooks.closed.standing import View, before_last, view_in_place, views_of_call
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import LEAF, Edge
 from gradflow.hooks.loops.links import End
@@ -38,6 +38,7 @@ class StockPart:
 
     chain: Chain
     loop: Loop = field(init=False)
+    outputs: bool = False  # whether outputs within its calls go on to the next, as a state
 
     def __post_init__(self) -> None:
         self.loop = Loop(self.chain)
@@ -68,9 +69,24 @@ class StockPart:
         return self.chain.layout.even
 
     @property
-    def real(self) -> Tensor | None:
-        """(B,) real steps."""
-        return self.chain.real
+    def packed(self) -> bool:
+        """Whether some call is packed."""
+        return any(call.batch_sizes is not None for call in self.chain.calls)
+
+    @property
+    def read_at_ends(self) -> bool:
+        """Whether all that reaches its calls comes to their last steps."""
+        return not self.outputs and all(
+            size == 1
+            or "output" not in call.grads
+            or not before_last(call, call.grads["output"]).any()
+            for call, size in zip(self.chain.calls, self.sizes, strict=True)
+        )
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B,) the user's own."""
+        return self.chain.lengths
 
     @property
     def layers(self) -> int:
@@ -106,8 +122,9 @@ class StockPart:
         self.chain.unread = self.chain.unread or why
 
     def states(self, layer: int) -> list[str]:
-        """As the cell names them."""
-        return list(CELLS[self.chain.calls[0].cell].states)
+        """As the cell names them; of the top layer the outputs before the last, where they go on."""
+        more = ["output"] if self.outputs and layer == self.layers - 1 else []
+        return [*CELLS[self.chain.calls[0].cell].states, *more]
 
     def track_name(self, layer: int) -> str:
         """The name of the track of one layer, also where it is not picked."""
@@ -122,6 +139,8 @@ class StockPart:
         """What reached a state of one call, (B, width), as the graph has it."""
         call = self.chain.calls[step]
         found = call.grads.get(state)
+        if state == "output":
+            return None if found is None else before_last(call, found)
         total = None if found is None else found[layer]
         if state != "h":
             return total
@@ -138,6 +157,8 @@ class MarkedPart:
 
     source: TapSource
     track: Track
+    outputs = False  # see `StockPart`
+    read_at_ends = True
 
     @property
     def path(self) -> str:
@@ -165,9 +186,14 @@ class MarkedPart:
         return self.source.layout.even
 
     @property
-    def real(self) -> Tensor | None:
-        """(B,) real steps."""
-        return self.source.real
+    def packed(self) -> bool:
+        """Marks are not."""
+        return False
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B,) the user's own."""
+        return self.source.lengths
 
     @property
     def layers(self) -> int:
@@ -281,7 +307,11 @@ class Seen:
         for member in members:
             for state, name in member.names.items():
                 if self.call is not None:
-                    found[name] = self.call.returned[state][member.layer]
+                    known = self.call.returned[state]
+                    is_output = state == "output"
+                    found[name] = (
+                        before_last(self.call, known) if is_output else known[member.layer]
+                    )
                 else:
                     assert self.mark is not None
                     found[name] = self.mark[1].states[state]

@@ -22,7 +22,7 @@ def arrivals(loop: Loop) -> Arrivals | None:
     layers = loop.chain.calls[0].layers
     links = loop.chain.links[1:]
     unknown = any(link is None or link.unknown or link.around is not None for link in links)
-    if unknown or any(loop.scans(layer) is None for layer in range(layers)):
+    if unknown or loop.chain.unread or any(loop.scans(layer) is None for layer in range(layers)):
         return None
     with torch.no_grad():
         return _of_loop(loop, layers)

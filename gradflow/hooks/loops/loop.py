@@ -183,6 +183,8 @@ class Loop:
         Where a state goes around a call (zoneout), the states that compose are those that enter the
         calls: step t then leads from the state that enters call t to the one that enters t + 1.
         """
+        if self.chain.unread:
+            raise RecordingError(f"its step Jacobians are not known: {self.chain.unread}")
         reason = self.why_no_operator()
         if reason:
             raise RecordingError(

@@ -99,11 +99,11 @@ class Stitcher:
 
     def place(
         self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
-    ) -> tuple[Chain, End | None]:
-        """The chain this call belongs to, new if it is the only one, and its end if it may go on."""
-        if not _can_go_on(call):
-            return Chain([call], [None]), None
+    ) -> tuple[Chain, End]:
+        """The chain this call belongs to, new if it is the only one, and its end."""
         end = _end(call, initial, results)
+        if not _can_go_on(call):
+            return Chain([call], [None]), end
         ends = self._ends.setdefault(call.owner, [])
         for number in reversed(range(len(ends))):
             known, chain = ends[number]
