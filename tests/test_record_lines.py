@@ -85,6 +85,7 @@ def test_loops_of_which_none_is_part_of_another_are_tracks_of_their_own(
     model, x = make().double(), torch.randn(T, B, INPUTS, dtype=F64)
     found, tapped = recorded(model, x), recorded(model, x, gradflow.tap)
     assert list(found.tracks) == ["loop", "loop@2"] and not found.unseen
+    assert [track.depth for track in found] == ([1, 2] if make is Shared else [1, 1])
     for mine, theirs in zip(found, tapped, strict=True):
         (own,) = mine.states
         assert torch.equal(mine.states[own], theirs.states["h"])

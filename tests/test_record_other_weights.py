@@ -26,11 +26,15 @@ class Beside(nn.Module):
         self.rnn, self.kind = nn.GRU(INPUTS, H), kind
         self.make, self.seed = nn.Linear(INPUTS, H * H), nn.Parameter(torch.randn(H))
         self.w = torch.randn(H, H, dtype=F64).mul_(0.3).requires_grad_()
+        self.register_buffer("kept", torch.randn(H, H) * 0.3)
+        self.stopped = nn.Linear(H, H, bias=False).requires_grad_(False)
         self.several = [torch.randn(H, H, dtype=F64).mul_(0.3).requires_grad_()]
 
     def weight(self, x: Tensor) -> Tensor:
         made: dict[str, Any] = {
             "a plain tensor": lambda: self.w,
+            "a buffer": lambda: self.kept,
+            "a frozen layer": lambda: self.stopped.weight.T,
             "one in a list": lambda: self.several[0],
             "an outer product": lambda: torch.outer(self.seed, self.seed).tanh(),
             "a hypernetwork": lambda: self.make(x.mean((0, 1))).view(H, H),
@@ -84,8 +88,24 @@ def test_what_cannot_be_taken_up_is_named(kind: str) -> None:
     model, x = Remembering(kind).double(), torch.randn(T, B, INPUTS, dtype=F64)
     with pytest.warns(GradflowWarning, match="12 times, each time on what came of the use before"):
         (found,) = recorded(model, x).unseen
-    named = {"a plain tensor": ("w",), "one in a list": ("several",), "an outer product": ("seed",)}
+    named = {
+        "a plain tensor": ("w",),
+        "one in a list": ("several",),
+        "an outer product": ("seed",),
+    }
     assert (found.weights, found.steps) == (named.get(kind, ()), T)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("a buffer", "kept"), ("a frozen layer", "stopped.weight")]
+)
+def test_a_loop_over_a_weight_that_needs_no_gradient_is_named(kind: str, name: str) -> None:
+    model, x = Beside(kind).double(), torch.randn(T, B, INPUTS, dtype=F64)
+    with pytest.warns(GradflowWarning, match="its weight needs no gradient"):
+        recording = recorded(model, x)
+    assert list(recording.tracks) == ["rnn.l0"]
+    (found,) = recording.unseen
+    assert (found.weights, found.steps) == ((name,), T - 1)  # the first is a use on zeros
 
 
 class Stack(nn.Module):

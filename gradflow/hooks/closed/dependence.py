@@ -110,12 +110,14 @@ class Dependence:
     def depths(self) -> dict[Part, int]:
         """Of every part how many of the same layer it came through, itself included."""
         found: dict[Part, int] = {}
-        earlier: dict[str, int] = {}  # path -> the parts of it so far
+        earlier: dict[object, int] = {}  # a layer -> the parts of it so far
         for bit, part in self._known.items():
-            below = self._feeds[bit] & earlier.get(part.path, 0)
+            # loops of one name may be over weights of their own
+            layer = part.path, *(track.code for track in part.tracks)
+            below = self._feeds[bit] & earlier.get(layer, 0)
             come = [found[self._known[b]] for b in self._bits(below)]
             found[part] = 1 + max(come, default=0)
-            earlier[part.path] = earlier.get(part.path, 0) | bit
+            earlier[layer] = earlier.get(layer, 0) | bit
         return found
 
     @staticmethod

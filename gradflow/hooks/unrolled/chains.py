@@ -60,6 +60,9 @@ class Chain:
     depth: dict[int, int]
     length: int
     tree: bool = False  # whether other uses of the weight run into it
+    frozen: bool = (
+        False  # whether the weight needs no gradient: a use on a constant start is not seen
+    )
 
     @property
     def weight(self) -> int:
@@ -188,7 +191,7 @@ def chains(graph: Unrolled, weights: Mapping[int, object], states: Collection[in
         if key not in known:
             lines = chains_of(graph, uses, states)
             long = [line for line in lines if line.length >= RECURRENCE_USES]
-            known[key] = _not_within(graph, long) if states else long
+            known[key] = not_within(graph, long) if states else long
             tree = bool(known[key]) and is_tree(graph, lines)
             for line in known[key]:
                 line.tree = tree
@@ -197,7 +200,7 @@ def chains(graph: Unrolled, weights: Mapping[int, object], states: Collection[in
     return [c for c in found if c.uses.product or is_without_other_products(graph, c, repeated)]
 
 
-def _not_within(graph: Unrolled, found: list[Chain]) -> list[Chain]:
+def not_within(graph: Unrolled, found: list[Chain]) -> list[Chain]:
     """Those that do not go on behind a recorded state, and so are no part of each step of its loop."""
     whole = [] if not found else chains_of(graph, found[0].uses, ())
     length = {place: chain.length for chain in whole for place in chain.depth}
@@ -225,6 +228,11 @@ class Recurrence:
     """Chains that descend from one another: the weights of one loop."""
 
     chains: list[Chain]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether none of its weights needs a gradient."""
+        return all(chain.frozen for chain in self.chains)
 
     @property
     def tree(self) -> bool:
@@ -261,8 +269,12 @@ def recurrences(graph: Unrolled, found: list[Chain]) -> list[Recurrence]:
         both = [group for group in groups if any(mutual(bit, other) for other in group)]
         groups = [group for group in groups if group not in both]
         groups.append([bit, *(other for group in both for other in group)])
-    loops = [Recurrence([found[bit] for bit in sorted(group)]) for group in groups]
+    loops = [Recurrence(_trained([found[bit] for bit in sorted(group)])) for group in groups]
     return sorted(loops, key=lambda loop: min(c.numbers(graph) for c in loop.chains))
+
+
+def _trained(chains: list[Chain]) -> list[Chain]:
+    return [chain for chain in chains if not chain.frozen] or chains
 
 
 def _reached(graph: Unrolled, own: Mapping[int, int], ends: Collection[int] = ()) -> list[int]:

@@ -18,6 +18,7 @@ from gradflow.hooks.unrolled.crossing import crossing, earliest, latest
 from gradflow.hooks.unrolled.order import Unrolled
 from gradflow.limits import CUT_PLACES, LOOP_STEPS, PERIODS
 
+FROZEN = "its weight needs no gradient, so the graph does not tell where it begins"
 TREE = "its uses are the nodes of a tree, several of which lead into one, and not steps of one line"
 EARLY = "its last step is not shown: the loss does not depend on all states that the loop ends with"
 NO_VALUE = "its last step is not shown: no operation keeps the values of the states that the loop ends with"
@@ -62,6 +63,8 @@ def steps_of(graph: Unrolled, found: Recurrence) -> Steps:
     Raises:
         NoState: what crosses is not the same at every step.
     """
+    if found.frozen:
+        raise NoState(FROZEN)
     if found.tree:
         raise NoState(TREE)
     chain = _first_in_a_step(graph, found)

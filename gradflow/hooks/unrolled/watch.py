@@ -24,7 +24,13 @@ from gradflow.hooks.unrolled.pieces import Piece
 from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps, steps_of
 from gradflow.hooks.unrolled.takeup import checked, take_up, with_rows
 from gradflow.hooks.unrolled.values import Values
-from gradflow.hooks.unrolled.weights import computed_chains, in_attributes, origin
+from gradflow.hooks.unrolled.weights import (
+    computed_chains,
+    frozen,
+    frozen_chains,
+    in_attributes,
+    origin,
+)
 from gradflow.hooks.unseen import foreign_code, has_no_numbers
 from gradflow.limits import CALLER_FRAMES, OPEN_PIECES
 from gradflow.recording import Unseen
@@ -98,6 +104,9 @@ class Watch:
         states = {p for p, number in enumerate(graph.numbers) if self._is_state(number)}
         known = chains(graph, weights, states)
         known += computed_chains(graph, known, weights, states)
+        for name, chain in frozen_chains(graph, frozen(self.modules), states):
+            weights[chain.weight] = name
+            known.append(chain)
         for found in recurrences(graph, known):
             if is_empty(graph, found) or self._is_around_stock(graph, found):
                 continue

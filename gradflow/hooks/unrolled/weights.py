@@ -1,11 +1,13 @@
-"""Weights that are no parameters: tensors in attributes of modules, and tensors computed from parameters."""
+"""Weights that are no trained parameters: frozen, plain tensors of modules, computed from parameters."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.unrolled.chains import (
@@ -15,8 +17,11 @@ from gradflow.hooks.unrolled.chains import (
     chains_of,
     is_tree,
     is_without_other_products,
+    not_within,
 )
 from gradflow.hooks.unrolled.order import Unrolled
+from gradflow.hooks.unrolled.values import saved_by
+from gradflow.hooks.unseen import has_no_numbers
 from gradflow.limits import LINK_NODES, RECURRENCE_USES
 
 _SAME = frozenset(("T", "Transpose", "Permute", "Expand", "View", "ReshapeAlias", "Unsqueeze"))
@@ -42,6 +47,39 @@ def _tensors(value: object) -> Iterator[Tensor]:
     for one in (value, *inside):
         if isinstance(one, Tensor):
             yield one
+
+
+def frozen(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """Matrices of a model that need no gradient, frozen or buffers: where they lie -> name."""
+    found: dict[int, str] = {}
+    for path, module in modules.items():
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, tensor in own:
+            plain = tensor.layout == torch.strided and not tensor.requires_grad
+            if plain and tensor.dim() > 1 and not has_no_numbers(tensor):
+                found[tensor.data_ptr()] = f"{path}.{name}" if path else name
+    return found
+
+
+def frozen_chains(
+    graph: Unrolled, names: Mapping[int, str], states: Collection[int]
+) -> list[tuple[str, Chain]]:
+    """Chains of matrices that need no gradient; the graph holds no nodes of them, but their values."""
+    uses: dict[int, Uses] = {}
+    for place in range(len(graph) if names else 0):
+        if graph.constants[place] and graph.kind(place) in PRODUCTS:
+            for tensor in saved_by(graph.nodes[place]):
+                if not tensor.requires_grad and tensor.data_ptr() in names:
+                    one = uses.setdefault(tensor.data_ptr(), Uses(-1 - len(uses)))
+                    one.nodes.append(place)
+                    one.products += 1
+    return [
+        (names[key], replace(line, frozen=True))
+        for key, one in uses.items()
+        if one.products >= RECURRENCE_USES
+        for line in not_within(graph, chains_of(graph, one, states))
+        if line.length >= RECURRENCE_USES
+    ]
 
 
 def computed_chains(
