@@ -490,3 +490,21 @@ def test_no_share_of_nothing_on_the_page(tmp_path: Path) -> None:
     frame = gradflow.what_if(recorded(module, data(), lambda out, _: out[-1].sum()), truncate=5)
     (note,) = frame.loc[frame.layer == "l0_reverse", "note"]
     assert note == "∂L/∂W_hh is exactly 0: there is nothing to truncate"
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.eye(6).to_sparse(), torch.empty(6, 6, device="meta")], ids=["sparse", "meta"]
+)
+def test_an_argument_that_is_no_plain_tensor_is_passed_by(odd: torch.Tensor) -> None:
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(3, 4)
+
+        def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+            return self.rnn(x)[0]
+
+    model = Given()
+    with gradflow.record(model) as recording:
+        model(torch.randn(9, 2, 3), odd).sum().backward()
+    assert not recording.notes and "rnn.l0" in recording.tracks

@@ -56,6 +56,12 @@ REORDERING = {
 }
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether it has plain numbers: a sparse, nested, quantised or wrapped one shows no padding."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return plain and not (tensor.is_nested or tensor.is_quantized or tensor.device.type == "meta")
+
+
 class ShownPadding:
     """What one model shows of the padding of its batches."""
 
@@ -72,7 +78,8 @@ class ShownPadding:
         self._calls += 1
         if self._calls > SHOWN_CALLS:  # a loop that calls the model step by step
             return []
-        given = [t.detach() for t in leaves((args, kwargs)).values() if not t.is_complex()]
+        every = leaves((args, kwargs)).values()
+        given = [t.detach() for t in every if is_readable(t) and not t.is_complex()]
         found = []
         for rows in _sequences(given):
             padding = padding_of(rows, self.tokens)
