@@ -130,19 +130,18 @@ def fitting_threads(size: int) -> Iterator[None]:
     torch keeps a number of threads for each thread, and one that new threads take over; setting the
     first sets the second too, which is set back at once.
     """
-    before = torch.get_num_threads()
-    if size > ONE_THREAD or before == 1:
+    if size > ONE_THREAD:
         yield
         return
-    _set_threads_here(1)
+    before = _set_threads_here(1)
     try:
         yield
     finally:
         _set_threads_here(before)
 
 
-def _set_threads_here(number: int) -> None:
-    """How many threads this thread may use; what new ones get stays what it was."""
+def _set_threads_here(number: int) -> int:
+    """How many threads this thread may use, and how many it might; new ones get what they got."""
     read, set_here = threading.Event(), threading.Event()
 
     def put_back() -> None:
@@ -151,7 +150,10 @@ def _set_threads_here(number: int) -> None:
         set_here.wait()
         torch.set_num_threads(others)
 
-    with _thread_lock:
+    with _thread_lock:  # a thread that computes for the first time takes its number over here
+        before = torch.get_num_threads()
+        if before == number:
+            return before
         thread = threading.Thread(target=put_back)
         thread.start()
         try:
@@ -160,3 +162,4 @@ def _set_threads_here(number: int) -> None:
         finally:
             set_here.set()
             thread.join()
+    return before
