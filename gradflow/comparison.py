@@ -184,8 +184,10 @@ def _change(first: str, before: LayerAnalysis, second: str, after: LayerAnalysis
 
 
 def _each(layer: LayerAnalysis, by_gain: bool) -> np.ndarray:
-    """The gain or the rate of every sequence that has one."""
+    """The gain, over the steps that all are compared by, or the rate of every sequence that has one."""
     values = layer.data["sequence_gain" if by_gain else "sequence_rate"].values
+    if by_gain:
+        values = values[layer.data["sequence_steps"].values == layer.gain.steps]
     return values[np.isfinite(values)]
 
 

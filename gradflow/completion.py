@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradflow.conditions import VERDICTS
+from gradflow.limits import VERDICTS
 
 LOSSES = ("mse", "cross-entropy", "bce", "nll", "last")  # `gradflow.loading.losses` has them
 

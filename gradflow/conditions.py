@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradflow.errors import InputError
-from gradflow.limits import LN_GONE
+from gradflow.limits import LN_GONE, VERDICTS
 
 if TYPE_CHECKING:
     from gradflow.analysis import Analysis, LayerAnalysis
 
-VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip

@@ -15,7 +15,7 @@ from gradflow import loading
 from gradflow.errors import GradflowError, InputError, UserCodeError, must_be
 from gradflow.hooks import record
 from gradflow.process import random_numbers_kept
-from gradflow.recording import GATES, Recording
+from gradflow.recording import Recording
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _loss(
 def _time_axis(model: nn.Module, recording: Recording, output: object) -> int:
     """Where time is in the model's output: where the layer that ran last had it."""
     tracks = list(recording)
-    if tracks and tracks[-1].cell in GATES:
+    if tracks and tracks[-1].spec is not None:
         return int(tracks[-1].batch_first)
     if tracks and isinstance(output, Tensor) and output.ndim >= 2:  # a loop by hand does not say
         steps, batch = tracks[-1].steps, tracks[-1].batch

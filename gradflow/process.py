@@ -130,18 +130,20 @@ def fitting_threads(size: int) -> Iterator[None]:
     torch keeps a number of threads for each thread, and one that new threads take over; setting the
     first sets the second too, which is set back at once.
     """
-    if size > ONE_THREAD:
+    with _thread_lock:  # else a new thread may take over what another one sets
+        before = torch.get_num_threads()
+    if size > ONE_THREAD or before == 1:
         yield
         return
-    before = _set_threads_here(1)
+    _set_threads_here(1)
     try:
         yield
     finally:
         _set_threads_here(before)
 
 
-def _set_threads_here(number: int) -> int:
-    """How many threads this thread may use, and how many it might; new ones get what they got."""
+def _set_threads_here(number: int) -> None:
+    """How many threads this thread may use; what new ones get stays what it was."""
     read, set_here = threading.Event(), threading.Event()
 
     def put_back() -> None:
@@ -150,10 +152,7 @@ def _set_threads_here(number: int) -> int:
         set_here.wait()
         torch.set_num_threads(others)
 
-    with _thread_lock:  # a thread that computes for the first time takes its number over here
-        before = torch.get_num_threads()
-        if before == number:
-            return before
+    with _thread_lock:
         thread = threading.Thread(target=put_back)
         thread.start()
         try:
@@ -162,4 +161,3 @@ def _set_threads_here(number: int) -> int:
         finally:
             set_here.set()
             thread.join()
-    return before

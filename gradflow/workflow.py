@@ -15,6 +15,7 @@ from gradflow import loading
 from gradflow.analysis import Analysis, LayerAnalysis, checked_labels
 from gradflow.analyzer import analyze
 from gradflow.analyzer.agreement import agreed
+from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
 from gradflow.hooks import record
 from gradflow.passes import Settings, left_as_found, recorded_pass, with_notes
@@ -235,8 +236,9 @@ def _from_weights(
                 f"{option} needs a batch to run the model on; give --input FILE as well"
             )
     if not opened.recurrent:
+        *most, last = layer_names()
         raise InputError(
-            f"{opened.title} holds no nn.RNN, nn.LSTM or nn.GRU whose weights could be probed; "
+            f"{opened.title} holds no {', '.join(most)} or {last} whose weights could be probed; "
             "give a batch to run it on: --input batch.pt"
         )
     layers: dict[str, LayerAnalysis] = {}

@@ -193,7 +193,9 @@ with gradflow.record(plain) as recording:
 jacobian = gradflow.analyzer.step_jacobians(recording["l0"])[50, 0]
 layer = gradflow.analyze(recording, stride=25)["l0"]
 print(f"‖A‖₂ of one step: {torch.linalg.matrix_norm(jacobian, 2):.3f}, above 1")
-print(f"rate of the product: {layer.rate.value:.3f}, so it vanishes: {layer.verdict}")
+print(
+    f"the product over {layer.gain.steps} steps keeps 10^{layer.decades:.1f} of any gradient: {layer.verdict}"
+)
 bound = torch.linalg.matrix_norm(plain.weight_hh_l0.detach(), 2)
 print(f"the bound that does hold: ‖A‖₂ ≤ ‖W‖₂ · max φ′ = {bound:.3f}")
 

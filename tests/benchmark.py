@@ -2,6 +2,7 @@
 
     python tests/benchmark.py            # all of it, some twenty minutes on two quiet cores
     python tests/benchmark.py --only recording
+    python tests/benchmark.py --against REVISION   # processor time over that of an earlier version
     python tests/benchmark.py --readme   # put the table of the last run into README.md
 
 Every speed is a ratio of two things timed in turn in this run; the machine is named beside it.

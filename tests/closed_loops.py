@@ -23,8 +23,14 @@ class Loop(nn.Module):
     begins = 1  # the first step at which the joint state is whole
     whole = True  # whether it is whole at the last step too: else only h goes on
 
+    @property
+    def widths(self) -> list[int]:
+        """Of the states."""
+        return [H] * len(self.names)
+
     def begin(self, batch: int) -> State:
-        return {name: torch.zeros(batch, H, dtype=torch.float64) for name in self.names}
+        widths = zip(self.names, self.widths, strict=True)
+        return {name: torch.zeros(batch, width, dtype=torch.float64) for name, width in widths}
 
     def step(self, state: State, t: int) -> State:
         raise NotImplementedError
@@ -202,7 +208,7 @@ class TwoCells(Loop):
         self.lower, self.upper, self.out = kind(H, H), nn.LSTMCell(H, H), nn.Linear(H, H)
 
     def step(self, state: State, t: int) -> State:
-        x = self.noise[t] + (self.out(state["upper.h"]) if t else 0.0)
+        x = self.noise[t, : len(state["upper.h"])] + (self.out(state["upper.h"]) if t else 0.0)
         low = self.lower(x, state["lower.h"])
         h, c = self.upper(low, (state["upper.h"], state["upper.c"]))
         return {"lower.h": low, "upper.h": h, "upper.c": c}
@@ -261,6 +267,79 @@ class Chunks(Loop):
     def step(self, state: State, t: int) -> State:
         x = self.noise[t] + (self.out(state["h"]) if t else 0.0)
         return {"h": self.rnn(x.expand(3, -1, -1), state["h"].unsqueeze(0))[1][0]}
+
+
+SHRINKING = ([0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1], [0, 1], [0, 1], [0], [0])
+KEPT = ([0, 1, 2], [0, 1, 2], [0, 2], [0, 1], [1, 0], [1, 0], [1, 0], [0])
+PERMUTED = ([0, 1, 2], [2, 0, 1], [0, 1, 2], [1, 0, 2], [0, 1, 2], [2, 1, 0], [2, 0, 1], [0, 2, 1])
+
+
+class Changing(Decoder):
+    """Sequences end early, are dropped or change their places; `rows` picks those of every step."""
+
+    def __init__(self, kind: Callable[..., nn.Module], rows: tuple[list[int], ...]) -> None:
+        super().__init__(kind)
+        self.rows = rows
+
+    def step(self, state: State, t: int) -> State:
+        return super().step({name: value[self.rows[t]] for name, value in state.items()}, t)
+
+
+class ChangingFused(Fused):
+    """The same of a fused layer."""
+
+    def __init__(self, kind: Callable[..., nn.Module], rows: tuple[list[int], ...]) -> None:
+        super().__init__(kind, True)
+        self.rows = rows
+
+    def step(self, state: State, t: int) -> State:
+        return super().step({name: value[self.rows[t]] for name, value in state.items()}, t)
+
+
+class ChangingTwo(TwoCells):
+    """The same of two cells."""
+
+    def __init__(self, kind: Callable[..., nn.Module], rows: tuple[list[int], ...]) -> None:
+        super().__init__(kind)
+        self.rows = rows
+
+    def step(self, state: State, t: int) -> State:
+        return super().step({name: value[self.rows[t]] for name, value in state.items()}, t)
+
+
+class WholeChunks(Loop):
+    """Three steps at a time; each chunk reads all outputs of the one before."""
+
+    track = "loop"
+
+    def __init__(self, kind: Callable[..., nn.Module], layers: int, batch_first: bool) -> None:
+        super().__init__()
+        self.rnn = kind(H, H, num_layers=layers, batch_first=batch_first)
+        self.out, self.time = nn.Linear(H, H), 1 if batch_first else 0
+        self.states = ("h", "c") if kind is nn.LSTM else ("h",)
+        each = [f"rnn.l{i}.{s}" for i in range(layers) for s in self.states]
+        known = list(self.states) if layers == 1 else each
+        self.names = (*known, "output" if layers == 1 else f"rnn.l{layers - 1}.output")
+
+    @property
+    def widths(self) -> list[int]:
+        return [H] * (len(self.names) - 1) + [2 * H]
+
+    def step(self, state: State, t: int) -> State:
+        *known, before = state.values()
+        h, *c = (torch.stack(known[i :: len(self.states)]) for i in range(len(self.states)))
+        last = h[-1].unsqueeze(self.time)
+        before = before.unflatten(1, (2, H))
+        outputs = torch.cat([before if self.time else before.transpose(0, 1), last], self.time)
+        x = self.noise[t].unsqueeze(self.time) + (self.out(outputs) if t else 0.0)
+        x = x.expand(*([len(last), 3] if self.time else [3, len(h[0])]), H)
+        output, end = self.rnn(x, (h, *c) if c else h)
+        end = end if c else (end,)
+        found = [part[i] for i in range(len(h)) for part in end]
+        found[-len(self.states)] = output.select(self.time, -1)
+        before = output.narrow(self.time, 0, 2)
+        before = before if self.time else before.transpose(0, 1)
+        return dict(zip(self.names, [*found, before.flatten(1)], strict=True))
 
 
 class Ring(Loop):
@@ -333,7 +412,7 @@ class Open(Loop):
 
 def advanced(model: Loop, rows: Tensor, start: int, end: int) -> Tensor:
     """The joint state (B, S) after step `end`, from that after step `start`."""
-    state = dict(zip(model.names, rows.chunk(len(model.names), dim=1), strict=True))
+    state = dict(zip(model.names, rows.split(model.widths, dim=1), strict=True))
     for t in range(start + 1, end + 1):
         state = model.step(state, t)
     return torch.cat([state[name] for name in model.names], dim=1)

@@ -227,7 +227,8 @@ SUPPORTED = [
         "loops",
         "over `nn.LSTMCell`, `nn.GRUCell`, `nn.RNNCell`, and over layers that carry their state on, "
         "each as one track; detached, masked, dropped out or zoned out between two steps; closed by "
-        "their own inputs (own output fed back, attention, cells that feed each other, graphs)",
+        "their own inputs (own output fed back, attention, cells that feed each other, graphs, whole "
+        "chunks), also where the batch shrinks or is reordered",
         every_loop,
     ),
     Supported(
@@ -364,6 +365,44 @@ def own_outputs() -> str:
     return said(recorded(cell, lambda: closed(cell, remembering=True))["cell"].operator)
 
 
+def closed_in_a_checkpoint() -> str:
+    cell, x = nn.GRUCell(4, 4), torch.ones(2, 4, requires_grad=True)
+    run = recorded(cell, lambda: checkpoint(loop_on_itself, cell, x, use_reentrant=True))
+    return said(run["cell"].operator)
+
+
+def loop_on_itself(cell: nn.Module, x: Tensor) -> Tensor:
+    h = torch.zeros(2, 4)
+    for _ in range(6):
+        x = h = cell(x, h)
+    return h
+
+
+def closed_packed() -> str:
+    rnn, state, x = nn.GRU(3, 3), None, data(4, 2)
+
+    def run() -> Tensor:
+        nonlocal state, x
+        for _ in range(4):
+            _, state = rnn(pack_padded_sequence(x, [4, 3]), state)
+            x = data(4, 2) + state
+        return state
+
+    return said(recorded(rnn, run)["l0"].operator)
+
+
+def chunks_of_many_lengths() -> str:
+    rnn, state, x = nn.GRU(3, 3), None, data(2)
+
+    def run() -> Tensor:
+        nonlocal state, x
+        for _ in range(4):
+            x, state = rnn(torch.cat([x, x[:1]]), state)
+        return state
+
+    return said(recorded(rnn, run)["l0"].operator)
+
+
 def batch_normed() -> str:
     norm = nn.BatchNorm1d(4)
 
@@ -431,6 +470,24 @@ REFUSED = [
         "states, totals, the layer alone",
         "more goes around it than its states",
         own_outputs,
+    ),
+    Refused(
+        "a loop closed by its inputs inside a checkpoint",
+        "states, totals",
+        "record one step without the checkpoint",
+        closed_in_a_checkpoint,
+    ),
+    Refused(
+        "the same over packed calls",
+        "states, totals, the layer alone",
+        "its calls are packed, and the states between them are read of padded calls only",
+        closed_packed,
+    ),
+    Refused(
+        "the same over calls of many lengths, all of whose outputs go on",
+        "states, totals, the layer alone",
+        "give chunks of one length",
+        chunks_of_many_lengths,
     ),
     Refused(
         "more than 64 states mixed between two calls",

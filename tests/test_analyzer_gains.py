@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gradflow
 from gradflow.analysis import LayerAnalysis
@@ -80,6 +81,32 @@ def test_long_sequences_count_by_windows_and_cuts_are_never_crossed() -> None:
     assert found.steps.tolist() == [10, 10]
 
 
+LENGTHS: dict[str, tuple[list[int], int, int, int]] = {
+    "of one length": ([40] * 4, 40, 39, 4),
+    "far shorter ones": ([40, 35, 20, 8], 28, 28, 2),
+    "a longer span than most are": ([40, 35, 20, 8], 100, 34, 2),
+    "hardly shorter ones": ([30, 29, 28, 27], 28, 26, 4),
+    "one long": ([200] + [8] * 5, 100, 7, 6),
+    "two": ([40, 30], 35, 29, 2),
+    "one": ([25], 100, 24, 1),
+}
+
+
+@pytest.mark.parametrize(("lengths", "span", "over", "votes"), LENGTHS.values(), ids=LENGTHS)
+def test_what_a_verdict_rests_on_is_over_one_number_of_steps(
+    lengths: list[int], span: int, over: int, votes: int
+) -> None:
+    steps = torch.randn(max(lengths), len(lengths), 3, 3, dtype=F64)
+    found = span_gains(DenseOperator(steps), torch.tensor(lengths), span)
+    assert (found.over, int(found.voting.sum())) == (over, votes)
+    for b, length in enumerate(lengths):
+        width = min(over, length - 1)  # the shorter ones have the gain of what they are
+        last = range(length, width, -over)
+        expected = np.median([log_norm(steps[end - width : end, b]) for end in last])
+        assert (found.values[b], found.steps[b]) == (pytest.approx(expected, abs=1e-9), width)
+    assert np.isnan(found.votes).sum() == len(lengths) - votes
+
+
 # ----------------------------------------------------------------------------- verdicts and rates
 
 
@@ -89,16 +116,22 @@ def layer_of(module: nn.Module, x: Tensor, **options: object) -> LayerAnalysis:
     return next(iter(gradflow.analyze(recording, **options)))  # type: ignore[arg-type]
 
 
+def crowded(kept: float) -> nn.RNN:
+    """One direction keeps so much at every step, 49 keep 0.93."""
+    turn = torch.linalg.qr(torch.randn(50, 50))[0]
+    each = torch.full((50,), 0.93)
+    each[0] = kept
+    rnn = nn.RNN(3, 50, bias=False)
+    with torch.no_grad():
+        rnn.weight_hh_l0.copy_(turn @ each.diag() @ turn.T)
+        rnn.weight_ih_l0.mul_(0.01)
+    return rnn
+
+
 @pytest.mark.parametrize("steps", [60, 100])
 def test_one_direction_that_keeps_everything_is_stable(steps: int) -> None:
     torch.manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(50, 50))[0]
-    kept = torch.full((50,), 0.93)
-    kept[0] = 1.0
-    rnn = nn.RNN(3, 50, bias=False)
-    with torch.no_grad():
-        rnn.weight_hh_l0.copy_(turn @ kept.diag() @ turn.T)
-        rnn.weight_ih_l0.mul_(0.01)
+    rnn = crowded(1.0)
     with gradflow.record(rnn) as recording:
         rnn(torch.randn(steps, 8, 3))[0][-1].pow(2).mean().backward()
     stack = step_jacobians(recording["l0"])
@@ -168,3 +201,34 @@ def test_a_state_cut_off_at_every_step_is_dead() -> None:
         total.backward()
     layer = next(iter(gradflow.analyze(recording)))
     assert layer.verdict == "dead" and "cut off from its past at every step" in layer.sentence
+
+
+@pytest.mark.parametrize("lengths", [[40, 40, 40, 40], [40, 35, 20, 8], [40, 36, 30, 5, 4]])
+def test_short_sequences_do_not_blur_what_long_ones_show(lengths: list[int]) -> None:
+    gru, x = nn.GRU(3, 8), torch.randn(40, len(lengths), 3)
+    with gradflow.record(gru) as recording:
+        packed = pack_padded_sequence(x, torch.tensor(lengths))
+        pad_packed_sequence(gru(packed)[0])[0].pow(2).sum().backward()
+    layer = next(iter(gradflow.analyze(recording)))
+    short = int((layer.data["sequence_steps"] < layer.gain.steps).sum())
+    assert layer.verdict == "vanishing"
+    said = (
+        f"{short} of {len(lengths)} sequences {'is' if short == 1 else 'are'} too short for these"
+    )
+    assert (said in layer.sentence) == bool(short) == (len(set(lengths)) > 1)
+
+
+@pytest.mark.parametrize("falls", [False, True])
+def test_a_rate_that_has_not_settled_tells_no_half_life(falls: bool) -> None:
+    """It is where the curve has fallen by half, and where that has not, nothing is known."""
+    torch.manual_seed(0)
+    rnn = nn.RNN(3, 32) if falls else crowded(1.0)
+    rnn.weight_hh_l0.data *= 1.6 if falls else 1.0
+    layer = layer_of(rnn, torch.randn(30, 6, 3))
+    assert "not settled" in layer.labels and math.isfinite(layer.rate.value)
+    fallen = np.flatnonzero(layer.data["lag_median"].values <= -math.log(2))
+    row = str(gradflow.Analysis("", {"l0": layer}, (), {})).splitlines()[-1]
+    if not falls:
+        assert not len(fallen) and math.isnan(layer.half_life) and "none" in row
+    else:
+        assert fallen[0] - 1 <= layer.half_life <= fallen[0] and f"{layer.half_life:.4g}" in row

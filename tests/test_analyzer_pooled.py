@@ -163,3 +163,59 @@ def test_loops_of_different_weights_are_not_pooled(tapped: bool) -> None:
     gains = [analysis[name].gain.value for name in analysis.layers]
     assert gains == pytest.approx([-19 * torch.log(torch.tensor(2.0)).item()] * 1 + [-gains[0]])
     assert not any("pooled" in said or "not the same" in said for said in analysis.warnings)
+
+
+def fused_upon(rnn: nn.Module, x: Tensor, depth: int) -> Tensor:
+    for _ in range(depth):
+        x = rnn(torch.tanh(x))[0]
+    return x[-1]
+
+
+def cells_upon(cell: nn.Module, x: Tensor, depth: int) -> Tensor:
+    for _ in range(depth):
+        h, xs = torch.zeros(x.shape[1], HIDDEN).double(), list(x)
+        x = torch.stack([h := cell(x_t, h) for x_t in xs])
+    return x[-1]
+
+
+def of_sentences(rnn: nn.Module, x: Tensor, depth: int) -> Tensor:
+    for _ in range(depth - 1):
+        x = torch.stack([rnn(x * scale)[1][0] for scale in (0.5, 1.0, 2.0)])
+    return rnn(x)[1][0]
+
+
+class Square(Curved):
+    """As wide as its input, so that it can run on its own output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(2 * HIDDEN, HIDDEN, dtype=torch.float64)
+
+
+UPON = {
+    "fused": (lambda: nn.GRU(HIDDEN, HIDDEN), fused_upon, [3, 3]),
+    "bidirectional": (
+        lambda: nn.LSTM(HIDDEN, HIDDEN, proj_size=2, bidirectional=True),
+        fused_upon,
+        [3, 3, 3, 3],
+    ),
+    "cell": (lambda: nn.GRUCell(HIDDEN, HIDDEN), cells_upon, [3, 3]),
+    "own": (Square, cells_upon, [3, 3]),
+    "of sentences": (lambda: nn.GRU(HIDDEN, HIDDEN), of_sentences, [9, 3]),
+}
+
+
+@pytest.mark.parametrize("kind", UPON)
+def test_runs_on_what_came_of_a_run_are_no_more_sequences(kind: str) -> None:
+    """A layer applied to its own output is as many layers; three batches of it are pooled per depth."""
+    torch.manual_seed(0)
+    make, forward, sequences = UPON[kind]
+    model = make().double()
+    with gradflow.record(model) as recording:
+        for _ in range(3):
+            forward(model, torch.randn(8, 1, HIDDEN).double(), 2).pow(2).sum().backward()
+    layers = gradflow.analyze(recording)
+    assert [layer.sequences for layer in layers] == sequences
+    told = [note for note in layers.warnings if "2 runs one upon the other" in note]
+    assert len(told) == 1
+    assert not any("the loss reaches" in note for note in layers.warnings)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import gradflow
 from gradflow.analysis import Analysis, Finding
 from gradflow.analyzer import analyze
-from gradflow.analyzer.reading import padded_lengths, readings
-from gradflow.recording import Recording
+from gradflow.analyzer.reading import Reading, padded_lengths, readings
+from gradflow.recording import Recording, padding_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, SEQUENCES, INPUTS, HIDDEN = 20, 6, 3, 8
@@ -199,6 +199,185 @@ def test_a_loop_over_cells_behind_the_padding() -> None:
                 state = cell(x_t, state)
             state[0].sum().backward()  # type: ignore[index]
         assert readings(recording)["cell"].kind == "after end"
+
+
+# ------------------------------------------------------------------- padding that the model shows itself
+
+
+class OwnCell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(INPUTS + HIDDEN, HIDDEN)
+
+    def forward(self, x_t: Tensor, h: Tensor) -> Tensor:
+        return self.step(torch.cat([x_t, h], -1)).tanh()
+
+
+class Looped(nn.Module):
+    """A loop of some kind: over a cell, by hand, with a tap, or closed."""
+
+    def __init__(
+        self, cell: nn.Module | None, *, tapped: bool = False, closed: bool = False
+    ) -> None:
+        super().__init__()
+        self.cell, self.tapped = cell, tapped
+        self.back = nn.Linear(HIDDEN, INPUTS) if closed else None
+        if cell is None:
+            self.inner = nn.Linear(INPUTS, HIDDEN)
+            self.weight = nn.Parameter(torch.randn(HIDDEN, HIDDEN) / 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, outputs = x.new_zeros(x.shape[1], HIDDEN), []
+        for x_t in x:
+            x_t = x_t if self.back is None else x_t + self.back(h)
+            by_hand = self.cell is None
+            h = (self.inner(x_t) + h @ self.weight).tanh() if by_hand else self.cell(x_t, h)
+            h = gradflow.tap(h=h) if self.tapped else h
+            outputs.append(h)
+        return torch.stack(outputs), h
+
+
+class Stack(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.lower, self.between, self.upper = (
+            nn.GRU(INPUTS, HIDDEN),
+            between,
+            nn.GRU(HIDDEN, HIDDEN),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.upper(self.between(self.lower(x)[0]))
+
+
+class Tagger(nn.Module):
+    """Token ids, or rows, (B, T), to the last output of a layer."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        before: nn.Module | None = None,
+        *,
+        padding: int | None = 0,
+        backwards: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, INPUTS, padding_idx=padding)
+        self.before, self.layer, self.backwards = before or nn.Identity(), layer, backwards
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        x = x if x.is_floating_point() else self.embedding(x)
+        x = self.before(x)
+        x = x.flip(1) if self.backwards else x
+        return self.layer(x.transpose(0, 1))[0][-1]
+
+
+LOOPS: dict[str, Callable[[], nn.Module]] = {
+    "cells": lambda: Looped(nn.GRUCell(INPUTS, HIDDEN)),
+    "own cell": lambda: Looped(OwnCell()),
+    "tap": lambda: Looped(None, tapped=True),
+    "by hand": lambda: Looped(None),
+    "closed": lambda: Looped(nn.GRUCell(INPUTS, HIDDEN), closed=True),
+}
+LAYERS = {"fused": lambda: nn.GRU(INPUTS, HIDDEN), **LOOPS}
+BETWEEN: dict[str, Callable[[int], nn.Module]] = {
+    "nothing": lambda width: nn.Identity(),
+    "dropout": lambda width: nn.Dropout(0.4),
+    "norm": nn.LayerNorm,
+    "linear": lambda width: nn.Linear(width, width),
+    "linear, dropout": lambda width: nn.Sequential(nn.Linear(width, width), nn.Dropout(0.2)),
+}
+
+
+def tokens(lengths: Tensor) -> Tensor:
+    """(B, T) of which no two neighbours are alike, zeros after the end."""
+    steps = torch.arange(STEPS)
+    return (1 + (7 * torch.arange(len(lengths))[:, None] + steps) % 29) * (steps < lengths[:, None])
+
+
+def read_of(module: nn.Module, *given: Tensor, lengths: Tensor | None = None) -> Reading:
+    with gradflow.record(module, lengths=lengths) as recording:
+        module(*given).sum().backward()
+    found = readings(recording)
+    return found[list(found)[-1]]
+
+
+@pytest.mark.parametrize("padding", [0, None], ids=["padding_idx", "no padding_idx"])
+@pytest.mark.parametrize("before", BETWEEN)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_padding_of_tokens_is_seen(layer: str, before: str, padding: int | None) -> None:
+    model = Tagger(LAYERS[layer](), BETWEEN[before](INPUTS), padding=padding)
+    found = read_of(model, tokens(LENGTHS))
+    assert found.kind == "after end"
+    assert found.sequences == (0, 2, 3, 4, 5)
+    assert found.padding == int((STEPS - LENGTHS).median())
+    assert found.shown
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_padding_is_seen_through_what_lies_between_two_layers(between: str) -> None:
+    model = Tagger(Stack(BETWEEN[between](HIDDEN)))
+    with gradflow.record(model) as recording:
+        model(data(batch_first=True, padded=0.0)).sum().backward()
+    found = readings(recording)
+    assert found["layer.upper.l0"].kind == "after end"
+    assert found["layer.lower.l0"].amiss
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_padding_of_rows_is_seen(layer: str) -> None:
+    assert read_of(Tagger(LAYERS[layer]()), data(batch_first=True, padded=0.0)).kind == "after end"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_lengths_that_are_all_alike_are_padding_only_where_the_model_says_so(
+    layer: str, batch: int
+) -> None:
+    ids, lengths = tokens(torch.full((batch,), 8)), torch.full((batch,), 8)
+    sure = read_of(Tagger(LAYERS[layer]()), ids)
+    assert (sure.kind, sure.padding) == ("after end", STEPS - 8)
+    for said in (lengths, ids > 0, (ids == 0).float()):
+        assert read_of(Tagger(LAYERS[layer](), padding=None), ids, said).kind == "after end"
+    unsure = read_of(Tagger(LAYERS[layer](), padding=None), ids)
+    assert (unsure.kind, unsure.perhaps) == ("", 8)
+    whole = torch.full((batch,), STEPS)
+    assert read_of(Tagger(LAYERS[layer](), padding=None), ids, lengths=whole) == Reading(
+        sequences=tuple(range(batch))
+    )
+
+
+def test_tokens_that_end_alike_by_chance_are_no_padding() -> None:
+    for seed in range(200):
+        torch.manual_seed(seed)
+        ids = torch.randint(30, (STEPS, 32, 1))
+        assert padding_of(ids) is None
+    stuck = torch.randn(STEPS, 32, 2)
+    stuck[10:, 7] = 0.5  # one sensor of many
+    assert padding_of(stuck) is None
+
+
+def test_what_may_be_padding_is_said_as_such_and_keeps_its_remedies() -> None:
+    x = data()
+    x[8:] = 0.0
+    analysis = analyze(recorded(nn.LSTM(INPUTS, HIDDEN), x, lambda out, _: out[-1].sum()))
+    (said,) = [words for words in analysis.warnings if "if these steps are padding" in words]
+    assert "from step 9 on" in said
+    assert "read step 8 instead" in said
+    assert reads(analysis, "l0") == ""
+    assert any("bias" in finding.code for finding in analysis["l0"].findings)
+    mean = analyze(recorded(nn.LSTM(INPUTS, HIDDEN), x, lambda out, _: out.sum()))
+    assert not any("padding" in words for words in mean.warnings)
+
+
+@pytest.mark.parametrize("before", BETWEEN)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_loop_from_the_end_to_the_start_ends_with_real_steps(layer: str, before: str) -> None:
+    for padding in (0, None):
+        model = Tagger(LAYERS[layer](), BETWEEN[before](INPUTS), padding=padding, backwards=True)
+        assert read_of(model, tokens(LENGTHS)).kind == ""
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_one_steps_factor_multiplied_up_drops_the_path_through_o(with_o: bool) -
 
 def test_paths_of_wide_cells_are_iterated_at_strided_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     recording = record(nn.LSTM(2, 70), torch.randn(40, 2, 2))
-    monkeypatch.setattr("gradflow.analyzer.paths.SECONDS", 0.02)
+    monkeypatch.setattr("gradflow.analyzer.paths.PATH_SECONDS", 0.02)
     gains = path_gains(recording["l0"], [1])
     known = np.flatnonzero(~np.isnan(gains[4]))
     assert 1 < len(known) < 39

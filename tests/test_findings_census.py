@@ -12,6 +12,7 @@ from findings_census import HEALTHY, PATIENTS, SICK, Patient, Visit
 from torch import nn
 
 import gradflow
+from gradflow.cells import CELLS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 17  # not among those the command prints
@@ -78,7 +79,8 @@ def names_in_the_menu() -> set[str]:
 
     source = "".join(file.read_text() for file in Path(analyzer.__file__).parent.rglob("*.py"))
     given = re.findall(r'(?:name=|_finding\(e, )"([a-z-]+)"', source)
-    return set(given)
+    keepers = [spec.keeper for spec in CELLS.values() if spec.keeper is not None]
+    return set(given) | {f"{keeper.name}-gates-{keeper.fault}" for keeper in keepers}
 
 
 def test_a_wrong_finding_would_be_seen() -> None:

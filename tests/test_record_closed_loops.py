@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import html
+import io
 from pathlib import Path
 
 import closed_loops as loops
 import pytest
 import torch
 from closed_loops import Loop, advanced, made
+from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gradflow
 from gradflow.analyzer import step_jacobians
+from gradflow.analyzer.evidence import number
 from gradflow.errors import RecordingError
 from gradflow.recording import Recording
+from gradflow.reporter.text import render
 
 
 def recorded(model: Loop, batch: int = loops.B, **options: object) -> tuple[object, list]:
@@ -33,8 +39,8 @@ def same(mine: Tensor, theirs: Tensor) -> bool:
 
 def hidden(model: Loop, name: str) -> bool:
     """Whether a kernel returns a state of which h, or a layer above, is no child in the graph."""
-    fused = isinstance(model, loops.Fused | loops.Stack)
-    return fused and (name.endswith("c") or "l0" in name)
+    fused = isinstance(model, loops.Fused | loops.Stack | loops.WholeChunks)
+    return fused and (name.endswith(("c", "output")) or "l0" in name)
 
 
 def product(matrices: Tensor, start: int, end: int) -> Tensor:
@@ -66,6 +72,8 @@ JOINT = {
     "a key three steps back, a cell of one's own": (loops.Late, loops.Own),
     "upper cell feeds lower, which is one's own": (loops.TwoCells, loops.Own),
     "fused stack": (loops.Stack,),
+    "chunks that read whole chunks": (loops.WholeChunks, nn.GRU, 1, False),
+    "the same, a stack, batch first": (loops.WholeChunks, nn.LSTM, 2, True),
 }
 
 
@@ -117,6 +125,56 @@ def test_totals_compose_by_the_joint_steps(case: tuple) -> None:
         for t in range(model.begins - 1, loops.T - 2 if model.whole else 0):
             carried = torch.einsum("bij,bi->bj", matrices[t + 1], rows[t + 1])
             assert same(rows[t], carried), t
+
+
+CHANGING = {
+    "gru, shrinking": (loops.Changing, nn.GRUCell, loops.SHRINKING),
+    "lstm, some are kept": (loops.Changing, nn.LSTMCell, loops.KEPT),
+    "fused lstm, some are kept": (loops.ChangingFused, nn.LSTM, loops.KEPT),
+    "rnn, permuted": (loops.Changing, nn.RNNCell, loops.PERMUTED),
+    "one's own, some are kept": (loops.Changing, loops.Own, loops.KEPT),
+    "two cells, some are kept": (loops.ChangingTwo, nn.GRUCell, loops.KEPT),
+    "two cells, permuted": (loops.ChangingTwo, loops.Own, loops.PERMUTED),
+}
+
+
+@pytest.mark.parametrize("case", CHANGING.values(), ids=CHANGING)
+def test_a_closed_loop_whose_batch_changes_has_a_product_for_every_sequence(case: tuple) -> None:
+    """Sequences are named by their first place; every one is followed to its own last step."""
+    model, losses = made(*case), []
+    with gradflow.record(model) as recording:
+        states = model(loops.B)
+        losses = [(value**2).sum() for state in states for value in state.values()]
+        sum(losses).backward()
+    track = recording[model.track]
+    matrices, names = step_jacobians(track), [list(range(loops.B))]
+    for rows in model.rows[1:]:
+        names.append([names[-1][row] for row in rows])
+    assert track.lengths.tolist() == [sum(b in alive for alive in names) for b in range(loops.B)]
+    for b, length in enumerate(track.lengths.tolist()):
+        model(loops.B)
+        rows, at, last = rows_of(model, states[0]), names[0].index(b), names[length - 1].index(b)
+        exact = torch.autograd.functional.jacobian(
+            lambda one, rows=rows, at=at, last=last, end=length - 1: advanced(
+                model, torch.cat([rows[:at], one[None], rows[at + 1 :]]), 0, end
+            )[last],
+            rows[at],
+        )
+        mine = product(matrices[:, b], 0, length - 1)
+        assert same(mine, exact) and not same(mine * (1 + 1e-8), exact)
+    assert gradflow.analyze(recording)[model.track].sentence
+    if track.last_grads is not None:
+        model.zero_grad()
+        with gradflow.record(model) as again:
+            ends = {b: (n - 1, names[n - 1].index(b)) for b, n in enumerate(track.lengths.tolist())}
+            states = model(loops.B)
+            sum(
+                (v[at] ** 2).sum() for t, at in ends.values() for v in states[t].values()
+            ).backward()
+        for name, grad in again[model.track].grads.items():
+            assert torch.allclose(
+                track.last_grads[name], grad, rtol=1e-9, atol=1e-12, equal_nan=True
+            )
 
 
 def test_open_loops_stay_as_they_are() -> None:
@@ -186,7 +244,12 @@ def test_chunks_have_one_step_per_call() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [JOINT["fused lstm"], JOINT["lstm cell"], JOINT["fused gru, batch first"]]
+    "case",
+    [
+        *(JOINT[name] for name in ("fused lstm", "lstm cell", "fused gru, batch first")),
+        JOINT["fused stack"],
+        (loops.Chunks,),
+    ],
 )
 def test_the_last_loss_step_alone_is_that_of_a_loss_at_the_last_step(case: tuple) -> None:
     alone, _ = recorded(made(*case))
@@ -198,6 +261,10 @@ def test_the_last_loss_step_alone_is_that_of_a_loss_at_the_last_step(case: tuple
     assert last is not None
     for name, grad in alone[model.track].grads.items():
         assert same(last[name], grad), name
+    for track in every:  # of a chunk all steps are not known
+        if track.last_grads is not None or not isinstance(model, loops.Chunks):
+            for name, grad in alone[track.name].grads.items():
+                assert same(track.last_grads[name], grad), (track.name, name)
     assert gradflow.analyze(every)[model.track].sentence
 
 
@@ -282,12 +349,80 @@ def test_without_a_graph_it_is_said_that_nothing_can_be_told(given: bool, told: 
     assert ("cannot be told" in gradflow.analyze(recording)["cell"].sentence) == told
 
 
+@pytest.mark.parametrize("fed_back", [True, False], ids=["closed", "open"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "step by step"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_a_closed_loop_in_a_checkpoint_gets_no_verdict_and_is_told_how_to_get_one(
+    reentrant: bool, whole: bool, fed_back: bool
+) -> None:
+    """An open loop keeps its verdict: the second run shows that its inputs were given."""
+    model = made(loops.Decoder, nn.GRUCell)
+    given = torch.randn(12, 2, loops.H, dtype=torch.float64)
+
+    def run(x: Tensor, h: Tensor, steps: range) -> tuple[Tensor, Tensor]:
+        for t in steps:
+            h = model.cell(x if fed_back else model.out(given[t]), h)
+            x = model.out(h) if fed_back else x
+        return x, h
+
+    x = torch.ones(2, loops.H, dtype=torch.float64, requires_grad=True)
+    h = torch.zeros(2, loops.H, dtype=torch.float64)
+    with gradflow.record(model) as recording:
+        for steps in [range(12)] if whole else [range(t, t + 1) for t in range(12)]:
+            x, h = checkpoint(run, x, h, steps, use_reentrant=reentrant)
+        (h**2).sum().backward()
+    layer, track = gradflow.analyze(recording)["cell"], recording["cell"]
+    if not fed_back:
+        assert "no gains" not in layer.labels and track.inputs_unknown == ""
+        return
+    assert layer.verdict == "inconclusive" and "no gains" in layer.labels
+    assert "record one step without the checkpoint" in layer.sentence
+    assert track.has_gradient and track.last_grads is None
+
+
 def test_what_is_alone_is_saved_and_read_again(tmp_path: Path) -> None:
     recording, _ = recorded(made(loops.Decoder, nn.GRUCell))
     analysis = gradflow.analyze(recording)
     again = gradflow.load(analysis.save(tmp_path / "run.nc"))
     assert again["cell"].alone == analysis["cell"].alone is not None
-    assert any("alone, its inputs held fixed" in note for note in again.warnings)
+    assert (
+        "\n    cell alone, its inputs held fixed, which is not what the loss sees, would"
+        in repr(again)
+    )
+
+
+def test_the_verdict_of_several_cells_is_said_once_and_what_each_does_alone_after_it(
+    tmp_path: Path,
+) -> None:
+    recording, _ = recorded(made(loops.TwoCells))
+    analysis = gradflow.analyze(recording)
+    printed = io.StringIO()
+    render(analysis, Console(file=printed, width=400))
+    files = gradflow.report(analysis, tmp_path / "run")
+    page = html.unescape(files["report.html"].read_text()).partition("<h2>")[0]
+    said = analysis["loop"].sentence.removeprefix("loop (over lower, upper)")
+    for text in (repr(analysis), printed.getvalue(), page):
+        places = [text.find(f"{name} alone, its inputs held fixed") for name in ("lower", "upper")]
+        assert text.count(said) == 1 and text.index(said) < places[0] < places[1]
+    assert [layer.name for layer in analysis.told] == ["loop"]
+    assert {name for name in files if "gain-map" in name} == {"figures/loop-gain-map.png"}
+    assert [layer.part_of for layer in gradflow.load(files["run.nc"])] == ["loop", "loop", ""]
+
+
+@pytest.mark.parametrize("case", [JOINT["gru cell"], JOINT["upper cell feeds lower"]])
+def test_what_is_said_of_a_cell_alone_are_its_gain_and_horizon(case: tuple) -> None:
+    """The same words as of a verdict, and the numbers of the cell run open on the same inputs."""
+    recording, _ = recorded(made(*case))
+    name = "cell" if case[0] is loops.Decoder else "upper"
+    alone = gradflow.analyze(recording)[name].alone
+    matrices = step_jacobians(recording[name].alone)
+    gains = [
+        float(torch.linalg.matrix_norm(product(matrices[:, b], 0, loops.T - 1), 2).log10())
+        for b in range(loops.B)
+    ]
+    assert alone.gain.decades == pytest.approx(sum(gains) / len(gains), rel=1e-6)
+    verb = "lose" if alone.gain.value < 0 else "win"
+    assert f"would {verb} {number(abs(alone.gain.decades))} decades over 7 steps" in alone.sentence
 
 
 def test_every_run_of_a_closed_loop_has_its_own_joint_track() -> None:

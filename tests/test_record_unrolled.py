@@ -363,3 +363,39 @@ def test_a_fused_function_out_of_reach_is_told_of(monkeypatch: pytest.MonkeyPatc
 
     with pytest.warns(GradflowWarning, match=r"LSTM \(LSTM\) ran, but its call was not seen"):
         run()
+
+
+class Solver(nn.Module):
+    """Every step begins with a trial of f that only chooses the step size, as adaptive solvers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.cell = Flow(), nn.GRUCell(3, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[1], H)
+        for u in x:
+            trial = self.f(0, h + 0.1 * self.f(0, h))
+            dt = 0.1 / (1 + float(trial.detach().norm()))
+            for t in range(3):
+                h = h + dt * self.f(t, h)
+            h = self.cell(u, h)
+        return h
+
+
+def test_of_a_right_hand_side_no_stray_call_is_left_as_a_track() -> None:
+    recording, _ = recorded(Solver(), torch.randn(8, 2, 3))
+    assert list(recording.tracks) == ["cell"] and not recording.unseen
+
+
+def test_states_with_their_batch_in_the_middle_have_that_batch() -> None:
+    """The analysis of a loop over (2, B, H) has B sequences."""
+    w, x = nn.Linear(H, H), torch.randn(8, 3, H)
+    with gradflow.record(w) as recording:
+        s = torch.ones(2, 3, H, requires_grad=True) * 0.5
+        for u in x:
+            h, m = s.unbind(0)
+            s = torch.stack([torch.tanh(w(m) + u), 0.5 * (h + m)])
+        s.sum().backward()
+    (track,) = recording
+    assert (track.batch, gradflow.analyze(recording)[track.name].verdict != "") == (3, True)

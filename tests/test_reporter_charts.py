@@ -201,7 +201,7 @@ def test_one_of_many_is_said_in_the_singular() -> None:
     data["time_scale"][:] = np.where(np.arange(32) == 3, 500.0, 2.0)
     data["gate_unit_open"].loc[{"gate": "f"}] = np.where(np.arange(32) == 3, 1.0, 0.1)
     data["lyapunov"][:] = np.where(np.arange(data.sizes["index_k"]) == 0, 0.0, -1.0)
-    one = replace(layer, data=data)
+    one = replace(layer, data=data, verdict="stable")
     assert states.prepare(one).message.startswith("1 of 32 cells has 10⁻³")
     assert states.prepare(one).message.endswith("1 keeps a tenth all the way")
     assert "1 of 32 units remembers as long" in time_scales.prepare(one).message

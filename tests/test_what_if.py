@@ -576,7 +576,7 @@ def test_a_stable_model_gets_none() -> None:
 
 
 def test_what_would_take_long_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradflow.prediction.suggestions.PATIENCE", 0.0)
+    monkeypatch.setattr("gradflow.prediction.suggestions.PREDICTION_SECONDS", 0.0)
     run = diagnosed(nn.LSTM(3, 6))
     assert run["l0"].predictions == ()
     (note,) = run.provenance["notes"]

@@ -36,7 +36,8 @@ lag_fit             (lag)                          straight line with the layer'
 sequence_gain       (batch)                        ln of the largest gain over the span of each sequence,
                                                    what the verdict judges; the median over disjoint
                                                    windows of a longer one
-sequence_steps      (batch)                        over how many steps that is
+sequence_steps      (batch)                        over how many steps that is; fewer than those of
+                                                   ``gain.steps`` have no say in the verdict
 sequence_rate       (batch)                        largest Lyapunov exponent of each sequence
 rate_settling       ()                             nats per step that all these may be off alike
 length              (batch)                        real steps of each sequence

@@ -103,9 +103,9 @@ class Prediction:
     remedy: str  # an argument of `gradflow.what_if`: "forget_bias" or "scale_hh"
     value: float  # of that argument
     words: str  # the remedy as people write it: "forget bias + 1"
-    verdict: str  # one of gradflow.conditions.VERDICTS
+    verdict: str  # one of gradflow.limits.VERDICTS
     rate: Rate  # nats per step
-    half_life: float  # steps; inf if the gain never halves
+    half_life: float  # steps; inf if the gain never halves, NaN if not known
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span
@@ -139,10 +139,12 @@ class Alone:
     """
 
     rate: Rate  # nats per step
-    half_life: float  # steps; inf if the gain never halves
+    half_life: float  # steps; inf if the gain never halves, NaN if not known
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span
+    gain: Gain = UNMEASURED  # nats over the span
+    sentence: str = ""  # these numbers in words
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,10 @@ class LayerAnalysis:
     steps: int  # T of the longest sequence
     sequences: int  # B
     span: int  # the distance of interest, in steps
-    verdict: str  # one of gradflow.conditions.VERDICTS
+    verdict: str  # one of gradflow.limits.VERDICTS
     labels: tuple[str, ...]  # what else it is: "transient growth", "not exponential"
     rate: Rate  # the largest Lyapunov exponent, nats per step
-    half_life: float  # steps; inf if the gain never halves
+    half_life: float  # steps; inf if the gain never halves, NaN if not known
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
     searched: int  # how many lags the horizon was searched over
     channels: int | None  # directions that survive the span; None where undefined
@@ -184,6 +186,7 @@ class LayerAnalysis:
     data: xr.Dataset = field(repr=False)  # every array; see `gradflow.analysis`
     predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
     alone: Alone | None = None  # of a layer in a closed loop: the same with its inputs held fixed
+    part_of: str = ""  # name of the layer that holds the joint state of its closed loop
     step_labels: tuple[str, ...] = ()  # T words for the steps in input time, or none
     gain: Gain = UNMEASURED  # nats over the span: what the verdict judges
 

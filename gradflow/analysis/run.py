@@ -100,15 +100,38 @@ class Analysis:
     @property
     def worst_first(self) -> list[LayerAnalysis]:
         """Layers of which the loss reads the wrong steps; then by how much of the gradient is lost
-        or blown up; then in order of running."""
+        or blown up; then in order of running, a closed loop before its parts."""
         rank = {"dead": 0, "exploding": 1, "vanishing": 1, "inconclusive": 2, "stable": 3}
 
-        def key(layer: LayerAnalysis) -> tuple[bool, int, float]:
+        def key(layer: LayerAnalysis) -> tuple[bool, int, float, bool]:
             size = abs(layer.decades) if math.isfinite(layer.decades) else 0.0
             misread = any(finding.name in FIRST for finding in layer.findings)
-            return not misread, rank[layer.verdict], -size
+            return not misread, rank[layer.verdict], -size, bool(layer.part_of)
 
         return sorted(self.layers.values(), key=key)
+
+    @property
+    def told(self) -> list[LayerAnalysis]:
+        """The worst first, without parts of a closed loop: the loop's verdict is theirs."""
+        return [layer for layer in self.worst_first if layer.part_of not in self.layers]
+
+    def alone_of(self, layer: LayerAnalysis) -> list[str]:
+        """What a layer of a closed loop, or each part of it, does with its inputs held fixed.
+
+        Args:
+            layer: one of this analysis.
+
+        Returns:
+            A sentence each, with the gain over the span in decades and the horizon in steps; none
+            outside closed loops.
+
+        >>> import torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> run.alone_of(run["l0"])
+        []
+        """
+        parts = [one for one in self if one is layer or one.part_of == layer.name]
+        return [one.alone.sentence for one in parts if one.alone is not None]
 
     @property
     def findings(self) -> list[Finding]:
@@ -165,7 +188,8 @@ class Analysis:
 
     def __repr__(self) -> str:
         lines = [f"gradflow analysis of {self.title}"]
-        lines += [f"  {layer.sentence}" for layer in self.worst_first]
+        for layer in self.told:
+            lines += [f"  {layer.sentence}", *(f"    {words}" for words in self.alone_of(layer))]
         lines += [f"  note: {warning}" for warning in self.warnings]
         table = self._headline()
         return "\n".join(lines) + "\n" + table.to_string(index=False, float_format="{:.4g}".format)
@@ -173,15 +197,22 @@ class Analysis:
     def _headline(self) -> pd.DataFrame:
         """The columns of a verdict, for reading: what is never reached is said so."""
         return self.frame("layers")[HEADLINE].assign(
-            half_life=["never" if math.isinf(h.half_life) else f"{h.half_life:.4g}" for h in self],
+            half_life=[_half_life(layer) for layer in self],
             horizon=[_horizon(layer) for layer in self],
         )
 
     def _repr_html_(self) -> str:
-        sentences = "".join(f"<li>{escape(layer.sentence)}</li>" for layer in self.worst_first)
+        said = [[layer.sentence, *self.alone_of(layer)] for layer in self.told]
+        sentences = "".join(f"<li>{'<br>'.join(map(escape, words))}</li>" for words in said)
         return f"<b>{escape(self.title)}</b><ul>{sentences}</ul>" + self.frame("layers").to_html(
             index=False, border=0
         )
+
+
+def _half_life(layer: LayerAnalysis) -> str:
+    if math.isnan(layer.half_life):
+        return "none"
+    return "never" if math.isinf(layer.half_life) else f"{layer.half_life:.4g}"
 
 
 def _horizon(layer: LayerAnalysis) -> str:

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from gradflow.analysis.results import (
     Rate,
 )
 from gradflow.errors import FileError, InputError
+from gradflow.limits import VERDICTS
 from gradflow.recording import Parity
 
 if TYPE_CHECKING:
@@ -33,6 +35,13 @@ SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be 
 ESSENTIAL = ("log_gain", "lag_median", "sequence_rate", "log10_grad", "unit_order", "grad_norm")
 PACKED = {"zlib": True, "complevel": 1, "shuffle": True}  # of large arrays in a file; loses nothing
 LARGE = 1000  # entries
+HEADER = {"title": str, "warnings": list, "provenance": dict, "layers": list}
+PLAIN = {"str": str, "int": int, "float": (int, float), "tuple[str, ...]": list}
+LAYER = {  # the fields of `LayerAnalysis` whose types are plain
+    name: PLAIN[str(field.type)]
+    for name, field in LayerAnalysis.__dataclass_fields__.items()
+    if field.type in ("str", "int", "float") or name == "labels"
+}
 # fields of a layer that are written in a way of their own
 APART = ("data", "lyapunov", "rate", "gain", "parity", "findings", "predictions", "alone")
 
@@ -72,6 +81,7 @@ def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
     header["findings"] = [asdict(finding) for finding in layer.findings]
     header["alone"] = None if layer.alone is None else asdict(layer.alone)
     header["predictions"] = [asdict(prediction) for prediction in layer.predictions]
+    header["arrays"] = {str(name): list(values.shape) for name, values in layer.data.items()}
     return header
 
 
@@ -94,11 +104,22 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[LayerAnalys
             header = json.loads(tree.attrs["gradflow"])
             if header["schema"] != SCHEMA:
                 raise FileError(_other_schema(file, header["schema"]))
+            _check_types(header, HEADER)
             groups = [tree[f"/layer{number}"] for number in range(len(header["layers"]))]
             layers = [_layer_from(group.to_dataset()) for group in groups]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, RuntimeError) as error:
         raise FileError(_unreadable(file)) from error
     return header, layers
+
+
+def _check_types(header: dict[str, Any], kinds: Mapping[str, Any]) -> None:
+    """A header that somebody wrote into is no run of gradflow's: TypeError names the field."""
+    for name, kind in kinds.items():
+        value = header[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(name)
+        if isinstance(value, list) and not all(isinstance(part, str) for part in value):
+            raise TypeError(name)
 
 
 def _near_runs(path: Path) -> list[Path]:
@@ -141,6 +162,12 @@ def _unreadable(file: Path) -> str:
 def _layer_from(data: xr.Dataset) -> LayerAnalysis:
     header = json.loads(data.attrs.pop("gradflow"))
     data[list(ESSENTIAL)]  # KeyError where one is missing
+    arrays = header.pop("arrays", {})  # older runs do not list them
+    if any(list(data[name].shape) != shape for name, shape in arrays.items()):
+        raise ValueError("an array of another shape than it was saved with")
+    _check_types(header, LAYER)
+    if header["verdict"] not in VERDICTS or header["steps"] < 1 or header["sequences"] < 1:
+        raise ValueError("a verdict or a number that no run has")
     lyapunov = header.pop("lyapunov")
     return LayerAnalysis(
         **header
@@ -160,7 +187,9 @@ def _layer_from(data: xr.Dataset) -> LayerAnalysis:
 
 
 def _alone_from(header: dict[str, Any] | None) -> Alone | None:
-    return None if header is None else Alone(**header | {"rate": Rate(**header["rate"])})
+    if header is None:
+        return None
+    return Alone(**header | {"rate": Rate(**header["rate"]), "gain": _gain_from(header)})
 
 
 def _prediction_from(header: dict[str, Any]) -> Prediction:

@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from gradflow.analyzer.activity import gate_statistics, sigmoid_and_other, state_norms
-from gradflow.analyzer.census import gate_census, idleness, saturation, time_scales
+from gradflow.analyzer.activity import (
+    gate_census,
+    gate_statistics,
+    idleness,
+    saturation,
+    sigmoid_and_other,
+    state_norms,
+    time_scales,
+)
 from gradflow.analyzer.certificates import SIDES, sum_rule
 from gradflow.analyzer.flow import input_gradient_norms
 from gradflow.analyzer.leading import FACTORS, step_growth

@@ -15,6 +15,7 @@ from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
+from gradflow.analyzer.causes.reading import perhaps_padding
 from gradflow.analyzer.closed import judged, told_once, with_alone
 from gradflow.analyzer.contributions import contributions
 from gradflow.analyzer.core import channels, half_life, measure
@@ -136,7 +137,8 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
         f"{name} is not in this report: {str(error).removeprefix(f'{name}: ')}"
         for name, error in refused.items()
     ]
-    return with_flow(recording, told_once(recording, layers)), [*said, *unread]
+    doubts = [words for name in layers if (words := perhaps_padding(recording[name], read[name]))]
+    return with_flow(recording, told_once(recording, layers)), [*said, *unread, *doubts]
 
 
 # ------------------------------------------------------------------------------------- one layer

@@ -15,11 +15,6 @@ from gradflow.analyzer.order import in_processing_order
 from gradflow.recording import Track
 
 
-def has_cell_path(track: Track) -> bool:
-    """Whether a forget gate carries a cell state, as in an LSTM."""
-    return track.cell == "LSTM"
-
-
 def log_cell_path(track: Track, sequences: Sequence[int], sources: np.ndarray) -> np.ndarray:
     """ln (‖diag(f_t' ⊙ … ⊙ f_{t+1})‖_F/√H), (M, n, T) float64; all NaN for a cell without it.
 
@@ -27,9 +22,11 @@ def log_cell_path(track: Track, sequences: Sequence[int], sources: np.ndarray) -
     through any gate or h.
     """
     shape = (len(sequences), len(sources), track.steps)
-    if not has_cell_path(track):
+    if track.spec is None or track.spec.paths is None or track.spec.keeper is None:
         return np.full(shape, np.nan)
-    gates = in_processing_order(track, track.gates["f"])[:, list(sequences)].double()
+    gates = in_processing_order(track, track.gates[track.spec.keeper.gate])[
+        :, list(sequences)
+    ].double()
     return log_diagonal_gains(gates, torch.as_tensor(sources)).numpy()
 
 

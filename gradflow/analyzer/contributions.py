@@ -147,7 +147,8 @@ def affordable(
     """
     found = track.contributions()
     assert found is not None
-    recurrent, into = track.weights["weight_hh"], track.weights["weight_ih"]
+    into = track.weights["weight_ih"]
+    recurrent = track.weights.get("weight_hh", into.new_empty(0, track.hidden))
     stacked = found.work / (2 * recurrent.numel() + into.numel())  # with the layers above
     held = stacked * (4 * recurrent.shape[0] + 2 * recurrent.shape[1] + into.shape[1])
     # of one row, `held` numbers, at one lag

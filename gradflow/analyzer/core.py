@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,17 +75,16 @@ def measure(
     kept = keeping(track, settings, span)
     growth = growth_of(track, settings, watch, kept.leading)
     short = (track.lengths.cpu() == 1).numpy()  # one step has no recurrence
-    gains = SpanGains(np.where(finite, kept.gains.values, np.nan), kept.gains.steps)
+    gains = replace(kept.gains, values=np.where(finite, kept.gains.values, np.nan))
     rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
     common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
     usable = bool(finite.all()) and track.steps > 1
-    rate = (
-        interval_of_rates(rates, common, kept.constant is not None, growth) if usable else UNKNOWN
-    )
+    paced = usable and gains.over > 0  # one step from a first state has no pace
+    rate = interval_of_rates(rates, common, kept.constant is not None, growth) if paced else UNKNOWN
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
-    mapped = _mapped(track, gains.values, finite, settings)
+    mapped = _mapped(track, gains, finite, settings)
     maps, ranks = _maps(track, mapped, span, withheld, settings)
-    measurable = int(np.isfinite(gains.values).sum())
+    measurable = int(np.isfinite(gains.votes).sum())
     return Core(
         span=span,
         finite=finite,
@@ -148,10 +147,13 @@ def growth_of(
 
 
 def _mapped(
-    track: Track, gains: np.ndarray, finite: np.ndarray, settings: Settings
+    track: Track, found: SpanGains, finite: np.ndarray, settings: Settings
 ) -> tuple[int, ...]:
-    """Which sequences are mapped: those nearest to the median gain of all, nearest first."""
-    candidates = settings.sequences or tuple(range(track.batch))
+    """Which sequences are mapped: those nearest to the median gain of all, nearest first.
+
+    Those that are too short for a vote come last.
+    """
+    candidates, gains = settings.sequences or tuple(range(track.batch)), found.votes
     known = [b for b in candidates if not math.isnan(gains[b])]
     if not known:
         usable = [b for b in candidates if finite[b]] or list(candidates)
@@ -160,7 +162,8 @@ def _mapped(
     middle = np.sort(gains[~np.isnan(gains)])[(int((~np.isnan(gains)).sum()) - 1) // 2]
     distance = [0.0 if gains[b] == middle else abs(float(gains[b] - middle)) for b in known]
     order = sorted(range(len(known)), key=lambda place: (distance[place], known[place]))
-    return tuple(known[place] for place in order[: settings.maps])
+    short = [b for b in candidates if b not in known and not math.isnan(found.values[b])]
+    return tuple([*(known[place] for place in order), *short][: settings.maps])
 
 
 def _maps(
@@ -201,10 +204,16 @@ def channels(track: Track, singular: np.ndarray) -> int | None:
 
 
 def half_life(core: Core, labels: tuple[str, ...]) -> float:
-    """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half."""
+    """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half.
+
+    A rate that has not settled tells none: then it is the curve's own, and where that has not fallen
+    by half yet, NaN.
+    """
     rate, curve = core.rate.value, core.curve
-    if math.isnan(rate) and curve.searched == 0:
+    if curve.searched == 0 and not math.isfinite(rate):
         return math.nan
+    if math.isfinite(rate) and not core.settled:
+        return curve.half_life if math.isfinite(curve.half_life) else math.nan
     if rate < -RATE_ROUNDING and "not exponential" not in labels and curve.falls_with(rate):
         return math.log(2) / -rate
     return curve.half_life

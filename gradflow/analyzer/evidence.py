@@ -15,8 +15,9 @@ from gradflow.analysis import Rate
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.rates import band, rate_over_sequences
 from gradflow.analyzer.reading import Reading
+from gradflow.cells import CellSpec, Keeper
 from gradflow.limits import LN_BAND, LN_TELLING
-from gradflow.recording import GATES, Track
+from gradflow.recording import Track
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,18 @@ class Evidence(Measured):
 
     @property
     def kind(self) -> str:
-        """RNN, LSTM, GRU, tap, or the class name of a user's cell."""
-        cell = self.track.cell
-        return cell.split("_")[0] if cell in GATES else cell
+        """What people call the cell: RNN, tap, or the class name of a user's cell."""
+        return self.track.cell if self.spec is None else self.spec.kind
+
+    @property
+    def spec(self) -> CellSpec | None:
+        """What is known of the cell in closed form; None for a loop of the user's own."""
+        return self.track.spec
+
+    @property
+    def keeper(self) -> Keeper | None:
+        """The gate that keeps the state, if the cell has one."""
+        return None if self.spec is None else self.spec.keeper
 
     @property
     def cut_throughout(self) -> bool:
@@ -46,7 +56,7 @@ class Evidence(Measured):
 
     @property
     def fused(self) -> bool:
-        """Whether the layer is one of nn.LSTM, nn.GRU or nn.RNN, not a cell called step by step."""
+        """Whether the layer is one of torch's fused ones, not a cell called step by step."""
         return _suffix(self.track.owner, self.track.name) != ""
 
     def parameter(self, name: str) -> str:

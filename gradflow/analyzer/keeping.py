@@ -17,6 +17,7 @@ from gradflow.analyzer.constant import constant_exponents
 from gradflow.analyzer.gains import (
     SpanGains,
     collected,
+    common_steps,
     crossing,
     dead_by_cuts,
     span_windows,
@@ -90,10 +91,11 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     counted = _counted(lengths, cuts)
     plan = _planned(_cost(track, operator), operator.size, settings)
     most = max(1, WINDOW_BYTES // (16 * plan.rows * operator.size * operator.batch))
-    windows = span_windows(crossed, span, most)
+    over = common_steps(crossed, span)
+    windows = span_windows(crossed, over, most)
     together = windows + (parted(counted, 1) if plan.rated == track.batch else [])
     norms = log_norms(operator, together, rows=plan.rows, rounds=plan.rounds)
-    gains = dead_by_cuts(collected(windows, norms, crossed), lengths.numpy())
+    gains = dead_by_cuts(collected(windows, norms, crossed, over), lengths.numpy())
     leading = _leading(together, norms, track.batch, 1 if plan.rated == track.batch else 0)
     exponents = None if operator.thin else constant_exponents(operator, counted & crossed)
     if exponents is not None and math.isfinite(exponents[0]):
@@ -153,15 +155,15 @@ def _counted(lengths: Tensor, cuts: Tensor) -> np.ndarray:
 
 def interval_of_gains(gains: SpanGains, kept: Keeping, growth: Growth) -> Gain:
     """Mean gain over the span with its t-interval over sequences; of one, by its batch means."""
-    over = gains.steps[gains.steps > 0]
-    steps = round(float(np.median(over))) if len(over) else 0
-    found = rate_over_sequences(gains.values)
-    finite = np.flatnonzero(np.isfinite(gains.values))
+    found = rate_over_sequences(gains.votes)
+    finite = np.flatnonzero(np.isfinite(gains.votes))
     if math.isnan(found.low) and len(finite) == 1 and math.isfinite(found.value):
-        half = 0.0 if kept.constant is not None else steps * _half_of_one(growth, int(finite[0]))
+        half = (
+            0.0 if kept.constant is not None else gains.over * _half_of_one(growth, int(finite[0]))
+        )
         found = Rate(found.value, found.value - half, found.value + half)
     more = kept.missing if kept.missing > ROUND_TELLS else 0.0
-    return Gain(found.value, found.low, found.high + more, steps)
+    return Gain(found.value, found.low, found.high + more, gains.over)
 
 
 def interval_of_rates(rates: np.ndarray, common: float, constant: bool, growth: Growth) -> Rate:

@@ -18,7 +18,6 @@ from gradflow.analyzer.order import input_time
 from gradflow.recording import Track
 
 FACTORS = ("weight", "activation")
-VANILLA = ("RNN_TANH", "RNN_RELU")
 
 
 class WeightGrowth:
@@ -38,7 +37,8 @@ class WeightGrowth:
 
 def watcher(track: Track) -> WeightGrowth | None:
     """A `WeightGrowth` for a vanilla RNN, None for any other cell."""
-    return WeightGrowth(track) if track.cell in VANILLA else None
+    vanilla = track.spec is not None and track.spec.vanilla
+    return WeightGrowth(track) if vanilla else None
 
 
 def rate_factors(growth: Growth, weight: WeightGrowth | None) -> np.ndarray:

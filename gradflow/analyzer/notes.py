@@ -8,7 +8,6 @@ import torch
 from gradflow._version import __version__
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer.certificates import broken
-from gradflow.analyzer.closed import alone_words
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.lyapunov import burn_in
 from gradflow.analyzer.settings import Settings
@@ -48,7 +47,6 @@ def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple
                 f"the Lyapunov exponents of {track.name} add up to {number(sides[0])} per step, its "
                 f"determinants to {number(sides[1])}: the smallest exponents lie below rounding"
             )
-    notes += alone_words(layers)
     for name, some in limited.items():
         notes.append(
             f"gains of {_listed(some, names)} leave the range of {name}: there the model's own "
@@ -70,7 +68,7 @@ def _from_many_steps(known: list[Track], layers: dict[str, LayerAnalysis]) -> li
     perhaps: list[str] = []
     for track in every:
         later = known[known.index(track) + 1 :]
-        passed = any(other in few and other.owner != track.owner for other in later)
+        passed = any(other in few and _place(other) != _place(track) for other in later)
         (perhaps if passed else loss).append(track.name)
     notes = []
     if loss:
@@ -86,10 +84,15 @@ def _from_many_steps(known: list[Track], layers: dict[str, LayerAnalysis]) -> li
     return notes
 
 
+def _place(track: Track) -> tuple[str, int]:
+    """Tracks of one place are layers of one stack, or runs of them side by side."""
+    return track.owner, track.depth
+
+
 def _is_said(note: str, layer: LayerAnalysis) -> bool:
     """Whether the sentence gives this already: a reason without gains, the loop that it is a part of."""
     if note.startswith(f"{layer.name} is a part of "):
-        return f"{layer.name}, a part of " in layer.sentence
+        return bool(layer.part_of)
     reason = note.partition(": ")[2].removesuffix("; totals are exact all the same")
     return "no gains" in layer.labels and bool(reason) and reason in layer.sentence
 

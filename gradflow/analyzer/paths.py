@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,61 +18,30 @@ from gradflow.analyzer.jacobians import HostOperator, operator_of
 from gradflow.analyzer.loss import masked_median
 from gradflow.analyzer.norms import spectral_by_gram
 from gradflow.analyzer.order import cuts_before, in_processing_order, input_time
+from gradflow.cells import CellPaths
 from gradflow.limits import EXACT_ROWS, NORM_KEPT, PATH_SECONDS, PATHS_AGREED
 from gradflow.recording import Track
 
 PATHS = ("forget gate", "through f", "through i", "through g", "total")
 
 
-@dataclass(frozen=True)
-class CellPaths:
-    """∂c_t/∂c_{t−1} = diag(f) + Σ over f, i, g of diag(factor) U_• W_hr diag(before)."""
+def cell_paths(track: Track, sequences: Sequence[int]) -> CellPaths | None:
+    """The factors of the four paths of a cell state, in float64 on the CPU; None without one.
 
-    forget: Tensor  # (T, M, H): f_t
-    factors: Tensor  # (T, M, 3, H): ∂c_t/∂a_f, ∂c_t/∂a_i, ∂c_t/∂a_g
-    before: Tensor  # (T, M, H): o_{t−1} (1 − tanh² c_{t−1}); NaN at the first step
-    recurrent: Tensor  # (3, H, H): U_f W_hr, U_i W_hr, U_g W_hr
-    projection: Tensor | None  # (P, H): W_hr
-
-    def through(self, t: int) -> Tensor:
-        """The paths through f, i and g of step t, (M, 3, H, H)."""
-        left = self.factors[t].unsqueeze(-1) * self.recurrent
-        return left * self.before[t][:, None, None, :]
-
-    def total(self, t: int) -> Tensor:
-        """Their sum with the forget path, (M, H, H)."""
-        return self.through(t).sum(1) + torch.diag_embed(self.forget[t])
-
-
-def cell_paths(track: Track, sequences: Sequence[int]) -> CellPaths:
-    """The factors of the four paths of an LSTM track, in float64 on the CPU.
-
-    Graph meaning with o_{t−1} held fixed: c_{t−1} moves h_{t−1} = W_hr (o_{t−1} ⊙ tanh c_{t−1}), and
-    h_{t−1} moves the gates. One step only: the product of these matrices is not ∂c_t'/∂c_t, since it
-    drops the path through o.
+    One step only: the product of these matrices is not ∂c_t'/∂c_t, since it drops the path through o.
     """
+    if track.spec is None or track.spec.paths is None:
+        return None
     chosen = list(sequences)
 
     def ordered(values: Tensor) -> Tensor:
         return in_processing_order(track, values)[:, chosen].double()
 
-    i, f, g, o = (ordered(track.gates[name]) for name in "ifgo")
-    c = ordered(track.states["c"])
-    started = track.initial["c"].detach().cpu()[chosen].double()
-    previous = torch.cat([started[None], c[:-1]])
-    output = o * (1 - c.tanh().square())
-    u_i, u_f, u_g, _ = track.weights["weight_hh"].detach().cpu().double().chunk(4)
-    recurrent = torch.stack([u_f, u_i, u_g])
-    projection = track.weights.get("weight_hr")
-    if projection is not None:
-        projection = projection.detach().cpu().double()
-        recurrent = recurrent @ projection
-    return CellPaths(
-        forget=f,
-        factors=torch.stack([previous * f * (1 - f), g * i * (1 - i), i * (1 - g.square())], dim=2),
-        before=torch.cat([torch.full_like(output[:1], math.nan), output[:-1]]),
-        recurrent=recurrent,
-        projection=projection,
+    return track.spec.paths(
+        {name: ordered(gate) for name, gate in track.gates.items()},
+        {name: ordered(state) for name, state in track.states.items()},
+        {name: start.detach().cpu()[chosen].double() for name, start in track.initial.items()},
+        {name: weight.detach().cpu().double() for name, weight in track.weights.items()},
     )
 
 
@@ -102,9 +70,10 @@ def path_gains(track: Track, sequences: Sequence[int], share: float = 1.0) -> np
     >>> path_gains(recording["l0"], [0])[:, 1].tolist()  # σ(0) = 0.5
     [0.5, 0.0, 0.0, 0.0, 0.5]
     """
-    if track.cell != "LSTM":
+    paths = cell_paths(track, sequences)
+    if paths is None:
         return np.zeros((0, track.steps))
-    paths, operator = cell_paths(track, sequences), operator_of(track, sequences=sequences)
+    operator = operator_of(track, sequences=sequences)
     length, count, hidden = operator.length, len(sequences), paths.forget.shape[-1]
     stride = max(1, math.ceil(_seconds(length, count, hidden) / (PATH_SECONDS * share)))
     usable = _usable(track, sequences)

@@ -34,7 +34,7 @@ EDGE = "a span further from one decade: the gain lies on the edge of it"
 class Verdict:
     """The outcome of the equivalence test, and what would decide it if it is open."""
 
-    name: str  # one of gradflow.conditions.VERDICTS
+    name: str  # one of gradflow.limits.VERDICTS
     needed: str = ""  # "about 12 sequences", only for an inconclusive one
 
 

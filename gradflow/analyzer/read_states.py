@@ -18,7 +18,6 @@ from gradflow.analyzer.jacobians import operator_of, state_size, transposed_step
 from gradflow.errors import RecordingError
 from gradflow.limits import ENTRIES_WIDEST, SEED
 from gradflow.recording import (
-    GATES,
     Backward,
     Contributions,
     Forward,
@@ -68,7 +67,7 @@ def read_part(track: Track) -> ReadPart:
     (['h'], 'n')
     """
     everything = ReadPart(track, track)
-    if track.cell in GATES or not track.has_gradient:
+    if track.spec is not None or not track.has_gradient:
         return everything
     try:
         read = _read_entries(track)

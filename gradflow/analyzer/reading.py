@@ -7,7 +7,7 @@ a state from outside the layer's own recurrence; it is *total* where it comes at
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from gradflow.analyzer.order import in_processing_order
 from gradflow.errors import RecordingError
-from gradflow.limits import BLANKS
-from gradflow.recording import Recording, Track
+from gradflow.limits import STATES_ALIKE
+from gradflow.recording import Padding, Recording, Track, padding_of
 
 UNREAD = "unread"  # no gradient comes
 ONE_SEQUENCE = "one sequence"  # of one sequence, the first or the last, every step
 PACKED_ROWS = "packed rows"  # of packed sequences only the longest
 FIRST_STEP = "first step"  # only the step at which the layer starts
 AFTER_END = "after end"  # only steps past a sequence's last real one
+SURE = "told from what the model was given, which holds padding from there on"
+SEEMS = "told from the input, which repeats one row from there on"
 FEW_SEQUENCES = "few sequences"  # at most half of the sequences get a gradient
 
 
@@ -34,7 +36,10 @@ class Reading:
     kind: str = ""  # one of the above, "" where nothing is amiss or nothing is known
     sequences: tuple[int, ...] = ()  # that get a gradient; of AFTER_END those read after their end
     padding: int = 0  # AFTER_END: median steps from the last real one to the first that is read
-    told: bool = True  # AFTER_END: whether the lengths were given, not seen at the input
+    shown: str = ""  # AFTER_END: by what the lengths are known, "" where they were given
+    perhaps: int = (
+        0  # where these may be padding: steps before a tail of one row that alone is read
+    )
     still: bool = False  # FIRST_STEP: whether nothing at all comes to the recurrent weights
     bidirectional: bool = False  # whether the module has a track of the other direction
     # a layer above of which the loss reads the wrong steps, and what is amiss there
@@ -48,7 +53,7 @@ class Reading:
 
 def readings(recording: Recording) -> dict[str, Reading]:
     """The reading of every layer, by its name."""
-    seen = _seen_lengths(recording)
+    seen = _paddings(recording)
     found = {track.name: _known(track, seen.get(track.name)) for track in recording}
     names = set(found)
     for track in recording:
@@ -60,20 +65,20 @@ def readings(recording: Recording) -> dict[str, Reading]:
     return found
 
 
-def _known(track: Track, seen_lengths: Tensor | None) -> Reading:
+def _known(track: Track, padding: Padding | None) -> Reading:
     """The reading, or one that says nothing where the layer's numbers are not to be had."""
     try:
-        return reading(track, seen_lengths)
+        return reading(track, padding)
     except RecordingError:
         return Reading()
 
 
-def reading(track: Track, seen_lengths: Tensor | None = None) -> Reading:
+def reading(track: Track, padding: Padding | None = None) -> Reading:
     """Where the loss reaches one layer.
 
     Args:
         track: one layer in one direction.
-        seen_lengths: (B,) real steps as its input shows them, where no lengths were given.
+        padding: as its input shows it, where no lengths were given.
 
     >>> import torch, gradflow
     >>> lstm = torch.nn.LSTM(2, 3, bidirectional=True)
@@ -98,12 +103,15 @@ def reading(track: Track, seen_lengths: Tensor | None = None) -> Reading:
         return Reading(PACKED_ROWS, sequences)
     if _only_the_first_step(track, total, raw):
         return Reading(FIRST_STEP, sequences, still=_weights_still(track, total))
-    ends = seen_lengths if seen_lengths is not None else lengths
-    after = None if raw is None else _after_end(raw, ends)
-    if after is not None:
-        late, padding = after
-        return Reading(AFTER_END, late, padding, told=seen_lengths is None)
-    return Reading(FEW_SEQUENCES if 2 * len(sequences) <= track.batch else "", sequences)
+    kind = FEW_SEQUENCES if 2 * len(sequences) <= track.batch else ""
+    after = None if raw is None else _after_end(raw, padding.lengths if padding else lengths)
+    if after is None:
+        return Reading(kind, sequences)
+    late, steps = after
+    if padding is not None and not padding.told:
+        return Reading(kind, sequences, perhaps=int(padding.lengths[0]))
+    shown = "" if padding is None else SURE if padding.sure else SEEMS
+    return Reading(AFTER_END, late, steps, shown=shown)
 
 
 def _total(track: Track) -> Tensor:
@@ -164,23 +172,44 @@ def _after_end(raw: Tensor, lengths: Tensor) -> tuple[tuple[int, ...], int] | No
 # ------------------------------------------------------------------------------ padding at the input
 
 
-def _seen_lengths(recording: Recording) -> dict[str, Tensor]:
-    """Track name -> (B,) real steps, of every layer whose input, or whose stack's input, is padded."""
-    known = {track.name: track for track in recording if _has_inputs(track)}
-    found: dict[str, Tensor] = {}
-    for name, track in known.items():
-        lengths = padded_lengths(track)
-        if lengths is not None:
-            found[name] = lengths
-    if not found:
+def _paddings(recording: Recording) -> dict[str, Padding]:
+    """Track name -> its padding, of every layer of which it shows; nothing where lengths were given.
+
+    It shows at the layer's own input, at the token ids that the input is made from, at a layer below
+    that it reads, and else at what the model was given.
+    """
+    if recording.lengths_given:
         return {}
-    for name, track in known.items():  # in the order in which they ran: the lower ones first
+    tracks = {track.name: track for track in recording if _may_be_padded(track)}
+    found = {name: padding for name, track in tracks.items() if (padding := _own(track))}
+    for name, track in tracks.items():  # in the order in which they ran: the lower ones first
         if name not in found:
-            bottom = re.sub(r"l\d+(_reverse)?(@\d+)?$", r"l0\2", name)
-            below = bottom if bottom in found else _read_from(track, known, found)
-            if below:
-                found[name] = found[below]
-    return found
+            below = _below(track, tracks, found)
+            padding = found[below] if below else _of_model(track, recording.paddings)
+            if padding is not None:
+                found[name] = padding
+    given = [padding for padding in recording.paddings if padding.sure]
+    return {
+        name: padding if padding.sure else _surely(padding, given)
+        for name, padding in found.items()
+    }
+
+
+def _may_be_padded(track: Track) -> bool:
+    return not bool((track.lengths.cpu() < track.steps).any())
+
+
+def _own(track: Track) -> Padding | None:
+    """As its own input shows it, or the token ids that this is made from."""
+    if track.padding is not None and track.padding.fits(track.mask):
+        return track.padding
+    return padding_of(track.inputs) if _has_inputs(track) else None
+
+
+def _surely(padding: Padding, given: Sequence[Padding]) -> Padding:
+    """The same, sure where something that the model was given says it surely."""
+    same = any(torch.equal(padding.lengths, other.lengths) for other in given)
+    return replace(padding, sure=True) if same else padding
 
 
 def _has_inputs(track: Track) -> bool:
@@ -190,8 +219,14 @@ def _has_inputs(track: Track) -> bool:
         return False
 
 
-def _read_from(track: Track, every: Mapping[str, Track], known: Mapping[str, Tensor]) -> str:
-    """The name of a layer with known lengths whose states this one reads as they are, or ""."""
+def _below(track: Track, every: Mapping[str, Track], known: Mapping[str, Padding]) -> str:
+    """The name of a layer of known padding whose states this one reads step by step, or ""."""
+    bottom = re.sub(r"l\d+(_reverse)?(@\d+)?$", r"l0\2", track.name)
+    for name in (bottom, *track.below):
+        if name in known and known[name].fits(track.mask):
+            return name
+    if not _has_inputs(track):
+        return ""
     for name in known:
         other = every[name]
         if other is track or "h" not in other.states or other.mask.shape != track.mask.shape:
@@ -200,6 +235,31 @@ def _read_from(track: Track, every: Mapping[str, Track], known: Mapping[str, Ten
         if width <= track.inputs.shape[-1] and torch.equal(track.inputs[..., :width], other.h):
             return name
     return ""
+
+
+def _of_model(track: Track, given: Sequence[Padding]) -> Padding | None:
+    """As the model's own input shows it, for loops step by step, whose inputs are not seen as one.
+
+    Such a loop may also run from the end to the start: its first steps then read padding, so that
+    padded sequences have the same states for as long as all of them do.
+    """
+    if _is_fused(track.name):
+        return None
+    known = [padding for padding in given if padding.fits(track.mask)]
+    if not known or not all(torch.equal(p.lengths, known[0].lengths) for p in known):
+        return None
+    tails = track.steps - known[0].lengths
+    common = int(tails.sort().values[-2:][0])  # of the two sequences that are padded most
+    state = track.seen_states.get(track.main_state)
+    if len(tails) > 1 and common and state is not None:
+        early = state[:common, (tails >= common).to(state.device)]
+        if torch.allclose(early, early[:, :1], rtol=STATES_ALIKE, atol=0.0):
+            return None
+    return None if track.turned else known[0]
+
+
+def _is_fused(name: str) -> bool:
+    return re.search(r"(^|\.)l\d+(_reverse)?(@\d+)?$", name) is not None
 
 
 def padded_lengths(track: Track) -> Tensor | None:
@@ -217,28 +277,8 @@ def padded_lengths(track: Track) -> Tensor | None:
     >>> padded_lengths(recording["l0"]).tolist()
     [4, 6, 9]
     """
-    if not track.has_inputs or bool((track.lengths.cpu() < track.steps).any()) or track.steps < 3:
-        return None
-    x = track.inputs.detach().cpu()
-    tails = _tail(x, x[-1])
-    padded = np.flatnonzero((tails > 1).numpy())
-    if len(padded) == 0:
-        return None
-    row = x[-1, int(padded[0])]
-    blank = (x == row).all(-1)
-    tails = torch.where(blank[-1], _tail(x, row.expand_as(x[-1])), 0)
-    lengths = track.steps - tails
-    before = blank & (torch.arange(track.steps)[:, None] < lengths)
-    same_row = bool((tails > 0)[torch.as_tensor(padded)].all())
-    if not same_row or int(lengths.min()) < 1 or bool((lengths == lengths[0]).all()):
-        return None
-    return None if float(before.sum()) > BLANKS * float(lengths.sum()) else lengths
-
-
-def _tail(x: Tensor, row: Tensor) -> Tensor:
-    """(B,) how many rows at the end of x (T, B, I) equal the given ones (B, I)."""
-    same = (x == row).all(-1)
-    return same.flip(0).int().cumprod(0).sum(0)
+    padding = _own(track) if _may_be_padded(track) else None
+    return padding.lengths if padding is not None and padding.told else None
 
 
 # ------------------------------------------------------------------------------------------ a stack
@@ -250,12 +290,16 @@ def _other_direction(name: str) -> str:
 
 
 def _all_above(track: Track, recording: Recording) -> list[str]:
-    """Names of all layers of the same stack that read this one, directly or not."""
+    """Names of all layers that read this one step by step, directly or not."""
     found: list[str] = []
-    waiting = list(track.above)
+    waiting = _above(track, recording)
     while waiting:
         name = waiting.pop()
         if name in recording.tracks and name not in found:
             found.append(name)
-            waiting += recording[name].above
+            waiting += _above(recording[name], recording)
     return found
+
+
+def _above(track: Track, recording: Recording) -> list[str]:
+    return [*track.above, *(other.name for other in recording if track.name in other.below)]

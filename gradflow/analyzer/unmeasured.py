@@ -24,6 +24,8 @@ from gradflow.recording import Track
 
 WORDS = "gains not measured"  # in place of a method
 
+UNKNOWN = "its step Jacobians are not known: "  # which the sentence says itself
+
 
 def without_gains(track: Track, settings: Settings, why: str) -> Core:
     """A `Core` that knows the span and which states are finite, and says why it knows no more.
@@ -49,7 +51,9 @@ def without_gains(track: Track, settings: Settings, why: str) -> Core:
         span=span_of(track, settings),
         finite=finite_sequences(track),
         growth=Growth(log_growth, torch.zeros(track.steps, track.batch, dtype=torch.bool)),
-        sequence_gains=SpanGains(np.full(track.batch, math.nan), np.zeros(track.batch, dtype=int)),
+        sequence_gains=SpanGains(
+            np.full(track.batch, math.nan), np.zeros(track.batch, dtype=int), 0
+        ),
         gain=UNMEASURED,
         sequence_rates=np.full(track.batch, math.nan),
         rate=Rate(math.nan, math.nan, math.nan),
@@ -63,7 +67,7 @@ def without_gains(track: Track, settings: Settings, why: str) -> Core:
         ranks=Ranks(
             np.full((len(mapped), state_size(track)), math.nan), 0, nothing, nothing, nothing
         ),
-        no_gains=why.removeprefix(f"{track.name}: "),
+        no_gains=why.removeprefix(f"{track.name}: ").removeprefix(UNKNOWN),
     )
 
 

@@ -18,7 +18,7 @@ from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
 def sentence(evidence: Evidence) -> str:
     """The verdict on a layer in words with its numbers."""
     said = _SENTENCES[evidence.verdict.name](evidence)
-    said += _in_the_long_run(evidence, said) + _cut(evidence)
+    said += _in_the_long_run(evidence, said) + _cut(evidence) + _too_short(evidence)
     first = opening(evidence)
     if first and evidence.labels[:1] != ("no recurrence",):
         return f"{evidence.track.name} {first}; the layer itself {said}"
@@ -53,6 +53,18 @@ def _cut(e: Evidence) -> str:
     return (
         f"; it is cut off from its past {where}, which no gradient crosses, in stretches of up to "
         f"{_steps(longest)}"
+    )
+
+
+def _too_short(e: Evidence) -> str:
+    """How many sequences are shorter than what the gain is measured over."""
+    without = int((~e.sequence_gains.voting).sum())
+    if not without or math.isnan(e.gain.value) or e.no_gains:
+        return ""
+    verb = "is" if without == 1 else "are"
+    return (
+        f"; {without} of {counted(e.track.batch, 'sequence')} {verb} too short for these "
+        f"{counted(e.gain.steps, 'step')} and {'has' if without == 1 else 'have'} no say in it"
     )
 
 
@@ -123,6 +135,11 @@ def _within(e: Evidence) -> str:
 
 
 def _inconclusive(e: Evidence) -> str:
+    if "no recurrence" in e.labels and e.track.afresh:
+        return (
+            f"is one of {e.track.afresh} calls that start afresh, each on what came of the call before: "
+            "what goes around is in no track, and within one step there is nothing to measure"
+        )
     if "no recurrence" in e.labels:
         return "ran for one step only: no recurrence is exercised, so there is nothing to measure"
     if "not finite" in e.labels:
@@ -240,6 +257,8 @@ def _by_gain(e: Evidence) -> str:
         return f"a direction grows by {number(e.decades)} decades over {e.over}"
     if e.curve.horizon is not None:
         return f"no direction survives {_steps(e.curve.horizon)}"
+    if e.verdict.name == "vanishing":
+        return f"every direction loses {number(-e.decades)} decades or more over {e.over}"
     if e.channels:
         return _surviving(e)
     return f"the gain stays above 10⁻³ for {_steps(e.curve.searched)}"

@@ -6,24 +6,26 @@ c_t = f ⊙ c_{t−1} + i ⊙ g,  m_t = o ⊙ tanh c_t,  h_t = m_t, or W_hr m_t 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradflow.cells.base import Scan, Steps, Weights, previous
+from gradflow.cells.spec import WEIGHTS, CellPaths, CellSpec, Keeper, Named
 from gradflow.limits import CELL_ROUNDING
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LSTMSteps(Steps):
-    """The joint Jacobian of (h, c) as factors of the gates' pre-activations."""
+    """The joint Jacobian of (h, c); keep is the forget gate, the last factor moves m, the others c."""
 
     per_step: ClassVar[tuple[str, ...]] = ("factor", "keep", "through")
+    others: ClassVar[tuple[str, ...]] = ("c",)
 
-    factor: Tensor  # (T, B, 4, H): ∂c/∂a_i, ∂c/∂a_f, ∂c/∂a_g, ∂m/∂a_o
-    keep: Tensor  # (T, B, H): ∂c_t/∂c_{t−1} at fixed h, the forget gate
+    keep: Tensor
     through: Tensor  # (T, B, H): ∂m_t/∂c_t = o (1 − tanh² c)
     weight_hr: Tensor | None  # (P, H)
 
@@ -58,14 +60,8 @@ class LSTMSteps(Steps):
             return forgotten + reach.abs().log().sum(-1) + torch.linalg.slogdet(u_o)[1]
         return forgotten + torch.linalg.slogdet((self.weight_hr * reach.unsqueeze(2)) @ u_o)[1]
 
-    def before(self, scan: Scan, t: int) -> dict[str, Tensor]:
-        return super().before(scan, t) | {"c": scan.grads["c"][t] * self.keep[t]}
-
-    def before_size(self, scan: Scan, t: int) -> dict[str, Tensor]:
-        return super().before_size(scan, t) | {"c": scan.grads["c"][t].abs() * self.keep[t]}
-
     def partial(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        total, through = grads["c"], self.through_h(grads["h"])
+        total, through = grads["c"], self.through_h(grads["h"])["c"]
         left = total - through
         terms = total.abs() + through.abs()
         if self.weight_hr is not None:  # the sum over h may have cancelled
@@ -73,21 +69,24 @@ class LSTMSteps(Steps):
         bound = CELL_ROUNDING * torch.finfo(total.dtype).eps * terms
         return grads | {"c": left.masked_fill(left.abs() <= bound, 0.0)}
 
-    def through_h(self, grad_h: Tensor) -> Tensor:
-        """What a gradient at h brings to c through h = o ⊙ tanh c, all steps at once, (T, B, H)."""
-        dm = grad_h if self.weight_hr is None else grad_h @ self.weight_hr
-        return self.through * dm
+    def made_of(self) -> dict[str, Tensor]:
+        """c: h = o ⊙ tanh c."""
+        return {"c": self.through}
 
-    def scan(
-        self, direct: Tensor, final_c: Tensor | None, last: Tensor, *, c_is_total: bool = False
-    ) -> Scan:
+    def at_m(self, grad_h: Tensor) -> Tensor:
+        return grad_h if self.weight_hr is None else grad_h @ self.weight_hr.to(grad_h.dtype)
+
+    def projected(self) -> Tensor:
+        return self.gates["o"] * self.states["c"].tanh()
+
+    def scan(self, direct: Tensor, final: Named, last: Tensor, *, totals: bool = False) -> Scan:
         grad_h, grad_c = direct.clone(), torch.zeros_like(self.keep)
         delta = torch.empty_like(self.factor)
-        if final_c is not None:
-            grad_c[last, torch.arange(self.batch, device=last.device)] = final_c
+        if "c" in final:
+            grad_c[last, torch.arange(self.batch, device=last.device)] = final["c"]
         for t in reversed(range(self.length)):
             dm = grad_h[t] if self.weight_hr is None else grad_h[t] @ self.weight_hr
-            dc = grad_c[t] if c_is_total else grad_c[t].addcmul_(self.through[t], dm)
+            dc = grad_c[t] if totals else grad_c[t].addcmul_(self.through[t], dm)
             torch.mul(self.factor[t, :, :3], dc.unsqueeze(1), out=delta[t, :, :3])
             torch.mul(self.factor[t, :, 3], dm, out=delta[t, :, 3])
             if t:
@@ -97,42 +96,84 @@ class LSTMSteps(Steps):
         return Scan({"h": grad_h, "c": grad_c}, flat, flat)
 
 
-class LSTMCell:
-    """PyTorch's LSTM, with or without a projection (Sak et al. 2014)."""
+def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> LSTMSteps:
+    """All steps, with or without a projection (Sak et al. 2014)."""
+    pre = weights.project_input(x) + weights.project_state(previous(h, initial["h"]))
+    i, f, g, o = pre.chunk(4, dim=2)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c, c0 = i * g, initial["c"]
+    if c0.dim() == c.dim():
+        before = c0
+        c.addcmul_(f, before)
+    else:
+        before = torch.empty_like(c)  # c_{t−1}
+        for t in range(c.shape[0]):
+            before[t] = c[t - 1] if t else c0
+            c[t].addcmul_(f[t], before[t])
+    squashed = c.tanh()
+    factor = torch.stack(
+        [
+            g * i * (1 - i),
+            before * f * (1 - f),
+            i * (1 - g * g),
+            squashed * o * (1 - o),
+        ],
+        dim=2,
+    )
+    return LSTMSteps(
+        weight_hh=weights.weight_hh,
+        gates={"i": i, "f": f, "g": g, "o": o},
+        states={"h": h, "c": c},
+        factor=factor,
+        keep=f,
+        through=o * (1 - squashed * squashed),
+        weight_hr=weights.weight_hr,
+    )
 
-    def linearise(
-        self, weights: Weights, x: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None
-    ) -> LSTMSteps:
-        if c0 is None:
-            raise ValueError("an LSTM has a cell state; c0 must be given")
-        pre = weights.project_input(x) + weights.project_state(previous(h, h0))
-        i, f, g, o = pre.chunk(4, dim=2)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        c = i * g
-        if c0.dim() == c.dim():
-            before = c0
-            c.addcmul_(f, before)
-        else:
-            before = torch.empty_like(c)  # c_{t−1}
-            for t in range(c.shape[0]):
-                before[t] = c[t - 1] if t else c0
-                c[t].addcmul_(f[t], before[t])
-        squashed = c.tanh()
-        factor = torch.stack(
-            [
-                g * i * (1 - i),
-                before * f * (1 - f),
-                i * (1 - g * g),
-                squashed * o * (1 - o),
-            ],
-            dim=2,
-        )
-        return LSTMSteps(
-            weights.weight_hh,
-            {"i": i, "f": f, "g": g, "o": o},
-            {"h": h, "c": c},
-            factor,
-            f,
-            o * (1 - squashed * squashed),
-            weights.weight_hr,
-        )
+
+def paths(gates: Named, states: Named, initial: Named, weights: Named) -> CellPaths:
+    """The four paths of the cell state, from arrays (T, M, H) in processing order and float64.
+
+    Graph meaning with o_{t−1} held fixed: c_{t−1} moves h_{t−1} = W_hr (o_{t−1} ⊙ tanh c_{t−1}), and
+    h_{t−1} moves the gates.
+    """
+    i, f, g, o = (gates[name] for name in "ifgo")
+    c, before = states["c"], torch.cat([initial["c"][None], states["c"][:-1]])
+    output = o * (1 - c.tanh().square())
+    u_i, u_f, u_g, _ = weights["weight_hh"].chunk(4)
+    recurrent, projection = torch.stack([u_f, u_i, u_g]), weights.get("weight_hr")
+    return CellPaths(
+        forget=f,
+        factors=torch.stack([before * f * (1 - f), g * i * (1 - i), i * (1 - g.square())], dim=2),
+        before=torch.cat([torch.full_like(output[:1], math.nan), output[:-1]]),
+        recurrent=recurrent if projection is None else recurrent @ projection,
+        projection=projection,
+    )
+
+
+LSTM = CellSpec(
+    name="LSTM",
+    kind="LSTM",
+    linearise=linearise,
+    step=torch._C._VariableFunctions.lstm_cell,
+    whole=torch._C._VariableFunctions.lstm,
+    layer=nn.LSTM,
+    cell=nn.LSTMCell,
+    states=("h", "c"),
+    gates=("i", "f", "g", "o"),
+    weights=(*WEIGHTS, "weight_hr"),
+    keeper=Keeper(
+        gate="f",
+        name="forget",
+        source="Jozefowicz et al. 2015",
+        opposite="i",
+        keeps="cells keep their memory",
+        shut="closed, ",
+        biases="; of the two bias vectors, which add up, set one to zero",
+        keeps_what="the cell",
+        otherwise="cuts both",
+    ),
+    tanh=("g",),
+    limits={"c": lambda states, _: states["c"].tanh()},
+    paths=paths,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ SECOND_ORDER = (
 class Call:
     """One fused call, copied, with the gradients that reached what it returned.
 
-    A call of a single-step function is one of T = 1: its h stands as output and as h_n, and the
+    A call of a single-step function is one of T = 1: its h stands as output and as the last h, and the
     gradients that reached h stand at output.
     """
 
@@ -31,8 +32,7 @@ class Call:
     data: Tensor
     batch_sizes: Tensor | None
     unsorted: Tensor | None
-    h0: Tensor
-    c0: Tensor | None
+    initial: dict[str, Tensor]  # state name -> (layers · D, B, width)
     weights: tuple[Tensor, ...]  # copies
     weight_keys: tuple[int, ...]  # which tensors they were, see WeightUses
     has_biases: bool
@@ -43,18 +43,38 @@ class Call:
     batch_first: bool
     rng: Tensor | None
     autocast: tuple[str, bool, torch.dtype]
-    returned: dict[str, Tensor]  # output, h_n, c_n: copies
+    returned: dict[str, Tensor]  # output, and the last states by name: copies
     grad_enabled: bool
     differentiable: bool
     lengths: Tensor | None  # the user's own, for padded input
-    grads: dict[str, Tensor] = field(default_factory=dict)  # output, h_n, c_n: summed
+    grads: dict[str, Tensor] = field(default_factory=dict)  # at what was returned: summed
     graph_tasks: set[int] = field(default_factory=set)  # one entry per backward that came by
     lost: str = ""  # why what the backwards brought is no total, if it is none
     batched: bool = False  # a backward of several outputs at once came by, which is not counted
     single: bool = False  # of a single-step function
-    c_is_total: bool = False  # what reaches c_n has come through h = o ⊙ tanh c already
+    totals: bool = (
+        False  # what reaches the states beside h has come through h, which is made of them
+    )
     within: int | None = None  # the backward that a reentrant checkpoint made the call again in
-    entering: dict[str, Tensor] = field(default_factory=dict)  # h0, c0: gradients that reach them
+    entering: dict[str, Tensor] = field(default_factory=dict)  # gradients at the initial states
+
+    @property
+    def h0(self) -> Tensor:
+        """The initial h, of whose layout the other states are."""
+        return self.initial["h"]
+
+    def started(self) -> Tensor:
+        """The initial states side by side, (layers · D, B, S)."""
+        return torch.cat(list(self.initial.values()), dim=2)
+
+    def ended(self) -> Tensor:
+        """The states that were returned, likewise."""
+        return torch.cat([self.returned[name] for name in self.initial], dim=2)
+
+    def columns(self) -> dict[str, slice]:
+        """Where each state is in them."""
+        ends = list(itertools.accumulate(state.shape[2] for state in self.initial.values()))
+        return dict(zip(self.initial, map(slice, [0, *ends], ends), strict=True))
 
     def listen(
         self, name: str, tensor: Tensor, scale: Callable[[], float]

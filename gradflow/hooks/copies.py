@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gradflow.cells import CELLS
 from gradflow.hooks.call import Call
 from gradflow.hooks.lengths import GivenLengths
-from gradflow.hooks.seen import CellCall, FusedCall
+from gradflow.hooks.seen import SeenCall
 from gradflow.limits import SAMPLED
 
 
@@ -23,17 +24,23 @@ class Copies:
         self.lengths, self._key = lengths, key
         self._known: dict[object, Tensor] = {}  # weights, by id, or by owner and place
 
-    def call(self, seen: FusedCall, owner: str) -> Call:
-        """One fused call."""
-        device = seen.data.device.type
+    def call(self, seen: SeenCall, owner: str) -> Call:
+        """One call; a single step as a fused call of one layer and T = 1."""
+
+        def taken(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+            every = map(copied, tensors)
+            return [tensor.unsqueeze(0) for tensor in every] if seen.single else list(every)
+
+        states, results = CELLS[seen.cell].states, taken(seen.results)
+        if seen.single:  # h stands as output and as the last h
+            results.insert(0, results[0])
         return Call(
             cell=seen.cell,
             owner=owner,
-            data=copied(seen.data),
+            data=taken((seen.data,))[0],
             batch_sizes=seen.batch_sizes,
             unsorted=seen.unsorted,
-            h0=copied(seen.initial[0]),
-            c0=copied(seen.initial[1]) if len(seen.initial) == 2 else None,
+            initial=dict(zip(states, taken(seen.initial), strict=True)),
             weights=self._weights(owner, seen.weights),
             weight_keys=tuple(self._key(weight) for weight in seen.weights),
             has_biases=seen.has_biases,
@@ -43,49 +50,14 @@ class Copies:
             bidirectional=seen.bidirectional,
             batch_first=seen.batch_first,
             rng=seen.rng,
-            autocast=_autocast(device),
-            returned={
-                name: copied(tensor)
-                for name, tensor in zip(("output", "h_n", "c_n"), seen.results, strict=False)
-            },
-            grad_enabled=torch.is_grad_enabled(),
-            differentiable=any(tensor.requires_grad for tensor in seen.results),
-            lengths=self.lengths.of_call(seen),
-        )
-
-    def step(self, seen: CellCall, owner: str) -> Call:
-        """A single step as a fused call of one layer and T = 1."""
-        h = seen.results[0]
-        c = seen.results[1] if len(seen.results) == 2 else None
-        output = copied(h).unsqueeze(0)
-        returned = {"output": output, "h_n": output}
-        if c is not None:
-            returned["c_n"] = copied(c).unsqueeze(0)
-        return Call(
-            cell=seen.cell,
-            owner=owner,
-            data=copied(seen.data).unsqueeze(0),
-            batch_sizes=None,
-            unsorted=None,
-            h0=copied(seen.initial[0]).unsqueeze(0),
-            c0=copied(seen.initial[1]).unsqueeze(0) if len(seen.initial) == 2 else None,
-            weights=self._weights(owner, seen.weights),
-            weight_keys=tuple(self._key(weight) for weight in seen.weights),
-            has_biases=len(seen.weights) > 2,
-            layers=1,
-            dropout=0.0,
-            training=seen.training,
-            bidirectional=False,
-            batch_first=False,
-            rng=None,
             autocast=_autocast(seen.data.device.type),
-            returned=returned,
+            returned=dict(zip(("output", *states), results, strict=True)),
             grad_enabled=torch.is_grad_enabled(),
             differentiable=any(tensor.requires_grad for tensor in seen.results),
-            lengths=None,
-            single=True,
-            # nn.LSTMCell on a CPU computes h from c's own tensor; one kernel for both does not
-            c_is_total=c is not None and h.grad_fn is not c.grad_fn,
+            lengths=None if seen.single else self.lengths.of_call(seen),
+            single=seen.single,
+            # a step in parts (on a CPU) makes h of the other states' own tensors; one kernel does not
+            totals=seen.single and len({tensor.grad_fn for tensor in seen.results}) > 1,
         )
 
     def _weights(self, owner: str, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

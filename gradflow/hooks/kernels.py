@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from gradflow.cells import CELLS
 from gradflow.hooks.call import Call
 from gradflow.process import random_numbers_kept
-
-_VF: Any = torch._C._VariableFunctions  # never patched
-_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "LSTM": _VF.lstm,
-    "GRU": _VF.gru,
-    "RNN_TANH": _VF.rnn_tanh,
-    "RNN_RELU": _VF.rnn_relu,
-}
-_SINGLE: dict[str, Callable[..., Any]] = {
-    "LSTM": _VF.lstm_cell,
-    "GRU": _VF.gru_cell,
-    "RNN_TANH": _VF.rnn_tanh_cell,
-    "RNN_RELU": _VF.rnn_relu_cell,
-}
 
 
 @contextlib.contextmanager
@@ -75,44 +62,34 @@ def one_layer(call: Call, number: int, data: Tensor) -> Tensor:
     """The output of one layer, both directions, from its input (T, B, ·) or packed (N, ·)."""
     per_layer = len(call.weights) // call.layers
     weights = call.weights[number * per_layer : (number + 1) * per_layer]
-    return _run(call, data, initial(call, number), weights, 1, 0.0, batch_first=False)[0]
+    states = initial(call, number)
+    alone = replace(call, data=data, initial=states, weights=weights, layers=1, dropout=0.0)
+    return _run(replace(alone, batch_first=False))[0]
 
 
 def whole_call(call: Call) -> tuple[Tensor, ...]:
-    """What the call returns, all layers at once: output, h_n and for an LSTM c_n."""
-    states = tuple(state for state in (call.h0, call.c0) if state is not None)
+    """What the call returns, all layers at once: output and the last states."""
     with torch.no_grad(), as_recorded(call):
-        return _run(
-            call,
-            call.data,
-            states,
-            call.weights,
-            call.layers,
-            call.dropout,
-            batch_first=call.batch_first,
-        )
+        return _run(call)
 
 
-def initial(call: Call, number: int) -> tuple[Tensor, ...]:
+def initial(call: Call, number: int) -> dict[str, Tensor]:
     """The initial states of one layer, (directions, B, width) each."""
     directions = 1 + call.bidirectional
     rows = slice(number * directions, (number + 1) * directions)
-    return tuple(state[rows] for state in (call.h0, call.c0) if state is not None)
+    return {name: state[rows] for name, state in call.initial.items()}
 
 
-def weight_gradients(call: Call, at_c: Tensor | None = None) -> dict[int, Tensor]:
+def weight_gradients(call: Call, beside: dict[str, Tensor]) -> dict[int, Tensor]:
     """Gradients of the weights by torch's own backward, from the gradients that were caught.
 
-    Place in the flat list of weights -> gradient. at_c takes the place of what was caught at c_n,
-    where that was more than what came from outside the call.
+    Place in the flat list of weights -> gradient. What is given takes the place of what was caught at
+    the states beside h, where that was more than what came from outside the call.
     """
-    caught = call.grads if at_c is None else call.grads | {"c_n": at_c.to(call.h0.dtype)}
+    caught = call.grads | {name: grad.to(call.h0.dtype) for name, grad in beside.items()}
     with torch.enable_grad(), as_recorded(call):
-        weights = [weight.detach().clone().requires_grad_() for weight in call.weights]
-        state = tuple(state for state in (call.h0, call.c0) if state is not None)
-        results = _run(
-            call, call.data, state, weights, call.layers, call.dropout, batch_first=call.batch_first
-        )
+        weights = tuple(weight.detach().clone().requires_grad_() for weight in call.weights)
+        results = _run(replace(call, weights=weights))
         named = dict(zip(call.returned, results, strict=True))
         grads = torch.autograd.grad(
             [named[name] for name in caught],
@@ -123,31 +100,23 @@ def weight_gradients(call: Call, at_c: Tensor | None = None) -> dict[int, Tensor
     return {place: grad for place, grad in enumerate(grads) if grad is not None}
 
 
-def _run(
-    call: Call,
-    data: Tensor,
-    states: tuple[Tensor, ...],
-    weights: Sequence[Tensor],
-    layers: int,
-    dropout: float,
-    *,
-    batch_first: bool,
-) -> tuple[Tensor, ...]:
+def _run(call: Call) -> tuple[Tensor, ...]:
     if call.single:
-        return _step(call, data, states, weights)
-    hidden = states if call.cell == "LSTM" else states[0]
-    tail = (list(weights), call.has_biases, layers, dropout, call.training, call.bidirectional)
-    function = _FUNCTIONS[call.cell]
+        return _step(call)
+    hidden = tuple(call.initial.values()) if len(call.initial) > 1 else call.h0
+    weights, layers = list(call.weights), call.layers
+    tail = (weights, call.has_biases, layers, call.dropout, call.training, call.bidirectional)
+    function = CELLS[call.cell].whole
+    assert function is not None
     if call.batch_sizes is not None:
-        return function(data, call.batch_sizes, hidden, *tail)
-    return function(data, hidden, *tail, batch_first)
+        return function(call.data, call.batch_sizes, hidden, *tail)
+    return function(call.data, hidden, *tail, call.batch_first)
 
 
-def _step(
-    call: Call, data: Tensor, states: tuple[Tensor, ...], weights: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+def _step(call: Call) -> tuple[Tensor, ...]:
     """A single step by the function that made it, its results as those of a call of T = 1."""
-    first = tuple(state[0] for state in states)
-    found = _SINGLE[call.cell](data[0], first if call.cell == "LSTM" else first[0], *weights)
-    h, *c = found if isinstance(found, tuple) else (found,)
-    return (h.unsqueeze(0), h.unsqueeze(0), *(state.unsqueeze(0) for state in c))
+    first = tuple(state[0] for state in call.initial.values())
+    hidden = first if len(first) > 1 else first[0]
+    found = CELLS[call.cell].step(call.data[0], hidden, *call.weights)
+    rows = [state.unsqueeze(0) for state in (found if isinstance(found, tuple) else (found,))]
+    return (rows[0], *rows)

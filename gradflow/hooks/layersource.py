@@ -41,10 +41,9 @@ class LayerSource:
         """States, gates and inputs."""
         layer = self.replay.layers[self.layer][self.direction]
         steps = self.replay.steps(self.layer, self.direction)
-        initial = {"h": layer.h0} | ({} if layer.c0 is None else {"c": layer.c0})
         return Forward(
             states=self._named(steps.states | {"h": layer.h}),
-            initial=initial,
+            initial=dict(layer.initial),
             gates=self._named(steps.gates),
             inputs=self._in_input_time(layer.x),
         )
@@ -89,11 +88,11 @@ class LayerSource:
             return None
         direct, _ = scans[self.layer][self.direction]
         found = (direct != 0).any(2)
-        c_n = self.scans.arrived()[2]
-        if c_n is not None:
-            place = self.layer * len(scans[0]) + self.direction
-            last = self.replay.kernel_lengths - 1
-            found[last, torch.arange(len(last), device=last.device)] |= (c_n[place] != 0).any(1)
+        place, last = self.layer * len(scans[0]) + self.direction, self.replay.kernel_lengths - 1
+        for name, state in self.scans.arrived()[1].items():
+            if name != "h":
+                sequences = torch.arange(len(last), device=last.device)
+                found[last, sequences] |= (state[place] != 0).any(1)
         layer = self.replay.layers[self.layer][self.direction]
         return layer.turned(found.unsqueeze(2)).squeeze(2)
 
@@ -147,7 +146,7 @@ class LayerSource:
         scan = scans[self.layer][self.direction][1]
         delta, delta_hh = scan.delta.flatten(0, 1), scan.delta_hh.flatten(0, 1)
         dtype = delta.dtype
-        before = torch.cat([layer.h0.unsqueeze(0), layer.h[:-1]]).to(dtype)
+        before = torch.cat([layer.initial["h"].unsqueeze(0), layer.h[:-1]]).to(dtype)
         found = {
             "weight_ih": delta.T @ layer.x.to(dtype).flatten(0, 1),
             "weight_hh": delta_hh.T @ before.flatten(0, 1),
@@ -155,8 +154,7 @@ class LayerSource:
         if layer.weights.bias_ih is not None:
             found |= {"bias_ih": delta.sum(0), "bias_hh": delta_hh.sum(0)}
         if layer.weights.weight_hr is not None:
-            emitted = steps.gates["o"] * steps.states["c"].tanh()
-            found["weight_hr"] = scan.grads["h"].flatten(0, 1).T @ emitted.flatten(0, 1)
+            found["weight_hr"] = scan.grads["h"].flatten(0, 1).T @ steps.projected().flatten(0, 1)
         return found
 
     def from_kernel(self) -> dict[str, Tensor] | None:
@@ -169,14 +167,14 @@ class LayerSource:
         )
         return {name: grads[place] for name, place in places.items() if place in grads}
 
-    def _outside_h(self) -> Tensor | None:
-        """For a call whose c was listened to as a total: what reaches c not through h, (1, B, H)."""
-        call = self.replay.call
+    def _outside_h(self) -> dict[str, Tensor]:
+        """Where totals were listened to: what reaches the states not through h, (1, B, H)."""
         scanned = self.scans.scanned("total")
-        if not call.c_is_total or scanned is None:
-            return None
-        scan = scanned[0][0][1]
-        return scan.grads["c"] - self.replay.steps(0, 0).through_h(scan.grads["h"])  # type: ignore[attr-defined]
+        if not self.replay.call.totals or scanned is None:
+            return {}
+        grads = scanned[0][0][1].grads
+        through = self.replay.steps(0, 0).through_h(grads["h"])
+        return {name: grads[name] - part for name, part in through.items()}
 
 
 def alone(scan: Scan, shaped: Callable[[Tensor], Tensor]) -> Backward:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import InputError, must_be
-from gradflow.hooks.seen import FusedCall
+from gradflow.hooks.seen import SeenCall
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
 ASKED_OF_SEQUENCES = (
@@ -24,7 +24,12 @@ class GivenLengths:
     def __init__(self, given: Lengths) -> None:
         self._given = given
 
-    def of_call(self, seen: FusedCall) -> Tensor | None:
+    @property
+    def known(self) -> bool:
+        """Whether any were given."""
+        return self._given is not None
+
+    def of_call(self, seen: SeenCall) -> Tensor | None:
         """(B,) of a call over whole sequences; None where none were given, or input is packed."""
         if self._given is None or seen.batch_sizes is not None:
             return None

@@ -27,17 +27,23 @@ from gradflow.limits import JACOBIAN_WIDEST
 from gradflow.recording import Track
 
 
-class Owner(Protocol):
+class TrackOwner(Protocol):
+    """The recorder, as far as a new track needs it."""
+
+    training: bool
+
+    def add_track(self, base: str, track: Track) -> None: ...
+
+
+class Owner(TrackOwner, Protocol):
     """The recorder, as far as marked loops need it."""
 
     handles: list[RemovableHandle]
     jacobians: bool | None
-    training: bool
     lengths: GivenLengths
 
     def scale(self) -> float: ...
     def wants_track(self, name: str) -> bool: ...
-    def add_track(self, base: str, track: Track) -> None: ...
     def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None: ...
     def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None: ...
 
@@ -76,32 +82,15 @@ class Marks:
 
     def begin(self, name: str, source: TapSource, states: dict[str, Tensor], place: Place) -> End:
         """A loop whose first mark is the only one of the source."""
-        mark = source.marks[0]
-        batch, device = len(place.like), place.like.device
-        source.lengths = self.owner.lengths.of_steps(batch)
-        source.layout.join(torch.ones(batch, dtype=torch.long))
-        track = Track(
-            name=name,
-            cell=source.cell,
-            reverse=False,
-            lengths=torch.ones(batch, dtype=torch.long, device=device),
-            mask=torch.ones(1, batch, dtype=torch.bool, device=device),
-            cuts=mark.cut.unsqueeze(0),
-            weights={},
-            source=source,
-            training=self.owner.training,
-        )
-        self.owner.add_track(name, track)
-        source.name = track.name
+        source.lengths = self.owner.lengths.of_steps(len(place.like))
+        track = begun(self.owner, name, source)
         return End(source, track, states, place, newest(), 0)
 
     @staticmethod
     def extend(end: End, mark: Mark) -> None:
         """One more step."""
-        source = end.source
-        source.marks.append(mark)
-        source.layout.join(torch.ones(len(mark.cut), dtype=torch.long), rows=mark.rows)
-        source.layout.grown(end.track, mark.cut, source.lengths)
+        end.source.marks.append(mark)
+        grown(end.source, end.track)
 
     def settle(self, end: End, states: dict[str, Tensor], place: Place, mark: Mark) -> None:
         """What these states pass to one another, and from now on they are the end of the loop."""
@@ -201,6 +190,34 @@ class Marks:
             mark.unknown = "" if constants is not None else str(error)
         except NotReadable as error:
             mark.unknown = f"{error} between two states of one {source.words.step}"
+
+
+def begun(recorder: TrackOwner, base: str, source: TapSource, **more: Any) -> Track:
+    """The new track of a loop that has its first mark, under a name of its own."""
+    cut = source.marks[0].cut
+    source.layout.join(torch.ones(len(cut), dtype=torch.long))
+    track = Track(
+        name=base,
+        cell=source.cell,
+        reverse=False,
+        lengths=torch.ones(len(cut), dtype=torch.long, device=cut.device),
+        mask=torch.ones(1, len(cut), dtype=torch.bool, device=cut.device),
+        cuts=cut.unsqueeze(0),
+        weights={},
+        source=source,
+        training=recorder.training,
+        **more,
+    )
+    recorder.add_track(base, track)
+    source.name = track.name
+    return track
+
+
+def grown(source: TapSource, track: Track) -> None:
+    """The track of a loop that has one more mark."""
+    mark = source.marks[-1]
+    source.layout.join(torch.ones(len(mark.cut), dtype=torch.long), rows=mark.rows)
+    source.layout.grown(track, mark.cut, source.lengths)
 
 
 def newest() -> int:

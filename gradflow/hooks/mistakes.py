@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gradflow.cells import layer_names
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.source import JointSource
@@ -183,7 +184,7 @@ def why_no_track(
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
     return (
         f"no recurrent layer ran: {type(model).__name__} consists of {', '.join(kinds)}, none of them "
-        f"nn.RNN, nn.LSTM, nn.GRU or one of their cells{did}{compiled}; give the model that holds the "
+        f"{', '.join(layer_names())} or one of their cells{did}{compiled}; give the model that holds the "
         "recurrent layer or, if the model loops by hand, mark its states: "
         "h, c = gradflow.tap(h=h, c=c) inside the loop"
     )

@@ -1,9 +1,9 @@
 """Watch the recurrent functions of torch while a recording is open, without changing a bit.
 
-``torch._VF`` and ``torch`` hold the four functions every fused layer ends in, and the four that
-nn.LSTMCell, nn.GRUCell and nn.RNNCell end in. While at least one
-recording is open they are replaced by wrappers that call the original and then tell the observers of
-the calling thread. A TorchFunctionMode would see the same calls, but moves torch off its fast paths.
+``torch._VF`` and ``torch`` hold the function that every fused layer of a kind of cell ends in, and
+the one that a single step of it ends in. While at least one recording is open they are replaced by
+wrappers that call the original and then tell the observers of the calling thread. A
+TorchFunctionMode would see the same calls, but moves torch off its fast paths.
 
 What torch.compile makes into a graph stays the graph it would be without a recording: there the
 wrapper is traced as the original alone, and nothing is seen. ``GradScaler.scale`` is watched too, and
@@ -26,14 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
+from gradflow.cells import CELLS
 from gradflow.hooks.guard import Point, busy, guarded
 from gradflow.hooks.replaced import Replaced, at_fork, lock, put_back, replace
 from gradflow.hooks.seen import Listener, Telling
 from gradflow.hooks.unseen import is_batched, is_wrapped, why_hidden
-
-FUSED = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU"}
-SINGLE = {f"{name}_cell": cell for name, cell in FUSED.items()}
-_SPACES: tuple[Any, ...] = (torch._VF, torch)
 
 
 class Observer(Listener, Protocol):
@@ -116,11 +113,12 @@ def paused() -> Iterator[None]:
 
 
 def _install() -> None:
-    for space in _SPACES:
-        for single, functions in ((False, FUSED), (True, SINGLE)):
-            for name, cell in functions.items():
-                make = functools.partial(_watched, name=name, cell=cell, single=single)
-                replace(space, name, make, _replaced.append)
+    for spec in CELLS.values():
+        for function in filter(None, (spec.whole, spec.step)):
+            name, single = function.__name__, function is spec.step
+            for holder in spec.holders:
+                make = functools.partial(_watched, name=name, cell=spec.name, single=single)
+                replace(holder, name, make, _replaced.append)
     replace(torch.amp.GradScaler, "scale", _watched_scale, _replaced.append)
     replace(torch.autograd, "_engine_run_backward", _watched_backward, _replaced.append)
     replace(torch.jit, "script", _watched_script, _replaced.append)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -30,7 +30,8 @@ from gradflow.hooks.own.cells import OwnCells
 from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.own.leaves import leaves
 from gradflow.hooks.parity import WeightUses
-from gradflow.hooks.seen import CellCall, FusedCall
+from gradflow.hooks.seen import SeenCall
+from gradflow.hooks.shown_padding import ShownPadding
 from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
 from gradflow.hooks.unrolled.sources import FLAT, FLAT_IN_TIME, PLAIN
@@ -63,10 +64,12 @@ class Recorder:
         self.model = model
         self.layers = layers
         self.lengths = GivenLengths(lengths)
+        self.shown = ShownPadding(model)
         self.scaler = scaler
         self.jacobians = jacobians
         self.training = model.training
         self.recording = Recording(type(model).__name__) if recording is None else recording
+        self.recording.lengths_given = self.lengths.known
         self.uses = WeightUses(model)
         self.calls: list[Call] = []
         self.handles: list[RemovableHandle] = []
@@ -119,27 +122,18 @@ class Recorder:
                 return self._holders[id(weight)]
         return holder_of(weights, self._holders)
 
-    def saw(self, seen: FusedCall) -> None:
-        """Copy one fused call and listen for its gradients."""
+    def saw(self, seen: SeenCall) -> None:
+        """Copy one call and listen for its gradients."""
         owner = self._owner(seen.weights, seen.module)
-        if owner is not None and _any_wrapped(seen):
-            self.did_not_see(owner or seen.cell, WRAPPED)
-        elif owner is not None and not seen.initial[0].numel():
-            self.own.unseen[owner or seen.cell] = NO_SEQUENCE
-        elif owner is not None:
+        if owner is None:
+            return
+        name = owner or ("cell" if seen.single else seen.cell)
+        if _any_wrapped(seen):
+            self.did_not_see(name, WRAPPED)
+        elif not seen.initial[0].numel():
+            self.own.unseen[name] = NO_SEQUENCE
+        else:
             self._admit(self._copies.call(seen, owner), seen.data, seen.initial, seen.results)
-            self.own.saw_stock(owner, seen.results)
-            self.watch.saw_stock((seen.data, *seen.initial), seen.results)
-
-    def saw_cell(self, seen: CellCall) -> None:
-        """Copy one call of a single-step function and listen for its gradients."""
-        owner = self._owner(seen.weights, seen.module)
-        if owner is not None and _any_wrapped(seen):
-            self.did_not_see(owner or "cell", WRAPPED)
-        elif owner is not None and not seen.initial[0].numel():
-            self.own.unseen[owner or "cell"] = NO_SEQUENCE
-        elif owner is not None:
-            self._admit(self._copies.step(seen, owner), seen.data, seen.initial, seen.results)
             self.own.saw_stock(owner, seen.results)
             self.watch.saw_stock((seen.data, *seen.initial), seen.results)
 
@@ -227,6 +221,13 @@ class Recorder:
         if torch._C._current_graph_task_id() == -1:
             self.watch.after_backward()
 
+    def is_told(self, weights: Collection[str]) -> bool:
+        """Whether it is said already why nothing was read of a module that holds all these weights."""
+        told = {name.partition(" (")[0] for name in self.own.unseen}
+        parts = [name.split(".") for name in weights]
+        holders = [{".".join(some[:n]) for n in range(1, len(some))} for some in parts]
+        return bool(holders) and any(path in told for path in set.intersection(*holders))
+
     def marked_at(self, edges: Iterable[Edge], source: TapSource) -> None:
         """States of a track sit at these edges of the graph."""
         self.watch.marked(edges, source)
@@ -236,7 +237,10 @@ class Recorder:
         if torch.is_grad_enabled():
             self.watch.held.hold(leaves((args, kwargs)).values())
             self.watch.held.hold_locals()
-        return self.own.entered(module, args, kwargs)
+        call = self.own.entered(module, args, kwargs)
+        if call is not None and self.own.is_outermost(call):
+            self.recording.paddings += self.shown.of_model(args, kwargs)
+        return call
 
     def left(self, call: Any, result: Any) -> None:
         """That call is over; result is None where it raised."""
@@ -261,6 +265,8 @@ class Recorder:
 
     def saw_mark(self, source: TapSource, track: Track, place: Place, mark: Mark) -> None:
         """One more step of a loop that is tapped, or over a cell of the user's own."""
+        if len(source.marks) <= 1:
+            track.turned = self.shown.turns(node for node, _ in place.edges.values())
         self.closed.saw_mark(source, track, place, mark)
 
     def drop_tracks(self, tracks: list[Track]) -> None:
@@ -271,8 +277,13 @@ class Recorder:
 
     def drop_sources(self, sources: list[TapSource]) -> None:
         """Forget the loops over modules that turned out to be only part of a step."""
-        self.drop_tracks([track for track in self.recording if track.source in sources])
         self.own.ignore(sources)
+        self.drop_tracks([track for track in self.recording if track.source in sources])
+
+    def drop_cell(self, module: nn.Module) -> None:
+        """Forget a module as a cell: the loop is inside it."""
+        self.drop_tracks(self.own.tracks_of(module))
+        self.own.leave(module)
 
     def in_closed_loop(self) -> bool:
         """Whether some stock layer's input depends on its own earlier state."""
@@ -293,22 +304,25 @@ class Recorder:
             kept = {name: getattr(known, name) for name in ("grads", "graph_tasks", "entering")}
             vars(known).update(vars(call) | kept | {"within": task})
             self.stitcher.made_again(known, initial, results)
+            self.closed.given.made_again(known, data, results, lambda w: id(w) in self._holders)
             self._listen(known, results)
             return
         self._listen(call, results)
         self.calls.append(call)
         chain, end = self.stitcher.place(call, initial, results)
-        if end is not None:
-            self.closed.saw(chain, end, data)
+        self.closed.saw(chain, end, data)
         if len(chain.calls) == 1:
-            self._add_tracks(chain)
+            self._add_tracks(chain, data)
+            for track in chain.tracks:
+                track.turned = self.shown.turns([data.grad_fn])
+            self.shown.made(results, (track.name for track in chain.tracks))
         elif _goes_around(chain):
-            for name, tensor in zip("hc", initial, strict=False):
+            for name, tensor in zip(call.initial, initial, strict=True):
                 self.handles += call.listen_at_entry(name, tensor, self.scale)
 
     def _listen(self, call: Call, results: tuple[Tensor, ...]) -> None:
-        names = ("output", "c_n") if call.single else ("output", "h_n", "c_n")
-        for name, tensor in zip(names, results, strict=False):
+        names = [name for name in call.returned if not call.single or name != "h"]
+        for name, tensor in zip(names, results, strict=True):
             self.handles += call.listen(name, tensor, self.scale)
 
     def scale(self) -> float:
@@ -331,7 +345,7 @@ class Recorder:
 
     # -- tracks ------------------------------------------------------------------------------
 
-    def _add_tracks(self, chain: Chain) -> None:
+    def _add_tracks(self, chain: Chain, data: Tensor) -> None:
         call = chain.calls[0]
         picked = [
             (layer, direction, name)
@@ -341,6 +355,7 @@ class Recorder:
         if not picked:
             return
         notes: list[str] = []
+        padding, below = self.shown.of_input(data, call.batch_first)
         if chain.sizes == [1] and call.batch_sizes is None:
             chain.lengths = self.lengths.of_steps(chain.batch)
             notes += self.lengths.notes
@@ -367,6 +382,8 @@ class Recorder:
                 notes=list(notes),
                 owner=call.owner,
                 above=tuple(upper for i, _, upper in picked if i == layer + 1),
+                below=below if layer == 0 else (),
+                padding=padding,
             )
             chain.tracks.append(track)
             self.recording.add(track)
@@ -381,8 +398,11 @@ class Recorder:
         return tuple(
             one
             for one in (*self.watch.unseen.values(), *self._of_outputs())
-            if self.layers is None
-            or any(matches_any(name, self.layers) for name in (one.module, *one.weights))
+            if not self.is_told(one.weights)
+            and (
+                self.layers is None
+                or any(matches_any(name, self.layers) for name in (one.module, *one.weights))
+            )
         )
 
     def _of_outputs(self) -> list[Unseen]:
@@ -413,6 +433,7 @@ class Recorder:
             self._remove_handles,
             self.uses.close,
             self.stitcher.close,
+            self.shown.close,
             self.taps.close,
             self.own.close,
             self.watch.close,
@@ -426,7 +447,10 @@ class Recorder:
             self.handles.pop().remove()
 
     def _let_tracks_go(self) -> None:
+        afresh = self.closed.afresh.found()
         for track in self.recording:
+            if isinstance(track.source, LoopSource) and track.owner in afresh:
+                track.afresh = afresh[track.owner][0]
             if isinstance(track.source, LoopSource):
                 track.source.loop.chain.tracks.clear()
 
@@ -437,7 +461,7 @@ class Recorder:
         del self.taps, self.own, self.watch, self.closed, self._copies
 
 
-def _any_wrapped(seen: FusedCall | CellCall) -> bool:
+def _any_wrapped(seen: SeenCall) -> bool:
     return any(map(is_wrapped, (seen.data, *seen.initial, *seen.weights, *seen.results)))
 
 

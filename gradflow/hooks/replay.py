@@ -30,8 +30,7 @@ class Layer:
     weights: Weights
     x: Tensor  # (T, B, I)
     h: Tensor  # (T, B, P)
-    h0: Tensor  # (B, P)
-    c0: Tensor | None  # (B, H)
+    initial: dict[str, Tensor]  # state name -> (B, width)
     order: Tensor | None  # (T, B) processing step -> input step, its own inverse; None: the same
     valid: Tensor  # (T, B) true where the kernel ran a step
 
@@ -48,12 +47,9 @@ class Layer:
             array = array if sequences is None else array.index_select(dim, sequences)
             return array.to(dtype)
 
+        initial = {name: pick(state, 0) for name, state in self.initial.items()}
         steps = CELLS[cell].linearise(
-            self.weights.to(dtype),
-            pick(self.x, 1),
-            pick(self.h, 1),
-            pick(self.h0, 0),
-            None if self.c0 is None else pick(self.c0, 0),
+            self.weights.to(dtype), pick(self.x, 1), pick(self.h, 1), initial
         )
         valid = self.valid if sequences is None else self.valid.index_select(1, sequences)
         return (
@@ -124,13 +120,10 @@ class Replay:
 
     def by_name(self, flat: tuple[Any, ...], layer: int, direction: int) -> dict[str, Any]:
         """Of a flat list over all weights of the call, those of one layer and direction."""
-        names = ["weight_ih", "weight_hh"]
-        if self.call.has_biases:
-            names += ["bias_ih", "bias_hh"]
         directions = 1 + self.call.bidirectional
         count = len(flat) // (self.call.layers * directions)
-        if count > len(names):
-            names.append("weight_hr")
+        cell = CELLS[self.call.cell]
+        names = cell.weight_names(count, has_biases=self.call.has_biases)
         start = (layer * directions + direction) * count
         return dict(zip(names, flat[start : start + count], strict=True))
 
@@ -191,7 +184,7 @@ class Replay:
         x, h = self.padded(data), self.padded(output)
         if number == self.call.layers - 1:
             h = self.padded(self.time_first(self.call.returned["output"]))
-        starts = [self.unsort(state, 1) for state in initial(self.call, number)]
+        starts = {name: self.unsort(s, 1) for name, s in initial(self.call, number).items()}
         layers = []
         for direction, part in enumerate(h.chunk(1 + self.call.bidirectional, dim=2)):
             order = self.mirror if direction else None
@@ -200,8 +193,7 @@ class Replay:
                     weights=self.weights(number, direction),
                     x=take_steps(x, order) if order is not None else x,
                     h=take_steps(part, order) if order is not None else part,
-                    h0=starts[0][direction],
-                    c0=starts[1][direction] if len(starts) == 2 else None,
+                    initial={name: start[direction] for name, start in starts.items()},
                     order=order,
                     valid=self.kernel_mask,
                 )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradflow.cells import CELLS
 from gradflow.errors import RecordingError
 from gradflow.hooks.call import Call
 from gradflow.hooks.kernels import whole_call
@@ -25,9 +26,8 @@ from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain
-from gradflow.recording import GATES, Parity, Recording, Track
+from gradflow.recording import Parity, Recording, Track
 
-KEEPING = {"LSTM": "forget", "GRU": "update"}  # the gate that keeps the state, second of its kind
 UNCHANGED = "the weights were changed and the loss was not run again"
 
 
@@ -35,7 +35,7 @@ UNCHANGED = "the weights were changed and the loss was not run again"
 class Change:
     """What to change in one layer and direction."""
 
-    forget_bias: float = 0.0  # added to the pre-activation of an LSTM's f, of a GRU's z
+    forget_bias: float = 0.0  # added to the pre-activation of the gate that keeps the state
     scale_hh: float = 1.0  # what W_hh is multiplied by
     scale_ih: float = 1.0  # what W_ih is multiplied by: as if it read so much of its input
 
@@ -140,8 +140,11 @@ def _refuses(source: LoopSource, change: Change) -> str:
         return (
             "it is part of a closed loop: its inputs would change with it, and are the user's own"
         )
-    if change.forget_bias and source.calls[0].cell not in KEEPING:
-        return "a vanilla RNN has no gate that keeps its state"
+    spec = CELLS[source.calls[0].cell]
+    if change.forget_bias and spec.keeper is None:
+        return f"a {'vanilla ' if spec.vanilla else ''}{spec.kind} has no gate that keeps its state"
+    if change.scale_hh != 1.0 and "weight_hh" not in spec.weights:
+        return f"a {spec.kind} has no recurrent weights"
     return ""
 
 
@@ -187,7 +190,7 @@ def _again(chain: Chain, changes: Mapping[tuple[int, int], Change]) -> Chain | s
                 link = chain.links[place]
                 assert link is not None
                 state = _started(link, chain.calls[place - 1], call, calls[-1])
-                changed = replace(changed, **state)  # type: ignore[arg-type]
+                changed = replace(changed, initial=state)
             calls.append(_run(changed))
         again = Chain(calls, list(chain.links), lengths=chain.lengths)
         for group in again.groups():
@@ -200,7 +203,7 @@ def _again(chain: Chain, changes: Mapping[tuple[int, int], Change]) -> Chain | s
 def _run(call: Call) -> Call:
     """The call with what it returns now, and no gradients."""
     results = list(whole_call(call))
-    if call.single:  # its h stands as output and as h_n
+    if call.single:  # its h stands as output and as the last h
         results[1] = results[0]
     return replace(
         call,
@@ -236,25 +239,28 @@ class _ChangedWeights:
         return tuple(found)
 
     def _changed(self, call: Call, weights: list[Tensor], change: Change) -> list[Tensor]:
-        weight_ih, weight_hh, *rest = weights
+        spec = CELLS[call.cell]
+        names = spec.weight_names(len(weights), has_biases=call.has_biases)
+        named = dict(zip(names, weights, strict=True))
         if self.with_biases and not call.has_biases:
-            nothing = weight_hh.new_zeros(len(weight_hh))
-            rest = [nothing, nothing, *rest]  # before weight_hr, with a projection
-        if change.forget_bias:
-            hidden = len(weight_hh) // GATES[call.cell]
-            bias_ih = rest[0].clone()
-            bias_ih[hidden : 2 * hidden] += change.forget_bias
-            rest[0] = bias_ih
+            nothing = named["weight_ih"].new_zeros(len(named["weight_ih"]))
+            named |= {name: nothing for name in spec.weights if name.startswith("bias")}
+        if change.forget_bias and spec.keeper is not None:
+            kept = spec.block(spec.keeper.gate, len(named["weight_ih"]) // spec.blocks)
+            named["bias_ih"] = named["bias_ih"].clone()
+            named["bias_ih"][kept] += change.forget_bias
         if change.scale_ih != 1.0:
-            weight_ih = weight_ih * change.scale_ih
-        return [weight_ih, weight_hh * change.scale_hh, *rest]
+            named["weight_ih"] = named["weight_ih"] * change.scale_ih
+        if "weight_hh" in named:
+            named["weight_hh"] = named["weight_hh"] * change.scale_hh
+        return [named[name] for name in spec.weights if name in named]
 
 
 # ------------------------------------------------------------------------------- between two calls
 
 
 def _started(link: Link, earlier: Call, call: Call, before: Call) -> dict[str, Tensor]:
-    """h0 and c0 of a call, from what the changed call before it returned.
+    """The initial states of a call, from what the changed call before it returned.
 
     earlier and call are the recorded ones, before is the changed call before this one. What multiplied
     the state is taken as recorded; a state that was made from the one before in any other way cannot
@@ -262,7 +268,7 @@ def _started(link: Link, earlier: Call, call: Call, before: Call) -> dict[str, T
     """
     if link.unknown:
         raise RecordingError(link.unknown)
-    entered = _in_users_order(call, _flat(call.h0, call.c0))
+    entered = _in_users_order(call, call.started())
     was, now = _through(link, earlier), _through(link, before)
     start = torch.where(link.cut.view(-1, 1), _past_a_cut(link, earlier, before, entered), now)
     size = _through(link, earlier, absolute=True).abs()
@@ -277,10 +283,7 @@ def _started(link: Link, earlier: Call, call: Call, before: Call) -> dict[str, T
         )
     if call.unsorted is not None:
         start = start.index_select(1, call.unsorted.to(start.device).argsort())
-    width = call.h0.shape[2]
-    parts = {"h0": start[..., :width].contiguous()}
-    if call.c0 is not None:
-        parts["c0"] = start[..., width:].contiguous()
+    parts = {name: start[..., block].contiguous() for name, block in call.columns().items()}
     return {name: part.to(call.h0.dtype) for name, part in parts.items()}
 
 
@@ -300,7 +303,7 @@ def _through(link: Link, call: Call, *, absolute: bool = False) -> Tensor:
     """What the link makes of the state a call returned, and of the one that entered it."""
     result = _times(link.into, picked(_returned(call), link.rows, 1), absolute)
     if link.around is not None:
-        entered = _in_users_order(call, _flat(call.h0, call.c0))
+        entered = _in_users_order(call, call.started())
         result = result + _times(link.around, picked(entered, link.rows, 1), absolute)
     return result
 
@@ -316,14 +319,9 @@ def _times(factor: Factor, state: Tensor, absolute: bool) -> Tensor:
 
 
 def _returned(call: Call) -> Tensor:
-    return _in_users_order(call, _flat(call.returned["h_n"], call.returned.get("c_n")))
+    return _in_users_order(call, call.ended())
 
 
 def _in_users_order(call: Call, state: Tensor) -> Tensor:
     """(layers, B, S) from the kernel's order of sequences."""
     return state if call.unsorted is None else state[:, call.unsorted.to(state.device)]
-
-
-def _flat(h: Tensor, c: Tensor | None) -> Tensor:
-    """h, then c, in one (layers, B, S)."""
-    return h if c is None else torch.cat([h, c], dim=2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradflow.cells import Scan, Steps
 from gradflow.hooks.replay import Replay
 
-Arrived = tuple[Tensor, Tensor, Tensor | None]  # at output, h_n, c_n
+Arrived = tuple[Tensor, dict[str, Tensor]]  # at the output, at the last states by name
 Stack = list[list[tuple[Tensor, Scan]]]  # [layer][direction]: direct gradient, scan
 
 
@@ -50,7 +50,7 @@ class Scans:
         return result
 
     def arrived(self) -> Arrived:
-        """The gradients at output (T, B, P·D), at h_n and at c_n (layers·D, B, ·), user's order."""
+        """The gradients at output (T, B, P·D), at the last states (layers·D, B, ·), user's order."""
         call, dtype = self.replay.call, self.replay.work_dtype
         found = {
             name: call.grads[name].to(dtype)
@@ -59,8 +59,7 @@ class Scans:
             for name, tensor in call.returned.items()
         }
         output = self.replay.padded(self.replay.time_first(found["output"]))
-        c_n = self.replay.unsort(found["c_n"], 1) if "c_n" in found else None
-        return output, self.replay.unsort(found["h_n"], 1), c_n
+        return output, {name: self.replay.unsort(found[name], 1) for name in call.initial}
 
     def reached(self) -> Tensor | None:
         """(T, B): where a gradient arrives at what the call returned, input time; None without one."""
@@ -73,11 +72,11 @@ class Scans:
         ends = [self.replay.kernel_lengths - 1, torch.zeros_like(self.replay.kernel_lengths)]
         return ends[: 1 + self.replay.call.bidirectional]
 
-    def _arrives(self, output: Tensor, h_n: Tensor, c_n: Tensor | None) -> Tensor:
+    def _arrives(self, output: Tensor, ends: dict[str, Tensor]) -> Tensor:
         time = torch.arange(output.shape[0], device=output.device).unsqueeze(1)
         arrives = (output != 0).any(2)
         sites = self._sites()
-        for state in (h_n,) if c_n is None else (h_n, c_n):
+        for state in ends.values():
             for direction, site in enumerate(sites):
                 final = (state[direction :: len(sites)] != 0).any(2).any(0)
                 arrives = arrives | ((time == site) & final)
@@ -93,17 +92,12 @@ class Scans:
 
     def _at(self, arrived: Arrived, chosen: Tensor, columns: Tensor | None = None) -> Arrived:
         """Keep only what arrives at the chosen step (B,) of each sequence, or of each column."""
-        output, h_n, c_n = arrived
-        sites = self._sites()
-        if columns is not None:
-            output, h_n = output[:, columns], h_n[:, columns]
-            c_n = None if c_n is None else c_n[:, columns]
-            sites = [site[columns] for site in sites]
+        output, ends = arrived if columns is None else _of(arrived, columns)
+        sites = [site if columns is None else site[columns] for site in self._sites()]
         time = torch.arange(output.shape[0], device=output.device).unsqueeze(1)
         output = output * (time == chosen).unsqueeze(2)
         keep = torch.stack([site == chosen for site in sites]).repeat(self.replay.call.layers, 1)
-        h_n = torch.where(keep.unsqueeze(2), h_n, 0.0)
-        return output, h_n, None if c_n is None else torch.where(keep.unsqueeze(2), c_n, 0.0)
+        return output, {n: torch.where(keep.unsqueeze(2), end, 0.0) for n, end in ends.items()}
 
     def of_steps(self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype) -> Stack | None:
         """The same of each of the given loss steps alone, as columns: loss step · m + sequence."""
@@ -118,14 +112,12 @@ class Scans:
     def of_sequences(self, sequences: Tensor, dtype: torch.dtype) -> Stack:
         """The same of all loss steps together, of the given sequences in the given dtype."""
         with torch.no_grad():
-            output, h_n, c_n = self._arrived_as(dtype)
-            c_n = None if c_n is None else c_n[:, sequences]
-            arrived = output[:, sequences], h_n[:, sequences], c_n
+            arrived = _of(self._arrived_as(dtype), sequences)
             return self._scan(arrived, self._steps_of(sequences, dtype, 1), sequences)
 
     def _arrived_as(self, dtype: torch.dtype) -> Arrived:
-        output, h_n, c_n = self.arrived()
-        return output.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
+        output, ends = self.arrived()
+        return output.to(dtype), {name: end.to(dtype) for name, end in ends.items()}
 
     def _steps_of(
         self, sequences: Tensor, dtype: torch.dtype, count: int
@@ -150,7 +142,7 @@ class Scans:
 
         columns are the sequences that are scanned, all of them once by default.
         """
-        flow, h_n, c_n = arrived
+        flow, ends = arrived
         directions = 1 + self.replay.call.bidirectional
         last = self.replay.kernel_lengths - 1
         last = last if columns is None else last[columns]
@@ -163,13 +155,9 @@ class Scans:
                 steps = (steps_of or self.replay.steps)(number, direction)
                 place = number * directions + direction
                 direct = layer.turned(part, columns).clone()
-                direct[last, sequences] += h_n[place]
-                scan = steps.scan(
-                    direct,
-                    None if c_n is None else c_n[place],
-                    last,
-                    c_is_total=self.replay.call.c_is_total,
-                )
+                direct[last, sequences] += ends["h"][place]
+                final = {name: end[place] for name, end in ends.items() if name != "h"}
+                scan = steps.scan(direct, final, last, totals=self.replay.call.totals)
                 row.append((direct, scan))
                 if number:
                     passed = scan.delta @ layer.weights.weight_ih.to(flow.dtype)
@@ -181,3 +169,9 @@ class Scans:
                     factor[:, columns] if columns is not None and factor.dim() else factor
                 )
         return results[::-1]
+
+
+def _of(arrived: Arrived, columns: Tensor) -> Arrived:
+    """What arrives at some sequences."""
+    output, ends = arrived
+    return output[:, columns], {name: end[:, columns] for name, end in ends.items()}

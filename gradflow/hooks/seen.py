@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gradflow.cells import CELLS
 from gradflow.hooks.guard import Point, guarded
 
 _LAYER = ("has_biases", "num_layers", "dropout", "train", "bidirectional")
@@ -23,47 +24,38 @@ _OWN = 5  # frames of gradflow's own between the function that looks and the one
 _FRAMES = 8  # how far up a module's forward may be from the function it calls
 
 
-@dataclass(frozen=True)
-class FusedCall:
-    """The arguments of one call of a fused function, whatever its signature, and what it returned."""
+@dataclass(frozen=True, kw_only=True)
+class SeenCall:
+    """The arguments of one call of a recurrent function by name, and what it returned.
+
+    States are in the order in which the cell names them. Of a function of one step data is (B, I), and
+    states are (B, width).
+    """
 
     cell: str
+    single: bool  # a function of one step
     data: Tensor  # (T, B, I), (B, T, I) with batch_first, or packed (N, I)
-    batch_sizes: Tensor | None  # (T,), packed
-    initial: tuple[Tensor, ...]  # h0, or h0 and c0: (layers * directions, B, width)
+    initial: tuple[Tensor, ...]  # (layers * directions, B, width)
     weights: tuple[Tensor, ...]
     has_biases: bool
-    layers: int
-    dropout: float
     training: bool
-    bidirectional: bool
-    batch_first: bool
-    results: tuple[Tensor, ...]  # output, h_n and, for an LSTM, c_n
-    rng: Tensor | None  # state of the CPU generator before the call, when dropout was drawn
+    results: tuple[Tensor, ...]  # output, then the last states; of one step the states
     module: nn.Module | None  # whose forward made the call
-    unsorted: Tensor | None  # packed: sorted place of each of the user's sequences
-    module_input: Any  # what the module's forward was given
-
-
-@dataclass(frozen=True)
-class CellCall:
-    """The arguments of one call of a single-step function, and what it returned."""
-
-    cell: str
-    data: Tensor  # (B, I)
-    initial: tuple[Tensor, ...]  # h, or h and c: (B, H)
-    weights: tuple[Tensor, ...]  # weight_ih, weight_hh, then the biases if there are any
-    results: tuple[Tensor, ...]  # h, or h and c: (B, H)
-    training: bool
-    module: nn.Module | None
+    batch_sizes: Tensor | None = None  # (T,), packed
+    layers: int = 1
+    dropout: float = 0.0
+    bidirectional: bool = False
+    batch_first: bool = False
+    rng: Tensor | None = None  # state of the CPU generator before the call, when dropout was drawn
+    unsorted: Tensor | None = None  # packed: sorted place of each of the user's sequences
+    module_input: Any = None  # what the module's forward was given
 
 
 class Listener(Protocol):
     """Whoever wants to hear of recurrent calls."""
 
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool: ...
-    def saw(self, call: FusedCall) -> None: ...
-    def saw_cell(self, call: CellCall) -> None: ...
+    def saw(self, call: SeenCall) -> None: ...
     def missed(self, module: nn.Module | None, why: str) -> None: ...
 
 
@@ -100,7 +92,7 @@ class Telling:
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         args = _in_order(args, kwargs, fused=not self.single)
-        known = _of_cell(args) if self.single else _of_layer(args)
+        known = self._of_step(args) if self.single else _of_layer(args)
         interested = [o for o in self.listeners if o.wants(known["weights"], self.module)]
         if not self.single:
             draws = known["dropout"] and known["training"] and known["layers"] > 1
@@ -111,13 +103,19 @@ class Telling:
         self.known, self.interested = known, interested
 
     def _tell(self, listener: Listener, results: Any) -> None:
-        named = {**self.known, "cell": self.cell, "module": self.module}
-        if not self.single:
-            listener.saw(FusedCall(results=results, **named))
-            return
-        every = tuple(results) if isinstance(results, (tuple, list)) else (results,)
-        training = self.module is None or self.module.training
-        listener.saw_cell(CellCall(results=every, training=training, **named))
+        named: dict[str, Any] = {"cell": self.cell, "single": self.single, "module": self.module}
+        listener.saw(SeenCall(results=_states(results), **named, **self.known))
+
+    def _of_step(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        """The arguments of a function of one step by name."""
+        weights = tuple(weight for weight in args[2:] if weight is not None)
+        return {
+            "data": args[0],
+            "initial": _states(args[1]),
+            "weights": weights,
+            "has_biases": CELLS[self.cell].has_biases(len(weights)),
+            "training": self.module is None or self.module.training,
+        }
 
     def _missed_by_all(self, why: str) -> None:
         for listener in self.listeners:
@@ -146,7 +144,7 @@ def _of_layer(args: tuple[Any, ...]) -> dict[str, Any]:
     return {
         "data": data,
         "batch_sizes": batch_sizes,
-        "initial": tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,),
+        "initial": _states(hidden),
         "weights": tuple(weights),
         "has_biases": has_biases,
         "layers": layers,
@@ -157,14 +155,8 @@ def _of_layer(args: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
-def _of_cell(args: tuple[Any, ...]) -> dict[str, Any]:
-    """The same of a function of one step."""
-    data, hidden = args[:2]
-    return {
-        "data": data,
-        "initial": tuple(hidden) if isinstance(hidden, (tuple, list)) else (hidden,),
-        "weights": tuple(weight for weight in args[2:] if weight is not None),
-    }
+def _states(given: Any) -> tuple[Tensor, ...]:
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
 def _calling_module() -> tuple[nn.Module | None, dict[str, Any]]:

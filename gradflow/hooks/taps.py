@@ -17,6 +17,7 @@ from gradflow.hooks.graph import Between, is_hooked, saved_tensors_are_hooked
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.marks import End, Marks, Owner
 from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.unrolled.pieces import holds
 from gradflow.hooks.unseen import WRAPPED, is_wrapped, why_hidden
 
 ADVICE = "call it as h, c = gradflow.tap(h=h, c=c) inside the loop, once per step"
@@ -207,17 +208,10 @@ def _among(tensors: list[Tensor], end: End, before: dict[str, Tensor]) -> bool:
     """Whether one of the tensors is a state of the last tap: by storage, or equal and not zero."""
     for tensor in tensors:
         for name, state in end.states.items():
-            row = before[name]
             if tensor.layout != torch.strided or tensor.device != state.device:
                 continue
-            if tensor.numel() != state.numel():
-                continue
-            if tensor.untyped_storage().data_ptr() == state.untyped_storage().data_ptr():
-                return True
-            same = tensor.detach().reshape(row.shape).to(row.dtype) == row
-            telling = bool((same & (row != 0)).any()) and tensor.shape == state.shape
-            masked = same | (tensor.detach().reshape(row.shape) == 0)
-            if telling and bool(masked.all()):
+            shared = tensor.untyped_storage().data_ptr() == state.untyped_storage().data_ptr()
+            if (shared and tensor.numel() == state.numel()) or holds(tensor, before[name]):
                 return True
     return False
 

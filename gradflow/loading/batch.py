@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gradflow.errors import FileError, InputError, must_be
+from gradflow.loading.files import refuse_huge
 from gradflow.loading.kinds import READ_ERRORS, about_dangling
 from gradflow.loading.states import is_recurrent
-from gradflow.loading.words import article, reason
+from gradflow.loading.words import article, printable, reason, some
 from gradflow.process import quiet
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
@@ -56,7 +57,13 @@ def read_batch(
     >>> batch.inputs[0].shape, batch.lengths
     (torch.Size([7, 2, 3]), tensor([7, 4]))
     """
-    path = Path(input_path)
+    try:
+        return _batch_of(Path(input_path), target_path)
+    except (FileError, InputError) as error:  # one line, whatever the keys in the file are
+        raise type(error)(printable(error)) from error
+
+
+def _batch_of(path: Path, target_path: str | os.PathLike[str] | None) -> Batch:
     batch = _as_batch(_read(path), str(path))
     if target_path is not None:
         target = _as_target(_read(Path(target_path)), str(target_path))
@@ -140,6 +147,7 @@ def _readers() -> dict[str, Any]:
             return found
 
     def torch_file(path: Path) -> object:
+        refuse_huge(path, "torch" if zipfile.is_zipfile(path) else "legacy", SAVE)
         with path.open("rb") as file:  # of a path torch.load would trust the suffix
             return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -185,7 +193,7 @@ def _from_mapping(value: Mapping[str, object], label: str) -> Batch:
             f"reads; in your training code {SAVE}"
         )
     if "input" not in rest:
-        keys = ", ".join(list(rest)[:6]) or "none"
+        keys = some(list(rest), 6) or "none"
         raise InputError(must_be(f"the keys of {label}", "input, target, lengths", keys, SAVE))
     given = rest.pop("input")
     several = given if isinstance(given, list | tuple) and given else (given,)
@@ -200,7 +208,9 @@ def _from_mapping(value: Mapping[str, object], label: str) -> Batch:
         },
         target=None if target is None else _tensor(target, f"the target in {label}"),
         lengths=None if lengths is None else _lengths(lengths, label),
-        notes=(f"passed to the model by keyword: {', '.join(rest)}",) if rest else (),
+        notes=(printable(f"passed to the model by keyword: {some(list(rest), 6)}"),)
+        if rest
+        else (),
     )
 
 
@@ -209,7 +219,7 @@ def _as_target(value: object, label: str) -> Tensor:
         keys = [str(key) for key in value]
         chosen = "target" if "target" in keys else keys[0] if len(keys) == 1 else None
         if chosen is None:
-            shown = ", ".join(keys[:6]) or "none"
+            shown = some(keys, 6) or "none"
             raise InputError(must_be(f"the keys of {label}", "target", shown, "name it target"))
         value = value[chosen]
     return _tensor(value, f"the target in {label}")
@@ -217,8 +227,10 @@ def _as_target(value: object, label: str) -> Tensor:
 
 def _tensor(value: object, label: str) -> Tensor:
     if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
-            raise InputError(must_be(label, "an ordinary dense tensor", value.layout, SAVE))
+        plain = value.layout == torch.strided and not (value.is_quantized or value.is_nested)
+        if not plain or value.device.type == "meta":
+            got = "a nested tensor" if value.is_nested else value.layout
+            raise InputError(must_be(label, "an ordinary dense tensor", got, SAVE))
         tensor = value.detach()
     else:
         tensor = _from_numpy(value, label)

@@ -11,7 +11,7 @@ import pickle
 import pickletools
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -49,7 +49,7 @@ def read(path: Path, trust: bool = False) -> Contents:
         return Contents(kind, _read_safetensors(path))
     if trust:
         return Contents(kind, _read_trusted(path, kind))
-    names = _scan_globals(path, kind)
+    names = refuse_huge(path, kind)
     if kind == "pickle":
         raise FileError(
             f"{path} holds a Python pickle that torch.save did not write"
@@ -136,33 +136,58 @@ def _unpickled(path: Path, kind: str) -> object:
         return torch.load(file, map_location="cpu", weights_only=False)
 
 
-def _scan_globals(path: Path, kind: str) -> tuple[str, ...]:
-    """Names that a pickle would import, read from its opcodes; nothing is imported."""
-    names: dict[str, None] = {}
+@dataclass
+class _Asked:
+    """What a pickle asks for when it is opened."""
+
+    names: dict[str, None] = field(default_factory=dict)  # that it would import
+    largest: int = 0  # whole number in it
+
+
+def refuse_huge(path: Path, kind: str, todo: str = RESAVE) -> tuple[str, ...]:
+    """Names that a pickle would import, read from its opcodes; nothing is imported.
+
+    Args:
+        path: the file.
+        kind: as `gradflow.loading.kinds.sniff` tells.
+        todo: what to do instead, for the error.
+
+    Raises:
+        FileError: it asks for a bytearray, which torch's own safe reader allows, of more bytes than
+            the file has.
+    """
+    asked = _Asked()
     try:
-        with quiet():
-            _scan_file(path, kind, names)
+        with quiet():  # strange escapes in a damaged file
+            _scan_file(path, kind, asked)
     except READ_ERRORS:
         pass  # a damaged file: the reader itself will say so
-    return tuple(names)
+    if "builtins.bytearray" in asked.names and asked.largest > path.stat().st_size:
+        raise FileError(
+            f"{path} asks for {asked.largest:,} bytes of memory when it is opened, and holds "
+            f"{path.stat().st_size:,}, so it was not opened; {todo}"
+        )
+    return tuple(asked.names)
 
 
-def _scan_file(path: Path, kind: str, names: dict[str, None]) -> None:
+def _scan_file(path: Path, kind: str, asked: _Asked) -> None:
     if kind == "torch":
         with zipfile.ZipFile(path) as archive:
             member = next(n for n in archive.namelist() if n.split("/")[-1] == "data.pkl")
-            _scan_pickle(io.BytesIO(archive.read(member)), names)
+            _scan_pickle(io.BytesIO(archive.read(member)), asked)
     else:
         with path.open("rb") as file:
             # torch.save's older format: magic number, protocol, system, then the object
             for _ in range(4 if kind == "legacy" else 1):
-                _scan_pickle(file, names)
+                _scan_pickle(file, asked)
 
 
-def _scan_pickle(file: IO[bytes], names: dict[str, None]) -> None:
+def _scan_pickle(file: IO[bytes], asked: _Asked) -> None:
     strings: list[str] = []
     protocol = 0
     for opcode, argument, _ in pickletools.genops(file):
+        if isinstance(argument, int) and opcode.name != "PROTO":
+            asked.largest = max(asked.largest, argument)
         if opcode.name == "PROTO" and isinstance(argument, int):
             protocol = argument
         elif opcode.name in ("GLOBAL", "INST"):
@@ -170,9 +195,9 @@ def _scan_pickle(file: IO[bytes], names: dict[str, None]) -> None:
             if protocol < 3:  # Python 2's names, as the unpicklers read them
                 module, name = NAME_MAPPING.get((module, name), (module, name))
                 module = IMPORT_MAPPING.get(module, module)
-            names[f"{module}.{name}"] = None
+            asked.names[f"{module}.{name}"] = None
         elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-            names[f"{strings[-2]}.{strings[-1]}"] = None
+            asked.names[f"{strings[-2]}.{strings[-1]}"] = None
         elif isinstance(argument, str):
             strings = [*strings[-1:], argument]
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from gradflow.errors import FileError, InputError, must_be
-from gradflow.loading.words import reason
+from gradflow.loading.words import printable, reason
 
 SAVE = "write one label per line, or a .json list of strings"
 
@@ -30,9 +30,10 @@ def read_labels(path: Path) -> tuple[str, ...]:
         text = path.read_text(encoding="utf-8-sig")
         found = json.loads(text) if path.suffix.lower() == ".json" else _lines(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"cannot read labels from {path}{reason(error)}; {SAVE}") from error
+        said = f"cannot read labels from {path}{reason(error)}; {SAVE}"
+        raise FileError(printable(said)) from error
     if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
-        raise InputError(must_be(f"{path}", "a list of strings", _kind(found), SAVE))
+        raise InputError(must_be(printable(path), "a list of strings", _kind(found), SAVE))
     return tuple(found)
 
 

@@ -19,7 +19,7 @@ from gradflow.loading.kinds import READ_ERRORS
 from gradflow.loading.members import Member, named_list, pick
 from gradflow.loading.recurrent import RecurrentModule, from_model, from_tensors, recurrent_layers
 from gradflow.loading.shells import Rebuilder, Shell
-from gradflow.loading.states import fold, renamed
+from gradflow.loading.states import fold, renamed, shapes_of
 from gradflow.loading.words import RESAVE, analyze_command, printable, reason, some
 
 BATCH_KEYS = ("input", "target", "lengths")  # of a file given to --input
@@ -171,7 +171,7 @@ def _open(path: Path, spec: str | None, trust: bool, member: str | None) -> Open
         notes=found.notes,
         trusted=trust,
         spec=spec,
-        shapes={key: tuple(value.shape) for key, value in tensors.items()},
+        shapes=shapes_of(tensors),
         member=member,
         members=found.members,
         others=found.others,
@@ -213,7 +213,7 @@ def _into_class(opened: Opened, found: Found, spec: str) -> Opened:
             recurrent=from_model(model),
             notes=(*(() if name else found.notes), *notes),
             said=said,
-            shapes={key: tuple(value.shape) for key, value in tensors.items()},
+            shapes=shapes_of(tensors),
         )
     assert refused is not None
     if len(every) == 1:

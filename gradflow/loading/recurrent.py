@@ -1,6 +1,6 @@
 """Recurrent modules from their weights: what kind, which sizes, and a fresh module to run.
 
-Letters: G gates (LSTM 4, GRU 3, RNN 1), H hidden units, I inputs, P width of h (H, or proj_size).
+Letters: G gates (1 for a cell without any), H hidden units, I inputs, P width of h (H, or proj_size).
 ``weight_ih_l0`` is (G·H, I), ``weight_hh_l0`` (G·H, P), ``weight_hr_l0`` (P, H).
 """
 
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from gradflow.cells import CELLS, kinds
 from gradflow.errors import FileError
 from gradflow.loading.words import article, printable
 
@@ -23,21 +24,49 @@ _KEY = re.compile(
     r"(?:_l(?P<layer>\d+)(?P<reverse>_reverse)?)?",
     re.DOTALL,
 )
-_KINDS = {4: "LSTM", 3: "GRU", 1: "RNN"}
-_CLASSES: dict[str, Callable[..., nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
+_KINDS = {spec.blocks: kind for kind, spec in sorted(kinds().items(), key=lambda k: -k[1].blocks)}
 _EMBEDS = re.compile(r"emb|wte|lookup|token|vocab|word|char", re.I)
 _NOT_EMBEDS = re.compile(r"fc|linear|head|out|proj|dec|class|norm|attn|conv|key|query|value", re.I)
 GIVE_MODEL = "give the class that uses it: --model 'pkg.mod:Net(...)'"
 
 
-@dataclass(frozen=True)
-class RecurrentModule:
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a recurrent module."""
+
+    kind: str  # what people call its cell
+    input_size: int  # I
+    hidden_size: int  # H
+    proj_size: int = 0  # width of h after a projection, 0 without one
+    layers: int = 1
+    bidirectional: bool = False
+    bias: bool = True
+
+    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every weight's name and shape."""
+        gates = kinds()[self.kind].blocks * self.hidden_size
+        width = self.proj_size or self.hidden_size
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        for layer in range(self.layers):
+            inputs = self.input_size if layer == 0 else width * len(directions)
+            for direction in directions:
+                end = f"_l{layer}{direction}"
+                yield f"weight_ih{end}", (gates, inputs)
+                yield f"weight_hh{end}", (gates, width)
+                if self.bias:
+                    yield f"bias_ih{end}", (gates,)
+                    yield f"bias_hh{end}", (gates,)
+                if self.proj_size:
+                    yield f"weight_hr{end}", (width, self.hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentModule(Shape):
     """One recurrent module of a file, ready to run alone."""
 
     name: str  # module path as in the file, "" for a bare module
     module: nn.RNNBase  # fresh, in eval mode, with the file's weights in the file's dtype
-    kind: str  # "LSTM", "GRU" or "RNN"
-    from_cell: bool = False  # an LSTMCell, GRUCell or RNNCell, run as a one-layer module
+    from_cell: bool = False  # a cell of one step, run as a one-layer module
     nonlinearity_known: bool = True
     embedding: Tensor | None = field(default=None, repr=False)  # (V, I)
     embedding_name: str = ""
@@ -70,36 +99,6 @@ class RecurrentModule:
         if self.embedding is not None:
             said.append(non_finite(printable(self.embedding_name), self.embedding))
         return tuple(sentence for sentence in said if sentence)
-
-    @property
-    def input_size(self) -> int:
-        """I, the number of input features."""
-        return int(self.module.input_size)
-
-    @property
-    def hidden_size(self) -> int:
-        """H, the number of hidden units."""
-        return int(self.module.hidden_size)
-
-    @property
-    def layers(self) -> int:
-        """How many layers the module stacks."""
-        return int(self.module.num_layers)
-
-    @property
-    def bidirectional(self) -> bool:
-        """Whether it also runs from the last step to the first."""
-        return bool(self.module.bidirectional)
-
-    @property
-    def proj_size(self) -> int:
-        """Width of h after the projection of an LSTM, 0 without one."""
-        return int(self.module.proj_size)
-
-    @property
-    def bias(self) -> bool:
-        """Whether it has bias vectors."""
-        return bool(self.module.bias)
 
     @property
     def width(self) -> int:
@@ -188,9 +187,9 @@ def from_model(model: nn.Module) -> tuple[RecurrentModule, ...]:
 def _copy_fused(name: str, module: nn.RNNBase, tensors: Mapping[str, Tensor]) -> RecurrentModule:
     names = [weight for layer in module._all_weights for weight in layer]
     weights = {weight: getattr(module, weight) for weight in names} | _hooked_weights(module)
-    kind = "RNN" if module.mode.startswith("RNN") else module.mode
+    spec = CELLS[module.mode]
     shape = Shape(
-        kind=kind,
+        kind=spec.kind,
         input_size=module.input_size,
         hidden_size=module.hidden_size,
         proj_size=module.proj_size,
@@ -199,12 +198,8 @@ def _copy_fused(name: str, module: nn.RNNBase, tensors: Mapping[str, Tensor]) ->
         bias=module.bias,
     )
     options: dict[str, object] = {"dropout": module.dropout, "batch_first": module.batch_first}
-    if kind == "RNN":
-        options["nonlinearity"] = module.mode.removeprefix("RNN_").lower()
-    embedding = _embedding(name, module.input_size, tensors)
-    return RecurrentModule(
-        name, _instantiate(name, shape, weights, options), kind, False, True, *embedding
-    )
+    options |= spec.options
+    return _module(name, shape, weights, options, tensors)
 
 
 def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -219,48 +214,43 @@ def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _copy_cell(name: str, cell: nn.RNNCellBase, tensors: Mapping[str, Tensor]) -> RecurrentModule:
-    kind = _KINDS.get(cell.weight_hh.shape[0] // cell.hidden_size, "RNN")
+    kind = _KINDS.get(cell.weight_hh.shape[0] // cell.hidden_size, _KINDS[1])
     hooked = _hooked_weights(cell)
     weights = {
         f"{part}_l0": hooked.get(part, getattr(cell, part))
         for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         if getattr(cell, part, None) is not None
     }
-    shape = Shape(kind, cell.input_size, cell.hidden_size, bias=bool(cell.bias))
-    options = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}
+    shape = Shape(
+        kind=kind,
+        input_size=cell.input_size,
+        hidden_size=cell.hidden_size,
+        bias=bool(cell.bias),
+    )
+    options = {option: getattr(cell, option) for option in kinds()[kind].options}
+    return _module(name, shape, weights, options, tensors, from_cell=True)
+
+
+def _module(
+    name: str,
+    shape: Shape,
+    weights: Mapping[str, Tensor],
+    options: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    *,
+    from_cell: bool = False,
+) -> RecurrentModule:
+    """A fresh module, with what most likely embeds its tokens."""
     module = _instantiate(name, shape, weights, options)
-    embedding = _embedding(name, cell.input_size, tensors)
-    return RecurrentModule(name, module, kind, True, True, *embedding)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a recurrent module."""
-
-    kind: str
-    input_size: int
-    hidden_size: int
-    proj_size: int = 0
-    layers: int = 1
-    bidirectional: bool = False
-    bias: bool = True
-
-    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every weight's name and shape."""
-        gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[self.kind] * self.hidden_size
-        width = self.proj_size or self.hidden_size
-        directions = ("", "_reverse") if self.bidirectional else ("",)
-        for layer in range(self.layers):
-            inputs = self.input_size if layer == 0 else width * len(directions)
-            for direction in directions:
-                end = f"_l{layer}{direction}"
-                yield f"weight_ih{end}", (gates, inputs)
-                yield f"weight_hh{end}", (gates, width)
-                if self.bias:
-                    yield f"bias_ih{end}", (gates,)
-                    yield f"bias_hh{end}", (gates,)
-                if self.proj_size:
-                    yield f"weight_hr{end}", (width, self.hidden_size)
+    embedding, key = _embedding(name, shape.input_size, tensors)
+    return RecurrentModule(
+        **vars(shape),
+        name=name,
+        module=module,
+        from_cell=from_cell,
+        embedding=embedding,
+        embedding_name=key,
+    )
 
 
 def _build(
@@ -273,17 +263,9 @@ def _build(
         _check_tensor(f"{path}.{name}" if path else name, tensor)
     shape = _infer(label, weights)
     _check_shapes(label, shape, weights)
-    embedding, embedding_name = _embedding(path, shape.input_size, tensors)
-    return RecurrentModule(
-        name=path,
-        module=_instantiate(path, shape, weights, {}),
-        kind=shape.kind,
-        from_cell=from_cell,
-        nonlinearity_known=shape.kind != "RNN",
-        embedding=embedding,
-        embedding_name=embedding_name,
-        ambiguous=_ambiguities(shape, from_cell, label, embedding, embedding_name),
-    )
+    found = _module(path, shape, weights, {}, tensors, from_cell=from_cell)
+    known = not kinds()[shape.kind].options
+    return replace(found, nonlinearity_known=known, ambiguous=_ambiguities(found, label))
 
 
 def _check_tensor(key: str, tensor: Tensor) -> None:
@@ -292,6 +274,8 @@ def _check_tensor(key: str, tensor: Tensor) -> None:
         problem = "a shape without numbers (a meta tensor)"
     elif tensor.is_quantized:
         problem = "quantised"
+    elif tensor.is_nested:
+        problem = "nested (tensors of several shapes in one)"
     elif tensor.layout != torch.strided:
         problem = f"sparse ({str(tensor.layout).removeprefix('torch.')})"
     elif not tensor.is_floating_point():
@@ -327,14 +311,16 @@ def _infer(label: str, weights: Mapping[str, Tensor]) -> Shape:
     rows, columns = first_hh.shape
     hidden = int(columns if projection is None else projection.shape[1])
     gates, rest = divmod(int(rows), hidden) if hidden else (0, 1)
-    if rest or gates not in _KINDS or (projection is not None and gates != 4):
+    kind = "" if rest else _KINDS.get(gates, "")
+    if not kind or (projection is not None and "weight_hr" not in kinds()[kind].weights):
+        *most, last = map(str, _KINDS)
         raise FileError(
-            f"weight_hh_l0 of {label} must have 4, 3 or 1 times as many rows as hidden units "
-            f"(LSTM, GRU, RNN), got shape {tuple(first_hh.shape)}; {GIVE_MODEL}"
+            f"weight_hh_l0 of {label} must have {', '.join(most)} or {last} times as many rows as hidden "
+            f"units ({', '.join(_KINDS.values())}), got shape {tuple(first_hh.shape)}; {GIVE_MODEL}"
         )
     layers = 1 + max(int(_layer(name)) for name in weights)
     return Shape(
-        kind=_KINDS[gates],
+        kind=kind,
         input_size=int(first_ih.shape[1]),
         hidden_size=hidden,
         proj_size=0 if projection is None else int(projection.shape[0]),
@@ -383,14 +369,16 @@ def _instantiate(
         "device": "meta",  # the real tensors are put in below
         **options,
     }
-    if shape.kind == "LSTM":
+    if shape.proj_size:
         arguments["proj_size"] = shape.proj_size
     if shape.layers == 1:
         arguments.pop("dropout", None)  # it has no effect there, and torch warns
     dtype = weights["weight_hh_l0"].dtype
     if dtype.itemsize == 1:
         dtype = torch.float32  # torch has no float8 kernels for these layers
-    module = _CLASSES[shape.kind](**arguments)
+    make: Callable[..., nn.RNNBase] | None = kinds()[shape.kind].layer
+    assert make is not None
+    module = make(**arguments)
     copies = {
         name: weight.detach()
         .to(device="cpu", dtype=dtype)
@@ -435,21 +423,21 @@ def _embedding(path: str, width: int, tensors: Mapping[str, Tensor]) -> tuple[Te
     return tensors[chosen].detach(), chosen
 
 
-def _ambiguities(
-    shape: Shape, from_cell: bool, label: str, embedding: Tensor | None, embedding_name: str
-) -> tuple[str, ...]:
+def _ambiguities(found: RecurrentModule, label: str) -> tuple[str, ...]:
     said = []
-    if shape.kind == "RNN":
-        said.append("the weights do not say tanh or relu: read as tanh")
-    if from_cell:
-        said.append(f"{label} is a cell: run as one {shape.kind} layer over all steps")
-    elif shape.layers > 1:
+    read = kinds()[found.kind]
+    for option, value in read.options.items():
+        every = [spec.options[option] for spec in CELLS.values() if spec.kind == read.kind]
+        said.append(f"the weights do not say {' or '.join(every)}: read as {value}")
+    if found.from_cell:
+        said.append(f"{label} is a cell: run as one {found.kind} layer over all steps")
+    elif found.layers > 1:
         said.append("the weights do not say whether there is dropout between layers: read as none")
-    if not from_cell:
+    if not found.from_cell:
         said.append("the weights do not say batch_first: run with time first")
-    if embedding is not None:
+    if found.embedding is not None:
         said.append(
-            f"{embedding_name} {tuple(embedding.shape)} is as wide as the input: read as the "
+            f"{found.embedding_name} {tuple(found.embedding.shape)} is as wide as the input: read as the "
             "embedding of its tokens"
         )
     said.append("the weights do not say what feeds this layer, what reads it, or the loss")

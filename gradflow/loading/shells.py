@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradflow.cells import CELLS, kinds
 from gradflow.errors import FileError
 from gradflow.limits import SHELL_DEPTH, SHELL_MODULES
 
@@ -266,14 +267,16 @@ def _arguments(kind: type[nn.Module], shell: Shell) -> dict[str, object]:
 
 
 def _recurrent_arguments(kind: type[nn.Module], attributes: Mapping[str, Any]) -> dict[str, object]:
-    # RNN, LSTM and GRU take *args, so their signature does not name their arguments.
+    # Torch's recurrent layers take *args, so their signature does not name their arguments.
     names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout")
     arguments = {n: attributes[n] for n in (*names, "bidirectional") if n in attributes}
-    if kind is nn.LSTM:
+    first, *_ = (spec for spec in CELLS.values() if spec.layer is kind)
+    if "weight_hr" in first.weights:
         arguments["proj_size"] = attributes.get("proj_size", 0)
-    if kind is nn.RNN:
-        mode = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}.get(str(attributes.get("mode")))
-        arguments["nonlinearity"] = mode or attributes.get("nonlinearity", "tanh")
+    spec = CELLS.get(str(attributes.get("mode")))
+    for option, value in first.options.items():
+        known = None if spec is None else spec.options.get(option)
+        arguments[option] = known or attributes.get(option, value)
     if not all(_is_plain(value) for value in arguments.values()):
         raise ValueError("its sizes are not plain numbers")
     return arguments
@@ -288,8 +291,9 @@ def _is_plain(value: object) -> bool:
 _CONTAINERS: tuple[type[nn.Module], ...] = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # fmt: off
 _STOCK: dict[str, type[nn.Module]] = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (
-    nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.Sequential, nn.ModuleList,
-    nn.ModuleDict, nn.Identity, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag,
+    *(torchs for spec in kinds().values() for torchs in (spec.layer, spec.cell) if torchs is not None),
+    nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Linear, nn.Bilinear, nn.Embedding,
+    nn.EmbeddingBag,
     nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
     nn.AlphaDropout, nn.FeatureAlphaDropout, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d,

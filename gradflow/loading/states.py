@@ -40,6 +40,11 @@ def tensors_in(value: Mapping[Any, object]) -> dict[str, Tensor]:
     return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor; () of a nested one, which has none."""
+    return {key: () if t.is_nested else tuple(t.shape) for key, t in tensors.items()}
+
+
 def drop_wrappers(keys: list[str]) -> dict[str, str]:
     """Map every key to its name without `_orig_mod.` anywhere and `module.` in front of all.
 

@@ -6,6 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
+from gradflow.limits import SHOWN_LETTERS
+
 # Letters that are read out by name, so that they take "an".
 _SPELLED = ("lstm", "rnn", "mlp", "ndarray")
 RESAVE = (
@@ -59,6 +61,12 @@ def analyze_command(path: Path, options: str = "") -> str:
 
 
 def some(names: list[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    shown = ", ".join(names[:most])
+    """The first names, each cut where it is very long, and how many more there are.
+
+    >>> some(["x", "k" * 1000])
+    'x, kkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkk…'
+    """
+    shown = ", ".join(
+        name if len(name) <= SHOWN_LETTERS else f"{name[:SHOWN_LETTERS]}…" for name in names[:most]
+    )
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

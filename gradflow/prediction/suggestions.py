@@ -9,7 +9,8 @@ from gradflow.analysis import Analysis, LayerAnalysis, Prediction
 from gradflow.analyzer.brief import Brief, brief_seconds
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.reading import readings
-from gradflow.hooks.rerun import KEEPING, Change, rerun
+from gradflow.cells import CELLS, Keeper
+from gradflow.hooks.rerun import Change, rerun
 from gradflow.limits import (
     FACTORS_ALIKE,
     PREDICTION_LEAST,
@@ -88,7 +89,7 @@ def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
 
 
 def _first_trial(layer: LayerAnalysis) -> tuple[str, float]:
-    if layer.verdict == "vanishing" and layer.cell in KEEPING:
+    if layer.verdict == "vanishing" and _keeper(layer.cell) is not None:
         return "forget_bias", 1.0
     return "scale_hh", _rounded(math.exp(min(-layer.pace, STEEPEST)))
 
@@ -134,8 +135,14 @@ def _predicted(
 
 def _words(cell: str, remedy: str, value: float) -> str:
     if remedy == "forget_bias":
-        return f"{KEEPING[cell]} bias + {value:g}"
+        keeper = _keeper(cell)
+        assert keeper is not None
+        return f"{keeper.name} bias + {value:g}"
     return f"W_hh × {value:g}"
+
+
+def _keeper(cell: str) -> Keeper | None:
+    return CELLS[cell].keeper if cell in CELLS else None
 
 
 def _gone(found: Brief | LayerAnalysis) -> str:

@@ -6,6 +6,7 @@ Time is the first axis. Index 0 is the first step. Track arrays are in input-tim
 sequences in the user's order; steps past a sequence's length hold NaN.
 """
 
+from gradflow.recording.padding import Padding, padding_of
 from gradflow.recording.pooled import pooled
 from gradflow.recording.recording import Recording, matches_any
 from gradflow.recording.source import (
@@ -18,16 +19,16 @@ from gradflow.recording.source import (
     Source,
     ThinOperator,
 )
-from gradflow.recording.track import GATES, Track
+from gradflow.recording.track import Track
 from gradflow.recording.unseen import Unseen
 
 __all__ = [
-    "GATES",
     "Backward",
     "Contributions",
     "Forward",
     "Operator",
     "Outer",
+    "Padding",
     "Parity",
     "Recording",
     "Source",
@@ -35,5 +36,6 @@ __all__ = [
     "Track",
     "Unseen",
     "matches_any",
+    "padding_of",
     "pooled",
 ]

@@ -67,13 +67,14 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
             known.append(track)
     groups = [run for alike in runs.values() for run in alike]
     several = [run for run in groups if len(run) > 1]
-    said = [_words(run) for run in several]
+    said = [_words(run) for run in several] + _applied_words(groups)
     said += [_changed_words(alike) for alike in runs.values() if len(alike) > 1]
     if not several:
         return recording, list(dict.fromkeys(filter(None, said)))
     made = Recording(recording.model_name)
     made.notes, made.provenance = list(recording.notes), dict(recording.provenance)
     made.unseen, made.empty_reason = recording.unseen, recording.empty_reason
+    made.paddings, made.lengths_given = recording.paddings, recording.lengths_given
     for run in groups:
         made.add(run[0] if len(run) == 1 else _as_one(run))
     return made, list(dict.fromkeys(filter(None, said)))
@@ -88,7 +89,7 @@ def _kind(track: Track) -> tuple[object, ...]:
         return (track.name,)
     widths = tuple((name, state.shape[2]) for name, state in track.states.items())
     place = (_base(track), track.cell, track.owner, track.reverse, track.code)
-    return *place, track.training, widths
+    return *place, track.training, track.depth, widths
 
 
 def _is_known(track: Track) -> bool:
@@ -125,6 +126,23 @@ def _changed_words(alike: list[list[Track]]) -> str:
         f"{name} ran several times, and its weights were not the same each time (an optimizer's step, "
         "weights computed anew): runs of different weights are layers of their own in this report"
     )
+
+
+def _applied_words(groups: list[list[Track]]) -> list[str]:
+    """On layers that ran on their own output: those runs are no more sequences."""
+    deepest: dict[str, int] = {}
+    for run in groups:
+        base = _base(run[0])
+        deepest[base] = max(run[0].depth, deepest.get(base, 0))
+    alike: dict[int, list[str]] = {}
+    for name, depth in deepest.items():
+        alike.setdefault(depth, []).append(name)
+    return [
+        f"{', '.join(names)}: applied to what came of its own output, {depth} runs one upon the other; "
+        "each of these is a layer of its own in this report, and no more sequences of one"
+        for depth, names in alike.items()
+        if depth > 1
+    ]
 
 
 def _as_one(run: list[Track]) -> Track:

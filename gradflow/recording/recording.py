@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from html import escape
 
 from gradflow.errors import RecordingError
+from gradflow.recording.padding import Padding
 from gradflow.recording.track import Track
 from gradflow.recording.unseen import Unseen
 
@@ -33,6 +34,8 @@ class Recording:
         self.notes: list[str] = []  # sentences for the report: settings that shape the numbers
         self.provenance: dict[str, object] = {}
         self.unseen: tuple[Unseen, ...] = ()  # recurrences that are in no track
+        self.lengths_given = False  # whether `record` was told the lengths
+        self.paddings: list[Padding] = []  # of what the model was given
         self._tracks: dict[str, Track] = {}
         self.empty_reason = "nothing ran inside the block yet"
 

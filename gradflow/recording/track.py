@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from gradflow.cells import CELLS, CellSpec
 from gradflow.errors import RecordingError, must_be
+from gradflow.recording.padding import Padding
 from gradflow.recording.source import Backward, Contributions, Forward, Operator, Parity, Source
-
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # blocks of weight_hh
 
 
 @dataclass(eq=False)
@@ -40,12 +40,22 @@ class Track:
     notes: list[str] = field(default_factory=list)  # what a reader should know about this track
     owner: str = ""  # path of its module in the model, "" for the model itself
     above: tuple[str, ...] = ()  # names of the tracks of the same stack that read this one
+    below: tuple[str, ...] = ()  # names of the tracks that its input is made of, step by step
+    padding: Padding | None = None  # of the token ids that its input is made from, step by step
+    turned: bool = False  # whether its first step may read another step of the batch than the first
     inputs_unknown: str = ""  # that steps ran without a graph, and what that hides of their inputs
     unseen_states: tuple[str, ...] = ()  # states whose values were not seen, and stand as NaN
     loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of
+    afresh: int = 0  # calls of its layer in a row, each from a start of its own on what came before
+    depth: int = 1  # runs of this layer one upon the other, each on what came of the one before
     stamp: tuple[object, ...] = ()  # of weights that were not seen: equal where they were the same
     code: tuple[object, ...] = ()  # tells loops of one name apart: weights, or the line of a tap
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
+
+    @property
+    def spec(self) -> CellSpec | None:
+        """What is known of its kind of cell in closed form; None for a loop of the user's own."""
+        return CELLS.get(self.cell)
 
     def read_anew(self) -> None:
         """Forget what was read of the source, which has changed or may have.
@@ -496,9 +506,9 @@ class Track:
     @property
     def hidden(self) -> int:
         """H, the number of hidden units; of a loop of the user's own the width of its main state."""
-        if self.cell not in GATES:
+        if self.spec is None:
             return int(self.states[self.main_state].shape[2])
-        return int(self.weights["weight_hh"].shape[0]) // GATES[self.cell]
+        return int(self.weights["weight_ih"].shape[0]) // self.spec.blocks
 
     def __repr__(self) -> str:
         return (

@@ -17,6 +17,8 @@ from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.page import TOP, FigureKey, page
 from gradflow.reporter.picture import png
 
+# parts of a closed loop have those of the loop
+OF_GAINS = ("gain-map", "lag-curve", "rank", "lyapunov", "blocks")
 # of every layer, be it to say why not
 ALWAYS = ("gain-map", "total-vs-direct", "lag-curve", "states")
 FORMATS = ("html", "json", "csv", "png", "nc")
@@ -75,10 +77,10 @@ def report(
 
 def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
     """Every picture of an analysis as PNG bytes, by (kind, layer name)."""
-    worst = [layer.name for layer in analysis.worst_first]
+    worst = [layer.name for layer in analysis.told]
     top = _part(analysis, worst[:TOP])
     pictures = {("overview", "top"): png(plot(top)), ("overview", "narrow"): png(plot_narrow(top))}
-    if len(worst) > TOP:
+    if len(analysis) > len(top):
         pictures["overview", ""] = png(plot(analysis))
     for name, kind in KINDS.items():
         if kind is not None and kind.together:
@@ -86,9 +88,12 @@ def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
                 pictures[name, ""] = png(plot(analysis, name))
         elif kind is not None:
             for layer in analysis:
+                if layer.part_of in analysis.layers and name in OF_GAINS:
+                    continue  # they are those of its loop
                 # a picture with only words in its place is left out, and so is the detail of all
                 # but the worst layers of a deep stack, which would take minutes and megabytes
-                wanted = layer.name in worst[:TOP] and not kind.prepare(layer).note
+                shown = {layer.name, layer.part_of} & set(worst[:TOP])
+                wanted = shown and not kind.prepare(layer).note
                 if name in ALWAYS or wanted:
                     pictures[name, layer.name] = png(plot(_part(analysis, [layer.name]), name))
     return pictures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from gradflow.analysis import LayerAnalysis, Prediction, Rate
+from gradflow.cells import CELLS
 from gradflow.limits import power
 
 
@@ -76,8 +77,8 @@ def cell_words(layer: LayerAnalysis) -> str:
 
     A plain RNN says its nonlinearity only where it is not tanh.
     """
-    kind = {"RNN_TANH": "RNN", "RNN_RELU": "RNN relu"}.get(layer.cell, layer.cell)
-    return f"{kind} {layer.hidden}"
+    spec = CELLS.get(layer.cell)
+    return f"{layer.cell if spec is None else spec.shown or spec.kind} {layer.hidden}"
 
 
 def half_life_words(layer: LayerAnalysis | Prediction) -> str:

@@ -88,6 +88,7 @@ class Row:
     """What the page says of one layer."""
 
     layer: LayerAnalysis
+    alone: list[str]  # what it, or each part of a closed loop, does with its inputs held fixed
     share: float  # how much of the span the gradient reaches, in percent
     reach: str
     short: str
@@ -119,7 +120,7 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
     that would take the page above a megabyte are left out, the least important first, and the page
     says so.
     """
-    rows = [_row(layer) for layer in analysis.worst_first]
+    rows = [_row(layer, analysis) for layer in analysis.told]
     findings = top_findings(analysis)
     high = first_screen(analysis, rows, findings)
     render = functools.partial(
@@ -128,7 +129,7 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         dense=high > ROOM,
         top=rows[:TOP],
         others=rows[TOP:],
-        rows=[_row(layer) for layer in analysis],
+        rows=[_row(layer, analysis) for layer in analysis],
         findings=findings,
         more_findings=other_findings(analysis),
         # one shown where there is room, the others folded: the first screen holds all findings
@@ -179,6 +180,7 @@ def first_screen(analysis: Analysis, rows: Sequence[Row], findings: Sequence[Fin
     for row in rows[:TOP]:
         words = [row.layer.verdict, row.layer.sentence, *row.layer.labels]
         high += 30 + 20 * _lines(" ".join(words), 60)
+        high += sum(17 * _lines(line, 72) for line in row.alone)
     high += 35 * (len(rows) > TOP)
     for finding in findings:
         high += 12 + 17 * _lines(f"{finding.layer}: {finding.message} {finding.where}", 60)
@@ -209,10 +211,11 @@ def _shown(label: str, analysis: Analysis) -> bool:
     return any(label in layer.labels for layer in analysis)
 
 
-def _row(layer: LayerAnalysis) -> Row:
+def _row(layer: LayerAnalysis, analysis: Analysis) -> Row:
     share = prepare.span_share(layer)
     return Row(
         layer=layer,
+        alone=analysis.alone_of(layer),
         share=round(100 * share, 1),
         reach=reach_words(layer),
         short=reach_words(layer, short=True),
@@ -335,7 +338,7 @@ def alternative(analysis: Analysis, key: FigureKey) -> str:
         return f"{kind} of {name}: {words}"
     if kind != "overview":
         return f"{kind} of all {len(analysis)} layers: {_message(analysis, key)}"
-    titles = "; ".join(layer.title for layer in analysis.worst_first[:4])
+    titles = "; ".join(layer.title for layer in analysis.told[:4])
     return f"{kind}: gradient of every unit over the steps, and gain over the distance. {titles}"
 
 

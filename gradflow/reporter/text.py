@@ -105,7 +105,7 @@ def render(analysis: Analysis, console: Console | None = None, *, verbose: bool 
 def render_sentences(analysis: Analysis, console: Console | None = None) -> None:
     """Print one sentence per layer, the worst first, each on a line of its own."""
     console = console or _Console()
-    for layer in analysis.worst_first:
+    for layer in analysis.told:
         _print(console, Text(layer.sentence))
 
 
@@ -165,9 +165,11 @@ def _add_rows(table: Table, analysis: Analysis, console: Console, run: str = "")
 
 
 def _sentences(console: Console, analysis: Analysis) -> None:
-    layers = analysis.worst_first
+    layers = analysis.told
     for layer in layers[:SENTENCES]:
         _print(console, Text(layer.sentence), hang=2)
+        for words in analysis.alone_of(layer):
+            _print(console, Text(f"  {words}", style="dim"), hang=4)
     if len(layers) > SENTENCES:
         left = len(layers) - SENTENCES
         _print(console, Text(f"{left} more in the table above.", style="dim"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gain_maps, growth, memory, page, processes, recorded_steps
+from benchmarks import gain_maps, growth, memory, page, processes, recorded_steps, versions
 from benchmarks.rows import Row
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,11 +34,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder to write to")
     parser.add_argument("--readme", action="store_true", help="put the last run into README.md")
+    parser.add_argument(
+        "--against", metavar="REVISION", help="only print ratios to an earlier version"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.child:
         name, hidden, steps = asked.child
         memory.child(name, int(hidden), int(steps))
+    elif asked.against:
+        for row in versions.measure(quick=asked.quick, against=asked.against):
+            print(f"{row.what}: {row.value:.3f} × ({row.note})", flush=True)
     elif asked.readme:
         into_readme(json.loads((asked.output / "benchmarks.json").read_text()))
     else:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from gradflow.analysis import Finding
 from gradflow.analyzer.causes.activations import idle_units, saturated_activations
-from gradflow.analyzer.causes.gates import forget_gates, saturated_gates, update_gates
+from gradflow.analyzer.causes.gates import keeping_gates, saturated_gates
 from gradflow.analyzer.causes.linear import linear_recurrence
 from gradflow.analyzer.causes.paths import hidden_paths
 from gradflow.analyzer.causes.products import activations_contract, weights_contract, weights_expand
@@ -33,8 +33,7 @@ FINDERS: tuple[Finder, ...] = (
     read_by_loss,
     *VERDICTS,
     linear_recurrence,
-    forget_gates,
-    update_gates,
+    keeping_gates,
     saturated_activations,
     saturated_gates,
     idle_units,

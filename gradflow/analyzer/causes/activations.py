@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from gradflow.analysis import Finding
-from gradflow.analyzer.activity import CANDIDATES, sigmoid_and_other
+from gradflow.analyzer.activity import between
 from gradflow.analyzer.causes.remedies import MAJORITY, calmer, identity
 from gradflow.analyzer.evidence import Evidence, over_sequences
 from gradflow.limits import SATURATED, UNITS_AT_FAULT
@@ -43,15 +43,14 @@ def saturated_activations(e: Evidence) -> Iterator[Finding]:
 
 def _squashed(e: Evidence) -> dict[str, Tensor]:
     """What has limits at ±1: what a tap marks may have none, and a ReLU has none above."""
-    if e.track.cell == "RNN_TANH":
-        return {"h": e.track.h.detach().cpu().double()}
-    gates = sigmoid_and_other(e.track)
-    return {name: gates[name] for name in CANDIDATES if name in gates}
+    names = between(e.track) if e.spec is None else e.spec.tanh
+    every = e.track.states | e.track.gates
+    return {name: every[name].detach().cpu().double() for name in names}
 
 
 def idle_units(e: Evidence) -> Iterator[Finding]:
     """ReLU units that are 0 at every step; where all paths are cut, `dead` counts them."""
-    if not e.fades or e.verdict.name == "dead" or e.track.cell != "RNN_RELU":
+    if not e.fades or e.verdict.name == "dead" or e.spec is None or not e.spec.relu:
         return
     idle = int((e.data["unit_idle"] == 1).sum())
     hidden = e.track.hidden

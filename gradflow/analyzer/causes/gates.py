@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from gradflow.analysis import Finding, Rate
-from gradflow.analyzer.activity import CANDIDATES, masked_mean, over_all, sigmoid_and_other
+from gradflow.analyzer.activity import between, masked_mean, over_all, sigmoid_and_other
 from gradflow.analyzer.causes.remedies import (
     BAND,
     FOREIGN,
@@ -19,63 +19,32 @@ from gradflow.analyzer.causes.remedies import (
     foreign_biases,
     own,
 )
-from gradflow.analyzer.census import KEEPERS
 from gradflow.analyzer.evidence import Evidence, number, over_sequences
-from gradflow.limits import GATE_CLOSED, GATE_MOSTLY, OVERWRITTEN, WALL_STEPS
+from gradflow.limits import GATE_CLOSED, GATE_MOSTLY, WALL_STEPS
 
 
-def forget_gates(e: Evidence) -> Iterator[Finding]:
-    """An LSTM whose forget gates alone shorten the memory below the span."""
-    if e.kind != "LSTM" or not e.fades:
+def keeping_gates(e: Evidence) -> Iterator[Finding]:
+    """A cell whose gates that keep the state alone shorten the memory below the span."""
+    keeper = e.keeper
+    if keeper is None or not e.fades:
         return
-    forget = sigmoid_and_other(e.track)["f"]
-    mean, pace = over_all(forget, e.track.mask), over_sequences(forget.log(), e.track)
+    gate = sigmoid_and_other(e.track)[keeper.gate]
+    mean, pace = over_all(gate, e.track.mask), over_sequences(gate.log(), e.track)
     # the whole layer forgets faster than one decade over the span through this gate alone
-    if not pace.value < -e.band or not _at_most_steps(forget.log(), e) < -e.band:
+    fast = pace.value < -e.band if keeper.overwritten is None else mean < keeper.overwritten
+    if not (fast and _at_most_steps(gate.log(), e) < -e.band):
         return
     yield Finding(
-        name="forget-gates-closed",
+        name=f"{keeper.name}-gates-{keeper.fault}",
         layer=e.track.name,
-        message=f"forget gates average {mean:.2f}: cells keep their memory for "
+        message=f"{keeper.name} gates average {mean:.2f}: {keeper.keeps} for "
         f"{number(-1 / pace.value)} steps, of your {e.span}",
-        where=_shut("f", "closed, below", forget, e),
+        where=_shut(keeper.gate, f"{keeper.shut}below", gate, e),
         **_scale(e, pace),
         basis=BAND,
         source="" if foreign_biases(e) else "Tallec & Ollivier 2018",
         code=chrono(e),
-        advice=FOREIGN
-        if foreign_biases(e)
-        else (
-            "draw the forget biases from the range of distances in the task (chrono initialisation) and "
-            "train again; of the two bias vectors, which add up, set one to zero"
-        ),
-    )
-
-
-def update_gates(e: Evidence) -> Iterator[Finding]:
-    """A GRU whose update gates overwrite the state at every step."""
-    if e.kind != "GRU" or not e.fades:
-        return
-    update = sigmoid_and_other(e.track)["z"]
-    mean, pace = over_all(update, e.track.mask), over_sequences(update.log(), e.track)
-    if not (_at_most_steps(update.log(), e) < -e.band and mean < OVERWRITTEN):
-        return
-    yield Finding(
-        name="update-gates-overwrite",
-        layer=e.track.name,
-        message=f"update gates average {mean:.2f}: units keep their state for "
-        f"{number(-1 / pace.value)} steps, of your {e.span}",
-        where=_shut("z", "below", update, e),
-        **_scale(e, pace),
-        basis=BAND,
-        source="" if foreign_biases(e) else "Tallec & Ollivier 2018",
-        code=chrono(e),
-        advice=FOREIGN
-        if foreign_biases(e)
-        else (
-            "draw the update biases from the range of distances in the task (chrono initialisation), so "
-            "that units keep their state, and train again; of the two bias vectors set one to zero"
-        ),
+        advice=FOREIGN if foreign_biases(e) else keeper.chrono,
     )
 
 
@@ -102,7 +71,7 @@ def saturated_gates(e: Evidence) -> Iterator[Finding]:
     if not e.fades:
         return
     for name, values in sigmoid_and_other(e.track).items():
-        if name in CANDIDATES or name == KEEPERS.get(e.kind):
+        if name in between(e.track) or (e.keeper is not None and name == e.keeper.gate):
             continue
         shut = values < GATE_CLOSED
         share = over_sequences(shut.double(), e.track)
@@ -130,22 +99,16 @@ def saturated_gates(e: Evidence) -> Iterator[Finding]:
 
 def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
     """Advice and code for a gate that is shut: by its biases alone, or by what it reads."""
-    block = list(e.track.gates).index(gate)
-    bias = sum(
-        float(e.track.weights[name].detach().double().chunk(len(e.track.gates))[block].mean())
-        for name in ("bias_ih", "bias_hh")
-        if name in e.track.weights
-    )
+    names = [name for name in e.track.weights if name.startswith("bias")]
+    rows = slice(0) if e.spec is None else e.spec.block(gate, e.track.hidden)
+    bias = sum(float(e.track.weights[name].detach().double()[rows].mean()) for name in names)
     if not bias < math.log(GATE_CLOSED / (1 - GATE_CLOSED)):
         return calmer(e, "scale the inputs or the weights down, or add layer normalisation", gate)
-    if not all(own(e, name) for name in ("bias_ih", "bias_hh")):
+    if not all(own(e, name) for name in names):
         return "change what makes its biases: they are no parameters of its own", ""
-    first, last = block * e.track.hidden, (block + 1) * e.track.hidden
     return (
         f"set its biases to 0, and train again: they average {number(bias)}, which alone shuts it",
-        "\n".join(
-            f"{e.parameter(name)}.data[{first}:{last}] = 0.0" for name in ("bias_ih", "bias_hh")
-        ),
+        "\n".join(f"{e.parameter(name)}.data[{rows.start}:{rows.stop}] = 0.0" for name in names),
     )
 
 

@@ -17,7 +17,7 @@ def hidden_paths(e: Evidence) -> Iterator[Finding]:
     step counts where this alone exceeds the forget path.
     """
     grows = e.verdict.name == "exploding" or "transient growth" in e.labels
-    if e.kind != "LSTM" or e.verdict.name == "stable" or not grows:
+    if e.spec is None or e.spec.paths is None or e.verdict.name == "stable" or not grows:
         return
     gain = e.data["path_gain"]
     total, forget = gain.sel(path="total").values, gain.sel(path="forget gate").values

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from gradflow.analysis import Finding
 from gradflow.analyzer import reading
 from gradflow.analyzer.evidence import Evidence, counted, module
-from gradflow.recording import GATES
+from gradflow.recording import Track
 
 
 def read_by_loss(e: Evidence) -> Iterator[Finding]:
@@ -26,6 +26,18 @@ def mend_first(e: Evidence) -> str:
     """The advice in place of a remedy, where none can help before the loss reads other steps."""
     where = f" of {e.reading.under[0]}" if e.reading.under[0] and not e.reading.kind else ""
     return f"first mend what the loss reads{where}: before that no change of this layer helps"
+
+
+def perhaps_padding(track: Track, read: reading.Reading) -> str:
+    """What to know where all sequences end with one row, which may be padding and may be data."""
+    if not read.perhaps:
+        return ""
+    every = "every sequence" if track.batch > 1 else "its one sequence"
+    return (
+        f"from step {read.perhaps + 1} on, what {track.name} reads repeats one row in {every}, and the "
+        f"loss reads only what comes after: if these steps are padding, read step {read.perhaps} "
+        "instead; lengths= in record() tells which steps are real"
+    )
 
 
 # ----------------------------------------------------------------------------- sentence and title
@@ -103,7 +115,7 @@ def _unread(e: Evidence) -> Finding:
         if zero
         else "make the loss depend on what the layer returns, or leave the layer out",
         code=f"print([p.grad for p in {path}.parameters()])"
-        if zero or e.track.cell not in GATES
+        if zero or e.track.spec is None
         else f"output = {path}(x)[0]  # and let the loss read it, not output.detach()"
         if e.fused
         else f"h = {path}(x_t, h)  # and let the loss read it, not h.detach()",
@@ -174,7 +186,7 @@ def _first_step(e: Evidence) -> Finding:
         else f"step 1 of {track.steps}"
     )
     what = "∂L/∂W_hh is exactly 0, so its recurrence is not trained"
-    if track.cell not in GATES:
+    if track.spec is None:
         what = "nothing crosses from one step to another, so its recurrence is not trained"
     if not e.reading.still:
         what = "its recurrent weights see this one step alone"
@@ -206,7 +218,7 @@ def _read_further(e: Evidence) -> tuple[str, str]:
 def _final_states(e: Evidence, given: str) -> str:
     """Code: h_n of the top layer, of both directions where there are two."""
     path = module(e.track.owner)
-    inner = "[0]" if e.kind == "LSTM" else ""
+    inner = "[0]" if e.spec is not None and len(e.spec.states) > 1 else ""
     top = "torch.cat([h_n[-2], h_n[-1]], -1)" if e.reading.bidirectional else "h_n[-1]"
     return f"h_n = {path}({given})[1]{inner}\nlast = {top}"
 
@@ -230,7 +242,7 @@ def _after_end(e: Evidence) -> Finding:
     behind = (
         f"at the median {counted(seen.padding, 'step')} of padding between the last real one and it"
     )
-    seems = "" if seen.told else " (told from the input, which repeats one row from there on)"
+    seems = f" ({seen.shown})" if seen.shown else ""
     code = _last_step(e, "lengths - 1")
     if e.fused and seen.bidirectional:
         first = ", batch_first=True" if e.track.batch_first else ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from gradflow.analyzer.activity import over_all, sigmoid_and_other
 from gradflow.analyzer.evidence import Evidence, module
 from gradflow.analyzer.tried import tried
+from gradflow.cells import Keeper, layer_names
 from gradflow.limits import LARGE_INPUT
 
 LONG = 24  # letters of a module's path that several lines need not repeat
@@ -15,8 +16,9 @@ MAJORITY = "more than half of them"
 CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # before optimizer.step()"
 NO_BIAS = "# the layer has no bias to raise: build it with bias=True"
 NORMALISE = "x = (x - x.mean()) / x.std()"
+GATED = f"a gated cell ({', '.join(layer_names(gated=True))})"
 NOT_CALMER = (
-    "add layer normalisation, or use a gated cell (nn.LSTM, nn.GRU), and train it: smaller inputs alone "
+    f"add layer normalisation, or use {GATED}, and train it: smaller inputs alone "
     "do not mend this batch"
 )
 
@@ -56,12 +58,18 @@ def shrunk(e: Evidence, factor: float) -> str:
     return ""
 
 
-def raised_bias(e: Evidence) -> str:
-    """Raise the second block of the input bias: f of an LSTM, z of a GRU."""
+def raised_bias(e: Evidence, keeper: Keeper) -> str:
+    """Raise the input bias of the gate that keeps the state."""
     if "bias_ih" not in e.track.weights:
         return NO_BIAS
-    hidden = e.track.hidden
-    return f"{e.parameter('bias_ih')}.data[{hidden}:{2 * hidden}] += 1.0"
+    return f"{_bias(e, 'bias_ih', keeper.gate)} += 1.0"
+
+
+def _bias(e: Evidence, name: str, gate: str) -> str:
+    """Python for a gate's block of one of the biases."""
+    assert e.spec is not None
+    rows = e.spec.block(gate, e.track.hidden)
+    return f"{e.parameter(name)}.data[{rows.start or ''}:{rows.stop}]"
 
 
 def foreign_biases(e: Evidence) -> bool:
@@ -71,19 +79,19 @@ def foreign_biases(e: Evidence) -> bool:
 
 
 def chrono(e: Evidence) -> str:
-    """Biases log(u), u uniform in [1, span − 1]; the LSTM's input gate gets the opposite."""
+    """Biases log(u), u uniform in [1, span − 1]; the input gate of a cell gets the opposite."""
     if "bias_ih" not in e.track.weights:
         return NO_BIAS
     if foreign_biases(e):
         return ""
-    hidden, bias = e.track.hidden, e.parameter("bias_ih")
-    longest = max(e.span - 1, 2)
-    lines = [
-        f"{e.parameter('bias_hh')}.data[:{2 * hidden}] = 0.0",
-        f"{bias}.data[{hidden}:{2 * hidden}].uniform_(1, {longest}).log_()",
-    ]
-    if e.kind == "LSTM":
-        lines.append(f"{bias}.data[:{hidden}] = -{bias}.data[{hidden}:{2 * hidden}]")
+    assert e.spec is not None and e.keeper is not None
+    kept, longest = _bias(e, "bias_ih", e.keeper.gate), max(e.span - 1, 2)
+    end = e.spec.block(e.keeper.gate, e.track.hidden).stop
+    lines = [f"{kept}.uniform_(1, {longest}).log_()"]
+    if "bias_hh" in e.track.weights:
+        lines.insert(0, f"{e.parameter('bias_hh')}.data[:{end}] = 0.0")
+    if e.keeper.opposite:
+        lines.append(f"{_bias(e, 'bias_ih', e.keeper.opposite)} = -{kept}")
     path = module(e.track.owner)
     if len(path) > LONG:  # said once
         lines = [f"layer = {path}", *(line.replace(path, "layer") for line in lines)]
@@ -127,7 +135,9 @@ def inputs_at(e: Evidence, steps: Iterable[int]) -> str:
 
 def against_vanishing(e: Evidence) -> tuple[str, str, str]:
     """Advice, its source and its code for this kind of cell."""
-    return _REMEDIES.get(e.kind, _any_cell)(e)
+    if e.keeper is not None:
+        return _raised(e, e.keeper)
+    return _vanilla(e) if e.spec is not None and e.spec.vanilla else _any_cell(e)
 
 
 def mean_gate(e: Evidence, gate: str) -> float:
@@ -135,50 +145,41 @@ def mean_gate(e: Evidence, gate: str) -> float:
     return over_all(sigmoid_and_other(e.track)[gate], e.track.mask)
 
 
-def _rnn(e: Evidence) -> tuple[str, str, str]:
+def _vanilla(e: Evidence) -> tuple[str, str, str]:
     weight, activation = (float(value) for value in e.data["rate_factor"].values)
     if activation < weight:  # orthogonal weights would change little
         advice, code = calmer(
             e,
-            "bring the activations back to where they are steep: scale the inputs down, or use a "
-            "gated cell (nn.LSTM, nn.GRU)",
+            f"bring the activations back to where they are steep: scale the inputs down, or use {GATED}",
         )
         return advice, "Pascanu et al. 2013", code
     return (
-        "start the recurrent weights orthogonal, or use a gated cell (nn.LSTM, nn.GRU), and train again",
+        f"start the recurrent weights orthogonal, or use {GATED}, and train again",
         "Arjovsky et al. 2016; Le et al. 2015",
         orthogonal(e),
     )
 
 
-def _lstm(e: Evidence) -> tuple[str, str, str]:
-    return _raised(e, "forget", "f", "", "Jozefowicz et al. 2015")
-
-
-def _gru(e: Evidence) -> tuple[str, str, str]:
-    kept = ", and PyTorch's z is the share of the old state that is kept"
-    return _raised(e, "update", "z", kept, "Tallec & Ollivier 2018")
-
-
-def _raised(e: Evidence, name: str, gate: str, more: str, source: str) -> tuple[str, str, str]:
+def _raised(e: Evidence, keeper: Keeper) -> tuple[str, str, str]:
     """Raise the bias of the gate that keeps the state, if that helps on this batch."""
-    mean = f"the gate's mean is {mean_gate(e, gate):.2f}"
+    name = keeper.name
+    mean = f"the gate's mean is {mean_gate(e, keeper.gate):.2f}{keeper.note}"
     if foreign_biases(e):
-        return f"{FOREIGN}; {mean}{more}", "", ""
+        return f"{FOREIGN}; {mean}", "", ""
     found = tried(e, forget_bias=1.0)
     if found.helps:
-        return f"raise the {name} gate's bias by 1: {mean}{more}", source, raised_bias(e)
+        return f"raise the {name} gate's bias by 1: {mean}", keeper.source, raised_bias(e, keeper)
     if found.why_not:
         return (
             f"see whether a {name} gate's bias raised by 1 helps: it was not tried here "
-            f"({found.why_not}); {mean}{more}",
-            source,
+            f"({found.why_not}); {mean}",
+            keeper.source,
             "print(gradflow.what_if(recording, forget_bias=1.0))",
         )
     return (
         f"train with another start of the {name} gates' biases: raised by 1 they do not bring the gain "
-        f"nearer to 1 on this batch; {mean}{more}",
-        source,
+        f"nearer to 1 on this batch; {mean}",
+        keeper.source,
         "",
     )
 
@@ -190,10 +191,3 @@ def _any_cell(_: Evidence) -> tuple[str, str, str]:
         "Jozefowicz et al. 2015; Arjovsky et al. 2016",
         "",
     )
-
-
-_REMEDIES: dict[str, Callable[[Evidence], tuple[str, str, str]]] = {
-    "RNN": _rnn,
-    "LSTM": _lstm,
-    "GRU": _gru,
-}

@@ -21,7 +21,6 @@ from gradflow.analyzer.finite import (
     bad_weight,
 )
 from gradflow.analyzer.order import segment_lengths
-from gradflow.recording import GATES
 
 LISTED = 6  # segments of one sequence that are named one by one
 
@@ -84,7 +83,7 @@ def _made_in(e: Evidence, bad: Bad, direction: str) -> tuple[str, str, str]:
             "square root of zero",
             "torch.autograd.set_detect_anomaly(True)",
         )
-    if "inf" in bad.value and e.track.cell in GATES:
+    if "inf" in bad.value and e.track.spec is not None:
         dtype = str(e.track.states[bad.name].dtype).removeprefix("torch.")
         return (
             f": the states outgrow {dtype}",
@@ -97,7 +96,7 @@ def _made_in(e: Evidence, bad: Bad, direction: str) -> tuple[str, str, str]:
 
 def no_recurrence(e: Evidence) -> Iterator[Finding]:
     """One step: no recurrence is exercised."""
-    if "no recurrence" not in e.labels:
+    if "no recurrence" not in e.labels or e.track.afresh:  # what goes around is told as unseen
         return
     advice, code = _how_to_recur(e)
     yield Finding(
@@ -116,7 +115,7 @@ def no_recurrence(e: Evidence) -> Iterator[Finding]:
 def _how_to_recur(e: Evidence) -> tuple[str, str]:
     """Advice and code for more than one step."""
     path = module(e.track.owner)
-    if e.track.cell not in GATES:
+    if e.track.spec is None:
         return "mark the states inside the loop, once per step", "h, c = gradflow.tap(h=h, c=c)"
     if e.fused:
         return (

@@ -26,7 +26,7 @@ def dead(e: Evidence) -> Iterator[Finding]:
         return  # by cuts, which have a finding of their own
     cut_off = int(sum(gain == -math.inf for gain in e.sequence_gains.values))
     share = f"{cut_off} of {counted(len(e.sequence_gains.values), 'sequence')}"
-    relu, extra = e.track.cell == "RNN_RELU", ""
+    relu, extra = e.spec is not None and e.spec.relu, ""
     if relu:
         idle = int((e.data["unit_idle"] == 1).sum())
         extra = f"; {idle} of {e.track.hidden} ReLU units are 0 at every step" if idle else ""
@@ -147,7 +147,7 @@ def few_channels(e: Evidence) -> Iterator[Finding]:
         source="Engelken 2023",
         advice="start the recurrent weights orthogonal, so that more directions keep their gradient, "
         "and train again",
-        code=orthogonal(e) if e.kind == "RNN" else "",
+        code=orthogonal(e) if e.spec is not None and e.spec.vanilla else "",
     )
 
 
@@ -167,4 +167,11 @@ def _rate(e: Evidence) -> str:
 
 
 def _sequences(e: Evidence) -> str:
-    return "one sequence" if e.track.batch == 1 else f"{e.track.batch} sequences"
+    if e.track.batch == 1:
+        return "one sequence"
+    voting = int(e.sequence_gains.voting.sum())
+    return (
+        f"{voting} of {e.track.batch} sequences"
+        if voting < e.track.batch
+        else f"{voting} sequences"
+    )

@@ -1,7 +1,8 @@
 """Runs of a layer that start afresh, each on what came of the run before: a loop that carries no state.
 
 A decoder that gives its layer the last outputs and no state, for one. What goes around is what lies
-between two runs, so each run is a track of its own and none of them is the loop.
+between two runs, so each run is a track of its own and none of them is the loop. A layer that is applied
+to its own output is the same on a small scale: its runs are as many layers, not sequences of one.
 """
 
 from __future__ import annotations
@@ -29,10 +30,18 @@ class Afresh:
 
     def look(self, calls: Sequence[Seen]) -> None:
         """All calls so far, in the order in which they were made."""
-        runs = Counter(seen.part.path for seen in calls if _is_run(seen))
-        if not runs or max(runs.values()) < RECURRENCE_USES:
+        parts = Counter(part.path for part in dict.fromkeys(seen.part for seen in calls))
+        if not parts or max(parts.values()) < 2:
             return
         dependence = Dependence(calls)
+        for part, depth in dependence.depths().items():
+            for track in part.tracks:
+                track.depth = max(track.depth, depth)
+        runs = Counter(seen.part.path for seen in calls if _is_run(seen))
+        if runs and max(runs.values()) >= RECURRENCE_USES:
+            self._count(calls, dependence)
+
+    def _count(self, calls: Sequence[Seen], dependence: Dependence) -> None:
         rows: dict[Seen, dict[str, int]] = {}
         for seen in calls:
             if not _is_run(seen):

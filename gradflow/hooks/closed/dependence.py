@@ -8,7 +8,7 @@ where the path ends. An input that is given, or embedded, is left after a node o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from gradflow.hooks.closed.parts import MarkedPart, Seen, StockPart
@@ -106,6 +106,25 @@ class Dependence:
                 found.append([self._known[bit] for bit in (one, *others)])
             left = [bit for bit in left if bit not in others]
         return found
+
+    def depths(self) -> dict[Part, int]:
+        """Of every part how many of the same layer it came through, itself included."""
+        found: dict[Part, int] = {}
+        earlier: dict[object, int] = {}  # a layer -> the parts of it so far
+        for bit, part in self._known.items():
+            # loops of one name may be over weights of their own
+            layer = part.path, *(track.code for track in part.tracks)
+            below = self._feeds[bit] & earlier.get(layer, 0)
+            come = [found[self._known[b]] for b in self._bits(below)]
+            found[part] = 1 + max(come, default=0)
+            earlier[layer] = earlier.get(layer, 0) | bit
+        return found
+
+    @staticmethod
+    def _bits(number: int) -> Iterator[int]:
+        while number:
+            yield number & -number
+            number &= number - 1
 
     def depends(self, seen: Seen, parts: Iterable[Part]) -> bool:
         """Whether a call's input descends from one of the parts."""

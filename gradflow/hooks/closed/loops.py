@@ -17,6 +17,7 @@ from torch import Tensor
 from gradflow.errors import RecordingError
 from gradflow.hooks.closed.parts import Member, Seen
 from gradflow.hooks.closed.source import JointSource
+from gradflow.hooks.loops.layout import Part
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark
 from gradflow.hooks.wide import GivenStep, ThroughStep, WideStep
@@ -127,7 +128,7 @@ class ClosedLoop:
                 self._mark_own(part)
             return self.source
         fits = len(self.source.marks) == sum(part.loop.chain.sizes)
-        return self.source if fits else None
+        return self.source if fits and self.source.layout.is_that_of(part.loop.layout) else None
 
     def _mark_own(self, part: LoopSource) -> None:
         """One mark per call: as read from the graph, in closed form where the input is given."""
@@ -135,7 +136,8 @@ class ClosedLoop:
         if len(source.marks) == len(chain.calls) or not chain.calls:
             return
         member = source.members[0]
-        source.marks, source.ends, source.lengths = [], [], chain.real
+        source.marks, source.ends, source.lengths = [], [], chain.lengths
+        source.layout = chain.layout
         closed_form = None
         wide = any(isinstance(step, WideStep) for step, _ in self.read.values())
         reason = part.loop.why_no_operator()
@@ -145,18 +147,15 @@ class ClosedLoop:
         for place, (call, link) in enumerate(zip(chain.calls, chain.links, strict=True)):
             jacobian, cut = self.read.get(place, (None, None))
             if cut is None:
-                none = torch.zeros(chain.batch, dtype=torch.bool, device=call.h0.device)
+                none = torch.zeros(call.h0.shape[1], dtype=torch.bool, device=call.h0.device)
                 cut = none if link is None else link.cut
             mark = Mark(
-                states={
-                    name: call.returned["c_n" if state == "c" else "h_n"][0]
-                    for state, name in member.names.items()
-                },
+                states={name: call.returned[state][0] for state, name in member.names.items()},
                 grad_enabled=call.grad_enabled,
                 differentiable=call.differentiable,
                 cut=cut,
                 jacobian=jacobian,
-                within=_within(part, place, wide=wide) if call.c_is_total else None,
+                within=_within(part, place, wide=wide) if call.totals else None,
             )
             if jacobian is None and place:
                 if closed_form is None:
@@ -164,9 +163,7 @@ class ClosedLoop:
                 elif wide:
                     mark.jacobian = GivenStep(closed_form, place)
                 else:
-                    eye = torch.eye(closed_form.size, dtype=torch.float64, device=cut.device)
-                    rows = closed_form.push(place, eye.expand(chain.batch, -1, -1))
-                    mark.jacobian = rows.mT
+                    mark.jacobian = _written_out(closed_form, chain.layout.parts[place], cut.device)
             source.marks.append(mark)
             source.ends.append({id(self.parts[0]): place})
 
@@ -205,16 +202,26 @@ class ClosedLoop:
 
 
 def _within(part: LoopSource, place: int, *, wide: bool) -> Tensor | WideStep:
-    """M of an LSTM cell: h = o ⊙ tanh c moves with c, (B, S, S) or a map."""
+    """M of a cell whose h is made of its c, and moves with it, (B, S, S) or a map."""
     through = part.loop.once(
         "through",
-        lambda: part.loop.per_call([g.replay.steps(0, 0).through for g in part.loop.groups]),  # type: ignore[attr-defined]
+        lambda: part.loop.per_call([g.replay.steps(0, 0).made_of()["c"] for g in part.loop.groups]),
     )[place][0]
     width = through.shape[1]
     if wide:
         return ThroughStep(through)
     found = through.new_zeros(len(through), 2 * width, 2 * width)
     found[:, :width, width:] = torch.diag_embed(through)
+    return found
+
+
+def _written_out(steps: Operator, part: Part, device: torch.device) -> Tensor:
+    """A, (b, S, S), of one call of one step."""
+    eye = torch.eye(steps.size, dtype=steps.dtype, device=device).expand(steps.batch, -1, -1)
+    found = eye.new_zeros(len(part.sequences), steps.size, steps.size)
+    for t in part.starts.unique().tolist():
+        here = (part.starts == t).to(device)
+        found[here] = steps.push(t, eye)[part.sequences.to(device)[here]].mT
     return found
 
 

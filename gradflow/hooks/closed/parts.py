@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gradflow.cells import CELLS
 from gradflow.hooks.call import Call
-from gradflow.hooks.closed.standing import View, view_in_place, views_of_call
+from gradflow.hooks.closed.standing import View, before_last, view_in_place, views_of_call
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import LEAF, Edge
 from gradflow.hooks.loops.links import End
@@ -37,6 +38,7 @@ class StockPart:
 
     chain: Chain
     loop: Loop = field(init=False)
+    outputs: bool = False  # whether outputs within its calls go on to the next, as a state
 
     def __post_init__(self) -> None:
         self.loop = Loop(self.chain)
@@ -67,9 +69,24 @@ class StockPart:
         return self.chain.layout.even
 
     @property
-    def real(self) -> Tensor | None:
-        """(B,) real steps."""
-        return self.chain.real
+    def packed(self) -> bool:
+        """Whether some call is packed."""
+        return any(call.batch_sizes is not None for call in self.chain.calls)
+
+    @property
+    def read_at_ends(self) -> bool:
+        """Whether all that reaches its calls comes to their last steps."""
+        return not self.outputs and all(
+            size == 1
+            or "output" not in call.grads
+            or not before_last(call, call.grads["output"]).any()
+            for call, size in zip(self.chain.calls, self.sizes, strict=True)
+        )
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B,) the user's own."""
+        return self.chain.lengths
 
     @property
     def layers(self) -> int:
@@ -105,8 +122,9 @@ class StockPart:
         self.chain.unread = self.chain.unread or why
 
     def states(self, layer: int) -> list[str]:
-        """h, and c of an LSTM."""
-        return ["h"] if self.chain.calls[0].c0 is None else ["h", "c"]
+        """As the cell names them; of the top layer the outputs before the last, where they go on."""
+        more = ["output"] if self.outputs and layer == self.layers - 1 else []
+        return [*CELLS[self.chain.calls[0].cell].states, *more]
 
     def track_name(self, layer: int) -> str:
         """The name of the track of one layer, also where it is not picked."""
@@ -120,11 +138,12 @@ class StockPart:
     def arrived(self, step: int, layer: int, state: str) -> Tensor | None:
         """What reached a state of one call, (B, width), as the graph has it."""
         call = self.chain.calls[step]
-        if state == "c":
-            grad = call.grads.get("c_n")
-            return None if grad is None else grad[layer]
-        found = call.grads.get("h_n")
+        found = call.grads.get(state)
+        if state == "output":
+            return None if found is None else before_last(call, found)
         total = None if found is None else found[layer]
+        if state != "h":
+            return total
         output = call.grads.get("output")
         if output is not None and layer == call.layers - 1:
             last = output.select(1 if call.batch_first and not call.single else 0, -1)
@@ -138,6 +157,8 @@ class MarkedPart:
 
     source: TapSource
     track: Track
+    outputs = False  # see `StockPart`
+    read_at_ends = True
 
     @property
     def path(self) -> str:
@@ -165,9 +186,14 @@ class MarkedPart:
         return self.source.layout.even
 
     @property
-    def real(self) -> Tensor | None:
-        """(B,) real steps."""
-        return self.source.real
+    def packed(self) -> bool:
+        """Marks are not."""
+        return False
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B,) the user's own."""
+        return self.source.lengths
 
     @property
     def layers(self) -> int:
@@ -222,7 +248,7 @@ class Seen:
 
     part: StockPart | MarkedPart
     place: int  # of the step in its part
-    edges: dict[Edge, str]  # of what it returned -> output, h_n or c_n, or the name of a state
+    edges: dict[Edge, str]  # of what it returned -> output, or the name of a state
     starts: list[Any]  # nodes of its initial states; of a mark, of all that it was made from
     inputs: list[Any]  # nodes of its input
     number: int  # of its newest node; 0 without a graph
@@ -281,8 +307,11 @@ class Seen:
         for member in members:
             for state, name in member.names.items():
                 if self.call is not None:
-                    key = "c_n" if state == "c" else "h_n"
-                    found[name] = self.call.returned[key][member.layer]
+                    known = self.call.returned[state]
+                    is_output = state == "output"
+                    found[name] = (
+                        before_last(self.call, known) if is_output else known[member.layer]
+                    )
                 else:
                     assert self.mark is not None
                     found[name] = self.mark[1].states[state]

@@ -21,14 +21,23 @@ from gradflow.hooks.graph import Between, Edge, NotReadable, kind_of
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TAPPED, Mark
-from gradflow.hooks.wide import WideStep, wide_step, wide_within
+from gradflow.hooks.wide import MOVED, Moved, WideStep, wide_step, wide_within
 from gradflow.limits import JACOBIAN_WIDEST
 
 MORE = (
     "more goes around it than its states: what an earlier step made is read again later (attention "
     "over all earlier steps, a memory that grows)"
 )
-BATCHES = "its parts run with different numbers of sequences, or its batch changes between steps"
+BATCHES = (
+    "its parts run with different numbers of sequences, or in another order, so that no state of "
+    "theirs belongs to one sequence"
+)
+CHANGING = "its batch changes between steps while something goes around beside the states"
+UNEQUAL = (
+    "its calls have different numbers of steps, and what they return of all of them goes on; give chunks "
+    "of one length"
+)
+PACKED = "its calls are packed, and the states between them are read of padded calls only"
 NO_GRAPH = "some of its steps ran without a graph; run the whole loop with gradients enabled"
 LATE = "a backward in the middle of it freed what its later steps depend on"
 NOT_A_STATE = "depends on more of the past"  # of a marked loop that was read step by step
@@ -92,12 +101,14 @@ class Reading:
             extras[-1] = _at_the_end(extras[-2], ended, ends[-2])
         if loop.slots is not None and loop.slots != slots:
             raise NotReadable(MORE)
+        if slots and not all(part.even for part in loop.parts):
+            raise NotReadable(CHANGING)
         return Reading(loop, states, extras, slots)
 
     @property
-    def batches(self) -> set[int]:
-        """The numbers of sequences of its parts."""
-        return {seen.batch for state in self.states for seen in state.values()}
+    def is_uneven(self) -> bool:
+        """Whether its parts have different numbers of sequences at the end of some step."""
+        return any(len({seen.batch for seen in state.values()}) > 1 for state in self.states)
 
     def _aligned(self, number: int) -> list[Edge | None]:
         """What crosses after a step, at the places of the slots."""
@@ -213,28 +224,36 @@ def read(reading: Reading, ask: Ask, *, one: bool) -> list[tuple[Standing, Mark]
             mark.within = wide_within(place, ask.constants) if wide else within(place)
             mark.within_known = True
             if found:
-                mark.jacobian, mark.cut = step_between(found[-1][0], place, ask, number)
+                step = step_between(found[-1][0], place, ask, number)
+                mark.jacobian, mark.cut, mark.rows = step
         found.append((place, mark))
     return found
 
 
 def step_between(
     before: Standing, now: Standing, ask: Ask, number: int
-) -> tuple[Tensor | WideStep, Tensor]:
-    """A_t (B, S, S), and the sequences (B,) in which nothing of the state before arrives."""
-    wide = ask.wide(now.like.shape[1])
+) -> tuple[Tensor | WideStep, Tensor, Tensor | None]:
+    """A_t (b, S, S), the sequences (b,) in which nothing of the state before arrives, and their rows.
+
+    rows are as in `Link`: where the sequences were in the state before.
+    """
+    wide, moved = ask.wide(now.like.shape[1]), len(now.like) != len(before.like)
     roots = [edge for edge, _ in now.roots.values()]
     between = Between(roots, before.nodes, before.since)
     if not between.reached:
+        if moved:
+            raise NotReadable(BATCHES)
         size = now.like.shape[1]
         zero = WideStep() if wide else now.like.new_zeros(len(now.like), size, size)
-        return zero, torch.ones(len(now.like), dtype=torch.bool, device=now.like.device)
+        return zero, torch.ones(len(now.like), dtype=torch.bool, device=now.like.device), None
     step = Step(before, now, between)
     if wide:
+        if moved:
+            raise Moved(MOVED)
         flows = (step.pull(probe_of(now.like)) != 0).any(1)
-        return wide_step(step, ask.constants, number), step.cut(flows)
+        return wide_step(step, ask.constants, number), step.cut(flows), None
     jacobian = step.jacobian()
-    return jacobian, step.cut(jacobian.flatten(1).any(1))
+    return jacobian, step.cut(jacobian.flatten(1).any(1)), step.rows
 
 
 def _values(reading: Reading, number: int, *, one: bool) -> dict[str, Tensor]:
@@ -256,7 +275,7 @@ def carries_more(part: MarkedPart, steps: Sequence[Seen]) -> bool:
     What is older than those, and comes in beside them, is seen here alone.
     """
     marks = part.source.marks
-    if part.source.mixed or not part.even:
+    if part.source.mixed:
         return False
     if any(mark.unknown for mark in marks):
         reasons = {mark.unknown for mark in marks if mark.unknown}
@@ -283,6 +302,8 @@ def note_more(part: MarkedPart) -> None:
 def in_words(error: NotReadable) -> str:
     """Why a loop could not be read, as a clause."""
     text = str(error)
-    clauses = (MORE, BATCHES, NO_GRAPH, LATE, NO_BATCH)
+    clauses = (MORE, BATCHES, CHANGING, UNEQUAL, PACKED, NO_GRAPH, LATE, NO_BATCH)
     whole = text in clauses or text.startswith(("wide steps", "step Jacobians"))
+    if text.startswith("what a checkpoint"):
+        text += "; record one step without the checkpoint"
     return text if whole else f"between two of its steps lies {text}"

@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.hooks.closed.parts import Member, StockPart
 from gradflow.hooks.closed.standing import Standing
 from gradflow.hooks.guard import Hook, Point
+from gradflow.hooks.loops.arrivals import Arrivals
+from gradflow.hooks.loops.flow import sheets
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.tapped import Mark, TapSource, Words
 from gradflow.recording import Backward, Forward, Parity
@@ -80,7 +82,7 @@ class JointSource(TapSource):
     # -- what the calls heard ----------------------------------------------------------------
 
     def fill(self) -> None:
-        """Put what reached the calls on the marks, as the graph has it: at h_n and the output, at c_n."""
+        """Put what reached the calls on the marks, as the graph has it: at h and the output, at c."""
         stamp = (len(self.marks), self.version)
         if self._filled == stamp:
             return
@@ -95,6 +97,7 @@ class JointSource(TapSource):
                     mark.grads.pop(name, None)
                     if grad is not None:
                         self._add(mark, name, grad)
+        self._steps = None
 
     def _has_gradient(self) -> bool:
         self.fill()
@@ -132,15 +135,23 @@ class JointSource(TapSource):
         """State -> total gradient at the end of every step of the loop, (T, B, width)."""
         if not isinstance(member.part, StockPart):
             return None  # what reaches the marks is the total
-        loop, parts = member.part.loop, member.part.chain.layout.parts
+        loop = member.part.loop
         scans = loop.scans(member.layer)
         if scans is None:
             return None
-        last = [int(parts[ends[id(member.part)]].ends[0]) for ends in self.ends]
-        return {
-            state: loop.in_time([scan.grads[state] for _, scan in scans])[last]
-            for state in member.names
-        }
+        found = {}
+        for state in member.names:
+            grads = [scan.grads["h" if state == "output" else state] for _, scan in scans]
+            each = loop.per_call(grads)
+            if state == "output":
+                each = [call[:-1].transpose(0, 1).flatten(1).unsqueeze(0) for call in each]
+            found[state] = self._at_ends(member.part, each)
+        return found
+
+    def _at_ends(self, part: StockPart, each: list[Tensor]) -> Tensor:
+        """(T, B, ·) of every step of the loop, of what each call (t, b, ·) has at its last step."""
+        ends = [calls[id(part)] for calls in self.ends]
+        return self.layout.placed({n: each[place][-1:] for n, place in enumerate(ends)})
 
     def direct_of(self, name: str) -> Tensor | None:
         """(T, B, width): what reaches a state not through the next step of the loop."""
@@ -162,10 +173,11 @@ class JointSource(TapSource):
     # -- one loss step alone -----------------------------------------------------------------
 
     def knows_alone(self) -> bool:
-        """Whether the gradients of one loss step can be told: not inside fused stacks or chunks."""
-        if self.one_system:
+        """Whether the gradients of one loss step can be told: not of losses within a chunk."""
+        if self.one_system or not all(part.read_at_ends for part in self.parts):
             return False
-        return all(part.layers == 1 and set(part.sizes) == {1} for part in self.parts)
+        chains = [part.chain for part in self.parts if isinstance(part, StockPart)]
+        return self.layout.even or all(self.layout.is_that_of(chain.layout) for chain in chains)
 
     def reached(self) -> Tensor | None:
         """(T, B): where the loss reaches the loop, or None."""
@@ -182,35 +194,36 @@ class JointSource(TapSource):
         return super().loss_steps(sequences, loss_steps, dtype) if self.knows_alone() else None
 
     def _alone(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """As the graph has it, and for c of a kernel that returns both also what comes through h."""
+        """As the graph has it, and what comes through other results of the same kernel."""
         rows = super()._alone(sequences, chosen, dtype)
+        for part in self.parts:
+            if isinstance(part, StockPart) and not part.chain.calls[0].totals:
+                self._within_kernels(part, rows, sequences)
+        return rows
+
+    def _within_kernels(self, part: StockPart, rows: Tensor, sequences: Tensor) -> None:
+        """Add to rows (T, m, n, S) of independent results what each brings to the others of its call."""
         columns, start = {}, 0
         for name, state in self.marks[0].states.items():
             columns[name] = slice(start, start + state.shape[1])
             start += state.shape[1]
-        for member in self.members:
-            part = member.part
-            if not isinstance(part, StockPart) or "c" not in member.names:
-                continue
-            if part.chain.calls[0].c_is_total:
-                continue
-            through = self._through_h(member, rows[..., columns[member.names["h"]]], sequences)
-            rows[..., columns[member.names["c"]]] += through.to(rows.dtype)
-        return rows
-
-    def _through_h(self, member: Member, at_h: Tensor, sequences: Tensor) -> Tensor:
-        """What gradients at h, (T, n, m, P), bring to c through h = o ⊙ tanh c; (T, n, m, H)."""
-        assert isinstance(member.part, StockPart)
-        groups = member.part.loop.groups
-        each = member.part.loop.per_call(
-            [g.replay.steps(member.layer, 0).through for g in groups]  # type: ignore[attr-defined]
-        )
-        calls = [ends[id(member.part)] for ends in self.ends]
-        through = torch.cat([each[place] for place in calls])[:, sequences].unsqueeze(2)
-        weight = groups[0].replay.steps(member.layer, 0).weight_hr  # type: ignore[attr-defined]
-        if weight is not None:
-            at_h = at_h @ weight.to(at_h.dtype)
-        return through.to(at_h.dtype) * at_h
+        steps = part.chain.layout.parts
+        ends = [int(steps[calls[id(part)]].ends[0]) for calls in self.ends]
+        times = torch.tensor(ends if self.layout.even else range(len(rows)), device=rows.device)
+        each = torch.arange(rows.shape[1], device=rows.device).unsqueeze(1)
+        places = (times.view(-1, 1, 1) * rows.shape[1] + each).expand(rows.shape[:3]).flatten()
+        stack = sheets(part.loop, (0, 0), _nothing(part), rows.dtype, sequences.to(rows.device))
+        flow: Tensor | None = None
+        for layer, sheet in zip(reversed(range(part.layers)), stack, strict=True):
+            names = self.member_of(part.chain, layer).names
+            state = torch.cat([rows[..., columns[name]] for name in names.values()], dim=3)
+            state = state.flatten(0, 2)
+            if flow is not None:
+                state[:, : flow.shape[1]] += flow
+            scan, _ = sheet.back(places, state)
+            flow = sheet.below(places, scan) if layer else None
+            for kind, name in names.items():
+                rows[..., columns[name]] = scan.grads[kind][0].view(*rows.shape[:3], -1)
 
     def notes(self) -> list[str]:
         """What a step and a state of it are."""
@@ -237,3 +250,13 @@ class JointSource(TapSource):
         """Why there is no gradient here, and what to do."""
         self.fill()
         return super().why_no_gradient()
+
+
+def _nothing(part: StockPart) -> Arrivals:
+    """Nothing that arrives from outside the loop, at any layer of a part."""
+    layout, call = part.chain.layout, part.chain.calls[0]
+    zeros = {
+        name: state.new_zeros(layout.steps, layout.batch, state.shape[-1])
+        for name, state in call.initial.items()
+    }
+    return [zeros] * part.layers

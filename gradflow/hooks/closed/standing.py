@@ -1,6 +1,6 @@
 """Where the joint state of a closed loop stands in the graph at the end of one of its steps.
 
-A state of a fused call is a part of a tensor (one layer of h_n), and h of its top layer is carried by
+A state of a fused call is a part of a tensor (one layer of the last h), and h of its top layer is carried by
 the output too; what else crosses may be any tensor with a batch axis. A `View` says how the rows of a
 state lie in such a tensor.
 
@@ -108,13 +108,13 @@ def views_of_call(
 ) -> dict[Edge, list[View]]:
     """The states of one call; names gives for each layer the joint names of its h and c."""
     found: dict[Edge, list[View]] = {}
-    for edge, what in sorted(edges.items(), key=lambda item: item[1]):  # c_n, h_n, output
+    for edge, what in sorted(edges.items(), key=lambda item: (item[1] == "output", item[1])):
         if call.single:
-            found[edge] = [_whole(names[0]["c" if what == "c_n" else "h"])]
+            found[edge] = [_whole(names[0][what])]
         elif what == "output":
-            found[edge] = [_last_output(names[-1]["h"], call)]
+            found[edge] = _outputs(names[-1], call)
         else:
-            found[edge] = [_layer(each[what[0]], n, len(names)) for n, each in enumerate(names)]
+            found[edge] = [_layer(each[what], n, len(names)) for n, each in enumerate(names)]
     return found
 
 
@@ -130,7 +130,8 @@ def _layer(name: str, number: int, layers: int) -> View:
     return View(name, put, take=lambda tensor: tensor[number])
 
 
-def _last_output(name: str, call: Call) -> View:
+def _outputs(names: dict[str, str], call: Call) -> list[View]:
+    """The last output, which is h, and those before it, where they are known to go on."""
     axis = 1 if call.batch_first else 0
     steps = call.data.shape[axis]
 
@@ -138,12 +139,29 @@ def _last_output(name: str, call: Call) -> View:
         zero = torch.zeros_like(rows)
         return torch.stack([zero] * (steps - 1) + [rows], dim=axis)
 
-    return View(
-        name,
+    def put_before(rows: Tensor) -> Tensor:
+        each = rows.unflatten(1, (steps - 1, -1))
+        each = torch.cat([each, torch.zeros_like(each[:, :1])], dim=1)
+        return each if call.batch_first else each.transpose(0, 1)
+
+    before = names.get("output")
+    last = View(
+        names["h"],
         put,
         take=lambda tensor: tensor.select(axis, steps - 1),
-        rest=(lambda tensor: tensor.narrow(axis, 0, steps - 1)) if steps > 1 else None,
+        rest=(lambda tensor: tensor.narrow(axis, 0, steps - 1))
+        if steps > 1 and before is None
+        else None,
     )
+    if before is None:
+        return [last]
+    return [last, View(before, put_before, take=lambda tensor: before_last(call, tensor))]
+
+
+def before_last(call: Call, output: Tensor) -> Tensor:
+    """(B, (t − 1)·P): all but the last step of what is laid out as the output of a call."""
+    rows = output if call.batch_first else output.transpose(0, 1)
+    return rows[:, :-1].flatten(1)
 
 
 def view_of_tensor(name: str, shape: tuple[int, ...], batch: int) -> View | None:

@@ -21,6 +21,8 @@ from gradflow.hooks.closed.parts import MarkedPart, Member, Seen, StockPart
 from gradflow.hooks.closed.reading import (
     BATCHES,
     LATE,
+    PACKED,
+    UNEQUAL,
     WHY_NOT,
     Ask,
     Reading,
@@ -31,26 +33,26 @@ from gradflow.hooks.closed.reading import (
     step_between,
 )
 from gradflow.hooks.closed.source import JointSource
-from gradflow.hooks.dense import Mixed, Place
+from gradflow.hooks.closed.standing import Standing
+from gradflow.hooks.dense import Incomplete, Mixed, Place
 from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.loops.links import End
 from gradflow.hooks.loops.stitch import Chain
+from gradflow.hooks.marks import TrackOwner, begun, grown
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.recording import Recording, Track
 
 TAP = "tap"  # the cell of a loop that is tapped
 
 
-class Owner(Protocol):
+class Owner(TrackOwner, Protocol):
     """The recorder, as far as closed loops need it."""
 
     handles: list[RemovableHandle]
     jacobians: bool | None
-    training: bool
     recording: Recording
 
     def scale(self) -> float: ...
-    def add_track(self, base: str, track: Track) -> None: ...
 
 
 class ClosedLoops:
@@ -229,24 +231,44 @@ class ClosedLoops:
             loop.own = not source.extras and _is_one_layer(loop)
         elif reading.slots:
             raise NotReadable(LATE)  # what crossed at the backward was not known then
-        one = bool(source.one_system)
-        if len(reading.batches) > 1 or not all(part.even for part in loop.parts):
+        one, even = bool(source.one_system), all(part.even for part in loop.parts)
+        if reading.is_uneven or (one and not even):
             raise NotReadable(BATCHES)
+        if any(part.packed for part in loop.parts):
+            raise NotReadable(PACKED)
+        if any(part.outputs and len(set(part.sizes)) > 1 for part in loop.parts):
+            raise NotReadable(UNEQUAL)
         try:
             if loop.own:
                 self._read_own(loop, reading)
                 return
-            marks = read(reading, self.ask, one=one)
+            marks = self._marks(loop, reading)
         except Mixed:
-            batch = next(iter(reading.batches))
-            if one or loop.begun:
+            batch = next(iter(reading.states[0].values())).batch
+            if one or loop.begun or not even:
                 raise
             loop.own, source.one_system, loop.read = False, batch, {}
-            marks = read(reading, self.ask, one=True)
+            marks = self._marks(loop, reading)
         for number, (place, mark) in enumerate(marks):
             if not (loop.begun and number == 0):
                 self._add(loop, states[number], mark)
                 self.owner.handles += source.listen_at(mark, place)
+
+    def _marks(self, loop: ClosedLoop, reading: Reading) -> list[tuple[Standing, Mark]]:
+        """See `read`; outputs within the calls are a part of the state where they are read later."""
+        one = bool(loop.source.one_system)
+        chunks = [part for part in loop.parts if max(part.sizes) > 1]
+        try:
+            return read(reading, self.ask, one=one)
+        except Incomplete:
+            if loop.begun or not chunks or chunks[0].outputs:
+                raise
+        if any(len(set(part.sizes)) > 1 for part in chunks):
+            raise NotReadable(UNEQUAL)
+        for part in chunks:
+            part.outputs = True
+        loop.source.members = _members(loop.parts)
+        return read(reading, self.ask, one=one)
 
     def _read_own(self, loop: ClosedLoop, reading: Reading) -> None:
         """The steps of one layer whose input descends from it; all others are in closed form."""
@@ -258,50 +280,36 @@ class ClosedLoops:
             seen = state[id(part)]
             now = reading.place(number, one=False)
             if (id(part), seen.place) in loop.depending:
-                loop.read[seen.place] = step_between(before, now, self.ask, number)
+                jacobian, cut, rows = step_between(before, now, self.ask, number)
+                if not _goes_with(rows, part.chain.links[seen.place].rows):
+                    raise NotReadable(BATCHES)
+                loop.read[seen.place] = jacobian, cut
             before = now
         for place, (_, cut) in loop.read.items():
             for track in part.tracks:
-                track.cuts[place] = cut
+                part.chain.layout.note_cut(track, place, cut)
                 track.read_anew()
 
-    def _add(self, loop: ClosedLoop, state: State, mark: Any) -> None:
+    def _add(self, loop: ClosedLoop, state: State, mark: Mark) -> None:
         source = loop.source
         source.marks.append(mark)
         source.ends.append({id(part): state[id(part)].place for part in loop.parts})
-        batch, device = len(mark.cut), mark.cut.device
-        if loop.track is None:
-            loop.track = Track(
-                name="",
-                cell=source.cell,
-                reverse=False,
-                lengths=torch.ones(batch, dtype=torch.long, device=device),
-                mask=torch.ones(1, batch, dtype=torch.bool, device=device),
-                cuts=mark.cut.unsqueeze(0),
-                weights={},
-                source=source,
-                training=self.owner.training,
-                owner=loop.holder,
-                unseen_states=tuple(source.extras),
-            )
-            known = self.owner.recording.tracks
-            base = loop.holder or "loop"
-            taken = base in known and known[base].cell != source.cell
-            self.owner.add_track(f"{base}.loop" if taken else base, loop.track)
-            source.name = loop.track.name
-            for part in loop.parts:
-                for each in part.tracks:
-                    each.loop = source.name
+        if loop.track is not None:
+            grown(source, loop.track)
             return
-        track, steps = loop.track, len(source.marks)
-        track.cuts = torch.cat([track.cuts, mark.cut.unsqueeze(0)])
-        track.lengths = torch.full_like(track.lengths, steps)
-        lengths = loop.parts[0].real
-        if lengths is not None and not source.one_system:
-            source.lengths = lengths
-            track.lengths = torch.minimum(track.lengths, lengths.to(device))
-        track.mask = torch.arange(steps, device=device).unsqueeze(1) < track.lengths
-        track.read_anew()
+        known = self.owner.recording.tracks
+        base = loop.holder or "loop"
+        taken = base in known and known[base].cell != source.cell
+        source.lengths = None if source.one_system else loop.parts[0].lengths
+        loop.track = begun(
+            self.owner,
+            f"{base}.loop" if taken else base,
+            source,
+            owner=loop.holder,
+            unseen_states=tuple(source.extras),
+        )
+        for track in (track for part in loop.parts for track in part.tracks):
+            track.loop = source.name
 
 
 def in_order(calls: Sequence[Seen]) -> list[Seen]:
@@ -316,6 +324,13 @@ def in_order(calls: Sequence[Seen]) -> list[Seen]:
 def is_of(part: StockPart | MarkedPart, concerned: Callable[[Chain], bool]) -> bool:
     """Whether a part is a chain that is concerned."""
     return isinstance(part, StockPart) and concerned(part.chain)
+
+
+def _goes_with(rows: Tensor | None, others: Tensor | None) -> bool:
+    """Whether inputs and states tell the same of which sequence each is; rows as in `Link`."""
+    if rows is None or others is None:
+        return rows is others
+    return bool(((rows == others.to(rows.device)) | (rows < 0)).all())
 
 
 def _is_one_layer(loop: ClosedLoop) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradflow.hooks.loops.loop import Loop, difference
 from gradflow.hooks.loops.steps import Group
 
-Arrivals = list[tuple[Tensor, Tensor | None]]  # per layer: at h (T, B, P), at c (T, B, H) if any
+Arrivals = list[dict[str, Tensor]]  # per layer: state name -> (T, B, width)
 
 
 def arrivals(loop: Loop) -> Arrivals | None:
@@ -22,7 +22,7 @@ def arrivals(loop: Loop) -> Arrivals | None:
     layers = loop.chain.calls[0].layers
     links = loop.chain.links[1:]
     unknown = any(link is None or link.unknown or link.around is not None for link in links)
-    if unknown or any(loop.scans(layer) is None for layer in range(layers)):
+    if unknown or loop.chain.unread or any(loop.scans(layer) is None for layer in range(layers)):
         return None
     with torch.no_grad():
         return _of_loop(loop, layers)
@@ -39,7 +39,7 @@ def arrivals_at_top(group: Group, direction: int) -> Arrivals | None:
     if total is None:
         return None
     with torch.no_grad():
-        output, h_n, c_n = group.scans.arrived()
+        output, ends = group.scans.arrived()
         directions = 1 + call.bidirectional
         top = call.layers - 1
         last = replay.kernel_lengths - 1
@@ -49,53 +49,51 @@ def arrivals_at_top(group: Group, direction: int) -> Arrivals | None:
             known, place = replay.layers[number][direction], number * directions + direction
             h = known.turned(output.chunk(directions, dim=2)[direction])
             h = h.clone() if number == top else torch.zeros_like(known.h, dtype=h.dtype)
-            h[last, sequences] += h_n[place]
-            c = None
-            if c_n is not None:
-                scan, steps = total[number][direction][1], replay.steps(number, direction)
-                c = torch.zeros_like(scan.grads["c"])
-                if call.c_is_total:  # T = 1: the total less what came through h = o ⊙ tanh c
-                    c += scan.grads["c"] - steps.through_h(scan.grads["h"])  # type: ignore[attr-defined]
+            h[last, sequences] += ends["h"][place]
+            here, scan = {"h": h}, total[number][direction][1]
+            steps = replay.steps(number, direction)
+            through = steps.through_h(scan.grads["h"]) if call.totals else {}
+            for name, end in ends.items():
+                if name == "h":
+                    continue
+                here[name] = torch.zeros_like(scan.grads[name])
+                if name in through:  # T = 1: the total less what came through h
+                    here[name] += scan.grads[name] - through[name]
                 else:
-                    c[last, sequences] = c_n[place]
-            found.append((h, c))
+                    here[name][last, sequences] = end[place]
+            found.append(here)
         return found
 
 
 def reached(found: Arrivals) -> Tensor:
     """(T, B) whether anything arrives."""
-    arrives = torch.zeros(found[0][0].shape[:2], dtype=torch.bool, device=found[0][0].device)
-    for part in (part for pair in found for part in pair if part is not None):
-        arrives |= (part != 0).any(2)
-    return arrives
+    some = [(part != 0).any(2) for layer in found for part in layer.values()]
+    return torch.stack(some).any(0)
 
 
 def _of_loop(loop: Loop, layers: int) -> Arrivals:
     parts = [group.scans.arrived() for group in loop.groups]
-    output = loop.in_time([output for output, _, _ in parts]).clone()
-    states_h = loop.per_call([h_n for _, h_n, _ in parts])
-    arrived_c = [c_n for _, _, c_n in parts if c_n is not None]
-    states_c = loop.per_call(arrived_c) if arrived_c else []
-    through = _through_h(loop) if loop.chain.calls[0].c_is_total else None
+    output = loop.in_time([output for output, _ in parts]).clone()
+    ends = {name: loop.per_call([every[name] for _, every in parts]) for name in parts[0][1]}
+    through = _through_h(loop) if loop.chain.calls[0].totals else {}
+    columns = loop.chain.calls[0].columns()
     found: Arrivals = []
     for layer in range(layers):
         came = loop.from_next(layer)
-        at_h = output if layer == layers - 1 else torch.zeros_like(output)
-        at_c = None
+        here = {"h": output if layer == layers - 1 else torch.zeros_like(output)}
         for place, part in enumerate(loop.layout.parts):
-            end = part.ends.to(output.device), part.sequences.to(output.device)
-            width = at_h.shape[2]
-            h = states_h[place][layer] + at_h[end]
-            at_h[end] = _rest(h, h.abs(), came[place], slice(0, width))
-            if not states_c:
-                continue
-            c, size = states_c[place][layer], states_c[place][layer].abs()
-            if at_c is None:
-                at_c = c.new_zeros(*output.shape[:2], c.shape[1])
-            if through is not None:
-                c, size = c - through[place][layer], size + through[place][layer].abs()
-            at_c[end] = _rest(c, size, came[place], slice(width, None))
-        found.append((at_h, at_c))
+            at = part.ends.to(output.device), part.sequences.to(output.device)
+            for name, each in ends.items():
+                total = each[place][layer]
+                if name not in here:
+                    here[name] = total.new_zeros(*output.shape[:2], total.shape[1])
+                total = total + here["h"][at] if name == "h" else total
+                size = total.abs()
+                if name in through:
+                    more = through[name][place][layer]
+                    total, size = total - more, size + more.abs()
+                here[name][at] = _rest(total, size, came[place], columns[name])
+        found.append(here)
     return found
 
 
@@ -110,11 +108,11 @@ def _rest(
     return difference(total, value[:, block], size + bound[:, block])
 
 
-def _through_h(loop: Loop) -> list[Tensor]:
+def _through_h(loop: Loop) -> dict[str, list[Tensor]]:
     scans = loop.scans(0)
     assert scans is not None
-    arrays = []
-    for group, (_, scan) in zip(loop.groups, scans, strict=True):
-        steps = group.replay.steps(0, 0)
-        arrays.append(steps.through_h(scan.grads["h"]))  # type: ignore[attr-defined]
-    return loop.per_call(arrays)
+    arrays = [
+        group.replay.steps(0, 0).through_h(scan.grads["h"])
+        for group, (_, scan) in zip(loop.groups, scans, strict=True)
+    ]
+    return {name: loop.per_call([array[name] for array in arrays]) for name in arrays[0]}

@@ -97,7 +97,7 @@ def sheets(
 def _sheet(
     loop: Loop,
     place: tuple[int, int],
-    arrived: tuple[Tensor, Tensor | None],
+    arrived: dict[str, Tensor],
     dtype: torch.dtype,
     sequences: Tensor,
 ) -> Sheet:
@@ -115,7 +115,7 @@ def _sheet(
         index=index.flatten(),
         x=x,
         before=before,
-        arrived=torch.cat([a[:, sequences] for a in arrived if a is not None], dim=2)
+        arrived=torch.cat([a[:, sequences] for a in arrived.values()], dim=2)
         .to(dtype)
         .flatten(0, 1),
         weight_ih=[g.replay.weights(layer, direction).weight_ih.to(dtype) for g in groups],
@@ -225,12 +225,14 @@ def taken(array: Tensor, places: Tensor) -> Tensor:
 
 def _through(steps: Steps, index: Tensor, state: Tensor) -> tuple[Scan, Tensor]:
     rows = steps.each_step(lambda array: taken(array[0], index).unsqueeze(0))
-    width = rows.weight_hh.shape[1]
-    final_c = state[:, width:] if state.shape[1] > width else None
+    width = rows.states["h"].shape[2]
+    final = dict(
+        zip(rows.others, state[:, width:].chunk(max(1, len(rows.others)), 1), strict=False)
+    )
     zero = torch.zeros(len(state), dtype=torch.long, device=state.device)
-    scan = rows.scan(state[:, :width].unsqueeze(0), final_c, zero)
+    scan = rows.scan(state[:, :width].unsqueeze(0), final, zero)
     before = rows.before(scan, 0)
-    return scan, torch.cat([before[name] for name in ("h", "c") if name in before], dim=1)
+    return scan, torch.cat([before[name] for name in ("h", *rows.others)], dim=1)
 
 
 def _back(

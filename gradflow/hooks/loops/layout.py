@@ -86,6 +86,16 @@ class Layout:
         rows = rows.cpu()
         return torch.where(rows < 0, -1, before[rows.clamp(min=0)])
 
+    def is_that_of(self, other: Layout) -> bool:
+        """Whether another loop has the same sequences at the same steps, call by call."""
+        if self.even and other.even:
+            return self.batch == other.batch
+        return len(self.parts) == len(other.parts) and all(
+            torch.equal(mine.sequences, theirs.sequences)
+            and torch.equal(mine.starts, theirs.starts)
+            for mine, theirs in zip(self.parts, other.parts, strict=True)
+        )
+
     def real(self, given: Tensor | None) -> Tensor | None:
         """(B,) the real steps of every sequence, None where all are T; given are the user's own."""
         if given is None:

@@ -5,6 +5,7 @@ Letters: K calls of a group, t steps each, T steps and B sequences of the loop, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,10 +41,10 @@ def linearised(
         return torch.cat(group.each(array)).index_select(1, sequences).to(dtype)
 
     known = group.replay.layers[place[0]][place[1]]
-    x, h0 = flat(known.x), flat(_h_before(group, place))
-    c0 = None if known.c0 is None else flat(_c_before(group, place))
-    weights = known.weights.to(dtype)
-    return CELLS[group.call.cell].linearise(weights, x, flat(known.h), h0, c0), x, h0
+    x, weights = flat(known.x), known.weights.to(dtype)
+    before = {name: flat(_before(group, place, name)) for name in known.initial}
+    steps = CELLS[group.call.cell].linearise(weights, x, flat(known.h), before)
+    return steps, x, before["h"]
 
 
 def timed(
@@ -80,26 +81,16 @@ def _timed(
     known = groups[0].replay.layers[layer][direction]
     x = placed(lambda group: group.replay.layers[layer][direction].x)
     h = placed(lambda group: group.replay.layers[layer][direction].h)
-    before = placed(lambda group: _h_before(group, place))
-    c0 = None if known.c0 is None else placed(lambda group: _c_before(group, place))
-    weights = known.weights.to(dtype)
-    steps = CELLS[groups[0].call.cell].linearise(weights, x, h, before, c0)
-    return Timed(
-        steps.each_step(lambda array: masked(array, mine, 0.0)), mine, x, before, groups[0]
-    )
+    before = {
+        name: placed(functools.partial(_before, place=place, state=name)) for name in known.initial
+    }
+    steps = CELLS[groups[0].call.cell].linearise(known.weights.to(dtype), x, h, before)
+    steps = steps.each_step(lambda array: masked(array, mine, 0.0))
+    return Timed(steps, mine, x, before["h"], groups[0])
 
 
-def _h_before(group: Group, place: tuple[int, int]) -> Tensor:
-    known = group.replay.layers[place[0]][place[1]]
-    return _before(known.h, known.h0)
-
-
-def _c_before(group: Group, place: tuple[int, int]) -> Tensor:
-    c0 = group.replay.layers[place[0]][place[1]].c0
-    assert c0 is not None
-    return _before(group.replay.steps(*place).states["c"], c0)
-
-
-def _before(state: Tensor, initial: Tensor) -> Tensor:
+def _before(group: Group, place: tuple[int, int], state: str) -> Tensor:
     """What every step started from, (t, K·b, ·)."""
-    return torch.cat([initial.unsqueeze(0).to(state.dtype), state[:-1]])
+    known = group.replay.layers[place[0]][place[1]]
+    values = known.h if state == "h" else group.replay.steps(*place).states[state]
+    return torch.cat([known.initial[state].unsqueeze(0).to(values.dtype), values[:-1]])

@@ -39,13 +39,13 @@ class End:
     """The last call of a chain, with live tensors: what the next call may start from."""
 
     call: Call
-    returned: dict[str, Tensor]  # output, h_n, c_n, those there are
-    entry: dict[str, Edge | None]  # h, c -> where its initial states sat in the graph
+    returned: dict[str, Tensor]  # output and the last states by name, those there are
+    entry: dict[str, Edge | None]  # state name -> where its initial value sat in the graph
     edges: dict[Edge, str] = field(default_factory=dict)  # of what it returned -> its name
 
     def __post_init__(self) -> None:
-        for name in ("output", "c_n", "h_n"):  # for a single-step function h is both
-            edge = edge_of(self.returned[name]) if name in self.returned else None
+        for name in sorted(self.returned, key=lambda name: (name != "output", name)):
+            edge = edge_of(self.returned[name])
             if edge is not None:
                 self.edges[edge] = name
 
@@ -96,7 +96,7 @@ def _by_graph(end: End, initial: dict[str, Tensor], call: Call) -> Link | None:
     batch = call.h0.shape[1]
     no_cut = torch.zeros(batch, dtype=torch.bool, device=call.h0.device)
     if len(roots) == len(initial) and all(
-        end.edges.get(edge) == f"{name}_n" for name, edge in roots.items()
+        end.edges.get(edge) == name for name, edge in roots.items()
     ):
         return Link(None, None, no_cut)
     returned_nodes = {node for node, _ in end.edges}
@@ -137,23 +137,22 @@ class _Pull:
     call: Call
 
     def __call__(self, seed: Tensor) -> tuple[Tensor, Tensor]:
-        width = self.call.h0.shape[2]
-        parts = {"h": seed[..., :width], "c": seed[..., width:]}
+        blocks = self.call.columns()
+        parts = {name: seed[..., block] for name, block in blocks.items()}
         seeds = [
             (edge, parts[name][0] if self.call.single else parts[name])
             for name, edge in self.roots.items()
         ]
         found = self.between.pull(seeds)
-        into = torch.zeros_like(self._like(self.end.call))
+        into = torch.zeros_like(self.end.call.started())
         around = torch.zeros_like(into)
-        blocks = {"h": slice(0, width), "c": slice(width, None)}
         for edge, grad in found.items():
             if edge in self.end.edges:
                 name = self.end.edges[edge]
                 if name == "output":
-                    into[-1, :, :width] += self._at_last_step(grad)
+                    into[-1, :, blocks["h"]] += self._at_last_step(grad)
                 else:
-                    into[..., blocks[name[0]]] += grad
+                    into[..., blocks[name]] += grad
             elif edge in self.entry:
                 around[..., blocks[self.entry[edge]]] += grad
         return into, around
@@ -170,7 +169,7 @@ class _Pull:
 
     def factors(self) -> tuple[Factor | str, Factor | str, Tensor | None]:
         """into and around, each elementwise, dense, or the reason why it is neither; and the rows."""
-        like = self._like(self.call)
+        like = self.call.started()
         if self.end.call.h0.shape[1] == self.call.h0.shape[1]:
             found = self._elementwise(like, None)
             if not any(factor is None for factor in found):
@@ -190,10 +189,6 @@ class _Pull:
                 for place, factor in enumerate(found)
             )
         return found[0], _nothing_as_none(found[1]), rows
-
-    @staticmethod
-    def _like(call: Call) -> Tensor:
-        return torch.cat([call.h0] + ([] if call.c0 is None else [call.c0]), dim=2)
 
     @staticmethod
     def _taken(found: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -289,7 +284,7 @@ def _by_value(end: End, initial: dict[str, Tensor], call: Call) -> Link | None:
     shared = any(
         _shares_storage(tensor, end.returned.get(other))
         for name, tensor in initial.items()
-        for other in (f"{name}_n", "output")
+        for other in (name, "output")
     )
     fits = bool((equal | zero).all()) and bool(telling.any())
     moved = None if fits else _moved(end, call)
@@ -308,17 +303,13 @@ def _keeping(call: Call, cut: Tensor) -> Factor:
     """The factor 1, and 0 where it is cut; None if nothing is."""
     if not bool(cut.any()):
         return None
-    size = call.h0.shape[2] + (0 if call.c0 is None else call.c0.shape[2])
     keep = (~cut).to(call.h0.dtype).view(1, -1, 1)
-    return keep.expand(call.h0.shape[0], -1, size)
+    return keep.expand(call.started().shape)
 
 
 def _moved(end: End, call: Call) -> Link | None:
     """States that are all some sequence's of those returned, or zero, by their values."""
-    new, old = call.h0, end.call.returned["h_n"]
-    if call.c0 is not None:
-        new = torch.cat([new, call.c0], dim=2)
-        old = torch.cat([old, end.call.returned["c_n"]], dim=2)
+    new, old = call.started(), end.call.ended()
     found = rows_of.equal_rows(new.transpose(0, 1).flatten(1), old.transpose(0, 1).flatten(1))
     if found is None or bool(found[1].all()):
         return None
@@ -331,9 +322,7 @@ def _moved(end: End, call: Call) -> Link | None:
 
 def _compared(end: End, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(B,) each: all states equal, all zero, equal and not all zero."""
-    pairs = [(call.h0, end.call.returned["h_n"])]
-    if call.c0 is not None:
-        pairs.append((call.c0, end.call.returned["c_n"]))
+    pairs = [(state, end.call.returned[name]) for name, state in call.initial.items()]
 
     def whole(marks: Tensor) -> Tensor:
         return marks.transpose(0, 1).flatten(1).all(1)

@@ -95,11 +95,16 @@ class Loop:
     def _handed_on(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
         scans = self.scans(layer)
         assert scans is not None
+
+        def flat(states: dict[str, Tensor]) -> Tensor:
+            names = [name for name in self.chain.calls[0].initial if name in states]
+            return torch.cat([states[name] for name in names], dim=-1)
+
         values, sizes = [], []
         for group, (_, scan) in zip(self.groups, scans, strict=True):
             steps = group.replay.steps(layer, 0)
-            values.append(_flat(steps.before(scan, 0)).unsqueeze(0))
-            sizes.append(_flat(steps.before_size(scan, 0)).unsqueeze(0))
+            values.append(flat(steps.before(scan, 0)).unsqueeze(0))
+            sizes.append(flat(steps.before(scan, 0, absolute=True)).unsqueeze(0))
         handed = [array[0] for array in self.per_call(values)]
         size = [array[0] for array in self.per_call(sizes)]
         for place in range(len(handed) - 1):
@@ -109,7 +114,7 @@ class Loop:
             entering = self.chain.calls[place + 1].entering
             if entering:
                 parts = {name: grad[layer] for name, grad in entering.items()}
-                more = _through(link.around[layer], _flat(parts).to(handed[place].dtype))
+                more = _through(link.around[layer], flat(parts).to(handed[place].dtype))
                 if link.rows is not None:
                     more = torch.zeros_like(handed[place]).index_copy(
                         0, link.rows[link.rows >= 0], more[link.rows >= 0]
@@ -178,6 +183,8 @@ class Loop:
         Where a state goes around a call (zoneout), the states that compose are those that enter the
         calls: step t then leads from the state that enters call t to the one that enters t + 1.
         """
+        if self.chain.unread:
+            raise RecordingError(f"its step Jacobians are not known: {self.chain.unread}")
         reason = self.why_no_operator()
         if reason:
             raise RecordingError(
@@ -278,12 +285,7 @@ def _nothing(group: Group, layer: int) -> tuple[Tensor, Scan]:
     steps = replay.steps(layer, 0)
     direct = torch.zeros_like(steps.states["h"])
     with torch.no_grad():
-        return direct, steps.scan(direct, None, replay.kernel_lengths - 1)
-
-
-def _flat(states: dict[str, Tensor]) -> Tensor:
-    """h, then c, in one (..., S)."""
-    return torch.cat([states[name] for name in ("h", "c") if name in states], dim=-1)
+        return direct, steps.scan(direct, {}, replay.kernel_lengths - 1)
 
 
 def _through(factor: Tensor, value: Tensor, *, absolute: bool = False) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from gradflow.hooks.loops.arrivals import Arrivals, arrivals, arrivals_at_top, r
 from gradflow.hooks.loops.flow import Sheet, by_time, gathered, sheets
 from gradflow.hooks.loops.lags import Lags
 from gradflow.hooks.loops.loop import Loop, trimmed
-from gradflow.hooks.parity import WeightUser, WeightUses
+from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.unseen import ONLY_BATCHED
 from gradflow.recording import Backward, Contributions, Forward, Operator, Parity, Source
 
@@ -54,24 +54,7 @@ class LoopSource:
             return None
         return AloneSource(self.loop, self.layer, self.direction, self.uses, self.ran_backward)
 
-    def parts(self) -> Sequence[WeightUser]:
-        """What the gradients of the weights are rebuilt from: itself, or each group of calls."""
-        layers = self._layers()
-        return [self] if len(layers) == 1 else layers
-
-    def weight_keys(self) -> dict[str, int]:
-        """Weight name -> key in `WeightUses`, of the first calls."""
-        return self._layers()[0].weight_keys()
-
-    def rebuilt(self) -> dict[str, Tensor] | None:
-        """Weight name -> gradient rebuilt from δ_t, of the first calls; None without a backward."""
-        return self._layers()[0].rebuilt()
-
-    def from_kernel(self) -> dict[str, Tensor] | None:
-        """Weight name -> gradient by torch's own backward, of the first calls."""
-        return self._layers()[0].from_kernel()
-
-    def _layers(self) -> list[LayerSource]:
+    def parts(self) -> list[LayerSource]:
         """The layer in each group of calls that are replayed at once."""
         return [
             LayerSource(group.replay, group.scans, self.layer, self.direction)
@@ -80,7 +63,7 @@ class LoopSource:
 
     def _single(self) -> LayerSource | None:
         plain = len(self.calls) == 1 and self.loop.chain.lengths is None  # also where it is packed
-        return self._layers()[0] if plain else None
+        return self.parts()[0] if plain else None
 
     def _in_time(self, arrays: list[Tensor]) -> Tensor:
         return self._trimmed(self.loop.in_time(arrays))
@@ -91,7 +74,7 @@ class LoopSource:
 
     def forward(self) -> Forward:
         """States, gates and inputs."""
-        parts = [part.forward() for part in self._layers()]
+        parts = [part.forward() for part in self.parts()]
         if self._single() is not None:
             return parts[0]
         return Forward(
@@ -160,8 +143,9 @@ class LoopSource:
         ):  # what lies between two calls is not known
             return None
         arrives = (direct.nan_to_num() != 0).any(2)
-        at_c = found[self.layer][1]
-        return arrives if at_c is None else arrives | (at_c.nan_to_num() != 0).any(2)
+        for name, part in found[self.layer].items():
+            arrives = arrives if name == "h" else arrives | (part.nan_to_num() != 0).any(2)
+        return arrives
 
     def _trimmed_to_zero(self, array: Tensor) -> Tensor:
         real = self.loop.chain.real
@@ -263,9 +247,7 @@ class LoopSource:
     def _gathered(
         self, direct: Tensor | None, gather: Callable[[Callable[[Scan], Tensor]], Tensor]
     ) -> Backward:
-        grads = {"h": gather(lambda scan: scan.grads["h"])}
-        if self.calls[0].c0 is not None:
-            grads["c"] = gather(lambda scan: scan.grads["c"])
+        grads = {n: gather(lambda scan, n=n: scan.grads[n]) for n in self.calls[0].initial}  # type: ignore[misc]
         return Backward(
             grads={name: self._trimmed(grad) for name, grad in grads.items()},
             direct=None if direct is None else self._trimmed(direct),
@@ -314,8 +296,8 @@ class LoopSource:
     def trains_recurrence(self) -> bool | None:
         """Whether ∂L/∂W_hh has an entry that is not exactly 0; None without a gradient."""
         with torch.no_grad():
-            found = [part.rebuilt() for part in self._layers()]
-        known = [part["weight_hh"] for part in found if part is not None]
+            found = [part.rebuilt() for part in self.parts()]
+        known = [part["weight_hh"] for part in found if part is not None and len(part["weight_hh"])]
         return any(bool((grad != 0).any()) for grad in known) if known else None
 
     def unread(self) -> bool:

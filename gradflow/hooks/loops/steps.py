@@ -72,7 +72,7 @@ def _kind(call: Call, place: int) -> Hashable:
         return place  # every call drew its own dropout, is packed in its own way
     shape = _time_first(call, call.data).shape
     weights = tuple(id(weight) for weight in call.weights)  # equal values share one copy
-    return (shape, weights, call.weight_keys, call.autocast, call.c_is_total, call.data.dtype)
+    return (shape, weights, call.weight_keys, call.autocast, call.totals, call.data.dtype)
 
 
 def _side_by_side(calls: list[Call]) -> Call:
@@ -81,18 +81,13 @@ def _side_by_side(calls: list[Call]) -> Call:
     def joined(part: Callable[[Call], Tensor]) -> Tensor:
         return torch.cat([part(call) for call in calls], dim=1)
 
-    def state_c(call: Call) -> Tensor:
-        assert call.c0 is not None
-        return call.c0
-
     def returned(name: str) -> Tensor:
         return joined(lambda call: _laid_out(call, name, call.returned[name]))
 
     return replace(
         first,
         data=joined(lambda call: _time_first(call, call.data)),
-        h0=joined(lambda call: call.h0),
-        c0=None if first.c0 is None else joined(state_c),
+        initial={name: joined(lambda call, n=name: call.initial[n]) for name in first.initial},  # type: ignore[misc]
         batch_first=False,
         returned={name: returned(name) for name in first.returned},
         grad_enabled=any(call.grad_enabled for call in calls),

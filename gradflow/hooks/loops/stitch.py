@@ -99,17 +99,17 @@ class Stitcher:
 
     def place(
         self, call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
-    ) -> tuple[Chain, End | None]:
-        """The chain this call belongs to, new if it is the only one, and its end if it may go on."""
-        if not _can_go_on(call):
-            return Chain([call], [None]), None
+    ) -> tuple[Chain, End]:
+        """The chain this call belongs to, new if it is the only one, and its end."""
         end = _end(call, initial, results)
+        if not _can_go_on(call):
+            return Chain([call], [None]), end
         ends = self._ends.setdefault(call.owner, [])
         for number in reversed(range(len(ends))):
             known, chain = ends[number]
             if not _same_kind(known.call, call):
                 continue
-            link = links.find(known, dict(zip("hc", initial, strict=False)), call)
+            link = links.find(known, dict(zip(call.initial, initial, strict=True)), call)
             if link is None:
                 continue
             del ends[number]
@@ -132,7 +132,7 @@ class Stitcher:
             return
         last = self._again.get(call.owner)
         if last is not None and place and last.call is chain.calls[place - 1]:
-            link = links.find(last, dict(zip("hc", initial, strict=False)), call)
+            link = links.find(last, dict(zip(call.initial, initial, strict=True)), call)
             if link is not None:
                 chain.replace_link(place, link)
         self._again[call.owner] = _end(call, initial, results)
@@ -145,9 +145,9 @@ class Stitcher:
 
 
 def _end(call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> End:
-    names = ("h_n", "c_n") if call.single else ("output", "h_n", "c_n")
-    entry = {name: edge_of(tensor) for name, tensor in zip("hc", initial, strict=False)}
-    return End(call, dict(zip(names, results, strict=False)), entry)
+    names = [*call.initial] if call.single else ["output", *call.initial]
+    entry = {n: edge_of(tensor) for n, tensor in zip(call.initial, initial, strict=True)}
+    return End(call, dict(zip(names, results, strict=True)), entry)
 
 
 def _can_go_on(call: Call) -> bool:

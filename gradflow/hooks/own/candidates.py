@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradflow.cells import CELLS
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.marks import End
@@ -21,7 +22,7 @@ from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.leaves import Path
 from gradflow.hooks.tapped import TapSource
 from gradflow.limits import CANDIDATE_CALLS, STATE_ENTRIES
-from gradflow.recording import GATES, Track
+from gradflow.recording import Track
 
 
 @dataclass(eq=False)
@@ -109,7 +110,7 @@ def is_plain(cell: Candidate) -> bool:
 def cell_name(module: nn.Module) -> str:
     """The class name; with its module where it is that of one of torch's own cells."""
     kind = type(module)
-    taken = {*GATES, "tap", "RNN"}
+    taken = {*CELLS, *(spec.kind for spec in CELLS.values()), "tap"}
     return f"{kind.__module__}.{kind.__name__}" if kind.__name__ in taken else kind.__name__
 
 

@@ -102,6 +102,10 @@ class OwnCells:
         self._under_way.append(call)
         return call
 
+    def is_outermost(self, call: Any) -> bool:
+        """Whether no other call that is followed is under way around this one."""
+        return self._under_way[0] is call
+
     def _origin(
         self, cell: Candidate, given: Given
     ) -> tuple[First | CellLoop | None, dict[Path, Path]]:
@@ -139,6 +143,11 @@ class OwnCells:
             self.unseen[named_so] = reason
         else:
             self.model_unseen[named_so] = reason
+
+    def tracks_of(self, module: nn.Module) -> list[Track]:
+        """The loops over this module."""
+        cell = self._cells.get(id(module))
+        return [] if cell is None else list(cell.tracks)
 
     def leave(self, module: nn.Module) -> None:
         """Something failed at a call of this module: it is not followed any more."""
@@ -250,6 +259,7 @@ class OwnCells:
         for cell in self._cells.values():
             if any(track.source in sources for track in cell.tracks):
                 cell.ignored = True
+                self.owner.drop_tracks(cell.tracks)
                 cell.tracks.clear()
 
     def _tell_outer(self, path: str, results: list[Tensor]) -> None:

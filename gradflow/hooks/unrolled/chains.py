@@ -1,14 +1,16 @@
 """Weights whose uses follow one another: each on what came of the one before.
 
 A use of a weight is an operation on it and on something else; what is made from weights alone (a
-transpose, a mask, a norm) is still the weight. A chain is the longest line of uses of which each
-descends from the one before and no recorded state lies between.
+transpose, a mask, a norm) is still the weight. A chain is a line of uses of which each descends from
+the one before and no recorded state lies between. Chains of several weights that descend from one
+another are one loop; loops that share a weight and do not are several.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gradflow.hooks.own.comeback import ELEMENTWISE, MOVES
 from gradflow.hooks.unrolled.order import Unrolled
@@ -54,9 +56,13 @@ class Chain:
     """Uses of one weight that follow one another."""
 
     uses: Uses
-    # place of a use -> how many uses lie on the longest way to it, itself too
+    # place of a use -> how many uses lie on the way to it, itself too
     depth: dict[int, int]
     length: int
+    tree: bool = False  # whether other uses of the weight run into it
+    frozen: bool = (
+        False  # whether the weight needs no gradient: a use on a constant start is not seen
+    )
 
     @property
     def weight(self) -> int:
@@ -69,7 +75,7 @@ class Chain:
         return min(every), max(every)
 
 
-def uses_of(graph: Unrolled, weights: Mapping[int, int]) -> list[Uses]:
+def uses_of(graph: Unrolled, weights: Mapping[int, object]) -> list[Uses]:
     """The uses of every weight that has at least `LEAST` of them.
 
     Args:
@@ -99,7 +105,7 @@ class _Labels:
     A part has a negative number of its own.
     """
 
-    def __init__(self, graph: Unrolled, weights: Mapping[int, int]) -> None:
+    def __init__(self, graph: Unrolled, weights: Mapping[int, object]) -> None:
         self.graph = graph
         self.places: dict[int, tuple[int, ...]] = {place: (place,) for place in weights}
         self._parts: dict[tuple[object, ...], int] = {}
@@ -140,8 +146,11 @@ class _Labels:
         return weight if weight >= 0 else self._leaves[-weight - 1]
 
 
-def chain_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> Chain:
-    """The uses of a weight in the order in which they follow one another.
+def chains_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> list[Chain]:
+    """The uses of a weight, in lines: each use follows the newest of those that it descends from.
+
+    Uses of which neither descends from the other are of different lines: those of two sequences, of
+    two directions, or of two layers that share the weight.
 
     Args:
         graph: the graph they are of.
@@ -150,48 +159,55 @@ def chain_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> Chain:
     """
     first, last = uses.nodes[0], uses.nodes[-1]
     own = set(uses.nodes)
-    count = [0] * (last + 1)
-    depth: dict[int, int] = {}
-    inputs = graph.inputs
+    newest = [-1] * (last + 1)  # of every place: the newest use that it comes from, or -1
+    chains: dict[int, Chain] = {}  # a use -> the chain that it is in
+    inputs, numbers = graph.inputs, graph.numbers
     for place in range(first, last + 1):
-        most = 0
+        found = -1
         for child, _ in inputs[place]:
-            if count[child] > most:
-                most = count[child]
+            use = newest[child]
+            if use >= 0 and (found < 0 or numbers[use] > numbers[found]):
+                found = use
         if place in own:
-            most += 1
-            depth[place] = most
-        if most and place not in states:
-            count[place] = most
-    return Chain(uses, depth, max(depth.values()))
+            chain = chains[place] = chains[found] if found >= 0 else Chain(uses, {}, 0)
+            chain.depth[place] = chain.depth[found] + 1 if found >= 0 else 1
+            chain.length = max(chain.length, chain.depth[place])
+            found = place
+        if place not in states:
+            newest[place] = found
+    return list({id(chain): chain for chain in chains.values()}.values())
 
 
-def chains(graph: Unrolled, weights: Mapping[int, int], states: Collection[int]) -> list[Chain]:
-    """All weights of at least `LEAST` uses in a row; see `chain_of`.
+def chains(graph: Unrolled, weights: Mapping[int, object], states: Collection[int]) -> list[Chain]:
+    """All lines of at least `LEAST` uses of one weight; see `chains_of`.
 
     A weight that only enters elementwise (a bias, a gain, a shared activation) counts if all matrices
     between two of its uses repeat as well: a PReLU shared by the layers of a stack is no recurrence.
     """
     found: list[Chain] = []
-    every = uses_of(graph, weights)
-    known: dict[tuple[int, ...], Chain] = {}
-    for uses in every:
+    known: dict[tuple[int, ...], list[Chain]] = {}
+    for uses in uses_of(graph, weights):
         key = tuple(uses.nodes)
-        chain = known.get(key)
-        chain = chain_of(graph, uses, states) if chain is None else chain
-        known[key] = chain
-        if chain.length >= RECURRENCE_USES and not (states and _is_within(graph, chain)):
-            found.append(Chain(uses, chain.depth, chain.length))
+        if key not in known:
+            lines = chains_of(graph, uses, states)
+            long = [line for line in lines if line.length >= RECURRENCE_USES]
+            known[key] = not_within(graph, long) if states else long
+            tree = bool(known[key]) and is_tree(graph, lines)
+            for line in known[key]:
+                line.tree = tree
+        found += [replace(line, uses=uses) for line in known[key]]
     repeated = {place for chain in found if chain.uses.product for place in chain.depth}
-    return [c for c in found if c.uses.product or _alone(graph, c, repeated)]
+    return [c for c in found if c.uses.product or is_without_other_products(graph, c, repeated)]
 
 
-def _is_within(graph: Unrolled, chain: Chain) -> bool:
-    """Whether its uses go on behind a recorded state: they are several in every step of that loop."""
-    return chain_of(graph, chain.uses, ()).length > chain.length
+def not_within(graph: Unrolled, found: list[Chain]) -> list[Chain]:
+    """Those that do not go on behind a recorded state, and so are no part of each step of its loop."""
+    whole = [] if not found else chains_of(graph, found[0].uses, ())
+    length = {place: chain.length for chain in whole for place in chain.depth}
+    return [chain for chain in found if length[next(iter(chain.depth))] == chain.length]
 
 
-def _alone(graph: Unrolled, chain: Chain, repeated: Collection[int]) -> bool:
+def is_without_other_products(graph: Unrolled, chain: Chain, repeated: Collection[int]) -> bool:
     """Whether no matrix of its own lies between the uses of an elementwise weight."""
     first, last = chain.numbers(graph)
     every = sorted(chain.depth)
@@ -209,9 +225,19 @@ def _alone(graph: Unrolled, chain: Chain, repeated: Collection[int]) -> bool:
 
 @dataclass(eq=False)
 class Recurrence:
-    """Chains that run at the same time: the weights of one loop."""
+    """Chains that descend from one another: the weights of one loop."""
 
     chains: list[Chain]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether none of its weights needs a gradient."""
+        return all(chain.frozen for chain in self.chains)
+
+    @property
+    def tree(self) -> bool:
+        """Whether its uses are the nodes of a tree."""
+        return any(chain.tree for chain in self.chains)
 
     @property
     def steps(self) -> int:
@@ -222,13 +248,73 @@ class Recurrence:
 
 
 def recurrences(graph: Unrolled, found: list[Chain]) -> list[Recurrence]:
-    """Chains that overlap in time, together."""
-    groups: list[tuple[int, int, list[Chain]]] = []
-    for chain in sorted(found, key=lambda c: c.numbers(graph)):
-        first, last = chain.numbers(graph)
-        if groups and first <= groups[-1][1]:
-            start, end, members = groups.pop()
-            groups.append((start, max(end, last), [*members, chain]))
-        else:
-            groups.append((first, last, [chain]))
-    return [Recurrence(members) for _, _, members in groups]
+    """Chains that descend from one another, together: the weights of one loop; oldest loop first."""
+    own: dict[int, int] = {}  # a use -> one bit for each chain that it is in
+    for bit, chain in enumerate(found):
+        for place in chain.depth:
+            own[place] = own.get(place, 0) | 1 << bit
+    reached = _reached(graph, own)
+    often = [Counter[int]() for _ in found]  # of every chain: uses that come from another one
+    for chain, counter in zip(found, often, strict=True):
+        masks = Counter(reached[place] for place in chain.depth)
+        for bits, count in masks.items():
+            counter.update({bit: count for bit in range(len(found)) if bits >> bit & 1})
+
+    def mutual(one: int, other: int) -> bool:
+        halves = ((one, other), (other, one))
+        return all(2 * often[a][b] > len(found[a].depth) for a, b in halves)
+
+    groups: list[list[int]] = []
+    for bit in range(len(found)):
+        both = [group for group in groups if any(mutual(bit, other) for other in group)]
+        groups = [group for group in groups if group not in both]
+        groups.append([bit, *(other for group in both for other in group)])
+    loops = [Recurrence(_trained([found[bit] for bit in sorted(group)])) for group in groups]
+    return sorted(loops, key=lambda loop: min(c.numbers(graph) for c in loop.chains))
+
+
+def _trained(chains: list[Chain]) -> list[Chain]:
+    return [chain for chain in chains if not chain.frozen] or chains
+
+
+def _reached(graph: Unrolled, own: Mapping[int, int], ends: Collection[int] = ()) -> list[int]:
+    """Of every node the bits of the nodes that it comes from, itself included; ends are not passed."""
+    found = [0] * len(graph)
+    for place in range(min(own, default=len(graph)), len(graph)):
+        bits = 0
+        for child, _ in graph.inputs[place]:
+            bits |= own.get(child, 0) if child in ends else found[child]
+        found[place] = bits | own.get(place, 0)
+    return found
+
+
+def is_tree(graph: Unrolled, lines: list[Chain]) -> bool:
+    """Whether lines of one weight run into one another: its uses are the nodes of a tree.
+
+    One that reads from its first steps on where another has ended is a loop of its own.
+    """
+    lines = [line for line in lines if line.length > 1]
+    if len(lines) < 2:
+        return False
+    every = {place for line in lines for place in line.depth}
+    last = {
+        place: 1 << bit
+        for bit, line in enumerate(lines)
+        for place, depth in line.depth.items()
+        if depth == line.length
+    }
+    reached = _reached(graph, last, every)
+    for bit, line in enumerate(lines):
+        since: dict[int, int] = {}  # another line -> where it runs into this one
+        for place, depth in line.depth.items():
+            bits = 0
+            for child, _ in graph.inputs[place]:
+                bits |= last.get(child, 0) if child in every else reached[child]
+            while bits:
+                other = bits.bit_length() - 1
+                bits ^= 1 << other
+                if other != bit:
+                    since[other] = min(since.get(other, depth), depth)
+        if any(depth > 2 for depth in since.values()):
+            return True
+    return False

@@ -38,12 +38,10 @@ class Found:
 
 def in_class(module: nn.Module, attributes: set[str]) -> Found | None:
     """The loop of a module's class that uses these attributes of it: parameters or modules."""
-    for kind, file in _classes(module):
-        for scope in _scopes(file):
-            if isinstance(scope, ast.ClassDef) and scope.name == kind.__name__:
-                found = _in_class(file, scope, attributes)
-                if found is not None:
-                    return found
+    for file, scope in _scopes_of(module):
+        found = _in_class(file, scope, attributes)
+        if found is not None:
+            return found
     return None
 
 
@@ -69,15 +67,12 @@ def inside(module: nn.Module) -> Found | None:
 
 def kept(module: nn.Module) -> str:
     """The attribute in which a module's forward keeps something for its next call, or nothing."""
-    for kind, file in _classes(module):
-        for scope in _scopes(file):
-            if not isinstance(scope, ast.ClassDef) or scope.name != kind.__name__:
-                continue
-            for method in scope.body:
-                if isinstance(method, ast.FunctionDef) and method.name == "forward":
-                    found = _described(file, _as_loop(method), set()).before_written
-                    mine = f"{method.args.args[0].arg}." if method.args.args else "self."
-                    return next((name for name in found if name.startswith(mine)), "")
+    for file, scope in _scopes_of(module):
+        for method in scope.body:
+            if isinstance(method, ast.FunctionDef) and method.name == "forward":
+                found = _described(file, _as_loop(method), set()).before_written
+                mine = f"{method.args.args[0].arg}." if method.args.args else "self."
+                return next((name for name in found if name.startswith(mine)), "")
     return ""
 
 
@@ -90,6 +85,21 @@ def _classes(module: nn.Module) -> list[tuple[type, str]]:
     """The classes of a module that are the user's own, and their files."""
     kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith(STOCK)]
     return [(kind, file) for kind in kinds if (file := _file_of(kind)) is not None]
+
+
+def _scopes_of(module: nn.Module) -> Iterator[tuple[str, ast.ClassDef]]:
+    """The source of a module's classes, as far as it is to be had."""
+    for kind, file in _classes(module):
+        codes = [
+            getattr(inspect.unwrap(f), "__code__", None) for f in vars(kind).values() if callable(f)
+        ]
+        lines = [code.co_firstlineno for code in codes if code is not None]
+        for scope in _scopes(file):
+            if not isinstance(scope, ast.ClassDef) or scope.name != kind.__name__:
+                continue
+            last = scope.end_lineno or scope.lineno  # several may have one name
+            if not lines or any(scope.lineno <= line <= last for line in lines):
+                yield file, scope
 
 
 PLAIN = "{0}", ""

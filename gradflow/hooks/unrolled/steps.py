@@ -11,11 +11,19 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from gradflow.hooks.axes import Axis
 from gradflow.hooks.graph import LEAF, Edge
 from gradflow.hooks.unrolled.chains import Chain, Recurrence
 from gradflow.hooks.unrolled.crossing import crossing, earliest, latest
 from gradflow.hooks.unrolled.order import Unrolled
 from gradflow.limits import CUT_PLACES, LOOP_STEPS, PERIODS
+
+FROZEN = "its weight needs no gradient, so the graph does not tell where it begins"
+TREE = "its uses are the nodes of a tree, several of which lead into one, and not steps of one line"
+EARLY = "its last step is not shown: the loss does not depend on all states that the loop ends with"
+NO_VALUE = "its last step is not shown: no operation keeps the values of the states that the loop ends with"
+UNLIKE = "its first step is not shown: it does not do what the others do"
+SAME_NOT = "not every step does the same"
 
 
 class NoState(Exception):
@@ -35,7 +43,18 @@ class Steps:
     """The states of a loop, T steps of edges in the order in which a step makes them."""
 
     edges: list[list[Edge]]
-    ends_early: bool = False  # the last step of the loop is not among them
+    axes: tuple[Axis, ...] = ()  # of every state: which is the batch
+    notes: tuple[str, ...] = ()  # that its first step, or its last one, is not among them
+
+    @property
+    def begins(self) -> bool:
+        """Whether its first step is among them."""
+        return UNLIKE not in self.notes
+
+    @property
+    def ends(self) -> bool:
+        """Whether its last step is among them."""
+        return EARLY not in self.notes and NO_VALUE not in self.notes
 
 
 def steps_of(graph: Unrolled, found: Recurrence) -> Steps:
@@ -44,18 +63,23 @@ def steps_of(graph: Unrolled, found: Recurrence) -> Steps:
     Raises:
         NoState: what crosses is not the same at every step.
     """
+    if found.frozen:
+        raise NoState(FROZEN)
+    if found.tree:
+        raise NoState(TREE)
     chain = _first_in_a_step(graph, found)
     if chain.length < LOOP_STEPS:
         raise NoState(f"it has fewer than {LOOP_STEPS} steps")
     for period in PERIODS:
-        if chain.length % period or chain.length // period < LOOP_STEPS:
+        # several uses to a step are shown by two steps that can be compared
+        if chain.length % period or chain.length // period < LOOP_STEPS + (period > 1):
             continue
         try:
             marks = {place: (depth - 1) // period for place, depth in chain.depth.items()}
-            return _Loop(graph, marks, found).steps()
+            return _Loop(graph, marks, found).steps(period)
         except NotAlike:
             continue
-    raise NotAlike("not every step does the same")
+    raise NotAlike(SAME_NOT)
 
 
 def _first_in_a_step(graph: Unrolled, found: Recurrence) -> Chain:
@@ -105,13 +129,15 @@ class _Loop:
             some.sort(key=numbers.__getitem__)
         return found
 
-    def steps(self) -> Steps:
+    def steps(self, period: int) -> Steps:
         middle = (self.length - 1) // 2
         model = self.body[middle]
         kinds = [self.graph.kind(place) for place in model]
+        if period > 1 and kinds == kinds[: len(kinds) // period] * period:
+            raise NotAlike(SAME_NOT)  # several steps, of which not all are alike
         for step in range(1, self.length - 2):
             if [self.graph.kind(place) for place in self.body[step]] != kinds:
-                raise NotAlike("not every step does the same")
+                raise NotAlike(SAME_NOT)
         shown = [self._matched(model, step) for step in range(self.length)]
         cuts, tried = self._cuts(model, middle), None
         for cut in cuts:
@@ -122,9 +148,10 @@ class _Loop:
             if edges is not None and self._is_all(edges, shown, cut):
                 return Steps(edges)
             tried = tried or wanted
-        edges = None if tried is None else self._everywhere(tried, shown[:-1])
-        if edges is not None and self._is_all(edges, shown, cuts[0]):
-            return Steps(edges, ends_early=True)
+        for first, last, notes in _SHORTER if tried is not None else ():
+            edges = self._everywhere(tried or [], shown[first:last])
+            if edges is not None and self._is_all(edges, shown[first:last], cuts[0], first):
+                return Steps(edges, notes=notes)
         raise NoState("what crosses from step to step is not the same at every step")
 
     def _matched(self, model: list[int], step: int) -> list[int | None]:
@@ -134,7 +161,7 @@ class _Loop:
             return list(body)
         place_of = {place: index for index, place in enumerate(model)}
         found: list[int | None] = []
-        start = 0
+        start, within = 0, set(body)
         for place in model:
             own = [place_of[child] for child, _ in self.graph.inputs[place] if child in place_of]
             needed = {found[index] for index in own}
@@ -145,6 +172,8 @@ class _Loop:
                 for index in range(start, len(body)):
                     candidate = body[index]
                     inputs = {child for child, _ in self.graph.inputs[candidate]}
+                    if step == 0 and inputs & within != needed:
+                        continue  # made from more of this step than its counterpart
                     if self.graph.kind(candidate) == kind and needed <= inputs:
                         hit, start = candidate, index + 1
                         break
@@ -204,7 +233,9 @@ class _Loop:
             raise NoState("its states change their shape from step to step")
         return found
 
-    def _is_all(self, edges: list[list[Edge]], shown: list[list[int | None]], cut: int) -> bool:
+    def _is_all(
+        self, edges: list[list[Edge]], shown: list[list[int | None]], cut: int, first: int = 0
+    ) -> bool:
         """Whether exactly these edges cross at every step; the last of them lead out of the loop."""
         boundaries = []
         for step in range(len(edges) - 1):
@@ -212,12 +243,20 @@ class _Loop:
             place = shown[step][cut]
             boundaries.append((max(numbers) if place is None else self.graph.numbers[place]) + 1)
         ends = {node for node, _ in edges[-1]}
-        marks = dict(self.marks)
+        marks = {place: max(step - first, 0) for place, step in self.marks.items()}
         for place, node in enumerate(self.graph.nodes):
             if node in ends:
                 marks[place] = len(edges)
         found = crossing(self.graph, marks, boundaries)
         return all(set(some) == set(edges[step]) for step, some in enumerate(found))
+
+
+_SHORTER = (
+    # from which step, to which, and what to say of it
+    (0, -1, (EARLY,)),
+    (1, None, (UNLIKE,)),
+    (1, -1, (UNLIKE, EARLY)),
+)
 
 
 def _two(marks: dict[int, int], middle: int) -> dict[int, int]:

@@ -8,43 +8,36 @@ from the graph as those between two taps are.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gradflow.hooks.axes import usual_axis
+from gradflow.hooks.axes import Axis, usual_axis
 from gradflow.hooks.dense import Place, Step
-from gradflow.hooks.graph import Edge, NotReadable
+from gradflow.hooks.graph import Between, Edge, NotReadable
 from gradflow.hooks.loops.links import probe_of
-from gradflow.hooks.marks import Marks
+from gradflow.hooks.marks import End, Marks
 from gradflow.hooks.own.returned import row_of
 from gradflow.hooks.tapped import UNROLLED, TapSource
 from gradflow.hooks.unrolled.order import Unrolled
-from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps
+from gradflow.hooks.unrolled.steps import NO_VALUE, NoRows, NoState, Steps
 from gradflow.hooks.unrolled.values import Values, is_hooked
-from gradflow.limits import STATE_ENTRIES
-from gradflow.recording import Track
+from gradflow.limits import LOOP_STEPS, STATE_ENTRIES
 
 
-def checked(graph: Unrolled, steps: Steps) -> None:
-    """See that the states can be those of a track, before anything is made of them.
+def checked(graph: Unrolled, steps: Steps) -> Steps:
+    """The steps, with the batch axes of the states, if these can be those of a track.
 
     Raises:
         NoState: they are of a shape or type that is not read, sequences are mixed, or an operation of
             the loop cannot be called by itself.
     """
-    batches = set()
-    for node, output in steps.edges[0]:
-        known = node._input_metadata[output]
-        shape, dims = tuple(known.shape), len(known.shape)
-        if not known.dtype.is_floating_point:
-            raise NoState(f"one of its states is {known.dtype}, and only real states are read")
-        if not dims or (dims == 3 and shape[0] != 1) or not 0 < math.prod(shape) <= STATE_ENTRIES:
-            kind = NoRows if dims > 2 else NoState
-            raise kind(f"a state of shape {shape} does not tell its sequences apart from its units")
-        batches.add(1 if dims == 1 else shape[1] if dims == 3 else shape[0])
-    if len(batches) > 1:
-        raise NoState("its states are not of one batch")
+    for shape, dtype in _shapes(steps.edges[0]):
+        if not dtype.is_floating_point:
+            raise NoState(f"one of its states is {dtype}, and only real states are read")
+        if not shape or not 0 < math.prod(shape) <= STATE_ENTRIES:
+            raise NoState(f"a state of shape {tuple(shape)} is a single number, empty or too large")
     first, last = (
         min(node._sequence_nr() for node, _ in steps.edges[0]),
         max(node._sequence_nr() for node, _ in steps.edges[-1]),
@@ -55,60 +48,133 @@ def checked(graph: Unrolled, steps: Steps) -> None:
                 "it runs in a checkpoint, or under other hooks on saved tensors, where its values "
                 "are not to be read"
             )
-    _check_mixing(steps)
+    try:
+        steps = replace(steps, axes=_axes(steps))
+        shapes = [shape for shape, _ in _shapes(steps.edges[0])]
+        if len({1 if a is None else s[a] for s, a in zip(shapes, steps.axes, strict=True)}) > 1:
+            raise NoState("its states are not of one batch")
+        _check_mixing(steps)
+    except NotReadable as error:
+        raise NoState(f"{error} is in it, which cannot be called by itself") from error
+    return steps
+
+
+def _shapes(edges: list[Edge]) -> list[tuple[torch.Size, torch.dtype]]:
+    known = [node._input_metadata[output] for node, output in edges]
+    return [(torch.Size(m.shape), m.dtype) for m in known]
+
+
+def _axes(steps: Steps) -> tuple[Axis, ...]:
+    """Which axis of each state is the batch: the one along which a step mixes nothing."""
+    middle = max(1, len(steps.edges) // 2)
+    before, now = steps.edges[middle - 1 : middle + 1]
+    shapes = [shape for shape, _ in _shapes(now)]
+    batches = {shape[0] for shape in shapes if len(shape) == 2}
+    found: list[Axis] = []
+    for number, shape in enumerate(shapes):
+        if len(shape) < 3 or (len(shape) == 3 and shape[0] == 1):
+            found.append(usual_axis(shape))
+            continue
+        apart = _apart(before, now, number) or [0]
+        fitting = [axis for axis in apart if shape[axis] in batches] or apart
+        if len(fitting) > 1 and len(shape) == 3:
+            raise NoRows(
+                f"along several axes of its state of shape {tuple(shape)} nothing is mixed, so it "
+                "does not tell its sequences apart from its units"
+            )
+        found.append(fitting[0])
+    return tuple(found)
+
+
+def _apart(before: list[Edge], now: list[Edge], number: int) -> list[int]:
+    """The axes of one state along which no entry of a step depends on another entry's past."""
+    (shape, dtype), (node, output) = _shapes(now)[number], now[number]
+    like = torch.zeros(shape, dtype=dtype, device=node._input_metadata[output].device)
+    between = Between([now[number]], {one for one, _ in before}, 0)
+    probe = probe_of(like)
+
+    def mixes(axis: int, bit: int, one: int) -> bool:
+        """Whether places with a bit depend on places without it, or the other way round."""
+        chosen = torch.arange(shape[axis], device=like.device) >> bit & 1 == one
+        seed = probe.movedim(axis, -1) * chosen
+        pulled = between.pull([(now[number], seed.movedim(-1, axis))]).get(before[number])
+        return pulled is None or bool(pulled.movedim(axis, -1)[..., ~chosen].any())
+
+    def is_apart(axis: int) -> bool:
+        # two places differ in one bit of their numbers at least
+        bits = range((shape[axis] - 1).bit_length())
+        return not any(mixes(axis, bit, one) for bit in bits for one in (0, 1))
+
+    return [axis for axis in range(len(shape) - 1) if shape[axis] > 1 and is_apart(axis)]
 
 
 def _check_mixing(steps: Steps) -> None:
     """One sequence of a middle step must depend on that sequence of the step before alone."""
     middle = max(1, len(steps.edges) // 2)
-    before, now = (_place(edges) for edges in steps.edges[middle - 1 : middle + 1])
+    before, now = (_place(edges, steps.axes) for edges in steps.edges[middle - 1 : middle + 1])
     seed = probe_of(now.like)
     seed[1:] = 0
-    try:
-        step = Step.find(before, now, set(), 0)
-        pulled = step.pull(seed) if step is not None else None
-    except NotReadable as error:
-        raise NoState(f"{error} is in it, which cannot be called by itself") from error
-    if pulled is None:
+    step = Step.find(before, now, set(), 0)
+    if step is None:
         raise NoState("no path leads from one of its steps to the next")
-    if bool((pulled[1:] != 0).any()):
+    if bool((step.pull(seed)[1:] != 0).any()):
         raise NoState(
             "the rows of its state depend on one another, so they are not sequences of a batch"
         )
 
 
-def _place(edges: list[Edge]) -> Place:
+def _place(edges: list[Edge], axes: tuple[Axis, ...]) -> Place:
     """The place of some states of unknown value."""
-    known = {f"s{i}": node._input_metadata[output] for i, (node, output) in enumerate(edges)}
-    rows = {
-        name: row_of(
-            torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device),
-            usual_axis(torch.Size(m.shape)),
-        )
-        for name, m in known.items()
-    }
-    shapes = {name: torch.Size(m.shape) for name, m in known.items()}
-    return Place.at(dict(zip(known, edges, strict=True)), shapes, rows)
+    names = [f"s{number}" for number in range(len(edges))]
+    devices = [node._input_metadata[output].device for node, output in edges]
+    known = zip(_shapes(edges), axes, devices, strict=True)
+    rows = [row_of(torch.zeros(s, dtype=d, device=device), axis) for (s, d), axis, device in known]
+    return _placed(names, edges, rows, axes)
 
 
-def rows_of(values: Values, steps: Steps) -> list[list[Tensor]]:
-    """The values of all states at all steps, (B, width) each.
+def _placed(
+    names: list[str], edges: list[Edge], rows: list[Tensor], axes: tuple[Axis, ...]
+) -> Place:
+    shapes = [shape for shape, _ in _shapes(edges)]
+    return Place.at(
+        dict(zip(names, edges, strict=True)),
+        dict(zip(names, shapes, strict=True)),
+        dict(zip(names, rows, strict=True)),
+        dict(zip(names, axes, strict=True)),
+    )
+
+
+def with_rows(values: Values, steps: Steps) -> tuple[Steps, list[list[Tensor]]]:
+    """The steps, and the values of all states at all of them, (B, width) each.
+
+    Where only those of the last step are not to be had, that step is left out.
 
     Raises:
-        NoState: one of them is not to be had.
+        NoState: those of another step are not to be had.
     """
     found = []
     for edges in steps.edges:
         tensors = [values.of(edge) for edge in edges]
         if any(tensor is None for tensor in tensors):
-            raise NoState("no operation keeps the values of its states")
-        found.append([row_of(t, usual_axis(t.shape)) for t in tensors if t is not None])
-    return found
+            break
+        pairs = zip(tensors, steps.axes, strict=True)
+        found.append([row_of(t, axis) for t, axis in pairs if t is not None])
+    if len(found) == len(steps.edges):
+        return steps, found
+    if len(found) < max(len(steps.edges) - 1, LOOP_STEPS):
+        raise NoState("no operation keeps the values of its states")
+    return replace(steps, edges=steps.edges[:-1], notes=(*steps.notes, NO_VALUE)), found
 
 
 def take_up(
-    marks: Marks, name: str, cell: str, steps: Steps, names: list[str], rows: list[list[Tensor]]
-) -> Track:
+    marks: Marks,
+    name: str,
+    cell: str,
+    steps: Steps,
+    names: list[str],
+    rows: list[list[Tensor]],
+    end: End | None = None,
+) -> End:
     """The track of a loop; its hooks are set, and the gradients come with the backward.
 
     Args:
@@ -117,16 +183,15 @@ def take_up(
         cell: class name of the module that loops.
         steps: the states, as edges.
         names: of the states, in that order.
-        rows: their values, from `rows_of`.
+        rows: their values, from `with_rows`.
+        end: of the loop that it goes on with, cut off from it; without one it begins a track.
+
+    Returns:
+        Where the loop has come to.
     """
-    end = None
     for edges, values in zip(steps.edges, rows, strict=True):
-        shapes = {
-            name: torch.Size(node._input_metadata[output].shape)
-            for name, (node, output) in zip(names, edges, strict=True)
-        }
         states = dict(zip(names, values, strict=True))
-        place = Place.at(dict(zip(names, edges, strict=True)), shapes, states)
+        place = _placed(names, edges, values, steps.axes)
         mark = Marks.new(place, states)
         mark.grad_enabled = True
         if end is None:
@@ -138,4 +203,4 @@ def take_up(
             Marks.extend(end, mark)
         marks.settle(end, {}, place, mark)
     assert end is not None
-    return end.track
+    return end

@@ -24,7 +24,9 @@ def _saved_names(node: Any) -> tuple[str, ...]:
     kind = type(node)
     if kind not in _known_names:
         prefix = "_raw_saved"
-        _known_names[kind] = tuple(n[len(prefix) :] for n in dir(kind) if n.startswith(prefix))
+        names = [n[len(prefix) :] for n in dir(kind) if n.startswith(prefix)]
+        # a torch.autograd.Function of somebody's own keeps what it likes, under another name
+        _known_names[kind] = tuple(name for name in names if hasattr(kind, f"_saved{name}"))
     return _known_names[kind]
 
 
@@ -43,7 +45,10 @@ def is_hooked(node: Any) -> bool:
     return False
 
 
-def _saved(node: Any) -> list[Tensor]:
+def saved_by(node: Any) -> list[Tensor]:
+    """The tensors that an operation keeps for its backward, none where reading would run code."""
+    if is_hooked(node):
+        return []
     found: list[Tensor] = []
     for name in _saved_names(node):
         try:
@@ -96,6 +101,8 @@ class Values:
                 self._note(user)
                 if edge in self._known:
                     break
+        if edge not in self._known:
+            self._note_part(place, edge)
         if edge in self._known or not depth:
             return self._known.get(edge)
         again = self._computed(edge, depth, zeros)
@@ -118,13 +125,26 @@ class Values:
         if place in self._read:
             return
         self._read.add(place)
-        node = self.graph.nodes[place]
-        if is_hooked(node):
-            return
-        for tensor in _saved(node):
+        for tensor in saved_by(self.graph.nodes[place]):
             edge = edge_of(tensor)
             if edge is not None:
                 self._known.setdefault(edge, tensor)
+
+    def _note_part(self, place: int, edge: Edge, deep: int = 3) -> bool:
+        """Find a value as the part of what was only put together from it and others, and saved there."""
+        for user in self.users[place]:
+            node = self.graph.nodes[user]
+            if kind_of(node) not in ("Cat", "Stack", *_RESHAPED) or is_hooked(node):
+                continue
+            whole, below = (node, 0), self.users[user]
+            for later in [user, *below]:
+                self._note(later)
+            if whole in self._known or (deep and self._note_part(user, whole, deep - 1)):
+                found = _part(node, self._known[whole].detach(), edge)
+                if found is not None and _fits(found, edge):
+                    self._known[edge] = found
+                    return True
+        return False
 
     def _computed(self, edge: Edge, depth: int, zeros: bool) -> Tensor | None:
         """The value by the rule of its operation; with zeros for what a sum adds from outside the graph."""
@@ -137,6 +157,8 @@ class Values:
         try:
             with torch.no_grad():
                 found = rule(node, values)
+                if isinstance(found, tuple):
+                    found = found[edge[1]]
                 if found is None and zeros and kind_of(node) in ("Add", "Sub"):
                     found = values[0] if below[1][0] is None else values[1]
         except RuntimeError:  # saved tensors that are gone, shapes that do not fit
@@ -160,12 +182,38 @@ class Values:
         return None
 
 
+_RESHAPED = ("View", "ReshapeAlias", "UnsafeView", "Unsqueeze", "Squeeze", "Alias")
+
+
+def _part(node: Any, whole: Tensor, edge: Edge) -> Tensor | None:
+    """What one edge gave to a tensor that was put together; None where it cannot be told."""
+    below = [(child, output) for child, output in node.next_functions]
+    if kind_of(node) in _RESHAPED:
+        return whole.reshape(tuple(edge[0]._input_metadata[edge[1]].shape))
+    if below.count(edge) != 1:
+        return None
+    place, dim = below.index(edge), _signed(node._saved_dim)
+    if kind_of(node) == "Stack":
+        return whole.select(dim, place)
+    sizes = [None if n is None else n._input_metadata[i].shape[dim] for n, i in below]
+    before, after = sizes[:place], sizes[place + 1 :]
+    if None not in before:
+        start = sum(size for size in before if size is not None)
+    elif None not in after:
+        rest = sum(size for size in sizes[place:] if size is not None)
+        start = whole.shape[dim] - rest
+    else:
+        return None
+    length = sizes[place]
+    return None if length is None else whole.narrow(dim, start, length)
+
+
 def _fits(value: Tensor, edge: Edge) -> bool:
     known = edge[0]._input_metadata[edge[1]]
     return tuple(value.shape) == tuple(known.shape) and value.dtype == known.dtype
 
 
-Rule = Callable[[Any, list[Tensor | None]], Tensor | None]
+Rule = Callable[[Any, list[Tensor | None]], Any]  # a tensor, all that come of it, or None
 
 
 def _add(node: Any, values: list[Tensor | None]) -> Tensor | None:
@@ -182,11 +230,35 @@ def _alpha(node: Any) -> Any:
     return getattr(node, "_saved_alpha", 1)
 
 
-def _mul(node: Any, values: list[Tensor | None]) -> Tensor | None:
-    one, other = values
-    one = node._saved_self if one is None else one
-    other = node._saved_other if other is None else other
-    return None if one is None or other is None else one * other
+def _of_two(operation: Callable[[Tensor, Tensor], Tensor]) -> Rule:
+    """The rule of an operation that keeps its operands."""
+
+    def rule(node: Any, values: list[Tensor | None]) -> Tensor | None:
+        one, other = values
+        one = node._saved_self if one is None else one
+        other = node._saved_other if other is None else other
+        return None if one is None or other is None else operation(one, other)
+
+    return rule
+
+
+def _unbind(node: Any, values: list[Tensor | None]) -> Any:
+    return None if values[0] is None else values[0].unbind(_signed(node._saved_dim))
+
+
+def _reshape(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    shape = tuple(node._input_metadata[0].shape)
+    return None if values[0] is None else values[0].reshape(shape)
+
+
+def _expand(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    shape = tuple(node._input_metadata[0].shape)
+    return None if values[0] is None else values[0].expand(shape)
+
+
+def _signed(number: int) -> int:
+    """An axis as it was given, which the graph keeps without its sign."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def _neg(node: Any, values: list[Tensor | None]) -> Tensor | None:
@@ -195,9 +267,12 @@ def _neg(node: Any, values: list[Tensor | None]) -> Tensor | None:
 
 def _cat(node: Any, values: list[Tensor | None]) -> Tensor | None:
     known = [value for value in values if value is not None]
-    dim = node._saved_dim
-    dim = dim - 2**64 if dim >= 2**63 else dim
-    return torch.cat(known, dim) if len(known) == len(values) else None
+    return torch.cat(known, _signed(node._saved_dim)) if len(known) == len(values) else None
+
+
+def _stack(node: Any, values: list[Tensor | None]) -> Tensor | None:
+    known = [value for value in values if value is not None]
+    return torch.stack(known, _signed(node._saved_dim)) if len(known) == len(values) else None
 
 
 def _t(_: Any, values: list[Tensor | None]) -> Tensor | None:
@@ -228,9 +303,16 @@ def _either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 _RULES: dict[str, Rule] = {
     "Add": _add,
     "Sub": _sub,
-    "Mul": _mul,
+    "Mul": _of_two(torch.mul),
     "Neg": _neg,
     "Cat": _cat,
+    "Stack": _stack,
+    "Unbind": _unbind,
+    **dict.fromkeys(_RESHAPED, _reshape),
+    "Expand": _expand,
+    "Div": _of_two(torch.div),
+    "Maximum": _of_two(torch.maximum),
+    "Minimum": _of_two(torch.minimum),
     "T": _t,
     "Abs": _abs,
     "Mm": _mm,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import takewhile
 from types import FrameType
 from typing import Any, Protocol
@@ -20,22 +20,31 @@ from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
 from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
 from gradflow.hooks.unrolled.held import Held
 from gradflow.hooks.unrolled.order import TooLarge, Unrolled
+from gradflow.hooks.unrolled.pieces import Piece
 from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps, steps_of
-from gradflow.hooks.unrolled.takeup import checked, rows_of, take_up
+from gradflow.hooks.unrolled.takeup import checked, take_up, with_rows
 from gradflow.hooks.unrolled.values import Values
+from gradflow.hooks.unrolled.weights import (
+    computed_chains,
+    frozen,
+    frozen_chains,
+    in_attributes,
+    origin,
+)
 from gradflow.hooks.unseen import foreign_code, has_no_numbers
-from gradflow.limits import CALLER_FRAMES
+from gradflow.limits import CALLER_FRAMES, OPEN_PIECES
 from gradflow.recording import Unseen
 
 FUSED = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
-EARLY = "its last step is not shown: the loss does not depend on all states that the loop ends with"
 
 
 class WatchOwner(Owner, Protocol):
     """The recorder, as far as loops written by hand need it."""
 
     def drop_sources(self, sources: list[TapSource]) -> None: ...
+    def drop_cell(self, module: nn.Module) -> None: ...
     def in_closed_loop(self) -> bool: ...
+    def is_told(self, weights: Collection[str]) -> bool: ...
 
 
 class Watch:
@@ -61,6 +70,7 @@ class Watch:
         self.given: dict[int, list[Edge]] = {}  # what recurrent functions of torch's were given
         self.fused: dict[str, nn.Module] = {}  # layers whose fused functions ran unseen, by path
         self.held = Held()
+        self.pieces: dict[tuple[str, ...], list[Piece]] = {}  # names of weights -> loops over them
         self.unseen: dict[tuple[str, ...], Unseen] = {}
 
     def saw_stock(self, given: Iterable[Tensor], results: Iterable[Tensor]) -> None:
@@ -87,21 +97,27 @@ class Watch:
             return
         if self._is_second_order(graph):
             return
-        weights = {
-            place: id(node.variable)
-            for place, node in enumerate(graph.nodes)
-            if graph.is_leaf(place) and hasattr(node, "variable")
-        }
-        weights = {place: key for place, key in weights.items() if key in self.names}
+        weights = self._weights(graph)
         if any(has_no_numbers(graph.nodes[place].variable) for place in weights):
             return
         self._note_fused(graph, weights)
         states = {p for p, number in enumerate(graph.numbers) if self._is_state(number)}
-        for found in recurrences(graph, chains(graph, weights, states)):
+        known = chains(graph, weights, states)
+        known += computed_chains(graph, known, weights, states)
+        for name, chain in frozen_chains(graph, frozen(self.modules), states):
+            weights[chain.weight] = name
+            known.append(chain)
+        for found in recurrences(graph, known):
             if is_empty(graph, found) or self._is_around_stock(graph, found):
                 continue
-            names = [self.names[weights[chain.weight]] for chain in found.chains]
-            self._found(graph, found, list(dict.fromkeys(names)))
+            own = [weights[chain.weight] for chain in found.chains if chain.weight in weights]
+            names = list(dict.fromkeys(own))
+            if names:
+                self._found(graph, found, names)
+                continue
+            names = origin(graph, found.chains[0].weight, weights)
+            if names:
+                self._found(graph, found, names, computed=True)
         here = {id(s): s for n in graph.numbers if (s := self.states.get(n)) is not None}
         self.owner.drop_sources([s for s in here.values() if s.part_of_a_step])
         self.walked.update(graph.numbers)
@@ -113,12 +129,24 @@ class Watch:
             self.differentiated.append((self._since, newest()))
             self._since = -1
 
-    def _note_fused(self, graph: Unrolled, weights: dict[int, int]) -> None:
+    def _weights(self, graph: Unrolled) -> dict[int, str]:
+        """The places of the model's own leaves, and their names."""
+        leaves = {
+            place: node.variable
+            for place, node in enumerate(graph.nodes)
+            if graph.is_leaf(place) and hasattr(node, "variable")
+        }
+        names = self.names
+        if any(id(t) not in names and not isinstance(t, nn.Parameter) for t in leaves.values()):
+            names = names | in_attributes(self.modules)
+        return {place: names[id(t)] for place, t in leaves.items() if id(t) in names}
+
+    def _note_fused(self, graph: Unrolled, weights: dict[int, str]) -> None:
         """Fused functions that ran unseen: what was seen is stepped over, and shows no weights."""
         for place, inputs in enumerate(graph.inputs):
             mine = [weights[child] for child, _ in inputs if child in weights]
             if mine and graph.kind(place) in FUSED:
-                path = self.names[mine[0]].rpartition(".")[0]
+                path = mine[0].rpartition(".")[0]
                 if isinstance(self.modules[path], nn.RNNBase):
                     self.fused[path] = self.modules[path]
 
@@ -138,27 +166,48 @@ class Watch:
         """Let go of the user's graph."""
         self.given.clear()
         self.held.clear()
+        self.pieces.clear()
 
     # -- one recurrence ----------------------------------------------------------------------
 
-    def _found(self, graph: Unrolled, found: Recurrence, names: list[str]) -> None:
+    def _found(
+        self, graph: Unrolled, found: Recurrence, names: list[str], *, computed: bool = False
+    ) -> None:
         """Take a loop up, or note that it is in no track and why."""
+        if self.owner.is_told(names):
+            return
         path, loop = self.place_of(names)
         self._drop_parts(graph, found)
         try:
             steps, rows = self._states(graph, found, names)
         except NoState as error:
             form = sources.FLAT if isinstance(error, NoRows) else sources.PLAIN
-            self._note(found, names, path, loop, (str(error), form))
+            self._note(found, [] if computed else names, path, loop, (str(error), form))
             return
         name = path or "loop"
         if self.owner.wants_track(name):
+            code = tuple(sorted(names))
+            open_ones = self.pieces.get(code, ()) if steps.begins else ()
+            before = next((p for p in open_ones if p.goes_on(steps.edges[0])), None)
             known = self._called(steps) or _names(loop, len(steps.edges[0]))
+            known = known if before is None else list(before.end.place.parts)
             cell = cell_name(self.modules[path])
-            self.taken.update(n._sequence_nr() for edges in steps.edges for n, _ in edges)
-            track = take_up(self.marks, name, cell, steps, known, rows)
-            track.code = tuple(sorted(names))
-            track.notes += [EARLY] if steps.ends_early else []
+            numbers = {n._sequence_nr() for edges in steps.edges for n, _ in edges}
+            self.taken |= numbers
+            if before is not None:  # no cell, then: a whole piece ran at every call of it
+                self.owner.drop_cell(self.modules[path])
+            end = take_up(
+                self.marks, name, cell, steps, known, rows, None if before is None else before.end
+            )
+            end.track.code = code
+            end.track.notes += [f"{end.track.name}: {note}" for note in steps.notes]
+            now = Piece(end, steps.edges[-1], rows[-1]) if steps.ends else None
+            self._ended(code, before, now)
+
+    def _ended(self, code: tuple[str, ...], before: Piece | None, now: Piece | None) -> None:
+        """Remember how far a loop has come, instead of how far it had."""
+        known = [piece for piece in self.pieces.get(code, []) if piece is not before]
+        self.pieces[code] = ([] if now is None else [now]) + known[: OPEN_PIECES - 1]
 
     def _is_around_stock(self, graph: Unrolled, found: Recurrence) -> bool:
         """Whether calls of other tracks are part of it: a closed loop, which is told as one."""
@@ -197,8 +246,8 @@ class Watch:
         if any(since < FAR for place, since in enumerate(earliest(graph, taken)) if place in uses):
             raise NoState("a backward ran in the middle of it")
         steps = steps_of(graph, found)
-        checked(graph, steps)
-        return steps, rows_of(Values(graph, self.held.tensors), steps)
+        steps = checked(graph, steps)
+        return with_rows(Values(graph, self.held.tensors), steps)
 
     def _called(self, steps: Steps) -> list[str]:
         """What the user's variables of the states were called in a middle step, if all are known."""
@@ -216,7 +265,7 @@ class Watch:
         loop: sources.Found | None,
         reason: tuple[str, tuple[str, str]],
     ) -> None:
-        key = tuple(sorted(names))
+        key = (path, *sorted(names))
         known = self.unseen.get(key)
         if known is not None and known.steps >= found.steps:
             return

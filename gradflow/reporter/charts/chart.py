@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.cells import CELLS
 
 LN10 = math.log(10)
 
@@ -43,12 +44,9 @@ def no_gradient(layer: LayerAnalysis, why: str) -> str:
     return layer.gradient_note or why
 
 
-STOCK = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
-
-
 def own_cell(layer: LayerAnalysis) -> bool:
     """Whether a layer is a cell of the user's own, or a tapped loop: what is inside is not known."""
-    return layer.cell not in STOCK
+    return layer.cell not in CELLS
 
 
 def running_median(values: np.ndarray, axis: int) -> np.ndarray:

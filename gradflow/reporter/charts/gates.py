@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.cells import Keeper, called
 from gradflow.reporter.charts.chart import Chart, measured, own_cell
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import DASHED, DOTTED, key
@@ -38,14 +39,17 @@ def prepare(layer: LayerAnalysis) -> Gates:
     )
     # a share of gates that are NaN is no share
     closed, opened = (np.where(np.isnan(mean), np.nan, share) for share in (closed, opened))
+    spec = called(layer.cell)
+    keeper = None if spec is None else spec.keeper
     note = "" if names else f"{layer.cell} has no gates."
     if own_cell(layer):
         note = "The gates of a cell of your own are not known, if it has any."
     if names and measured(layer, "gate_mean") is None:
         note = "No gate was measured at any step."
     return Gates(
-        message="" if note else _message(names, mean, closed, opened),
-        reading=_reading(names),
+        message="" if note else _message(keeper, names, mean, closed, opened),
+        reading="Averages over units and sequences, at every step."
+        + ("" if keeper is None or not names else f" {keeper.reading}"),
         note=note,
         names=names,
         step=np.arange(1, layer.data.sizes["step"] + 1),
@@ -56,21 +60,16 @@ def prepare(layer: LayerAnalysis) -> Gates:
     )
 
 
-def _reading(names: Sequence[str]) -> str:
-    words = "Averages over units and sequences, at every step."
-    if "f" in names:
-        words += " An open forget gate f keeps the cell and its gradient, a closed one cuts both."
-    elif "z" in names:
-        words += (
-            " An open update gate z keeps the state and its gradient, a closed one replaces it."
-        )
-    return words
-
-
-def _message(names: Sequence[str], mean: np.ndarray, closed: np.ndarray, opened: np.ndarray) -> str:
-    """How the gate that forgets stands: f of an LSTM, z of a GRU, else the first."""
-    place = next((names.index(name) for name in ("f", "z") if name in names), 0)
-    kind = {"f": "forget gate", "z": "update gate"}.get(names[place], f"gate {names[place]}")
+def _message(
+    keeper: Keeper | None,
+    names: Sequence[str],
+    mean: np.ndarray,
+    closed: np.ndarray,
+    opened: np.ndarray,
+) -> str:
+    """How the gate that keeps the state stands, else the first."""
+    place = 0 if keeper is None else names.index(keeper.gate)
+    kind = f"gate {names[place]}" if keeper is None else f"{keeper.name} gate"
     shares = [np.nanmean(row[place]) if not np.isnan(row[place]).all() else np.nan
               for row in (mean, closed, opened)]  # fmt: skip
     said = f"the {kind} is {number_words(float(shares[0]))} on average"

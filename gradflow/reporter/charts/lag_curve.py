@@ -111,12 +111,13 @@ def _limits(layer: LayerAnalysis, slope: np.ndarray) -> tuple[float, float]:
 def _message(layer: LayerAnalysis, line: LagLine) -> str:
     said = [f"the gain is {line.words}"] if line.words else []
     half = half_life_words(layer)
-    if half not in ("none", "never") and layer.rate_told:
+    if half not in ("none", "never"):
         # a half-life that is not that of the rate is where the curve itself has fallen by half
-        steady = math.isclose(-layer.rate.value * layer.half_life, math.log(2), rel_tol=0.01)
+        near = math.isclose(-layer.rate.value * layer.half_life, math.log(2), rel_tol=0.01)
+        steady = layer.rate_told and near
         said.append(f"it {'halves every' if steady else 'has halved after'} {half} steps")
     rate = rate_words(layer.rate)
-    if rate != "none" and "not settled" not in layer.labels:
+    if rate != "none" and layer.rate_told:
         said.append(f"rate {rate} nats per step")
     return "; ".join(said) or "the gain against the distance"
 

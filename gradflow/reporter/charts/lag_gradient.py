@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.cells import kinds
 from gradflow.limits import LAG_TOLERANCE, SMALLEST_SHARE
 from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient, own_cell
 from gradflow.reporter.charts.marks import DASHED, Line, draw_log_lines, key, whole
@@ -47,7 +48,7 @@ def prepare(layer: LayerAnalysis) -> LagGradient:
             "may not be known what happens."
         )
         if own_cell(layer):
-            why = "The parameter gradient by lag is known for LSTM, GRU and RNN layers only."
+            why = f"The parameter gradient by lag is known for {_known()} layers only."
         why = no_gradient(layer, why)
         if array is not None:
             why = "The parameter gradient is exactly 0."
@@ -76,6 +77,12 @@ def prepare(layer: LayerAnalysis) -> LagGradient:
         windows=() if math.isnan(window) else (window,),
         reach=_shown(lag, share, window),
     )
+
+
+def _known() -> str:
+    """The kinds of cells, those with many gates first: "LSTM, GRU and RNN"."""
+    *most, last = sorted(kinds(), key=lambda kind: -kinds()[kind].blocks)
+    return f"{', '.join(most)} and {last}"
 
 
 def _empty(note: str) -> LagGradient:

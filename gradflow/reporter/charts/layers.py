@@ -35,7 +35,8 @@ class Layers(Chart):
 
 def prepare(layers: Sequence[LayerAnalysis]) -> Layers:
     """Norms of all layers over the steps, the one nearest to the loss first."""
-    order = list(reversed(layers))
+    joint = {layer.part_of for layer in layers}  # a closed loop stands in for no layer
+    order = [layer for layer in reversed(layers) if layer.name not in joint]
     steps = max(layer.steps for layer in order)
     at_state = np.stack([_norms(layer, steps, down=False) for layer in order])
     passed = np.stack([_norms(layer, steps, down=True) for layer in order])

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from gradflow.analysis import LayerAnalysis, Rate
 from gradflow.reporter.charts.chart import LN10, Chart, absent, measured
 from gradflow.reporter.charts.marks import whole
-from gradflow.reporter.numbers import number_words, rate_words
+from gradflow.reporter.numbers import gain_words, number_words, rate_words
 from gradflow.reporter.picture import FAINT
 from gradflow.reporter.scale import VERDICT_COLOURS
 
@@ -35,24 +35,25 @@ def prepare(layer: LayerAnalysis) -> Lyapunov:
     """The spectrum of a layer; without the newer arrays, the exponents themselves."""
     array = measured(layer, "lyapunov")
     mean = layer.lyapunov if array is None else array.values
-    band = LN10 / max(1, layer.span)
+    steps = layer.gain.steps or max(1, layer.span)
+    band = LN10 / steps
     mean = np.empty(0) if mean is None else np.asarray(mean, float)
     known = np.isfinite(mean)
     nothing = np.full(len(mean), np.nan)
     low, high = (measured(layer, f"lyapunov_{end}") for end in ("low", "high"))
     trace = measured(layer, "lyapunov_trace")
-    steps = np.empty((0, 0)) if trace is None else trace.transpose("index_k", "step").values
-    steps = steps[~np.isnan(steps).all(axis=1)]
-    steps = steps[:, ~np.isnan(steps).all(axis=0)]
+    means = np.empty((0, 0)) if trace is None else trace.transpose("index_k", "step").values
+    means = means[~np.isnan(means).all(axis=1)]
+    means = means[:, ~np.isnan(means).all(axis=0)]
     return Lyapunov(
-        message=_message(layer, mean, band) if known.any() else "",
-        reading=_reading(layer, band, sure=low is not None, traced=bool(steps.size)),
+        message=_message(layer, mean, steps) if known.any() else "",
+        reading=_reading(layer, steps, sure=low is not None, traced=bool(means.size)),
         note="" if known.any() else _why(layer, mean),
         index=np.arange(1, len(mean) + 1),
         mean=mean,
         low=nothing if low is None else low.values,
         high=nothing if high is None else high.values,
-        trace=steps,
+        trace=means,
         band=band,
         verdict=layer.verdict,
     )
@@ -64,12 +65,16 @@ def _why(layer: LayerAnalysis, mean: np.ndarray) -> str:
     return absent(layer, "lyapunov", "No Lyapunov exponent was measured for this layer.")
 
 
-def _message(layer: LayerAnalysis, mean: np.ndarray, band: float) -> str:
+def _message(layer: LayerAnalysis, mean: np.ndarray, over: int) -> str:
     first = layer.rate if math.isfinite(layer.rate.value) else Rate(mean[0], mean[0], mean[0])
     largest = f"the largest exponent is {rate_words(first)} per step"
     if "not settled" in layer.labels:
         return f"{largest}: the exponents have not settled in {layer.steps} steps"
-    kept = int((mean >= -band).sum())
+    kept = int((mean >= -LN10 / over).sum())
+    otherwise = layer.verdict == "vanishing" if kept else layer.verdict in ("stable", "exploding")
+    if otherwise:  # near the edge, or where few steps are not yet like many
+        gain = f"; over {over} steps the largest gain is {gain_words(layer)}"
+        return f"{largest} in the long run{gain * math.isfinite(layer.gain.value)}"
     share = (
         f"{kept} of the {len(mean)} measured"
         if len(mean) < layer.size
@@ -78,14 +83,14 @@ def _message(layer: LayerAnalysis, mean: np.ndarray, band: float) -> str:
     if kept == 0:
         return f"{largest}: every direction fades in the long run"
     keep = "keeps" if kept == 1 else "keep"
-    return f"{largest}; in the long run {share} {keep} a tenth or more over {layer.span} steps"
+    return f"{largest}; in the long run {share} {keep} a tenth or more over {over} steps"
 
 
-def _reading(layer: LayerAnalysis, band: float, *, sure: bool, traced: bool) -> str:
+def _reading(layer: LayerAnalysis, over: int, *, sure: bool, traced: bool) -> str:
     words = (
         f"growth per step of each direction{', with its 95 % interval over sequences' * sure}; in the "
-        f"grey band (± {number_words(band)}) less than a power of ten is lost or won over "
-        f"{layer.span} steps."
+        f"grey band (± {number_words(LN10 / over)}) less than a power of ten is lost or won over "
+        f"{over} steps."
     )
     words = f"Above, {words}" if traced else words[0].upper() + words[1:]
     if traced:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.cells import CELLS, kinds
 from gradflow.reporter.charts.chart import Chart, absent, measured, running_median
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import DASHED, DOTTED, Line, draw_log_lines, key
@@ -17,6 +18,7 @@ from gradflow.reporter.picture import FAINT, INK
 from gradflow.reporter.scale import SERIES
 
 TOTAL = "total"
+FOUR = next(kind for kind, spec in kinds().items() if spec.paths is not None)
 DASHES = ("-", DASHED, DOTTED, (0, (4, 1.5, 1, 1.5)))
 
 
@@ -34,8 +36,8 @@ def prepare(layer: LayerAnalysis) -> Paths:
     """The four terms and their sum at every step."""
     array = measured(layer, "path_gain")
     if array is None:
-        why = f"{layer.cell} is no LSTM; the four paths are those of an LSTM's cell state c."
-        if layer.cell == "LSTM":
+        why = f"{layer.cell} is no {FOUR}; the four paths are those of an {FOUR}'s cell state c."
+        if layer.cell in CELLS and CELLS[layer.cell].paths is not None:
             why = "No step has a previous cell state, so there is no path to show."
         note = absent(layer, "path_gain", why)
         return Paths(note=note, names=(), step=np.empty(0), gain=np.empty((0, 0)), last=0)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.cells import called
 from gradflow.limits import STUCK
 from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
 from gradflow.reporter.charts.labels import label_steps
@@ -17,8 +18,6 @@ from gradflow.reporter.charts.marks import DASHED, key, whole
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS
 from gradflow.reporter.scale import GATE_COLOURS, SERIES, paint_gates
-
-CANDIDATES = ("g", "n")  # tanh: from −1 to 1; all other gates go from 0 to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ def prepare(layer: LayerAnalysis) -> Saturation:
         reading.append(
             "Mean over sequences, units sorted as in the states, longest memory on top; g and n go "
             "from −1 (dark) to 1 (light)."
-            if any(gate.name in CANDIDATES for gate in gates)
+            if any(_from_minus_one(layer, gate.name) for gate in gates)
             else "Mean over sequences, units sorted as in the states, longest memory on top."
         )
     if limits:
@@ -92,8 +91,13 @@ def _order(layer: LayerAnalysis, units: int) -> np.ndarray:
     return order if fits else np.arange(units)
 
 
+def _from_minus_one(layer: LayerAnalysis, gate: str) -> bool:
+    spec = called(layer.cell)
+    return spec is not None and gate in spec.tanh
+
+
 def _gate(layer: LayerAnalysis, name: str, values: np.ndarray) -> GateHeat:
-    low = -1.0 if name in CANDIDATES else 0.0
+    low = -1.0 if _from_minus_one(layer, name) else 0.0
     rows = math.ceil(values.shape[0] / HEAT_ROWS)
     columns = math.ceil(values.shape[1] / HEAT_COLUMNS)
     return GateHeat(
@@ -115,7 +119,7 @@ def _averaged(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def _gate_words(layer: LayerAnalysis, name: str) -> str:
-    if name in CANDIDATES:
+    if _from_minus_one(layer, name):
         return f"{name}: candidate"
     closed, opened = (_shares(layer, name, end) for end in ("closed", "open"))
     if closed is None or opened is None:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.cells import CELLS
 from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
 from gradflow.reporter.charts.marks import count_ticks, whole
 from gradflow.reporter.numbers import number_words
@@ -30,7 +31,7 @@ class TimeScales(Chart):
 
 
 def prepare(layer: LayerAnalysis) -> TimeScales:
-    """A histogram of −1/mean ln f (LSTM) or −1/mean ln z (GRU) over units."""
+    """A histogram of −1/mean ln of the gate that keeps the state, over units."""
     array = measured(layer, "time_scale")
     known = np.empty(0) if array is None else array.values[~np.isnan(array.values)]
     if not len(known):
@@ -49,13 +50,14 @@ def prepare(layer: LayerAnalysis) -> TimeScales:
     high = np.ceil(PER_DECADE * max(inside) + 1e-9) + 1
     edges = np.arange(low, high + 1) / PER_DECADE
     bars = np.clip(np.floor(PER_DECADE * places - low + 1e-9).astype(int), 0, len(edges) - 2)
-    gate = "forget gate f" if layer.cell == "LSTM" else "update gate z"
+    keeper = CELLS[layer.cell].keeper
+    assert keeper is not None
     return TimeScales(
         message=_message(known, layer.span),
         reading=(
-            f"A unit whose {gate} stays as it is on average keeps 1/e of its value for this many "
-            "steps, its other paths left aside. The line is the span: units right of it can "
-            "remember that far by themselves."
+            f"A unit whose {keeper.name} gate {keeper.gate} stays as it is on average keeps 1/e of its "
+            "value for this many steps, its other paths left aside. The line is the span: units right of "
+            "it can remember that far by themselves."
             + (
                 " Green: their gate is 1, so they keep it for good."
                 if np.isinf(known).any()

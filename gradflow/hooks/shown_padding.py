@@ -1,0 +1,187 @@
+"""Padding as the model's own tensors show it: what it was given, and what a layer's input was made from.
+
+Letters: T timesteps, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradflow.hooks.graph import is_hooked
+from gradflow.hooks.own.leaves import leaves
+from gradflow.limits import FIRST_NODES, INPUT_NODES, SHOWN_CALLS
+from gradflow.recording.padding import Padding, padding_of
+
+# nodes that make every step of their result from the same step of what they are given
+STEPWISE = frozenset(
+    f"{name}Backward0"
+    for name in (
+        *(
+            "Mul",
+            "Add",
+            "Sub",
+            "Div",
+            "Neg",
+            "Cat",
+            "ToCopy",
+            "Clone",
+            "NativeDropout",
+            "Addmm",
+            "Mm",
+        ),
+        *(
+            "View",
+            "UnsafeView",
+            "ReshapeAlias",
+            "Unsqueeze",
+            "Squeeze",
+            "Transpose",
+            "Permute",
+            "T",
+        ),
+        *("NativeLayerNorm", "NativeBatchNorm", "FusedRmsNorm", "Pow", "Rsqrt"),
+        *("Relu", "Gelu", "Tanh", "Sigmoid", "Silu", "Elu", "LeakyRelu", "Softplus", "Hardtanh"),
+    )
+)
+LAST = 2**64 - 1  # how torch keeps an index of −1
+UNBIND = "UnbindBackward0"
+TURNING = {"TransposeBackward0", "PermuteBackward0"}
+REORDERING = {
+    f"{name}Backward0" for name in ("Flip", "Roll", "Index", "IndexSelect", "Gather", "Take")
+}
+
+
+class ShownPadding:
+    """What one model shows of the padding of its batches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        self.tokens = {m.padding_idx for m in embeddings if m.padding_idx is not None}
+        self._calls = 0
+        self._made: dict[
+            int, tuple[str, ...]
+        ] = {}  # number of a node -> tracks of which it is made
+
+    def of_model(self, args: Any, kwargs: Any) -> list[Padding]:
+        """Of every tensor that the model was given, its axes in both orders."""
+        self._calls += 1
+        if self._calls > SHOWN_CALLS:  # a loop that calls the model step by step
+            return []
+        given = [t.detach() for t in leaves((args, kwargs)).values() if not t.is_complex()]
+        found = []
+        for rows in _sequences(given):
+            padding = padding_of(rows, self.tokens)
+            if padding is not None:
+                found.append(replace(padding, sure=padding.sure or _is_said(padding, given)))
+        return found
+
+    def made(self, results: Iterable[Tensor], names: Iterable[str]) -> None:
+        """These tensors are what some tracks returned."""
+        for result in results:
+            if result.grad_fn is not None:
+                self._made[result.grad_fn._sequence_nr()] = tuple(names)
+
+    def of_input(self, data: Tensor, batch_first: bool) -> tuple[Padding | None, tuple[str, ...]]:
+        """Of the ids that the input of a layer was looked up with, and the tracks it is made of.
+
+        Nothing of either where an operation in between may bring steps to other places.
+        """
+        ids: list[tuple[Any, bool]] = []
+        names: list[str] = []
+        waiting, seen = [(data.grad_fn, False)], set()
+        while waiting:
+            node, turned = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            made = self._made.get(node._sequence_nr())
+            if made is not None:
+                names += made
+            elif node.name() == "EmbeddingBackward0":
+                ids.append((node, turned))
+            elif node.name() in STEPWISE and len(seen) < INPUT_NODES:
+                turned |= node.name() in TURNING
+                waiting += [(child, turned) for child, _ in node.next_functions]
+            elif node.name() != "torch::autograd::AccumulateGrad":
+                return None, ()
+        each = [self._of_ids(node, turned, data, batch_first) for node, turned in ids]
+        known = [padding for padding in each if padding is not None]
+        same = all(torch.equal(padding.lengths, known[0].lengths) for padding in known)
+        return (known[0] if known and same else None), tuple(dict.fromkeys(names))
+
+    def turns(self, first: Iterable[Any]) -> bool:
+        """Whether the first step of a loop, made by these nodes, may read another than the first.
+
+        It does where something on the way to it reorders, or takes the last of several.
+        """
+        waiting, seen = list(first), set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if len(seen) > FIRST_NODES or node.name() in REORDERING or _takes_the_last(node):
+                return True
+            if node._sequence_nr() not in self._made:
+                waiting += [child for child, _ in node.next_functions]
+                if any(
+                    child and child.name() == UNBIND and nr for child, nr in node.next_functions
+                ):
+                    return True
+        return False
+
+    def _of_ids(self, node: Any, turned: bool, data: Tensor, batch_first: bool) -> Padding | None:
+        """Of the ids of an embedding, laid out as the layer's input."""
+        if is_hooked(node):
+            return None
+        ids = node._saved_indices
+        if ids.dim() != 2 or (turned and ids.shape[0] == ids.shape[1]):
+            return None
+        here = data.shape[:2] if data.dim() == 3 else data.shape[:1]
+        if ids.shape != here and ids.T.shape == here:
+            ids = ids.T
+        if ids.shape != here:
+            return None
+        return padding_of((ids.T if batch_first else ids).unsqueeze(2), {node._saved_padding_idx})
+
+    def close(self) -> None:
+        """Let go of the numbers."""
+        self._made.clear()
+
+
+def _takes_the_last(node: Any) -> bool:
+    """Whether it selects the last of several entries."""
+    if node.name() != "SelectBackward0":
+        return False
+    size = node._saved_self_sym_sizes[node._saved_dim]
+    return size > 2 and node._saved_index in (size - 1, LAST)
+
+
+def _sequences(given: list[Tensor]) -> Iterator[Tensor]:
+    """(T, B, I): token ids and rows of numbers, in both orders of their axes."""
+    for tensor in given:
+        if tensor.dtype == torch.bool or tensor.dim() not in (2, 3):
+            continue
+        rows = tensor.unsqueeze(2) if tensor.dim() == 2 else tensor
+        yield rows
+        yield rows.transpose(0, 1)
+
+
+def _is_said(padding: Padding, given: list[Tensor]) -> bool:
+    """Whether the model was also given these very lengths, or a mask that is true up to them."""
+    real = torch.arange(padding.steps) < padding.lengths.unsqueeze(1)  # (B, T)
+    for tensor in given:
+        if tensor.shape == padding.lengths.shape and not tensor.is_floating_point():
+            if torch.equal(tensor.cpu().long(), padding.lengths):
+                return True
+        elif tensor.shape in (real.shape, real.T.shape):
+            mask = (tensor if tensor.shape == real.shape else tensor.T).cpu()
+            two = bool(((mask == 0) | (mask == 1)).all())
+            if two and (torch.equal(mask.bool(), real) or torch.equal(~mask.bool(), real)):
+                return True
+    return False

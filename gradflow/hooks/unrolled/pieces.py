@@ -1,0 +1,76 @@
+"""Pieces of one loop: where the state was detached, the next piece goes on from where one ended.
+
+No path of the graph leads from piece to piece, so their values tell: what the first step of a piece
+computed with is the last state of the piece before, or its tanh, or that beside an input.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradflow.hooks.graph import Edge
+from gradflow.hooks.marks import End
+from gradflow.hooks.unrolled.order import kind_of
+from gradflow.hooks.unrolled.values import saved_by
+from gradflow.limits import PIECE_NODES
+
+
+@dataclass(eq=False)
+class Piece:
+    """A loop as far as it was seen: one more piece may follow."""
+
+    end: End
+    last: list[Edge]  # the states of its last step
+    rows: list[Tensor]  # their values, (B, width) each
+
+    def goes_on(self, first: list[Edge]) -> bool:
+        """Whether a piece whose first states are these began with the last states of this one."""
+        if [_form(edge) for edge in first] != [_form(edge) for edge in self.last]:
+            return False
+        since = max(node._sequence_nr() for node, _ in self.last)
+        return any(holds(found, row) for found in _used(first, since) for row in self.rows)
+
+
+def _form(edge: Edge) -> tuple[object, ...]:
+    known = edge[0]._input_metadata[edge[1]]
+    return kind_of(edge[0]), edge[1], tuple(known.shape), known.dtype
+
+
+def _used(states: list[Edge], since: int) -> list[Tensor]:
+    """What the operations that made these states, and are newer than a number, computed with."""
+    found: list[Tensor] = []
+    seen = {node for node, _ in states}
+    queue = deque(seen)
+    while queue and len(seen) < PIECE_NODES:
+        node = queue.popleft()
+        found += saved_by(node)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen and since < child._sequence_nr():
+                seen.add(child)
+                queue.append(child)
+    return found
+
+
+_SHOWN: tuple[Callable[[Tensor], Tensor], ...] = (torch.tanh, torch.sigmoid, torch.relu)
+
+
+def holds(found: Tensor, row: Tensor) -> bool:
+    """Whether a tensor is a state (B, width), perhaps masked, an activation of it, or it beside others."""
+    if found.layout != torch.strided or found.device != row.device or not bool(row.any()):
+        return False
+    if found.numel() == row.numel():
+        same = found.detach().reshape(row.shape).to(row.dtype)
+        equal = same == row
+        if bool((equal | (same == 0)).all()) and bool((equal & (row != 0)).any()):
+            return True
+        return any(torch.equal(same, shown(row)) for shown in _SHOWN)
+    width = row.shape[1]
+    if found.dim() != 2 or len(found) != len(row) or found.shape[1] < width:
+        return False
+    starts = found.detach().unfold(1, width, 1)  # (B, places, width)
+    return bool((starts == row.unsqueeze(1)).all(2).all(0).any())
