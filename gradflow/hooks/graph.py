@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.guard import briefly
+from gradflow.hooks.saved_tensors import runs_code, saved_tensors_are_hooked
 from gradflow.limits import BETWEEN_NODES, LINK_DEPTH, LINK_NODES, STEP_NODES
 
 Edge = tuple[Any, int]  # a node of the graph and which of its outputs
@@ -29,8 +30,8 @@ _MOVES = (
     "UnsafeView Unsqueeze View"
 )
 MOVES = frozenset(_MOVES.split())
+_KINDS: dict[type, str] = {}  # see `kind_of`
 PLACES = MOVES | {"IndexPut", "IndexCopy", "SliceScatter", "SelectScatter", "DiagonalScatter"}
-_SAVED: dict[type, tuple[str, ...]] = {}  # see `_saved_by`
 
 
 class NotReadable(Exception):
@@ -216,7 +217,10 @@ def descended(
 
 def kind_of(node: Any) -> str:
     """The operation a node is of: "Mul" for MulBackward0."""
-    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+    kind = type(node)
+    if kind not in _KINDS:
+        _KINDS[kind] = kind.__name__.rstrip("0123456789").removesuffix("Backward")
+    return _KINDS[kind]
 
 
 def _ones(edge: Edge) -> Tensor:
@@ -263,7 +267,7 @@ def called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     if type(node).__name__ == "CppFunction":  # called before the engine does, it can break later
         raise NotReadable(_foreign(node.name()))
     try:
-        if is_hooked(node):
+        if runs_code(node):
             raise NotReadable("what a checkpoint recomputes, or hooks on saved tensors keep")
         found = node(*grads)
     except RuntimeError as error:  # freed by a backward, or a node that only the engine can run
@@ -278,28 +282,3 @@ def _foreign(name: str) -> str:
     if "jit" in name or "DifferentiableGraph" in name:
         return "a function of torch.jit.script (its derivative runs in torch's own backward only)"
     return f"an operation written in C++ ({name.split('::')[-1]})"
-
-
-def _saved_by(kind: type) -> tuple[str, ...]:
-    """The attributes in which nodes of one kind keep what their derivative needs."""
-    if kind not in _SAVED:
-        _SAVED[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved"))
-    return _SAVED[kind]
-
-
-def is_hooked(node: Any) -> bool:
-    """Whether reading what a node keeps would run somebody's code."""
-    saved = _saved_by(type(node))
-    if saved and saved_tensors_are_hooked():
-        return True
-    for name in saved:
-        kept = getattr(node, name)
-        for one in kept if isinstance(kept, (tuple, list)) else (kept,):
-            if getattr(one, "unpack_hook", None) is not None:
-                return True
-    return False
-
-
-def saved_tensors_are_hooked() -> bool:
-    """Whether unpacking a saved tensor now would run somebody's code, a checkpoint's for one."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from gradflow.errors import InputError, must_be
 from gradflow.hooks import patch
 from gradflow.hooks.dense import Place
-from gradflow.hooks.graph import Between, is_hooked, saved_tensors_are_hooked
+from gradflow.hooks.graph import Between
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.marks import End, Marks, Owner
+from gradflow.hooks.saved_tensors import saved_by, saved_tensors_are_hooked
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unrolled.pieces import holds
 from gradflow.hooks.unseen import WRAPPED, is_wrapped, why_hidden
@@ -220,17 +221,5 @@ def _saved(place: Place, since: int) -> list[Tensor]:
     """What the operations since then kept for their backward: a detached state is among it."""
     if saved_tensors_are_hooked():
         return []
-    found = []
-    for node in Between(list(place.edges.values()), set(), since).seen:
-        if is_hooked(node):  # it would run somebody's code
-            continue
-        for name in dir(node):
-            if not name.startswith("_saved_"):
-                continue
-            try:
-                value = getattr(node, name)
-            except RuntimeError:  # freed, or changed in place since
-                continue
-            values = value if isinstance(value, (tuple, list)) else (value,)
-            found += [v for v in values if isinstance(v, Tensor)]
-    return found
+    nodes = Between(list(place.edges.values()), set(), since).seen
+    return [tensor for node in nodes for tensor in saved_by(node)]

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from gradflow.hooks import patch
 from gradflow.hooks.axes import Axis
 from gradflow.hooks.dense import Place, Step
-from gradflow.hooks.graph import NotReadable, saved_tensors_are_hooked
+from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.own.leaves import Path, leaves, replaced
 from gradflow.hooks.own.returned import row_of, version_of
+from gradflow.hooks.saved_tensors import saved_tensors_are_hooked
 from gradflow.process import random_numbers_kept
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from gradflow.hooks.graph import Between, Edge, NotReadable
+from gradflow.hooks.graph import Between, Edge, NotReadable, kind_of
 from gradflow.hooks.unrolled.chains import PRODUCTS
-from gradflow.hooks.unrolled.order import kind_of
 from gradflow.limits import TERM_OPERATIONS
 
 SUMS = frozenset(("Add", "Sub", "Rsub", "Addcmul", "Lerp", "Where"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gradflow.hooks.graph import LEAF, Edge
+from gradflow.hooks.graph import LEAF, Edge, kind_of
 from gradflow.limits import BACKWARD_NODES
 
 
@@ -77,15 +77,3 @@ class Unrolled:
     def is_leaf(self, place: int) -> bool:
         """Whether it stands for a tensor that was not computed."""
         return self.numbers[place] >= LEAF
-
-
-def kind_of(node: Any) -> str:
-    """The name of an operation, "Addmm" for AddmmBackward0."""
-    known = _kinds.get(type(node))
-    if known is None:
-        known = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-        _kinds[type(node)] = known
-    return known
-
-
-_kinds: dict[type, str] = {}

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradflow.hooks.graph import Edge
+from gradflow.hooks.graph import Edge, kind_of
 from gradflow.hooks.marks import End
-from gradflow.hooks.unrolled.order import kind_of
-from gradflow.hooks.unrolled.values import saved_by
+from gradflow.hooks.saved_tensors import saved_by
 from gradflow.limits import PIECE_NODES
 
 

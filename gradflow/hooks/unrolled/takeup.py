@@ -19,10 +19,11 @@ from gradflow.hooks.graph import Between, Edge, NotReadable
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.marks import End, Marks
 from gradflow.hooks.own.returned import row_of
+from gradflow.hooks.saved_tensors import is_hooked
 from gradflow.hooks.tapped import UNROLLED, TapSource
 from gradflow.hooks.unrolled.order import Unrolled
 from gradflow.hooks.unrolled.steps import NO_VALUE, NoRows, NoState, Steps
-from gradflow.hooks.unrolled.values import Values, is_hooked
+from gradflow.hooks.unrolled.values import Values
 from gradflow.limits import LOOP_STEPS, STATE_ENTRIES
 
 

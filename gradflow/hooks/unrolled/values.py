@@ -13,51 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradflow.hooks.graph import Edge, edge_of
-from gradflow.hooks.unrolled.order import Unrolled, kind_of
+from gradflow.hooks.graph import Edge, edge_of, kind_of
+from gradflow.hooks.saved_tensors import is_hooked, saved_by
+from gradflow.hooks.unrolled.order import Unrolled
 from gradflow.limits import VALUE_DEPTH
-
-_known_names: dict[type, tuple[str, ...]] = {}  # kind of operation -> what it saves
-
-
-def _saved_names(node: Any) -> tuple[str, ...]:
-    kind = type(node)
-    if kind not in _known_names:
-        prefix = "_raw_saved"
-        names = [n[len(prefix) :] for n in dir(kind) if n.startswith(prefix)]
-        # a torch.autograd.Function of somebody's own keeps what it likes, under another name
-        _known_names[kind] = tuple(name for name in names if hasattr(kind, f"_saved{name}"))
-    return _known_names[kind]
-
-
-def is_hooked(node: Any) -> bool:
-    """Whether reading what an operation saved would run somebody's code, or whether that cannot be told."""
-    for name in _saved_names(node):
-        raw = getattr(node, f"_raw_saved{name}")
-        for one in raw if isinstance(raw, list | tuple) else (raw,):
-            try:
-                if one.unpack_hook is not None:
-                    return True
-            except AttributeError:  # torch does not tell
-                return True
-            except RuntimeError:  # freed, or nothing was saved
-                continue
-    return False
-
-
-def saved_by(node: Any) -> list[Tensor]:
-    """The tensors that an operation keeps for its backward, none where reading would run code."""
-    if is_hooked(node):
-        return []
-    found: list[Tensor] = []
-    for name in _saved_names(node):
-        try:
-            value = getattr(node, f"_saved{name}")
-        except RuntimeError:  # freed, or changed in place since
-            continue
-        values = value if isinstance(value, list | tuple) else (value,)
-        found += [one for one in values if isinstance(one, Tensor)]
-    return found
 
 
 class Values:
@@ -192,7 +151,7 @@ def _part(node: Any, whole: Tensor, edge: Edge) -> Tensor | None:
         return whole.reshape(tuple(edge[0]._input_metadata[edge[1]].shape))
     if below.count(edge) != 1:
         return None
-    place, dim = below.index(edge), _signed(node._saved_dim)
+    place, dim = below.index(edge), signed(node._saved_dim)
     if kind_of(node) == "Stack":
         return whole.select(dim, place)
     sizes = [None if n is None else n._input_metadata[i].shape[dim] for n, i in below]
@@ -243,7 +202,7 @@ def _of_two(operation: Callable[[Tensor, Tensor], Tensor]) -> Rule:
 
 
 def _unbind(node: Any, values: list[Tensor | None]) -> Any:
-    return None if values[0] is None else values[0].unbind(_signed(node._saved_dim))
+    return None if values[0] is None else values[0].unbind(signed(node._saved_dim))
 
 
 def _reshape(node: Any, values: list[Tensor | None]) -> Tensor | None:
@@ -256,8 +215,8 @@ def _expand(node: Any, values: list[Tensor | None]) -> Tensor | None:
     return None if values[0] is None else values[0].expand(shape)
 
 
-def _signed(number: int) -> int:
-    """An axis as it was given, which the graph keeps without its sign."""
+def signed(number: int) -> int:
+    """An axis or index as it was given, which the graph keeps without its sign."""
     return number - 2**64 if number >= 2**63 else number
 
 
@@ -267,12 +226,12 @@ def _neg(node: Any, values: list[Tensor | None]) -> Tensor | None:
 
 def _cat(node: Any, values: list[Tensor | None]) -> Tensor | None:
     known = [value for value in values if value is not None]
-    return torch.cat(known, _signed(node._saved_dim)) if len(known) == len(values) else None
+    return torch.cat(known, signed(node._saved_dim)) if len(known) == len(values) else None
 
 
 def _stack(node: Any, values: list[Tensor | None]) -> Tensor | None:
     known = [value for value in values if value is not None]
-    return torch.stack(known, _signed(node._saved_dim)) if len(known) == len(values) else None
+    return torch.stack(known, signed(node._saved_dim)) if len(known) == len(values) else None
 
 
 def _t(_: Any, values: list[Tensor | None]) -> Tensor | None:

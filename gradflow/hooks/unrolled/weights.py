@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from gradflow.hooks.saved_tensors import saved_by
 from gradflow.hooks.unrolled.chains import (
     PRODUCTS,
     Chain,
@@ -20,7 +21,6 @@ from gradflow.hooks.unrolled.chains import (
     not_within,
 )
 from gradflow.hooks.unrolled.order import Unrolled
-from gradflow.hooks.unrolled.values import saved_by
 from gradflow.hooks.unseen import has_no_numbers
 from gradflow.limits import LINK_NODES, RECURRENCE_USES
 
