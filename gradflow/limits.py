@@ -1,7 +1,8 @@
-"""Every threshold, tolerance, budget and size of gradflow: value, unit, why, and its words.
+"""Every threshold, tolerance, budget and speed of gradflow: value, unit and why.
 
-One line each, and no number of this kind anywhere else: whoever wants another limit changes it here,
-and the sentences that speak of it follow. `TABLE` has them by name, for whoever wants to list them.
+One line each; whoever wants another limit changes it here. The words of the band and of what counts as
+gone are made from them at the end, for the sentences that use these names; some still write "10⁻³" or
+"one decade" out. Sizes of drawings stand with the drawings. `TABLE` has all limits by name.
 
     >>> TABLE["BAND"].value, TABLE["BAND"].unit, BAND_WORDS, GONE_WORDS
     (1.0, 'decades', 'one decade', '10⁻³')

@@ -103,9 +103,8 @@ def _all_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
-_printing: list[
-    tuple[Any, Any]
-] = []  # for everyone inside: standard output as it was found, and ours
+# for everyone inside: standard output as it was found, and ours
+_printing: list[tuple[Any, Any]] = []
 
 
 @contextmanager

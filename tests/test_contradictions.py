@@ -51,6 +51,13 @@ WRONG: dict[str, tuple[str, Callable[[LayerAnalysis], LayerAnalysis]]] = {
 }
 
 
+WRONG_SPECTRUM = {
+    "fades": ("stable", (), "every direction fades in the long run"),
+    "keeps": ("vanishing", (), "in the long run 2 of 8 keep a tenth or more over 39 steps"),
+    "not settled": ("vanishing", ("not settled",), "the largest exponent is −0.2 per step"),
+}
+
+
 @pytest.fixture(scope="module")
 def fading() -> tuple[LayerAnalysis, contradictions.Map]:
     """A GRU of eight units over 40 steps, and its map."""
@@ -74,3 +81,19 @@ def test_what_is_wrong_is_noticed(
     assert contradictions.contradictions(layer, seen) == []
     found = contradictions.contradictions(spoil(layer), seen)
     assert any(said.startswith(f"{part}:") for said in found), found
+
+
+@pytest.mark.parametrize(("verdict", "labels", "said"), WRONG_SPECTRUM.values(), ids=WRONG_SPECTRUM)
+def test_a_wrong_sentence_of_the_lyapunov_figure_is_noticed(
+    fading: tuple[LayerAnalysis, contradictions.Map],
+    verdict: str,
+    labels: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, seen = replace(fading[0], verdict=verdict, labels=labels), fading[1]
+    assert not [f for f in contradictions.contradictions(layer, seen) if f"'{said}" in f]
+    chart = replace(contradictions.lyapunov.prepare(layer), message=said)
+    monkeypatch.setattr(contradictions.lyapunov, "prepare", lambda _: chart)
+    found = contradictions.contradictions(layer, seen)
+    assert any(one.startswith(f"figures: '{said}") for one in found), found

@@ -243,7 +243,7 @@ def _of_model(track: Track, given: Sequence[Padding]) -> Padding | None:
     Such a loop may also run from the end to the start: its first steps then read padding, so that
     padded sequences have the same states for as long as all of them do.
     """
-    if _is_fused(track.name):
+    if track.turned is not False:
         return None
     known = [padding for padding in given if padding.fits(track.mask)]
     if not known or not all(torch.equal(p.lengths, known[0].lengths) for p in known):
@@ -255,11 +255,7 @@ def _of_model(track: Track, given: Sequence[Padding]) -> Padding | None:
         early = state[:common, (tails >= common).to(state.device)]
         if torch.allclose(early, early[:, :1], rtol=STATES_ALIKE, atol=0.0):
             return None
-    return None if track.turned else known[0]
-
-
-def _is_fused(name: str) -> bool:
-    return re.search(r"(^|\.)l\d+(_reverse)?(@\d+)?$", name) is not None
+    return known[0]
 
 
 def padded_lengths(track: Track) -> Tensor | None:

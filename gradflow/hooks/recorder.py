@@ -314,7 +314,7 @@ class Recorder:
         if len(chain.calls) == 1:
             self._add_tracks(chain, data)
             for track in chain.tracks:
-                track.turned = self.shown.turns([data.grad_fn])
+                track.turned = self.shown.turns([data.grad_fn]) if call.single else None
             self.shown.made(results, (track.name for track in chain.tracks))
         elif _goes_around(chain):
             for name, tensor in zip(call.initial, initial, strict=True):

@@ -12,43 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.graph import is_hooked
 from gradflow.hooks.own.leaves import leaves
+from gradflow.hooks.saved_tensors import is_hooked
+from gradflow.hooks.unrolled.values import signed
 from gradflow.limits import FIRST_NODES, INPUT_NODES, SHOWN_CALLS
 from gradflow.recording.padding import Padding, padding_of
 
 # nodes that make every step of their result from the same step of what they are given
-STEPWISE = frozenset(
-    f"{name}Backward0"
-    for name in (
-        *(
-            "Mul",
-            "Add",
-            "Sub",
-            "Div",
-            "Neg",
-            "Cat",
-            "ToCopy",
-            "Clone",
-            "NativeDropout",
-            "Addmm",
-            "Mm",
-        ),
-        *(
-            "View",
-            "UnsafeView",
-            "ReshapeAlias",
-            "Unsqueeze",
-            "Squeeze",
-            "Transpose",
-            "Permute",
-            "T",
-        ),
-        *("NativeLayerNorm", "NativeBatchNorm", "FusedRmsNorm", "Pow", "Rsqrt"),
-        *("Relu", "Gelu", "Tanh", "Sigmoid", "Silu", "Elu", "LeakyRelu", "Softplus", "Hardtanh"),
-    )
+_STEPWISE = (
+    "Add Addmm Cat Clone Div Elu FusedRmsNorm Gelu Hardtanh LeakyRelu Mm Mul NativeBatchNorm "
+    "NativeDropout NativeLayerNorm Neg Permute Pow Relu ReshapeAlias Rsqrt Sigmoid Silu Softplus "
+    "Squeeze Sub T Tanh ToCopy Transpose UnsafeView Unsqueeze View"
 )
-LAST = 2**64 - 1  # how torch keeps an index of −1
+STEPWISE = frozenset(f"{name}Backward0" for name in _STEPWISE.split())
 UNBIND = "UnbindBackward0"
 TURNING = {"TransposeBackward0", "PermuteBackward0"}
 REORDERING = {
@@ -69,9 +45,8 @@ class ShownPadding:
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
         self.tokens = {m.padding_idx for m in embeddings if m.padding_idx is not None}
         self._calls = 0
-        self._made: dict[
-            int, tuple[str, ...]
-        ] = {}  # number of a node -> tracks of which it is made
+        # number of a node -> the tracks that it is made of
+        self._made: dict[int, tuple[str, ...]] = {}
 
     def of_model(self, args: Any, kwargs: Any) -> list[Padding]:
         """Of every tensor that the model was given, its axes in both orders."""
@@ -166,7 +141,7 @@ def _takes_the_last(node: Any) -> bool:
     if node.name() != "SelectBackward0":
         return False
     size = node._saved_self_sym_sizes[node._saved_dim]
-    return size > 2 and node._saved_index in (size - 1, LAST)
+    return size > 2 and signed(node._saved_index) in (size - 1, -1)
 
 
 def _sequences(given: list[Tensor]) -> Iterator[Tensor]:
