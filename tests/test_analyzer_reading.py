@@ -423,6 +423,60 @@ def test_rows_that_packing_left_empty() -> None:
     assert "only 1 of 6 sequences get" in finding.message
 
 
+class Settling(nn.Module):
+    """Layers whose inputs come to rest: made by other recurrent layers, or by themselves."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.lower, self.upper = nn.LSTMCell(INPUTS, HIDDEN), nn.GRUCell(HIDDEN, HIDDEN)
+        self.first, self.second = nn.GRU(INPUTS, HIDDEN), nn.GRU(HIDDEN, HIDDEN)
+        self.between, self.out = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, INPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, zero = torch.randn(len(x), HIDDEN), x.new_zeros(60, len(x), INPUTS)
+        if self.kind == "fused":
+            return self.second(self.between(self.first(zero, h[None])[0]))[0][-1]
+        if self.kind == "squared":  # by an operation that is not followed from step to step
+            return self.second(self.first(zero, h[None])[0].softmax(-1))[0][-1]
+        c = up = torch.zeros_like(h)
+        for _ in range(60):
+            h, c = self.lower(x, (h, c))
+            up = self.upper(h, up)
+            x = self.out(up) if self.kind == "closed" else torch.zeros_like(x)
+        return up
+
+
+@pytest.mark.parametrize("kind", ["closed", "open", "fused", "squared"])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_input_that_comes_to_rest_is_no_padding(kind: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Settling(kind)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 0.5  # so that it comes to rest soon
+    with gradflow.record(model) as recording:
+        model(torch.randn(SEQUENCES, INPUTS)).square().sum().backward()
+    found = readings(recording)
+    assert {name: reading.kind for name, reading in found.items() if reading.kind} == {}
+    # one input, and then exact zeros: of that alone it is said with an "if"
+    assert kind == "open" or not any(reading.perhaps for reading in found.values())
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.1, 0.01])
+def test_rows_that_come_to_rest_are_no_padding(factor: float) -> None:
+    start, rest = torch.randn(SEQUENCES, INPUTS), torch.randn(INPUTS)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        rows = torch.stack([rest + start * factor**t for t in range(60)]).to(dtype)
+        assert padding_of(rows) is None
+        jumps = rows.clone()
+        for number in range(SEQUENCES):
+            jumps[5 + number :, number] = -10 * rest.to(dtype)
+        if dtype != torch.bfloat16:  # where a step of rounding is as large as what is told apart
+            told = padding_of(jumps)
+            assert told is not None and told.lengths.tolist() == [5 + n for n in range(SEQUENCES)]
+
+
 # ----------------------------------------------------------------------------------- which sequences
 
 

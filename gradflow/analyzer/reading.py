@@ -200,10 +200,15 @@ def _may_be_padded(track: Track) -> bool:
 
 
 def _own(track: Track) -> Padding | None:
-    """As its own input shows it, or the token ids that this is made from."""
+    """As its own input shows it, or the token ids that this is made from.
+
+    An input made of recurrent states, its own in a closed loop, shows nothing: these may come to rest.
+    """
     if track.padding is not None and track.padding.fits(track.mask):
         return track.padding
-    return padding_of(track.inputs) if _has_inputs(track) else None
+    if track.reads_states or track.loop or not _has_inputs(track) or track.alone is not None:
+        return None
+    return padding_of(track.inputs)
 
 
 def _surely(padding: Padding, given: Sequence[Padding]) -> Padding:

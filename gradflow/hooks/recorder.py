@@ -356,6 +356,7 @@ class Recorder:
             return
         notes: list[str] = []
         padding, below = self.shown.of_input(data, call.batch_first)
+        made = self.shown.is_made(data)
         if chain.sizes == [1] and call.batch_sizes is None:
             chain.lengths = self.lengths.of_steps(chain.batch)
             notes += self.lengths.notes
@@ -384,6 +385,7 @@ class Recorder:
                 above=tuple(upper for i, _, upper in picked if i == layer + 1),
                 below=below if layer == 0 else (),
                 padding=padding,
+                reads_states=made or layer > 0,
             )
             chain.tracks.append(track)
             self.recording.add(track)

@@ -96,6 +96,19 @@ class ShownPadding:
         same = all(torch.equal(padding.lengths, known[0].lengths) for padding in known)
         return (known[0] if known and same else None), tuple(dict.fromkeys(names))
 
+    def is_made(self, data: Tensor) -> bool:
+        """Whether an input was made from what some track returned, as far as is looked."""
+        waiting, seen = [data.grad_fn], set[Any]()
+        while waiting and len(seen) < FIRST_NODES:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node._sequence_nr() in self._made:
+                return True
+            waiting += [child for child, _ in node.next_functions]
+        return bool(waiting)
+
     def turns(self, first: Iterable[Any]) -> bool:
         """Whether the first step of a loop, made by these nodes, may read another than the first.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradflow.limits import BLANKS, CHANCE, CHANCE_STEPS, INPUT_ROUNDING
+from gradflow.limits import BLANKS, CHANCE, CHANCE_STEPS, INPUT_ROUNDING, PADDING_JUMP
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Padding:
 def padding_of(rows: Tensor, tokens: Collection[int] = ()) -> Padding | None:
     """The tails of rows (T, B, I), or of token ids (T, B, 1), some of which stand for padding.
 
-    The row of the tails must be the same in all sequences, must hardly occur before them, and must
-    not come so often in a row by chance.
+    The row of the tails must be the same in all sequences, must hardly occur before them, must not
+    come so often in a row by chance, and must begin at once: what another layer makes may come to rest
+    on one row, each step nearer to it than the one before.
 
     >>> x = torch.randn(9, 3, 2)
     >>> x[4:, 0], x[6:, 1] = 0.0, 0.0
@@ -55,13 +56,16 @@ def padding_of(rows: Tensor, tokens: Collection[int] = ()) -> Padding | None:
         return None
     x = rows.detach().cpu()
     tails = _tails(_same(x, x[-1]))
-    blank = _same(x, x[-1, int(tails.argmax())] if token is None else x.new_tensor([token]))
+    row = x[-1, int(tails.argmax())] if token is None else x.new_tensor([token])
+    blank = _same(x, row)
     lengths = len(x) - _tails(blank)
     real = int(lengths.sum())
     before = int(blank.sum()) - (len(x) * x.shape[1] - real)
     if int(lengths.min()) < 1 or before > BLANKS * real:
         return None
-    if token is None and _by_chance(tails, blank, max(before, 1) / real):
+    if token is None and (
+        _by_chance(tails, blank, max(before, 1) / real) or _rests(x, row, lengths)
+    ):
         return None
     return Padding(lengths, len(x), token is not None)
 
@@ -78,6 +82,17 @@ def _by_chance(tails: Tensor, blank: Tensor, share: float) -> bool:
     likely = len(tails) * share ** int(tails.max())
     alone = len(tails) > 2 and int((_tails(blank) > 1).sum()) < 2
     return likely > CHANCE or alone or bool((tails[~blank[-1]] > CHANCE_STEPS).any())
+
+
+def _rests(x: Tensor, row: Tensor, lengths: Tensor) -> bool:
+    """Whether a sequence comes to rest on a row of numbers, and does not jump to it."""
+    ends = (lengths < len(x)).nonzero().squeeze(1)
+    last = x[lengths[ends] - 1, ends]
+    if not x.is_floating_point():
+        return False
+    eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)  # float64 may hold float32
+    near = PADDING_JUMP * INPUT_ROUNDING * eps * row.abs().max()
+    return bool(((last - row).abs() <= near).all(-1).any())
 
 
 def _tails(blank: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ class Track:
     above: tuple[str, ...] = ()  # names of the tracks of the same stack that read this one
     below: tuple[str, ...] = ()  # names of the tracks that its input is made of, step by step
     padding: Padding | None = None  # of the token ids that its input is made from, step by step
-    # whether its first step may read another step of the batch than the first; None: not step by step
-    turned: bool | None = False
+    reads_states: bool = False  # its input is made of recurrent states, which may come to rest
+    turned: bool | None = False  # its first step may read another than the first; None: not asked
     inputs_unknown: str = ""  # that steps ran without a graph, and what that hides of their inputs
     unseen_states: tuple[str, ...] = ()  # states whose values were not seen, and stand as NaN
     loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of
