@@ -54,7 +54,7 @@ def alive() -> int:
     gc.collect()
     sizes: dict[int, int] = {}
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, nn.Parameter):
+        if type(thing) in (torch.Tensor, nn.Parameter) and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
             if thing.grad_fn is None and thing.grad is not None:
