@@ -14,19 +14,10 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.axes import Axis, alike, as_rows
-from gradflow.hooks.graph import MOVES, Edge, edge_of, kind_of
+from gradflow.hooks.graph import ELEMENTWISE, MOVES, Edge, edge_of, kind_of
 from gradflow.hooks.loops.rows import equal_rows
 from gradflow.hooks.own.leaves import Path
 from gradflow.limits import BY_VALUE, LINK_DEPTH, LINK_NODES
-
-_ELEMENTWISE = (
-    "Abs Add Addcdiv Addcmul Atan Clamp ClampMax ClampMin Cos Cosh Div Elu Erf Exp Expm1 Fmax Fmin "
-    "FusedDropout Gelu Hardshrink Hardsigmoid Hardswish Hardtanh IndexCopy IndexFill IndexPut "
-    "LeakyRelu Lerp Log Log1P LogSigmoid Logit MaskedFill MaskedScatter Maximum Minimum Mish Mul "
-    "NanToNum NativeDropout Neg Pow Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Sinh SliceScatter "
-    "SelectScatter Softplus Softshrink Softsign Sqrt Sub Tan Tanh Threshold Where"
-)
-ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 
 @dataclass(frozen=True)
