@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows
+from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows, is_stretched
 from gradflow.hooks.graph import edge_of
 from gradflow.hooks.marks import Marks, Owner
 from gradflow.hooks.own.again import Given, axis_by_run
@@ -347,7 +347,12 @@ class OwnCells:
 
     @staticmethod
     def _axes(given: Given, shape: torch.Size) -> list[Axis]:
-        others = [t.shape for t in given.tensors.values() if t.shape != shape]
+        shapes = [t.shape for t in given.tensors.values()]
+        others = [other for other in shapes if other != shape]
+        if len(shape) > 1 and shapes[:1] == [
+            shape
+        ]:  # the others may be a first state, not the input
+            others = [other for other in others if not is_stretched(other, shape)]
         return batch_axes(shape, others)
 
     def _tell_axes(self, cell: Candidate, first: First, came: dict[Path, Path]) -> None:
