@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows, is_stretched
-from gradflow.hooks.graph import edge_of
 from gradflow.hooks.marks import Marks, Owner
 from gradflow.hooks.own.again import Given, axis_by_run
 from gradflow.hooks.own.candidates import (
@@ -282,7 +281,7 @@ class OwnCells:
         outputs = {}
         for path, tensor in tensors.items():
             axis = self._axes(call.given, tensor.shape)[0]
-            outputs[path] = Output(edge_of(tensor), row_of(tensor, axis), tensor.shape, axis)
+            outputs[path] = Output.of(tensor, row_of(tensor, axis), axis)
         call.given.keep_views()
         rows = {key_of(path): out.row for path, out in outputs.items()}
         edges = {key_of(path): out.edge for path, out in outputs.items() if out.edge is not None}

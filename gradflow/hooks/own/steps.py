@@ -160,7 +160,7 @@ class OwnSteps:
         Marks.extend(loop.end, mark)
         self.marks.settle(loop.end, {}, place, mark)
         loop.outputs = {
-            path: Output(edge_of(states[name]), rows[name], states[name].shape, axes[name])
+            path: Output.of(states[name], rows[name], axes[name])
             for name, path in loop.states.items()
         }
         return True
