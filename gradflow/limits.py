@@ -218,6 +218,12 @@ INPUT_NODES = _limit(64, "nodes", "between a layer's input and the tokens that i
 FIRST_NODES = _limit(4096, "nodes", "before the first step of a loop")
 MANY_TRACKS = _limit(64, "tracks", "of one layer in one block, above which a sentence says so")
 
+# what is said of a training
+LASTING = _limit(3, "probes", "that a change of verdict has to last, to be told: issue of the history")
+LEARNED = _limit(1.5, "times", "as far as at first, from where on a layer has learned to reach")
+LOST = _limit(0.5, "of the farthest", "below which what was reached is lost again")
+CLIPPING_NEAR = _limit(5, "probes", "before a layer vanishes, in which clipping that began is told")
+
 # what a file may hold, and what is listed of it
 MOST_CONTAINERS = _limit(2_000, "containers", "of a file, which may claim any number of them")
 CONTAINER_DEPTH = _limit(5, "containers", "in containers, in which a state_dict is looked for")

@@ -35,8 +35,8 @@ def title(block: Block) -> str:
     return ": ".join(part for part in (block.name, block.chart.message) if part)
 
 
-RIGHT, FOOT = 0.25, 0.86  # inches around a block's panels
-LINE, BELOW, ABOVE = 0.19, 0.2, 0.22  # a line of the title; what is drawn; room for a key
+RIGHT, FOOT, BARE = 0.25, 0.86, 0.6  # inches around a block's panels; below them without a caption
+LINE, BELOW = 0.19, 0.2  # a line of the title; what is drawn
 EMPTY = (0.8,)  # the height of a panel that holds words only
 
 
@@ -64,7 +64,7 @@ def draw_blocks(kind: Kind, blocks: Sequence[Block]) -> Figure:
     for number, block in enumerate(blocks):
         left, top = number % columns * step, tops[number // columns]
         _draw_head(figure, kind, block, titles[number], left, top)
-        place = top + LINE * lines + BELOW + ABOVE
+        place = top + LINE * lines + BELOW + kind.above
         bottom = _draw_panels(figure, kind, block.chart, left + kind.left, place)
         if not block.chart.note:
             figure.words(
@@ -80,8 +80,9 @@ def draw_blocks(kind: Kind, blocks: Sequence[Block]) -> Figure:
 def _height(kind: Kind, block: Block, lines: int) -> float:
     heights = EMPTY if block.chart.note else kind.heights(block.chart)
     gaps = sum(kind.gap(block.chart, panel) for panel in range(1, len(heights)))
-    foot = 0.3 if block.chart.note else FOOT + kind.below(block.chart)
-    return LINE * lines + BELOW + ABOVE + sum(heights) + gaps + foot
+    foot = FOOT if block.caption else BARE
+    foot = 0.3 if block.chart.note else foot + kind.below(block.chart)
+    return LINE * lines + BELOW + kind.above + sum(heights) + gaps + foot
 
 
 def _fold(figure: Picture, block: Block, width: float) -> list[str]:
