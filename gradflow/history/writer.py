@@ -60,24 +60,24 @@ class Writer:
                     f"{_known(self.path)}; give another folder, resume=True to go on with it, or "
                     "force=True to throw it away"
                 )
-            torn = self._begin(there and resume)
-            self._append(torn + line("header", schema=SCHEMA, **header))
+            self._file = self._open()
+            if there and resume:
+                self._go_on()
+            else:
+                os.ftruncate(self._file, 0)
+            self._append(line("header", schema=SCHEMA, **header))
         except OSError as error:
             raise FileError(_cannot(self.path, error)) from error
 
-    def _begin(self, resume: bool) -> str:
-        """Open the file; gives what has to be written before anything else."""
-        if not resume:
-            self._file = self._open()
-            os.ftruncate(self._file, 0)
-            return ""
+    def _go_on(self) -> None:
+        """Begin on a line of its own, behind the last step that is there."""
+        with self.path.open("rb") as opened:
+            opened.seek(-1, os.SEEK_END)
+            if opened.read(1) != b"\n":
+                self._append("\n")
         reader = Reader(self.path)
         reader.more()
         self.last_step = max((n for block in reader.read.blocks for n in block.steps), default=0)
-        self._file = self._open()
-        with self.path.open("rb") as opened:
-            opened.seek(-1, os.SEEK_END)
-            return "" if opened.read(1) == b"\n" else "\n"
 
     def _open(self) -> int:
         opened = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
