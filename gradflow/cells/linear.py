@@ -11,13 +11,9 @@ value columns share. Nothing here is squared in S: the state map is never writte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-from gradflow.errors import InputError, must_be
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,9 +26,10 @@ class LinearSteps:
     so the delta rule e^g (I − β k kᵀ) has decay e^g, left −e^g β k, right k; (I − β k kᵀ) diag(a) has
     decay a, left −β k, right a ⊙ k; RWKV-7's diag(w) + a bᵀ has decay w, left a, right b.
 
-    >>> steps = LinearSteps(shape=(1,), decay=torch.full((3, 1, 1), 0.5), write=(torch.ones(3, 1, 1),))
-    >>> steps.states().flatten().tolist()
-    [1.0, 1.5, 1.75]
+    >>> import torch
+    >>> steps = LinearSteps(shape=(4, 8, 8), decay=torch.full((100, 2, 4, 1, 1), 0.5))
+    >>> steps.decay.shape          # one number a head and step
+    torch.Size([100, 2, 4, 1, 1])
     """
 
     shape: tuple[int, ...]  # of one state: (heads, d_k, d_v), (channels, N), (channels,)
