@@ -218,6 +218,11 @@ INPUT_NODES = _limit(64, "nodes", "between a layer's input and the tokens that i
 FIRST_NODES = _limit(4096, "nodes", "before the first step of a loop")
 MANY_TRACKS = _limit(64, "tracks", "of one layer in one block, above which a sentence says so")
 
+# a history of a training
+HISTORY_LAGS = _limit(64, "lags", "of one probe, at most: design, section 4")
+HISTORY_DENSE = _limit(16, "steps", "back from the loss, up to which every one is kept")
+HISTORY_RATIO = _limit(1.125, "times", "the lag before it, beyond: six to a doubling")
+
 # what is said of a training
 LASTING = _limit(3, "probes", "that a change of verdict has to last, to be told: issue of the history")
 LEARNED = _limit(1.5, "times", "as far as at first, from where on a layer has learned to reach")

@@ -109,9 +109,11 @@ def course(history: History, layer: str, run: str = "") -> Course:
     )  # fmt: skip
 
 
-def courses(histories: Sequence[History], layer: str | None = None) -> list[Course]:
+def courses(
+    histories: Sequence[History], layer: str | None = None, names: Sequence[str] | None = None
+) -> list[Course]:
     """Every layer of every history, those of one history in the order in which they ran."""
-    names = run_names([history.title for history in histories])
+    names = names or run_names([history.title for history in histories])
     return [
         course(history, one, name)
         for history, name in zip(histories, names, strict=True)

@@ -25,6 +25,7 @@ def plot_histories(
     *,
     layer: str | None = None,
     layers: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Draw one or several histories on one scale.
@@ -34,6 +35,7 @@ def plot_histories(
         kind: one of `HISTORY_KINDS`.
         layer: one layer by name; all by default.
         layers: or some by name.
+        names: what each history is called; by default its model's name.
         ax: axes of your own for the main panel of one layer.
 
     Returns:
@@ -53,7 +55,7 @@ def plot_histories(
             advice = "wait for the first one, or look at history.notes"
             got = "none" if not len(history) else "none with a recurrent layer"
             raise InputError(must_be(f"history {history.title!r}", "one with probes", got, advice))
-    shown = courses(histories, layer)
+    shown = courses(histories, layer, names)
     if layers is not None:
         shown = [one for one in shown if one.layer in layers]
     with look():

@@ -17,7 +17,7 @@ from gradflow.reporter.histories.course import Course, courses
 from gradflow.reporter.histories.figures import blocks_of, plot_histories
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.now import Now, now
-from gradflow.reporter.histories.page import TOP, history_page, top_layers
+from gradflow.reporter.histories.page import history_page, top_layers
 from gradflow.reporter.picture import png
 
 SCHEMA = 1  # of summary.json of a history; raised when a reader would be misled
@@ -120,8 +120,7 @@ def history_summary(history: History) -> dict[str, Any]:
         "notes": [vars(note) for note in history.notes],
         "header": history.header,
     }
-    made = strict(made)
-    return made
+    return dict(strict(made))
 
 
 def _layer(one: Now) -> dict[str, Any]:
@@ -181,4 +180,3 @@ _WRITERS: dict[str, Callable[[Shown, Path], None]] = {
     "csv": _write_tables,
     "png": _write_figures,
 }
-__all__ = ["HISTORY_FORMATS", "TOP", "history_summary", "report_history"]

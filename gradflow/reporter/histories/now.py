@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradflow.analysis import Rate
-
 from gradflow.reporter.histories.course import Course
 from gradflow.reporter.histories.story import far_words, reach, sentence
 from gradflow.reporter.numbers import rate_words, steps_words

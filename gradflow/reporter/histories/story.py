@@ -168,10 +168,11 @@ def _judged(course: Course, *, short: bool = False) -> str:
         count = int((course.verdict == told[0].verdict).sum())
         known = int((course.verdict != "").sum())
         where = "throughout" if count == known else f"at {count} of {known} probes"
-        return f"{told[0].verdict} {where}"
+        return f"{told[0].verdict} {where}{_but_now(course, told[0].verdict)}"
     last = told[-1]
     again = "again " if last.verdict in [run.verdict for run in told[:-2]] else ""
     end = f"{last.verdict} {again}since update {_at(course, last.start)}{_after_clipping(course, last)}"
+    end += _but_now(course, last.verdict)
     if short:
         return end
     if len(told) > MOST:
@@ -182,6 +183,12 @@ def _judged(course: Course, *, short: bool = False) -> str:
         said.append(f"{run.verdict} from {first} to {stop}" if first != stop
                     else f"{run.verdict} at {first}")  # fmt: skip
     return ", ".join([*said, end])
+
+
+def _but_now(course: Course, verdict: str) -> str:
+    """The verdict of the last probe, where it is another one that has not lasted yet."""
+    known = course.verdict[course.verdict != ""]
+    return f", {known[-1]} at the last probe" if known[-1] != verdict else ""
 
 
 def _between(runs: list[Stretch], place: int) -> bool:
