@@ -66,7 +66,8 @@ def updates(step: float) -> str:
 
 def sentence(course: Course) -> str:
     """What happened to a layer, with its name; what a page and a terminal say of it."""
-    return f"{course.name} {_joined([_reached(course), _judged(course), _broken(course)], course)}."
+    said = _joined([_reached(course), _judged(course), _broken(course)], course)
+    return f"{course.name}{':' if said.startswith('the ') else ''} {said}."
 
 
 def title(course: Course) -> str:
