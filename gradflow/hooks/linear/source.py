@@ -45,6 +45,7 @@ class Stretch:
     differentiable: bool  # whether what it returned needs a gradient
     known_states: Tensor | None = None  # (T, B, *shape), where they were seen
     returned: Tensor | None = None  # y, to hold against what the steps make
+    precision: torch.dtype | None = None  # see `Scanned`
     final_back: Callable[[Tensor], Tensor] | None = None  # see `Scanned`
     states_back: Callable[[Tensor], Tensor] | None = None  # see `Scanned`
     grads: dict[str, Tensor] = field(default_factory=dict)  # "output", "final", "states"
@@ -80,7 +81,9 @@ class Stretch:
         again = again.to(before.dtype)
         size = before.abs().nan_to_num(0.0).amax()
         off = (again - before).abs().nan_to_num(0.0).amax()
-        if not bool(off <= BOUNDS.get(before.dtype, PARITY_FLOAT32) * size):
+        kinds = [before.dtype, self.precision or before.dtype]
+        bound = max(BOUNDS.get(kind, PARITY_FLOAT32) for kind in kinds)
+        if not bool(off <= bound * size):
             share = float(off / size) if float(size) else float("inf")
             raise RecordingError(
                 f"run again from what it was given it differs by {share:.1g} of its largest output "

@@ -136,6 +136,7 @@ def _stretch(scanned: Scanned, cut: Tensor | None) -> tuple[Stretch, dict[str, E
         differentiable=bool(edges),
         known_states=known,
         returned=None if scanned.output is None else scanned.output.detach().clone(),
+        precision=scanned.precision,
         final_back=scanned.final_back,
         states_back=scanned.states_back,
     )
