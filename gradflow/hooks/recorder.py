@@ -191,6 +191,14 @@ class Recorder:
         """Copy the states that a hand-written loop marks; every recording of the thread does."""
         self.taps.saw(name, states, rows, frame)
 
+    def modules(self) -> Iterable[nn.Module]:
+        """All modules of the model."""
+        return self.model.modules()
+
+    def path_of(self, module: nn.Module) -> str | None:
+        """Where a module is in the model; None where it is none of it."""
+        return self._paths.get(id(module))
+
     def saw_scaler(self, scaler: Any) -> None:
         """Note that a loss was multiplied by somebody's scale."""
         if self.scaler is None and scaler.is_enabled():

@@ -39,7 +39,9 @@ class Heard:
     def after(self, results: Any) -> None:
         """Tell them what it was given and returned."""
         for observer, name in self._told:
-            guarded(Point.SCAN, self._missed_by(observer, name), self._tell, observer, name, results)
+            guarded(
+                Point.SCAN, self._missed_by(observer, name), self._tell, observer, name, results
+            )
 
     def _find(self, observer: Any) -> None:
         for module in _calling():

@@ -19,8 +19,6 @@ from typing import Any
 
 from torch import Tensor
 
-from gradflow.hooks.linear.scanned import Scanned
-
 
 class Unread(Exception):
     """A call that is not understood, in words that go on after "it was not recorded: "."""

@@ -8,7 +8,6 @@ read as y_t = S_tᵀ (s q_t), with the scale s = d_k^{−1/2} where none is give
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +26,12 @@ class Rule:
     """How one of these functions names its arguments, and which of its terms it has."""
 
     names: str = "query key value"  # of q, k and v, each (B, T, H, d)
-    decay: str = "g"  # of ln of the decay: (B, T, H) or, a key each, (B, T, H, d_k); "" where none is
-    beta: str = "beta"  # of the strength of the correction, (B, T, H); "" where there is no correction
+    decay: str = (
+        "g"  # of ln of the decay: (B, T, H) or, a key each, (B, T, H, d_k); "" where none is
+    )
+    beta: str = (
+        "beta"  # of the strength of the correction, (B, T, H); "" where there is no correction
+    )
 
     def __call__(self, seen: Seen) -> dict[str, Any]:
         """Fields of `Scanned`."""
@@ -46,7 +49,7 @@ class Rule:
                 q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + SMALLEST) for x in (q, k))
             scale = given.get("scale")
             q = q * (d_k**-0.5 if scale is None else scale)
-            decay = torch.exp(k.new_zeros(steps, batch, heads) + self._logs(given))
+            decay = self._decay(given, k[..., 0])
             left, right, write = None, None, (k.unsqueeze(-1), v.unsqueeze(-2))
             if self.beta:
                 beta = time_first(wide(given[self.beta])).unsqueeze(-1)
@@ -76,13 +79,15 @@ class Rule:
             "initial": seen.initial("initial_state"),
         }
 
-
-    def _logs(self, given: dict[str, Any]) -> Tensor | float:
-        """ln of the decay, (T, B, H), a part of it or (T, B, H, d_k)."""
-        found = [time_first(wide(given[name])) for name in (self.decay,) if given.get(name) is not None]
+    def _decay(self, given: dict[str, Any], like: Tensor) -> Tensor:
+        """a_t, (T, B, H) like this tensor or, a key each, (T, B, H, d_k)."""
+        logs = torch.zeros_like(like)
         if given.get("g_gamma") is not None:  # the same at every step: (H,)
-            found.append(wide(given["g_gamma"]))
-        return sum(found, start=0.0)
+            logs = logs + wide(given["g_gamma"])
+        if given.get(self.decay) is not None:
+            known = time_first(wide(given[self.decay]))
+            logs = known if known.dim() == 4 else logs + known
+        return logs.exp()
 
 
 _ENDS = "initial_state output_final_state"
