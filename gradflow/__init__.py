@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction, load
     from gradflow.analyzer import analyze
     from gradflow.errors import GradflowError, GradflowWarning
-    from gradflow.hooks import record, tap
+    from gradflow.hooks import record, scan, tap
     from gradflow.prediction import what_if
     from gradflow.recording import Recording, Track
     from gradflow.workflow import diagnose, plot, report
@@ -39,6 +39,7 @@ _HOMES = {
     "plot": "gradflow.workflow",
     "record": "gradflow.hooks",
     "report": "gradflow.workflow",
+    "scan": "gradflow.hooks",
     "tap": "gradflow.hooks",
     "what_if": "gradflow.prediction",
 }
@@ -60,6 +61,7 @@ __all__ = [
     "plot",
     "record",
     "report",
+    "scan",
     "tap",
     "what_if",
 ]

@@ -141,7 +141,7 @@ def matrices(steps: LinearSteps) -> Tensor:
     found = torch.diag_embed(wide)
     if steps.left is None or steps.right is None:
         return found
-    heads, d_k, d_v = steps.shape
+    heads, _, d_v = steps.shape
     columns = torch.eye(d_v, dtype=steps.dtype)
     for t in range(steps.length):
         for b in range(steps.batch):

@@ -69,12 +69,12 @@ class LinearSteps:
         for name, vector in (("left", self.left), ("right", self.right)):
             if vector is None:
                 continue
-            expected = (*wide[:2], *self.shape[:2])
-            if len(self.shape) != HEAD_AXES or tuple(vector.shape) != expected:
+            wanted = (*wide[:2], *self.shape[:2])
+            if len(self.shape) != HEAD_AXES or tuple(vector.shape) != wanted:
                 raise InputError(
                     must_be(
                         name,
-                        f"of shape (T, B, heads, d_k) = {expected} beside a state (heads, d_k, d_v)",
+                        f"of shape (T, B, heads, d_k) = {wanted} beside a state (heads, d_k, d_v)",
                         tuple(vector.shape),
                         "give one vector on the key axis of every head and step",
                     )
@@ -204,6 +204,11 @@ class LinearSteps:
             return array.masked_fill(~there, 0.0)
 
         return self._each(made)
+
+    def taken(self, index: Tensor) -> LinearSteps:
+        """The steps in another order: A of sequence b at step t is that of step index[t, b]."""
+        columns = torch.arange(self.batch)
+        return self._each(lambda array: array[index.to(array.device), columns.to(array.device)])
 
     def _each(self, made: Callable[[Tensor], Tensor]) -> LinearSteps:
         left = None if self.left is None else made(self.left)

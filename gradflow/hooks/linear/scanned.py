@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gradflow.cells.linear import LinearSteps
@@ -26,6 +27,9 @@ class Scanned:
     batch: int  # B
     shape: tuple[int, ...]  # of one state: (heads, d_k, d_v), (channels, N), (channels,)
     make: Callable[[], LinearSteps]  # A_t, B_t, C_t from copies of the arguments
+    # in which the function computes, where that is not what it returns: what `make` makes is held
+    # against the output to this precision
+    precision: torch.dtype | None = None
     output: Tensor | None = None  # live: y as the function returned it; see LinearSteps.read
     final: Tensor | None = None  # live: the last state that the function returned
     # ∂L/∂final as (B, *shape), where its layout is another; None: a view of it is

@@ -74,6 +74,7 @@ class Rule:
             "batch": batch,
             "shape": (heads, d_k, d_v),
             "make": make,
+            "precision": torch.float32,
             "output": seen.result(0),
             "final": seen.result(1) if given.get("output_final_state") else None,
             "initial": seen.initial("initial_state"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradflow.cells.linear import LinearSteps
@@ -18,12 +19,13 @@ Coefficients = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]  # a, b, each (
 
 
 def of_states(
-    coefficients: Coefficients, over: str, first: str = "", last: str = ""
+    coefficients: Coefficients, over: str, first: str = "", last: str = "", *, single: bool = False
 ) -> Callable[[Seen], dict[str, Any]]:
     """The mapping of a scan over an argument (B, T, ...) that returns all of its states.
 
     ``first`` names the argument with the first state. The last one is returned beside the states,
-    always ("always") or where the argument of the name ``last`` is true.
+    always ("always") or where the argument of the name ``last`` is true. Some compute in float32
+    whatever they are given: ``single``.
     """
 
     def read(seen: Seen) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def of_states(
             "batch": batch,
             "shape": tuple(shape),
             "make": make,
+            "precision": torch.float32 if single else None,
             "output": seen.result(0),
             "final": seen.result(1) if last == "always" or given.get(last) else None,
             "initial": seen.initial(first),
@@ -66,6 +69,7 @@ ENTRIES = (
             "hidden_states",
             first="recurrent_states",
             last="always",
+            single=True,
         ),
         ignores="acc_dtype",
     ),
@@ -97,6 +101,7 @@ ENTRIES = (
                 "x",
                 first="initial_state",
                 last="output_final_state",
+                single=True,
             ),
             refuses=("cu_seqlens",),
         )

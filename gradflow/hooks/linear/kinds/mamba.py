@@ -40,7 +40,7 @@ def _gated(y: Tensor, u: Tensor, d: Tensor | None, z: Tensor | None) -> Tensor:
 
 
 def _by_channel(
-    names: str, given: dict[str, Any], output: Tensor, final: Tensor | None, *, rounds: bool = False
+    names: str, given: dict[str, Any], output: Tensor, final: Tensor | None, *, rounds: bool
 ) -> dict[str, Any]:
     """Fields of `Scanned` of a selective scan over (B, D, T).
 
@@ -101,7 +101,8 @@ def selective_scan(names: str, *, rounds: bool) -> Callable[[Seen], dict[str, An
 
     def read(seen: Seen) -> dict[str, Any]:
         final = seen.result(1) if seen.given["return_last_state"] else None
-        return _by_channel(names, seen.given, seen.result(0), final, rounds=rounds)
+        fields = _by_channel(names, seen.given, seen.result(0), final, rounds=rounds)
+        return fields if rounds else fields | {"precision": torch.float32}  # the kernel's own
 
     return read
 
@@ -110,7 +111,7 @@ def mambapy_scan(seen: Seen) -> dict[str, Any]:
     """mambapy's own: (B, T, D) throughout, Δ finished."""
     given = seen.given
     turned = {name: given[name].transpose(1, 2) for name in ("x", "delta", "B", "C")}
-    fields = _by_channel("x delta B C", given | turned, seen.result(0), None)
+    fields = _by_channel("x delta B C", given | turned, seen.result(0), None, rounds=False)
     inner: Callable[[], LinearSteps] = fields["make"]
 
     def make() -> LinearSteps:
@@ -172,6 +173,7 @@ def by_head(values: str) -> Callable[[Seen], dict[str, Any]]:
             "batch": batch,
             "shape": (heads, size, width),
             "make": make,
+            "precision": torch.float32,
             "output": seen.result(0),
             "final": seen.result(1) if given.get("return_final_states") else None,
             "final_back": swapped,

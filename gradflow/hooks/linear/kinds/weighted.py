@@ -78,6 +78,7 @@ def rwkv(seen: Seen) -> dict[str, Any]:
         "batch": batch,
         "shape": (channels, 2),
         "make": make,
+        "precision": torch.float32,
         "output": seen.result(0),
         "notes": notes,
     }
