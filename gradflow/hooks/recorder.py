@@ -195,6 +195,10 @@ class Recorder:
         """Copy the states that a hand-written loop marks; every recording of the thread does."""
         self.taps.saw(name, states, rows, frame)
 
+    def saw_inside(self, given: list[Tensor], results: list[Tensor]) -> None:
+        """A function whose recurrence is known ran: its inside is stepped over."""
+        self.watch.saw_stock(given, results)
+
     def modules(self) -> Iterable[nn.Module]:
         """All modules of the model."""
         return self.model.modules()

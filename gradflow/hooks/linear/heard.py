@@ -8,13 +8,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.copies import copied
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.linear.registry import Entry, Seen, Unread
 from gradflow.hooks.linear.scanned import Scanned
+from gradflow.hooks.own.leaves import leaves
+from gradflow.hooks.unseen import NO_SEQUENCE, WRAPPED, is_wrapped, why_hidden
 
 _FRAMES = 12  # how far up the module may be whose forward makes the call
 
@@ -44,11 +45,15 @@ class Heard:
             )
 
     def _find(self, observer: Any) -> None:
-        for module in _calling():
-            path = observer.path_of(module)
-            if path is not None:
-                self._told.append((observer, path))
-                return
+        paths = (observer.path_of(module) for module in _calling())
+        path = next((path for path in paths if path is not None), None)
+        if path is None:
+            return  # not of its model
+        hidden = why_hidden()
+        if hidden:
+            observer.did_not_see(path or self._entry.cell, hidden)
+        else:
+            self._told.append((observer, path or self._entry.cell))
 
     def _copy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
@@ -58,6 +63,11 @@ class Heard:
         except Unread as why:
             self._missed(str(why))
             return
+        tensors = leaves(self._live).values()
+        if any(is_wrapped(tensor) for tensor in tensors):
+            self._missed(WRAPPED)
+        elif not all(tensor.numel() for tensor in tensors):
+            self._missed(NO_SEQUENCE)
         self._given = {name: _copied(value) for name, value in self._live.items()}
 
     def _tell(self, observer: Any, name: str, results: Any) -> None:
@@ -68,6 +78,7 @@ class Heard:
             observer.missed_scan(name, str(why))
             return
         observer.saw_scan(Scanned(name=name, cell=self._entry.cell, **fields))
+        observer.saw_inside(list(leaves(self._live).values()), list(leaves(results).values()))
 
     def _missed(self, why: str) -> None:
         """Of what none of them will be told."""
@@ -99,8 +110,3 @@ def _calling() -> list[nn.Module]:
         if isinstance(module, nn.Module):
             found.append(module)
     return found
-
-
-def is_first_pass() -> bool:
-    """Whether no backward is under way: in one, a checkpoint makes a call again."""
-    return torch._C._current_graph_task_id() == -1
