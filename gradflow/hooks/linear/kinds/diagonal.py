@@ -19,13 +19,21 @@ Coefficients = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]  # a, b, each (
 
 
 def of_states(
-    coefficients: Coefficients, over: str, first: str = "", last: str = "", *, single: bool = False
+    coefficients: Coefficients,
+    over: str,
+    first: str = "",
+    last: str = "",
+    *,
+    resets: str = "",
+    single: bool = False,
 ) -> Callable[[Seen], dict[str, Any]]:
     """The mapping of a scan over an argument (B, T, ...) that returns all of its states.
 
     ``first`` names the argument with the first state. The last one is returned beside the states,
     always ("always") or where the argument of the name ``last`` is true. Some compute in float32
-    whatever they are given: ``single``.
+    whatever they are given: ``single``. ``resets`` names an argument (B, T, 1), true at steps that
+    begin anew, whose a_t is 0: cuts, and at the first step of a state that was not given no cut at all,
+    since nothing comes before it.
     """
 
     def read(seen: Seen) -> dict[str, Any]:
@@ -35,6 +43,10 @@ def of_states(
         def make() -> LinearSteps:
             decay, write = (time_first(wide(x)) for x in coefficients(given))
             start = given.get(first)
+            if resets:
+                anew = time_first(given[resets]).clone()
+                anew[0] &= start is not None and bool(start.any())
+                decay = decay * ~anew
             return LinearSteps(
                 shape=tuple(shape),
                 decay=decay.expand(steps, batch, *shape),
@@ -53,9 +65,15 @@ def of_states(
             "output": seen.result(0),
             "final": seen.result(1) if last == "always" or given.get(last) else None,
             "initial": seen.initial(first),
+            "cuts": _cuts(given[resets]) if resets else None,
         }
 
     return read
+
+
+def _cuts(resets: Tensor) -> Tensor:
+    """(T, B) where a step begins anew."""
+    return time_first(resets).flatten(2).all(-1)
 
 
 ENTRIES = (
@@ -65,10 +83,11 @@ ENTRIES = (
         "RG-LRU",
         "hidden_states recurrent_gate reset recurrent_states",
         of_states(
-            lambda given: (given["recurrent_gate"] * ~given["reset"], given["hidden_states"]),
+            lambda given: (given["recurrent_gate"], given["hidden_states"]),
             "hidden_states",
             first="recurrent_states",
             last="always",
+            resets="reset",
             single=True,
         ),
         ignores="acc_dtype",
