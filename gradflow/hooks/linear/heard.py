@@ -77,6 +77,7 @@ class Heard:
         except Unread as why:
             observer.missed_scan(name, str(why))
             return
+        name += fields.pop("part", "")  # a module may run several
         observer.saw_scan(Scanned(name=name, cell=self._entry.cell, **fields))
         observer.saw_inside(list(leaves(self._live).values()), list(leaves(results).values()))
 

@@ -27,9 +27,6 @@ class Scanned:
     batch: int  # B
     shape: tuple[int, ...]  # of one state: (heads, d_k, d_v), (channels, N), (channels,)
     make: Callable[[], LinearSteps]  # A_t, B_t, C_t from copies of the arguments
-    # in which the function computes, where that is not what it returns: what `make` makes is held
-    # against the output to this precision
-    precision: torch.dtype | None = None
     output: Tensor | None = None  # live: y as the function returned it; see LinearSteps.read
     final: Tensor | None = None  # live: the last state that the function returned
     # ∂L/∂final as (B, *shape), where its layout is another; None: a view of it is
@@ -44,4 +41,6 @@ class Scanned:
     states_back: Callable[[Tensor], Tensor] | None = None
     weights: tuple[Tensor, ...] = ()  # parameters that tell loops of one name apart, if any
     reverse: bool = False  # true: the steps were processed from the last input step to the first
+    # in which the function computes, where that is not what its output has: it is held against that
+    precision: torch.dtype | None = None
     notes: tuple[str, ...] = ()  # what a reader should know about the track

@@ -82,8 +82,8 @@ class Stretch:
         again = again.to(before.dtype)
         size = before.abs().nan_to_num(0.0).amax()
         off = (again - before).abs().nan_to_num(0.0).amax()
-        kept = {self.precision or before.dtype, before.dtype}
-        bound = max(BOUNDS.get(dtype, PARITY_FLOAT32) for dtype in kept)
+        kinds = [before.dtype, self.precision or before.dtype]
+        bound = max(BOUNDS.get(kind, PARITY_FLOAT32) for kind in kinds)
         if not bool(off <= bound * size):
             share = float(off / size) if float(size) else float("inf")
             raise RecordingError(

@@ -96,12 +96,21 @@ def _by_channel(
     }
 
 
+def _part(a: Tensor) -> str:
+    """Which of the heads of a mixer, each scanned by itself with an A that is a part of all, or ""."""
+    whole = a._base
+    if whole is None or whole.dim() != a.dim() + 1 or not a.is_contiguous():
+        return ""
+    return f".{a.storage_offset() // a.numel()}"
+
+
 def selective_scan(names: str, *, rounds: bool) -> Callable[[Seen], dict[str, Any]]:
     """The mapping of a selective scan whose u, Δ, B and C have these names."""
 
     def read(seen: Seen) -> dict[str, Any]:
         final = seen.result(1) if seen.given["return_last_state"] else None
         fields = _by_channel(names, seen.given, seen.result(0), final, rounds=rounds)
+        fields["part"] = _part(seen.live["A"])
         return fields if rounds else fields | {"precision": torch.float32}  # the kernel's own
 
     return read
