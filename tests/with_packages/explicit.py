@@ -37,11 +37,20 @@ def mamba(
 
 
 def mamba2(
-    u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor, first: Tensor
+    u: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    bias: Tensor,
+    first: Tensor,
+    *,
+    limit: tuple[float, float] = (0.0, float("inf")),
 ) -> tuple[Tensor, list[Tensor]]:
     """u (B, T, H, P), dt (B, T, H), a, d, bias (H,), b, c (B, T, G, N), first (B, H, P, N)."""
     heads = u.shape[2]
-    delta = F.softplus(dt + bias)
+    delta = F.softplus(dt + bias).clamp(*limit)
     b, c = (x.repeat_interleave(heads // x.shape[2], 2) for x in (b, c))
     steps = range(u.shape[1])
     states = run(
