@@ -85,9 +85,8 @@ def plot(
 
     Args:
         x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them.
-        kind: "overview", or one of `gradflow.reporter.KINDS`: "gain-map", "total-vs-direct",
-            "lag-curve", "triangle", "lag-gradient", "states", "layers", "rank", "lyapunov",
-            "paths", "blocks", "gates", "saturation", "time-scales".
+        kind: "overview", or another of `gradflow.reporter.KINDS`, such as "gain-map" or "states";
+            the README lists them, and so does the error on a kind that there is not.
         layer: one layer by name; all by default.
         ax: axes of your own for the main panel of one layer.
 

@@ -17,10 +17,6 @@ from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.page import TOP, FigureKey, page
 from gradflow.reporter.picture import png
 
-# parts of a closed loop have those of the loop
-OF_GAINS = ("gain-map", "lag-curve", "rank", "lyapunov", "blocks")
-# of every layer, be it to say why not
-ALWAYS = ("gain-map", "total-vs-direct", "lag-curve", "states")
 FORMATS = ("html", "json", "csv", "png", "nc")
 
 
@@ -88,13 +84,13 @@ def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
                 pictures[name, ""] = png(plot(analysis, name))
         elif kind is not None:
             for layer in analysis:
-                if layer.part_of in analysis.layers and name in OF_GAINS:
+                if layer.part_of in analysis.layers and kind.of_gains:
                     continue  # they are those of its loop
                 # a picture with only words in its place is left out, and so is the detail of all
                 # but the worst layers of a deep stack, which would take minutes and megabytes
                 shown = {layer.name, layer.part_of} & set(worst[:TOP])
                 wanted = shown and not kind.prepare(layer).note
-                if name in ALWAYS or wanted:
+                if kind.always or wanted:
                     pictures[name, layer.name] = png(plot(_part(analysis, [layer.name]), name))
     return pictures
 
