@@ -1,0 +1,1 @@
+"""Linear recurrences: scans that the user marks, and functions of libraries that are observed."""
