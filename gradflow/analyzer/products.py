@@ -87,10 +87,10 @@ def log_gains(
     With the `widths` of k states also "blocks", (k·k, B, n, T): ln (‖P_ba‖_F/√columns) of the blocks
     of the product, rows first ("hh", "hc", "ch", "cc" for h and c).
 
-    With `sketch` a block is truncated as it loses rank, dropping at most 1e-3 of its norm a time;
-    what was dropped is followed, and a gain is NaN where that may be more than 5 % of it. A gain
-    is then too small by at most (0.05)²/2 in ln, a block's by at most 5 %, both as estimated by two
-    random vectors a start.
+    With `sketch` a block is truncated as it loses rank, dropping at most SKETCH_TRUNCATION of its
+    norm a time; what was dropped is followed, and a gain is NaN where that may be more than 5 % of
+    it. A gain is then too small by at most (0.05)²/2 in ln, a block's by at most 5 %, both as
+    estimated by two random vectors a start.
 
     Blocks take at most 768 MiB at a time, or those of one start. `spend` is told the predicted
     seconds of each step.

@@ -86,7 +86,7 @@ def thin_maps(
 ) -> tuple[Maps, Ranks]:
     """ln gain of the mapped sequences over windows of 1, 2, 4, … steps, and ranks as far as known.
 
-    Where the median gain falls below 10⁻³ or below a half between two of these distances, the
+    Where the median gain falls below GONE or below a half between two of these distances, the
     distances between are halved until the crossing is known to the step.
 
     Args:

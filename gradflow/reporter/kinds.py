@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from gradflow.limits import CLOSED_WORDS, OPEN_WORDS
 from gradflow.reporter import panels
 from gradflow.reporter.charts import (
     blocks,
@@ -237,7 +238,7 @@ KINDS: dict[str, Kind | None] = {
         of_gains=True,
     ),
     "gates": Kind(
-        what="gates over the steps: mean, share closed (< 0.05), open (> 0.95)",
+        what=f"gates over the steps: mean, share {CLOSED_WORDS}, {OPEN_WORDS}",
         prepare=gates.prepare,
         draw=gates.draw,
         below=_below,

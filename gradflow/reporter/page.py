@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from gradflow._version import __version__
 from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
-from gradflow.limits import PAGE_BYTES
+from gradflow.limits import BAND_WORDS, GLOSSARY, GONE_WORDS, PAGE_BYTES
 from gradflow.reporter import prepare
 from gradflow.reporter.digest import other_findings, predicted, predictions, strict, top_findings
 from gradflow.reporter.kinds import KINDS
@@ -50,7 +50,7 @@ LABELS = {  # in plain words; a page explains those it shows
     "range-limited": "Gains become smaller or larger than the model's own numbers can be. gradflow's "
     "go on; the model's gradient is 0 or infinite there.",
     "short": "So few steps that the first ones, which settle, are counted as well.",
-    "transient growth": "The gain rises by more than a power of ten at some distance, which the rate "
+    "transient growth": f"The gain rises by more than {BAND_WORDS} at some distance, which the rate "
     "does not show.",
 }
 
@@ -126,6 +126,7 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         provenance=provenance_rows(analysis.provenance),
         none_found=_none_found(analysis),
         snippet=analysis.provenance.get("snippet", ""),
+        glossary=GLOSSARY,
         next_command=analysis.provenance.get("next_command", ""),
         version=__version__,
     )
@@ -256,8 +257,8 @@ def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
         least = "≥ " if layer.horizon is None else ""
         return f"reaches all {layer.span} steps" if whole else f"reaches {least}{of_span}"
     if layer.horizon is None:
-        return f"above 10⁻³ at every distance measured, up to {of_span}"
-    return f"below 10⁻³ after {of_span}"
+        return f"above {GONE_WORDS} at every distance measured, up to {of_span}"
+    return f"below {GONE_WORDS} after {of_span}"
 
 
 def embed(

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.limits import GONE_DECADES
+from gradflow.limits import GONE_DECADES, GONE_WORDS
 from gradflow.reporter.charts.chart import LN10, Chart
 from gradflow.reporter.charts.labels import label_steps
 from gradflow.reporter.charts.marks import draw_contour
@@ -29,7 +29,7 @@ class GainMap(Chart):
     last: float  # where the sequence ends; the last row and column may reach beyond it
     sequence: int  # index in the user's batch
     norm: str
-    contour: bool  # whether some gains lie above and some below 10⁻³
+    contour: bool  # whether some gains are gone and some are not
     unknown: (
         bool  # whether gains of t' ≥ t are missing: a cut lies between, or nothing was measured
     )
@@ -120,19 +120,19 @@ def _note(layer: LayerAnalysis, sources: np.ndarray, known: np.ndarray) -> str:
 
 
 def _message(known: np.ndarray, pair: str) -> str:
-    """How many of the measured pairs of different steps keep a gain of 10⁻³."""
+    """How many of the measured pairs of different steps keep a gain that is not gone."""
     kept = float((known >= GONE_DECADES).mean())
     if kept == 1:
-        return f"every {pair} of steps keeps a gain above 10⁻³"
+        return f"every {pair} of steps keeps a gain above {GONE_WORDS}"
     if kept == 0:
-        return f"no {pair} of different steps keeps a gain of 10⁻³"
-    return f"{percent_words(kept)} of the {pair}s of steps keep a gain above 10⁻³"
+        return f"no {pair} of different steps keeps a gain of {GONE_WORDS}"
+    return f"{percent_words(kept)} of the {pair}s of steps keep a gain above {GONE_WORDS}"
 
 
 def _reading(layer: LayerAnalysis, sequence: int, contour: bool, down: _Axis, across: _Axis) -> str:
     words = "Along a row, leftwards from the diagonal: how far back step t′ still feels."
     if contour:
-        words += " White line: 10⁻³."
+        words += f" White line: {GONE_WORDS}."
     if layer.sequences > 1:
         words += f" Sequence {sequence + 1} of {layer.sequences}."
     apart = across.stride > down.stride
@@ -149,7 +149,7 @@ def _reading(layer: LayerAnalysis, sequence: int, contour: bool, down: _Axis, ac
 
 
 def draw(axes: Sequence[Axes], gain: GainMap) -> None:
-    """Source t across, target t′ down; the undefined half is grey; contour at 10⁻³."""
+    """Source t across, target t′ down; the undefined half is grey; contour where it is gone."""
     ax = axes[0]
     extent = (*gain.columns, *gain.rows[::-1])
     ax.imshow(paint(gain.values), extent=extent, interpolation="nearest", aspect="equal")
