@@ -130,7 +130,7 @@ def _facts(layer: RecurrentModule) -> LayerFacts:
         summary=str(layer),
         parameters=layer.parameters,
         dtype=str(layer.dtype).removeprefix("torch."),
-        ambiguous=layer.ambiguous,
+        ambiguous=(*layer.doubts, *layer.ambiguous),
     )
 
 

@@ -27,30 +27,9 @@ def report(
     formats: Iterable[str] = FORMATS,
     force: bool = False,
 ) -> dict[str, Path]:
-    """Write page, summary, tables, pictures and run into a folder.
+    """Write page, summary, tables, pictures and run into a folder; `gradflow.report` says all of it.
 
-    The folder appears whole or not at all. An existing one is not touched, unless ``force`` is given
-    and it holds nothing but an earlier report, which is then replaced as a whole.
-
-    Args:
-        analysis: what `analyze` or `diagnose` gave.
-        folder: where the files go; it is made.
-        formats: which of "html" (one page, offline), "json" (summary.json), "csv" (tables), "png"
-            (figures/) and "nc" (run.nc, which `load` reads back); all by default.
-        force: replace an earlier report.
-
-    Returns:
-        Name in the folder -> path of every file.
-
-    Raises:
-        InputError: a format is unknown, or there are no layers to report on.
-        FileError: the folder exists, or cannot be written.
-
-    >>> import tempfile, torch, gradflow
-    >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
-    >>> with tempfile.TemporaryDirectory() as place:
-    ...     sorted(gradflow.report(run, f"{place}/run", formats=["json", "nc"]))
-    ['run.nc', 'summary.json']
+    Name in the folder -> path of every file.
     """
     if not isinstance(analysis, Analysis):
         kind = type(analysis).__name__

@@ -28,7 +28,6 @@ class GainMap(Chart):
     columns: tuple[float, float]  # the source steps at the left and right edge, counted from 1
     last: float  # where the sequence ends; the last row and column may reach beyond it
     sequence: int  # index in the user's batch
-    norm: str
     contour: bool  # whether some gains are gone and some are not
     unknown: (
         bool  # whether gains of t' ≥ t are missing: a cut lies between, or nothing was measured
@@ -36,13 +35,13 @@ class GainMap(Chart):
     reverse: bool
 
 
-def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
+def prepare(layer: LayerAnalysis) -> GainMap:
     """The gain of every measured pair t' ≥ t of the first mapped sequence, at most 128 × 128 cells."""
     data = layer.data["log_gain"]
     if not data.sizes["sequence"] or not data.sizes["source"]:
         unknown_gains = "no gains" in layer.labels
-        return _empty("Gains are not known." if unknown_gains else "No map was made.", norm)
-    picked = data.sel(norm=norm).isel(sequence=0).transpose("target", "source")
+        return _empty("Gains are not known." if unknown_gains else "No map was made.")
+    picked = data.sel(norm="spectral").isel(sequence=0).transpose("target", "source")
     sequence = int(data["sequence"].values[0])
     length = int(layer.data["length"].values[sequence])
     picked = picked.isel(target=picked["target"] < length, source=picked["source"] < length)
@@ -51,7 +50,7 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
     known = values[(targets[:, None] != sources[None, :]) & ~np.isnan(values)]
     note = _note(layer, sources, known)
     if note:
-        return _empty(note, norm)
+        return _empty(note)
     down, across = _axis(targets), _axis(sources)
     shown = pooled(values, down.pool, across.pool)
     low = shown[~np.isnan(shown)]
@@ -65,7 +64,6 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
         columns=across.edges,
         last=length + 0.5,
         sequence=sequence,
-        norm=norm,
         contour=contour,
         unknown=unknown,
         reverse=layer.reverse,
@@ -90,10 +88,10 @@ def _axis(steps: np.ndarray) -> _Axis:
     return _Axis(stride, pool, (start, start + cells * pool * stride))
 
 
-def _empty(note: str, norm: str) -> GainMap:
+def _empty(note: str) -> GainMap:
     return GainMap(
         note=note, values=np.empty((0, 0)), rows=(0, 0), columns=(0, 0), last=0, sequence=-1,
-        norm=norm, contour=False, unknown=False, reverse=False,
+        contour=False, unknown=False, reverse=False,
     )  # fmt: skip
 
 
