@@ -135,7 +135,7 @@ class Place:
         ]
 
     def gathered(self, found: dict[Edge, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """(B, S) of the gradients at its edges, and those that came by elsewhere."""
+        """(B, S) of the gradients at its edges, and the gradients at other results of the same nodes."""
         columns = []
         for name, part in self.parts.items():
             zero = self.like[:, part]
