@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from gradflow.loading.kinds import PICKLED
+from gradflow.loading.file_kinds import PICKLED
 from gradflow.loading.members import Member, kind_of, members_of, tensors_in
 from gradflow.loading.shells import Shell, tensors_of
 from gradflow.loading.words import article, some

@@ -24,8 +24,8 @@ from torch.serialization import safe_globals
 
 from gradflow.errors import FileError, UserCodeError
 from gradflow.loading.ages import about_opening, is_of_age, older_layers_open
+from gradflow.loading.file_kinds import READ_ERRORS, sniff
 from gradflow.loading.imports import current_folder_importable
-from gradflow.loading.kinds import READ_ERRORS, sniff
 from gradflow.loading.shells import allow_list, is_forbidden
 from gradflow.loading.words import RESAVE, analyze_command, reason, some
 from gradflow.process import lock, printed_to_stderr, quiet
@@ -35,7 +35,7 @@ from gradflow.process import lock, printed_to_stderr, quiet
 class Contents:
     """What a file held, before anyone asked what it means."""
 
-    kind: str  # as `gradflow.loading.kinds.sniff` tells
+    kind: str  # as `gradflow.loading.file_kinds.sniff` tells
     value: object
 
 
