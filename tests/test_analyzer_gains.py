@@ -12,15 +12,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from seam import DenseOperator, SpanGains, Window, collected, common_steps, log_norms, span_windows
+from seam import gains_crossing as crossing
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gradflow
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer import lyapunov_spectrum, step_jacobians
-from gradflow.analyzer.gains import SpanGains, collected, common_steps, crossing, span_windows
-from gradflow.analyzer.jacobians import DenseOperator
-from gradflow.analyzer.windows import Window, log_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64

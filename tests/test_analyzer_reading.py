@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from seam import Reading, readings
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import Analysis, Finding
 from gradflow.analyzer import analyze
-from gradflow.analyzer.reading import Reading, readings
 from gradflow.recording import Recording, padding_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

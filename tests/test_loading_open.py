@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from seam import non_finite
 from torch import nn
 
 from gradflow.errors import FileError, InputError, UserCodeError
 from gradflow.loading import describe, open_model, probes, save_snippet
-from gradflow.loading.recurrent import non_finite
 
 MODULES = {
     "lstm": lambda: nn.LSTM(3, 5),
