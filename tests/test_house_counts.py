@@ -13,16 +13,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "longest chain of imports": 32,
-    "files": 268,
-    "lines": 45_000,
+    "files": 308,
+    "lines": 50_500,
     "median lines of a function": 7,
     "longest function": 80,
-    "module constants outside limits.py": 395,
-    "constants of two values": 42,
-    "classes of two meanings": 5,
-    "file names used twice": 18,
-    "test files that import internals": 5,
-    "internals that tests import": 140,
+    "module constants outside limits.py": 460,
+    "constants of two values": 52,
+    "classes of two meanings": 14,
+    "file names used twice": 28,
+    "test files that import internals": 8,
+    "internals that tests import": 165,
 }
 LOOSE = 1.4  # how far above its count a ceiling may be before it has to come down
 FEW = 5  # smaller counts are left alone
