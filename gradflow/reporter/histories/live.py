@@ -168,8 +168,9 @@ def _run(run: Followed, console: Console, room: int, width: int) -> RenderableTy
     for one in shown if high else ():
         parts += [_words(one, console, width), *_waterfall(one.course, console, high, width)]
     if fits < len(layers):
-        more = Text(f"and {len(layers) - fits} more layers: make the window higher", style="dim")
-        parts.append(encoded(more, console))
+        left = len(layers) - fits
+        more = f"and {left} more {'layer' if left == 1 else 'layers'}: make the window higher"
+        parts.append(_cut(Text(more, style="dim"), console, width))
     return Group(*parts)
 
 
@@ -195,7 +196,10 @@ def _cut(text: Text, console: Console, width: int) -> Text:
 
 def _words(one: Now, console: Console, width: int) -> Text:
     """A line on a layer: verdict, rate, horizon, half-life where it fits, a sparkline of the reach."""
-    verdict, spark = one.verdict or "no verdict", sparkline(one.course, console, 20 if width >= 70 else 8)
+    verdict, spark = (
+        one.verdict or "no verdict",
+        sparkline(one.course, console, 20 if width >= 70 else 8),
+    )
     gone = {"none": "", "never": "never gone"}.get(one.horizon, f"gone after {one.horizon}")
     rate = "" if one.rate in ("none", "not settled") else f"rate {one.rate}"
     half = "" if one.half_life in ("none", "never") or not rate else f"halves in {one.half_life}"
@@ -215,6 +219,8 @@ def _words(one: Now, console: Console, width: int) -> Text:
 def _table(shown: Sequence[Now], console: Console) -> Table:
     """A line per layer, where there is no room for more."""
     table = Table.grid(padding=(0, 2))
+    for _ in range(5):
+        table.add_column(no_wrap=True, overflow="crop")
     for one in shown:
         cells = [one.course.layer, one.verdict or "no verdict", one.rate, one.horizon,
                  sparkline(one.course, console)]  # fmt: skip
