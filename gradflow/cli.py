@@ -312,6 +312,34 @@ def compare(
     click.echo(f"next: gradflow {again}")
 
 
+@gradflow.command(short_help="Follow runs that train, in the terminal.")
+@click.argument("runs", metavar="RUN [RUN...]", nargs=-1, type=click.Path(path_type=Path))
+def watch(runs: Sequence[Path]) -> None:
+    """Follow RUNs that train, in the terminal: folders that gradflow.watch writes.
+
+    A line per layer with its verdict, rate and horizon, and below it its last 60 probes: training
+    steps across, steps back from the loss down, navy where the gradient has vanished. It ends when
+    all runs have ended, or with Ctrl-C; in a pipe it prints one line a probe.
+
+    \b
+    gradflow watch runs/a
+    gradflow watch runs/a runs/b
+    """
+    if not runs:
+        raise InputError("watch needs a run, got none; type for example: gradflow watch runs/a")
+    from gradflow.comparison import names_of
+    from gradflow.history import History
+    from gradflow.reporter import Followed, follow
+
+    followed = [
+        Followed(name, History.read(path)) for name, path in zip(names_of(runs), runs, strict=True)
+    ]
+    try:
+        follow(followed)
+    except KeyboardInterrupt:  # how it is ended, so nothing needs to be said
+        raise SystemExit(INTERRUPTED) from None
+
+
 # ------------------------------------------------------------------------------------- helpers
 
 
