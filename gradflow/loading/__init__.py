@@ -7,6 +7,7 @@ from gradflow.loading.losses import Loss, choose_output, make_loss, output_lengt
 from gradflow.loading.opened import Opened, no_model_to_run, open_model
 from gradflow.loading.probe import Probe, probe_loss, probes
 from gradflow.loading.recurrent import RecurrentModule
+from gradflow.loading.spec import build_loss
 
 __all__ = [
     "Batch",
@@ -15,6 +16,7 @@ __all__ = [
     "Opened",
     "Probe",
     "RecurrentModule",
+    "build_loss",
     "choose_output",
     "describe",
     "fit_batch",
