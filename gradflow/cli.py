@@ -93,7 +93,7 @@ SPAN = click.option(
 )  # fmt: skip
 MODE = click.option(
     "--train/--eval", default=None,
-    help="Mode the model runs in, with --input; by default as it was built.",
+    help="Mode the model runs in, with --input; evaluation by default, where dropout is off.",
 )  # fmt: skip
 SEQ_LEN = click.option(
     "--seq-len", metavar="N", type=int, show_default="100",

@@ -163,7 +163,7 @@ class FileRequest:
     output: str | None = None
     labels: Path | None = None
     span: int | None = None
-    train: bool | None = None  # the mode the model runs in; None: as it was built
+    train: bool | None = None  # the mode the model runs in; None: evaluation
     seq_len: int | None = None  # of a probe; None: 100
     batch: int | None = None  # of a probe; None: 16
     seed: int = 0

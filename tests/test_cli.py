@@ -416,7 +416,7 @@ def test_a_loss_of_ones_own_reads_output_and_target(
     }.items():
         assert run(*batch, "--no-report", "--loss", spec) == 0
         summary = json.loads(capsys.readouterr().out)
-        assert summary["provenance"]["loss"] == f"{name} of the output", spec
+        assert summary["provenance"]["loss"] == f"{name} of output", spec
 
 
 def test_the_model_runs_in_the_mode_that_is_asked_for(
@@ -432,7 +432,7 @@ def test_the_model_runs_in_the_mode_that_is_asked_for(
     save_state_dict(here / "model.pt")
     save_batch(here, "batch.pt")
     batch = ("analyze", "model.pt", "--model", "modes:Told()", "--input", "batch.pt", "--json")
-    for options, training in ((), True), (("--eval",), False), (("--train",), True):
+    for options, training in ((), False), (("--eval",), False), (("--train",), True):
         assert run(*batch, "--no-report", *options) == 0
         out, error = capsys.readouterr()
         assert str(training) in error and str(not training) not in error
