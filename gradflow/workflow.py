@@ -239,8 +239,6 @@ def _from_batch(
     if labels is not None:  # before the long part
         checked_labels(labels, max(track.steps for track in recording))
     recording.provenance |= {"input": request.input.name, "seed": request.seed}
-    if request.train is not None:
-        recording.provenance |= {"mode": "training" if request.train else "evaluation"}
     analysis = analyze(recording, span=request.span, seed=request.seed, progress=progress)
     return with_predictions(recording, analysis, seed=request.seed)
 

@@ -436,8 +436,8 @@ def test_the_model_runs_in_the_mode_that_is_asked_for(
         assert run(*batch, "--no-report", *options) == 0
         out, error = capsys.readouterr()
         assert str(training) in error and str(not training) not in error
-        mode = json.loads(out)["provenance"].get("mode")
-        assert mode == ({True: "training", False: "evaluation"}[training] if options else None)
+        mode = json.loads(out)["provenance"]["mode"]
+        assert mode == ("training" if training else "evaluation")
 
 
 def test_span_is_the_distance_of_the_verdict_and_no_report_writes_nothing(
