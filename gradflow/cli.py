@@ -25,6 +25,7 @@ from gradflow.progress import Progress
 
 if TYPE_CHECKING:
     from gradflow.analysis import Analysis
+    from gradflow.history import History
 
 DONE, CONDITION_HOLDS, BAD_INPUT, OWN_FAULT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -244,16 +245,28 @@ def report(
 ) -> None:
     """Draw the report of a saved RUN again: a folder written by gradflow, or its run.nc.
 
+    Of a training that gradflow.watch follows, or followed, give its folder.
+
     \b
     gradflow report reports/model -o reports/again
+    gradflow report runs/a
     """
     conditions = parse_conditions(fail_on)
     from gradflow import reporter
+    from gradflow.analysis import Analysis
     from gradflow.comparison import run_name
 
-    analysis = _loaded(run)
+    found = _loaded(run)
     folder = folder or reporter.free_folder(Path("reports") / run_name(run.absolute()))
     reporter.check_folder(folder, force=force)
+    if not isinstance(found, Analysis):
+        _refuse_conditions(fail_on)
+        with Progress() as progress:
+            progress("drawing the report", 0.5)
+            reporter.report_history(found, folder, force=force)
+        _show_history(found, folder, as_json, quiet, verbose)
+        return
+    analysis = found
     with Progress() as progress:
         progress("drawing the report", 0.5)
         reporter.report(analysis, folder, force=force)
@@ -278,7 +291,8 @@ def compare(
     """Show RUNs on one scale, and say what changed and whether it is more than chance.
 
     A RUN is a folder written by gradflow, its run.nc, or a model file, which is analyzed first;
-    the options are for model files. Every run is compared with the first.
+    the options are for model files. Every run is compared with the first. Folders of trainings that
+    gradflow.watch followed are compared with each other.
 
     \b
     gradflow compare reports/rnn reports/lstm
@@ -290,8 +304,10 @@ def compare(
             f"compare needs at least two runs, got {len(runs)}; type for example: "
             f"gradflow compare {first} reports/after"
         )
+    from gradflow.analysis import Analysis
     from gradflow.comparison import compare_runs, is_run, names_of
     from gradflow.reporter import check_folder, free_folder
+    from gradflow.trainings import compare_histories
 
     typed = _typed(context)
     if typed and all(map(is_run, runs)):
@@ -301,14 +317,49 @@ def compare(
         )
     folder = folder or free_folder(Path("reports") / "comparison")
     check_folder(folder, force=force)
-    found = {}
+    found: dict[str, Any] = {}
     with Progress() as progress:
         for name, path in zip(names_of(runs), runs, strict=True):
             found[name] = _loaded(path) if is_run(path) else _analyzed(path, progress, options)
-    click.echo(f"\n{compare_runs(found, folder, force=force)}")
+    trainings = [name for name, run in found.items() if not isinstance(run, Analysis)]
+    if trainings and len(trainings) < len(found):
+        raise InputError(
+            f"compare needs runs of one kind, got the history of a training, {trainings[0]}, beside the "
+            "analysis of a batch; compare trainings with trainings"
+        )
+    made = compare_histories if trainings else compare_runs
+    click.echo(f"\n{made(found, folder, force=force)}")
     last = shlex.quote(str(runs[-1]))
     again = f"report {last}" if is_run(runs[-1]) else f"analyze {last}{typed}"
     click.echo(f"next: gradflow {again}")
+
+
+@gradflow.command(short_help="Follow runs that train, in the terminal.")
+@click.argument("runs", metavar="RUN [RUN...]", nargs=-1, type=click.Path(path_type=Path))
+def watch(runs: Sequence[Path]) -> None:
+    """Follow RUNs that train, in the terminal: folders that gradflow.watch writes.
+
+    A line per layer with its verdict, rate and horizon, and below it its last 60 probes: training
+    steps across, steps back from the loss down, navy where the gradient has vanished. It ends when
+    all runs have ended, or with Ctrl-C; in a pipe it prints one line a probe.
+
+    \b
+    gradflow watch runs/a
+    gradflow watch runs/a runs/b
+    """
+    if not runs:
+        raise InputError("watch needs a run, got none; type for example: gradflow watch runs/a")
+    from gradflow.comparison import names_of
+    from gradflow.history import History
+    from gradflow.reporter import Followed, follow
+
+    followed = [
+        Followed(name, History.read(path)) for name, path in zip(names_of(runs), runs, strict=True)
+    ]
+    try:
+        follow(followed)
+    except KeyboardInterrupt:  # how it is ended, so nothing needs to be said
+        raise SystemExit(INTERRUPTED) from None
 
 
 # ------------------------------------------------------------------------------------- helpers
@@ -338,8 +389,8 @@ def _typed(context: click.Context) -> str:
     return "".join(f" {word}" for word in words)
 
 
-def _loaded(path: Path) -> Analysis:
-    from gradflow.analysis import load
+def _loaded(path: Path) -> Analysis | History:
+    from gradflow.runs import load
 
     return load(path)
 
@@ -365,6 +416,28 @@ def _show(
         click.echo(f"next: {snippet.splitlines()[-1]}")
     elif folder is not None:
         click.echo(f"next: gradflow compare {shlex.quote(str(folder))} OTHER_RUN")
+
+
+def _show_history(
+    history: History, folder: Path, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Print where a training stands, the path of its page and the next command."""
+    from gradflow import reporter
+
+    if as_json:
+        click.echo(json.dumps(reporter.history_summary(history), allow_nan=False, indent=2))
+        return
+    reporter.render_history(history, verbose=verbose, quiet=quiet)
+    if not quiet:
+        click.echo(f"\npage: {folder / 'report.html'}")
+
+
+def _refuse_conditions(fail_on: str | None) -> None:
+    if fail_on is not None:
+        advice = "of a training give them to gradflow.watch, as on="
+        raise InputError(
+            must_be("--fail-on", "given for an analysis", "the history of a training", advice)
+        )
 
 
 def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:

@@ -150,7 +150,7 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
 
 @functools.cache
 def template(name: str) -> jinja2.Template:
-    """One of the reporter's templates; what is put into it is escaped."""
+    """One of the pages, which escapes whatever is put into it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gradflow.reporter", "templates"),
         autoescape=True,
