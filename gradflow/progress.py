@@ -1,4 +1,4 @@
-"""Progress on stderr, for whoever waits."""
+"""Progress on stderr."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
 from gradflow.history import History
 from gradflow.hooks import record
-from gradflow.passes import Settings, left_as_found, recorded_pass, with_notes
+from gradflow.passes import LossSettings, left_as_found, recorded_pass, with_notes
 from gradflow.prediction import with_predictions
 from gradflow.process import random_numbers_kept
 from gradflow.recording import Recording
@@ -68,7 +67,7 @@ def diagnose(
     """
     held = None if lengths is None else torch.as_tensor(lengths)
     batch = loading.Batch(inputs=inputs, target=target, lengths=held)
-    recording = recorded_pass(model, batch, Settings(loss=loss))
+    recording = recorded_pass(model, batch, LossSettings(loss=loss))
     return with_predictions(recording, analyze(recording, span=span))
 
 
@@ -88,10 +87,9 @@ def plot(
     Args:
         x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them; a `History`, or
             a list of histories.
-        kind: "overview", the default, or one of `gradflow.reporter.KINDS`: "gain-map",
-            "total-vs-direct", "lag-curve", "triangle", "lag-gradient", "states", "layers", "rank",
-            "lyapunov", "paths", "blocks", "gates", "saturation", "time-scales"; of a history
-            "waterfall", the default, "rates", "horizons", "gates", "norms".
+        kind: "overview", the default, or another of `gradflow.reporter.KINDS`, such as "gain-map" or
+            "states"; of a history "waterfall", the default, "rates", "horizons", "gates", "norms". The
+            README lists them, and so does the error on a kind that there is not.
         layer: one layer by name; all by default.
         ax: axes of your own for the main panel of one layer.
 
@@ -265,12 +263,12 @@ def _from_batch(
     return with_predictions(recording, analysis, seed=request.seed)
 
 
-def _settings(request: FileRequest) -> Settings:
+def _settings(request: FileRequest) -> LossSettings:
     """The loss of the command line: one of gradflow's by its name, or one of the user's own."""
     if request.loss is None or ":" not in request.loss:
-        return Settings(loss_name=request.loss, output=request.output, guard=True)
+        return LossSettings(loss_name=request.loss, output=request.output, guard=True)
     loss = loading.build_loss(request.loss)
-    return Settings(loss=loss, reads_part=True, output=request.output, guard=True)
+    return LossSettings(loss=loss, reads_part=True, output=request.output, guard=True)
 
 
 def _from_weights(
@@ -320,12 +318,9 @@ def _from_weights(
             )
         run = agreed(runs, [probe.name for probe in probes], snippet.splitlines()[-1])
         run = with_predictions(recording, run, batch=probes[-1].name, seed=request.seed)
-        layers |= {
-            _probed_name(module, name): _renamed(module, layer)
-            for name, layer in run.layers.items()
-        }
-        notes += [s for s in module.ambiguous if "tanh" in s] + list(run.warnings)
-        assumed += [s for s in module.ambiguous if "tanh" not in s]
+        layers |= run.layers
+        notes += [*module.doubts, *run.warnings]
+        assumed += module.ambiguous
         tried += [probe.name for probe in probes]
         provenance |= run.provenance
     names = ", ".join(dict.fromkeys(tried))
@@ -355,33 +350,12 @@ def _run_probe(module: loading.RecurrentModule, probe: loading.Probe) -> Recordi
         loading.probe_loss(
             output, probe.r, module.module.batch_first, module.bidirectional
         ).backward()
+    if module.from_cell:  # it was run as a layer; its track has the cell's own path
+        (track,) = recording
+        recording.drop(track)
+        track.name = module.name or "cell"
+        recording.add(track)
     return recording
-
-
-def _probed_name(module: loading.RecurrentModule, name: str) -> str:
-    """A cell was probed as a one-layer module; its track has the cell's own path."""
-    return (module.name or "cell") if module.from_cell else name
-
-
-def _renamed(module: loading.RecurrentModule, layer: LayerAnalysis) -> LayerAnalysis:
-    name = _probed_name(module, layer.name)
-    if name == layer.name:
-        return layer
-    return replace(
-        layer,
-        name=name,
-        sentence=layer.sentence.replace(layer.name, name),
-        title=layer.title.replace(layer.name, name),
-        findings=tuple(
-            replace(
-                f,
-                layer=name,
-                message=f.message.replace(layer.name, name),
-                code=re.sub(r"((?:weight|bias)_[ih]h)_l0\b", r"\1", f.code),
-            )
-            for f in layer.findings
-        ),
-    )
 
 
 def _part(progress: Progress | None, number: int, count: int, words: str) -> Progress | None:

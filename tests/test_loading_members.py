@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from seam import _STOCK, lacking
 from test_loading_refusals import _with_valid_checksums
 from torch import nn
 
 from gradflow.errors import FileError, InputError, UserCodeError
 from gradflow.loading import describe, open_model
-from gradflow.loading.ages import lacking
-from gradflow.loading.shells import _STOCK
 from gradflow.workflow import FileRequest, analyze_file
 
 SOURCE = """
