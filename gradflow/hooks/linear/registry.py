@@ -31,6 +31,7 @@ class Seen:
     given: dict[str, Any]  # its arguments by name, tensors as detached copies made before it ran
     live: dict[str, Any]  # the same as they were given
     results: Any  # what it returned, live
+    kind: str  # the class of the module that called it
 
     def result(self, place: int = 0) -> Any:
         """What it returned at this place; all of it where it is no tuple and the place is the first."""

@@ -125,6 +125,7 @@ class LinearSource:
     cell: str  # what people call it
     name: str = ""  # of the track
     lengths: Tensor | None = None  # (B,) real steps; None: all
+    told: bool = False  # whether the user has given them
     reverse: bool = False  # processed from the last input step to the first
     stretches: list[Stretch] = field(default_factory=list)  # the calls in their order
     remarks: list[str] = field(default_factory=list)  # what a reader should know

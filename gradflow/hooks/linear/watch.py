@@ -68,6 +68,7 @@ class Linear:
             None if scanned.final is None else edge_of(scanned.final),
         )
         source, track = end.source, end.track
+        _lengthened(source, scanned)
         source.remarks = list(dict.fromkeys([*source.remarks, *scanned.notes]))
         owner.handles += source.listen(stretch, edges)
         self._held += edges.values()
@@ -98,7 +99,7 @@ class Linear:
             code=code or tuple(id(weight) for weight in scanned.weights),
         )
         owner.add_track(scanned.name, track)
-        source.name = track.name
+        source.name, source.told = track.name, source.lengths is not None
         source.remarks += owner.lengths.notes
         return End(source, track, None, None)
 
@@ -193,6 +194,18 @@ def _comes_from(initial: Tensor, edge: Edge | None) -> bool:
         return edge[0] in Between([mine], {edge[0]}).reached
     except NotReadable:
         return False
+
+
+def _lengthened(source: LinearSource, scanned: Scanned) -> None:
+    """The real steps of a recurrence with one more call, where a mask of the model's tells them."""
+    if source.told:
+        return
+    steps = torch.full((source.batch,), scanned.steps)
+    before = torch.full_like(steps, source.steps - scanned.steps)
+    known = before if source.lengths is None else source.lengths
+    now = steps if scanned.lengths is None else scanned.lengths
+    lengths = torch.where(known == before, known + now, known)
+    source.lengths = None if bool((lengths == source.steps).all()) else lengths
 
 
 def _grown(source: LinearSource, track: Track) -> None:
