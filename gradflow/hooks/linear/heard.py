@@ -73,9 +73,9 @@ class Heard:
                 break
 
     def _copy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._entry.fused:
+            return
         try:
-            if self._entry.fused:
-                raise Unread(self._entry.fused)
             self._live = self._entry.bound(self._function, args, kwargs)
         except Unread as why:
             self._missed(str(why))
@@ -89,6 +89,10 @@ class Heard:
             self._given = {name: _copied(value) for name, value in self._live.items()}
 
     def _tell(self, told: Told, results: Any) -> None:
+        if self._entry.fused:
+            if results is not None:  # without its kernel it does nothing
+                told.observer.missed_scan(told.name, self._entry.fused)
+            return
         seen = Seen(self._given, self._live, results, told.kind)
         try:
             fields = {"cell": self._entry.cell} | self._entry.read(seen)

@@ -139,10 +139,22 @@ def _stretch(scanned: Scanned, cut: Tensor | None) -> tuple[Stretch, dict[str, E
         returned=None if scanned.output is None else scanned.output.detach().clone(),
         precision=scanned.precision,
         cuts=None if scanned.cuts is None else scanned.cuts.clone(),
+        final_holds_output=_leads("output", "final", edges),
         final_back=scanned.final_back,
         states_back=scanned.states_back,
     )
     return stretch, edges
+
+
+def _leads(later: str, earlier: str, edges: dict[str, Edge]) -> bool:
+    """Whether one thing that was returned is made of another: a way through the call leads there."""
+    if later not in edges or earlier not in edges:
+        return False
+    end = edges[earlier][0]
+    try:
+        return end in Between([edges[later]], {end}, since=end._sequence_nr()).reached
+    except NotReadable:
+        return False
 
 
 def _last(scanned: Scanned) -> Tensor | None:
