@@ -205,3 +205,31 @@ def test_an_slstm_is_a_cell_with_all_four_states() -> None:
         ]
     ).unsqueeze(1)
     assert_jacobians_close(found, wanted, torch.ones(STEPS - 2, 1, dtype=torch.bool))
+
+
+def test_the_mlstm_of_xlstm_large_is_observed_through_its_partial_function() -> None:
+    """Its backend keeps the kernel as a functools.partial of its own."""
+    pytest.importorskip("mlstm_kernels")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.xLSTMConfig(
+        vocab_size=11,
+        hidden_size=16,
+        embedding_dim=16,
+        num_hidden_layers=2,
+        num_blocks=2,
+        num_heads=2,
+        chunk_size=8,
+        mode="train",
+        return_last_states=True,
+        autocast_kernel_dtype="float32",
+    )
+    model = transformers.xLSTMForCausalLM(config).double().train()
+    ids = torch.randint(0, 11, (2, 16))
+    with gradflow.record(model) as recording:
+        model(input_ids=ids, use_cache=False).logits.pow(2).mean().backward()
+    names = [f"backbone.blocks.{n}.mlstm_layer.mlstm_backend" for n in (0, 1)]
+    assert [track.name for track in recording] == names
+    for track in recording:
+        assert track.cell == "mLSTM"
+        assert track.grad_h is not None  # held against what the kernel returned, on the way
+        assert torch.isfinite(track.grad_h).all()

@@ -10,6 +10,7 @@ Letters: T steps, B sequences, D channels, N numbers a channel, H heads, d_k, d_
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -143,8 +144,9 @@ def places(parts: Iterable[Any]) -> Iterator[Place]:
                 yield Place(space, name, known[id(held[name])])
     for space in parts:
         for name, value in list(vars(space).items()):
-            if id(value) in known:
-                yield Place(space, name, known[id(value)])
+            function = value.func if isinstance(value, functools.partial) else value
+            if id(function) in known:
+                yield Place(space, name, known[id(function)])
 
 
 def _modules(entry: Entry, loaded: dict[str, Any]) -> list[Any]:
