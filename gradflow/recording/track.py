@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from gradflow.cells import CELLS, CellSpec
 from gradflow.errors import RecordingError, must_be
 from gradflow.recording.padding import Padding
 from gradflow.recording.source import Backward, Contributions, Forward, Operator, Parity, Source
+
+SHAPE = ("lengths", "mask", "cuts")  # what changes in a `Track` while its loop goes on
 
 
 @dataclass(eq=False)
@@ -52,6 +55,8 @@ class Track:
     stamp: tuple[object, ...] = ()  # of weights that were not seen: equal where they were the same
     code: tuple[object, ...] = ()  # tells loops of one name apart: weights, or the line of a tap
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
+    # makes lengths, mask and cuts of a loop that goes on, when they are read
+    _shape: Callable[[], dict[str, Tensor]] | None = field(default=None, init=False, repr=False)
 
     @property
     def spec(self) -> CellSpec | None:
@@ -72,6 +77,28 @@ class Track:
         (False, True)
         """
         self._cache.clear()
+        if self._shape is not None:
+            for name in SHAPE:
+                self.__dict__.pop(name, None)
+
+    def grow(self, shape: Callable[[], dict[str, Tensor]]) -> None:
+        """The loop went on: its lengths, mask and cuts are made anew when they are next read.
+
+        Args:
+            shape: makes the three, by name. What is done per step so does not grow with the steps.
+        """
+        self._shape = shape
+        self.read_anew()
+
+    if not TYPE_CHECKING:  # for a type checker all attributes are there
+
+        def __getattr__(self, name: str) -> Tensor:
+            """Lengths, mask or cuts that are not made yet."""
+            shape = self.__dict__.get("_shape")
+            if name not in SHAPE or shape is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.__dict__.update(shape())
+            return self.__dict__[name]
 
     def _read(self, what: str) -> object:
         version = self.source.version
