@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.axes import Axis, as_rows, from_rows, usual_axis
-from gradflow.hooks.graph import LEAF, Between, Edge, NotReadable, called, edge_of, outputs
+from gradflow.hooks.graph import (
+    LEAF,
+    Between,
+    Edge,
+    NotReadable,
+    called,
+    edge_of,
+    outputs,
+    without_autocast,
+)
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.loops.rows import completed, origins, picked
 from gradflow.limits import DENSE_UNITS
@@ -172,7 +181,7 @@ class Step:
 
     def pull(self, seed: Tensor) -> Tensor:
         """The vector-Jacobian product of a seed (B, S)."""
-        with torch.autocast(self.now.like.device.type, enabled=False):
+        with without_autocast(self.now.like.device.type):
             found = self.between.pull(self.now.seeds(seed, list(self.now.parts)))
         return self._complete(*self.before.gathered(found))
 
@@ -390,7 +399,7 @@ def _block(place: Place, made: Place, between: Between, name: str) -> Tensor:
     width = part.stop - part.start
 
     def pull(seed: Tensor) -> Tensor:
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return made.gathered(between.pull(place.seeds(seed, [name])))[0]
 
     probe, ones = probe_of(place.like), pull(torch.ones_like(place.like))
@@ -421,7 +430,7 @@ def unit_rows(
     def one(seed: Tensor) -> tuple[Tensor, list[Tensor]]:
         return before.gathered(between.pull(now.seeds(seed, [name])))
 
-    with torch.autocast(now.like.device.type, enabled=False):
+    with without_autocast(now.like.device.type):
         try:
             if not together:
                 raise NotReadable("one by one")
