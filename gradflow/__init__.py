@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from gradflow._version import __version__
 
 if TYPE_CHECKING:
-    from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction, load
+    from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
     from gradflow.analyzer import analyze
     from gradflow.errors import GradflowError, GradflowWarning
-    from gradflow.hooks import record, tap
+    from gradflow.history import History
+    from gradflow.hooks import record, scan, tap
     from gradflow.prediction import what_if
     from gradflow.recording import Recording, Track
+    from gradflow.runs import load
     from gradflow.workflow import diagnose, plot, report
 
 _HOMES = {
@@ -28,6 +30,7 @@ _HOMES = {
     "Finding": "gradflow.analysis",
     "GradflowError": "gradflow.errors",
     "GradflowWarning": "gradflow.errors",
+    "History": "gradflow.history",
     "LayerAnalysis": "gradflow.analysis",
     "Prediction": "gradflow.analysis",
     "Recording": "gradflow.recording",
@@ -35,10 +38,11 @@ _HOMES = {
     "analyze": "gradflow.analyzer",
     "analyzer": "gradflow",
     "diagnose": "gradflow.workflow",
-    "load": "gradflow.analysis",
+    "load": "gradflow.runs",
     "plot": "gradflow.workflow",
     "record": "gradflow.hooks",
     "report": "gradflow.workflow",
+    "scan": "gradflow.hooks",
     "tap": "gradflow.hooks",
     "what_if": "gradflow.prediction",
 }
@@ -48,6 +52,7 @@ __all__ = [
     "Finding",
     "GradflowError",
     "GradflowWarning",
+    "History",
     "LayerAnalysis",
     "Prediction",
     "Recording",
@@ -60,6 +65,7 @@ __all__ = [
     "plot",
     "record",
     "report",
+    "scan",
     "tap",
     "what_if",
 ]

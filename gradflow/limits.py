@@ -218,6 +218,11 @@ INPUT_NODES = _limit(64, "nodes", "between a layer's input and the tokens that i
 FIRST_NODES = _limit(4096, "nodes", "before the first step of a loop")
 MANY_TRACKS = _limit(64, "tracks", "of one layer in one block, above which a sentence says so")
 
+# a history of a training
+HISTORY_LAGS = _limit(64, "lags", "of one probe, at most: design, section 4")
+HISTORY_DENSE = _limit(16, "steps", "back from the loss, up to which every one is kept")
+HISTORY_RATIO = _limit(1.125, "times", "the lag before it, beyond: six to a doubling")
+
 # what a file may hold, and what is listed of it
 MOST_CONTAINERS = _limit(2_000, "containers", "of a file, which may claim any number of them")
 CONTAINER_DEPTH = _limit(5, "containers", "in containers, in which a state_dict is looked for")

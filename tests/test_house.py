@@ -13,7 +13,7 @@ import gradflow
 
 ROOT = Path(gradflow.__file__).parent
 STAGES = ("hooks", "analyzer", "reporter", "loading")
-NOUNS = ("recording", "analysis", "cells", "errors", "limits", "process", "_version")
+NOUNS = ("recording", "analysis", "history", "cells", "errors", "limits", "process", "_version")
 PLOTTING = ("matplotlib", "seaborn", "PIL")
 
 
@@ -49,7 +49,9 @@ def source_files(noun: str) -> list[Path]:
     return sorted((ROOT / noun).glob("*.py")) or [ROOT / f"{noun}.py"]
 
 
-@pytest.mark.parametrize("noun", ["recording", "analysis", "errors", "limits", "process"])
+@pytest.mark.parametrize(
+    "noun", ["recording", "analysis", "history", "errors", "limits", "process"]
+)
 def test_nouns_import_no_stage(noun: str) -> None:
     rooms = {
         name.split(".")[1]

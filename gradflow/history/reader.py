@@ -1,0 +1,169 @@
+"""Reads a history's file from where it was left, so that it can be followed while it is written."""
+
+from __future__ import annotations
+
+import binascii
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradflow.errors import FileError
+from gradflow.history.lines import (
+    FILE,
+    SCHEMA,
+    Layout,
+    layout_from,
+    packed_size,
+    read_probe,
+)
+from gradflow.history.lines import (
+    PROBE as BEGIN,
+)
+from gradflow.history.probe import Note
+
+PROBE = BEGIN.encode()
+PIECE = 2**22  # bytes that are read at a time: the same memory is used again
+
+
+@dataclass
+class Block:
+    """Probes in a row that have one layout; the arrays are unpacked when they are asked for."""
+
+    layout: Layout  # what the arrays hold
+    steps: list[int] = field(default_factory=list)  # the training step of each probe
+    numbers: list[bytes] = field(default_factory=list)  # of the probes, unpacked, in a few pieces
+    packed: list[bytes] = field(default_factory=list)  # of the last ones, not yet unpacked
+
+    def take(self, text: bytes) -> bool:
+        """The line of a probe; whether it is whole."""
+        found = read_probe(text)
+        if found is None or len(found[1]) != self.size:
+            return False
+        self.steps.append(found[0])
+        self.packed.append(found[1])
+        return True
+
+    def __post_init__(self) -> None:
+        self.size = packed_size(self.layout)
+
+    def unpack(self) -> None:
+        """Take the numbers of the last lines out of their text."""
+        if self.packed:
+            self.numbers.append(binascii.a2b_base64(b"".join(self.packed)))
+            self.packed.clear()
+
+    def table(self) -> np.ndarray:
+        """The numbers of every probe, (probe,) of the layout's dtype."""
+        self.unpack()
+        self.numbers = [b"".join(self.numbers)]
+        return np.frombuffer(self.numbers[0], dtype=self.layout.dtype)
+
+
+@dataclass
+class Read:
+    """Everything that was read of a file so far."""
+
+    headers: list[dict[str, Any]] = field(default_factory=list)  # one for each writer
+    blocks: list[Block] = field(default_factory=list)  # in the order of the file
+    notes: list[Note] = field(default_factory=list)  # in the order of the file
+    ended: bool = False  # whether the last writer closed it
+    damaged: int = 0  # lines that were cut off
+
+
+class Reader:
+    """Follows one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = file_of(path)
+        self.read = Read()
+        self._offset = 0
+        self._inode = 0
+
+    def more(self) -> int:
+        """Take in the lines that were completed since the last time; how many probes they hold."""
+        found, rest = 0, b""
+        try:
+            with self.path.open("rb") as opened:
+                self._begin_again_if_replaced(os.fstat(opened.fileno()))
+                opened.seek(self._offset)
+                while some := opened.read(PIECE):
+                    whole = rest + some
+                    complete = whole.rfind(b"\n") + 1
+                    rest = whole[complete:]
+                    self._offset += complete
+                    found += sum(self._take(text) for text in whole[:complete].splitlines())
+                    for block in self.read.blocks[-1:]:
+                        block.unpack()
+        except OSError as error:
+            raise FileError(
+                f"cannot read {self.path}: {error.strerror or error}; give the folder of a run that "
+                "gradflow.watch writes"
+            ) from error
+        return found
+
+    def _begin_again_if_replaced(self, stat: os.stat_result) -> None:
+        """Where another history took the place of the one that was read so far (``force``)."""
+        if self._offset and (stat.st_size < self._offset or stat.st_ino != self._inode):
+            self._offset = 0
+            vars(self.read).update(vars(Read()))
+        self._inode = stat.st_ino
+
+    def _take(self, text: bytes) -> bool:
+        """One line; whether it is a probe."""
+        if text.startswith(PROBE):
+            return self._take_probe(text)
+        if not text:
+            return False
+        try:
+            content = json.loads(text)
+            kind = content.pop("kind")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            self._cut_off(text)
+            return False
+        if kind == "header":
+            self._take_header(content)
+        elif kind == "layout":
+            for block in self.read.blocks[-1:]:
+                block.unpack()
+            self.read.blocks.append(Block(layout_from(content)))
+        elif kind == "note":
+            self.read.notes.append(Note(**content))
+        self.read.ended = kind == "end"
+        return False
+
+    def _cut_off(self, text: bytes) -> None:
+        if not self.read.headers:
+            raise FileError(
+                f"{self.path} is not the history of a run; give the folder of a run that "
+                "gradflow.watch writes"
+            )
+        self.read.damaged += 1
+
+    def _take_header(self, content: dict[str, Any]) -> None:
+        if content.get("schema") != SCHEMA:
+            raise FileError(
+                f"{self.path} was written with schema {content.get('schema')}, this gradflow reads "
+                f"{SCHEMA}; update gradflow, or watch into another folder"
+            )
+        self.read.headers.append(content)
+
+    def _take_probe(self, text: bytes) -> bool:
+        if not self.read.blocks or not self.read.blocks[-1].take(text):
+            self._cut_off(text)
+            return False
+        self.read.ended = False
+        return True
+
+
+def file_of(path: Path) -> Path:
+    """The file of a run, given its folder or the file itself."""
+    return path / FILE if path.is_dir() else path
+
+
+def holds_history(path: Path) -> bool:
+    """Whether there is a history at a path, a folder or its file."""
+    return file_of(path).name == FILE and file_of(path).is_file()

@@ -1,0 +1,185 @@
+"""A `History`: the ordered series of what was measured of one model during its training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from gradflow.errors import InputError, must_be
+from gradflow.history import table
+from gradflow.history.lines import layout_of, probe_line
+from gradflow.history.probe import Note, Probe
+from gradflow.history.reader import Block, Read, Reader
+
+SHOWN = 12  # layers of a repr that fits a screen
+
+
+class History:
+    """What was measured of a model at some of its training steps; `gradflow.watch` writes one.
+
+    ``history.data`` holds every number, ``history[layer]`` those of one layer.
+
+    >>> from gradflow.history import History, LayerProbe, Probe
+    >>> history = History.of("LSTM", [Probe(1, {"loss": 0.5}, {"l0": LayerProbe({"rate": -0.1})})])
+    >>> history.data["rate"].sel(step=1, layer="l0").item(), history.layers
+    (-0.1, ('l0',))
+    """
+
+    def __init__(self, read: Read, reader: Reader | None = None) -> None:
+        self._read = read
+        self._reader = reader
+        self._data: xr.Dataset | None = None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> History:
+        """Read the history in a run's folder as far as it is written; `refresh` reads on.
+
+        Args:
+            path: of the folder that was given to `gradflow.watch`, or of its ``history.jsonl``.
+
+        Returns:
+            The history.
+
+        Raises:
+            FileError: there is none, or it is another version's.
+        """
+        reader = Reader(Path(path))
+        reader.more()
+        return cls(reader.read, reader)
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        probes: Sequence[Probe],
+        cells: dict[str, str] | None = None,
+        **header: Any,
+    ) -> History:
+        """A history of probes that are at hand, in no file.
+
+        Args:
+            title: the model's name.
+            probes: in the order of their steps.
+            cells: layer name -> kind of cell.
+            header: what else is known of the run.
+
+        Returns:
+            The history.
+        """
+        read = Read(headers=[{"title": title} | header])
+        for probe in probes:
+            layout = layout_of(probe, cells or {})
+            if not read.blocks or not read.blocks[-1].layout.holds(layout):
+                joined = read.blocks[-1].layout.joined(layout) if read.blocks else layout
+                read.blocks.append(Block(joined))
+            read.blocks[-1].take(probe_line(probe, read.blocks[-1].layout).strip().encode())
+            read.notes += probe.notes
+        return cls(read)
+
+    def refresh(self) -> int:
+        """Read what was written to the file meanwhile.
+
+        Returns:
+            How many probes that are; 0 of a history that is in no file.
+        """
+        found = 0 if self._reader is None else self._reader.more()
+        if found:
+            self._data = None
+        return found
+
+    @property
+    def data(self) -> xr.Dataset:
+        """Every number, dims (step, layer, lag, gate, group); see `gradflow.history`."""
+        if self._data is None:
+            self._data = table.dataset(self._read)
+        return self._data
+
+    @property
+    def title(self) -> str:
+        """The model's name."""
+        return str(self.header.get("title", ""))
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """How the run is watched: ``title``, ``preset``, ``every``, ``budget``, versions, …."""
+        return self._read.headers[-1] if self._read.headers else {}
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What was said during the training, in order."""
+        return tuple(self._read.notes)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the one who wrote it closed it; not after a kill, and not while it is written."""
+        return self._read.ended
+
+    @property
+    def damaged(self) -> int:
+        """How many lines of the file were cut off, by a kill or a full disk."""
+        return self._read.damaged
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in the order in which they ran."""
+        names = (name for block in self._read.blocks for name in block.layout.layers)
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Layer name -> kind of cell."""
+        return {
+            name: cell
+            for block in self._read.blocks
+            for name, cell in zip(block.layout.layers, block.layout.cells, strict=True)
+        }
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The training step of every probe, (probe,)."""
+        return np.array([n for block in self._read.blocks for n in block.steps], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return sum(len(block.steps) for block in self._read.blocks)
+
+    def __getitem__(self, layer: str) -> xr.Dataset:
+        if layer in self.layers:
+            return self.data.sel(layer=layer)
+        matches = [name for name in self.layers if name.startswith(layer)]
+        if len(matches) == 1:
+            return self.data.sel(layer=matches[0])
+        known = ", ".join(self.layers) or "none yet"
+        raise InputError(must_be("layer", f"one of {known}", repr(layer), "see history.layers"))
+
+    def frame(self, kind: str = "layers") -> pd.DataFrame:
+        """A tidy table.
+
+        Args:
+            kind: "layers" (a row for each probe and layer), "steps" (a row for each probe), "lags"
+                (for each probe, layer and step back from the loss), "gates" (for each probe, layer and
+                gate) or "notes" (a row for each sentence).
+
+        Returns:
+            The frame.
+
+        Raises:
+            InputError: another kind.
+        """
+        return table.frame(self, kind)
+
+    def __repr__(self) -> str:
+        lines = [f"gradflow history of {self.title}: {table.extent(self)}"]
+        lines += table.latest(self, SHOWN)
+        if len(self.layers) > SHOWN:
+            lines.append(f"  and {len(self.layers) - SHOWN} more, see .layers")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"

@@ -1,0 +1,146 @@
+"""From the lines of a history to one labelled table, and to tidy frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from gradflow.errors import InputError, must_be
+from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER, OF_STEP, VERDICT
+from gradflow.history.lines import Layout
+from gradflow.history.reader import Read
+from gradflow.limits import VERDICTS
+
+if TYPE_CHECKING:
+    from gradflow.history.series import History
+
+FRAMES = ("layers", "steps", "lags", "gates", "notes")
+WORDS = np.array([*VERDICTS, ""])  # the last one where there is no verdict
+
+
+def dataset(read: Read) -> xr.Dataset:
+    """Every number of a history, NaN where it was not measured; `verdict` in words."""
+    blocks = [block for block in read.blocks if block.steps]
+    layouts = [block.layout for block in blocks]
+    layers = list(dict.fromkeys(name for layout in layouts for name in layout.layers))
+    gates = list(dict.fromkeys(name for layout in layouts for name in layout.gates))
+    lags = sorted({lag for layout in layouts for lag in layout.lags})
+    axes = {
+        "values": ((tuple(OF_STEP), "of_step"),),
+        "learning_rates": ((tuple(range(max((one.groups for one in layouts), default=0))), ""),),
+        "layers": ((tuple(layers), "layers"), (tuple(OF_LAYER), "of_layer")),
+        "gates": ((tuple(layers), "layers"), (tuple(gates), "gates"), (tuple(OF_GATE), "of_gate")),
+        "lags": ((tuple(layers), "layers"), (tuple(OF_LAG), "of_lag"), (tuple(lags), "lags")),
+    }
+    numbers = [block.table() for block in blocks]
+    whole = {name: _joined(name, some, numbers, layouts) for name, some in axes.items()}
+    codes = np.nan_to_num(whole["layers"][:, :, 0], nan=len(VERDICTS))
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        VERDICT: (("step", "layer"), WORDS[codes.astype(int)])
+    }
+    for place, name in enumerate(OF_LAYER):
+        if name != VERDICT:
+            variables[name] = (("step", "layer"), whole["layers"][:, :, place])
+    for place, name in enumerate(OF_STEP):
+        variables[name] = (("step",), whole["values"][:, place])
+    for place, name in enumerate(OF_GATE):
+        variables[name] = (("step", "layer", "gate"), whole["gates"][..., place])
+    for place, name in enumerate(OF_LAG):
+        variables[name] = (("step", "layer", "lag"), whole["lags"][:, :, place])
+    variables["learning_rate"] = (("step", "group"), whole["learning_rates"])
+    return xr.Dataset(
+        variables,
+        coords={
+            "step": np.array([step for block in blocks for step in block.steps], dtype=np.int64),
+            "layer": np.array(layers, dtype=str),
+            "gate": np.array(gates, dtype=str),
+            "lag": np.array(lags, dtype=np.int64),
+            "group": np.arange(whole["learning_rates"].shape[1]),
+        },
+        attrs={"title": str(read.headers[-1].get("title", "")) if read.headers else ""},
+    )
+
+
+def _joined(
+    name: str,
+    axes: Sequence[tuple[tuple[Any, ...], str]],
+    numbers: Sequence[np.ndarray],
+    layouts: Sequence[Layout],
+) -> np.ndarray:
+    """One array of all probes, (probe, …), along axes with these labels; NaN where it has none."""
+    labels = [labels for labels, _ in axes]
+    own = [
+        [getattr(layout, held) if held else tuple(range(layout.groups)) for _, held in axes]
+        for layout in layouts
+    ]
+    if len(numbers) == 1 and own[0] == labels:  # as it is, without a copy
+        return numbers[0][name]
+    shape = (sum(map(len, numbers)), *map(len, labels))
+    whole = np.full(shape, np.nan, dtype=np.float32 if name in ("gates", "lags") else np.float64)
+    start = 0
+    for some, found in zip(numbers, own, strict=True):
+        there = [
+            [place for place, one in enumerate(axis) if one in labels[n]]
+            for n, axis in enumerate(found)
+        ]
+        to = [[labels[n].index(axis[place]) for place in there[n]] for n, axis in enumerate(found)]
+        rows = range(start, start + len(some))
+        whole[np.ix_(rows, *to)] = some[name][np.ix_(range(len(some)), *there)]
+        start += len(some)
+    return whole
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def frame(history: History, kind: str) -> pd.DataFrame:
+    """A tidy table of the history; see `History.frame`."""
+    if kind not in FRAMES:
+        advice = "leave it out for layers"
+        raise InputError(must_be("kind", f"one of {', '.join(FRAMES)}", repr(kind), advice))
+    if kind == "notes":
+        columns = ["step", "layer", "about", "text"]
+        return pd.DataFrame([vars(note) for note in history.notes], columns=columns)
+    data = history.data
+    if kind == "steps":
+        found = data[list(OF_STEP)].to_dataframe().reset_index()
+        rates = data["learning_rate"].values
+        for group in range(rates.shape[1]):
+            found["learning_rate" if group == 0 else f"learning_rate_{group}"] = rates[:, group]
+        return found
+    names = {"layers": OF_LAYER, "lags": OF_LAG, "gates": OF_GATE}[kind]
+    dims = {"layers": [], "lags": ["lag"], "gates": ["gate"]}[kind]
+    found = data[list(names)].to_dataframe(dim_order=["step", "layer", *dims]).reset_index()
+    measured = found[list(names)].replace("", np.nan).notna().any(axis=1)
+    return found[measured].reset_index(drop=True)
+
+
+def extent(history: History) -> str:
+    """How much there is, in words."""
+    if not len(history):
+        return "no probe yet"
+    steps = history.steps
+    probes = "1 probe" if len(steps) == 1 else f"{len(steps)} probes"
+    return f"{probes}, steps {steps[0]} to {steps[-1]}"
+
+
+def latest(history: History, most: int) -> list[str]:
+    """A line for each layer, with its last verdict."""
+    if not len(history):
+        return []
+    last = history.data.isel(step=-1)
+    lines = []
+    for name in history.layers[:most]:
+        one = last.sel(layer=name)
+        rate, horizon = float(one["rate"]), float(one["horizon"])
+        said = str(one[VERDICT].item()) or "no verdict"
+        if np.isfinite(rate):
+            said += f", rate {rate:.4g} nats per step"
+        if np.isfinite(horizon):
+            said += f", horizon {horizon:g} steps"
+        lines.append(f"  {name}  {history.cells[name]}  {said}")
+    return lines
