@@ -87,6 +87,18 @@ class Track:
 
         Args:
             shape: makes the three, by name. What is done per step so does not grow with the steps.
+
+        >>> import torch, gradflow
+        >>> cell = torch.nn.RNNCell(1, 1)
+        >>> with gradflow.record(cell) as recording:
+        ...     cell(torch.ones(2, 1), cell(torch.ones(2, 1))).sum().backward()
+        >>> track = recording["cell"]
+        >>> mask = torch.ones(3, 2, dtype=torch.bool)
+        >>> more = {"lengths": mask.sum(0), "mask": mask, "cuts": ~mask}
+        >>> before = track.steps
+        >>> track.grow(lambda: more)
+        >>> before, track.steps
+        (2, 3)
         """
         self._shape = shape
         self.read_anew()
