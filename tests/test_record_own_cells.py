@@ -24,13 +24,13 @@ import pytest
 import torch
 from compare import assert_jacobians_close, assert_steps_close
 from own_cells import BATCH, CELLS, HIDDEN, INPUTS, STEPS, Case, FromScratch, MinimalGated
+from seam import KINDS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradflow
 from gradflow.errors import GradflowWarning, RecordingError
 from gradflow.recording import Track
-from gradflow.reporter.kinds import KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

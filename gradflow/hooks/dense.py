@@ -47,6 +47,13 @@ class Mixed(NotReadable):
     """One sequence's next state depends on another sequence's state."""
 
 
+def complete(result: Tensor, beside: list[Tensor]) -> Tensor:
+    """The result; Incomplete where a gradient came to other results of the nodes that made the states."""
+    if any(bool((grad != 0).any()) for grad in beside):
+        raise Incomplete("a state that depends on another result of what made those before it")
+    return result
+
+
 @dataclass(eq=False)
 class Place:
     """Where the states of one step sit in the graph, and how they lie side by side."""
@@ -137,7 +144,7 @@ class Place:
         ]
 
     def gathered(self, found: dict[Edge, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """(B, S) of the gradients at its edges, and those that came by elsewhere."""
+        """(B, S) of the gradients at its edges, and the gradients at other results of the same nodes."""
         columns = []
         for name, part in self.parts.items():
             zero = self.like[:, part]
@@ -183,13 +190,7 @@ class Step:
         """The vector-Jacobian product of a seed (B, S)."""
         with without_autocast(self.now.like.device.type):
             found = self.between.pull(self.now.seeds(seed, list(self.now.parts)))
-        return self._complete(*self.before.gathered(found))
-
-    @staticmethod
-    def _complete(result: Tensor, beside: list[Tensor]) -> Tensor:
-        if any(bool((grad != 0).any()) for grad in beside):
-            raise Incomplete("a state that depends on another result of what made those before it")
-        return result
+        return complete(*self.before.gathered(found))
 
     def jacobian(self) -> Tensor:
         """∂s_t/∂s_{t−1}, (B, S, S), one product per unit with all sequences at once.
@@ -216,7 +217,7 @@ class Step:
 
     def _rows(self, *, together: bool) -> Tensor:
         rows = [
-            self._complete(*unit_rows(self.now, self.before, self.between, name, together=together))
+            complete(*unit_rows(self.now, self.before, self.between, name, together=together))
             for name in self.now.parts
         ]
         return torch.cat(rows, dim=1).to(self._widest())

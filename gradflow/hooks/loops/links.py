@@ -65,7 +65,7 @@ def _but_sequences(state: Tensor) -> tuple[int, int]:
 
 
 def _in_users_order(link: Link, known: Call, call: Call) -> Link | None:
-    """From the kernel's order of sequences; None where the batches differ and nobody is the same."""
+    """From the kernel's order of sequences; None where the batches differ and no sequence is the same."""
     rows = link.rows
     if rows is not None and bool((rows < 0).all()):
         return None

@@ -213,7 +213,7 @@ class OwnCells:
         self._tell_outer(STOCK + owner, list(results))
 
     def close(self) -> None:
-        """Let go of the user's tensors and graph."""
+        """Release the user's tensors and graph."""
         for cell in self._cells.values():
             for end in cell.ends:
                 let_go(end)
