@@ -14,7 +14,7 @@ from gradflow.errors import RecordingError, must_be
 from gradflow.recording.padding import Padding
 from gradflow.recording.source import Backward, Contributions, Forward, Operator, Parity, Source
 
-SHAPE = ("lengths", "mask", "cuts")  # what changes in a `Track` while its loop goes on
+GROWING = ("lengths", "mask", "cuts")  # what changes in a `Track` while its loop goes on
 
 
 @dataclass(eq=False)
@@ -79,7 +79,7 @@ class Track:
         """
         self._cache.clear()
         if self._shape is not None:
-            for name in SHAPE:
+            for name in GROWING:
                 self.__dict__.pop(name, None)
 
     def grow(self, shape: Callable[[], dict[str, Tensor]]) -> None:
@@ -108,7 +108,7 @@ class Track:
         def __getattr__(self, name: str) -> Tensor:
             """Lengths, mask or cuts that are not made yet."""
             shape = self.__dict__.get("_shape")
-            if name not in SHAPE or shape is None:
+            if name not in GROWING or shape is None:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             self.__dict__.update(shape())
             return self.__dict__[name]
