@@ -6,7 +6,7 @@ that mends it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from gradflow.analysis import Finding
 from gradflow.analyzer import reading
@@ -178,12 +178,13 @@ def _packed_rows(e: Evidence) -> Finding:
 
 def _first_step(e: Evidence) -> Finding:
     track = e.track
+    even = not bool((track.lengths.cpu() < track.steps).any())
     steps = (
         f"step {track.steps} of {track.steps}"
-        if track.reverse and not bool((track.lengths.cpu() < track.steps).any())
+        if track.reverse and even
         else "each sequence's last step"
         if track.reverse
-        else f"step 1 of {track.steps}"
+        else f"step 1 of {'' if even else 'up to '}{track.steps}"
     )
     what = "∂L/∂W_hh is exactly 0, so its recurrence is not trained"
     if track.spec is None:
@@ -264,10 +265,40 @@ def _after_end(e: Evidence) -> Finding:
     )
 
 
+def _listed(places: Sequence[int]) -> str:
+    """Counted from 1, the first few."""
+    return ", ".join(str(b + 1) for b in places[:5]) + (", …" if len(places) > 5 else "")
+
+
+def _few_of_runs(e: Evidence) -> Finding:
+    track, runs = e.track, reading.read_runs(e.track, e.reading.sequences)
+    every = len(runs) == len(track.runs)
+    share = (
+        f"{_share(e)} of its {len(runs)} runs"
+        if every
+        else f"{len(runs)} of its {len(track.runs)} runs"
+    )
+    return Finding(
+        name="reads-few-sequences",
+        layer=track.name,
+        message=f"only {share} {'gets' if len(runs) == 1 else 'get'} a gradient",
+        where=_share(e)
+        if every
+        else f"{'run' if len(runs) == 1 else 'runs'} {_listed(runs)} of {len(track.runs)}",
+        value=float(len(e.reading.sequences)),
+        threshold=track.batch / 2,
+        basis="half of all sequences",
+        advice="nothing where the loss leaves the others out on purpose (a mask, a target network, a "
+        "warm-up); else let the loss read what every run returned",
+        code="" if every else "loss = sum(losses)  # of all runs; then one loss.backward()",
+    )
+
+
 def _few_sequences(e: Evidence) -> Finding:
     track = e.track
-    listed = ", ".join(str(b + 1) for b in e.reading.sequences[:5])
-    listed += ", …" if len(e.reading.sequences) > 5 else ""
+    if track.runs:
+        return _few_of_runs(e)
+    listed = _listed(e.reading.sequences)
     return Finding(
         name="reads-few-sequences",
         layer=track.name,
