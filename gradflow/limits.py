@@ -223,6 +223,15 @@ HISTORY_LAGS = _limit(64, "lags", "of one probe, at most: design, section 4")
 HISTORY_DENSE = _limit(16, "steps", "back from the loss, up to which every one is kept")
 HISTORY_RATIO = _limit(1.125, "times", "the lag before it, beyond: six to a doubling")
 
+# a probe of a training step, preset rate
+PROBE_SEQUENCES = _limit(16, "sequences", "of an update, evenly spread, on which a verdict rests")
+PROBE_FEWER = _limit(8, "sequences", "of a layer of more than PROBE_WIDE states")
+PROBE_WIDE = _limit(128, "states", "above which one direction of a sequence at a time is searched for")
+PROBE_ROUNDS = _limit(2, "rounds", "of pulling and pushing above EXACT_WIDTH")
+PROBE_REACH = _limit((0.67, 1.0, 1.5), "of the horizon guessed", "lags at which the gain is measured for it")
+PROBE_GUESSES = _limit(3, "guesses", "of it, at most")
+PROBE_SOURCES = _limit(4, "windows", "of one lag and sequence for it, evenly spread")
+
 # what a file may hold, and what is listed of it
 MOST_CONTAINERS = _limit(2_000, "containers", "of a file, which may claim any number of them")
 CONTAINER_DEPTH = _limit(5, "containers", "in containers, in which a state_dict is looked for")
