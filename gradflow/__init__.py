@@ -17,12 +17,13 @@ from gradflow._version import __version__
 if TYPE_CHECKING:
     from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
     from gradflow.analyzer import analyze
-    from gradflow.errors import GradflowError, GradflowWarning
+    from gradflow.errors import GradflowError, GradflowWarning, StopTraining
     from gradflow.history import History
     from gradflow.hooks import record, tap
     from gradflow.prediction import what_if
     from gradflow.recording import Recording, Track
     from gradflow.runs import load
+    from gradflow.watching import Watch, watch
     from gradflow.workflow import diagnose, plot, report
 
 _HOMES = {
@@ -34,7 +35,9 @@ _HOMES = {
     "LayerAnalysis": "gradflow.analysis",
     "Prediction": "gradflow.analysis",
     "Recording": "gradflow.recording",
+    "StopTraining": "gradflow.errors",
     "Track": "gradflow.recording",
+    "Watch": "gradflow.watching",
     "analyze": "gradflow.analyzer",
     "analyzer": "gradflow",
     "diagnose": "gradflow.workflow",
@@ -43,6 +46,7 @@ _HOMES = {
     "record": "gradflow.hooks",
     "report": "gradflow.workflow",
     "tap": "gradflow.hooks",
+    "watch": "gradflow.watching",
     "what_if": "gradflow.prediction",
 }
 
@@ -55,7 +59,9 @@ __all__ = [
     "LayerAnalysis",
     "Prediction",
     "Recording",
+    "StopTraining",
     "Track",
+    "Watch",
     "__version__",
     "analyze",
     "analyzer",
@@ -65,6 +71,7 @@ __all__ = [
     "record",
     "report",
     "tap",
+    "watch",
     "what_if",
 ]
 

@@ -230,6 +230,13 @@ PROBE_WIDE = _limit(128, "states", "above which one direction of a sequence at a
 PROBE_ROUNDS = _limit(2, "rounds", "of pulling and pushing above EXACT_WIDTH")
 PROBE_REACH = _limit((0.67, 1.0, 1.5), "of the horizon guessed", "lags at which the gain is measured for it")
 PROBE_GUESSES = _limit(3, "guesses", "of it, at most")
+CLIPPED = _limit(1e-3, "relative", "by which the optimizer's gradient is smaller where clipping acted")
+WATCH_REMEMBERED = _limit(3, "probes", "whose cost foretells the next one's")
+WATCH_TOLD = _limit(2.0, "times", "by which an interval differs from the one told before it is told again")
+WATCH_LASTED = _limit(3, "probes", "that a change of verdict has to last before it is warned of")
+WATCH_FAILURES = _limit(3, "probes", "in a row that fail, before the watching stops")
+WATCH_UNSEEN = _limit(20, "updates", "without a forward of the module, after which a sentence says so")
+WATCH_FIGURES = _limit(10, "probes", "between two figures that are handed on")
 PROBE_SOURCES = _limit(4, "windows", "of one lag and sequence for it, evenly spread")
 
 # what a file may hold, and what is listed of it

@@ -104,7 +104,9 @@ def _aligned(track: Track, grads: Tensor, index: Tensor, valid: Tensor) -> np.nd
     peak = torch.where(valid[..., None] & torch.isfinite(gathered), gathered.abs(), 0.0).amax()
     scale = float(peak) if 0 < float(peak) < math.inf else 1.0  # so that no square underflows
     squares = (gathered / scale).square().mean(-1)
-    total = torch.where(valid, squares, 0.0).sum(1) / torch.where(valid.any(1), valid.sum(1), math.nan)
+    total = torch.where(valid, squares, 0.0).sum(1) / torch.where(
+        valid.any(1), valid.sum(1), math.nan
+    )
     return (total.log10() + 2 * math.log10(scale)).numpy()
 
 
@@ -121,7 +123,9 @@ def _over(squares: np.ndarray, level: float) -> tuple[np.ndarray, float]:
 def _state_norm(track: Track) -> float:
     """‖s_t‖₂/√width of the main state, median over sequences, mean over steps."""
     state = track.states[track.main_state].detach()
-    norms = torch.linalg.vector_norm(state.float(), dim=-1).cpu().double() / math.sqrt(state.shape[-1])
+    norms = torch.linalg.vector_norm(state.float(), dim=-1).cpu().double() / math.sqrt(
+        state.shape[-1]
+    )
     norms = torch.where(track.mask.cpu(), norms, math.nan)
     return float(norms.nanmedian(1).values.nanmean())
 

@@ -3,7 +3,8 @@
 Every point at which the user's code calls into gradflow while a recording is open is a `Point`, and
 all that gradflow does there is called by `guarded`. Behind the guard gradflow is alone: no function
 mode, dispatch mode or tensor subclass of the user's hears of what it computes. What passes are an
-`InputError`, by which the user learns of a wrong argument, and whatever is no `Exception`: Ctrl-C, an
+`InputError`, by which the user learns of a wrong argument (not while a training is watched, which goes
+on), and whatever is no `Exception`: Ctrl-C, an
 exit. In any case whoever was at work is told that it did not get to the end.
 """
 
@@ -25,6 +26,7 @@ from gradflow.hooks.unseen import is_looked_at
 Value = TypeVar("Value")
 Failed = Callable[[str], object]  # told why, in a few words
 busy: set[int] = set()  # threads in which gradflow is computing: what it runs is nobody's step
+lenient: set[int] = set()  # threads whose training goes on even after a wrong argument
 LONGEST = 120  # characters of a cause that are quoted
 
 
@@ -43,6 +45,7 @@ class Point(Enum):
     GRADIENT = "a gradient that reached it could not be read"
     WEIGHT = "a gradient of its weights could not be read"
     CLOSING = "the recording could not be closed in order"
+    PROBE = "a training step could not be measured"
 
 
 def guarded(
@@ -66,7 +69,8 @@ def guarded(
                 alone.leave()
     except BaseException as error:
         failed(f"{point.value} ({briefly(error)})")
-        if isinstance(error, InputError) or not isinstance(error, Exception):
+        strict = isinstance(error, InputError) and threading.get_ident() not in lenient
+        if strict or not isinstance(error, Exception):
             raise
         return None
 
