@@ -236,6 +236,7 @@ WATCH_TOLD = _limit(2.0, "times", "by which an interval differs from the one tol
 WATCH_LASTED = _limit(3, "probes", "that a change of verdict has to last before it is warned of")
 WATCH_FAILURES = _limit(3, "probes", "in a row that fail, before the watching stops")
 WATCH_UNSEEN = _limit(20, "updates", "without a forward of the module, after which a sentence says so")
+WATCH_FRAMES = _limit(12, "frames", "above an optimizer's step, in which the GradScaler that calls it is")
 WATCH_FIGURES = _limit(10, "probes", "between two figures that are handed on")
 PROBE_SOURCES = _limit(4, "windows", "of one lag and sequence for it, evenly spread")
 

@@ -47,7 +47,9 @@ class Alerts:
         for condition in self.conditions:
             for name, standing in measured.standings.items():
                 said = condition.holds(standing)
-                words = f"{measured.layers[name].sentence} ({condition.text}{condition.measured(standing)})"
+                number = condition.measured(standing)
+                words = measured.layers[name].sentence
+                words += f" ({condition.text}{number})" if number else ""
                 events += self._turned(condition.text, name, step, said, words)
             for name in measured.layers.keys() - measured.standings.keys():
                 if condition.text == "nan":  # which needs no verdict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 
@@ -30,6 +31,17 @@ class GradNorms:
         if norms:
             found = torch.stack([norm.to(norms[0].device) for norm in norms]) / scale
             self._norms = dict(zip(names, found.tolist(), strict=True))
+
+    def divided(self, scale: float) -> GradNorms:
+        """The same of a loss that was multiplied by a scale that was not known.
+
+        Args:
+            scale: what it was multiplied by.
+        """
+        found = copy.copy(self)
+        found.scale = self.scale * scale
+        found._norms = {name: norm / scale for name, norm in self._norms.items()}
+        return found
 
     @property
     def all(self) -> float:

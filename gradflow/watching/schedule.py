@@ -31,6 +31,9 @@ class Schedule:
         self._steps = math.nan  # seconds of a whole step without one, since the last probe
         self._ended, self._ended_at = math.nan, 0  # the last probe, and its step
         self._told = every
+        self._unparted = (
+            0.0  # seconds of a probe of which it was not known what the step itself took
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether the step under way is to be probed; looked at only from `due` on."""
@@ -67,6 +70,7 @@ class Schedule:
             What it has added to the step, in seconds.
         """
         plain = statistics.median(self._plain) if self._plain else 0.0
+        self._unparted = 0.0 if self._plain else forward_to_update
         cost = seconds - min(plain, forward_to_update)
         self.spent += cost
         self._costs = [*self._costs, cost][-WATCH_REMEMBERED:]
@@ -94,6 +98,11 @@ class Schedule:
             seconds: wall time.
         """
         self._plain = [*self._plain, seconds][-WATCH_REMEMBERED:]
+        known = min(seconds, self._unparted)
+        self._unparted = 0.0
+        self.spent -= known
+        if known:
+            self._costs[-1] -= known
 
     @property
     def step_seconds(self) -> float:

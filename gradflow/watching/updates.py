@@ -8,6 +8,7 @@ thrown away, or whose weights moved, begins the next update.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -84,6 +85,19 @@ def _removed(handles: list[Any]) -> None:
 
 def _has_closure(args: Any, kwargs: Any) -> bool:
     return kwargs.get("closure") is not None or any(callable(one) for one in args[1:2])
+
+
+def scaler_above(depth: int) -> Any:
+    """The GradScaler whose `step` has called this, so many frames up at most; None without one."""
+    frame = inspect.currentframe()
+    for _ in range(depth):
+        if frame is None:
+            break
+        one = frame.f_locals.get("self")
+        if isinstance(one, torch.amp.GradScaler):
+            return one
+        frame = frame.f_back
+    return None
 
 
 class Owner:

@@ -22,14 +22,14 @@ from gradflow.history import History, Note, Probe, Writer
 from gradflow.hooks.guard import Point, briefly, guarded, lenient
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.stepwise import Stepwise
-from gradflow.limits import CLIPPED, WATCH_FAILURES, WATCH_FIGURES, WATCH_UNSEEN
+from gradflow.limits import CLIPPED, WATCH_FAILURES, WATCH_FIGURES, WATCH_FRAMES, WATCH_UNSEEN
 from gradflow.watching.alerts import Alerts, Event, notes_of, read_rules
 from gradflow.watching.asked import Asked, checked
 from gradflow.watching.gradnorms import GradNorms
 from gradflow.watching.probing import Measured, all_gone, measure
 from gradflow.watching.schedule import Schedule
 from gradflow.watching.targets import Target, scalars_of, targets_of
-from gradflow.watching.updates import Hooks, Marks, Owner, trains
+from gradflow.watching.updates import Hooks, Marks, Owner, scaler_above, trains
 
 _watched: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
@@ -169,6 +169,8 @@ class Watch:
         self._seen_optimizer = asked.optimizer is not None
         self._forwards = self._failures = self._probes = self._unseen = 0
         self._in_closure = self._in_block = False
+        self._scaler = asked.scaler
+        self._late = 1.0  # a scale that is still to be divided out
         self._timed = math.nan  # when the forward of a step that is to be timed began
         self._loss: Any = None  # told by the user
         self._said: set[str] = set()
@@ -236,7 +238,8 @@ class Watch:
             self._seen_optimizer = True
             if self._open is None:  # forwards were counted so far
                 self._done = max(self._done, self._begun_with)
-        self._in_closure = closure
+        if self._open is not None:
+            self._find_scaler(self._open)
         if self._open is not None and not self._in_block:
             if self._backwards:
                 self._close_probe(optimizer, updated=True)
@@ -248,8 +251,9 @@ class Watch:
         elif not math.isnan(self._timed):
             self._schedule.plain(time.perf_counter() - self._timed)
             self._timed = math.nan
-        if not self._in_block:
-            self._done += 1
+        if not self._in_block:  # what a closure does is part of the update that begins here
+            self._done += self._in_closure + (not closure)
+        self._in_closure = closure
         self._unseen += 1
         if self._unseen == WATCH_UNSEEN and not self._forwards:
             warn(
@@ -266,7 +270,7 @@ class Watch:
             return
         asked = self._asked
         self._began = time.perf_counter()
-        self._backwards, self._forwards = 0, 0
+        self._backwards, self._forwards, self._late = 0, 0, 1.0
         self._before = self._after = None
         self._optimizer = None
         jacobians = False if asked.preset == "pulse" else None
@@ -277,7 +281,7 @@ class Watch:
             module,
             asked.layers,
             asked.lengths,
-            asked.scaler,
+            self._scaler,
             jacobians,
             self._reached,
         )
@@ -301,6 +305,16 @@ class Watch:
             return
         scale = getattr(optimizer, "grad_scale", None)
         self._after = GradNorms(model, 1.0 if scale is None else float(scale))
+
+    def _find_scaler(self, opened: Stepwise) -> None:
+        """A scaler whose `scale` was not seen: ``scaler.scale(model(x))`` looks it up before the forward."""
+        self._late = 1.0
+        if self._scaler is None and opened.recorder.scaler is not None:
+            self._scaler = opened.recorder.scaler
+        if self._scaler is None:
+            self._scaler = scaler_above(WATCH_FRAMES)
+            if self._scaler is not None and self._scaler.is_enabled():
+                self._late = float(self._scaler.get_scale())
 
     def _discard(self) -> None:
         """What was recorded belongs to no update of this model."""
@@ -352,12 +366,17 @@ class Watch:
                 return None
             measured = measure(opened.recording, self._asked.preset)
         before, after = self._before, self._after
-        layers = dict(measured.layers)
+        layers, decades = dict(measured.layers), math.log10(self._late)
+        if before is not None and self._late != 1:
+            before = before.divided(self._late)
         for name, layer in layers.items():
+            for level in ("level", "level_h"):
+                if level in layer.values:
+                    layer.values[level] -= decades
             if before is not None and after is not None:
                 layer.values["grad_norm"] = before.of_layer(name)
                 layer.values["grad_norm_clipped"] = after.of_layer(name)
-        loss = opened.loss if self._loss is None else _as_number(self._loss)
+        loss = opened.loss / self._late if self._loss is None else _as_number(self._loss)
         values = {
             "loss": loss,
             "grad_norm_all": math.nan if before is None else before.all,
