@@ -233,12 +233,17 @@ PROBE_GUESSES = _limit(3, "guesses", "of it, at most")
 CLIPPED = _limit(1e-3, "relative", "by which the optimizer's gradient is smaller where clipping acted")
 WATCH_REMEMBERED = _limit(3, "probes", "whose cost foretells the next one's")
 WATCH_TOLD = _limit(2.0, "times", "by which an interval differs from the one told before it is told again")
-WATCH_LASTED = _limit(3, "probes", "that a change of verdict has to last before it is warned of")
 WATCH_FAILURES = _limit(3, "probes", "in a row that fail, before the watching stops")
 WATCH_UNSEEN = _limit(20, "updates", "without a forward of the module, after which a sentence says so")
 WATCH_FRAMES = _limit(12, "frames", "above an optimizer's step, in which the GradScaler that calls it is")
 WATCH_FIGURES = _limit(10, "probes", "between two figures that are handed on")
 PROBE_SOURCES = _limit(4, "windows", "of one lag and sequence for it, evenly spread")
+
+# what is said of a training
+LASTING = _limit(3, "probes", "that a change of verdict has to last, to be told: issue of the history")
+LEARNED = _limit(1.5, "times", "as far as at first, from where on a layer has learned to reach")
+LOST = _limit(0.5, "of the farthest", "below which what was reached is lost again")
+CLIPPING_NEAR = _limit(5, "probes", "before a layer vanishes, in which clipping that began is told")
 
 # what a file may hold, and what is listed of it
 MOST_CONTAINERS = _limit(2_000, "containers", "of a file, which may claim any number of them")
@@ -274,6 +279,17 @@ TAPE_BYTES = _limit(2**27, "bytes", "that vectors that go side by side may hold 
 WIDE_BYTES = _limit(2**28, "bytes", "of graphs for pushing that are kept, and of matrices written out")
 PERHAPS = _limit(2**26, "bytes", "kept of a call of which it is not known whether another follows")
 PAGE_BYTES = _limit(1_000_000, "bytes", "of a page: design, section 7")
+PAIR_BLOCK = _limit(8, "steps", "of a linear recurrence, within which every source is taken by itself")
+PAIR_COLUMNS = _limit(4, "entries", "that the others of a block of pairs are held against")
+PAIR_TILE = _limit(256, "pairs", "each way, whose largest entries are looked for at once")
+PAIR_WIDTH = _limit(4096, "entries", "that a sum over pairs takes at once")
+PAIR_SECONDS = _limit(1e-9, "seconds", "of one entry of one pair, where the largest is looked for")
+HEAD_LAGS = _limit(64, "distances", "at which the heads of a layer are told apart")
+LOSS_BYTES = _limit(2**27, "bytes", "of gradients of a wide linear state that are pulled back at once")
+EXPONENT_BYTES = _limit(2**26, "bytes", "of the growth of single entries of a linear state, step by step")
+UNITS_EACH = _limit(512, "entries", "of a state (channels, N), up to which each is a unit of its own")
+UNITS_MOST = _limit(4096, "units", "that a linear state is shown by, where it can be parted so finely")
+DECAY_AT_FLOOR = _limit(0.01, "nats", "above the smallest decay that was seen, which count as at it")
 
 # speeds, measured: by them cost is predicted
 PRODUCT_FLOAT64 = _limit(30e9, "operations a second", "matrix products on two cores")

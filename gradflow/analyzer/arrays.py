@@ -208,7 +208,10 @@ def _units(m: Measured) -> Part:
             "gate_value": (("gate", "unit", "step"), gates["gate_value"]),
             "gate_unit_closed": (("gate", "unit"), gates["gate_unit_closed"]),
             "gate_unit_open": (("gate", "unit"), gates["gate_unit_open"]),
-            "time_scale": (("unit",), time_scales(m.track, units)),
+            "time_scale": (
+                ("unit",),
+                time_scales(m.track, units) if m.linear is None else m.linear.time_scale,
+            ),
             "unit_saturated": (("state", "unit"), saturation(m.track, units)),
             "unit_idle": (("unit",), idleness(m.track, units)),
         }

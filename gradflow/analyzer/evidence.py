@@ -20,7 +20,7 @@ from gradflow.limits import LN_BAND, LN_TELLING
 from gradflow.recording import Track
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence(Measured):
     """Everything measured on one track, and how it was judged."""
 

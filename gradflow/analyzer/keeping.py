@@ -88,7 +88,7 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     lengths, cuts = track.lengths.cpu(), cuts_of(track)
     operator = operator_for(track, settings)
     crossed = crossing(len(cuts), lengths, cuts)
-    counted = _counted(lengths, cuts)
+    counted = counted_steps(lengths, cuts)
     plan = _planned(_cost(track, operator), operator.size, settings)
     most = max(1, WINDOW_BYTES // (16 * plan.rows * operator.size * operator.batch))
     over = common_steps(crossed, span)
@@ -143,7 +143,7 @@ def cuts_of(track: Track) -> Tensor:
     return cuts
 
 
-def _counted(lengths: Tensor, cuts: Tensor) -> np.ndarray:
+def counted_steps(lengths: Tensor, cuts: Tensor) -> np.ndarray:
     """(T, B): the steps of a rate, past the burn-in and no cut."""
     when = torch.arange(len(cuts))[:, None]
     skipped = torch.tensor([burn_in(int(length)) for length in lengths])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from gradflow.conditions import Condition, parse_conditions
 from gradflow.errors import InputError, must_be
 from gradflow.history import Note
-from gradflow.limits import WATCH_LASTED
+from gradflow.limits import LASTING
 from gradflow.watching.probing import Measured
 
 
@@ -72,7 +72,7 @@ class Alerts:
             count = count + 1 if verdict == standing.verdict else 1
             self._lasting[name] = standing.verdict, count
             before = self._told.setdefault(name, standing.verdict)
-            if count < WATCH_LASTED or standing.verdict == before:
+            if count < LASTING or standing.verdict == before:
                 continue
             self._told[name] = standing.verdict
             words = f"{measured.layers[name].sentence}; it was {before} before"

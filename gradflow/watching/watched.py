@@ -247,7 +247,8 @@ class Watch:
                 self._discard()
         elif self._open is not None:
             self._optimizer = optimizer
-            self._after_norms(optimizer)
+            if not closure:  # else forward and backward are still to come
+                self._after_norms(optimizer)
         elif not math.isnan(self._timed):
             self._schedule.plain(time.perf_counter() - self._timed)
             self._timed = math.nan
@@ -304,7 +305,9 @@ class Watch:
         if model is None or self._after is not None:
             return
         scale = getattr(optimizer, "grad_scale", None)
-        self._after = GradNorms(model, 1.0 if scale is None else float(scale))
+        found = GradNorms(model, 1.0 if scale is None else float(scale))
+        if found.all > 0 or not self._in_closure:  # else they were zeroed meanwhile
+            self._after = found
 
     def _find_scaler(self, opened: Stepwise) -> None:
         """A scaler whose `scale` was not seen: ``scaler.scale(model(x))`` looks it up before the forward."""
@@ -524,6 +527,23 @@ class Watch:
                     self._discard()
                 self._done += 1
             self._loss = None
+
+    def begin_at(self, step: int) -> None:
+        """Say how many updates were made before this watch, where training goes on from a checkpoint.
+
+        Args:
+            step: updates so far; fewer than are counted already say nothing.
+
+        >>> import tempfile, torch, gradflow
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     watch = gradflow.watch(torch.nn.GRU(3, 8), f"{folder}/a")
+        ...     watch.begin_at(1000)
+        ...     watch.close()
+        ...     repr(watch).rpartition(", ")[2]
+        '1000 updates so far'
+        """
+        if self._open is None:
+            self._done = max(self._done, step)
 
     @property
     def history(self) -> History:

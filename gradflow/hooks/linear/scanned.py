@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gradflow.cells.linear import LinearSteps
@@ -33,9 +34,13 @@ class Scanned:
     initial: Tensor | None = None  # live: the first state that the function was given
     # why no gradient can come to the first state that was given, a cut; "" where one can
     cut: str = ""
+    # (T, B) steps that begin anew, A_t = 0: a new document; no cut where a track begins
+    cuts: Tensor | None = None
     states: Tensor | None = None  # live: all states (T, B, *shape) or what is a view of them
     # ∂L/∂states as (T, B, *shape), where its layout is another
     states_back: Callable[[Tensor], Tensor] | None = None
     weights: tuple[Tensor, ...] = ()  # parameters that tell loops of one name apart, if any
     reverse: bool = False  # true: the steps were processed from the last input step to the first
+    # in which the function computes, where that is not what its output has: it is held against that
+    precision: torch.dtype | None = None
     notes: tuple[str, ...] = ()  # what a reader should know about the track
