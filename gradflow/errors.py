@@ -40,7 +40,7 @@ class UserCodeError(GradflowError):
     """The user's model or loss raised on this input; the original error is the cause."""
 
 
-class StopTraining(Exception):
+class StopTraining(GradflowError):
     """What a callable given to `gradflow.watch` raises to end the training; any other error does not.
 
     >>> import gradflow

@@ -230,6 +230,7 @@ PROBE_WIDE = _limit(128, "states", "above which one direction of a sequence at a
 PROBE_ROUNDS = _limit(2, "rounds", "of pulling and pushing above EXACT_WIDTH")
 PROBE_REACH = _limit((0.67, 1.0, 1.5), "of the horizon guessed", "lags at which the gain is measured for it")
 PROBE_GUESSES = _limit(3, "guesses", "of it, at most")
+PROBE_SHARE = _limit(16, "one part in", "of the budgets of `analyze`, for a linear recurrence")
 CLIPPED = _limit(1e-3, "relative", "by which the optimizer's gradient is smaller where clipping acted")
 WATCH_REMEMBERED = _limit(3, "probes", "whose cost foretells the next one's")
 WATCH_TOLD = _limit(2.0, "times", "by which an interval differs from the one told before it is told again")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradflow.analysis import UNMEASURED, Gain, Rate
-from gradflow.analyzer.core import finite_sequences
+from gradflow.analyzer.core import channels, finite_sequences, half_life
 from gradflow.analyzer.curve import LagCurve
 from gradflow.analyzer.gains import collected, common_steps, crossing, dead_by_cuts, span_windows
 from gradflow.analyzer.jacobians import HostOperator, operator_of
@@ -29,8 +29,10 @@ from gradflow.analyzer.keeping import (
     interval_of_rates,
     leading_of,
 )
+from gradflow.analyzer.linear.measure import measure_linear
 from gradflow.analyzer.lyapunov import log_growth
 from gradflow.analyzer.rates import judge
+from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.settling import enough
 from gradflow.analyzer.windows import Window, log_norms
 from gradflow.limits import (
@@ -42,6 +44,7 @@ from gradflow.limits import (
     PROBE_REACH,
     PROBE_ROUNDS,
     PROBE_SEQUENCES,
+    PROBE_SHARE,
     PROBE_SOURCES,
     PROBE_WIDE,
     RATE_ROUNDING,
@@ -140,6 +143,39 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
         span=span,
         sequences=some.batch,
         labels=() if finite.all() else ("not finite",),
+    )
+
+
+def paced_linear(track: Track, *, seed: int = SEED) -> Paced:
+    """The same of a linear recurrence, whose state may be wide: as `analyze`, on a share of its budgets.
+
+    Args:
+        track: of a linear recurrence.
+        seed: of the random start.
+
+    Returns:
+        The numbers of its verdict.
+
+    Raises:
+        RecordingError: its step maps are not known.
+    """
+    span = max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+    some = spread(track)
+    settings = Settings(span, None, 1, "auto", None, seed, PROBE_SHARE, lambda phase, done: None)
+    found = measure_linear(some, settings, withheld=True)
+    return Paced(
+        name=track.name,
+        verdict=found.verdict.name,
+        gain=found.gain,
+        rate=found.rate,
+        settled=found.settled,
+        half_life=half_life(found, ()),
+        horizon=found.curve.horizon,
+        searched=found.curve.searched,
+        span=span,
+        sequences=some.batch,
+        channels=channels(some, found.ranks.singular),
+        labels=() if found.finite.all() else ("not finite",),
     )
 
 

@@ -13,7 +13,7 @@ from gradflow.analyzer import analyze
 from gradflow.analyzer.closed import judged
 from gradflow.analyzer.evidence import counted, number
 from gradflow.analyzer.jacobians import state_size
-from gradflow.analyzer.paced import Paced, paced
+from gradflow.analyzer.paced import Paced, paced, paced_linear
 from gradflow.analyzer.pulse import broken, pulse
 from gradflow.analyzer.read_states import read_part
 from gradflow.errors import RecordingError
@@ -109,7 +109,9 @@ def _standing(recording: Recording, track: Track, notes: list[str]) -> Paced | N
     """A layer's verdict, where it has a recurrence whose step Jacobians are known."""
     try:
         _, loop = judged(recording, track)
-        return replace(paced(read_part(loop).judged), name=track.name)
+        part = read_part(loop).judged
+        found = paced_linear(part) if track.state_shape else paced(part)
+        return replace(found, name=track.name)
     except RecordingError as error:
         notes.append(str(error))
         return None
