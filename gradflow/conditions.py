@@ -72,7 +72,7 @@ class Condition:
 
     text: str
     holds: Callable[[Standing], bool]
-    measured: Callable[[Standing], str] = lambda layer: ""  # for whoever reads the log
+    measured: Callable[[Standing], str] = lambda layer: ""  # for the reader of a log
 
     def held_by(self, analysis: Analysis) -> list[str]:
         """A sentence for every layer for which the condition holds."""

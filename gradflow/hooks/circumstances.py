@@ -9,7 +9,7 @@ from torch import nn
 
 from gradflow.hooks import mistakes
 from gradflow.hooks.ancestry import clean
-from gradflow.hooks.unseen import TRANSFORMED, WRAPPED
+from gradflow.hooks.unreadable import TRANSFORMED, WRAPPED
 
 
 def perhaps_scaled(scale: float) -> str:
@@ -44,7 +44,7 @@ def without_dropout(model: nn.Module) -> list[str]:
         return []
     return [
         "the model ran in evaluation mode, so its dropout was off: gradients in training differ; call "
-        "model.train() to measure those"
+        "model.train(), or give --train, to measure those"
     ]
 
 

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradflow.hooks.dense import Incomplete, Place, Step, unit_rows
+from gradflow.hooks.dense import Place, Step, complete, unit_rows
 from gradflow.hooks.graph import Between, NotReadable
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.tape import Constants, Tape
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.wide import LedStep, MaskedStep, WideStep, mixes, wide_step
+from gradflow.hooks.wide import LedStep, MaskedStep, WideStep, mixes, tape_of, wide_step
 
-BESIDE = "a state that depends on another result of what made those before it"
 REORDERED = (
     "a step that mixes its sequences, or puts them in another order, beside a mixture (zoneout)"
 )
@@ -103,11 +102,13 @@ class Around:
             raise NotReadable("a cell that puts its sequences in another order")
         return found
 
-    def _link(self, entering: Place, returned: Place, entered: Place | None) -> Link | WideLink:
+    def _link(
+        self, entering: Place, returned: Place, entered: Place | None
+    ) -> DenseLink | WideLink:
         """K and R of the states that enter a call, by those the call before returned and was given."""
         both, between = between_calls(entering, returned, entered)
         if self.constants is None:
-            return Link.read(entering, both, between, entered is not None)
+            return DenseLink.read(entering, both, between, entered is not None)
         return WideLink.read(entering, both, between, self.constants)
 
     def _hidden(self, share: Tensor | None, source: TapSource) -> Tensor:
@@ -135,7 +136,7 @@ def masked(step: Tensor | WideStep, dead: Tensor) -> Tensor | WideStep:
 
 
 @dataclass
-class Link:
+class DenseLink:
     """What becomes of states between two calls, written out: K and R, (B, S, S)."""
 
     keep: Tensor
@@ -143,14 +144,12 @@ class Link:
     rest: Tensor | None = None  # (B, S) in the place of R: it is diagonal
 
     @staticmethod
-    def read(entering: Place, both: Place, between: Between, entered: bool) -> Link:
+    def read(entering: Place, both: Place, between: Between, entered: bool) -> DenseLink:
         """One product per unit."""
         found = []
         for name in entering.parts:
             block, beside = unit_rows(entering, both, between, name)
-            if any(bool((grad != 0).any()) for grad in beside):
-                raise Incomplete(BESIDE)
-            found.append(block)
+            found.append(complete(block, beside))
         whole = torch.cat(found, dim=1)
         size = whole.shape[1]
         probe = probe_of(entering.like)
@@ -163,7 +162,7 @@ class Link:
         )
         if bool(pulled.isfinite().all()) and not close_to(pulled.to(again.dtype), again, bound):
             raise NotReadable(REORDERED)
-        return Link(whole[:, :, :size], whole[:, :, size:] if entered else whole.new_zeros(()))
+        return DenseLink(whole[:, :, :size], whole[:, :, size:] if entered else whole.new_zeros(()))
 
     def flows(self) -> Tensor:
         """(B,) whether anything comes through."""
@@ -191,17 +190,7 @@ class WideLink:
     @staticmethod
     def read(entering: Place, both: Place, between: Between, constants: Constants) -> WideLink:
         """Write down one backward of what lies between the calls."""
-        beside: list[Tensor] = []
-
-        def linear(seed: Tensor) -> Tensor:
-            row, more = both.gathered(between.pull(entering.seeds(seed, list(entering.parts))))
-            beside.extend(more)
-            return row
-
-        with torch.autocast(entering.like.device.type, enabled=False):
-            tape = Tape.of(linear, probe_of(entering.like), constants)
-        if any(bool((grad != 0).any()) for grad in beside):
-            raise Incomplete(BESIDE)
+        tape = tape_of(entering, both, between, constants)
         if mixes(tape, 0):
             raise NotReadable(REORDERED)
         return WideLink(tape)

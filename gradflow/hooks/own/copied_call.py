@@ -21,7 +21,7 @@ from gradflow.hooks.axes import Axis
 from gradflow.hooks.dense import Place, Step
 from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.guard import Point, guarded
-from gradflow.hooks.own.leaves import Path, leaves, replaced
+from gradflow.hooks.own.nested import Path, leaves, replaced
 from gradflow.hooks.own.returned import row_of, version_of
 from gradflow.hooks.saved_tensors import saved_tensors_are_hooked
 from gradflow.process import random_numbers_kept
@@ -169,7 +169,7 @@ def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -
 
 
 def _is_watched() -> bool:
-    """Whether somebody would hear of a module that runs, or of what it computes."""
+    """Whether a global hook or an active mode would see a module that is run."""
     modes = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
     return bool(modes) or any(vars(nn.modules.module)[hooks] for hooks in EVERYWHERE)
 
