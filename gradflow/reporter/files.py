@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from gradflow.analysis import FRAMES, Analysis
+from gradflow.analysis import FRAMES, OPTIONAL, Analysis
 from gradflow.errors import InputError, must_be
 from gradflow.reporter.digest import summary
 from gradflow.reporter.figures import plot, plot_narrow
@@ -18,7 +18,7 @@ from gradflow.reporter.page import TOP, FigureKey, page
 from gradflow.reporter.picture import png
 
 # parts of a closed loop have those of the loop
-OF_GAINS = ("gain-map", "lag-curve", "rank", "lyapunov", "blocks")
+OF_GAINS = ("gain-map", "lag-curve", "rank", "lyapunov", "blocks", "heads")
 # of every layer, be it to say why not
 ALWAYS = ("gain-map", "total-vs-direct", "lag-curve", "states")
 FORMATS = ("html", "json", "csv", "png", "nc")
@@ -120,7 +120,9 @@ def _write_summary(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) 
 
 def _write_tables(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) -> None:
     for kind in FRAMES:
-        analysis.frame(kind).to_csv(folder / f"{kind}.csv", index=False, lineterminator="\n")
+        table = analysis.frame(kind)
+        if kind not in OPTIONAL or len(table):
+            table.to_csv(folder / f"{kind}.csv", index=False, lineterminator="\n")
 
 
 def _write_figures(analysis: Analysis, folder: Path, pictures: dict[FigureKey, bytes]) -> None:
