@@ -56,7 +56,9 @@ def _message(layer: LayerAnalysis, gains: np.ndarray) -> str:
     codes = layer.data["head_verdict"].values
     counts = {name: int((codes == place).sum()) for place, name in enumerate(VERDICTS)}
     said = [f"{count} {name}" for name, count in counts.items() if count]
-    words = f"{count_words(len(gains), 'head')}: {', '.join(said)}"
+    words = f"of {count_words(len(gains), 'head')} {', '.join(said)}"
+    if len(said) == 1:
+        words = f"all {len(gains)} heads {said[0].partition(' ')[2]}"
     lags = layer.data["head_lag"].values
     curves = layer.data["head_log_gain"].values / LN10
     gone = [np.flatnonzero(row < GONE_DECADES) for row in curves]
