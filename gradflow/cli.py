@@ -25,6 +25,7 @@ from gradflow.progress import Progress
 
 if TYPE_CHECKING:
     from gradflow.analysis import Analysis
+    from gradflow.history import History
 
 DONE, CONDITION_HOLDS, BAD_INPUT, OWN_FAULT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -222,16 +223,28 @@ def report(
 ) -> None:
     """Draw the report of a saved RUN again: a folder written by gradflow, or its run.nc.
 
+    Of a training that gradflow.watch follows, or followed, give its folder.
+
     \b
     gradflow report reports/model -o reports/again
+    gradflow report runs/a
     """
     conditions = parse_conditions(fail_on)
     from gradflow import reporter
+    from gradflow.analysis import Analysis
     from gradflow.comparison import run_name
 
-    analysis = _loaded(run)
+    found = _loaded(run)
     folder = folder or reporter.free_folder(Path("reports") / run_name(run.absolute()))
     reporter.check_folder(folder, force=force)
+    if not isinstance(found, Analysis):
+        _refuse_conditions(fail_on)
+        with Progress() as progress:
+            progress("drawing the report", 0.5)
+            reporter.report_history(found, folder, force=force)
+        _show_history(found, folder, as_json, quiet, verbose)
+        return
+    analysis = found
     with Progress() as progress:
         progress("drawing the report", 0.5)
         reporter.report(analysis, folder, force=force)
@@ -256,7 +269,8 @@ def compare(
     """Show RUNs on one scale, and say what changed and whether it is more than chance.
 
     A RUN is a folder written by gradflow, its run.nc, or a model file, which is analyzed first;
-    the options are for model files. Every run is compared with the first.
+    the options are for model files. Every run is compared with the first. Folders of trainings that
+    gradflow.watch followed are compared with each other.
 
     \b
     gradflow compare reports/rnn reports/lstm
@@ -268,8 +282,10 @@ def compare(
             f"compare needs at least two runs, got {len(runs)}; type for example: "
             f"gradflow compare {first} reports/after"
         )
+    from gradflow.analysis import Analysis
     from gradflow.comparison import compare_runs, is_run, names_of
     from gradflow.reporter import check_folder, free_folder
+    from gradflow.trainings import compare_histories
 
     typed = _typed(context)
     if typed and all(map(is_run, runs)):
@@ -279,11 +295,18 @@ def compare(
         )
     folder = folder or free_folder(Path("reports") / "comparison")
     check_folder(folder, force=force)
-    found = {}
+    found: dict[str, Any] = {}
     with Progress() as progress:
         for name, path in zip(names_of(runs), runs, strict=True):
             found[name] = _loaded(path) if is_run(path) else _analyzed(path, progress, options)
-    click.echo(f"\n{compare_runs(found, folder, force=force)}")
+    trainings = [name for name, run in found.items() if not isinstance(run, Analysis)]
+    if trainings and len(trainings) < len(found):
+        raise InputError(
+            f"compare needs runs of one kind, got the history of a training, {trainings[0]}, beside the "
+            "analysis of a batch; compare trainings with trainings"
+        )
+    made = compare_histories if trainings else compare_runs
+    click.echo(f"\n{made(found, folder, force=force)}")
     last = shlex.quote(str(runs[-1]))
     again = f"report {last}" if is_run(runs[-1]) else f"analyze {last}{typed}"
     click.echo(f"next: gradflow {again}")
@@ -313,8 +336,8 @@ def _typed(context: click.Context) -> str:
     return "".join(f" {word}" for word in words)
 
 
-def _loaded(path: Path) -> Analysis:
-    from gradflow.analysis import load
+def _loaded(path: Path) -> Analysis | History:
+    from gradflow.runs import load
 
     return load(path)
 
@@ -335,6 +358,28 @@ def _show(analysis: Analysis, folder: Path, as_json: bool, quiet: bool, verbose:
     snippet = str(analysis.provenance.get("snippet", ""))
     other = f"gradflow compare {shlex.quote(str(folder))} OTHER_RUN"
     click.echo(f"next: {snippet.splitlines()[-1] if snippet else other}")
+
+
+def _show_history(
+    history: History, folder: Path, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Print where a training stands, the path of its page and the next command."""
+    from gradflow import reporter
+
+    if as_json:
+        click.echo(json.dumps(reporter.history_summary(history), allow_nan=False, indent=2))
+        return
+    reporter.render_history(history, verbose=verbose, quiet=quiet)
+    if not quiet:
+        click.echo(f"\npage: {folder / 'report.html'}")
+
+
+def _refuse_conditions(fail_on: str | None) -> None:
+    if fail_on is not None:
+        advice = "of a training give them to gradflow.watch, as on="
+        raise InputError(
+            must_be("--fail-on", "given for an analysis", "the history of a training", advice)
+        )
 
 
 def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:

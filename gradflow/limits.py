@@ -223,6 +223,12 @@ HISTORY_LAGS = _limit(64, "lags", "of one probe, at most: design, section 4")
 HISTORY_DENSE = _limit(16, "steps", "back from the loss, up to which every one is kept")
 HISTORY_RATIO = _limit(1.125, "times", "the lag before it, beyond: six to a doubling")
 
+# what is said of a training
+LASTING = _limit(3, "probes", "that a change of verdict has to last, to be told: issue of the history")
+LEARNED = _limit(1.5, "times", "as far as at first, from where on a layer has learned to reach")
+LOST = _limit(0.5, "of the farthest", "below which what was reached is lost again")
+CLIPPING_NEAR = _limit(5, "probes", "before a layer vanishes, in which clipping that began is told")
+
 # what a file may hold, and what is listed of it
 MOST_CONTAINERS = _limit(2_000, "containers", "of a file, which may claim any number of them")
 CONTAINER_DEPTH = _limit(5, "containers", "in containers, in which a state_dict is looked for")

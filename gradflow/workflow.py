@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from gradflow.analyzer import analyze
 from gradflow.analyzer.agreement import agreed
 from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
+from gradflow.history import History
 from gradflow.hooks import record
 from gradflow.passes import LossSettings, left_as_found, recorded_pass, with_notes
 from gradflow.prediction import with_predictions
@@ -71,23 +72,25 @@ def diagnose(
 
 
 def plot(
-    x: Recording | Analysis | Sequence[Analysis],
-    kind: str = "overview",
+    x: Recording | Analysis | History | Sequence[Analysis] | Sequence[History],
+    kind: str | None = None,
     *,
     layer: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw a recording, an analysis, or several analyses on one scale.
+    """Draw a recording, an analysis, the history of a training, or several of a kind on one scale.
 
     Colours are log10 ratios, ± six powers of ten, the same for every model: navy vanished, pale
     yellow as at the loss, dark red exploded. The figure is unknown to pyplot: a notebook shows it,
     ``figure.savefig("overview.png")`` writes it.
 
     Args:
-        x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them.
-        kind: "overview", or one of `gradflow.reporter.KINDS`: "gain-map", "total-vs-direct",
-            "lag-curve", "triangle", "lag-gradient", "states", "layers", "rank", "lyapunov",
-            "paths", "blocks", "gates", "saturation", "time-scales".
+        x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them; a `History`, or
+            a list of histories.
+        kind: "overview", the default, or one of `gradflow.reporter.KINDS`: "gain-map",
+            "total-vs-direct", "lag-curve", "triangle", "lag-gradient", "states", "layers", "rank",
+            "lyapunov", "paths", "blocks", "gates", "saturation", "time-scales"; of a history
+            "waterfall", the default, "rates", "horizons", "gates", "norms".
         layer: one layer by name; all by default.
         ax: axes of your own for the main panel of one layer.
 
@@ -106,11 +109,26 @@ def plot(
 
     if isinstance(x, Recording):
         x = analyze(x)
-    return reporter.plot(x, kind, layer=layer, ax=ax)
+    histories = _histories(x)
+    if histories:
+        return reporter.plot_histories(histories, kind or "waterfall", layer=layer, ax=ax)
+    of_batches = cast("Analysis | Sequence[Analysis]", x)
+    return reporter.plot(of_batches, "overview" if kind is None else kind, layer=layer, ax=ax)
+
+
+def _histories(x: Any) -> list[History]:
+    """The histories, where there is nothing else among what was given."""
+    many = list(x) if isinstance(x, list | tuple) else [x]
+    found = [one for one in many if isinstance(one, History)]
+    if found and len(found) < len(many):
+        other = next(type(one).__name__ for one in many if not isinstance(one, History))
+        advice = "draw them in two figures: a history is a whole training, an analysis one batch"
+        raise InputError(must_be("what is plotted", "histories only", f"a {other} as well", advice))
+    return found
 
 
 def report(
-    x: Recording | Analysis,
+    x: Recording | Analysis | History,
     folder: str | Path,
     *,
     formats: Iterable[str] | None = None,
@@ -122,10 +140,11 @@ def report(
     and it holds nothing but an earlier report, which is then replaced as a whole.
 
     Args:
-        x: an `Analysis`, or a `Recording`, which is analyzed first.
+        x: an `Analysis`, a `Recording`, which is analyzed first, or the `History` of a training.
         folder: where the files go; it is made.
         formats: which of "html" (one page, offline), "json" (summary.json), "csv" (tables), "png"
-            (figures/) and "nc" (run.nc, which `load` reads back); all by default.
+            (figures/) and "nc" (run.nc, which `load` reads back; not of a history, which has its own
+            file); all by default.
         force: replace an earlier report.
 
     Returns:
@@ -145,6 +164,9 @@ def report(
 
     if isinstance(x, Recording):
         x = analyze(x)
+    if isinstance(x, History):
+        of_history = reporter.HISTORY_FORMATS if formats is None else formats
+        return reporter.report_history(x, Path(folder), formats=of_history, force=force)
     chosen = reporter.FORMATS if formats is None else formats
     return reporter.report(x, folder, formats=chosen, force=force)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import histories
 import pytest
 import torch
 from click.testing import CliRunner
@@ -347,6 +348,8 @@ def test_the_examples_of_the_help_run_as_they_stand(
     for name in ("model", "rnn", "lstm", "before", "after"):
         torch.save({f"rnn.{k}": v for k, v in nn.RNN(10, 20).state_dict().items()}, f"{name}.pt")
     torch.save({"input": torch.randn(9, 3, 10), "target": torch.randn(9, 3, 20)}, "batch.pt")
+    for name in ("a", "b"):
+        histories.write(tmp_path / "runs" / name, 6)
     needed = [f"gradflow analyze {name}.pt --seq-len 12 -q" for name in ("rnn", "lstm")]
     shown = {line: None for command in group.commands.values() for line in in_text(command.help)}
     lines = [line for line in shown if line != "gradflow demo"]

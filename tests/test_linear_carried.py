@@ -157,5 +157,5 @@ def test_what_does_not_give_what_was_returned_is_refused() -> None:
         for observer in patch.observers_here():
             observer.saw_scan(scanned)
         y.sum().backward()
-    with pytest.raises(gradflow.errors.RecordingError, match="^mixer: run again from what"):
+    with pytest.raises(gradflow.errors.RecordingError, match=r"^mixer: run again from what"):
         _ = recording["mixer"].h

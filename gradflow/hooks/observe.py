@@ -239,6 +239,8 @@ def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
     recording.notes += circumstances.without_dropout(recorder.model)
+    linear = {track.owner for track in recording if isinstance(track.source, LinearSource)}
+    recording.notes += circumstances.beside_attention(recorder.model, linear)
     recording.notes += circumstances.left_out(recorder.own.unseen) if len(recording) else []
     _, perhaps = _unseen(recorder)
     recording.notes += [circumstances.perhaps_not_seen(perhaps)] if perhaps else []

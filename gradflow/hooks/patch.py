@@ -17,7 +17,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, FrameType
 from typing import Any, Protocol
@@ -28,6 +28,8 @@ from torch._C._dynamo import eval_frame
 
 from gradflow.cells import CELLS
 from gradflow.hooks.guard import Point, busy, guarded
+from gradflow.hooks.linear.heard import Heard
+from gradflow.hooks.linear.registry import Entry, places
 from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.replaced import Replaced, at_fork, lock, put_back, replace
 from gradflow.hooks.seen import Listener, Telling
@@ -42,6 +44,9 @@ class Observer(Listener, Protocol):
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
     ) -> None: ...
+    def saw_inside(self, given: list[Tensor], results: list[Tensor]) -> None: ...
+    def modules(self) -> Iterable[nn.Module]: ...
+    def path_of(self, module: nn.Module) -> str | None: ...
     def saw_scan(self, scanned: Scanned, code: tuple[object, ...] = ()) -> None: ...
     def missed_scan(self, name: str, why: str) -> None: ...
     def saw_scaler(self, scaler: torch.amp.GradScaler) -> None: ...
@@ -75,6 +80,7 @@ def listen(observer: Observer) -> None:
         _keep([*_observers, observer])
         if len(_observers) == 1:
             _install()
+        _install_scans(observer)
 
 
 def stop_listening(observer: Observer) -> None:
@@ -127,6 +133,13 @@ def _install() -> None:
     replace(torch.jit, "script", _watched_script, _replaced.append)
 
 
+def _install_scans(observer: Observer) -> None:
+    """The functions of the registry that are loaded, and where the model of this observer holds them."""
+    for place in places(observer.modules()):
+        make = functools.partial(_watched_function, entry=place.entry)
+        replace(place.space, place.name, make, _replaced.append)
+
+
 def _restore() -> None:
     while _replaced:
         put_back(_replaced[-1])
@@ -176,6 +189,32 @@ def _watched(
     if id(original) in builtins._get_builtin_table():  # for whoever scripts inside the block
         builtins._register_builtin(found, f"aten::{name}")
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _watched_function(original: Callable[..., Any], entry: Entry) -> Callable[..., Any]:
+    """The same for a function of the registry; those that it calls itself are part of it."""
+
+    @untraced
+    def heard(args: Any, kwargs: dict[str, Any]) -> Any:
+        mine, thread = observers_here(), threading.get_ident()
+        again = torch._C._current_graph_task_id() != -1  # a checkpoint that computes again
+        if not mine or thread in _under_way or again:
+            return original(*args, **kwargs)
+        call = Heard(mine, entry, original)
+        call.before(args, kwargs)
+        try:
+            _under_way.add(thread)
+            results = original(*args, **kwargs)
+        finally:
+            _under_way.discard(thread)
+        call.after(results)
+        return results
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return heard(args, kwargs)
+
+    return traced_as(original, functools.wraps(original, updated=())(function))
 
 
 @functools.lru_cache(maxsize=64)

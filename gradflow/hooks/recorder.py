@@ -195,6 +195,18 @@ class Recorder:
         """Copy the states that a hand-written loop marks; every recording of the thread does."""
         self.taps.saw(name, states, rows, frame)
 
+    def saw_inside(self, given: list[Tensor], results: list[Tensor]) -> None:
+        """A function whose recurrence is known ran: its inside is stepped over."""
+        self.watch.saw_stock(given, results)
+
+    def modules(self) -> Iterable[nn.Module]:
+        """All modules of the model."""
+        return self.model.modules()
+
+    def path_of(self, module: nn.Module) -> str | None:
+        """Where a module is in the model; None where it is none of it."""
+        return self._paths.get(id(module))
+
     def saw_scan(self, scanned: Scanned, code: tuple[object, ...] = ()) -> None:
         """A scan over all steps of a linear recurrence: marked by the user, or a known function's."""
         self.linear.saw(scanned, code)

@@ -50,11 +50,12 @@ class Kind:
     """
 
     what: str  # one line saying what is drawn, the same for every layer
-    prepare: Callable[[Any], Any]
+    prepare: Callable[..., Any]
     draw: Callable[[Sequence[Axes], Any], None]
     heights: Callable[[Any], tuple[float, ...]]  # of the panels of a chart, inches
     width: float = 7.2  # inches
     left: float = 0.75  # inches for the labels of the y axis
+    above: float = 0.22  # inches between the words and the panels, for a key
     gap: Callable[[Any, int], float] = lambda chart, panel: 0.16  # inches above a panel
     below: Callable[[Any], float] = lambda chart: 0.0  # inches more beneath the panels, for labels
     beside: Callable[[Any], float] = lambda chart: 0.0  # and to the left of them

@@ -128,7 +128,7 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
     findings = top_findings(analysis)
     high = first_screen(analysis, rows, findings)
     render = functools.partial(
-        _template().render,
+        template("page.html").render,
         analysis=analysis,
         dense=high > ROOM,
         top=rows[:TOP],
@@ -155,7 +155,8 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of the pages, which escapes whatever is put into it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gradflow.reporter", "templates"),
         autoescape=True,
@@ -164,7 +165,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["breaks"] = breaks
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def is_linear(layer: LayerAnalysis) -> bool:

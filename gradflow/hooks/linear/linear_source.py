@@ -46,6 +46,7 @@ class Stretch:
     known_states: Tensor | None = None  # (T, B, *shape), where they were seen
     returned: Tensor | None = None  # y, to hold against what the steps make
     precision: torch.dtype | None = None  # see `Scanned`
+    cuts: Tensor | None = None  # see `Scanned`
     final_back: Callable[[Tensor], Tensor] | None = None  # see `Scanned`
     states_back: Callable[[Tensor], Tensor] | None = None  # see `Scanned`
     grads: dict[str, Tensor] = field(default_factory=dict)  # "output", "final", "states"
