@@ -8,6 +8,7 @@ from gradflow.reporter.histories.course import Course, course
 from gradflow.reporter.histories.figures import plot_histories
 from gradflow.reporter.histories.files import HISTORY_FORMATS, history_summary, report_history
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
+from gradflow.reporter.histories.live import Followed, follow
 from gradflow.reporter.histories.story import far_words, reach, updates
 from gradflow.reporter.histories.text import render_histories, render_history
 from gradflow.reporter.kinds import KINDS
@@ -21,9 +22,11 @@ __all__ = [
     "HISTORY_KINDS",
     "KINDS",
     "Course",
+    "Followed",
     "check_folder",
     "course",
     "far_words",
+    "follow",
     "free_folder",
     "gone_words",
     "history_summary",

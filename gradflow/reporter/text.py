@@ -144,7 +144,7 @@ def _shown(console: Console) -> list[Column]:
 
 def empty_table(console: Console) -> Table:
     """A table without columns, in what the console can encode."""
-    look = ASCII_HEAD if _is_plain(console) else box.SIMPLE_HEAD
+    look = ASCII_HEAD if is_plain(console) else box.SIMPLE_HEAD
     return Table(box=look, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
 
 
@@ -236,14 +236,15 @@ def print_words(console: Console, text: Text, hang: int | None = None) -> None:
     console.print(text, soft_wrap=True, highlight=False)
 
 
-def _is_plain(console: Console) -> bool:
+def is_plain(console: Console) -> bool:
+    """Whether only ASCII can be written."""
     return not str(console.encoding).lower().startswith("utf")
 
 
 def encoded(text: Text, console: Console) -> Text:
     """The same text in what the console can encode, control characters taken out."""
     plain = "".join(char for char in text.plain if char == "\n" or char.isprintable())
-    if _is_plain(console):
+    if is_plain(console):
         plain = re.sub("[⁻⁰¹²³⁴-⁹]+", lambda power: f"^{power[0].translate(_RAISED)}", plain)
         plain = plain.translate(_PLAIN).encode("ascii", "replace").decode("ascii")
     if plain == text.plain:

@@ -14,7 +14,7 @@ from gradflow.limits import (
     DECAY_SHARE,
     ERASED_SHARE,
     GATE_CLOSED,
-    GONE,
+    GONE_WORDS,
     NEVER_FORGETS,
 )
 
@@ -30,11 +30,11 @@ def decays(e: Evidence) -> Iterator[Finding]:
             name="forgets-at-once",
             layer=e.track.name,
             message=f"{round(100 * forget)} % of the {entries} of the state forget within a step: "
-            f"their decay is below {number(GONE)} on average",
+            f"their decay is below {GONE_WORDS} on average",
             where=f"{round(forget * e.size)} of {entries}",
             value=forget,
             threshold=DECAY_SHARE,
-            basis="below 10⁻³ a step nothing is left, as for the horizon",
+            basis=f"below {GONE_WORDS} a step nothing is left, as for the horizon",
             severity=e.severity,
             advice="start with decays nearer to 1: a smaller step Δ, or a bias that opens the gate that "
             "keeps, drawn so that time scales are spread over the distances of the task",

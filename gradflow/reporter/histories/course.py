@@ -76,18 +76,19 @@ class Course:
         return bool((~np.isnan(self.numbers["rate"])).any() or np.any(self.verdict != ""))
 
 
-def course(history: History, layer: str, run: str = "") -> Course:
+def course(history: History, layer: str, run: str = "", data: xr.Dataset | None = None) -> Course:
     """One layer of a history.
 
     Args:
         history: as `gradflow.load` reads it.
         layer: its name.
         run: what the history is called where several are shown.
+        data: a part of its data; by default all of it.
 
     Returns:
         Its course, by rising training step; of probes of one step the last.
     """
-    data = _ordered(history.data)
+    data = _ordered(history.data if data is None else data)
     one = data.sel(layer=layer)
     rates = data["learning_rate"].values
     known = ~np.isnan(one["gate_mean"].values).all(axis=0)
