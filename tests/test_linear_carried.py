@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from linear_oracles import random, unit
+from seam import LinearSteps, Scanned
 from torch import Tensor, nn
 
 import gradflow
-from gradflow.cells.linear import LinearSteps
 from gradflow.hooks import patch
-from gradflow.hooks.linear.scanned import Scanned
 
 B, CHUNKS, T, H = 3, 3, 5, 4
 

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 from linear_oracles import random, unit
+from seam import LinearSteps, decay_words, heads, is_linear, time_scales
 from test_linear_measured import recorded
 
 import gradflow
 from gradflow.analysis import Analysis, LayerAnalysis
-from gradflow.cells.linear import LinearSteps
-from gradflow.reporter.charts import heads, time_scales
-from gradflow.reporter.page import decay_words, is_linear
 
 T, B = 64, 3
 
