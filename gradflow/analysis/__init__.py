@@ -92,9 +92,10 @@ step_growth         (step)                         median over sequences of the 
 rate_factor         (factor)                       RNN: the rate's two summands, mean ln ‖W q‖ ("weight")
                                                    and mean ln (‖D W q‖/‖W q‖) ("activation")
 head_gain           (head)                         linear recurrences with heads: ln of the largest gain
-                                                   over the span of each, mean over sequences; _low and
-                                                   _high are its interval
-head_rate           (head)                         nats per step of each, likewise with _low and _high
+                                                   over the span of each, mean over sequences
+head_gain_low/_high (head)                         its 95 % interval over sequences
+head_rate           (head)                         nats per step of each head
+head_rate_low/_high (head)                         its interval, likewise
 head_verdict        (head)                         place in `gradflow.limits.VERDICTS`
 head_log_gain       (head, head_lag)               median over pairs of steps of ln ‖P_g(t+k←t)‖₂
 head_erased         (head)                         share of steps whose rank-one part leaves less than
