@@ -17,6 +17,7 @@ from torch import Tensor
 from gradflow.hooks.axes import Axis, as_rows, from_rows, usual_axis
 from gradflow.hooks.graph import (
     LEAF,
+    MOVES,
     Between,
     Edge,
     NotReadable,
@@ -28,7 +29,6 @@ from gradflow.hooks.graph import (
     outputs,
     without_autocast,
 )
-from gradflow.hooks.graph import MOVES as ENTRIES
 from gradflow.hooks.loops import rows as rows_of
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.loops.rows import picked
@@ -37,11 +37,10 @@ from gradflow.process import quiet
 
 # operations that multiply a state by zero, or put a zero in its place
 MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill", "CopySlices")
-# operations that only move entries
-MOVES = ("View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", "Expand",
+# operations that add, or only move entries
+SUMS = ("Add", "Sub", "View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", "Expand",
          "Slice", "Select", "Split", "Unbind", "Cat", "Stack", "Transpose", "Permute",
          "ToCopy", "AsStrided")  # fmt: skip
-SUMS = ("Add", "Sub", *MOVES)
 
 
 class Incomplete(NotReadable):
@@ -343,7 +342,7 @@ class Step:
                 if node in first or node in before:
                     continue
                 above = parents.get(node, [])
-                moves = kind_of(node) in ENTRIES
+                moves = kind_of(node) in MOVES
                 gate = not moves and all(n in summed and _is(n, SUMS) for n in above)
                 if node in self.now.nodes or gate or not (moves or _is(node, MASKS)):
                     first.add(node)
