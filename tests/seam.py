@@ -83,6 +83,7 @@ from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.files import draw
 from gradflow.reporter.histories.across import edges, shared_by
 from gradflow.reporter.histories.course import course
+from gradflow.reporter.histories.live import HIGH, grid, lines, sparkline, view
 from gradflow.reporter.histories.story import clipping_began, sentence, stretches
 from gradflow.reporter.histories.waterfall import COLUMNS, prepare
 from gradflow.reporter.kinds import KINDS
