@@ -65,6 +65,7 @@ from gradflow.reporter.charts import (
     blocks,
     gain_map,
     gates,
+    heads,
     lag_gradient,
     layers,
     lyapunov,
@@ -87,8 +88,9 @@ from gradflow.reporter.histories.live import HIGH, grid, lines, sparkline, view
 from gradflow.reporter.histories.story import clipping_began, sentence, stretches
 from gradflow.reporter.histories.waterfall import COLUMNS, prepare
 from gradflow.reporter.kinds import KINDS
+from gradflow.reporter.notebook import SHOWN
 from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
-from gradflow.reporter.page import LABEL_WORDS, embed, page
+from gradflow.reporter.page import LABEL_WORDS, decay_words, embed, is_linear, page
 from gradflow.reporter.picture import FAINT, INK, SOFT, Picture, _nearest, look, png
 from gradflow.reporter.prepare import span_share
 from gradflow.reporter.scale import (
@@ -102,3 +104,5 @@ from gradflow.reporter.scale import (
     palette,
 )
 from gradflow.reporter.text import render
+from gradflow.watching.alerts import read_rules
+from gradflow.watching.schedule import Schedule

@@ -15,7 +15,7 @@ from gradflow.cells import layer_names
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.joint_source import JointSource
-from gradflow.hooks.linear.source import LinearSource, Stretch
+from gradflow.hooks.linear.linear_source import LinearSource, Stretch
 from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unreadable import foreign_code

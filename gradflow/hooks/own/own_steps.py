@@ -21,7 +21,10 @@ from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
 from gradflow.limits import PART_CALLS
 
-MOVED_BATCH = "the batch changes between two calls while a state is mixed with the one before (zoneout, a mask)"
+MOVED_BATCH = (
+    "the batch changes between two calls while a state is mixed with the one before "
+    "(zoneout, a mask)"
+)
 
 
 class OwnSteps:

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of
 from gradflow.hooks.lengths import GivenLengths
+from gradflow.hooks.linear.linear_source import LinearSource, Stretch
 from gradflow.hooks.linear.scanned import Scanned
-from gradflow.hooks.linear.source import LinearSource, Stretch
 from gradflow.hooks.marks import TrackOwner
 from gradflow.recording import Track
 
@@ -21,7 +21,7 @@ CUT_AT = "its first state is handed from call to call, and no gradient comes bac
 
 
 @dataclass(eq=False)
-class End:
+class LastScan:
     """The last call of a recurrence, with live tensors: what the next may go on from."""
 
     source: LinearSource
@@ -30,7 +30,7 @@ class End:
     edge: Edge | None  # where that sits in the graph
 
 
-class Owner(TrackOwner, Protocol):
+class LinearOwner(TrackOwner, Protocol):
     """The recorder, as far as linear recurrences need it."""
 
     handles: list[RemovableHandle]
@@ -41,12 +41,12 @@ class Owner(TrackOwner, Protocol):
 
 
 @dataclass(eq=False)
-class Linear:
+class LinearCalls:
     """All of them, by name."""
 
-    owner: Owner  # the recorder
+    owner: LinearOwner  # the recorder
     seen: bool = False  # also where no track was wanted
-    _ends: dict[tuple[str, str], End] = field(default_factory=dict)
+    _ends: dict[tuple[str, str], LastScan] = field(default_factory=dict)
     _held: list[Edge] = field(default_factory=list)  # a leaf's node lives no longer than it is held
 
     def saw(self, scanned: Scanned, code: tuple[object, ...] = ()) -> None:
@@ -68,12 +68,13 @@ class Linear:
             None if scanned.final is None else edge_of(scanned.final),
         )
         source, track = end.source, end.track
+        _lengthened(source, scanned)
         source.remarks = list(dict.fromkeys([*source.remarks, *scanned.notes]))
         owner.handles += source.listen(stretch, edges)
         self._held += edges.values()
         _grown(source, track)
 
-    def _begun(self, scanned: Scanned, stretch: Stretch, code: tuple[object, ...]) -> End:
+    def _begun(self, scanned: Scanned, stretch: Stretch, code: tuple[object, ...]) -> LastScan:
         owner = self.owner
         source = LinearSource(
             owner.scale,
@@ -98,9 +99,9 @@ class Linear:
             code=code or tuple(id(weight) for weight in scanned.weights),
         )
         owner.add_track(scanned.name, track)
-        source.name = track.name
+        source.name, source.told = track.name, source.lengths is not None
         source.remarks += owner.lengths.notes
-        return End(source, track, None, None)
+        return LastScan(source, track, None, None)
 
     @property
     def sources(self) -> list[LinearSource]:
@@ -138,10 +139,22 @@ def _stretch(scanned: Scanned, cut: Tensor | None) -> tuple[Stretch, dict[str, E
         returned=None if scanned.output is None else scanned.output.detach().clone(),
         precision=scanned.precision,
         cuts=None if scanned.cuts is None else scanned.cuts.clone(),
+        final_holds_output=_leads("output", "final", edges),
         final_back=scanned.final_back,
         states_back=scanned.states_back,
     )
     return stretch, edges
+
+
+def _leads(later: str, earlier: str, edges: dict[str, Edge]) -> bool:
+    """Whether one thing that was returned is made of another: a way through the call leads there."""
+    if later not in edges or earlier not in edges:
+        return False
+    end = edges[earlier][0]
+    try:
+        return end in Between([edges[later]], {end}, since=end._sequence_nr()).reached
+    except NotReadable:
+        return False
 
 
 def _last(scanned: Scanned) -> Tensor | None:
@@ -156,7 +169,7 @@ def _rows(state: Tensor, batch: int) -> Tensor | None:
     return found.reshape(batch, -1).clone() if found.numel() % batch == 0 else None
 
 
-def _cut(end: End, scanned: Scanned) -> Tensor | None:
+def _cut(end: LastScan, scanned: Scanned) -> Tensor | None:
     """(B,) which sequences start cut off from the last call; None where this is a start of its own.
 
     A call goes on where the state that it was given is, sequence by sequence, the one returned last,
@@ -193,6 +206,18 @@ def _comes_from(initial: Tensor, edge: Edge | None) -> bool:
         return edge[0] in Between([mine], {edge[0]}).reached
     except NotReadable:
         return False
+
+
+def _lengthened(source: LinearSource, scanned: Scanned) -> None:
+    """The real steps of a recurrence with one more call, where a mask of the model's tells them."""
+    if source.told:
+        return
+    steps = torch.full((source.batch,), scanned.steps)
+    before = torch.full_like(steps, source.steps - scanned.steps)
+    known = before if source.lengths is None else source.lengths
+    now = steps if scanned.lengths is None else scanned.lengths
+    lengths = torch.where(known == before, known + now, known)
+    source.lengths = None if bool((lengths == source.steps).all()) else lengths
 
 
 def _grown(source: LinearSource, track: Track) -> None:
