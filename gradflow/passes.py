@@ -19,7 +19,7 @@ from gradflow.recording import Recording
 
 
 @dataclass(frozen=True)
-class Settings:
+class LossSettings:
     """How to get a loss out of a model's output."""
 
     loss: Callable[..., Tensor] | None = None  # the user's own
@@ -28,7 +28,7 @@ class Settings:
     guard: bool = False  # quote errors of the user's code instead of letting them through
 
 
-def recorded_pass(model: nn.Module, batch: loading.Batch, settings: Settings) -> Recording:
+def recorded_pass(model: nn.Module, batch: loading.Batch, settings: LossSettings) -> Recording:
     """One recorded forward and backward pass; gradients and buffers are put back."""
     kwargs = dict(batch.kwargs)
     if batch.lengths is not None and "lengths" in inspect.signature(model.forward).parameters:
@@ -48,7 +48,11 @@ def recorded_pass(model: nn.Module, batch: loading.Batch, settings: Settings) ->
 
 
 def _loss(
-    result: Any, model: nn.Module, batch: loading.Batch, settings: Settings, recording: Recording
+    result: Any,
+    model: nn.Module,
+    batch: loading.Batch,
+    settings: LossSettings,
+    recording: Recording,
 ) -> tuple[Tensor, str]:
     """The loss and its name in words."""
     if settings.loss is not None:

@@ -19,7 +19,7 @@ from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
 from gradflow.history import History
 from gradflow.hooks import record
-from gradflow.passes import Settings, left_as_found, recorded_pass, with_notes
+from gradflow.passes import LossSettings, left_as_found, recorded_pass, with_notes
 from gradflow.prediction import with_predictions
 from gradflow.process import random_numbers_kept
 from gradflow.recording import Recording
@@ -67,7 +67,7 @@ def diagnose(
     """
     held = None if lengths is None else torch.as_tensor(lengths)
     batch = loading.Batch(inputs=inputs, target=target, lengths=held)
-    recording = recorded_pass(model, batch, Settings(loss=loss))
+    recording = recorded_pass(model, batch, LossSettings(loss=loss))
     return with_predictions(recording, analyze(recording, span=span))
 
 
@@ -235,7 +235,7 @@ def _from_batch(
     batch = loading.fit_batch(loading.read_batch(request.input, request.target), opened.model)
     with random_numbers_kept(devices=None):
         torch.manual_seed(request.seed)
-        settings = Settings(loss_name=request.loss, output=request.output, guard=True)
+        settings = LossSettings(loss_name=request.loss, output=request.output, guard=True)
         recording = recorded_pass(opened.model, batch, settings)
     if labels is not None:  # before the long part
         checked_labels(labels, max(track.steps for track in recording))

@@ -21,8 +21,8 @@ from gradflow.reporter.charts import (
     lag_gradient,
     layers,
     lyapunov,
-    marks,
     paths,
+    plot_lines,
     rank,
     saturation,
     states,
@@ -314,7 +314,7 @@ def test_no_tick_meets_the_zero_below_it(inches: float) -> None:
         figure = Picture(4, inches + 1)
         ax = figure.inches(0.8, 0.5, 3, inches)
         values = np.concatenate([[-np.inf], np.linspace(low, 0, 30)])
-        marks.draw_log_lines(ax, np.arange(31), [marks.Line(values, "x", "black")])
+        plot_lines.draw_log_lines(ax, np.arange(31), [plot_lines.Line(values, "x", "black")])
         assert overlapping(figure) == []
 
 

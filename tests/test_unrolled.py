@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradflow.hooks.unrolled.chains import chains, recurrences
 from gradflow.hooks.unrolled.crossing import crossing
-from gradflow.hooks.unrolled.order import Unrolled
+from gradflow.hooks.unrolled.whole_graph import Unrolled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -32,11 +32,11 @@ from gradflow.analyzer.notes import provenance_of, warnings_of
 from gradflow.analyzer.rates import decays_as_power
 from gradflow.analyzer.read_states import ReadPart, read_part
 from gradflow.analyzer.reading import Reading, readings
+from gradflow.analyzer.sentences import sentence, title
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.unmeasured import without_gains
-from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.limits import LAG_SECONDS, SHORT, TRIANGLE_SECONDS
 from gradflow.process import fitting_threads

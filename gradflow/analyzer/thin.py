@@ -23,7 +23,7 @@ from gradflow.analyzer.jacobians import HostOperator, operator_of, vector_second
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.plan import NORMS, Maps
 from gradflow.analyzer.ranks import Ranks, dyadic
-from gradflow.analyzer.windows import Norms, Sweep, Window, log_norms
+from gradflow.analyzer.windows import Norms, Window, WindowSweep, log_norms
 from gradflow.limits import (
     LN_GONE,
     LN_HALF,
@@ -239,7 +239,7 @@ def _probed(
     spectral, leading = norms.spectral, norms.leading
     probes = torch.randn(count, operator.size, generator=generator, dtype=torch.float64)
     along = (probes @ leading.T).T.unsqueeze(2) * leading.unsqueeze(1)  # (N, m, S)
-    pushed, scale = Sweep(operator, windows).push((probes - along).to(operator.dtype))
+    pushed, scale = WindowSweep(operator, windows).push((probes - along).to(operator.dtype))
     lengths = pushed.square().sum(2)  # (N, m)
     top = (2 * (spectral - scale)).exp()  # (N,)
     total = top + lengths.mean(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.guard import Hook, Point
-from gradflow.hooks.unseen import is_batched, why_hidden
+from gradflow.hooks.unreadable import is_batched, why_hidden
 
 SECOND_ORDER = (
     "a backward with create_graph=True came through it, and what it brings is not a total; record a "

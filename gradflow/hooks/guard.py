@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gradflow.errors import InputError
-from gradflow.hooks.unseen import is_looked_at
+from gradflow.hooks.unreadable import is_looked_at
 
 Value = TypeVar("Value")
 Failed = Callable[[str], object]  # told why, in a few words
@@ -55,7 +55,7 @@ def guarded(
     step that would have run without it. It is not hidden: `failed` puts it into words for the user, and
     withholds what is no longer whole.
     """
-    alone = Alone()
+    alone = Unnoticed()
     try:
         try:
             alone.enter()
@@ -77,7 +77,7 @@ def _do(point: Point, work: Callable[..., Value], *args: Any, **kwargs: Any) -> 
     return work(*args, **kwargs)
 
 
-class Alone:
+class Unnoticed:
     """No mode and no tensor subclass of the user's sees what runs inside, nor does a recording.
 
     The grad mode is afterwards what it was. Leaving twice, or after half an entry, does no harm.

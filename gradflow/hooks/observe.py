@@ -17,12 +17,12 @@ from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.linear.source import LinearSource
 from gradflow.hooks.linear.watch import tensors_of
-from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening
 from gradflow.hooks.recorder import Recorder
 from gradflow.hooks.tapped import TapSource
-from gradflow.hooks.unseen import BATCHED
+from gradflow.hooks.unreadable import BATCHED
 from gradflow.recording import Recording, Track
 
 

@@ -33,7 +33,7 @@ from gradflow.hooks.linear.registry import Entry, places
 from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.replaced import Replaced, at_fork, lock, put_back, replace
 from gradflow.hooks.seen import Listener, Telling
-from gradflow.hooks.unseen import is_batched, is_wrapped, why_hidden
+from gradflow.hooks.unreadable import is_batched, is_wrapped, why_hidden
 
 
 class Observer(Listener, Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.own.leaves import leaves
+from gradflow.hooks.own.nested import leaves
 from gradflow.hooks.saved_tensors import is_hooked
 from gradflow.hooks.unrolled.values import signed
 from gradflow.limits import FIRST_NODES, INPUT_NODES, SHOWN_CALLS

@@ -23,7 +23,7 @@ from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.loop import difference, trimmed
-from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
+from gradflow.hooks.unreadable import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.limits import DIFFERENCE_ROUNDING
 from gradflow.recording import Backward, Forward, Operator, Parity, Source

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gradflow.errors import FileError, InputError, must_be
-from gradflow.loading.files import refuse_huge
-from gradflow.loading.kinds import READ_ERRORS, about_dangling
-from gradflow.loading.states import is_recurrent
+from gradflow.loading.contents import refuse_huge
+from gradflow.loading.file_kinds import READ_ERRORS, about_dangling
+from gradflow.loading.state_dicts import is_recurrent
 from gradflow.loading.words import article, printable, reason, some
 from gradflow.process import quiet
 

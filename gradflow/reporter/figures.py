@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.errors import InputError, must_be
 from gradflow.reporter import panels, prepare
-from gradflow.reporter.charts.labels import writable
+from gradflow.reporter.charts.step_labels import writable
 from gradflow.reporter.fonts import legible
 from gradflow.reporter.kinds import KINDS, Kind
 from gradflow.reporter.layout import Block, draw_blocks, title

@@ -14,17 +14,17 @@ from gradflow.reporter.charts import (
     blocks,
     gain_map,
     gates,
-    labels,
     lag_curve,
     lag_gradient,
     layers,
     lyapunov,
-    parts,
     paths,
     rank,
     saturation,
     states,
+    step_labels,
     time_scales,
+    total_vs_direct,
     triangle,
 )
 from gradflow.reporter.charts.chart import Chart
@@ -90,12 +90,12 @@ def _map_specials(charts: Sequence[gain_map.GainMap]) -> dict[str, str]:
 
 def _below(chart: Chart) -> float:
     """The last panel has the labels of the steps beneath it."""
-    return labels.below(chart.labels)
+    return step_labels.below(chart.labels)
 
 
 def _beside(chart: Chart) -> float:
     """The panel has the labels of the steps on its left as well."""
-    return labels.beside(chart.labels)
+    return step_labels.beside(chart.labels)
 
 
 def _saturation_heights(chart: saturation.Saturation) -> tuple[float, ...]:
@@ -126,8 +126,8 @@ KINDS: dict[str, Kind | None] = {
     ),
     "total-vs-direct": Kind(
         what="norm of the gradient at h: all of it, and what a hook sees",
-        prepare=parts.prepare,
-        draw=parts.draw,
+        prepare=total_vs_direct.prepare,
+        draw=total_vs_direct.draw,
         below=_below,
         heights=lambda chart: (2.1,),
         stepped=True,

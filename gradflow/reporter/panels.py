@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator
 from gradflow.analysis import LayerAnalysis
 from gradflow.limits import power
 from gradflow.reporter import prepare
-from gradflow.reporter.charts.labels import label_steps
-from gradflow.reporter.charts.marks import whole
+from gradflow.reporter.charts.plot_lines import whole
+from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.picture import FAINT, INK, SOFT
 from gradflow.reporter.prepare import Heat, LagLine
 from gradflow.reporter.scale import COLOURS, VERDICT_COLOURS, paint

@@ -18,7 +18,7 @@ from torch import Tensor
 from gradflow.hooks.call import Call
 from gradflow.hooks.graph import LEAF, edge_of
 from gradflow.hooks.loops.links import End
-from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.recording import Track
 

@@ -14,8 +14,8 @@ from gradflow.hooks.copies import copied
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.linear.registry import Entry, Seen, Unread
 from gradflow.hooks.linear.scanned import Scanned
-from gradflow.hooks.own.leaves import leaves
-from gradflow.hooks.unseen import NO_SEQUENCE, WRAPPED, is_wrapped, why_hidden
+from gradflow.hooks.own.nested import leaves
+from gradflow.hooks.unreadable import NO_SEQUENCE, WRAPPED, is_wrapped, why_hidden
 
 _FRAMES = 12  # how far up the module may be whose forward makes the call
 

@@ -22,7 +22,7 @@ from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.loop import difference
 from gradflow.hooks.parity import BOUNDS
 from gradflow.hooks.replay import masked
-from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
+from gradflow.hooks.unreadable import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.limits import PARITY_FLOAT32
 from gradflow.recording import Backward, Forward, Operator, Parity, Source
 

@@ -14,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.cells import CELLS
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
-from gradflow.hooks.marks import End
+from gradflow.hooks.marks import LastMark
 from gradflow.hooks.own import forwards
-from gradflow.hooks.own.again import Given
-from gradflow.hooks.own.around import Around
+from gradflow.hooks.own.bypass import Around
 from gradflow.hooks.own.comeback import Output
-from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.copied_call import Given
+from gradflow.hooks.own.nested import Path
 from gradflow.hooks.tapped import TapSource
 from gradflow.limits import CANDIDATE_CALLS, STATE_ENTRIES
 from gradflow.recording import Track
@@ -44,7 +44,7 @@ class First:
 class CellLoop:
     """A loop over a cell, at its last call."""
 
-    end: End
+    end: LastMark
     states: dict[str, Path]  # state name -> where among what the cell returns
     entry: dict[str, Path]  # where they are among the arguments
     around: Around

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows
 from gradflow.hooks.graph import edge_of
-from gradflow.hooks.marks import Marks, Owner
-from gradflow.hooks.own.again import Given, axis_by_run
+from gradflow.hooks.marks import MarkOwner, Marks
 from gradflow.hooks.own.candidates import (
     Candidate,
     CellLoop,
@@ -34,13 +33,13 @@ from gradflow.hooks.own.candidates import (
     was_the_input,
 )
 from gradflow.hooks.own.comeback import Output, came_back, handed_on
-from gradflow.hooks.own.leaves import Path, arguments, leaves, named
+from gradflow.hooks.own.copied_call import Given, axis_by_run
+from gradflow.hooks.own.nested import Path, arguments, leaves, named
+from gradflow.hooks.own.own_steps import OwnSteps
 from gradflow.hooks.own.returned import key_of, likely_states, possible_states, row_of
-from gradflow.hooks.own.steps import OwnSteps
 from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TapSource
-from gradflow.hooks.unrolled import sources
-from gradflow.hooks.unseen import (
+from gradflow.hooks.unreadable import (
     NO_NUMBERS,
     WRAPPED,
     has_no_numbers,
@@ -48,13 +47,14 @@ from gradflow.hooks.unseen import (
     why_hidden,
     why_not_read,
 )
+from gradflow.hooks.unrolled import sources
 from gradflow.limits import DOUBTFUL, OPEN_CANDIDATES, PERHAPS, STATE_ENTRIES
 from gradflow.recording import Track
 
 STOCK = ":"  # before a module's path: torch's own recurrent functions with its weights
 
 
-class CellOwner(Owner, Protocol):
+class CellOwner(MarkOwner, Protocol):
     """The recorder, as far as cells of the user's own need it."""
 
     def drop_tracks(self, tracks: list[Track]) -> None: ...

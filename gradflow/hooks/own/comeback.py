@@ -16,7 +16,7 @@ from torch import Tensor
 from gradflow.hooks.axes import Axis, alike, as_rows
 from gradflow.hooks.graph import MOVES, Edge, edge_of, kind_of
 from gradflow.hooks.loops.rows import equal_rows
-from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.nested import Path
 from gradflow.limits import BY_VALUE, LINK_DEPTH, LINK_NODES
 
 _ELEMENTWISE = (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradflow.hooks.graph import Edge, edge_of, kind_of
 from gradflow.hooks.saved_tensors import is_hooked, saved_by
-from gradflow.hooks.unrolled.order import Unrolled
+from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import VALUE_DEPTH
 
 

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from gradflow.analysis import LayerAnalysis
 from gradflow.limits import GONE_DECADES
 from gradflow.reporter.charts.chart import LN10, Chart
-from gradflow.reporter.charts.labels import label_steps
-from gradflow.reporter.charts.marks import draw_contour
+from gradflow.reporter.charts.plot_lines import draw_contour
+from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.numbers import percent_words
 from gradflow.reporter.prepare import MAP_CELLS, measured_distances, pooled
 from gradflow.reporter.scale import UNDEFINED, paint

@@ -17,7 +17,7 @@ from gradflow.reporter.prepare import LagLine, lag_line, measured_distances
 
 
 @dataclass(frozen=True, kw_only=True)
-class LagCurve(Chart):
+class LagCurveChart(Chart):
     """The curve, and how much of it is shown."""
 
     line: LagLine
@@ -29,13 +29,13 @@ class LagCurve(Chart):
     top: float  # the highest power of ten
 
 
-def prepare(layer: LayerAnalysis) -> LagCurve:
+def prepare(layer: LayerAnalysis) -> LagCurveChart:
     """The same curve as in the overview, with its words."""
     line = lag_line(layer)
     reach = overview.curve_reach([line], [layer])
     window = _window(layer, reach)
     slope = _smoothed(line.slope, window)
-    return LagCurve(
+    return LagCurveChart(
         message="" if line.note else _message(layer, line),
         reading=_reading(layer, slope, window) + _joined(layer),
         note=line.note,
@@ -122,7 +122,7 @@ def _message(layer: LayerAnalysis, line: LagLine) -> str:
     return "; ".join(said) or "the gain against the distance"
 
 
-def draw(axes: Sequence[Axes], curve: LagCurve) -> None:
+def draw(axes: Sequence[Axes], curve: LagCurveChart) -> None:
     """The curve; below it, where there is room, its slope."""
     panels.draw_lag(axes[0], curve.line, curve.layer, curve.reach, curve.top, label=len(axes) == 1)
     axes[0].set_ylabel("gain", labelpad=2)

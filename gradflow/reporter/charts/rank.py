@@ -10,7 +10,14 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart, absent, measured
-from gradflow.reporter.charts.marks import DASHED, DOTTED, Line, count_ticks, draw_log_lines, key
+from gradflow.reporter.charts.plot_lines import (
+    DASHED,
+    DOTTED,
+    Line,
+    count_ticks,
+    draw_log_lines,
+    key,
+)
 from gradflow.reporter.numbers import count_words, number_words
 from gradflow.reporter.picture import FAINT
 from gradflow.reporter.scale import SERIES

@@ -13,8 +13,8 @@ from gradflow.analysis import LayerAnalysis
 from gradflow.cells import called
 from gradflow.limits import STUCK
 from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
-from gradflow.reporter.charts.labels import label_steps
-from gradflow.reporter.charts.marks import DASHED, key, whole
+from gradflow.reporter.charts.plot_lines import DASHED, key, whole
+from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS
 from gradflow.reporter.scale import GATE_COLOURS, SERIES, paint_gates

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from matplotlib.axis import Axis
 
-from gradflow.reporter.charts.marks import whole
+from gradflow.reporter.charts.plot_lines import whole
 from gradflow.reporter.fonts import BOX, inches, legible
 
 SIZE = 7.0  # points

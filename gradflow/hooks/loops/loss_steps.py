@@ -17,10 +17,10 @@ from torch import Tensor
 
 from gradflow.cells import Scan, Steps
 from gradflow.hooks.loops.arrivals import Arrivals
+from gradflow.hooks.loops.groups import Group
 from gradflow.hooks.loops.linearised import linearised, timed
 from gradflow.hooks.loops.linked import pulled
 from gradflow.hooks.loops.loop import Loop, merged
-from gradflow.hooks.loops.steps import Group
 
 
 @dataclass(frozen=True)

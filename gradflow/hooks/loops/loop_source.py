@@ -13,11 +13,11 @@ from gradflow.cells import Scan
 from gradflow.hooks.call import SECOND_ORDER, Call
 from gradflow.hooks.layersource import LayerSource, alone, by_loss_step
 from gradflow.hooks.loops.arrivals import Arrivals, arrivals, arrivals_at_top, reached
-from gradflow.hooks.loops.flow import Sheet, by_time, gathered, sheets
 from gradflow.hooks.loops.lags import Lags
 from gradflow.hooks.loops.loop import Loop, trimmed
+from gradflow.hooks.loops.loss_steps import Sheet, by_time, gathered, sheets
 from gradflow.hooks.parity import WeightUses
-from gradflow.hooks.unseen import ONLY_BATCHED
+from gradflow.hooks.unreadable import ONLY_BATCHED
 from gradflow.recording import Backward, Contributions, Forward, Operator, Parity, Source
 
 SEVERITY = ("not applicable", "passed", "failed")
@@ -270,9 +270,9 @@ class LoopSource:
         self, *, forget_bias: float, scale_hh: float, scale_ih: float
     ) -> tuple[Source, dict[str, Tensor]]:
         """The layer run again with changed weights, and these."""
-        from gradflow.hooks.rerun import Change, changed  # which is made of these sources
+        from gradflow.hooks.rerun import WeightChange, changed  # which is made of these sources
 
-        return changed(self, Change(forget_bias, scale_hh, scale_ih))
+        return changed(self, WeightChange(forget_bias, scale_hh, scale_ih))
 
     def _lost(self) -> str:
         return next((call.lost for call in self.calls if call.lost), "")

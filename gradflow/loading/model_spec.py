@@ -23,7 +23,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gradflow.errors import FileError, InputError, UserCodeError, must_be
 from gradflow.loading.imports import current_folder_importable
-from gradflow.loading.states import fold, is_recurrent, renamed
+from gradflow.loading.state_dicts import fold, is_recurrent, renamed
 from gradflow.loading.words import article
 from gradflow.process import printed_to_stderr, quiet
 

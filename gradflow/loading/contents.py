@@ -23,8 +23,8 @@ from torch.serialization import safe_globals
 
 from gradflow.errors import FileError, UserCodeError
 from gradflow.loading.ages import about_opening, is_of_age, older_layers_open
+from gradflow.loading.file_kinds import READ_ERRORS, sniff
 from gradflow.loading.imports import current_folder_importable
-from gradflow.loading.kinds import READ_ERRORS, sniff
 from gradflow.loading.shells import allow_list, is_forbidden
 from gradflow.loading.words import RESAVE, analyze_command, reason, some
 from gradflow.process import lock, printed_to_stderr, quiet
@@ -149,7 +149,7 @@ def refuse_huge(path: Path, kind: str, todo: str = RESAVE) -> tuple[str, ...]:
 
     Args:
         path: the file.
-        kind: as `gradflow.loading.kinds.sniff` tells.
+        kind: as `gradflow.loading.file_kinds.sniff` tells.
         todo: what to do instead, for the error.
 
     Raises:

@@ -103,11 +103,13 @@ class Around:
             raise NotReadable("a cell that puts its sequences in another order")
         return found
 
-    def _link(self, entering: Place, returned: Place, entered: Place | None) -> Link | WideLink:
+    def _link(
+        self, entering: Place, returned: Place, entered: Place | None
+    ) -> DenseLink | WideLink:
         """K and R of the states that enter a call, by those the call before returned and was given."""
         both, between = between_calls(entering, returned, entered)
         if self.constants is None:
-            return Link.read(entering, both, between, entered is not None)
+            return DenseLink.read(entering, both, between, entered is not None)
         return WideLink.read(entering, both, between, self.constants)
 
     def _hidden(self, share: Tensor | None, source: TapSource) -> Tensor:
@@ -135,7 +137,7 @@ def masked(step: Tensor | WideStep, dead: Tensor) -> Tensor | WideStep:
 
 
 @dataclass
-class Link:
+class DenseLink:
     """What becomes of states between two calls, written out: K and R, (B, S, S)."""
 
     keep: Tensor
@@ -143,7 +145,7 @@ class Link:
     rest: Tensor | None = None  # (B, S) in the place of R: it is diagonal
 
     @staticmethod
-    def read(entering: Place, both: Place, between: Between, entered: bool) -> Link:
+    def read(entering: Place, both: Place, between: Between, entered: bool) -> DenseLink:
         """One product per unit."""
         found = []
         for name in entering.parts:
@@ -163,7 +165,7 @@ class Link:
         )
         if bool(pulled.isfinite().all()) and not close_to(pulled.to(again.dtype), again, bound):
             raise NotReadable(REORDERED)
-        return Link(whole[:, :, :size], whole[:, :, size:] if entered else whole.new_zeros(()))
+        return DenseLink(whole[:, :, :size], whole[:, :, size:] if entered else whole.new_zeros(()))
 
     def flows(self) -> Tensor:
         """(B,) whether anything comes through."""

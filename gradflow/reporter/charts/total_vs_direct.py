@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import Chart
-from gradflow.reporter.charts.labels import label_steps
-from gradflow.reporter.charts.marks import Line, draw_log_lines, key
+from gradflow.reporter.charts.plot_lines import Line, draw_log_lines, key
+from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import DIRECT, SERIES
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradflow.hooks.closed.crossing import buffers_read, crossing
+from gradflow.hooks.closed.boundaries import buffers_read, crossing
 from gradflow.hooks.closed.loops import ClosedLoop, State
 from gradflow.hooks.closed.parts import MarkedPart, Seen
 from gradflow.hooks.closed.standing import Standing, View, view_of_tensor
@@ -65,7 +65,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Reading:
+class JointReading:
     """The joint states of a loop, one after the other, and all that crosses between them."""
 
     loop: ClosedLoop
@@ -76,7 +76,7 @@ class Reading:
     @staticmethod
     def of(
         loop: ClosedLoop, states: Sequence[State], every: set[Any], loss: Sequence[Any]
-    ) -> Reading:
+    ) -> JointReading:
         """Look at what crosses.
 
         every is the nodes of all calls of the loop, loss those that a backward starts from.
@@ -103,7 +103,7 @@ class Reading:
             raise NotReadable(MORE)
         if slots and not all(part.even for part in loop.parts):
             raise NotReadable(CHANGING)
-        return Reading(loop, states, extras, slots)
+        return JointReading(loop, states, extras, slots)
 
     @property
     def is_uneven(self) -> bool:
@@ -201,7 +201,7 @@ def _kind(edge: Edge) -> tuple[tuple[int, ...], Any]:
     return tuple(int(size) for size in known.shape), known.dtype
 
 
-def read(reading: Reading, ask: Ask, *, one: bool) -> list[tuple[Standing, Mark]]:
+def read(reading: JointReading, ask: Ask, *, one: bool) -> list[tuple[Standing, Mark]]:
     """A mark for every joint state, with the Jacobian of the step that led to it.
 
     Raises:
@@ -256,7 +256,7 @@ def step_between(
     return jacobian, step.cut(jacobian.flatten(1).any(1)), step.rows
 
 
-def _values(reading: Reading, number: int, *, one: bool) -> dict[str, Tensor]:
+def _values(reading: JointReading, number: int, *, one: bool) -> dict[str, Tensor]:
     rows: dict[str, Tensor] = {}
     state = reading.states[number]
     for member in reading.loop.source.members:

@@ -16,23 +16,23 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.hooks.closed.afresh import Afresh
 from gradflow.hooks.closed.dependence import Dependence
 from gradflow.hooks.closed.given import GivenInputs
-from gradflow.hooks.closed.loops import ClosedLoop, State, states_of
-from gradflow.hooks.closed.parts import MarkedPart, Member, Seen, StockPart
-from gradflow.hooks.closed.reading import (
+from gradflow.hooks.closed.joint_source import JointSource
+from gradflow.hooks.closed.joint_steps import (
     BATCHES,
     LATE,
     PACKED,
     UNEQUAL,
     WHY_NOT,
     Ask,
-    Reading,
+    JointReading,
     carries_more,
     in_words,
     note_more,
     read,
     step_between,
 )
-from gradflow.hooks.closed.source import JointSource
+from gradflow.hooks.closed.loops import ClosedLoop, State, states_of
+from gradflow.hooks.closed.parts import MarkedPart, PartLayer, Seen, StockPart
 from gradflow.hooks.closed.standing import Standing
 from gradflow.hooks.dense import Incomplete, Mixed, Place
 from gradflow.hooks.graph import NotReadable
@@ -45,7 +45,7 @@ from gradflow.recording import Recording, Track
 TAP = "tap"  # the cell of a loop that is tapped
 
 
-class Owner(TrackOwner, Protocol):
+class ClosedOwner(TrackOwner, Protocol):
     """The recorder, as far as closed loops need it."""
 
     handles: list[RemovableHandle]
@@ -58,7 +58,7 @@ class Owner(TrackOwner, Protocol):
 class ClosedLoops:
     """The closed loops of one recording."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: ClosedOwner) -> None:
         self.owner = owner
         self.ask = Ask(owner.jacobians)
         self.loops: list[ClosedLoop] = []
@@ -221,7 +221,7 @@ class ClosedLoops:
         return loop
 
     def _read(self, loop: ClosedLoop, states: list[State], every: set[Any]) -> None:
-        reading = Reading.of(loop, states, every, self._loss)
+        reading = JointReading.of(loop, states, every, self._loss)
         source = loop.source
         if not loop.begun:
             loop.slots = reading.slots
@@ -254,7 +254,7 @@ class ClosedLoops:
                 self._add(loop, states[number], mark)
                 self.owner.handles += source.listen_at(mark, place)
 
-    def _marks(self, loop: ClosedLoop, reading: Reading) -> list[tuple[Standing, Mark]]:
+    def _marks(self, loop: ClosedLoop, reading: JointReading) -> list[tuple[Standing, Mark]]:
         """See `read`; outputs within the calls are a part of the state where they are read later."""
         one = bool(loop.source.one_system)
         chunks = [part for part in loop.parts if max(part.sizes) > 1]
@@ -270,7 +270,7 @@ class ClosedLoops:
         loop.source.members = _members(loop.parts)
         return read(reading, self.ask, one=one)
 
-    def _read_own(self, loop: ClosedLoop, reading: Reading) -> None:
+    def _read_own(self, loop: ClosedLoop, reading: JointReading) -> None:
         """The steps of one layer whose input descends from it; all others are in closed form."""
         before = reading.place(0, one=False)
         part = loop.parts[0]
@@ -342,7 +342,7 @@ def _is_one_layer(loop: ClosedLoop) -> bool:
     return set(part.sizes) == {1} and not around
 
 
-def _members(parts: list[Any]) -> list[Member]:
+def _members(parts: list[Any]) -> list[PartLayer]:
     """Every layer of every part, with the names of its states in the joint state."""
     found = []
     single = len(parts) == 1 and parts[0].layers == 1
@@ -350,5 +350,5 @@ def _members(parts: list[Any]) -> list[Member]:
         for layer in range(part.layers):
             track = part.track_name(layer)
             names = {s: s if single else f"{track}.{s}" for s in part.states(layer)}
-            found.append(Member(part, layer, names, track))
+            found.append(PartLayer(part, layer, names, track))
     return found

@@ -10,11 +10,11 @@ from gradflow.hooks.dense import Incomplete, Place, Step
 from gradflow.hooks.graph import NotReadable, edge_of
 from gradflow.hooks.loops.rows import completed, equal_rows
 from gradflow.hooks.marks import Marks
-from gradflow.hooks.own.again import Given, first_step
-from gradflow.hooks.own.around import Around
+from gradflow.hooks.own.bypass import Around
 from gradflow.hooks.own.candidates import Candidate, CellLoop, First
 from gradflow.hooks.own.comeback import Output
-from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.copied_call import Given, first_step
+from gradflow.hooks.own.nested import Path
 from gradflow.hooks.own.part import is_part
 from gradflow.hooks.own.returned import key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource

@@ -21,7 +21,7 @@ from gradflow.hooks.axes import Axis
 from gradflow.hooks.dense import Place, Step
 from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.guard import Point, guarded
-from gradflow.hooks.own.leaves import Path, leaves, replaced
+from gradflow.hooks.own.nested import Path, leaves, replaced
 from gradflow.hooks.own.returned import row_of, version_of
 from gradflow.hooks.saved_tensors import saved_tensors_are_hooked
 from gradflow.process import random_numbers_kept

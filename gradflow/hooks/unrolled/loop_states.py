@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from gradflow.hooks.axes import Axis
 from gradflow.hooks.graph import LEAF, Edge
-from gradflow.hooks.unrolled.chains import Chain, Recurrence
+from gradflow.hooks.unrolled.chains import Recurrence, WeightChain
 from gradflow.hooks.unrolled.crossing import crossing, earliest, latest
-from gradflow.hooks.unrolled.order import Unrolled
+from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import CUT_PLACES, LOOP_STEPS, PERIODS
 
 FROZEN = "its weight needs no gradient, so the graph does not tell where it begins"
@@ -39,7 +39,7 @@ class NotAlike(NoState):
 
 
 @dataclass(frozen=True)
-class Steps:
+class LoopStates:
     """The states of a loop, T steps of edges in the order in which a step makes them."""
 
     edges: list[list[Edge]]
@@ -57,7 +57,7 @@ class Steps:
         return EARLY not in self.notes and NO_VALUE not in self.notes
 
 
-def steps_of(graph: Unrolled, found: Recurrence) -> Steps:
+def steps_of(graph: Unrolled, found: Recurrence) -> LoopStates:
     """The states after each step of a loop.
 
     Raises:
@@ -82,7 +82,7 @@ def steps_of(graph: Unrolled, found: Recurrence) -> Steps:
     raise NotAlike(SAME_NOT)
 
 
-def _first_in_a_step(graph: Unrolled, found: Recurrence) -> Chain:
+def _first_in_a_step(graph: Unrolled, found: Recurrence) -> WeightChain:
     """The weight that is used first, of those that are used once in every step."""
     chains = [c for c in found.chains if c.length == found.steps]
     chains = [c for c in chains if c.uses.product] or chains
@@ -129,7 +129,7 @@ class _Loop:
             some.sort(key=numbers.__getitem__)
         return found
 
-    def steps(self, period: int) -> Steps:
+    def steps(self, period: int) -> LoopStates:
         middle = (self.length - 1) // 2
         model = self.body[middle]
         kinds = [self.graph.kind(place) for place in model]
@@ -146,12 +146,12 @@ class _Loop:
                 continue
             edges = self._everywhere(wanted, shown)
             if edges is not None and self._is_all(edges, shown, cut):
-                return Steps(edges)
+                return LoopStates(edges)
             tried = tried or wanted
         for first, last, notes in _SHORTER if tried is not None else ():
             edges = self._everywhere(tried or [], shown[first:last])
             if edges is not None and self._is_all(edges, shown[first:last], cuts[0], first):
-                return Steps(edges, notes=notes)
+                return LoopStates(edges, notes=notes)
         raise NoState("what crosses from step to step is not the same at every step")
 
     def _matched(self, model: list[int], step: int) -> list[int | None]:

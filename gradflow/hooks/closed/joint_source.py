@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks.closed.parts import Member, StockPart
+from gradflow.hooks.closed.parts import PartLayer, StockPart
 from gradflow.hooks.closed.standing import Standing
 from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.arrivals import Arrivals
-from gradflow.hooks.loops.flow import sheets
+from gradflow.hooks.loops.loss_steps import sheets
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.tapped import Mark, TapSource, Words
 from gradflow.recording import Backward, Forward, Parity
@@ -36,7 +36,7 @@ class JointSource(TapSource):
     """The joint state of a closed loop, one mark per step."""
 
     cell: str = "loop"
-    members: list[Member] = field(default_factory=list)
+    members: list[PartLayer] = field(default_factory=list)
     # of each mark: id of a part -> its step
     ends: list[dict[int, int]] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)  # states that no call returned
@@ -131,7 +131,7 @@ class JointSource(TapSource):
         """The state whose direct part is given."""
         return "h"
 
-    def totals_of(self, member: Member) -> dict[str, Tensor] | None:
+    def totals_of(self, member: PartLayer) -> dict[str, Tensor] | None:
         """State -> total gradient at the end of every step of the loop, (T, B, width)."""
         if not isinstance(member.part, StockPart):
             return None  # what reaches the marks is the total
@@ -160,7 +160,7 @@ class JointSource(TapSource):
         with torch.no_grad():
             return self._split(torch.stack(self._direct()))[name]
 
-    def member_of(self, chain: Chain, layer: int) -> Member:
+    def member_of(self, chain: Chain, layer: int) -> PartLayer:
         """The piece of the joint state that one layer of a chain is."""
         return next(
             member
