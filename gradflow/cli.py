@@ -31,11 +31,12 @@ DONE, CONDITION_HOLDS, BAD_INPUT, OWN_FAULT, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def _known_loss(_: click.Context, __: click.Parameter, name: str | None) -> str | None:
-    """Refuse a loss that is none before anything is read."""
-    if name is not None and name.strip().lower().replace("_", "-") not in completion.LOSSES:
-        listed = ", ".join(completion.LOSSES)
-        raise InputError(must_be("--loss", f"one of {listed}", repr(name), "choose one of them"))
-    return name
+    """Refuse a loss that is none before anything is read; one of the user's own has a colon."""
+    if name is None or ":" in name or name.strip().lower().replace("_", "-") in completion.LOSSES:
+        return name
+    known = f"one of {', '.join(completion.LOSSES)}, or a function of your own"
+    advice = "write your own as 'pkg.mod:my_loss' or 'torch.nn:HuberLoss(delta=2.0)'"
+    raise InputError(must_be("--loss", known, repr(name), advice))
 
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
@@ -56,6 +57,7 @@ FOLDER = click.option(
 FORCE = click.option("--force", is_flag=True, help="Replace the folder if it is there.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, only.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print a sentence per layer, only.")
+NO_REPORT = click.option("--no-report", is_flag=True, help="Print only; write and draw nothing.")
 VERBOSE = click.option(
     "-v",
     "--verbose",
@@ -77,7 +79,7 @@ TARGET = click.option(
 )
 LOSS = click.option(
     "--loss", metavar="NAME", callback=_known_loss, shell_complete=completion.losses,
-    help=f"{', '.join(completion.LOSSES[:-1])} or {completion.LOSSES[-1]}.",
+    help=f"{', '.join(completion.LOSSES)}, or your own as 'pkg.mod:my_loss'.",
 )  # fmt: skip
 OUTPUT = click.option(
     "--output", metavar="KEY", help="Which part of a tuple or dict output to use."
@@ -86,12 +88,20 @@ LABELS = click.option(
     "--labels", metavar="FILE", type=click.Path(path_type=Path),
     help="A word per step for the figures: lines of text, or a .json list.",
 )  # fmt: skip
+SPAN = click.option(
+    "--span", metavar="N", type=int,
+    help="Distance of interest in steps; by default the median sequence length.",
+)  # fmt: skip
+MODE = click.option(
+    "--train/--eval", default=None,
+    help="Mode the model runs in, with --input; evaluation by default, where dropout is off.",
+)  # fmt: skip
 SEQ_LEN = click.option(
-    "--seq-len", metavar="N", type=int, default=100, show_default=True,
+    "--seq-len", metavar="N", type=int, show_default="100",
     help="Steps of a probe, without --input.",
 )  # fmt: skip
 BATCH = click.option(
-    "--batch", metavar="N", type=int, default=16, show_default=True,
+    "--batch", metavar="N", type=int, show_default="16",
     help="Sequences of a probe, without --input.",
 )  # fmt: skip
 SEED = click.option(
@@ -110,7 +120,7 @@ def _all(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-RUNNING = _all(SPEC, MEMBER, INPUT, TARGET, LOSS, OUTPUT, SEQ_LEN, BATCH, SEED)
+RUNNING = _all(SPEC, MEMBER, INPUT, TARGET, LOSS, OUTPUT, SPAN, MODE, SEQ_LEN, BATCH, SEED)
 SHOWING = _all(FOLDER, FORCE, AS_JSON, QUIET, VERBOSE, FAIL_ON)
 
 
@@ -141,12 +151,14 @@ def gradflow() -> None:
 @MODEL
 @RUNNING
 @LABELS
+@NO_REPORT
 @SHOWING
 @TRUST
 def analyze(
     model: Path,
     folder: Path | None,
     force: bool,
+    no_report: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -164,6 +176,16 @@ def analyze(
     gradflow analyze model.pt --model 'my_code:Net(10, 20)' --input batch.pt --loss mse
     """
     conditions = parse_conditions(fail_on)
+    if no_report and (folder is not None or force):
+        given = "--force" if folder is None else "-o"
+        raise InputError(
+            f"--no-report writes nothing, but {given} was given; leave one of them out"
+        )
+    if no_report:
+        with Progress() as progress:
+            analysis = _analyzed(model, progress, options)
+        _show(analysis, None, as_json, quiet, verbose)
+        return _fail_on(analysis, conditions)
     from gradflow.reporter import check_folder, free_folder, report
 
     folder = folder or free_folder(Path("reports") / model.stem)
@@ -357,7 +379,10 @@ def _typed(context: click.Context) -> str:
     words = []
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]
-        if parameter.name in ("runs", "folder", "force") or value == parameter.default or not value:
+        if parameter.name in ("runs", "folder", "force") or value in (None, parameter.default):
+            continue
+        if value is False:
+            words += parameter.secondary_opts
             continue
         words += ["--" + parameter.opts[0].lstrip("-")]
         words += [] if value is True else [shlex.quote(str(value))]
@@ -370,8 +395,10 @@ def _loaded(path: Path) -> Analysis | History:
     return load(path)
 
 
-def _show(analysis: Analysis, folder: Path, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Print the summary, the path of the page and the next command."""
+def _show(
+    analysis: Analysis, folder: Path | None, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Print the summary, the path of the page if there is one, and the next command."""
     from gradflow import reporter
 
     if as_json:
@@ -381,11 +408,14 @@ def _show(analysis: Analysis, folder: Path, as_json: bool, quiet: bool, verbose:
         reporter.render_sentences(analysis)
         return
     reporter.render(analysis, verbose=verbose)
-    click.echo(f"\npage: {folder / 'report.html'}")
+    if folder is not None:
+        click.echo(f"\npage: {folder / 'report.html'}")
     # from weights alone: the lines that save a batch end in the command that uses it
     snippet = str(analysis.provenance.get("snippet", ""))
-    other = f"gradflow compare {shlex.quote(str(folder))} OTHER_RUN"
-    click.echo(f"next: {snippet.splitlines()[-1] if snippet else other}")
+    if snippet:
+        click.echo(f"next: {snippet.splitlines()[-1]}")
+    elif folder is not None:
+        click.echo(f"next: gradflow compare {shlex.quote(str(folder))} OTHER_RUN")
 
 
 def _show_history(

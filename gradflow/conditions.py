@@ -43,7 +43,7 @@ class Condition:
 
     text: str
     holds: Callable[[LayerAnalysis], bool]
-    measured: Callable[[LayerAnalysis], str] = lambda layer: ""  # for whoever reads the log
+    measured: Callable[[LayerAnalysis], str] = lambda layer: ""  # for the reader of a log
 
     def held_by(self, analysis: Analysis) -> list[str]:
         """A sentence for every layer for which the condition holds."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Progress = Callable[[str, float], None]
+PROBE_STEPS, PROBE_BATCH = 100, 16  # design, section 8
 
 
 def diagnose(
@@ -87,10 +87,9 @@ def plot(
     Args:
         x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them; a `History`, or
             a list of histories.
-        kind: "overview", the default, or one of `gradflow.reporter.KINDS`: "gain-map",
-            "total-vs-direct", "lag-curve", "triangle", "lag-gradient", "states", "layers", "rank",
-            "lyapunov", "paths", "blocks", "gates", "saturation", "time-scales"; of a history
-            "waterfall", the default, "rates", "horizons", "gates", "norms".
+        kind: "overview", the default, or another of `gradflow.reporter.KINDS`, such as "gain-map" or
+            "states"; of a history "waterfall", the default, "rates", "horizons", "gates", "norms". The
+            README lists them, and so does the error on a kind that there is not.
         layer: one layer by name; all by default.
         ax: axes of your own for the main panel of one layer.
 
@@ -183,10 +182,22 @@ class FileRequest:
     loss: str | None = None
     output: str | None = None
     labels: Path | None = None
-    seq_len: int = 100
-    batch: int = 16
+    span: int | None = None
+    train: bool | None = None  # the mode the model runs in; None: evaluation
+    seq_len: int | None = None  # of a probe; None: 100
+    batch: int | None = None  # of a probe; None: 16
     seed: int = 0
     trust: bool = False
+
+    @property
+    def probe_steps(self) -> int:
+        """T of a probe."""
+        return PROBE_STEPS if self.seq_len is None else self.seq_len
+
+    @property
+    def probe_batch(self) -> int:
+        """B of a probe."""
+        return PROBE_BATCH if self.batch is None else self.batch
 
 
 def analyze_file(request: FileRequest, progress: Progress | None = None) -> Analysis:
@@ -199,7 +210,7 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
         raise InputError(must_be("--seed", whole, request.seed, "leave it out for 0"))
     labels = None if request.labels is None else loading.read_labels(request.labels)
     if labels is not None and request.input is None:
-        checked_labels(labels, request.seq_len)
+        checked_labels(labels, request.probe_steps)
     opened = loading.open_model(request.path, request.spec, request.trust, request.member)
     with collected_warnings() as sentences:
         if request.input is None:
@@ -231,17 +242,33 @@ def _from_batch(
         raise FileError(opened.aged)
     if opened.model is None:
         raise InputError(loading.no_model_to_run(opened, request.input))
+    for option, value in (("--seq-len", request.seq_len), ("--batch", request.batch)):
+        if value is not None:
+            raise InputError(
+                f"{option} is the size of a probe and has no effect with --input, whose batch is "
+                "used as it is; leave it out, or save a smaller batch"
+            )
     assert request.input is not None
+    if request.train is not None:
+        opened.model.train(request.train)
     batch = loading.fit_batch(loading.read_batch(request.input, request.target), opened.model)
     with random_numbers_kept(devices=None):
         torch.manual_seed(request.seed)
-        settings = LossSettings(loss_name=request.loss, output=request.output, guard=True)
+        settings = _settings(request)
         recording = recorded_pass(opened.model, batch, settings)
     if labels is not None:  # before the long part
         checked_labels(labels, max(track.steps for track in recording))
     recording.provenance |= {"input": request.input.name, "seed": request.seed}
-    analysis = analyze(recording, seed=request.seed, progress=progress)
+    analysis = analyze(recording, span=request.span, seed=request.seed, progress=progress)
     return with_predictions(recording, analysis, seed=request.seed)
+
+
+def _settings(request: FileRequest) -> LossSettings:
+    """The loss of the command line: one of gradflow's by its name, or one of the user's own."""
+    if request.loss is None or ":" not in request.loss:
+        return LossSettings(loss_name=request.loss, output=request.output, guard=True)
+    loss = loading.build_loss(request.loss)
+    return LossSettings(loss=loss, reads_part=True, output=request.output, guard=True)
 
 
 def _from_weights(
@@ -252,6 +279,7 @@ def _from_weights(
         ("--target", request.target),
         ("--loss", request.loss),
         ("--output", request.output),
+        ("--train" if request.train else "--eval", request.train),
     ):
         if value is not None:
             raise InputError(
@@ -271,23 +299,28 @@ def _from_weights(
     snippet = loading.save_snippet(opened.path, opened)
     for module in opened.recurrent:
         runs = []
-        probes = loading.probes(module, request.seq_len, request.batch, request.seed)
+        probes = loading.probes(module, request.probe_steps, request.probe_batch, request.seed)
         for number, probe in enumerate(probes):
             recording = _run_probe(module, probe)
             step = _part(
                 progress, number, len(probes), f"{module.name or module.kind} under {probe.name}"
             )
             # only the last probe is shown; the others need their rates, not their maps
-            coarse = None if number == len(probes) - 1 else max(1, request.seq_len)
-            runs.append(analyze(recording, stride=coarse, seed=request.seed, progress=step))
+            coarse = None if number == len(probes) - 1 else max(1, request.probe_steps)
+            runs.append(
+                analyze(
+                    recording,
+                    span=request.span,
+                    stride=coarse,
+                    seed=request.seed,
+                    progress=step,
+                )
+            )
         run = agreed(runs, [probe.name for probe in probes], snippet.splitlines()[-1])
         run = with_predictions(recording, run, batch=probes[-1].name, seed=request.seed)
-        layers |= {
-            _probed_name(module, name): _renamed(module, layer)
-            for name, layer in run.layers.items()
-        }
-        notes += [s for s in module.ambiguous if "tanh" in s] + list(run.warnings)
-        assumed += [s for s in module.ambiguous if "tanh" not in s]
+        layers |= run.layers
+        notes += [*module.doubts, *run.warnings]
+        assumed += module.ambiguous
         tried += [probe.name for probe in probes]
         provenance |= run.provenance
     names = ", ".join(dict.fromkeys(tried))
@@ -296,7 +329,7 @@ def _from_weights(
         "decides the rate, so give --input for your own"
     )
     provenance |= {
-        "input": f"probes: {names}; B = {request.batch}, T = {request.seq_len}",
+        "input": f"probes: {names}; B = {request.probe_batch}, T = {request.probe_steps}",
         "loss": "⟨r, h_T⟩ with seeded r",
         "seed": request.seed,
         "snippet": snippet,
@@ -317,33 +350,12 @@ def _run_probe(module: loading.RecurrentModule, probe: loading.Probe) -> Recordi
         loading.probe_loss(
             output, probe.r, module.module.batch_first, module.bidirectional
         ).backward()
+    if module.from_cell:  # it was run as a layer; its track has the cell's own path
+        (track,) = recording
+        recording.drop(track)
+        track.name = module.name or "cell"
+        recording.add(track)
     return recording
-
-
-def _probed_name(module: loading.RecurrentModule, name: str) -> str:
-    """A cell was probed as a one-layer module; its track has the cell's own path."""
-    return (module.name or "cell") if module.from_cell else name
-
-
-def _renamed(module: loading.RecurrentModule, layer: LayerAnalysis) -> LayerAnalysis:
-    name = _probed_name(module, layer.name)
-    if name == layer.name:
-        return layer
-    return replace(
-        layer,
-        name=name,
-        sentence=layer.sentence.replace(layer.name, name),
-        title=layer.title.replace(layer.name, name),
-        findings=tuple(
-            replace(
-                f,
-                layer=name,
-                message=f.message.replace(layer.name, name),
-                code=re.sub(r"((?:weight|bias)_[ih]h)_l0\b", r"\1", f.code),
-            )
-            for f in layer.findings
-        ),
-    )
 
 
 def _part(progress: Progress | None, number: int, count: int, words: str) -> Progress | None:

@@ -239,10 +239,12 @@ def test_the_readme_shows_every_command_and_every_function() -> None:
     assert [name for name in FUNCTIONS if name in NAMES and f"gradflow.{name}" not in README] == []
 
 
-def test_every_kind_of_picture_is_named_where_it_is_asked_for() -> None:
+def test_every_kind_of_picture_is_named_in_the_readme_and_where_a_wrong_one_is_asked_for() -> None:
+    with pytest.raises(errors.InputError) as caught:
+        gradflow.plot([], "overveiw")
     for kind in KINDS:
         assert f"`{kind}`" in README
-        assert f'"{kind}"' in (gradflow.plot.__doc__ or "")
+        assert re.search(rf"\b{kind}\b", str(caught.value))
 
 
 def test_scripts_that_the_readme_names_are_there() -> None:

@@ -14,6 +14,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from seam import MOST, gain_map, layers, plot_lines, png, readable, texts, width
+from seam import charts_triangle as triangle
 from test_reporter_figures import overlapping
 from torch import nn
 
@@ -22,9 +24,6 @@ from gradflow import cli, loading
 from gradflow.analysis import Analysis
 from gradflow.errors import FileError, InputError
 from gradflow.reporter import files, plot, prepare
-from gradflow.reporter.charts import gain_map, layers, plot_lines, triangle
-from gradflow.reporter.charts.step_labels import MOST, readable, texts, width
-from gradflow.reporter.picture import png
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

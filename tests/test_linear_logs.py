@@ -6,10 +6,8 @@ import math
 
 import pytest
 import torch
+from seam import LinearSteps, Logs, logs_of
 from torch import Tensor
-
-from gradflow.analyzer.linear.logs import Logs, logs_of
-from gradflow.cells.linear import LinearSteps
 
 
 def of(decay: Tensor, shape: tuple[int, ...] | None = None) -> Logs:

@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 import torch
 from linear_oracles import gated_delta, mamba, random, rwkv7, scalar_per_head, unit
+from seam import LinearSteps, Scanned, Settings, logs_of, measure_linear
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analyzer import core
-from gradflow.analyzer.linear.logs import logs_of
-from gradflow.analyzer.linear.measure import measure_linear
-from gradflow.analyzer.settings import Settings
-from gradflow.cells.linear import LinearSteps
 from gradflow.hooks import patch
-from gradflow.hooks.linear.scanned import Scanned
 
 SETTINGS = Settings(None, None, 2, "exact", 1, 0, 1, lambda phase, share: None)
 LONG = 24

@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 import synthetic
 from matplotlib.figure import Figure
-from test_reporter_figures import overlapping
-
-from gradflow.analysis import LayerAnalysis, Rate
-from gradflow.reporter import KINDS, plot
-from gradflow.reporter.charts import (
+from seam import (
+    Picture,
     blocks,
     gain_map,
     gates,
-    lag_curve,
     lag_gradient,
     layers,
     lyapunov,
@@ -27,9 +23,13 @@ from gradflow.reporter.charts import (
     saturation,
     states,
     time_scales,
-    triangle,
 )
-from gradflow.reporter.picture import Picture
+from seam import charts_lag_curve as lag_curve
+from seam import charts_triangle as triangle
+from test_reporter_figures import overlapping
+
+from gradflow.analysis import LayerAnalysis, Rate
+from gradflow.reporter import KINDS, plot
 
 NEW = (
     "triangle",

@@ -9,13 +9,22 @@ import numpy as np
 import pytest
 import synthetic
 import xarray as xr
+from seam import (
+    BAD,
+    COLOURS,
+    UNDEFINED,
+    ZERO,
+    _nearest,
+    gain_map,
+    paint,
+    palette,
+    rate_words,
+    total_vs_direct,
+)
+from seam import charts_lag_curve as lag_curve
 
 from gradflow.analysis import Rate
 from gradflow.reporter import KINDS, overview, prepare
-from gradflow.reporter.charts import gain_map, lag_curve, total_vs_direct
-from gradflow.reporter.numbers import rate_words
-from gradflow.reporter.picture import _nearest
-from gradflow.reporter.scale import BAD, COLOURS, UNDEFINED, ZERO, paint, palette
 
 
 def hexes(rgb: np.ndarray) -> list[str]:

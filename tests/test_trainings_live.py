@@ -14,14 +14,12 @@ import histories
 import numpy as np
 import pytest
 from rich.console import Console
+from seam import HIGH, course, grid, lines, paint, sparkline, view
 
 from gradflow.cli import _code
 from gradflow.cli import gradflow as group
 from gradflow.history import History, LayerProbe, Note, Probe, Writer, lag_grid
 from gradflow.reporter import Followed, follow
-from gradflow.reporter.histories.course import course
-from gradflow.reporter.histories.live import HIGH, grid, lines, sparkline, view
-from gradflow.reporter.scale import paint
 
 
 def console(width: int = 80, height: int = 24, *, terminal: bool = True, **more: object) -> Console:

@@ -13,6 +13,7 @@ import histories
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from seam import COLUMNS, clipping_began, course, edges, prepare, sentence, shared_by, stretches
 from test_reporter_figures import overlapping
 
 import gradflow
@@ -23,10 +24,6 @@ from gradflow.errors import InputError
 from gradflow.history import History, LayerProbe, Probe, lag_grid
 from gradflow.limits import PAGE_BYTES
 from gradflow.reporter import HISTORY_KINDS, plot_histories
-from gradflow.reporter.histories.across import edges, shared_by
-from gradflow.reporter.histories.course import course
-from gradflow.reporter.histories.story import clipping_began, sentence, stretches
-from gradflow.reporter.histories.waterfall import COLUMNS, prepare
 
 STEPS = 100  # of the sequences
 

@@ -15,12 +15,12 @@ import torch
 import xarray as xr
 from cases import Case, build, call, loss_of
 from compare import assert_steps_close
+from seam import WeightChange, rerun
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import LayerAnalysis, saved
 from gradflow.errors import GradflowWarning, InputError
-from gradflow.hooks.rerun import WeightChange, rerun
 from gradflow.recording import Recording
 from gradflow.workflow import FileRequest, analyze_file
 

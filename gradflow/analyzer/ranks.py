@@ -28,7 +28,7 @@ class Ranks:
     reach: int  # the span, or as much of it as the longest stretch without a cut holds
     lags: np.ndarray  # (K,) 1, 2, 4, … and the reach
     effective: np.ndarray  # (K,) exp of the entropy of σ/Σσ, median over starts and sequences
-    surviving: np.ndarray  # (K,) how many σ are at least 10⁻³, median likewise
+    surviving: np.ndarray  # (K,) how many σ are at least GONE, median likewise
 
 
 def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: float) -> Ranks:

@@ -11,6 +11,7 @@ from gradflow.analyzer.causes.reading import headline, opening
 from gradflow.analyzer.cuts import cut_steps
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
+from gradflow.limits import BAND_WORDS, GONE_WORDS
 
 # ------------------------------------------------------------------------------------- sentence
 
@@ -71,7 +72,7 @@ def _too_short(e: Evidence) -> str:
 def _vanishing(e: Evidence) -> str:
     gone = e.curve.horizon
     if gone is None:
-        end = f"and is still above 10⁻³ after the {counted(e.curve.searched, 'step')} measured"
+        end = f"and is still above {GONE_WORDS} after the {counted(e.curve.searched, 'step')} measured"
     elif gone < e.span:
         end = f"and is gone after {gone} of your {counted(e.span, 'step')}"
     else:
@@ -156,7 +157,7 @@ def _inconclusive(e: Evidence) -> str:
     low, high = (number(end / math.log(10)) for end in (e.gain.low, e.gain.high))
     return (
         f"is inconclusive: the largest gain over {e.over}, {number(e.decades)} decades "
-        f"[{low}, {high}], straddles the edge of one decade; {e.verdict.needed} would decide"
+        f"[{low}, {high}], straddles the edge of {BAND_WORDS}; {e.verdict.needed} would decide"
     )
 
 
@@ -261,7 +262,7 @@ def _by_gain(e: Evidence) -> str:
         return f"every direction loses {number(-e.decades)} decades or more over {e.over}"
     if e.channels:
         return _surviving(e)
-    return f"the gain stays above 10⁻³ for {_steps(e.curve.searched)}"
+    return f"the gain stays above {GONE_WORDS} for {_steps(e.curve.searched)}"
 
 
 def _steps(count: int) -> str:

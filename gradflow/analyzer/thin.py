@@ -86,7 +86,7 @@ def thin_maps(
 ) -> tuple[Maps, Ranks]:
     """ln gain of the mapped sequences over windows of 1, 2, 4, … steps, and ranks as far as known.
 
-    Where the median gain falls below 10⁻³ or below a half between two of these distances, the
+    Where the median gain falls below GONE or below a half between two of these distances, the
     distances between are halved until the crossing is known to the step.
 
     Args:
@@ -262,7 +262,8 @@ def _filled(
 ) -> Maps:
     sources = np.arange(0, track.steps, stride)
     shape = (len(mapped), len(sources), track.steps)
-    planes = {name: np.full(shape, np.nan) for name in ("spectral", "rms", "error")}
+    unknown = np.full(shape, np.nan)
+    planes = {name: unknown.copy() for name in ("spectral", "rms", "error")}
     for name, plane in planes.items():
         for (place, source, target), value in getattr(pairs, name).items():
             plane[place, source // stride, target] = value
@@ -274,7 +275,7 @@ def _filled(
     names = list(track.states)
     blocks = tuple(b + a for b in names for a in names) if len(names) > 1 else ()
     return Maps(
-        log_gain={norm: planes[norm] for norm in NORMS} | {"loss": loss},
+        log_gain={norm: planes.get(norm, unknown) for norm in NORMS} | {"loss": loss},
         blocks=np.full((len(blocks), *shape), np.nan),
         block_names=blocks,
         cell_path=log_cell_path(track, mapped, sources),

@@ -209,7 +209,7 @@ class WindowSweep:
                 state[place], scale[place] = blocks[chosen], 0.0
             moved = step(t, state.view(batch, self.parts * rows, size))
             state = moved.reshape(batch, self.parts, rows, size)
-            if not self.whole[t]:  # what padding or a cut makes of a block is nobody's
+            if not self.whole[t]:  # what padding or a cut makes of a block is not used
                 state = torch.where(self.live[t][..., None, None], state, 0.0)
             peak = state.abs().amax((2, 3))
             safe = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1.0)

@@ -44,7 +44,7 @@ def without_dropout(model: nn.Module) -> list[str]:
         return []
     return [
         "the model ran in evaluation mode, so its dropout was off: gradients in training differ; call "
-        "model.train() to measure those"
+        "model.train(), or give --train, to measure those"
     ]
 
 

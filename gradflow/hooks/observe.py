@@ -117,7 +117,7 @@ class _Block:
         self.marks: list[tuple[int, int] | None] | None = None
 
     def open(self) -> None:
-        """Begin to listen; what cannot be listened to is noted."""
+        """Begin to watch; what cannot be watched is noted."""
         nothing_is_under_way()
         model, remark = self.recorder.model, self.recorder.withheld.remark
         self.marks = guarded(Point.OPENING, remark, mistakes.gradient_marks, model)

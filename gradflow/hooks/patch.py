@@ -7,8 +7,8 @@ TorchFunctionMode would see the same calls, but moves torch off its fast paths.
 
 What torch.compile makes into a graph stays the graph it would be without a recording: there the
 wrapper is traced as the original alone, and nothing is seen. ``GradScaler.scale`` is watched too, and
-so is the one door through which every backward enters torch's engine: there the graph is complete and
-nothing of it is freed yet.
+so is the function through which every backward enters torch's engine: when it is called the graph is
+complete and nothing of it is freed yet.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from gradflow.hooks.unreadable import is_batched, is_wrapped, why_hidden
 
 
 class Observer(Listener, Protocol):
-    """Whoever wants to hear of all that can be told of a thread."""
+    """What is notified of everything that is watched in one thread: a recorder."""
 
     thread: int
 
@@ -112,7 +112,7 @@ def observers_here() -> list[Observer]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Tell nobody of what runs in this thread."""
+    """Notify no observer of what runs in this thread."""
     thread = threading.get_ident()
     _paused.add(thread)
     try:
@@ -186,7 +186,7 @@ def _watched(
 
     found = traced_as(original, functools.wraps(original, updated=())(watched))
     builtins: Any = torch.jit._builtins
-    if id(original) in builtins._get_builtin_table():  # for whoever scripts inside the block
+    if id(original) in builtins._get_builtin_table():  # torch.jit.script may run in the block
         builtins._register_builtin(found, f"aten::{name}")
     return found
 
@@ -274,7 +274,7 @@ def _before_backward(
 
 
 def traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper, for which torch.compile reads the original, also in its table of what it knows.
+    """The wrapper, which torch.compile treats as the original, also in its table of known functions.
 
     Called from where nothing is compiled it runs as it is, never as a compiled graph of its own.
     """
@@ -284,7 +284,7 @@ def traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Cal
 
 
 def run_as_it_is(code: CodeType) -> None:
-    """Never compile this code as a graph of its own; what it calls is not concerned."""
+    """Never compile this code as a graph of its own; what it calls may be compiled."""
     skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
     eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
 
@@ -293,7 +293,7 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with all it calls, kept away from torch.compile.
 
     Where torch._dynamo is not loaded, its second of import is saved: the marks that
-    ``torch.compiler.disable`` would set are set by hand, for whoever compiles inside the block.
+    ``torch.compiler.disable`` would set are set by hand, in case torch.compile is called inside the block.
     """
     if "torch._dynamo" in sys.modules:
         return torch.compiler.disable(function)

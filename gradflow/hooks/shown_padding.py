@@ -145,7 +145,7 @@ class ShownPadding:
         return padding_of((ids.T if batch_first else ids).unsqueeze(2), {node._saved_padding_idx})
 
     def close(self) -> None:
-        """Let go of the numbers."""
+        """Release the numbers of nodes."""
         self._made.clear()
 
 

@@ -160,7 +160,7 @@ class Taps:
         end.frames = (frame, frame.f_back)
 
     def close(self) -> None:
-        """Let go of the user's tensors, graph and frames."""
+        """Release the user's tensors, graph and frames."""
         self._ends.clear()
 
     def _goes_on(

@@ -11,6 +11,7 @@ import pickle
 import pickletools
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -34,9 +35,8 @@ from gradflow.process import lock, printed_to_stderr, quiet
 class Contents:
     """What a file held, before anyone asked what it means."""
 
-    kind: str  # "torch", "safetensors" or "pickle"
+    kind: str  # as `gradflow.loading.file_kinds.sniff` tells
     value: object
-    globals: tuple[str, ...] = ()  # names of classes and functions that the pickle asks for
 
 
 def read(path: Path, trust: bool = False) -> Contents:
@@ -45,18 +45,20 @@ def read(path: Path, trust: bool = False) -> Contents:
     Raises FileError with what the file holds and the next command.
     """
     kind = sniff(path)
-    if kind == "safetensors":
-        return Contents(kind, _read_safetensors(path))
+    if kind in READERS:
+        return Contents(kind, READERS[kind](path))
     if trust:
         return Contents(kind, _read_trusted(path, kind))
-    names = refuse_huge(path, kind)
+    asked = asked_by(path, kind)
+    refuse_huge(path, asked)
+    names = tuple(asked.names)
     if kind == "pickle":
         raise FileError(
             f"{path} holds a Python pickle that torch.save did not write"
             f"{_naming(names)}, and opening one can run any code; {RESAVE}, or, only if you trust "
             f"the file's author: {analyze_command(path, '--trust')}"
         )
-    return Contents(kind, _read_weights_only(path, kind, names), names)
+    return Contents(kind, _read_weights_only(path, kind, names))
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -69,6 +71,9 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+READERS: dict[str, Callable[[Path], object]] = {
+    "safetensors": _read_safetensors
+}  # can hold no code
 _reading = lock()
 
 
@@ -137,40 +142,37 @@ def _unpickled(path: Path, kind: str) -> object:
 
 
 @dataclass
-class _Asked:
+class Asked:
     """What a pickle asks for when it is opened."""
 
     names: dict[str, None] = field(default_factory=dict)  # that it would import
     largest: int = 0  # whole number in it
 
 
-def refuse_huge(path: Path, kind: str, todo: str = RESAVE) -> tuple[str, ...]:
-    """Names that a pickle would import, read from its opcodes; nothing is imported.
-
-    Args:
-        path: the file.
-        kind: as `gradflow.loading.file_kinds.sniff` tells.
-        todo: what to do instead, for the error.
-
-    Raises:
-        FileError: it asks for a bytearray, which torch's own safe reader allows, of more bytes than
-            the file has.
-    """
-    asked = _Asked()
+def asked_by(path: Path, kind: str) -> Asked:
+    """What a pickle would import and how large its numbers are, by its opcodes; nothing is imported."""
+    asked = Asked()
     try:
         with quiet():  # strange escapes in a damaged file
             _scan_file(path, kind, asked)
     except READ_ERRORS:
         pass  # a damaged file: the reader itself will say so
+    return asked
+
+
+def refuse_huge(path: Path, asked: Asked, todo: str = RESAVE) -> None:
+    """Raise FileError where a pickle asks for a bytearray of more bytes than the file has.
+
+    torch's own safe reader allows it. todo is what to do instead, for the error.
+    """
     if "builtins.bytearray" in asked.names and asked.largest > path.stat().st_size:
         raise FileError(
             f"{path} asks for {asked.largest:,} bytes of memory when it is opened, and holds "
             f"{path.stat().st_size:,}, so it was not opened; {todo}"
         )
-    return tuple(asked.names)
 
 
-def _scan_file(path: Path, kind: str, asked: _Asked) -> None:
+def _scan_file(path: Path, kind: str, asked: Asked) -> None:
     if kind == "torch":
         with zipfile.ZipFile(path) as archive:
             member = next(n for n in archive.namelist() if n.split("/")[-1] == "data.pkl")
@@ -182,7 +184,7 @@ def _scan_file(path: Path, kind: str, asked: _Asked) -> None:
                 _scan_pickle(file, asked)
 
 
-def _scan_pickle(file: IO[bytes], asked: _Asked) -> None:
+def _scan_pickle(file: IO[bytes], asked: Asked) -> None:
     strings: list[str] = []
     protocol = 0
     for opcode, argument, _ in pickletools.genops(file):

@@ -35,6 +35,7 @@ READ_ERRORS = (
     ValueError,
 )
 LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # after the two protocol bytes of torch.save
+PICKLED = ("torch", "legacy", "pickle")  # kinds of files that may ask to run code
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 

@@ -28,6 +28,8 @@ from gradflow.loading.words import article
 from gradflow.process import printed_to_stderr, quiet
 
 EXAMPLE = "write it like --model 'pkg.mod:Net(10, 20, hidden=5)'"
+LOSS_EXAMPLE = "write it like --loss 'pkg.mod:my_loss' or --loss 'torch.nn:HuberLoss(delta=2.0)'"
+EXAMPLES = {"--model": EXAMPLE, "--loss": LOSS_EXAMPLE}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Spec:
     called: bool = False  # whether parentheses were written
 
 
-def parse_spec(text: str) -> Spec:
+def parse_spec(text: str, option: str = "--model") -> Spec:
     """Read ``module:Name(literals)``; raises InputError for anything else.
 
     >>> parse_spec("pkg.mod:Net(10, hidden=5)").kwargs
@@ -51,7 +53,7 @@ def parse_spec(text: str) -> Spec:
     module, colon, name = head.strip().rpartition(":")
     identifiers = name.strip().split(".")
     if not colon or not module or not all(part.isidentifier() for part in identifiers):
-        raise InputError(must_be("--model", "MODULE:NAME(ARGUMENTS)", repr(text), EXAMPLE))
+        raise InputError(must_be(option, "MODULE:NAME(ARGUMENTS)", repr(text), EXAMPLES[option]))
     if not parenthesis:
         return Spec(module.strip(), name.strip())
     try:
@@ -65,9 +67,9 @@ def parse_spec(text: str) -> Spec:
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         reason = getattr(error, "msg", None) or error
         raise InputError(
-            f"the arguments in --model must be Python literals (numbers, strings, True, None, "
-            f"lists, dicts), got {('(' + rest)!r} ({reason}); {EXAMPLE}, or name a function of "
-            "your own that builds the model: --model 'pkg.mod:build'"
+            f"the arguments in {option} must be Python literals (numbers, strings, True, None, "
+            f"lists, dicts), got {('(' + rest)!r} ({reason}); {EXAMPLES[option]}, or name a function "
+            f"of your own: {option} 'pkg.mod:name'"
         ) from error
     return Spec(module.strip(), name.strip(), args, kwargs, called=True)
 
@@ -93,11 +95,7 @@ def build(text: str) -> nn.Module:
     Raises InputError for a wrong name, UserCodeError when the user's code raises.
     """
     spec = parse_spec(text)
-    is_file = spec.module.endswith(".py")
-    folders = (str(Path(spec.module).resolve().parent),) if is_file else ()
-    with current_folder_importable(*folders):
-        module = _import_file(Path(spec.module)) if is_file else _import_module(spec.module)
-        target = _look_up(module, spec)
+    with _imported(spec, "--model") as target:
         if isinstance(target, nn.Module):
             if spec.called:
                 raise InputError(
@@ -119,7 +117,43 @@ def build(text: str) -> nn.Module:
     return model
 
 
-def _import_module(name: str) -> ModuleType:
+def build_loss(text: str) -> Callable[..., Tensor]:
+    """Import the loss that ``--loss`` names: a function of (output, target), or a class of it.
+
+    A class is constructed, with the arguments written in parentheses or with none. Raises
+    InputError for a wrong name, UserCodeError when the user's code raises.
+
+    >>> build_loss("torch.nn:HuberLoss(delta=2.0)").delta
+    2.0
+    """
+    spec = parse_spec(text, "--loss")
+    with _imported(spec, "--loss") as target:
+        if isinstance(target, type) or spec.called:
+            if not callable(target):
+                raise InputError(
+                    f"{spec.name} of {spec.module} cannot be called; leave out the parentheses"
+                )
+            with _user_code(f"building {text}"):
+                target = target(*spec.args, **spec.kwargs)
+    if not callable(target):
+        kind = article(type(target).__name__)
+        raise InputError(
+            must_be(text, "a function that takes (output, target)", kind, LOSS_EXAMPLE)
+        )
+    return target
+
+
+@contextmanager
+def _imported(spec: Spec, option: str) -> Iterator[object]:
+    """What a specification names, while the current folder is importable."""
+    is_file = spec.module.endswith(".py")
+    folders = (str(Path(spec.module).resolve().parent),) if is_file else ()
+    with current_folder_importable(*folders):
+        read = _import_file if is_file else _import_module
+        yield _look_up(read(spec.module, option), spec, option)
+
+
+def _import_module(name: str, option: str) -> ModuleType:
     try:
         known = name in sys.modules or importlib.util.find_spec(name) is not None
     except (ImportError, ValueError, AttributeError):
@@ -127,44 +161,47 @@ def _import_module(name: str) -> ModuleType:
     if not known:
         raise InputError(
             f"there is no module {name!r} in the current folder or among the installed packages; "
-            f"start gradflow where it can be imported, or give its file: --model '{name}.py:Net()'"
+            f"start gradflow where it can be imported, or give its file: {option} '{name}.py:…'"
         )
     with _user_code(f"importing {name}"):
         return importlib.import_module(name)
 
 
-def _import_file(path: Path) -> ModuleType:
+def _import_file(name: str, option: str) -> ModuleType:
+    path, example = Path(name), EXAMPLES[option]
     if not path.is_file():
-        raise InputError(f"there is no file {path} for --model; check the path, and {EXAMPLE}")
+        raise InputError(f"there is no file {path} for {option}; check the path, and {example}")
     # An installed module of the same name is left alone.
-    name = path.stem if path.stem not in sys.modules else f"{path.stem}_from_file"
-    spec = importlib.util.spec_from_file_location(name, path)
+    known = path.stem if path.stem not in sys.modules else f"{path.stem}_from_file"
+    spec = importlib.util.spec_from_file_location(known, path)
     if spec is None or spec.loader is None:
-        raise InputError(f"{path} cannot be imported as Python; {EXAMPLE}")
+        raise InputError(f"{path} cannot be imported as Python; {example}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up by name
+    sys.modules[known] = module  # dataclasses look their module up by name
     try:
         with _user_code(f"importing {path}"):
             spec.loader.exec_module(module)
     except UserCodeError:
-        del sys.modules[name]
+        del sys.modules[known]
         raise
     return module
 
 
-def _look_up(module: ModuleType, spec: Spec) -> Callable[..., Any] | nn.Module | object:
+def _look_up(module: ModuleType, spec: Spec, option: str) -> object:
     target: object = module
     for part in spec.name.split("."):
         if not hasattr(target, part):
-            names = [
-                name
+            own = [
+                (name, value)
                 for name, value in vars(module).items()
-                if isinstance(value, type)
-                and issubclass(value, nn.Module)
-                and value.__module__ == module.__name__
+                if getattr(value, "__module__", "") == module.__name__
             ]
-            known = f"it defines {', '.join(names[:5])}" if names else "it defines no nn.Module"
-            raise InputError(f"{spec.module} has no {spec.name}; {known}; {EXAMPLE}")
+            names = [n for n, v in own if isinstance(v, type) and issubclass(v, nn.Module)]
+            if option == "--loss":
+                names = [name for name, value in own if callable(value)]
+            what = "nn.Module" if option == "--model" else "function"
+            known = f"it defines {', '.join(names[:5])}" if names else f"it defines no {what}"
+            raise InputError(f"{spec.module} has no {spec.name}; {known}; {EXAMPLES[option]}")
         target = getattr(target, part)
     return target
 

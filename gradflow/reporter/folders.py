@@ -94,7 +94,7 @@ def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def _move(new: Path, folder: Path, force: bool) -> None:
-    check_folder(folder, force=force)  # someone may have made it in the meantime
+    check_folder(folder, force=force)  # another process may have made it in the meantime
     if not folder.exists():
         new.rename(folder)
         return

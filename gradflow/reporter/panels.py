@@ -74,7 +74,7 @@ def back_ticks(steps: int) -> list[int]:
 def draw_lag(
     ax: Axes, line: LagLine, layer: LayerAnalysis, reach: float, top: float, *, label: bool = True
 ) -> None:
-    """The lag curve with its band, the fit, the 10⁻³ line and the dot where it is gone."""
+    """The lag curve with its band, the fit, the line below which it is gone and the dot where it goes."""
     ax.set_xlim(0, max(reach, 1))
     ax.set_ylim(CURVE_FLOOR, top)
     if label:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from compare import FLOAT32_BOUND, assert_steps_close, assert_whole_close
 from functions import CASES, IDS, Case, loaded
+from seam import Scanned
 from torch import Tensor, nn
 
 from gradflow.hooks import patch
-from gradflow.hooks.linear.scanned import Scanned
 
 
 class Ear:

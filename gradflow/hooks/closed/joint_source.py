@@ -45,7 +45,7 @@ class JointSource(TapSource):
 
     @property
     def words(self) -> Words:
-        """How to speak of this loop."""
+        """The words for its steps and states in sentences."""
         return CLOSED
 
     @property
@@ -79,7 +79,7 @@ class JointSource(TapSource):
         rows = rows.reshape(mark.states[name].shape)
         mark.grads[name] = mark.grads[name] + rows if name in mark.grads else rows
 
-    # -- what the calls heard ----------------------------------------------------------------
+    # -- gradients that reached the calls ----------------------------------------------------
 
     def fill(self) -> None:
         """Put what reached the calls on the marks, as the graph has it: at h and the output, at c."""

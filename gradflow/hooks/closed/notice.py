@@ -118,7 +118,7 @@ class ClosedLoops:
         self._loss = []
 
     def close(self) -> None:
-        """Decide what no backward came through, and let go of the graph."""
+        """Decide what no backward came through, and release the graph."""
         self.decide()
         self.given.close()
         self.afresh.close()

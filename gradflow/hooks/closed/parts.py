@@ -105,7 +105,7 @@ class StockPart:
 
     @property
     def batched(self) -> bool:
-        """Whether a backward of several outputs at once came by."""
+        """Whether a backward of several outputs at once reached it."""
         return any(call.batched for call in self.chain.calls)
 
     @property
@@ -212,7 +212,7 @@ class MarkedPart:
 
     @property
     def batched(self) -> bool:
-        """Whether a backward of several outputs at once came by."""
+        """Whether a backward of several outputs at once reached it."""
         return self.source.batched
 
     @property

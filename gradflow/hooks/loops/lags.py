@@ -42,7 +42,7 @@ class Lags:
         """C_0, C_1, … until nothing is left."""
         passed = by_lag(self.stack, len(self.sequences))
         while True:
-            with torch.no_grad():  # but not while the caller has the word
+            with torch.no_grad():  # left before `yield`: the caller's code is not to run in it
                 step = next(passed, None)
             if step is None:
                 return

@@ -30,7 +30,7 @@ class LoopSource:
     loop: Loop
     layer: int
     direction: int
-    uses: WeightUses | None  # None: asked by them, so that no circle keeps both alive
+    uses: WeightUses | None  # None in the copy that they hold, which would else refer back to them
     ran_backward: bool = False  # some backward ran in the block, perhaps not through here
 
     @property

@@ -138,7 +138,7 @@ class Stitcher:
         self._again[call.owner] = _end(call, initial, results)
 
     def close(self) -> None:
-        """Let go of the user's tensors."""
+        """Release the user's tensors."""
         self._ends.clear()
         self._again.clear()
         self._chains.clear()

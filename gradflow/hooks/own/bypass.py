@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradflow.hooks.dense import Incomplete, Place, Step, unit_rows
+from gradflow.hooks.dense import Place, Step, complete, unit_rows
 from gradflow.hooks.graph import Between, NotReadable
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.tape import Constants, Tape
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.wide import LedStep, MaskedStep, WideStep, mixes, wide_step
+from gradflow.hooks.wide import LedStep, MaskedStep, WideStep, mixes, tape_of, wide_step
 
-BESIDE = "a state that depends on another result of what made those before it"
 REORDERED = (
     "a step that mixes its sequences, or puts them in another order, beside a mixture (zoneout)"
 )
@@ -150,9 +149,7 @@ class DenseLink:
         found = []
         for name in entering.parts:
             block, beside = unit_rows(entering, both, between, name)
-            if any(bool((grad != 0).any()) for grad in beside):
-                raise Incomplete(BESIDE)
-            found.append(block)
+            found.append(complete(block, beside))
         whole = torch.cat(found, dim=1)
         size = whole.shape[1]
         probe = probe_of(entering.like)
@@ -193,17 +190,7 @@ class WideLink:
     @staticmethod
     def read(entering: Place, both: Place, between: Between, constants: Constants) -> WideLink:
         """Write down one backward of what lies between the calls."""
-        beside: list[Tensor] = []
-
-        def linear(seed: Tensor) -> Tensor:
-            row, more = both.gathered(between.pull(entering.seeds(seed, list(entering.parts))))
-            beside.extend(more)
-            return row
-
-        with torch.autocast(entering.like.device.type, enabled=False):
-            tape = Tape.of(linear, probe_of(entering.like), constants)
-        if any(bool((grad != 0).any()) for grad in beside):
-            raise Incomplete(BESIDE)
+        tape = tape_of(entering, both, between, constants)
         if mixes(tape, 0):
             raise NotReadable(REORDERED)
         return WideLink(tape)

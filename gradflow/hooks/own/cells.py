@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows
-from gradflow.hooks.graph import edge_of
+from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows, is_stretched
 from gradflow.hooks.marks import MarkOwner, Marks
 from gradflow.hooks.own.candidates import (
     Candidate,
@@ -213,7 +212,7 @@ class OwnCells:
         self._tell_outer(STOCK + owner, list(results))
 
     def close(self) -> None:
-        """Let go of the user's tensors and graph."""
+        """Release the user's tensors and graph."""
         for cell in self._cells.values():
             for end in cell.ends:
                 let_go(end)
@@ -282,7 +281,7 @@ class OwnCells:
         outputs = {}
         for path, tensor in tensors.items():
             axis = self._axes(call.given, tensor.shape)[0]
-            outputs[path] = Output(edge_of(tensor), row_of(tensor, axis), tensor.shape, axis)
+            outputs[path] = Output.of(tensor, row_of(tensor, axis), axis)
         call.given.keep_views()
         rows = {key_of(path): out.row for path, out in outputs.items()}
         edges = {key_of(path): out.edge for path, out in outputs.items() if out.edge is not None}
@@ -347,7 +346,12 @@ class OwnCells:
 
     @staticmethod
     def _axes(given: Given, shape: torch.Size) -> list[Axis]:
-        others = [t.shape for t in given.tensors.values() if t.shape != shape]
+        shapes = [t.shape for t in given.tensors.values()]
+        others = [other for other in shapes if other != shape]
+        if len(shape) > 1 and shapes[:1] == [
+            shape
+        ]:  # the others may be a first state, not the input
+            others = [other for other in others if not is_stretched(other, shape)]
         return batch_axes(shape, others)
 
     def _tell_axes(self, cell: Candidate, first: First, came: dict[Path, Path]) -> None:

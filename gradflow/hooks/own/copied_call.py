@@ -169,7 +169,7 @@ def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -
 
 
 def _is_watched() -> bool:
-    """Whether somebody would hear of a module that runs, or of what it computes."""
+    """Whether a global hook or an active mode would see a module that is run."""
     modes = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
     return bool(modes) or any(vars(nn.modules.module)[hooks] for hooks in EVERYWHERE)
 

@@ -26,7 +26,7 @@ def leaves(value: Any) -> dict[Path, Tensor]:
 
 def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(value, Tensor):
-        if not value.is_nested:  # it has no shape to speak of
+        if not value.is_nested:  # its components have other shapes than itself
             yield path, value
         return
     if len(path) < LEAF_DEPTH:

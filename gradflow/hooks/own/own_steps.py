@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gradflow.hooks.axes import alike
 from gradflow.hooks.dense import Incomplete, Place, Step
 from gradflow.hooks.graph import NotReadable, edge_of
-from gradflow.hooks.loops.rows import completed, equal_rows
+from gradflow.hooks.loops.rows import between_neighbours, equal_rows
 from gradflow.hooks.marks import Marks
 from gradflow.hooks.own.bypass import Around
 from gradflow.hooks.own.candidates import Candidate, CellLoop, First
@@ -160,7 +160,7 @@ class OwnSteps:
         Marks.extend(loop.end, mark)
         self.marks.settle(loop.end, {}, place, mark)
         loop.outputs = {
-            path: Output(edge_of(states[name]), rows[name], states[name].shape, axes[name])
+            path: Output.of(states[name], rows[name], axes[name])
             for name, path in loop.states.items()
         }
         return True
@@ -172,7 +172,7 @@ class OwnSteps:
         found = None if values is None else equal_rows(values, known)
         if found is None or bool(found[1].all()):
             return False
-        mark.rows = completed(found[0], len(known))
+        mark.rows = between_neighbours(found[0], len(known))
         return True
 
     @staticmethod

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from gradflow.hooks.own.comeback import ELEMENTWISE, MOVES
+from gradflow.hooks.graph import ELEMENTWISE, MOVES
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import RECURRENCE_USES
 

@@ -2,7 +2,7 @@
 
 An operation that saved a tensor tells which operation made it, so what it saved is that very value.
 Sums and products of such values are computed as the forward pass did. What lies in a checkpoint, or
-under any other hook on saved tensors, is not touched: reading it would run somebody's code.
+under any other hook on saved tensors, is not touched: reading it would run the code of that hook.
 """
 
 from __future__ import annotations

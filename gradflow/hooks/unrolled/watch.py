@@ -163,7 +163,7 @@ class Watch:
         return source is None or not source.part_of_a_step
 
     def close(self) -> None:
-        """Let go of the user's graph."""
+        """Release the user's graph."""
         self.given.clear()
         self.held.clear()
         self.pieces.clear()

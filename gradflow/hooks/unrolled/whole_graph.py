@@ -16,7 +16,7 @@ class TooLarge(Exception):
 class Unrolled:
     """All nodes that some roots were made from, in the order in which they were made.
 
-    A node is spoken of by its place, 0 for the first. Nodes that a call of torch's own recurrent
+    A node is named by its place, 0 for the first. Nodes that a call of torch's own recurrent
     functions made inside are stepped over: what it returned was made from what it was given.
 
     Args:

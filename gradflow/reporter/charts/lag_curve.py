@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.limits import GONE_WORDS
 from gradflow.reporter import overview, panels
 from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.numbers import half_life_words, rate_words
@@ -53,7 +54,7 @@ def _reading(layer: LayerAnalysis, slope: np.ndarray, window: int) -> str:
     rate, known = layer.rate, layer.rate_told
     words = (
         f"the median over starting steps and sequences, its 10–90 % band{', dotted the rate' * known}; "
-        "in the grey part, below 10⁻³, the gradient is gone."
+        f"in the grey part, below {GONE_WORDS}, the gradient is gone."
     )
     if not np.isfinite(slope).any():
         return words[0].upper() + words[1:]

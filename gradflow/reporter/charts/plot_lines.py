@@ -81,9 +81,7 @@ def draw_log_lines(
         ax.plot(x[zero], np.full(zero.sum(), low), ".", color=line.colour, ms=4, clip_on=False)
     ax.set_ylim(low, high)
     tall = _inches(ax)
-    above = low + (
-        max(0.04, 0.17 / tall) * (high - low) if zeros else 0
-    )  # the word 0 has its place
+    above = low + (max(0.04, 0.17 / tall) * (high - low) if zeros else 0)  # room for the label 0
     places, words = power_ticks(above, high, min(5, max(2, int(tall / 0.25))))
     ax.set_yticks([low, *places] if zeros else places, ["0", *words] if zeros else words)
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.limits import GONE_DECADES
+from gradflow.limits import GONE_DECADES, GONE_WORDS
 from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient
 from gradflow.reporter.charts.plot_lines import draw_contour
 from gradflow.reporter.charts.step_labels import label_steps
@@ -29,8 +29,8 @@ class TriangleChart(Chart):
     values: np.ndarray  # (rows, columns): loss step down, step across; NaN undefined, −inf zero
     rows: tuple[float, float]  # the loss steps at the upper and lower edge, counted from 1
     columns: tuple[float, float]  # the steps at the left and right edge, counted from 1
-    reach: np.ndarray  # (R,) per loss step, steps back until below 10⁻³; inf if never
-    contour: bool  # whether some entries lie above and some below 10⁻³
+    reach: np.ndarray  # (R,) per loss step, steps back until gone; inf if never
+    contour: bool  # whether some entries are gone and some are not
 
 
 def prepare(layer: LayerAnalysis) -> TriangleChart:
@@ -104,11 +104,11 @@ def _message(reach: np.ndarray, depths: Sequence[int], steps: int) -> str:
         every = "every" if still == len(deep) else f"{still} of {len(deep)}"
         late = "late loss step" if every == "every" else "late loss steps"
         return f"{every} {late} is still felt at the far end".replace("steps is", "steps are")
-    return f"a loss step is felt {count_words(int(middle), 'step')} back, then below 10⁻³ (median)"
+    return f"a loss step is felt {count_words(int(middle), 'step')} back, then below {GONE_WORDS} (median)"
 
 
 def draw(axes: Sequence[Axes], triangle: TriangleChart) -> None:
-    """Loss step down, step across, in the fixed colours; a white line at 10⁻³."""
+    """Loss step down, step across, in the fixed colours; a white line where it is gone."""
     ax = axes[0]
     extent = (*triangle.columns, *triangle.rows[::-1])
     ax.imshow(paint(triangle.values), extent=extent, interpolation="nearest", aspect="auto")
