@@ -54,7 +54,7 @@ class Layout:
     def holds(self, other: Layout) -> bool:
         """Whether a probe of the other layout can be written in this one."""
         return (
-            self.groups == other.groups
+            self.groups >= other.groups
             and set(self.layers) >= set(other.layers)
             and set(self.gates) >= set(other.gates)
             and set(self.lags) >= set(other.lags)
@@ -126,7 +126,7 @@ def probe_line(probe: Probe, layout: Layout) -> str:
     for name in ("values", "learning_rates", "layers", "gates", "lags"):
         numbers[name] = np.nan
     numbers["values"] = [probe.values.get(name, np.nan) for name in layout.of_step]
-    numbers["learning_rates"] = probe.learning_rates
+    numbers["learning_rates"][: len(probe.learning_rates)] = probe.learning_rates
     for name, layer in probe.layers.items():
         place = layout.layers.index(name)
         values = layer.values | {VERDICT: _code(layer.verdict)}
