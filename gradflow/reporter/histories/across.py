@@ -21,7 +21,7 @@ from gradflow.reporter.scale import BAD, DIRECT, UNDEFINED, VERDICT_COLOURS
 STRIP = 0.15  # inches of a strip
 WIDTH = 7.2  # inches of all panels
 SMALL = 7.0  # points of the words in a strip
-COLOURS = {  # what a reader calls them
+COLOUR_NAMES = {  # what a reader calls them
     **dict(zip(VERDICT_COLOURS.values(), ("blue", "red", "green", "black", "brown"), strict=True)),
     DIRECT: "orange",
     BAD: "magenta",
@@ -181,7 +181,9 @@ def unwritten(charts: Sequence[Along]) -> dict[str, str]:
 
 def colour_words(charts: Sequence[Along]) -> str:
     """The same as a sentence, for pictures without a row of colours below them."""
-    said = [f"{COLOURS.get(colour, 'grey')} {words}" for colour, words in unwritten(charts).items()]
+    said = [
+        f"{COLOUR_NAMES.get(colour, 'grey')} {words}" for colour, words in unwritten(charts).items()
+    ]
     return f"In the strips: {', '.join(said)}." if said else ""
 
 

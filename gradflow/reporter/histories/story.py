@@ -15,7 +15,7 @@ from gradflow.limits import CLIPPING_NEAR, LASTING, LEARNED, LOST
 from gradflow.reporter.histories.course import Course, smooth
 from gradflow.reporter.numbers import count_words
 
-MOST = 4  # stretches that a sentence tells one by one
+TOLD = 4  # stretches that a sentence tells one by one
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _judged(course: Course, *, short: bool = False) -> str:
     end += _but_now(course, last.verdict)
     if short:
         return end
-    if len(told) > MOST:
+    if len(told) > TOLD:
         return f"{len(told) - 1} changes of its verdict, {end}"
     said = [f"{told[0].verdict} up to update {_at(course, told[0].stop - 1)}"]
     for run in told[1:-1]:
