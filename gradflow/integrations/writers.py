@@ -13,21 +13,15 @@ import re
 import time
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gradflow.errors import InputError, must_be
+from gradflow.watching.targets import Figures, Target
 
-Figures = Mapping[str, Callable[[], Any]]  # tag -> what draws it
 ROOT = "gradflow"
 _RATE = re.compile(r"gradflow/(?P<layer>.+)/rate")
-
-
-class Target(Protocol):
-    """Takes the numbers of a probe."""
-
-    def __call__(self, step: int, scalars: dict[str, float], figures: Figures) -> object: ...
 
 
 def writer_for(x: Any) -> Target:

@@ -79,11 +79,11 @@ class Strip:
     """A row of coloured pieces over the training steps."""
 
     name: str  # what it shows
-    pieces: tuple[Piece, ...]  # one after the other
+    pieces: tuple[StripPiece, ...]  # one after the other
 
 
 @dataclass(frozen=True)
-class Piece:
+class StripPiece:
     """One colour from a training step to another."""
 
     start: float  # training step at its left end
@@ -138,7 +138,7 @@ def strips_of(course: Course) -> tuple[Strip, ...]:
     found = []
     if np.any(course.verdict != ""):
         pieces = [
-            Piece(
+            StripPiece(
                 edge[run.start],
                 edge[run.stop],
                 VERDICT_COLOURS.get(run.verdict, UNDEFINED),
@@ -152,7 +152,7 @@ def strips_of(course: Course) -> tuple[Strip, ...]:
         words = np.where(acts == 1, "clipping acted", np.where(acts == 0, "none", ""))
         colours = {"clipping acted": DIRECT, "none": OFF, "": UNDEFINED}
         pieces = [
-            Piece(edge[run.start], edge[run.stop], colours[run.verdict],
+            StripPiece(edge[run.start], edge[run.stop], colours[run.verdict],
                   run.verdict.replace("none", ""))
             for run in stretches(words, lasting=1)
         ]  # fmt: skip
@@ -160,7 +160,9 @@ def strips_of(course: Course) -> tuple[Strip, ...]:
     if course.bad.any():
         words = np.where(course.bad, "NaN or Inf", "")
         pieces = [
-            Piece(edge[run.start], edge[run.stop], BAD if run.verdict else "#ffffff", run.verdict)
+            StripPiece(
+                edge[run.start], edge[run.stop], BAD if run.verdict else "#ffffff", run.verdict
+            )
             for run in stretches(words, lasting=1)
         ]
         found.append(Strip("finite", tuple(pieces)))
