@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gradflow.analysis import Analysis, Rate
 
 
-class Standing(Protocol):
+class JudgedLayer(Protocol):
     """What conditions read of a layer: a `LayerAnalysis`, or what a probe of a training found."""
 
     @property
@@ -46,7 +46,7 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 }  # fmt: skip
 
 
-def _horizon(layer: Standing) -> float:
+def _horizon(layer: JudgedLayer) -> float:
     """The horizon; where a falling gain outlived what was measured, the one its pace predicts."""
     if layer.horizon is not None:
         return layer.horizon
@@ -55,7 +55,7 @@ def _horizon(layer: Standing) -> float:
     return max(layer.searched + 1, LN_GONE / layer.pace)
 
 
-NUMBERS: dict[str, Callable[[Standing], float | None]] = {
+NUMBERS: dict[str, Callable[[JudgedLayer], float | None]] = {
     "horizon": _horizon,
     "half-life": lambda layer: layer.half_life,
     "channels": lambda layer: layer.channels,
@@ -71,8 +71,8 @@ class Condition:
     """One condition, as the user wrote it."""
 
     text: str
-    holds: Callable[[Standing], bool]
-    measured: Callable[[Standing], str] = lambda layer: ""  # for the reader of a log
+    holds: Callable[[JudgedLayer], bool]
+    measured: Callable[[JudgedLayer], str] = lambda layer: ""  # for the reader of a log
 
     def held_by(self, analysis: Analysis) -> list[str]:
         """A sentence for every layer for which the condition holds."""
@@ -83,12 +83,12 @@ class Condition:
         ]
 
 
-def _not_finite(layer: Standing) -> bool:
+def _not_finite(layer: JudgedLayer) -> bool:
     """A model of NaN passes no condition for lack of a number."""
     return "not finite" in layer.labels
 
 
-def _reason(layer: Standing) -> str:
+def _reason(layer: JudgedLayer) -> str:
     return ", and its states are not finite" if _not_finite(layer) else ""
 
 
@@ -125,13 +125,13 @@ def _parse(text: str, option: str) -> Condition:
         ) from error
     read, compare = NUMBERS[name], COMPARISONS[match[2]]
 
-    def holds(layer: Standing) -> bool:
+    def holds(layer: JudgedLayer) -> bool:
         if _not_finite(layer):
             return True
         value = read(layer)
         return value is not None and not math.isnan(value) and compare(value, limit)
 
-    def measured(layer: Standing) -> str:
+    def measured(layer: JudgedLayer) -> str:
         return _reason(layer) or f", it is {read(layer):.4g}"
 
     return Condition(text, holds, measured)

@@ -103,3 +103,5 @@ from gradflow.reporter.scale import (
     palette,
 )
 from gradflow.reporter.text import render
+from gradflow.watching.alerts import read_rules
+from gradflow.watching.schedule import Schedule

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from seam import Schedule, read_rules
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.errors import InputError
 from gradflow.history import writer as writers
 from gradflow.watching import Event
-from gradflow.watching.alerts import read_rules
-from gradflow.watching.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -99,7 +99,7 @@ def record(
         yield recording
         warn(recording.empty_reason, stacklevel=3)
         return
-    block = Opened(recorder)
+    block = OpenRecording(recorder)
     try:
         block.open()
         yield recording
@@ -109,7 +109,7 @@ def record(
         warn(sentence, stacklevel=3)
 
 
-class Opened:
+class OpenRecording:
     """What is opened for one recording, and closed whatever happened in between."""
 
     def __init__(self, recorder: Recorder) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradflow.hooks.guard import Point, guarded, lenient
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.mistakes import gradient_marks
-from gradflow.hooks.observe import Opened
+from gradflow.hooks.observe import OpenRecording
 from gradflow.hooks.recorder import Recorder
 from gradflow.recording import Recording
 
@@ -44,7 +44,7 @@ class Stepwise:
     ) -> None:
         self.recorder = StepRecorder(model, layers, lengths, scaler, jacobians, reached)
         self.recording: Recording = self.recorder.recording
-        self._block = Opened(self.recorder)
+        self._block = OpenRecording(self.recorder)
 
     def open(self) -> None:
         """Listen from here on."""

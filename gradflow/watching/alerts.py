@@ -9,7 +9,7 @@ from gradflow.conditions import Condition, parse_conditions
 from gradflow.errors import InputError, must_be
 from gradflow.history import Note
 from gradflow.limits import LASTING
-from gradflow.watching.probing import Measured
+from gradflow.watching.probing import MeasuredUpdate
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Alerts:
     _told: dict[str, str] = field(default_factory=dict)  # layer -> the verdict that was last told
     _lasting: dict[str, tuple[str, int]] = field(default_factory=dict)  # layer -> verdict, probes
 
-    def after(self, step: int, measured: Measured) -> list[Event]:
+    def after(self, step: int, measured: MeasuredUpdate) -> list[Event]:
         """What changed with a probe."""
         if not self.conditions:
             return self._changes(step, measured) + self._breaks(step, measured)
@@ -64,7 +64,7 @@ class Alerts:
         (self._holding.add if holds else self._holding.discard)((rule, layer))
         return [Event(rule, layer, step, holds, words)]
 
-    def _changes(self, step: int, measured: Measured) -> list[Event]:
+    def _changes(self, step: int, measured: MeasuredUpdate) -> list[Event]:
         """Verdicts that are other than the one told last, for three probes."""
         events = []
         for name, standing in measured.standings.items():
@@ -79,7 +79,7 @@ class Alerts:
             events.append(Event("verdict", name, step, True, words))
         return events
 
-    def _breaks(self, step: int, measured: Measured) -> list[Event]:
+    def _breaks(self, step: int, measured: MeasuredUpdate) -> list[Event]:
         """The first NaN or Inf of a layer."""
         events = []
         for name in measured.layers:

@@ -18,7 +18,7 @@ PRESETS = ("pulse", "rate", "full")
 
 
 @dataclass(frozen=True)
-class Asked:
+class WatchArguments:
     """The arguments of `gradflow.watch`, each as it must be."""
 
     folder: Path  # of the run
@@ -41,7 +41,7 @@ def checked(
     layers: object,
     lengths: Any,
     scaler: Any,
-) -> Asked:
+) -> WatchArguments:
     """The arguments, each refused in a sentence where it is out of its range.
 
     Raises:
@@ -66,7 +66,7 @@ def checked(
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         kind = type(scaler).__name__
         raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out: one is found"))
-    return Asked(
+    return WatchArguments(
         folder=Path(folder),
         optimizer=_optimizer(optimizer),
         every=every,

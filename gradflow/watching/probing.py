@@ -18,6 +18,7 @@ from gradflow.analyzer.pulse import broken, pulse
 from gradflow.analyzer.read_states import read_part
 from gradflow.errors import RecordingError
 from gradflow.history import LayerProbe
+from gradflow.limits import BAND_WORDS, GONE_WORDS
 from gradflow.process import fitting_threads
 from gradflow.recording import Recording, Track, pooled
 
@@ -25,7 +26,7 @@ Standing = Paced | LayerAnalysis  # what a rule is held against
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredUpdate:
     """What was measured of one update."""
 
     layers: dict[str, LayerProbe]  # layer name -> its numbers
@@ -36,7 +37,7 @@ class Measured:
     analysis: Analysis | None = None  # preset full
 
 
-def measure(recording: Recording, preset: str) -> Measured:
+def measure(recording: Recording, preset: str) -> MeasuredUpdate:
     """Measure all layers of one update.
 
     Args:
@@ -82,7 +83,7 @@ def measure(recording: Recording, preset: str) -> Measured:
         found[track.name] = _with(found[track.name], values, standings.get(track.name))
     if not found:
         raise RecordingError(notes[-1])
-    return Measured(
+    return MeasuredUpdate(
         layers=found,
         cells={track.name: track.cell for track in recording if track.name in found},
         standings=standings,
@@ -165,7 +166,9 @@ def _changed(found: Paced) -> str:
 
 def _gone(found: Paced) -> str:
     if found.horizon is None:
-        return f" and is still above 10⁻³ after the {counted(found.searched, 'step')} measured"
+        return (
+            f" and is still above {GONE_WORDS} after the {counted(found.searched, 'step')} measured"
+        )
     return f" and is gone after {counted(found.horizon, 'step')}"
 
 
@@ -174,13 +177,13 @@ def _open(found: Paced) -> str:
         return "cannot be judged: its states are not finite"
     if math.isnan(found.gain.value):
         return "cannot be judged: it has no steps to measure"
-    return f"is undecided: {_changed(found)}, within an interval that reaches across one decade"
+    return f"is undecided: {_changed(found)}, within an interval that reaches across {BAND_WORDS}"
 
 
 _SAID: dict[str, Callable[[Paced], str]] = {
     "vanishing": lambda found: f"vanishes: {_changed(found)}{_gone(found)}",
     "exploding": lambda found: f"explodes: {_changed(found)}",
-    "stable": lambda found: f"is stable: {_changed(found)}, less than one",
+    "stable": lambda found: f"is stable: {_changed(found)}, less than {BAND_WORDS}",
     "dead": lambda found: "is dead: exact zeros or cuts let nothing through",
     "inconclusive": _open,
 }

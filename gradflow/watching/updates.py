@@ -100,7 +100,7 @@ def scaler_above(depth: int) -> Any:
     return None
 
 
-class Owner:
+class ModelOptimizer:
     """Which optimizer is the model's."""
 
     def __init__(self, model: nn.Module, given: Optimizer | None) -> None:
@@ -125,7 +125,7 @@ class Owner:
         return False
 
 
-class Marks:
+class GradientMarks:
     """What a backward left in some parameters, by which it is seen whether an update followed."""
 
     def __init__(self, model: nn.Module) -> None:

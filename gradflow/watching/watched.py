@@ -24,12 +24,12 @@ from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.stepwise import Stepwise
 from gradflow.limits import CLIPPED, WATCH_FAILURES, WATCH_FIGURES, WATCH_FRAMES, WATCH_UNSEEN
 from gradflow.watching.alerts import Alerts, Event, notes_of, read_rules
-from gradflow.watching.asked import Asked, checked
+from gradflow.watching.asked import WatchArguments, checked
 from gradflow.watching.gradnorms import GradNorms
-from gradflow.watching.probing import Measured, all_gone, measure
+from gradflow.watching.probing import MeasuredUpdate, all_gone, measure
 from gradflow.watching.schedule import Schedule
 from gradflow.watching.targets import Target, scalars_of, targets_of
-from gradflow.watching.updates import Hooks, Marks, Owner, scaler_above, trains
+from gradflow.watching.updates import GradientMarks, Hooks, ModelOptimizer, scaler_above, trains
 
 _watched: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
@@ -134,7 +134,7 @@ class Watch:
     def _begin(
         self,
         model: nn.Module,
-        asked: Asked,
+        asked: WatchArguments,
         alerts: Alerts,
         targets: list[Target],
         *,
@@ -165,7 +165,7 @@ class Watch:
         self._folder, self._done = asked.folder, self._writer.last_step
         self._model, self._process = weakref.ref(model), os.getpid()
         self._schedule = Schedule(asked.every, asked.budget)
-        self._owner = Owner(model, asked.optimizer)
+        self._owner = ModelOptimizer(model, asked.optimizer)
         self._seen_optimizer = asked.optimizer is not None
         self._forwards = self._failures = self._probes = self._unseen = 0
         self._in_closure = self._in_block = False
@@ -296,7 +296,7 @@ class Watch:
         if model is None:
             return
         self._backwards += 1
-        self._marks = Marks(model)
+        self._marks = GradientMarks(model)
         self._before = GradNorms(model, scale)
 
     def _after_norms(self, optimizer: Optimizer) -> None:
@@ -356,7 +356,7 @@ class Watch:
 
     def _measured(
         self, opened: Stepwise, optimizer: Optimizer | None, updated: bool
-    ) -> tuple[Probe, Measured] | None:
+    ) -> tuple[Probe, MeasuredUpdate] | None:
         """All numbers of the update."""
         with torch.no_grad():
             sentences = opened.close()
@@ -393,7 +393,9 @@ class Watch:
         rates = () if optimizer is None else tuple(float(g["lr"]) for g in optimizer.param_groups)
         return Probe(self._done + 1, values, layers, rates), measured
 
-    def _whole(self, probe: Probe, measured: Measured, events: list[Event], cost: float) -> Probe:
+    def _whole(
+        self, probe: Probe, measured: MeasuredUpdate, events: list[Event], cost: float
+    ) -> Probe:
         """The probe with what is known when it is over."""
         notes = notes_of(events)
         words = self._schedule.words()
@@ -411,7 +413,7 @@ class Watch:
         probe.values.update(ends)
         return Probe(probe.step, probe.values, probe.layers, probe.learning_rates, tuple(notes))
 
-    def _write(self, probe: Probe, measured: Measured) -> None:
+    def _write(self, probe: Probe, measured: MeasuredUpdate) -> None:
         try:
             self._writer.probe(probe, measured.cells)
             if measured.analysis is not None and self._folder is not None:
