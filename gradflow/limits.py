@@ -291,6 +291,10 @@ LOSS_BYTES = _limit(2**27, "bytes", "of gradients of a wide linear state that ar
 EXPONENT_BYTES = _limit(2**26, "bytes", "of the growth of single entries of a linear state, step by step")
 UNITS_EACH = _limit(512, "entries", "of a state (channels, N), up to which each is a unit of its own")
 UNITS_MOST = _limit(4096, "units", "that a linear state is shown by, where it can be parted so finely")
+NEVER_FORGETS = _limit(0.9999, "|a|", "a decay never below it: its entry keeps its state for good")
+DECAY_FLOOR_SHARE = _limit(0.1, "of decays", "at the smallest that was seen: it looks like a bound")
+DECAY_SHARE = _limit(0.05, "of entries", "of a linear state that forget at once, or never: worth a word")
+ERASED_SHARE = _limit(0.5, "of steps", "at which a head erases a direction: worth a word")
 DECAY_AT_FLOOR = _limit(0.01, "nats", "above the smallest decay that was seen, which count as at it")
 
 # speeds, measured: by them cost is predicted

@@ -65,6 +65,7 @@ from gradflow.reporter.charts import (
     blocks,
     gain_map,
     gates,
+    heads,
     lag_gradient,
     layers,
     lyapunov,
@@ -89,7 +90,7 @@ from gradflow.reporter.histories.waterfall import DOTS_ACROSS, prepare
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.notebook import SHOWN
 from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
-from gradflow.reporter.page import LABELS, embed, page
+from gradflow.reporter.page import LABELS, decay_words, embed, is_linear, page
 from gradflow.reporter.picture import FAINT, INK, SOFT, Picture, _nearest, look, png
 from gradflow.reporter.prepare import span_share
 from gradflow.reporter.scale import (

@@ -15,8 +15,8 @@ from gradflow.hooks import circumstances, mistakes
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import Lengths
-from gradflow.hooks.linear.source import LinearSource
-from gradflow.hooks.linear.watch import tensors_of
+from gradflow.hooks.linear.linear_calls import tensors_of
+from gradflow.hooks.linear.linear_source import LinearSource
 from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening

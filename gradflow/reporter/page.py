@@ -14,11 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup, escape
 
 from gradflow._version import __version__
 from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
-from gradflow.limits import BAND_WORDS, GLOSSARY, GONE_WORDS, PAGE_BYTES
+from gradflow.limits import (
+    BAND_WORDS,
+    DECAY_FLOOR_SHARE,
+    GATE_CLOSED,
+    GLOSSARY,
+    GONE_WORDS,
+    NEVER_FORGETS,
+    PAGE_BYTES,
+)
 from gradflow.reporter import prepare
 from gradflow.reporter.digest import other_findings, predicted, predictions, strict, top_findings
 from gradflow.reporter.kinds import KINDS
@@ -28,6 +37,8 @@ from gradflow.reporter.numbers import (
     gain_words,
     gone_words,
     half_life_words,
+    number_words,
+    percent_words,
     rate_words,
 )
 
@@ -120,6 +131,8 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         more_findings=other_findings(analysis),
         # one shown where there is room, the others folded: the first screen holds all findings
         opened=next((f for f in findings if predictions(analysis, f) and high < 1.2 * ROOM), None),
+        linear=[layer for layer in analysis if is_linear(layer)],
+        decay_words=decay_words,
         labels={name: LABELS[name] for name in LABELS if _shown(name, analysis)},
         outlooks=functools.partial(outlooks, analysis),
         kinds=[name for name, kind in KINDS.items() if kind is not None and kind.folded],
@@ -147,6 +160,35 @@ def template(name: str) -> jinja2.Template:
     )
     environment.filters["breaks"] = breaks
     return environment.get_template(name)
+
+
+def is_linear(layer: LayerAnalysis) -> bool:
+    """Whether the layer is a linear recurrence, whose decays are known."""
+    return "decay" in layer.data and not bool(np.isnan(layer.data["decay"].values).all())
+
+
+def decay_words(layer: LayerAnalysis) -> str:
+    """How the decays of a linear recurrence lie on this batch."""
+    forget, keep, floor, at_floor, moves = layer.data["decay"].values.tolist()
+    said = []
+    if not moves:
+        said.append("its decays are the same at every step of every sequence")
+    said.append(
+        f"{percent_words(keep)} of the {layer.size} entries never forget (|a| above "
+        f"{NEVER_FORGETS:g} throughout), {percent_words(forget)} forget within a step (|a| below "
+        f"{GONE_WORDS} on average)"
+    )
+    said.append(f"the smallest decay seen is {number_words(floor)}")
+    if moves and at_floor >= DECAY_FLOOR_SHARE and floor > 0:
+        said[-1] += f", and {percent_words(at_floor)} of all lie at it, as at a bound"
+    erased = layer.data["head_erased"].values
+    if len(erased) and not np.isnan(erased).all():
+        most = int(np.nanargmax(erased))
+        said.append(
+            f"head {most + 1} erases most: at {percent_words(float(erased[most]))} of the steps less "
+            f"than {GATE_CLOSED:g} of the direction of its key is left"
+        )
+    return "; ".join(said) + "."
 
 
 def breaks(text: str) -> Markup:

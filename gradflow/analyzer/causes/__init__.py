@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from gradflow.analysis import Finding
 from gradflow.analyzer.causes.activations import idle_units, saturated_activations
+from gradflow.analyzer.causes.decays import decays, erasing_heads, kept_for_good
 from gradflow.analyzer.causes.gates import keeping_gates, saturated_gates
 from gradflow.analyzer.causes.linear import linear_recurrence
 from gradflow.analyzer.causes.paths import hidden_paths
@@ -37,6 +38,9 @@ FINDERS: tuple[Finder, ...] = (
     read_by_loss,
     *VERDICTS,
     linear_recurrence,
+    decays,
+    kept_for_good,
+    erasing_heads,
     keeping_gates,
     saturated_activations,
     saturated_gates,

@@ -184,7 +184,14 @@ def _raised(e: Evidence, keeper: Keeper) -> tuple[str, str, str]:
     )
 
 
-def _any_cell(_: Evidence) -> tuple[str, str, str]:
+def _any_cell(e: Evidence) -> tuple[str, str, str]:
+    if e.linear is not None:  # the input writes its decay, and nothing else shortens the memory
+        return (
+            "start with decays nearer to 1, their time scales spread over the distances of the task "
+            "(a smaller step Δ, a higher bias of the gate that keeps), and train again",
+            "Gu & Dao 2023; Orvieto et al. 2023",
+            "",
+        )
     return (
         "give the state a path that adds to it instead of overwriting it, and train again: a forget "
         "gate that starts open, or recurrent weights that start orthogonal",

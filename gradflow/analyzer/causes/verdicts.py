@@ -80,7 +80,12 @@ def exploding(e: Evidence) -> Iterator[Finding]:
     if e.verdict.name != "exploding":
         return
     advice = "clip the norm of the gradient, never its parts"
-    if e.settled and e.rate.value > 0:
+    if e.linear is not None:
+        advice += "; a linear recurrence grows only where |a| > 1: bound what makes the decay"
+        advice += " (a sigmoid, or exp(−softplus(·)))"
+        if e.linear.rank_one:
+            advice += ", and β‖k‖² below 2: normalise the keys"
+    elif e.settled and e.rate.value > 0:
         steps = counted(max(1, round(math.log(2) / e.rate.value)), "step")
         advice += "; that does not cure chaos: a positive rate also asks to cut or teacher-force "
         advice += f"every ln 2/λ₁ = {steps}"
