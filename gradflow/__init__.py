@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gradflow.analyzer import analyze
     from gradflow.errors import GradflowError, GradflowWarning
     from gradflow.history import History
-    from gradflow.hooks import record, tap
+    from gradflow.hooks import record, scan, tap
     from gradflow.prediction import what_if
     from gradflow.recording import Recording, Track
     from gradflow.runs import load
@@ -42,6 +42,7 @@ _HOMES = {
     "plot": "gradflow.workflow",
     "record": "gradflow.hooks",
     "report": "gradflow.workflow",
+    "scan": "gradflow.hooks",
     "tap": "gradflow.hooks",
     "what_if": "gradflow.prediction",
 }
@@ -64,6 +65,7 @@ __all__ = [
     "plot",
     "record",
     "report",
+    "scan",
     "tap",
     "what_if",
 ]

@@ -229,3 +229,29 @@ def test_what_torch_compile_learns_during_a_recording_is_true_after_it() -> None
         warnings.simplefilter("ignore")
     assert all(original in known for original in originals)
     assert not any(wrapper in known for wrapper in wrappers)
+
+
+class Scan(nn.Module):
+    """A linear recurrence by a cumulative sum, its states marked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = gradflow.scan(torch.cumsum(self.w(x), 1), decay=1.0)
+        return h[:, -1].sum()
+
+
+def test_a_scan_in_a_compiled_graph_is_traced_as_nothing() -> None:
+    model, x = Scan(), torch.randn(2, 5, 3)
+    graphs = Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    plain = compiled(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gradflow.GradflowWarning)
+        with gradflow.record(model) as recording:
+            found = compiled(x)
+    assert torch.equal(plain, found)
+    assert (graphs.made, graphs.ran) == (1, 2)
+    assert len(recording) == 0

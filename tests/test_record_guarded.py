@@ -24,11 +24,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::gradflow.GradflowWarning"),
 ]
 
-LAYERS = ["rnn.l0", "rnn.l1", "stock", "cell", "loop"]
+SCANS = ["scan0.3", "scan0.6", "scan0.9"]
+LAYERS = ["rnn.l0", "rnn.l1", "stock", "cell", "loop", *SCANS]
 HIT = {  # what is left out, or has no gradient, after a fault there
     Point.FUSED: {"rnn.l0", "rnn.l1"},
     Point.CELL: {"stock"},
     Point.TAP: {"loop"},
+    Point.SCAN: set(SCANS),
     Point.ENTERED: {"cell"},
     Point.LEFT: {"cell"},
     Point.GRADIENT: set(LAYERS),
@@ -131,6 +133,7 @@ DOORS = {
     "hooks/own/forwards.py": {"forward", "_told", "_entered", "_left"},
     "hooks/seen.py": {"before", "after", "point", "__init__"},
     "hooks/taps.py": {"tap", "_tell", "_untold"},
+    "hooks/linear/scan.py": {"scan", "_tell", "_untold"},
     "hooks/mistakes.py": {"_note"},
 }
 

@@ -35,6 +35,7 @@ class Point(Enum):
     FUSED = "one of its calls could not be recorded"
     CELL = "one of its steps could not be recorded"
     TAP = "one of its taps could not be recorded"
+    SCAN = "one of its scans could not be recorded"
     ENTERED = "one of its calls could not be followed"
     LEFT = "what one of its calls returned could not be followed"
     AGAIN = "its first step could not be run again on a copy"

@@ -15,6 +15,7 @@ from gradflow.cells import layer_names
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.source import JointSource
+from gradflow.hooks.linear.source import LinearSource, Stretch
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unseen import foreign_code
@@ -220,6 +221,8 @@ def _too_short(recording: Recording) -> list[str]:
     tapped = [track.name for track in once if isinstance(track.source, TapSource)]
     known = {one.module for one in recording.unseen}  # the sentence on these says it
     short = [t for t in once if t.name not in tapped and t.owner not in known]
+    scanned = [track.name for track in short if isinstance(track.source, LinearSource)]
+    short = [track for track in short if track.name not in scanned]
     cells = [track.name for track in short if _calls(track)[0].single]
     layers = [track.name for track in short if not _calls(track)[0].single]
     sentences = []
@@ -227,6 +230,11 @@ def _too_short(recording: Recording) -> list[str]:
         sentences.append(
             f"{listed(tapped)} was tapped once, so no state came back and no recurrence is "
             "exercised; call tap inside the loop, once per step"
+        )
+    if scanned:
+        sentences.append(
+            f"{listed(scanned)} ran over one step, so no recurrence is exercised; give sequences of "
+            "two steps or more"
         )
     if cells:
         sentences.append(f"{listed(cells)} {ONCE}")
@@ -265,12 +273,15 @@ def _calls(track: Track) -> list[Call]:
 
 def _reason(track: Track) -> str:
     """What went wrong with one track, or nothing."""
-    seen: Sequence[Call | Mark]
+    seen: Sequence[Call | Mark | Stretch]
     if isinstance(track.source, JointSource):
         return ""  # the tracks of its layers say it
     if isinstance(track.source, TapSource):
         seen, lost = track.source.marks, track.source.lost
         states = [state for mark in track.source.marks for state in mark.states.values()]
+    elif isinstance(track.source, LinearSource):
+        seen, lost = track.source.stretches, track.source.lost
+        states = [s for s in (one.known_states for one in track.source.stretches) if s is not None]
     else:
         seen = calls = _calls(track)
         lost = next((call.lost for call in calls if call.lost), "")

@@ -15,6 +15,8 @@ from gradflow.hooks import circumstances, mistakes
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import Lengths
+from gradflow.hooks.linear.source import LinearSource
+from gradflow.hooks.linear.watch import tensors_of
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening
@@ -155,9 +157,10 @@ class _Block:
                 guarded(Point.CLOSING, remark, opened.close)
 
     def _ran_backward(self) -> bool:
-        seen = any(call.graph_tasks for call in self.recorder.calls) or any(
-            source.graph_tasks for source in self.recorder.marked
-        )
+        recorder = self.recorder
+        seen = any(call.graph_tasks for call in recorder.calls)
+        seen |= any(source.graph_tasks for source in recorder.marked)
+        seen |= any(source.graph_tasks for source in recorder.linears)
         return self.marks != mistakes.gradient_marks(self.recorder.model) or seen
 
 
@@ -165,7 +168,7 @@ def _notes(track: Track) -> list[str]:
     """What a reader should know about a track that is a loop of calls."""
     source = track.source
     if not isinstance(source, LoopSource):
-        return source.notes() if isinstance(source, TapSource) else []
+        return source.notes() if isinstance(source, TapSource | LinearSource) else []
     chain = source.loop.chain
     notes = [BATCHED] if any(call.batched for call in chain.calls) else []
     reason = source.loop.why_no_operator()
@@ -207,7 +210,7 @@ def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
     """Write down what shapes the numbers, and what to say where there are none."""
     recording, calls = recorder.recording, recorder.calls
     recording.unseen = recorder.unseen()
-    ran_some = bool(calls) or recorder.taps.seen or recorder.own.seen
+    ran_some = bool(calls) or recorder.taps.seen or recorder.linear.seen or recorder.own.seen
     recording.empty_reason = mistakes.why_no_track(
         recorder.model,
         recorder.layers,
@@ -229,6 +232,7 @@ def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
     tensors = [call.weights[0] for call in calls] + [
         state for source in recorder.marked for state in source.marks[0].states.values()
     ]
+    tensors += tensors_of(recorder.linears)
     for track in recording:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
         track.inputs_unknown = recorder.closed.given.unknown(track)

@@ -22,6 +22,9 @@ from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import GivenLengths, Lengths
+from gradflow.hooks.linear.scanned import Scanned
+from gradflow.hooks.linear.source import LinearSource
+from gradflow.hooks.linear.watch import Linear
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
@@ -82,6 +85,7 @@ class Recorder:
         self.stitcher = Stitcher()
         self.closed = ClosedLoops(self)
         self.taps = Taps(self)
+        self.linear = Linear(self)
         self.watch = Watch(self, model)
         self._copies = Copies(self.lengths, lambda weight: self.uses.key(weight, self.scale))
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}
@@ -190,6 +194,17 @@ class Recorder:
     ) -> None:
         """Copy the states that a hand-written loop marks; every recording of the thread does."""
         self.taps.saw(name, states, rows, frame)
+
+    def saw_scan(self, scanned: Scanned, code: tuple[object, ...] = ()) -> None:
+        """A scan over all steps of a linear recurrence: marked by the user, or a known function's."""
+        self.linear.saw(scanned, code)
+
+    def missed_scan(self, name: str, why: str) -> None:
+        """Something of such a scan could not be read."""
+        self.withheld.leave(name, why)
+        self._drop(
+            lambda t: isinstance(t.source, LinearSource) and t.name.partition("@")[0] == name
+        )
 
     def saw_scaler(self, scaler: Any) -> None:
         """Note that a loss was multiplied by somebody's scale."""
@@ -395,6 +410,11 @@ class Recorder:
         """All loops that were tapped or run over a cell of the user's own."""
         return [t.source for t in self.recording if isinstance(t.source, TapSource)]
 
+    @property
+    def linears(self) -> list[LinearSource]:
+        """All linear recurrences."""
+        return [t.source for t in self.recording if isinstance(t.source, LinearSource)]
+
     def unseen(self) -> tuple[Unseen, ...]:
         """Recurrences that are in no track, of those that are picked."""
         return tuple(
@@ -437,6 +457,7 @@ class Recorder:
             self.stitcher.close,
             self.shown.close,
             self.taps.close,
+            self.linear.close,
             self.own.close,
             self.watch.close,
             self._copies.clear,
@@ -460,7 +481,7 @@ class Recorder:
         """Hold on to nothing that was recorded: from now on only the user does."""
         self.recording, self.uses = Recording(""), WeightUses(nn.Module())
         self.calls.clear()
-        del self.taps, self.own, self.watch, self.closed, self._copies
+        del self.taps, self.linear, self.own, self.watch, self.closed, self._copies
 
 
 def _any_wrapped(seen: SeenCall) -> bool:

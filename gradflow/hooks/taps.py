@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -89,19 +89,19 @@ def _show(observer: patch.Observer, name: str, states: dict[str, Tensor]) -> Non
     if hidden:
         observer.did_not_see(name, hidden)
     elif states:
-        observer.saw_tap(name, states, _rows(name, states), _callers_frame())
+        observer.saw_tap(name, states, _rows(name, states), callers_frame(tap.__code__))
 
 
-def _callers_frame() -> FrameType:
-    """The frame that called `tap`; torch.compile may have put its own in between."""
+def callers_frame(code: CodeType) -> FrameType:
+    """The frame that called the function of this code; torch.compile may have put its own between."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code is not tap.__code__:
+    while frame.f_back is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame.f_back or frame
 
 
-def _place_of(frame: FrameType) -> tuple[object, ...]:
-    """Where a tap stands: the line, and the module whose code it is in."""
+def place_of(frame: FrameType) -> tuple[object, ...]:
+    """Where a mark stands: the line, and the module whose code it is in."""
     code = frame.f_code
     owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     return code.co_filename, frame.f_lineno, id(owner) if isinstance(owner, nn.Module) else None
@@ -154,7 +154,7 @@ class Taps:
         else:
             source = TapSource(self.owner.scale, name, marks=[mark])
             end = self._ends[name] = self.marks.begin(name, source, states, place)
-            end.track.code = _place_of(frame)
+            end.track.code = place_of(frame)
         self.marks.settle(end, states, place, mark)
         # where a state is outside the graph, only the place of the loop tells that it goes on
         end.frames = (frame, frame.f_back)

@@ -50,6 +50,7 @@ class Track:
     afresh: int = 0  # calls of its layer in a row, each from a start of its own on what came before
     depth: int = 1  # runs of this layer one upon the other, each on what came of the one before
     stamp: tuple[object, ...] = ()  # of weights that were not seen: equal where they were the same
+    state_shape: tuple[int, ...] = ()  # of a linear recurrence: (heads, d_k, d_v), (channels, N)
     code: tuple[object, ...] = ()  # tells loops of one name apart: weights, or the line of a tap
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gradflow.cells.linear import LinearSteps
@@ -38,4 +39,6 @@ class Scanned:
     states_back: Callable[[Tensor], Tensor] | None = None
     weights: tuple[Tensor, ...] = ()  # parameters that tell loops of one name apart, if any
     reverse: bool = False  # true: the steps were processed from the last input step to the first
+    # in which the function computes, where that is not what its output has: it is held against that
+    precision: torch.dtype | None = None
     notes: tuple[str, ...] = ()  # what a reader should know about the track

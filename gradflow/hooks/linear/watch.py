@@ -1,0 +1,221 @@
+"""The linear recurrences of a recording: their calls, which of them go on from one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of
+from gradflow.hooks.lengths import GivenLengths
+from gradflow.hooks.linear.scanned import Scanned
+from gradflow.hooks.linear.source import LinearSource, Stretch
+from gradflow.hooks.marks import TrackOwner
+from gradflow.recording import Track
+
+CUT_AT = "its first state is handed from call to call, and no gradient comes back to it"
+
+
+@dataclass(eq=False)
+class End:
+    """The last call of a recurrence, with live tensors: what the next may go on from."""
+
+    source: LinearSource
+    track: Track
+    last: Tensor | None  # (B, S) copy of the last state that was returned
+    edge: Edge | None  # where that sits in the graph
+
+
+class Owner(TrackOwner, Protocol):
+    """The recorder, as far as linear recurrences need it."""
+
+    handles: list[RemovableHandle]
+    lengths: GivenLengths
+
+    def scale(self) -> float: ...
+    def wants_track(self, name: str) -> bool: ...
+
+
+@dataclass(eq=False)
+class Linear:
+    """All of them, by name."""
+
+    owner: Owner  # the recorder
+    seen: bool = False  # also where no track was wanted
+    _ends: dict[tuple[str, str], End] = field(default_factory=dict)
+    _held: list[Edge] = field(default_factory=list)  # a leaf's node lives no longer than it is held
+
+    def saw(self, scanned: Scanned, code: tuple[object, ...] = ()) -> None:
+        """One call: more steps of an open recurrence, or the first of a new one."""
+        self.seen = True
+        owner = self.owner
+        if not owner.wants_track(scanned.name):
+            return
+        key = scanned.name, scanned.cell
+        end = self._ends.get(key)
+        cut = None if end is None else _cut(end, scanned)
+        stretch, edges = _stretch(scanned, cut)
+        if end is not None and cut is not None:
+            end.source.stretches.append(stretch)
+        else:
+            end = self._ends[key] = self._begun(scanned, stretch, code)
+        end.last, end.edge = (
+            _last(scanned),
+            None if scanned.final is None else edge_of(scanned.final),
+        )
+        source, track = end.source, end.track
+        source.remarks = list(dict.fromkeys([*source.remarks, *scanned.notes]))
+        owner.handles += source.listen(stretch, edges)
+        self._held += edges.values()
+        _grown(source, track)
+
+    def _begun(self, scanned: Scanned, stretch: Stretch, code: tuple[object, ...]) -> End:
+        owner = self.owner
+        source = LinearSource(
+            owner.scale,
+            scanned.cell,
+            lengths=owner.lengths.of_steps(scanned.batch),
+            reverse=scanned.reverse,
+            stretches=[stretch],
+        )
+        nothing = torch.zeros(0, scanned.batch, dtype=torch.bool, device=stretch.cut.device)
+        track = Track(
+            name=scanned.name,
+            cell=scanned.cell,
+            reverse=scanned.reverse,
+            lengths=torch.zeros(scanned.batch, dtype=torch.long),
+            mask=nothing,
+            cuts=nothing,
+            weights={},
+            source=source,
+            training=owner.training,
+            owner=scanned.name,
+            state_shape=scanned.shape,
+            code=code or tuple(id(weight) for weight in scanned.weights),
+        )
+        owner.add_track(scanned.name, track)
+        source.name = track.name
+        source.remarks += owner.lengths.notes
+        return End(source, track, None, None)
+
+    @property
+    def sources(self) -> list[LinearSource]:
+        """Of every recurrence that goes on."""
+        return [end.source for end in self._ends.values()]
+
+    def close(self) -> None:
+        """Let go of the user's graph."""
+        self._ends.clear()
+        self._held.clear()
+
+
+def _stretch(scanned: Scanned, cut: Tensor | None) -> tuple[Stretch, dict[str, Edge]]:
+    live = {"output": scanned.output, "final": scanned.final, "states": scanned.states}
+    given = {name: tensor for name, tensor in live.items() if tensor is not None}
+    device = next(iter(given.values())).device
+    edges = {name: edge for name, tensor in given.items() if (edge := edge_of(tensor))}
+    states = scanned.states
+    known = None
+    if states is not None:
+        known = states.detach()
+        known = known if scanned.states_back is None else scanned.states_back(known)
+        known = known.reshape(scanned.steps, scanned.batch, *scanned.shape).clone()
+    if cut is None:
+        cut = torch.zeros(scanned.batch, dtype=torch.bool, device=device)
+    stretch = Stretch(
+        steps=scanned.steps,
+        batch=scanned.batch,
+        shape=scanned.shape,
+        make=scanned.make,
+        cut=cut,
+        grad_enabled=torch.is_grad_enabled(),
+        differentiable=bool(edges),
+        known_states=known,
+        returned=None if scanned.output is None else scanned.output.detach().clone(),
+        precision=scanned.precision,
+        final_back=scanned.final_back,
+        states_back=scanned.states_back,
+    )
+    return stretch, edges
+
+
+def _last(scanned: Scanned) -> Tensor | None:
+    if scanned.final is None:
+        return None
+    return _rows(scanned.final, scanned.batch)
+
+
+def _rows(state: Tensor, batch: int) -> Tensor | None:
+    """(B, S), in whatever order its layout has; None where it is not one state of every sequence."""
+    found = state.detach()
+    return found.reshape(batch, -1).clone() if found.numel() % batch == 0 else None
+
+
+def _cut(end: End, scanned: Scanned) -> Tensor | None:
+    """(B,) which sequences start cut off from the last call; None where this is a start of its own.
+
+    A call goes on where the state that it was given is, sequence by sequence, the one returned last,
+    or zeros: a reset. Whether a gradient comes back tells the graph.
+    """
+    source = end.source
+    if scanned.initial is None or end.last is None or source.batch != scanned.batch:
+        return None
+    if source.stretches[0].shape != scanned.shape or source.reverse or scanned.reverse:
+        return None
+    given = _rows(scanned.initial, scanned.batch)
+    if given is None or given.shape != end.last.shape:
+        return None
+    same = (given.to(end.last.dtype) == end.last).all(1)
+    reset = (given == 0).all(1)
+    if not bool((same | reset).all()):
+        return None
+    linked = _comes_from(scanned.initial, end.edge)
+    if not linked and bool(reset.all()):
+        return None  # from a start of its own
+    if scanned.cut or not linked:
+        if torch.is_grad_enabled():
+            source.remarks.append(scanned.cut or CUT_AT)
+        return torch.ones_like(same)
+    return ~same
+
+
+def _comes_from(initial: Tensor, edge: Edge | None) -> bool:
+    """Whether a path of the graph leads from a call's first state to the state returned before."""
+    mine = edge_of(initial)
+    if mine is None or edge is None:
+        return False
+    try:
+        return edge[0] in Between([mine], {edge[0]}).reached
+    except NotReadable:
+        return False
+
+
+def _grown(source: LinearSource, track: Track) -> None:
+    """The track of a recurrence that has one more call."""
+    device, steps = source.stretches[0].cut.device, source.steps
+    lengths = torch.full((source.batch,), steps)
+    if source.lengths is not None:
+        lengths = source.lengths.clamp(max=steps)
+    time = torch.arange(steps).unsqueeze(1)
+    track.lengths = lengths.to(device)
+    track.mask = (time < lengths).to(device)
+    cuts = []
+    for stretch in source.stretches:
+        here = torch.zeros(stretch.steps, source.batch, dtype=torch.bool, device=device)
+        here[0] = stretch.cut
+        cuts.append(here)
+    track.cuts = torch.cat(cuts)
+    track.read_anew()
+
+
+def tensors_of(sources: Iterable[LinearSource]) -> list[Tensor]:
+    """One tensor of each recurrence, which tells device and dtype."""
+    found = []
+    for source in sources:
+        first = source.stretches[0]
+        found += [t for t in (first.known_states, first.returned) if t is not None][:1]
+    return found
