@@ -33,8 +33,13 @@ NUMBERS: dict[str, Callable[[LayerAnalysis], float | None]] = {
     "horizon": _horizon,
     "half-life": lambda layer: layer.half_life,
     "channels": lambda layer: layer.channels,
-    "rate": lambda layer: layer.rate.value,
+    "rate": lambda layer: None if "not settled" in layer.labels else layer.rate.value,
 }
+
+UNSETTLED = (
+    "a rate per step has not settled in so few steps; give longer sequences, or ask for a verdict, "
+    "which is of the gain"
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Condition:
     text: str
     holds: Callable[[LayerAnalysis], bool]
     measured: Callable[[LayerAnalysis], str] = lambda layer: ""  # for whoever reads the log
+    untold: Callable[[LayerAnalysis], str] = lambda layer: ""  # why it cannot be told, "" if it can
 
     def held_by(self, analysis: Analysis) -> list[str]:
         """A sentence for every layer for which the condition holds."""
@@ -51,6 +57,14 @@ class Condition:
             f"{layer.name}: {self.text}{self.measured(layer)}"
             for layer in analysis
             if self.holds(layer)
+        ]
+
+    def open_in(self, analysis: Analysis) -> list[str]:
+        """A sentence for every layer for which nobody can tell whether it holds."""
+        return [
+            f"{layer.name}: {self.text} is not tested: {why}"
+            for layer in analysis
+            if (why := self.untold(layer)) and not self.holds(layer)
         ]
 
 
@@ -103,4 +117,7 @@ def _parse(text: str) -> Condition:
     def measured(layer: LayerAnalysis) -> str:
         return _reason(layer) or f", it is {read(layer):.4g}"
 
-    return Condition(text, holds, measured)
+    def untold(layer: LayerAnalysis) -> str:
+        return UNSETTLED if name == "rate" and "not settled" in layer.labels else ""
+
+    return Condition(text, holds, measured, untold)

@@ -75,6 +75,9 @@ RATE_ROUNDING = _limit(1e-10, "nats per step", "what float64 rounding alone make
 # settling of the rate
 UNSETTLED = _limit(1.25, "of the difference", "between scales and between halves, by simulation")
 BOUNDARY = _limit(0.25, "of the boundary", "that was taken out, by simulation")
+PROBES = _limit(4, "vectors", "through every step, by which it is seen whether the steps still move")
+MOVES = _limit(0.12, "nats per step", "of growth, at most, for a mean step that is another, by simulation")
+MOVES_MOST = _limit(1.0, "nats", "over all steps, that coming to rest makes of a growth, by simulation")
 SETTLED_DECADES = _limit(0.5, "decades", "over the span: a rate that may be off by more is not told,")
 SETTLED_SHARE = _limit(0.2, "of the rate", "unless it is less than this of the rate")
 TRACED = _limit(8, "exponents", "whose settling is kept")

@@ -216,6 +216,24 @@ def test_fail_on(condition: str, code: int, here: Path, capsys: pytest.CaptureFi
     assert (", it is " in said) == (condition == "horizon<99")
 
 
+def test_fail_on_does_not_believe_a_rate_that_has_not_settled(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(4, 8)
+    with torch.no_grad():
+        lstm.bias_ih_l0[8:16] = torch.arange(1.0, 9.0).log()  # time scales of 1 to 8 steps
+    torch.save(lstm.state_dict(), here / "lstm.pt")
+    assert run("analyze", "lstm.pt", "--seq-len", "8", "--json") == 0
+    (layer,) = json.loads(capsys.readouterr().out)["layers"]
+    assert "not settled" in layer["labels"] and layer["rate"]["value"] < 0
+    assert run("analyze", "lstm.pt", "--seq-len", "8", "--fail-on", "rate<0") == 0
+    assert "l0: rate<0 is not tested: a rate per step has not settled" in capsys.readouterr().err
+    assert run("analyze", "lstm.pt", "--seq-len", "300", "--fail-on", "rate<0") == 1
+    said = capsys.readouterr().err
+    assert "l0: rate<0, it is −" in said.replace("-0", "−0") and "not tested" not in said
+
+
 @pytest.mark.parametrize(
     "condition", ["vanish", "horizon", "horizon<many", "horizon<1.2.3", "", "vanishing,,"]
 )
