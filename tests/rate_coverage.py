@@ -28,7 +28,7 @@ from gradflow.analyzer.constant import constant_exponents
 from gradflow.analyzer.gains import SpanGains
 from gradflow.analyzer.jacobians import DenseOperator, operator_of
 from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
-from gradflow.analyzer.settling import enough, halves, parted, settled
+from gradflow.analyzer.settling import enough, mean_steps, parted, settled
 from gradflow.analyzer.windows import Norms, log_norms
 from gradflow.recording import Operator
 
@@ -160,7 +160,7 @@ def intervals(
     leading = keeping._leading(windows, norms, count, 0)
     growth = log_growth(operator, lengths, 1, cuts=cuts, leading=leading)
     exponents = constant_exponents(operator, counted)
-    seen = halves(operator, counted)
+    seen = mean_steps(operator, counted)
     owner = np.array([window.sequence for window in windows])
     found = []
     for first in range(0, count, batch):

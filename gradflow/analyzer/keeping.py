@@ -31,7 +31,7 @@ from gradflow.analyzer.settling import (
     PARTS,
     Settled,
     beyond_noise,
-    halves,
+    mean_steps,
     parted,
     settled,
     unrest,
@@ -69,7 +69,9 @@ class Keeping:
     leading: Leading  # of each sequence's first window
     constant: np.ndarray | None  # (S,) exponents, where the step Jacobian never changes
     missing: float = 0.0  # nats that one more round could add to a gain
-    seen: np.ndarray | None = None  # (2, B, ·) the mean step of each half, see `settling.halves`
+    seen: np.ndarray | None = (
+        None  # (2, B, ·) the mean step of each half, see `settling.mean_steps`
+    )
 
     def rates_with(self, growth: Growth) -> np.ndarray:
         """(B,): the growth per step of the direction that keeps most, past the burn-in."""
@@ -123,7 +125,7 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
         found = _of_some(track, settings, counted, plan)
     else:
         return Keeping(gains, None, math.nan, leading, None, norms.missing)
-    seen = halves(operator, counted)
+    seen = mean_steps(operator, counted)
     return Keeping(gains, found.rates, found.common, leading, None, norms.missing, seen)
 
 

@@ -110,14 +110,14 @@ def settled(windows: list[Window], norms: Norms, batch: int, part: int) -> Settl
     return Settled(rates, common)
 
 
-def halves(operator: Operator, counted: np.ndarray) -> np.ndarray:
+def mean_steps(operator: Operator, counted: np.ndarray) -> np.ndarray:
     """What the steps make of fixed random vectors, mean over each half: (2, B, m S).
 
     counted (T, B) are the steps that count; NaN for a sequence of which one of the halves has none.
 
     >>> from gradflow.analyzer.jacobians import DenseOperator
     >>> steps = torch.tensor([0.5, 0.5, 0.7, 0.9]).double()[:, None, None, None]
-    >>> found = halves(DenseOperator(steps), np.ones((4, 1), dtype=bool))
+    >>> found = mean_steps(DenseOperator(steps), np.ones((4, 1), dtype=bool))
     >>> (found[1] / found[0]).round(6).tolist()                                  # 0.8 and 0.5
     [[1.6]]
     """
@@ -126,10 +126,10 @@ def halves(operator: Operator, counted: np.ndarray) -> np.ndarray:
     mixed = torch.randn(operator.size, rows, generator=generator, dtype=torch.float64)
     probes = torch.linalg.qr(mixed)[0].T.to(operator.dtype).expand(operator.batch, -1, -1)
     place, steps = counted.cumsum(0), counted.sum(0)
+    earlier = torch.from_numpy(counted & (2 * place <= steps))
     later = torch.from_numpy(
         counted & (2 * place > steps + 1)
-    )  # of an odd number: the middle has no say
-    earlier = torch.from_numpy(counted & (2 * place <= steps))
+    )  # the middle of an odd number: neither
     sums = torch.zeros(2, operator.batch, rows * operator.size, dtype=torch.float64)
     for t in np.flatnonzero(counted.any(1)):
         images = operator.push(int(t), probes).double().flatten(1)
@@ -147,7 +147,7 @@ def unrest(seen: np.ndarray, rate: float, steps: float) -> float:
     its size, times a factor by simulation. The whole is at most a factor e or so over all steps.
 
     Args:
-        seen: (2, B, ·) of `halves`.
+        seen: (2, B, ·) of `mean_steps`.
         rate: λ, nats per step.
         steps: n, the mean over sequences.
 
