@@ -25,16 +25,18 @@ from gradflow.progress import Progress
 
 if TYPE_CHECKING:
     from gradflow.analysis import Analysis
+    from gradflow.history import History
 
 DONE, CONDITION_HOLDS, BAD_INPUT, OWN_FAULT, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def _known_loss(_: click.Context, __: click.Parameter, name: str | None) -> str | None:
-    """Refuse a loss that is none before anything is read."""
-    if name is not None and name.strip().lower().replace("_", "-") not in completion.LOSSES:
-        listed = ", ".join(completion.LOSSES)
-        raise InputError(must_be("--loss", f"one of {listed}", repr(name), "choose one of them"))
-    return name
+    """Refuse a loss that is none before anything is read; one of the user's own has a colon."""
+    if name is None or ":" in name or name.strip().lower().replace("_", "-") in completion.LOSSES:
+        return name
+    known = f"one of {', '.join(completion.LOSSES)}, or a function of your own"
+    advice = "write your own as 'pkg.mod:my_loss' or 'torch.nn:HuberLoss(delta=2.0)'"
+    raise InputError(must_be("--loss", known, repr(name), advice))
 
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
@@ -55,6 +57,7 @@ FOLDER = click.option(
 FORCE = click.option("--force", is_flag=True, help="Replace the folder if it is there.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, only.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print a sentence per layer, only.")
+NO_REPORT = click.option("--no-report", is_flag=True, help="Print only; write and draw nothing.")
 VERBOSE = click.option(
     "-v",
     "--verbose",
@@ -76,7 +79,7 @@ TARGET = click.option(
 )
 LOSS = click.option(
     "--loss", metavar="NAME", callback=_known_loss, shell_complete=completion.losses,
-    help=f"{', '.join(completion.LOSSES[:-1])} or {completion.LOSSES[-1]}.",
+    help=f"{', '.join(completion.LOSSES)}, or your own as 'pkg.mod:my_loss'.",
 )  # fmt: skip
 OUTPUT = click.option(
     "--output", metavar="KEY", help="Which part of a tuple or dict output to use."
@@ -85,12 +88,20 @@ LABELS = click.option(
     "--labels", metavar="FILE", type=click.Path(path_type=Path),
     help="A word per step for the figures: lines of text, or a .json list.",
 )  # fmt: skip
+SPAN = click.option(
+    "--span", metavar="N", type=int,
+    help="Distance of interest in steps; by default the median sequence length.",
+)  # fmt: skip
+MODE = click.option(
+    "--train/--eval", default=None,
+    help="Mode the model runs in, with --input; evaluation by default, where dropout is off.",
+)  # fmt: skip
 SEQ_LEN = click.option(
-    "--seq-len", metavar="N", type=int, default=100, show_default=True,
+    "--seq-len", metavar="N", type=int, show_default="100",
     help="Steps of a probe, without --input.",
 )  # fmt: skip
 BATCH = click.option(
-    "--batch", metavar="N", type=int, default=16, show_default=True,
+    "--batch", metavar="N", type=int, show_default="16",
     help="Sequences of a probe, without --input.",
 )  # fmt: skip
 SEED = click.option(
@@ -109,7 +120,7 @@ def _all(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-RUNNING = _all(SPEC, MEMBER, INPUT, TARGET, LOSS, OUTPUT, SEQ_LEN, BATCH, SEED)
+RUNNING = _all(SPEC, MEMBER, INPUT, TARGET, LOSS, OUTPUT, SPAN, MODE, SEQ_LEN, BATCH, SEED)
 SHOWING = _all(FOLDER, FORCE, AS_JSON, QUIET, VERBOSE, FAIL_ON)
 
 
@@ -140,12 +151,14 @@ def gradflow() -> None:
 @MODEL
 @RUNNING
 @LABELS
+@NO_REPORT
 @SHOWING
 @TRUST
 def analyze(
     model: Path,
     folder: Path | None,
     force: bool,
+    no_report: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -163,6 +176,16 @@ def analyze(
     gradflow analyze model.pt --model 'my_code:Net(10, 20)' --input batch.pt --loss mse
     """
     conditions = parse_conditions(fail_on)
+    if no_report and (folder is not None or force):
+        given = "--force" if folder is None else "-o"
+        raise InputError(
+            f"--no-report writes nothing, but {given} was given; leave one of them out"
+        )
+    if no_report:
+        with Progress() as progress:
+            analysis = _analyzed(model, progress, options)
+        _show(analysis, None, as_json, quiet, verbose)
+        return _fail_on(analysis, conditions)
     from gradflow.reporter import check_folder, free_folder, report
 
     folder = folder or free_folder(Path("reports") / model.stem)
@@ -222,16 +245,28 @@ def report(
 ) -> None:
     """Draw the report of a saved RUN again: a folder written by gradflow, or its run.nc.
 
+    Of a training that gradflow.watch follows, or followed, give its folder.
+
     \b
     gradflow report reports/model -o reports/again
+    gradflow report runs/a
     """
     conditions = parse_conditions(fail_on)
     from gradflow import reporter
+    from gradflow.analysis import Analysis
     from gradflow.comparison import run_name
 
-    analysis = _loaded(run)
+    found = _loaded(run)
     folder = folder or reporter.free_folder(Path("reports") / run_name(run.absolute()))
     reporter.check_folder(folder, force=force)
+    if not isinstance(found, Analysis):
+        _refuse_conditions(fail_on)
+        with Progress() as progress:
+            progress("drawing the report", 0.5)
+            reporter.report_history(found, folder, force=force)
+        _show_history(found, folder, as_json, quiet, verbose)
+        return
+    analysis = found
     with Progress() as progress:
         progress("drawing the report", 0.5)
         reporter.report(analysis, folder, force=force)
@@ -256,7 +291,8 @@ def compare(
     """Show RUNs on one scale, and say what changed and whether it is more than chance.
 
     A RUN is a folder written by gradflow, its run.nc, or a model file, which is analyzed first;
-    the options are for model files. Every run is compared with the first.
+    the options are for model files. Every run is compared with the first. Folders of trainings that
+    gradflow.watch followed are compared with each other.
 
     \b
     gradflow compare reports/rnn reports/lstm
@@ -268,8 +304,10 @@ def compare(
             f"compare needs at least two runs, got {len(runs)}; type for example: "
             f"gradflow compare {first} reports/after"
         )
+    from gradflow.analysis import Analysis
     from gradflow.comparison import compare_runs, is_run, names_of
     from gradflow.reporter import check_folder, free_folder
+    from gradflow.trainings import compare_histories
 
     typed = _typed(context)
     if typed and all(map(is_run, runs)):
@@ -279,14 +317,49 @@ def compare(
         )
     folder = folder or free_folder(Path("reports") / "comparison")
     check_folder(folder, force=force)
-    found = {}
+    found: dict[str, Any] = {}
     with Progress() as progress:
         for name, path in zip(names_of(runs), runs, strict=True):
             found[name] = _loaded(path) if is_run(path) else _analyzed(path, progress, options)
-    click.echo(f"\n{compare_runs(found, folder, force=force)}")
+    trainings = [name for name, run in found.items() if not isinstance(run, Analysis)]
+    if trainings and len(trainings) < len(found):
+        raise InputError(
+            f"compare needs runs of one kind, got the history of a training, {trainings[0]}, beside the "
+            "analysis of a batch; compare trainings with trainings"
+        )
+    made = compare_histories if trainings else compare_runs
+    click.echo(f"\n{made(found, folder, force=force)}")
     last = shlex.quote(str(runs[-1]))
     again = f"report {last}" if is_run(runs[-1]) else f"analyze {last}{typed}"
     click.echo(f"next: gradflow {again}")
+
+
+@gradflow.command(short_help="Follow runs that train, in the terminal.")
+@click.argument("runs", metavar="RUN [RUN...]", nargs=-1, type=click.Path(path_type=Path))
+def watch(runs: Sequence[Path]) -> None:
+    """Follow RUNs that train, in the terminal: folders that gradflow.watch writes.
+
+    A line per layer with its verdict, rate and horizon, and below it its last 60 probes: training
+    steps across, steps back from the loss down, navy where the gradient has vanished. It ends when
+    all runs have ended, or with Ctrl-C; in a pipe it prints one line a probe.
+
+    \b
+    gradflow watch runs/a
+    gradflow watch runs/a runs/b
+    """
+    if not runs:
+        raise InputError("watch needs a run, got none; type for example: gradflow watch runs/a")
+    from gradflow.comparison import names_of
+    from gradflow.history import History
+    from gradflow.reporter import Followed, follow
+
+    followed = [
+        Followed(name, History.read(path)) for name, path in zip(names_of(runs), runs, strict=True)
+    ]
+    try:
+        follow(followed)
+    except KeyboardInterrupt:  # how it is ended, so nothing needs to be said
+        raise SystemExit(INTERRUPTED) from None
 
 
 # ------------------------------------------------------------------------------------- helpers
@@ -306,21 +379,26 @@ def _typed(context: click.Context) -> str:
     words = []
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]
-        if parameter.name in ("runs", "folder", "force") or value == parameter.default or not value:
+        if parameter.name in ("runs", "folder", "force") or value in (None, parameter.default):
+            continue
+        if value is False:
+            words += parameter.secondary_opts
             continue
         words += ["--" + parameter.opts[0].lstrip("-")]
         words += [] if value is True else [shlex.quote(str(value))]
     return "".join(f" {word}" for word in words)
 
 
-def _loaded(path: Path) -> Analysis:
-    from gradflow.analysis import load
+def _loaded(path: Path) -> Analysis | History:
+    from gradflow.runs import load
 
     return load(path)
 
 
-def _show(analysis: Analysis, folder: Path, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Print the summary, the path of the page and the next command."""
+def _show(
+    analysis: Analysis, folder: Path | None, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Print the summary, the path of the page if there is one, and the next command."""
     from gradflow import reporter
 
     if as_json:
@@ -330,11 +408,36 @@ def _show(analysis: Analysis, folder: Path, as_json: bool, quiet: bool, verbose:
         reporter.render_sentences(analysis)
         return
     reporter.render(analysis, verbose=verbose)
-    click.echo(f"\npage: {folder / 'report.html'}")
+    if folder is not None:
+        click.echo(f"\npage: {folder / 'report.html'}")
     # from weights alone: the lines that save a batch end in the command that uses it
     snippet = str(analysis.provenance.get("snippet", ""))
-    other = f"gradflow compare {shlex.quote(str(folder))} OTHER_RUN"
-    click.echo(f"next: {snippet.splitlines()[-1] if snippet else other}")
+    if snippet:
+        click.echo(f"next: {snippet.splitlines()[-1]}")
+    elif folder is not None:
+        click.echo(f"next: gradflow compare {shlex.quote(str(folder))} OTHER_RUN")
+
+
+def _show_history(
+    history: History, folder: Path, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Print where a training stands, the path of its page and the next command."""
+    from gradflow import reporter
+
+    if as_json:
+        click.echo(json.dumps(reporter.history_summary(history), allow_nan=False, indent=2))
+        return
+    reporter.render_history(history, verbose=verbose, quiet=quiet)
+    if not quiet:
+        click.echo(f"\npage: {folder / 'report.html'}")
+
+
+def _refuse_conditions(fail_on: str | None) -> None:
+    if fail_on is not None:
+        advice = "of a training give them to gradflow.watch, as on="
+        raise InputError(
+            must_be("--fail-on", "given for an analysis", "the history of a training", advice)
+        )
 
 
 def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:

@@ -327,11 +327,11 @@ def run_name(path: Path) -> str:
     >>> run_name(Path("demo/rnn/report/run.nc")), run_name(Path("models/before.pt"))
     ('rnn', 'before')
     """
-    while path.name in ("run.nc", "report") and path.parent.name:
+    while path.name in ("run.nc", "report", "history.jsonl") and path.parent.name:
         path = path.parent
     return path.name if path.is_dir() else path.stem
 
 
 def is_run(path: Path) -> bool:
     """Whether a path is a saved run rather than a model file; a missing one, by its suffix."""
-    return path.is_dir() or path.suffix == ".nc" or not (path.exists() or path.suffix)
+    return path.is_dir() or path.suffix in (".nc", ".jsonl") or not (path.exists() or path.suffix)

@@ -48,7 +48,7 @@ class Condition:
 
     text: str
     holds: Callable[[LayerAnalysis], bool]
-    measured: Callable[[LayerAnalysis], str] = lambda layer: ""  # for whoever reads the log
+    measured: Callable[[LayerAnalysis], str] = lambda layer: ""  # for the reader of a log
     untold: Callable[[LayerAnalysis], str] = lambda layer: ""  # why it cannot be told, "" if it can
 
     def held_by(self, analysis: Analysis) -> list[str]:

@@ -1,8 +1,8 @@
 """Every threshold, tolerance, budget and speed of gradflow: value, unit and why.
 
-One line each; whoever wants another limit changes it here. The words of the band and of what counts as
-gone are made from them at the end, for the sentences that use these names; some still write "10⁻³" or
-"one decade" out. Sizes of drawings stand with the drawings. `TABLE` has all limits by name.
+One line each; to have another limit, change it here. The words that speak of the limits, and the
+`GLOSSARY` of the page and of the README, are made from them at the end: no sentence writes a limit out.
+Sizes of drawings stand with the drawings. `TABLE` has all limits by name.
 
     >>> TABLE["BAND"].value, TABLE["BAND"].unit, BAND_WORDS, GONE_WORDS
     (1.0, 'decades', 'one decade', '10⁻³')
@@ -99,6 +99,7 @@ CHANCE = _limit(1e-3, "probability", "that some sequence of a batch ends as padd
 CHANCE_STEPS = _limit(2, "steps", "in a row at the end that may be alike by chance")
 PADDING_JUMP = _limit(1000, "times INPUT_ROUNDING", "of float32 or coarser: padding begins with a jump")
 INPUT_ROUNDING = _limit(32, "units of rounding", "within which a layer made two rows of one")
+SHARES_ALIKE = _limit(1e-3, "relative", "within which shares of a mixture of states add up to one")
 STATES_ALIKE = _limit(1e-3, "relative", "within which sequences that read the same have the same states")
 LARGE_INPUT = _limit(1.5, "standard deviations", "from which on normalising makes an input smaller")
 LINEAR_ROUNDING = _limit(256, "units of rounding", "within which two steps make the same of a vector")
@@ -226,6 +227,12 @@ HISTORY_LAGS = _limit(64, "lags", "of one probe, at most: design, section 4")
 HISTORY_DENSE = _limit(16, "steps", "back from the loss, up to which every one is kept")
 HISTORY_RATIO = _limit(1.125, "times", "the lag before it, beyond: six to a doubling")
 
+# what is said of a training
+LASTING = _limit(3, "probes", "that a change of verdict has to last, to be told: issue of the history")
+LEARNED = _limit(1.5, "times", "as far as at first, from where on a layer has learned to reach")
+LOST = _limit(0.5, "of the farthest", "below which what was reached is lost again")
+CLIPPING_NEAR = _limit(5, "probes", "before a layer vanishes, in which clipping that began is told")
+
 # what a file may hold, and what is listed of it
 MOST_CONTAINERS = _limit(2_000, "containers", "of a file, which may claim any number of them")
 CONTAINER_DEPTH = _limit(5, "containers", "in containers, in which a state_dict is looked for")
@@ -260,6 +267,17 @@ TAPE_BYTES = _limit(2**27, "bytes", "that vectors that go side by side may hold 
 WIDE_BYTES = _limit(2**28, "bytes", "of graphs for pushing that are kept, and of matrices written out")
 PERHAPS = _limit(2**26, "bytes", "kept of a call of which it is not known whether another follows")
 PAGE_BYTES = _limit(1_000_000, "bytes", "of a page: design, section 7")
+PAIR_BLOCK = _limit(8, "steps", "of a linear recurrence, within which every source is taken by itself")
+PAIR_COLUMNS = _limit(4, "entries", "that the others of a block of pairs are held against")
+PAIR_TILE = _limit(256, "pairs", "each way, whose largest entries are looked for at once")
+PAIR_WIDTH = _limit(4096, "entries", "that a sum over pairs takes at once")
+PAIR_SECONDS = _limit(1e-9, "seconds", "of one entry of one pair, where the largest is looked for")
+HEAD_LAGS = _limit(64, "distances", "at which the heads of a layer are told apart")
+LOSS_BYTES = _limit(2**27, "bytes", "of gradients of a wide linear state that are pulled back at once")
+EXPONENT_BYTES = _limit(2**26, "bytes", "of the growth of single entries of a linear state, step by step")
+UNITS_EACH = _limit(512, "entries", "of a state (channels, N), up to which each is a unit of its own")
+UNITS_MOST = _limit(4096, "units", "that a linear state is shown by, where it can be parted so finely")
+DECAY_AT_FLOOR = _limit(0.01, "nats", "above the smallest decay that was seen, which count as at it")
 
 # speeds, measured: by them cost is predicted
 PRODUCT_FLOAT64 = _limit(30e9, "operations a second", "matrix products on two cores")
@@ -297,3 +315,36 @@ CARRIED_DECADES = math.log10(CARRIED)
 VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
 BAND_WORDS = "one decade" if BAND == 1 else f"{BAND:g} decades"
 GONE_WORDS = power(GONE_DECADES)
+GREW_WORDS = f"{1 / GONE:g}"
+CARRIED_WORDS = "a tenth" if CARRIED == 0.1 else f"{CARRIED:g}"
+CLOSED_WORDS = f"closed (< {GATE_CLOSED:g})"
+OPEN_WORDS = f"open (> {GATE_OPEN:g})"
+SATURATED_WORDS = f"beyond ± {SATURATED:g}"
+INTERVAL_WORDS = f"{CONFIDENCE * 100:g} %"
+
+# what the words of table and page mean, as the page explains them; the README has some of them
+GLOSSARY: dict[str, str] = {
+    "gain": "how much a change of the state at step t is still felt at step t′: the norm of ∂s(t′)/∂s(t); "
+    "the largest gain is that of the direction that survives best: if it vanishes, everything does",
+    "vanishing, exploding": "the gain over the span: the largest of any direction from the first step to "
+    f"the last shrinks, or grows, by more than {BAND_WORDS}, beyond doubt",
+    "stable": f"it changes by less than {BAND_WORDS} over the span",
+    "dead": "every path is cut by exact zeros, or every step is cut off from the one before",
+    "inconclusive": "the data do not decide, and the sentence says how many sequences or steps would; or "
+    "the gains are not known (no gains), and it says why",
+    "rate": "growth of ln gain per step in nats in the long run, the largest Lyapunov exponent, with its "
+    f"{INTERVAL_WORDS} interval; not settled where so few steps do not show it: then read the gain",
+    "half-life, horizon": "steps until the gain halves; first distance at which it is below "
+    f"{GONE_WORDS}, where it is gone",
+    "> 99, never": "not within the 99 steps that could be measured; nor would it go on to fall",
+    "gone … before the loss": "the same limit for the gradient of this very loss, the picture on the left; "
+    "it starts in the directions the loss happens to read, so it may be gone sooner, or later, than the "
+    "gain of the best direction",
+    "channels": f"how many directions still pass {GONE_WORDS} over the whole span; a stable layer with 1 of "
+    "64 is fragile",
+    "span": "the distance of interest: the median sequence length, or span=",
+    "prediction": "what a remedy would do at once: the batch was run again with the weights changed, in all "
+    "layers that need it, and measured again; nothing was trained, and training may end elsewhere",
+    "total and direct": "the total gradient at a state counts every path to the loss; the direct part "
+    "leaves out the layer's own recurrence: it is all that a hook on the output of a fused layer shows",
+}

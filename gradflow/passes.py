@@ -19,16 +19,17 @@ from gradflow.recording import Recording
 
 
 @dataclass(frozen=True)
-class Settings:
+class LossSettings:
     """How to get a loss out of a model's output."""
 
     loss: Callable[..., Tensor] | None = None  # the user's own
+    reads_part: bool = False  # whether that takes the chosen part of the output, or all of it
     loss_name: str | None = None
     output: str | None = None  # which part of a tuple or dict
     guard: bool = False  # quote errors of the user's code instead of letting them through
 
 
-def recorded_pass(model: nn.Module, batch: loading.Batch, settings: Settings) -> Recording:
+def recorded_pass(model: nn.Module, batch: loading.Batch, settings: LossSettings) -> Recording:
     """One recorded forward and backward pass; gradients and buffers are put back."""
     kwargs = dict(batch.kwargs)
     if batch.lengths is not None and "lengths" in inspect.signature(model.forward).parameters:
@@ -48,10 +49,14 @@ def recorded_pass(model: nn.Module, batch: loading.Batch, settings: Settings) ->
 
 
 def _loss(
-    result: Any, model: nn.Module, batch: loading.Batch, settings: Settings, recording: Recording
+    result: Any,
+    model: nn.Module,
+    batch: loading.Batch,
+    settings: LossSettings,
+    recording: Recording,
 ) -> tuple[Tensor, str]:
     """The loss and its name in words."""
-    if settings.loss is not None:
+    if settings.loss is not None and not settings.reads_part:
         arguments = (result,) if batch.target is None else (result, batch.target)
         try:
             value = settings.loss(*arguments)
@@ -63,9 +68,13 @@ def _loss(
                 f"the loss cannot read the model's output, which is a {kind} ({error}); "
                 "choose its part: loss=lambda output, target: criterion(output[0], target)"
             ) from error
-        name = getattr(settings.loss, "__name__", type(settings.loss).__name__)
-        return _scalar(value), name.replace("<lambda>", "a lambda of the caller's")
+        return _scalar(value), _name_of(settings.loss)
     output, where = loading.choose_output(result, settings.output)
+    if settings.loss is not None:
+        arguments = (output,) if batch.target is None else (output, batch.target)
+        with _user_code(settings.guard, "the loss", "check --target and --loss"):
+            value = settings.loss(*arguments)
+        return _scalar(value), f"{_name_of(settings.loss)} of {where}"
     lengths = loading.output_lengths(result, settings.output)
     lengths = batch.lengths if lengths is None else lengths
     loss = loading.make_loss(
@@ -76,6 +85,11 @@ def _loss(
     if loss.note:
         recording.notes.append(loss.note)
     return value, f"{loss.name} of {where}"
+
+
+def _name_of(loss: Callable[..., Tensor]) -> str:
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return str(name).replace("<lambda>", "a lambda of the caller's")
 
 
 def _time_axis(model: nn.Module, recording: Recording, output: object) -> int:

@@ -72,7 +72,7 @@ def quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        now: Any = warnings.filters  # another list where somebody else is catching warnings
+        now: Any = warnings.filters  # another list while other code is catching warnings
         for filters in (found, now):
             if entry in filters:
                 filters.remove(entry)
@@ -103,7 +103,7 @@ def _all_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
-# for everyone inside: standard output as it was found, and ours
+# standard output as it was found, and what stands for it inside
 _printing: list[tuple[Any, Any]] = []
 
 
@@ -118,7 +118,7 @@ def printed_to_stderr() -> Iterator[None]:
     finally:
         with _output_lock:
             found, ours = _printing.pop()
-            if not _printing and sys.stdout is ours:  # else somebody else's, which stays
+            if not _printing and sys.stdout is ours:  # else other code replaced it: that stays
                 sys.stdout = found
 
 

@@ -1,4 +1,4 @@
-"""Progress on stderr, for whoever waits."""
+"""Progress on stderr."""
 
 from __future__ import annotations
 
@@ -32,13 +32,28 @@ class Progress:
             self._open()
         self._display.update(self._task, description=what, completed=done)
 
+    def clock(self) -> str:
+        """Time since the work began, "0:01:05".
+
+        >>> Progress().clock()
+        '0:00:00'
+        """
+        seconds = int(time.monotonic() - self._started)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
     def _open(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
         from rich.progress import Progress as Display
 
+        class Clock(ProgressColumn):
+            """Time since the work began; rich's own stops once a part of the work is complete."""
+
+            def render(_, task: Task) -> str:
+                return self.clock()
+
         self._display = Display(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(),
+            TextColumn("{task.description}"), BarColumn(bar_width=20), Clock(),
             console=Console(stderr=True), transient=True,
         )  # fmt: skip
         self._task = self._display.add_task("", total=1.0)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,9 @@ from gradflow.analyzer import analyze
 from gradflow.analyzer.agreement import agreed
 from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
+from gradflow.history import History
 from gradflow.hooks import record
-from gradflow.passes import Settings, left_as_found, recorded_pass, with_notes
+from gradflow.passes import LossSettings, left_as_found, recorded_pass, with_notes
 from gradflow.prediction import with_predictions
 from gradflow.process import random_numbers_kept
 from gradflow.recording import Recording
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Progress = Callable[[str, float], None]
+PROBE_STEPS, PROBE_BATCH = 100, 16  # design, section 8
 
 
 def diagnose(
@@ -66,28 +67,29 @@ def diagnose(
     """
     held = None if lengths is None else torch.as_tensor(lengths)
     batch = loading.Batch(inputs=inputs, target=target, lengths=held)
-    recording = recorded_pass(model, batch, Settings(loss=loss))
+    recording = recorded_pass(model, batch, LossSettings(loss=loss))
     return with_predictions(recording, analyze(recording, span=span))
 
 
 def plot(
-    x: Recording | Analysis | Sequence[Analysis],
-    kind: str = "overview",
+    x: Recording | Analysis | History | Sequence[Analysis] | Sequence[History],
+    kind: str | None = None,
     *,
     layer: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw a recording, an analysis, or several analyses on one scale.
+    """Draw a recording, an analysis, the history of a training, or several of a kind on one scale.
 
     Colours are log10 ratios, ± six powers of ten, the same for every model: navy vanished, pale
     yellow as at the loss, dark red exploded. The figure is unknown to pyplot: a notebook shows it,
     ``figure.savefig("overview.png")`` writes it.
 
     Args:
-        x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them.
-        kind: "overview", or one of `gradflow.reporter.KINDS`: "gain-map", "total-vs-direct",
-            "lag-curve", "triangle", "lag-gradient", "states", "layers", "rank", "lyapunov",
-            "paths", "blocks", "gates", "saturation", "time-scales".
+        x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them; a `History`, or
+            a list of histories.
+        kind: "overview", the default, or another of `gradflow.reporter.KINDS`, such as "gain-map" or
+            "states"; of a history "waterfall", the default, "rates", "horizons", "gates", "norms". The
+            README lists them, and so does the error on a kind that there is not.
         layer: one layer by name; all by default.
         ax: axes of your own for the main panel of one layer.
 
@@ -106,11 +108,26 @@ def plot(
 
     if isinstance(x, Recording):
         x = analyze(x)
-    return reporter.plot(x, kind, layer=layer, ax=ax)
+    histories = _histories(x)
+    if histories:
+        return reporter.plot_histories(histories, kind or "waterfall", layer=layer, ax=ax)
+    of_batches = cast("Analysis | Sequence[Analysis]", x)
+    return reporter.plot(of_batches, "overview" if kind is None else kind, layer=layer, ax=ax)
+
+
+def _histories(x: Any) -> list[History]:
+    """The histories, where there is nothing else among what was given."""
+    many = list(x) if isinstance(x, list | tuple) else [x]
+    found = [one for one in many if isinstance(one, History)]
+    if found and len(found) < len(many):
+        other = next(type(one).__name__ for one in many if not isinstance(one, History))
+        advice = "draw them in two figures: a history is a whole training, an analysis one batch"
+        raise InputError(must_be("what is plotted", "histories only", f"a {other} as well", advice))
+    return found
 
 
 def report(
-    x: Recording | Analysis,
+    x: Recording | Analysis | History,
     folder: str | Path,
     *,
     formats: Iterable[str] | None = None,
@@ -122,10 +139,11 @@ def report(
     and it holds nothing but an earlier report, which is then replaced as a whole.
 
     Args:
-        x: an `Analysis`, or a `Recording`, which is analyzed first.
+        x: an `Analysis`, a `Recording`, which is analyzed first, or the `History` of a training.
         folder: where the files go; it is made.
         formats: which of "html" (one page, offline), "json" (summary.json), "csv" (tables), "png"
-            (figures/) and "nc" (run.nc, which `load` reads back); all by default.
+            (figures/) and "nc" (run.nc, which `load` reads back; not of a history, which has its own
+            file); all by default.
         force: replace an earlier report.
 
     Returns:
@@ -145,6 +163,9 @@ def report(
 
     if isinstance(x, Recording):
         x = analyze(x)
+    if isinstance(x, History):
+        of_history = reporter.HISTORY_FORMATS if formats is None else formats
+        return reporter.report_history(x, Path(folder), formats=of_history, force=force)
     chosen = reporter.FORMATS if formats is None else formats
     return reporter.report(x, folder, formats=chosen, force=force)
 
@@ -161,10 +182,22 @@ class FileRequest:
     loss: str | None = None
     output: str | None = None
     labels: Path | None = None
-    seq_len: int = 100
-    batch: int = 16
+    span: int | None = None
+    train: bool | None = None  # the mode the model runs in; None: evaluation
+    seq_len: int | None = None  # of a probe; None: 100
+    batch: int | None = None  # of a probe; None: 16
     seed: int = 0
     trust: bool = False
+
+    @property
+    def probe_steps(self) -> int:
+        """T of a probe."""
+        return PROBE_STEPS if self.seq_len is None else self.seq_len
+
+    @property
+    def probe_batch(self) -> int:
+        """B of a probe."""
+        return PROBE_BATCH if self.batch is None else self.batch
 
 
 def analyze_file(request: FileRequest, progress: Progress | None = None) -> Analysis:
@@ -177,7 +210,7 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
         raise InputError(must_be("--seed", whole, request.seed, "leave it out for 0"))
     labels = None if request.labels is None else loading.read_labels(request.labels)
     if labels is not None and request.input is None:
-        checked_labels(labels, request.seq_len)
+        checked_labels(labels, request.probe_steps)
     opened = loading.open_model(request.path, request.spec, request.trust, request.member)
     with collected_warnings() as sentences:
         if request.input is None:
@@ -209,17 +242,33 @@ def _from_batch(
         raise FileError(opened.aged)
     if opened.model is None:
         raise InputError(loading.no_model_to_run(opened, request.input))
+    for option, value in (("--seq-len", request.seq_len), ("--batch", request.batch)):
+        if value is not None:
+            raise InputError(
+                f"{option} is the size of a probe and has no effect with --input, whose batch is "
+                "used as it is; leave it out, or save a smaller batch"
+            )
     assert request.input is not None
+    if request.train is not None:
+        opened.model.train(request.train)
     batch = loading.fit_batch(loading.read_batch(request.input, request.target), opened.model)
     with random_numbers_kept(devices=None):
         torch.manual_seed(request.seed)
-        settings = Settings(loss_name=request.loss, output=request.output, guard=True)
+        settings = _settings(request)
         recording = recorded_pass(opened.model, batch, settings)
     if labels is not None:  # before the long part
         checked_labels(labels, max(track.steps for track in recording))
     recording.provenance |= {"input": request.input.name, "seed": request.seed}
-    analysis = analyze(recording, seed=request.seed, progress=progress)
+    analysis = analyze(recording, span=request.span, seed=request.seed, progress=progress)
     return with_predictions(recording, analysis, seed=request.seed)
+
+
+def _settings(request: FileRequest) -> LossSettings:
+    """The loss of the command line: one of gradflow's by its name, or one of the user's own."""
+    if request.loss is None or ":" not in request.loss:
+        return LossSettings(loss_name=request.loss, output=request.output, guard=True)
+    loss = loading.build_loss(request.loss)
+    return LossSettings(loss=loss, reads_part=True, output=request.output, guard=True)
 
 
 def _from_weights(
@@ -230,6 +279,7 @@ def _from_weights(
         ("--target", request.target),
         ("--loss", request.loss),
         ("--output", request.output),
+        ("--train" if request.train else "--eval", request.train),
     ):
         if value is not None:
             raise InputError(
@@ -249,23 +299,28 @@ def _from_weights(
     snippet = loading.save_snippet(opened.path, opened)
     for module in opened.recurrent:
         runs = []
-        probes = loading.probes(module, request.seq_len, request.batch, request.seed)
+        probes = loading.probes(module, request.probe_steps, request.probe_batch, request.seed)
         for number, probe in enumerate(probes):
             recording = _run_probe(module, probe)
             step = _part(
                 progress, number, len(probes), f"{module.name or module.kind} under {probe.name}"
             )
             # only the last probe is shown; the others need their rates, not their maps
-            coarse = None if number == len(probes) - 1 else max(1, request.seq_len)
-            runs.append(analyze(recording, stride=coarse, seed=request.seed, progress=step))
+            coarse = None if number == len(probes) - 1 else max(1, request.probe_steps)
+            runs.append(
+                analyze(
+                    recording,
+                    span=request.span,
+                    stride=coarse,
+                    seed=request.seed,
+                    progress=step,
+                )
+            )
         run = agreed(runs, [probe.name for probe in probes], snippet.splitlines()[-1])
         run = with_predictions(recording, run, batch=probes[-1].name, seed=request.seed)
-        layers |= {
-            _probed_name(module, name): _renamed(module, layer)
-            for name, layer in run.layers.items()
-        }
-        notes += [s for s in module.ambiguous if "tanh" in s] + list(run.warnings)
-        assumed += [s for s in module.ambiguous if "tanh" not in s]
+        layers |= run.layers
+        notes += [*module.doubts, *run.warnings]
+        assumed += module.ambiguous
         tried += [probe.name for probe in probes]
         provenance |= run.provenance
     names = ", ".join(dict.fromkeys(tried))
@@ -274,7 +329,7 @@ def _from_weights(
         "decides the rate, so give --input for your own"
     )
     provenance |= {
-        "input": f"probes: {names}; B = {request.batch}, T = {request.seq_len}",
+        "input": f"probes: {names}; B = {request.probe_batch}, T = {request.probe_steps}",
         "loss": "⟨r, h_T⟩ with seeded r",
         "seed": request.seed,
         "snippet": snippet,
@@ -295,33 +350,12 @@ def _run_probe(module: loading.RecurrentModule, probe: loading.Probe) -> Recordi
         loading.probe_loss(
             output, probe.r, module.module.batch_first, module.bidirectional
         ).backward()
+    if module.from_cell:  # it was run as a layer; its track has the cell's own path
+        (track,) = recording
+        recording.drop(track)
+        track.name = module.name or "cell"
+        recording.add(track)
     return recording
-
-
-def _probed_name(module: loading.RecurrentModule, name: str) -> str:
-    """A cell was probed as a one-layer module; its track has the cell's own path."""
-    return (module.name or "cell") if module.from_cell else name
-
-
-def _renamed(module: loading.RecurrentModule, layer: LayerAnalysis) -> LayerAnalysis:
-    name = _probed_name(module, layer.name)
-    if name == layer.name:
-        return layer
-    return replace(
-        layer,
-        name=name,
-        sentence=layer.sentence.replace(layer.name, name),
-        title=layer.title.replace(layer.name, name),
-        findings=tuple(
-            replace(
-                f,
-                layer=name,
-                message=f.message.replace(layer.name, name),
-                code=re.sub(r"((?:weight|bias)_[ih]h)_l0\b", r"\1", f.code),
-            )
-            for f in layer.findings
-        ),
-    )
 
 
 def _part(progress: Progress | None, number: int, count: int, words: str) -> Progress | None:

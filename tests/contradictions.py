@@ -18,17 +18,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from seam import charts_lag_curve as lag_curve
+from seam import gain_words, half_life_words, lyapunov, quantile, rate_words, span_share
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gradflow
 from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import step_jacobians
-from gradflow.analyzer.rates import quantile
 from gradflow.recording import Track
-from gradflow.reporter.charts import lag_curve, lyapunov
-from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
-from gradflow.reporter.prepare import span_share
 
 DECADE, GONE, HALF = math.log(10), math.log(1e-3), -math.log(2)
 KINDS = ("linear", "tanh", "LSTM", "GRU")

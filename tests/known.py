@@ -13,14 +13,12 @@ import numpy as np
 import systems
 import torch
 from scipy import signal
+from seam import log_growth, operator_of, rate_of_one, rate_over_sequences
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import LayerAnalysis, Rate
 from gradflow.analyzer import lyapunov_spectrum
-from gradflow.analyzer.jacobians import operator_of
-from gradflow.analyzer.lyapunov import log_growth
-from gradflow.analyzer.rates import rate_of_one, rate_over_sequences
 
 F64 = torch.float64
 

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from seam import LinearSteps
 from torch import Tensor
-
-from gradflow.cells.linear import LinearSteps
 
 
 @dataclass(frozen=True)

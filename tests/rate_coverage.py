@@ -18,18 +18,27 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from seam import (
+    DenseOperator,
+    Growth,
+    Leading,
+    Norms,
+    SpanGains,
+    constant_exponents,
+    enough,
+    log_growth,
+    log_norms,
+    mean_steps,
+    operator_of,
+    parted,
+    settled,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gradflow
 from gradflow.analysis import Rate
 from gradflow.analyzer import keeping
-from gradflow.analyzer.constant import constant_exponents
-from gradflow.analyzer.gains import SpanGains
-from gradflow.analyzer.jacobians import DenseOperator, operator_of
-from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
-from gradflow.analyzer.settling import enough, mean_steps, parted, settled
-from gradflow.analyzer.windows import Norms, log_norms
 from gradflow.recording import Operator
 
 STEPS = (20, 40, 60, 100, 300)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from seam import agreed
 from torch import nn
 
 import gradflow
-from gradflow.analyzer.agreement import agreed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROBES = ["inputs 0", "inputs N(0, 1)"]

@@ -12,15 +12,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from seam import DenseOperator, SpanGains, Window, collected, common_steps, log_norms, span_windows
+from seam import gains_crossing as crossing
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gradflow
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer import lyapunov_spectrum, step_jacobians
-from gradflow.analyzer.gains import span_gains
-from gradflow.analyzer.jacobians import DenseOperator
-from gradflow.analyzer.windows import Window, log_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64
@@ -36,6 +35,16 @@ def log_norm(steps: Tensor) -> float:
             return -math.inf
         product, scale = product / peak, scale + math.log(peak)
     return math.log(float(torch.linalg.matrix_norm(product, 2))) + scale
+
+
+def span_gains(
+    steps: Tensor, lengths: list[int], span: int, cuts: Tensor | None = None
+) -> SpanGains:
+    """ln of the largest gain over the span of every sequence of steps (T, B, S, S)."""
+    crossed = crossing(len(steps), torch.tensor(lengths), cuts)
+    over = common_steps(crossed, span)
+    windows = span_windows(crossed, over, 2**20)
+    return collected(windows, log_norms(DenseOperator(steps), windows), crossed, over)
 
 
 STEPS: dict[str, Callable[[int], Tensor]] = {
@@ -74,7 +83,7 @@ def test_long_sequences_count_by_windows_and_cuts_are_never_crossed() -> None:
     steps = torch.randn(41, 2, 6, 6, dtype=F64)
     cuts = torch.zeros(41, 2, dtype=torch.bool)
     cuts[13, 1] = True
-    found = span_gains(DenseOperator(steps), torch.tensor([41, 41]), 10, cuts=cuts)
+    found = span_gains(steps, [41, 41], 10, cuts)
     whole = [log_norm(steps[first : first + 10, 0]) for first in (1, 11, 21, 31)]
     parts = [log_norm(steps[first : first + 10, 1]) for first in (3, 21, 31)]
     assert found.values == pytest.approx([np.median(whole), np.median(parts)], abs=1e-9)
@@ -97,7 +106,7 @@ def test_what_a_verdict_rests_on_is_over_one_number_of_steps(
     lengths: list[int], span: int, over: int, votes: int
 ) -> None:
     steps = torch.randn(max(lengths), len(lengths), 3, 3, dtype=F64)
-    found = span_gains(DenseOperator(steps), torch.tensor(lengths), span)
+    found = span_gains(steps, lengths, span)
     assert (found.over, int(found.voting.sum())) == (over, votes)
     for b, length in enumerate(lengths):
         width = min(over, length - 1)  # the shorter ones have the gain of what they are

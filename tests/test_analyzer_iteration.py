@@ -6,12 +6,10 @@ import math
 
 import pytest
 import torch
+from seam import DenseOperator, log_gains, spectral_by_iteration
 from torch import Tensor
 
 from gradflow.analyzer import iteration
-from gradflow.analyzer.iteration import spectral_by_iteration
-from gradflow.analyzer.jacobians import DenseOperator
-from gradflow.analyzer.products import log_gains
 from gradflow.limits import NORM_KEPT, NORM_TOLERANCE
 
 F64 = torch.float64

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from cases import GRU, LSTM, TANH, Case
+from seam import Contributed, affordable, contributions
+from seam import triangle_triangle as triangle
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analyzer import assemble
-from gradflow.analyzer.contributions import Contributed, affordable, contributions
-from gradflow.analyzer.triangle import triangle
 from gradflow.recording import Track
 
 pytestmark = pytest.mark.usefixtures("one_thread")

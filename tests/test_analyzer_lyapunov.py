@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from seam import burn_in
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analyzer import lyapunov_spectrum, step_jacobians
-from gradflow.analyzer.lyapunov import burn_in
 from gradflow.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,18 +11,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seam import (
+    Blocks,
+    DenseOperator,
+    Sweep,
+    log_diagonal_gains,
+    log_dropped,
+    log_gains,
+    log_loss_gains,
+    loss_vectors,
+    operator_of,
+)
 from test_analyzer_products import SEEDS, constant, decaying, gaussian, orthogonal
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analyzer import analyze, core, plan, products, step_jacobians
-from gradflow.analyzer.blocks import Blocks
-from gradflow.analyzer.cellpath import log_diagonal_gains
-from gradflow.analyzer.direction import log_loss_gains, loss_vectors
-from gradflow.analyzer.jacobians import DenseOperator, operator_of
-from gradflow.analyzer.products import log_gains
-from gradflow.analyzer.sweep import Sweep
-from gradflow.analyzer.truncation import log_dropped
 from gradflow.errors import GradflowWarning
 from gradflow.recording import Parity, Recording, Track
 

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from seam import masked_median
 from torch import Tensor
 
 from gradflow.analyzer import norms
-from gradflow.analyzer.loss import masked_median
 
 ROWS, COLUMNS = 32, 40
 

@@ -9,12 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seam import DenseOperator, log_gains, log_singular_along, survivors
 from torch import Tensor
 
 from gradflow.analyzer import log_gain_map
-from gradflow.analyzer.jacobians import DenseOperator
-from gradflow.analyzer.products import log_gains
-from gradflow.analyzer.singular import log_singular_along, survivors
 from gradflow.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

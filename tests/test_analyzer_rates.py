@@ -7,10 +7,7 @@ import math
 import numpy as np
 import pytest
 from scipy import signal
-
-from gradflow.analysis import Rate
-from gradflow.analyzer.curve import lag_curve
-from gradflow.analyzer.rates import (
+from seam import (
     Verdict,
     band,
     correlation_time,
@@ -19,6 +16,9 @@ from gradflow.analyzer.rates import (
     rate_of_one,
     rate_over_sequences,
 )
+from seam import curve_lag_curve as lag_curve
+
+from gradflow.analysis import Rate
 
 TRUTH = -0.05
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from seam import read_part
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analyzer import analyze, step_jacobians
-from gradflow.analyzer.read_states import read_part
 from gradflow.recording import Recording
 
 pytestmark = [

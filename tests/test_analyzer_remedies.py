@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from seam import decades
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer import analyze
-from gradflow.analyzer.tried import decades
 from gradflow.prediction import with_predictions
 from gradflow.recording import Recording
 

@@ -12,16 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import exact_log_singular, gram_schmidt_exponents
+from seam import DenseOperator, Growth, burn_in, log_growth, rate_over_sequences, spectrum
 from systems import SYSTEMS, System, gaussian, newman
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import LayerAnalysis, Rate
 from gradflow.analyzer import log_gain_map, lyapunov_spectrum, step_jacobians
-from gradflow.analyzer.jacobians import DenseOperator
-from gradflow.analyzer.lyapunov import Growth, burn_in, log_growth
-from gradflow.analyzer.rates import rate_over_sequences
-from gradflow.analyzer.spectrum import spectrum
 from gradflow.recording import Recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")

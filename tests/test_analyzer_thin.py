@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from seam import step_jacobians
 from torch import Tensor, nn
 from torch.autograd import functional
 from wide_cells import WIDE, Convolutional, convolved
@@ -19,7 +20,6 @@ from wide_cells import WIDE, Convolutional, convolved
 import gradflow
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer import thin
-from gradflow.analyzer.jacobians import step_jacobians
 from gradflow.hooks import wide
 from gradflow.recording import Recording, Track
 

@@ -12,13 +12,12 @@ import loops
 import numpy as np
 import pytest
 import torch
+from seam import PATHS, cell_paths, in_processing_order, path_gains
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import Finding, LayerAnalysis
 from gradflow.analyzer import analyze, lyapunov
-from gradflow.analyzer.order import in_processing_order
-from gradflow.analyzer.paths import PATHS, cell_paths, path_gains
 from gradflow.errors import GradflowWarning
 from gradflow.recording import Recording, Track
 

@@ -17,10 +17,9 @@ from typing import Any
 
 import pytest
 import synthetic
+from seam import draw, page
 
 from gradflow.analysis import Rate
-from gradflow.reporter.files import draw
-from gradflow.reporter.page import page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (

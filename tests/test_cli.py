@@ -33,6 +33,11 @@ NET = """
 import torch
 from torch import nn
 
+def first_half(output, target):
+    return (output - target).abs()[: len(output) // 2].sum()
+
+THREE = 3
+
 class Words(nn.Module):
     def __init__(self):
         super().__init__()
@@ -367,6 +372,31 @@ def test_files_that_are_no_models_are_refused_in_one_sentence(
         (["--model", "user_net:Net()", "--input", "batch.pt", "--loss", "huber"], ["huber", "mse"]),
         (["--model", "user_net:Net()", "--input", "batch.pt", "--output", "logits"], ["logits"]),
         (["--loss", "mse"], ["--input"]),
+        (["--loss", "user_net:first_half"], ["--loss needs a batch"]),
+        (
+            ["--model", "user_net:Net()", "--input", "batch.pt", "--loss", "user_net:gone"],
+            ["user_net has no gone", "first_half", "--loss"],
+        ),
+        (
+            ["--model", "user_net:Net()", "--input", "batch.pt", "--loss", "user_net:THREE"],
+            ["user_net:THREE must be a function", "got an int"],
+        ),
+        (
+            ["--model", "user_net:Net()", "--input", "batch.pt", "--loss", "torch.nn:CTCLoss"],
+            ["the loss raised", "check --target and --loss"],
+        ),
+        (
+            ["--model", "user_net:Net()", "--input", "batch.pt", "--seq-len", "9"],
+            ["--seq-len is the size of a probe and has no effect with --input"],
+        ),
+        (
+            ["--model", "user_net:Net()", "--input", "batch.pt", "--batch", "9"],
+            ["--batch is the size of a probe"],
+        ),
+        (["--eval"], ["--eval needs a batch"]),
+        (["--span", "0"], ["span"]),
+        (["--no-report", "-o", "out"], ["--no-report writes nothing, but -o was given"]),
+        (["--no-report", "--force"], ["--no-report writes nothing, but --force was given"]),
         (["--seq-len", "0"], ["--seq-len", "at least 1"]),
         (["--batch", "-3"], ["--batch"]),
         (["--seed", "-1"], ["--seed must be a whole number of at least 0"]),
@@ -390,6 +420,55 @@ def test_bad_options_are_refused_in_one_sentence(
     assert "Traceback" not in error and error.count("\n") == 1, error
     for word in words:
         assert word in error, error
+    assert not (here / "reports").exists()
+
+
+def test_a_loss_of_ones_own_reads_output_and_target(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_state_dict(here / "model.pt")
+    save_batch(here, "batch.pt")
+    batch = ("analyze", "model.pt", "--model", "user_net:Net()", "--input", "batch.pt", "--json")
+    for spec, name in {
+        "user_net:first_half": "first_half",
+        "torch.nn:HuberLoss(delta=0.5)": "HuberLoss",
+        "user_net.py:first_half": "first_half",
+    }.items():
+        assert run(*batch, "--no-report", "--loss", spec) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert summary["provenance"]["loss"] == f"{name} of output", spec
+
+
+def test_the_model_runs_in_the_mode_that_is_asked_for(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "modes.py").write_text(
+        "from user_net import *\n"
+        "class Told(Net):\n"
+        "    def forward(self, x):\n"
+        "        import sys; print(self.training, file=sys.stderr)\n"
+        "        return super().forward(x)\n"
+    )
+    save_state_dict(here / "model.pt")
+    save_batch(here, "batch.pt")
+    batch = ("analyze", "model.pt", "--model", "modes:Told()", "--input", "batch.pt", "--json")
+    for options, training in ((), False), (("--eval",), False), (("--train",), True):
+        assert run(*batch, "--no-report", *options) == 0
+        out, error = capsys.readouterr()
+        assert str(training) in error and str(not training) not in error
+        mode = json.loads(out)["provenance"]["mode"]
+        assert mode == ("training" if training else "evaluation")
+
+
+def test_span_is_the_distance_of_the_verdict_and_no_report_writes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_state_dict(here / "model.pt")
+    assert run("analyze", "model.pt", "--span", "7", "--no-report", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert [layer["span"] for layer in summary["layers"]] == [7, 7]
+    assert run("analyze", "model.pt", "--seq-len", "12", "--no-report") == 0
+    assert "page:" not in capsys.readouterr().out
     assert not (here / "reports").exists()
 
 

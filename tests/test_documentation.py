@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import histories
 import pytest
 import torch
 from click.testing import CliRunner
@@ -238,10 +239,12 @@ def test_the_readme_shows_every_command_and_every_function() -> None:
     assert [name for name in FUNCTIONS if name in NAMES and f"gradflow.{name}" not in README] == []
 
 
-def test_every_kind_of_picture_is_named_where_it_is_asked_for() -> None:
+def test_every_kind_of_picture_is_named_in_the_readme_and_where_a_wrong_one_is_asked_for() -> None:
+    with pytest.raises(errors.InputError) as caught:
+        gradflow.plot([], "overveiw")
     for kind in KINDS:
         assert f"`{kind}`" in README
-        assert f'"{kind}"' in (gradflow.plot.__doc__ or "")
+        assert re.search(rf"\b{kind}\b", str(caught.value))
 
 
 def test_scripts_that_the_readme_names_are_there() -> None:
@@ -347,6 +350,8 @@ def test_the_examples_of_the_help_run_as_they_stand(
     for name in ("model", "rnn", "lstm", "before", "after"):
         torch.save({f"rnn.{k}": v for k, v in nn.RNN(10, 20).state_dict().items()}, f"{name}.pt")
     torch.save({"input": torch.randn(9, 3, 10), "target": torch.randn(9, 3, 20)}, "batch.pt")
+    for name in ("a", "b"):
+        histories.write(tmp_path / "runs" / name, 6)
     needed = [f"gradflow analyze {name}.pt --seq-len 12 -q" for name in ("rnn", "lstm")]
     shown = {line: None for command in group.commands.values() for line in in_text(command.help)}
     lines = [line for line in shown if line != "gradflow demo"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from linear_oracles import CASES, Case, elementwise, gated_delta, graded, matrices, unrolled
+from seam import LinearSteps, side_by_side
 from torch import Tensor
 
-from gradflow.cells.linear import LinearSteps, side_by_side
 from gradflow.errors import InputError
 
 EXACT = 1e-12

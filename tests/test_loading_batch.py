@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from seam import reason
 from torch import Tensor, nn
 
 from gradflow.errors import FileError, GradflowError, InputError
 from gradflow.loading import Batch, fit_batch, read_batch
-from gradflow.loading.words import reason
 
 X = np.arange(42, dtype=np.float64).reshape(7, 2, 3)
 Y = np.ones((2, 1), dtype=np.float32)

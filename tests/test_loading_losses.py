@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from seam import from_model, from_tensors, physical_memory
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -20,8 +21,6 @@ from gradflow.loading import (
     probes,
     time_axis,
 )
-from gradflow.loading.probe import physical_memory
-from gradflow.loading.recurrent import from_model, from_tensors
 
 ONE, TWO, WHOLE = torch.ones(2, 3), torch.ones(4), torch.ones(2).long()
 Pair = namedtuple("Pair", "first second")

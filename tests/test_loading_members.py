@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from seam import _STOCK, lacking
 from test_loading_refusals import _with_valid_checksums
 from torch import nn
 
 from gradflow.errors import FileError, InputError, UserCodeError
 from gradflow.loading import describe, open_model
-from gradflow.loading.ages import lacking
-from gradflow.loading.shells import _STOCK
 from gradflow.workflow import FileRequest, analyze_file
 
 SOURCE = """
@@ -241,7 +240,7 @@ def test_several_of_a_users_classes_ask_with_the_next_command(code) -> None:
     batch = FileRequest(path, input=Path("batch.pt"), trust=True)
     with pytest.raises(InputError, match=r"--member 0 --trust --input batch\.pt"):
         analyze_file(batch)
-    batch = FileRequest(path, input=Path("batch.pt"), trust=True, member="1", seq_len=5)
+    batch = FileRequest(path, input=Path("batch.pt"), trust=True, member="1")
     analysis = analyze_file(batch)
     assert [layer.name for layer in analysis] == ["cell"]
     path = saved([code.Encoder(), code.Encoder()], "none.pt")

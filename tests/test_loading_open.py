@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from seam import non_finite
 from torch import nn
 
 from gradflow.errors import FileError, InputError, UserCodeError
 from gradflow.loading import describe, open_model, probes, save_snippet
-from gradflow.loading.recurrent import non_finite
 
 MODULES = {
     "lstm": lambda: nn.LSTM(3, 5),
@@ -64,7 +64,7 @@ def test_a_state_dict_becomes_the_module(tmp_path: Path, make, prefix: str) -> N
     assert (found.input_size, found.hidden_size) == (original.input_size, original.hidden_size)
     assert (found.layers, found.bidirectional) == (original.num_layers, original.bidirectional)
     assert (found.proj_size, found.bias) == (original.proj_size, original.bias)
-    assert found.nonlinearity_known == (found.kind != "RNN")
+    assert bool(found.doubts) == (found.kind == "RNN")
     assert not found.module.training
     assert_same_function(found.module, original)
 
@@ -87,7 +87,7 @@ def test_a_pickled_stock_module_is_rebuilt(tmp_path: Path, make) -> None:
     assert opened.kind == "a pickle of torch modules"
     assert opened.title == type(original).__name__
     assert type(opened.model) is type(original)
-    assert opened.recurrent[0].nonlinearity_known
+    assert not opened.recurrent[0].doubts
     assert_same_function(opened.model, original)
     assert_same_function(opened.recurrent[0].module, original)
 
@@ -117,7 +117,7 @@ def test_a_relu_rnn_keeps_its_relu_and_weights_alone_say_tanh(tmp_path: Path) ->
     assert (module.nonlinearity, module.dropout, module.batch_first) == ("relu", 0.5, True)
     (bare,) = open_model(saved(tmp_path / "b.pt", original.state_dict())).recurrent
     assert bare.module.nonlinearity == "tanh"
-    assert any("read as tanh" in sentence for sentence in bare.ambiguous)
+    assert any("read as tanh" in sentence for sentence in bare.doubts)
     assert any("dropout" in sentence for sentence in bare.ambiguous)
 
 
@@ -290,7 +290,9 @@ def test_keys_with_line_ends_are_read_and_shown_on_one_line(tmp_path: Path, norm
     assert all(line.isprintable() for line in text)
     assert any(r"  a\nb  LSTM(3 → 5, 2 layers)" in line for line in text)
     assert any(r"emb\t.weight (4, 3)" in line for line in text)
-    assert all(line.isprintable() for line in (*found.ambiguous, *open_model(path).notes))
+    assert all(
+        line.isprintable() for line in (*found.doubts, *found.ambiguous, *open_model(path).notes)
+    )
     assert probes(found, 2, 2)[0].name == r"uniform random tokens through emb\t.weight"
 
 

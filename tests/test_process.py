@@ -19,13 +19,13 @@ import matplotlib.style
 import numpy as np
 import pytest
 import torch
+from seam import look
 from torch import Tensor, nn
 
 import gradflow
 from gradflow import process
 from gradflow.limits import ONE_THREAD
 from gradflow.process import fitting_threads, printed_to_stderr, quiet, random_numbers_kept
-from gradflow.reporter.picture import look
 
 FOUND = 3
 

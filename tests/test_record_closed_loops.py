@@ -11,15 +11,14 @@ import pytest
 import torch
 from closed_loops import Loop, advanced, made
 from rich.console import Console
+from seam import number, render
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradflow
 from gradflow.analyzer import step_jacobians
-from gradflow.analyzer.evidence import number
 from gradflow.errors import RecordingError
 from gradflow.recording import Recording
-from gradflow.reporter.text import render
 
 
 def recorded(model: Loop, batch: int = loops.B, **options: object) -> tuple[object, list]:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import FOUND, torch_is_as_found
 from hostile import Cell, Everything, same, step
+from seam import stitch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.testing._internal.two_tensor import TwoTensor
@@ -28,7 +29,6 @@ from torch.utils.checkpoint import checkpoint
 import gradflow
 from gradflow.errors import RecordingError
 from gradflow.hooks import patch
-from gradflow.hooks.loops import stitch
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import torch_is_as_found
 from hostile import Everything, same, step
+from seam import Point
 
 import gradflow
 from gradflow.errors import RecordingError
 from gradflow.hooks import guard
-from gradflow.hooks.guard import Point
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

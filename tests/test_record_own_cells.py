@@ -12,6 +12,7 @@ import io
 import pickle
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +25,13 @@ import pytest
 import torch
 from compare import assert_jacobians_close, assert_steps_close
 from own_cells import BATCH, CELLS, HIDDEN, INPUTS, STEPS, Case, FromScratch, MinimalGated
+from seam import KINDS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradflow
 from gradflow.errors import GradflowWarning, RecordingError
 from gradflow.recording import Track
-from gradflow.reporter.kinds import KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -1068,3 +1069,35 @@ def test_diagnose_finds_the_cell() -> None:
     analysis = gradflow.diagnose(Last(), torch.randn(20, BATCH, INPUTS))
     assert [layer.name for layer in analysis] == ["low.cell", "high.cell"]
     assert analysis["low.cell"].title.startswith("low.cell (FromScratch): ")
+
+
+class Adding(nn.Module):
+    """Its states are whole numbers, from 2⁵³ on whatever is added."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.weight, self.size = nn.Parameter(torch.ones(INPUTS, dtype=torch.float64)), size
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return h + self.weight * (x.abs() * self.size).ceil()
+
+
+@pytest.mark.parametrize(
+    ("size", "how"),  # small ones in memory of their own may be met by chance
+    [(s, how) for s in (1.0, 1e17) for how in ("detach", "data", "no_grad")] + [(1e17, "clone")],
+)
+def test_detached_states_that_are_whole_numbers_go_on_as_one_track(size: float, how: str) -> None:
+    cell, h, loss = Adding(size), torch.zeros(BATCH, INPUTS, dtype=torch.float64), 0.0
+    ways = {"data": lambda h: h.data, "clone": lambda h: h.detach().clone()}
+    with warnings.catch_warnings(), gradflow.record(cell) as recording:
+        warnings.simplefilter("ignore", GradflowWarning)
+        with torch.set_grad_enabled(how != "no_grad"):
+            for x_t in x():
+                h = cell(x_t, h)
+                loss = loss + h.sum()
+                h = ways.get(how, Tensor.detach)(h)
+        if how != "no_grad":
+            loss.backward()
+    (track,) = recording
+    assert track.lengths.tolist() == [STEPS] * BATCH
+    assert bool(track.cuts[1:].all()) is (how != "no_grad")

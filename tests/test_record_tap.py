@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_jacobians_close, assert_steps_close
+from seam import KINDS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradflow
 from gradflow.errors import GradflowWarning, InputError, RecordingError
 from gradflow.recording import Track
-from gradflow.reporter.kinds import KINDS
 
 STEPS, BATCH, INPUTS, HIDDEN = 7, 3, 2, 4
 F64 = torch.float64

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hand_loops import INPUTS, H, Parts
-from torch import Tensor
+from torch import Tensor, nn
 
 import gradflow
 from gradflow.analyzer import step_jacobians
@@ -113,3 +113,42 @@ def check_product(track: Track, start: list[Tensor], end: list[Tensor]) -> None:
             truth = torch.cat([flat(grad)[0] for grad in found])
             mine = product[number * H + unit]
             torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-13)
+
+
+class Membrane(nn.Module):
+    """A leaky neuron without weights, whose first state may be of any shape that fits, or empty."""
+
+    def forward(self, x: Tensor, mem: Tensor) -> Tensor:
+        mem = torch.zeros_like(x) if not mem.numel() else mem.expand_as(x)
+        return 0.9 * mem + torch.tanh(x) * torch.cos(mem)
+
+
+@pytest.mark.parametrize("width", [(3,), (1, 4), (2, 1, 4)], ids=str)
+@pytest.mark.parametrize("start", [(0,), (1,), "last", "one row", "whole"], ids=str)
+def test_a_first_state_that_is_stretched_hides_no_sequence(
+    start: object, width: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    batch, steps = 5, 4
+    shapes = {"last": width[-1:], "one row": (1, *width), "whole": (batch, *width)}
+    mem = torch.zeros(shapes.get(start, start)).double()  # type: ignore[call-overload]
+    cell = Membrane()
+    gain = nn.Parameter(torch.ones(()).double())
+    x = torch.randn(steps, batch, *width).double()
+    kept = []
+    with gradflow.record(nn.ModuleList([cell])) as recording:
+        for t in range(steps):
+            mem = cell(x[t] * gain, mem)
+            mem.retain_grad()
+            kept.append(mem)
+        (mem**2).sum().backward()
+    (track,) = recording
+    assert track.lengths.tolist() == [steps] * batch
+    states = torch.stack(kept).flatten(2)
+    assert torch.equal(track.states["mem"], states)
+    grads = torch.stack([state.grad for state in kept]).flatten(2)
+    torch.testing.assert_close(track.grads["mem"], grads, rtol=1e-12, atol=0)
+    slope = 0.9 - torch.tanh(x[1:].flatten(2)) * torch.sin(states[:-1])
+    torch.testing.assert_close(
+        step_jacobians(track)[1:], torch.diag_embed(slope).detach(), rtol=1e-12, atol=0
+    )

@@ -14,14 +14,13 @@ import pytest
 import torch
 from compare import assert_steps_close, assert_whole_close
 from own_cells import BATCH, CELLS, INPUTS
+from seam import Wide, cells
 from torch import Tensor, nn
 from wide_cells import WIDE, Convolutional, convolved
 
 import gradflow
 from gradflow.errors import RecordingError
 from gradflow.hooks import marks, tape, wide
-from gradflow.hooks.own import cells
-from gradflow.hooks.wide import Wide
 from gradflow.recording import Track
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,27 +9,27 @@ import numpy as np
 import pytest
 import synthetic
 from matplotlib.figure import Figure
-from test_reporter_figures import overlapping
-
-from gradflow.analysis import LayerAnalysis, Rate
-from gradflow.reporter import KINDS, plot
-from gradflow.reporter.charts import (
+from seam import (
+    Picture,
     blocks,
     gain_map,
     gates,
-    lag_curve,
     lag_gradient,
     layers,
     lyapunov,
-    marks,
     paths,
+    plot_lines,
     rank,
     saturation,
     states,
     time_scales,
-    triangle,
 )
-from gradflow.reporter.picture import Picture
+from seam import charts_lag_curve as lag_curve
+from seam import charts_triangle as triangle
+from test_reporter_figures import overlapping
+
+from gradflow.analysis import LayerAnalysis, Rate
+from gradflow.reporter import KINDS, plot
 
 NEW = (
     "triangle",
@@ -314,7 +314,7 @@ def test_no_tick_meets_the_zero_below_it(inches: float) -> None:
         figure = Picture(4, inches + 1)
         ax = figure.inches(0.8, 0.5, 3, inches)
         values = np.concatenate([[-np.inf], np.linspace(low, 0, 30)])
-        marks.draw_log_lines(ax, np.arange(31), [marks.Line(values, "x", "black")])
+        plot_lines.draw_log_lines(ax, np.arange(31), [plot_lines.Line(values, "x", "black")])
         assert overlapping(figure) == []
 
 

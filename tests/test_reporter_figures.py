@@ -11,10 +11,10 @@ import pytest
 import synthetic
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from seam import Picture, png
 
 from gradflow.errors import InputError
 from gradflow.reporter import KINDS, plot
-from gradflow.reporter.picture import Picture, png
 
 
 def overlapping(figure: Figure) -> list[tuple[str, str]]:

@@ -13,14 +13,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import synthetic
+from seam import LABELS, decays_as_power, draw, embed, page, summary, top_findings
 
 from gradflow.analysis import Analysis
 from gradflow.analyzer import agreement, assemble
-from gradflow.analyzer.rates import decays_as_power
 from gradflow.limits import PAGE_BYTES
-from gradflow.reporter.digest import summary, top_findings
-from gradflow.reporter.files import draw
-from gradflow.reporter.page import LABELS, embed, page
 
 EVIL = "</script><b>x"
 

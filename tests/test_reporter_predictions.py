@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import synthetic
 from rich.console import Console
+from seam import page, summary
 from synthetic import prediction as predicted
 
 from gradflow.analysis import Analysis, Prediction, Rate
 from gradflow.reporter import render
-from gradflow.reporter.digest import summary
-from gradflow.reporter.page import page
 
 HEADING = "Prediction without training, for the present weights and this batch:"
 

@@ -9,13 +9,22 @@ import numpy as np
 import pytest
 import synthetic
 import xarray as xr
+from seam import (
+    BAD,
+    COLOURS,
+    UNDEFINED,
+    ZERO,
+    _nearest,
+    gain_map,
+    paint,
+    palette,
+    rate_words,
+    total_vs_direct,
+)
+from seam import charts_lag_curve as lag_curve
 
 from gradflow.analysis import Rate
 from gradflow.reporter import KINDS, overview, prepare
-from gradflow.reporter.charts import gain_map, lag_curve, parts
-from gradflow.reporter.numbers import rate_words
-from gradflow.reporter.picture import _nearest
-from gradflow.reporter.scale import BAD, COLOURS, UNDEFINED, ZERO, paint, palette
 
 
 def hexes(rgb: np.ndarray) -> list[str]:
@@ -97,7 +106,7 @@ def test_nan_names_no_step_where_sequences_end_at_different_ones() -> None:
 def test_without_a_gradient_the_row_says_why() -> None:
     layer = synthetic.without_gradient(synthetic.layer("frozen.l0"))
     assert "the backward did not reach this layer" in prepare.heat(layer).note
-    assert "the backward did not reach this layer" in parts.prepare(layer).note
+    assert "the backward did not reach this layer" in total_vs_direct.prepare(layer).note
     unsaid = replace(layer, gradient_note="")
     assert "record a backward" in prepare.heat(unsaid).note
 
@@ -227,18 +236,18 @@ def test_without_a_slope_there_is_no_panel_for_it() -> None:
 
 def test_one_loss_step_needs_no_line_of_its_own() -> None:
     layer = synthetic.layer(steps=20)
-    once = parts.prepare(layer)
+    once = total_vs_direct.prepare(layer)
     assert np.isnan(once.last).all() and "dotted" not in once.reading
     data = layer.data.copy(deep=True)
     data["grad_norm"].loc[{"kind": "total"}] *= 1.0001  # the last digits of another sum
-    assert np.isnan(parts.prepare(replace(layer, data=data)).last).all()
+    assert np.isnan(total_vs_direct.prepare(replace(layer, data=data)).last).all()
     data["grad_norm"].loc[{"kind": "total"}] = 1.0
-    every = parts.prepare(replace(layer, data=data))
+    every = total_vs_direct.prepare(replace(layer, data=data))
     assert np.isfinite(every.last).all() and "need not fade" in every.reading
 
 
 def test_a_hook_on_the_output_shows_zero_at_all_but_the_last_step() -> None:
-    made = parts.prepare(synthetic.vanishing()["rnn.l0"])
+    made = total_vs_direct.prepare(synthetic.vanishing()["rnn.l0"])
     assert made.message == (
         "a hook on the output shows exactly 0 at 99 of 100 steps; the total is not 0 there"
     )
@@ -266,10 +275,12 @@ def test_a_hook_that_shows_everything_is_not_blamed() -> None:
     data = layer.data.copy(deep=True)
     data["grad_norm"].loc[{"kind": "direct", "state": "h"}] = 2.0
     data["grad_norm"].loc[{"kind": "total", "state": "h"}] = 2.0
-    words = parts.prepare(replace(layer, data=data)).message
+    words = total_vs_direct.prepare(replace(layer, data=data)).message
     assert words == ("a hook on the output shows the whole gradient: none comes through recurrence")
     data["grad_norm"].loc[{"kind": "total", "state": "h"}] = 20.0
-    assert "off by up to a factor of 10" in parts.prepare(replace(layer, data=data)).message
+    assert (
+        "off by up to a factor of 10" in total_vs_direct.prepare(replace(layer, data=data)).message
+    )
 
 
 def test_bar_of_span_against_horizon() -> None:

@@ -16,11 +16,11 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from seam import AddingModel, adding_batch
 from torch import Tensor, nn
 
 import gradflow
 import notebooks
-from gradflow.demo.task import AddingModel, adding_batch
 from gradflow.errors import GradflowWarning
 
 F64 = torch.float64

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import signal, stats
+from seam import rate_of_one, rate_over_sequences
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import gradflow
 from gradflow.analysis import LayerAnalysis
 from gradflow.analyzer import log_gain_map, lyapunov_spectrum, step_jacobians
-from gradflow.analyzer.rates import rate_of_one, rate_over_sequences
 from gradflow.errors import GradflowWarning
 from gradflow.recording import Recording, Track
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from seam import Unrolled, chains, recurrences
+from seam import crossing_crossing as crossing
 from torch import Tensor, nn
-
-from gradflow.hooks.unrolled.chains import chains, recurrences
-from gradflow.hooks.unrolled.crossing import crossing
-from gradflow.hooks.unrolled.order import Unrolled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

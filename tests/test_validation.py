@@ -8,9 +8,9 @@ import known
 import numpy as np
 import pytest
 import validation
+from seam import png
 
 from gradflow.analysis import Rate
-from gradflow.reporter.picture import png
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

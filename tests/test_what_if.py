@@ -15,12 +15,12 @@ import torch
 import xarray as xr
 from cases import Case, build, call, loss_of
 from compare import assert_steps_close
+from seam import WeightChange, rerun
 from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import LayerAnalysis, saved
 from gradflow.errors import GradflowWarning, InputError
-from gradflow.hooks.rerun import Change, rerun
 from gradflow.recording import Recording
 from gradflow.workflow import FileRequest, analyze_file
 
@@ -107,7 +107,7 @@ def test_scale_hh_is_that_of_a_model_whose_weights_were_scaled(cell: str) -> Non
 @pytest.mark.parametrize("case", FUSED[:3], ids=str)
 def test_every_state_and_gate_is_that_of_the_changed_model(case: Case) -> None:
     recording = recorded(case)
-    again = rerun(recording, {name: Change(forget_bias=-0.7) for name in recording.tracks})
+    again = rerun(recording, {name: WeightChange(forget_bias=-0.7) for name in recording.tracks})
     really = recorded(case, more_bias(-0.7))
     for track in again.recording:
         other = really[track.name]

@@ -27,9 +27,7 @@ from known import (
     networks,
 )
 from matplotlib.axes import Axes
-
-from gradflow.reporter.picture import FAINT, INK, SOFT, Picture, look, png
-from gradflow.reporter.scale import DIRECT, VERDICT_COLOURS
+from seam import DIRECT, FAINT, INK, SOFT, VERDICT_COLOURS, Picture, look, png
 
 FOLDER = Path(__file__).parent.parent / "reports/samples/validation"
 EXACT, LIMIT, MISS = VERDICT_COLOURS["vanishing"], VERDICT_COLOURS["stable"], "#c3263a"

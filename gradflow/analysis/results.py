@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass, field
 
@@ -17,6 +18,11 @@ FIRST = (  # findings on what the loss reads, which stand before those of all la
     "reads-first-step",
     "reads-after-end",
 )
+
+
+def display_form(name: str, value: object) -> str:
+    """What a notebook shows of a value: the reporter draws it, and is loaded only then."""
+    return str(getattr(importlib.import_module("gradflow.reporter.notebook"), name)(value))
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,9 @@ class Finding:
     advice: str = ""  # one sentence
     code: str = ""  # a line to paste
     basis: str = ""  # where the threshold comes from: author and year, or a definition in words
+
+    def _repr_html_(self) -> str:
+        return display_form("finding_html", self)
 
 
 @dataclass(frozen=True)
@@ -220,6 +229,9 @@ class LayerAnalysis:
         was measured: its horizon lies beyond ``searched``.
         """
         return _never_gone(self)
+
+    def _repr_html_(self) -> str:
+        return display_form("layer_html", self)
 
     @property
     def main_state(self) -> str:

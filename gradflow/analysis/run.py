@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pandas as pd
 
 from gradflow.analysis import saved
 from gradflow.analysis.frames import BUILDERS, FRAMES, HEADLINE
-from gradflow.analysis.results import FIRST, Finding, LayerAnalysis
+from gradflow.analysis.results import FIRST, Finding, LayerAnalysis, display_form
 from gradflow.errors import InputError, must_be
 from gradflow.recording import Unseen
 
@@ -40,15 +39,67 @@ class Analysis:
     unseen: tuple[Unseen, ...] = ()  # recurrences that are in no layer, also among the warnings
 
     def __getitem__(self, name: str) -> LayerAnalysis:
-        if name in self.layers:
-            return self.layers[name]
-        matches = [known for known in self.layers if known.startswith(name)]
+        matches = self._matches(name)
         if len(matches) == 1:
             return self.layers[matches[0]]
         raise InputError(f"there is no layer {name!r}; this analysis has {', '.join(self.layers)}")
 
+    def _matches(self, name: str) -> list[str]:
+        """The layer of that name, or those whose names begin so."""
+        if name in self.layers:
+            return [name]
+        return [known for known in self.layers if known.startswith(name)]
+
     def __iter__(self) -> Iterator[LayerAnalysis]:
         return iter(self.layers.values())
+
+    def __contains__(self, name: object) -> bool:
+        """Whether ``analysis[name]`` is a layer, or whether a layer is one of these."""
+        if isinstance(name, LayerAnalysis):
+            return any(layer is name for layer in self.layers.values())
+        return isinstance(name, str) and len(self._matches(name)) == 1
+
+    def keys(self) -> KeysView[str]:
+        """The names of the layers, as of a dict.
+
+        Returns:
+            A view of the names, in the order in which they ran.
+
+        >>> import torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> list(run.keys())
+        ['l0']
+        """
+        return self.layers.keys()
+
+    def values(self) -> ValuesView[LayerAnalysis]:
+        """The layers, as of a dict.
+
+        Returns:
+            A view of the layers, in the order in which they ran.
+
+        >>> import torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> [layer.verdict for layer in run.values()]
+        ['vanishing']
+        """
+        return self.layers.values()
+
+    def items(self) -> ItemsView[str, LayerAnalysis]:
+        """Names and layers, as of a dict.
+
+        Returns:
+            A view of the pairs (name, layer), in the order in which they ran.
+
+        >>> import torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> [(name, layer.verdict) for name, layer in run.items()]
+        [('l0', 'vanishing')]
+        """
+        return self.layers.items()
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.layers)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -202,11 +253,7 @@ class Analysis:
         )
 
     def _repr_html_(self) -> str:
-        said = [[layer.sentence, *self.alone_of(layer)] for layer in self.told]
-        sentences = "".join(f"<li>{'<br>'.join(map(escape, words))}</li>" for words in said)
-        return f"<b>{escape(self.title)}</b><ul>{sentences}</ul>" + self.frame("layers").to_html(
-            index=False, border=0
-        )
+        return display_form("analysis_html", self)
 
 
 def _half_life(layer: LayerAnalysis) -> str:

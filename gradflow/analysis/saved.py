@@ -113,7 +113,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[LayerAnalys
 
 
 def _check_types(header: dict[str, Any], kinds: Mapping[str, Any]) -> None:
-    """A header that somebody wrote into is no run of gradflow's: TypeError names the field."""
+    """A header that was edited may hold other types than gradflow writes: TypeError names the field."""
     for name, kind in kinds.items():
         value = header[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -36,7 +36,7 @@ from gradflow.limits import LAG_TOLERANCES
 
 
 @dataclass(frozen=True)
-class Part:
+class Variables:
     """Variables with the names of their dimensions, and the coordinates of new dimensions."""
 
     variables: dict[str, tuple[tuple[str, ...], Any]]
@@ -57,10 +57,10 @@ def dataset(measured: Measured) -> xr.Dataset:
     return xr.Dataset(variables, coords=coords)
 
 
-def _gains(m: Measured) -> Part:
+def _gains(m: Measured) -> Variables:
     """The maps and the singular values of the mapped sequences."""
     maps, pair = m.maps, ("sequence", "source", "target")
-    return Part(
+    return Variables(
         {
             "log_gain": (("norm", *pair), np.stack(list(maps.log_gain.values()))),
             "log_block_gain": (("block", *pair), maps.blocks),
@@ -79,17 +79,17 @@ def _gains(m: Measured) -> Part:
     )
 
 
-def _ranks(m: Measured) -> Part:
+def _ranks(m: Measured) -> Variables:
     """How many directions are left against the lag."""
     stable = stable_rank(m.maps, m.ranks.lags, m.ranks.singular.shape[1])
     ranks = {"stable": stable, "effective": m.ranks.effective, "surviving": m.ranks.surviving}
-    return Part(
+    return Variables(
         {f"rank_{name}": (("rank_lag",), values) for name, values in ranks.items()},
         {"rank_lag": m.ranks.lags.astype(int)},
     )
 
 
-def _curve(m: Measured) -> Part:
+def _curve(m: Measured) -> Variables:
     """The lag curve and the line of the rate beside it."""
     curve = m.curve
     values = {
@@ -101,16 +101,16 @@ def _curve(m: Measured) -> Part:
         "slope": curve.slope,
         "fit": curve.line(m.rate.value if m.settled else math.nan),
     }
-    return Part(
+    return Variables(
         {f"lag_{name}": (("lag",), array) for name, array in values.items()},
         {"lag": np.arange(m.track.steps)},
     )
 
 
-def _sequences(m: Measured) -> Part:
+def _sequences(m: Measured) -> Variables:
     """Gain over the span, rate and length of every sequence."""
     lengths = m.track.lengths.cpu().numpy()
-    return Part(
+    return Variables(
         {
             "sequence_gain": (("batch",), m.sequence_gains.values),
             "sequence_steps": (("batch",), m.sequence_gains.steps),
@@ -122,13 +122,13 @@ def _sequences(m: Measured) -> Part:
     )
 
 
-def _exponents(m: Measured) -> Part:
+def _exponents(m: Measured) -> Variables:
     """Every exponent with its interval, how it settled, and what all of them must add up to."""
     found, steps = m.spectrum, m.track.steps
     trace = np.full((len(found.values), steps), np.nan)
     trace[: len(found.trace), : found.trace.shape[1]] = found.trace
     alive = np.isfinite(m.sequence_rates) & math.isfinite(m.rate.value)
-    return Part(
+    return Variables(
         {
             "lyapunov": (("index_k",), found.values),
             "lyapunov_low": (("index_k",), found.low),
@@ -141,10 +141,10 @@ def _exponents(m: Measured) -> Part:
     )
 
 
-def _gradients(m: Measured) -> Part:
+def _gradients(m: Measured) -> Variables:
     """The profile of the last loss step, the memory of units, the norms at every step."""
     profile = m.profile
-    return Part(
+    return Variables(
         {
             "log10_grad": (("state", "unit", "back"), profile.log10_grad),
             "unit_order": (("state", "unit"), profile.unit_order),
@@ -159,10 +159,10 @@ def _gradients(m: Measured) -> Part:
     )
 
 
-def _loss_steps(m: Measured) -> Part:
+def _loss_steps(m: Measured) -> Variables:
     """Where the loss acts: the triangle of loss steps, and the gradient of the weights by lag."""
     seen = m.contributed
-    return Part(
+    return Variables(
         {
             "log10_triangle": (
                 ("state", "sequence", "loss_step", "step"),
@@ -183,10 +183,10 @@ def _loss_steps(m: Measured) -> Part:
     )
 
 
-def _activity(m: Measured) -> Part:
+def _activity(m: Measured) -> Variables:
     """Gates and states over the steps."""
     gates = gate_statistics(m.track)
-    return Part(
+    return Variables(
         {
             **{name: (("gate", "step"), values) for name, values in gates.items()},
             "state_norm": (("state", "step"), state_norms(m.track)),
@@ -199,33 +199,36 @@ def _activity(m: Measured) -> Part:
     )
 
 
-def _units(m: Measured) -> Part:
+def _units(m: Measured) -> Variables:
     """How every unit sits: its gates, its time-scale, how often it is saturated or idle."""
     units = m.profile.log10_grad.shape[1]
     gates = gate_census(m.track, units)
-    return Part(
+    return Variables(
         {
             "gate_value": (("gate", "unit", "step"), gates["gate_value"]),
             "gate_unit_closed": (("gate", "unit"), gates["gate_unit_closed"]),
             "gate_unit_open": (("gate", "unit"), gates["gate_unit_open"]),
-            "time_scale": (("unit",), time_scales(m.track, units)),
+            "time_scale": (
+                ("unit",),
+                time_scales(m.track, units) if m.linear is None else m.linear.time_scale,
+            ),
             "unit_saturated": (("state", "unit"), saturation(m.track, units)),
             "unit_idle": (("unit",), idleness(m.track, units)),
         }
     )
 
 
-def _paths(m: Measured) -> Part:
+def _paths(m: Measured) -> Variables:
     """The four paths of an LSTM's cell state."""
     gains = path_gains(m.track, m.mapped, m.share)
     names = np.array(PATHS[: len(gains)], dtype=str)
-    return Part({"path_gain": (("path", "step"), gains)}, {"path": names})
+    return Variables({"path_gain": (("path", "step"), gains)}, {"path": names})
 
 
-def _leading(m: Measured) -> Part:
+def _leading(m: Measured) -> Variables:
     """The leading direction step by step, and the factors of an RNN's rate."""
     factors = [rate_over_sequences(column).value for column in m.factors.T]
-    return Part(
+    return Variables(
         {
             "step_growth": (("step",), step_growth(m.track, m.growth)),
             "rate_factor": (("factor",), np.array(factors)),
@@ -234,10 +237,10 @@ def _leading(m: Measured) -> Part:
     )
 
 
-def _flow(m: Measured) -> Part:
+def _flow(m: Measured) -> Variables:
     """What is passed down, and the stretches between cuts."""
     lengths = [length for sequence in segment_lengths(m.track) for length in sequence]
-    return Part(
+    return Variables(
         {
             "segment_length": (("segment",), np.array(lengths)),
             "grad_input_norm": (("step",), input_gradient_norms(m.track, m.withheld)),
@@ -245,7 +248,7 @@ def _flow(m: Measured) -> Part:
     )
 
 
-PARTS: list[Callable[[Measured], Part]] = [
+PARTS: list[Callable[[Measured], Variables]] = [
     _gains,
     _curve,
     _sequences,

@@ -18,23 +18,25 @@ from gradflow.analyzer.causes import findings
 from gradflow.analyzer.causes.reading import perhaps_padding
 from gradflow.analyzer.closed import judged, told_once, with_alone
 from gradflow.analyzer.contributions import contributions
-from gradflow.analyzer.core import channels, half_life, measure
+from gradflow.analyzer.core import channels, half_life
 from gradflow.analyzer.curve import finite_extremes
 from gradflow.analyzer.evidence import Evidence
 from gradflow.analyzer.flow import with_flow
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.leading import rate_factors, watcher
+from gradflow.analyzer.linear.units import as_units
 from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
 from gradflow.analyzer.measured import Measured
+from gradflow.analyzer.measuring import measure
 from gradflow.analyzer.notes import provenance_of, warnings_of
 from gradflow.analyzer.rates import decays_as_power
-from gradflow.analyzer.read_states import read_part
+from gradflow.analyzer.read_states import ReadPart, read_part
 from gradflow.analyzer.reading import Reading, readings
+from gradflow.analyzer.sentences import sentence, title
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.unmeasured import without_gains
-from gradflow.analyzer.words import sentence, title
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.limits import LAG_SECONDS, SHORT, TRIANGLE_SECONDS
 from gradflow.process import fitting_threads
@@ -123,7 +125,10 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
                 shown, loop = judged(recording, track)
-                part = read_part(loop)
+                if track.state_shape:  # its entries have their own decays, read or not
+                    shown, part = as_units(track), ReadPart(track, track)
+                else:
+                    part = read_part(loop)
                 shown = part.shown if shown is loop else shown
                 made = _layer(shown, part.judged, read[track.name], settings)
                 layers[track.name] = with_alone(track, made, settings)

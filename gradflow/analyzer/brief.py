@@ -15,6 +15,7 @@ from gradflow.analysis import Gain, Rate
 from gradflow.analyzer import core
 from gradflow.analyzer.jacobians import operator_of, state_size, vector_seconds
 from gradflow.analyzer.keeping import keeping_seconds, qr_seconds
+from gradflow.analyzer.measuring import measure
 from gradflow.analyzer.plan import exact_seconds
 from gradflow.analyzer.rates import decays_as_power
 from gradflow.analyzer.read_states import read_part
@@ -69,13 +70,13 @@ def brief(
     settings = core.Settings(
         span, sequences, 1, "auto", None, seed, share, lambda phase, done: None
     )
-    track = read_part(track).judged
+    track = track if track.state_shape else read_part(track).judged
     with fitting_threads(state_size(track)):
         return _measured(track, settings)
 
 
 def _measured(track: Track, settings: core.Settings) -> Brief:
-    found = core.measure(track, settings, withheld=True)
+    found = measure(track, settings, withheld=True)
     labels = ("not exponential",) if decays_as_power(found.log_curves) else ()
     return Brief(
         span=found.span,

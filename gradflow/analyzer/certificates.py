@@ -50,7 +50,7 @@ def sum_rule(track: Track, growth: Growth, alive: np.ndarray) -> np.ndarray:
         (2,) nats per step, as in `SIDES`; both NaN where not all S exponents were measured, the
         closed form NaN where there is none (a GRU, a loop marked with `gradflow.tap`).
     """
-    if growth.log_growth.shape[2] < state_size(track) or not alive.any():
+    if growth.log_growth.shape[2] < state_size(track) or not alive.any() or track.state_shape:
         return np.full(2, math.nan)
     chosen = np.flatnonzero(alive)
     measured = growth.exponents[torch.from_numpy(alive)].sum(1)

@@ -27,6 +27,7 @@ from gradflow.analyzer.keeping import (
     qr_seconds,
 )
 from gradflow.analyzer.leading import WeightGrowth
+from gradflow.analyzer.linear.facts import LinearFacts
 from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.ranks import Ranks, measure_ranks
@@ -39,7 +40,7 @@ from gradflow.limits import CHANNEL_WORK, EXACT_ROWS, MAP_SECONDS, RATE_ROUNDING
 from gradflow.recording import Track
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Core:
     """The numbers of a verdict, none of which needs a gradient."""
 
@@ -59,6 +60,7 @@ class Core:
     curve: LagCurve
     ranks: Ranks
     no_gains: str  # why no gains could be measured, "" where they were
+    linear: LinearFacts | None = None  # of a linear recurrence
 
     @property
     def log_curves(self) -> np.ndarray:
@@ -82,7 +84,7 @@ def measure(
     paced = usable and gains.over > 0  # one step from a first state has no pace
     rate = interval_of_rates(rates, common, kept.constant is not None, growth) if paced else UNKNOWN
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
-    mapped = _mapped(track, gains, finite, settings)
+    mapped = mapped_sequences(track, gains, finite, settings)
     maps, ranks = _maps(track, mapped, span, withheld, settings)
     measurable = int(np.isfinite(gains.votes).sum())
     return Core(
@@ -146,7 +148,7 @@ def growth_of(
     )
 
 
-def _mapped(
+def mapped_sequences(
     track: Track, found: SpanGains, finite: np.ndarray, settings: Settings
 ) -> tuple[int, ...]:
     """Which sequences are mapped: those nearest to the median gain of all, nearest first.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradflow.limits import LN_GONE, LN_HALF
+from gradflow.limits import LN_BAND, LN_GONE, LN_HALF
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LagCurve:
 
     @property
     def horizon(self) -> int | None:
-        """First lag k ≥ 1 with L(k) < ln 10⁻³, None if not reached.
+        """First lag k ≥ 1 with L(k) < ln GONE, None if not reached.
 
         Where the lags before it were not measured, the straight line between the nearest tells it.
         """
@@ -83,11 +83,11 @@ class LagCurve:
 
     @property
     def transient_growth(self) -> bool:
-        """Whether L rises more than a decade above max(0, L(1))."""
+        """Whether L rises by more than the band above max(0, L(1))."""
         later = self.median[1:]
         if len(later) == 0 or np.isnan(later).all():
             return False
-        return bool(np.nanmax(later) - max(0.0, later[0]) > math.log(10))
+        return bool(np.nanmax(later) - max(0.0, later[0]) > LN_BAND)
 
     def line(self, rate: float) -> np.ndarray:
         """The straight line with that slope through the middle of the finite points, (K+1,)."""

@@ -20,7 +20,7 @@ from gradflow.limits import LN_BAND, LN_TELLING
 from gradflow.recording import Track
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence(Measured):
     """Everything measured on one track, and how it was judged."""
 
@@ -75,7 +75,7 @@ class Evidence(Measured):
 
     @property
     def band(self) -> float:
-        """The rate that makes one decade over the span."""
+        """The rate that makes the band of the verdict over the span."""
         return band(self.span)
 
     @property
@@ -107,7 +107,7 @@ class Evidence(Measured):
 
     @property
     def fades(self) -> bool:
-        """Whether the gradient is lost: vanishing, dead, or open but below one decade."""
+        """Whether the gradient is lost: vanishing, dead, or open but lost by more than the band."""
         low = self.verdict.name == "inconclusive" and self.gain.value < -LN_BAND
         return self.verdict.name in ("vanishing", "dead") or low
 

@@ -16,7 +16,7 @@ from gradflow.analysis import Finding, LayerAnalysis
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.loss import median_norm
 from gradflow.errors import RecordingError
-from gradflow.limits import GONE
+from gradflow.limits import GONE, GONE_WORDS
 from gradflow.recording import Recording, Track
 
 
@@ -85,7 +85,7 @@ def _lost_above(track: Track, layers: Mapping[str, LayerAnalysis]) -> Finding | 
         where=f"between {names} and {track.name}",
         value=share,
         threshold=GONE,
-        basis="gone below 10⁻³, as for the horizon",
+        basis=f"gone below {GONE_WORDS}, as for the horizon",
         severity=decades,
         advice="look at the layer above: gates or activations at their flat ends, or tiny input "
         "weights, stop the gradient there; add a residual connection around it",

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.windows import Norms, Window, log_norms
-from gradflow.limits import STEPS_ALIKE, WINDOW_BYTES, WINDOW_ROUNDS
-from gradflow.recording import Operator
+from gradflow.analyzer.windows import Norms, Window
+from gradflow.limits import STEPS_ALIKE
 
 
 @dataclass(frozen=True)
@@ -40,42 +39,6 @@ class SpanGains:
     def votes(self) -> np.ndarray:
         """(B,) the gains a verdict rests on, NaN for sequences that are too short."""
         return np.where(self.voting, self.values, np.nan)
-
-
-def span_gains(
-    operator: Operator,
-    lengths: Tensor,
-    span: int,
-    *,
-    cuts: Tensor | None = None,
-    rows: int = 4,
-    rounds: int = WINDOW_ROUNDS,
-) -> SpanGains:
-    """ln of the largest gain of any direction over the span, of every sequence.
-
-    Only the operator's push and pull are used, so it may be as wide as these can take. The step into
-    the first state is not counted: T states have T − 1 steps between them.
-
-    Args:
-        operator: A_t of B sequences.
-        lengths: (B,) real steps.
-        span: steps of interest.
-        cuts: (T, B) true where nothing of the past arrives, in processing order.
-        rows: of the block that goes to and fro, see `log_norms`.
-        rounds: of that, at most.
-
-    >>> from gradflow.analyzer.jacobians import DenseOperator
-    >>> halving = DenseOperator(torch.full((9, 1, 1, 1), 0.5, dtype=torch.float64))
-    >>> found = span_gains(halving, torch.tensor([9]), 100)
-    >>> round(float(np.exp(found.values[0])), 8), int(found.steps[0])             # 0.5⁸
-    (0.00390625, 8)
-    """
-    crossed = crossing(operator.length, lengths, cuts)
-    size = 16 * rows * operator.size  # bytes of a window, in float64, to and fro
-    over = common_steps(crossed, span)
-    windows = span_windows(crossed, over, max(1, WINDOW_BYTES // (size * operator.batch)))
-    norms = log_norms(operator, windows, rows=rows, rounds=rounds)
-    return collected(windows, norms, crossed, over)
 
 
 def crossing(steps: int, lengths: Tensor, cuts: Tensor | None) -> np.ndarray:

@@ -69,9 +69,7 @@ class Keeping:
     leading: Leading  # of each sequence's first window
     constant: np.ndarray | None  # (S,) exponents, where the step Jacobian never changes
     missing: float = 0.0  # nats that one more round could add to a gain
-    seen: np.ndarray | None = (
-        None  # (2, B, ·) the mean step of each half, see `settling.mean_steps`
-    )
+    seen: np.ndarray | None = None  # (2, B, m S) of `mean_steps`
 
     def rates_with(self, growth: Growth) -> np.ndarray:
         """(B,): the growth per step of the direction that keeps most, past the burn-in."""
@@ -105,7 +103,7 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     lengths, cuts = track.lengths.cpu(), cuts_of(track)
     operator = operator_for(track, settings)
     crossed = crossing(len(cuts), lengths, cuts)
-    counted = _counted(lengths, cuts)
+    counted = counted_steps(lengths, cuts)
     plan = _planned(_cost(track, operator), operator.size, settings)
     most = max(1, WINDOW_BYTES // (16 * plan.rows * operator.size * operator.batch))
     over = common_steps(crossed, span)
@@ -161,7 +159,7 @@ def cuts_of(track: Track) -> Tensor:
     return cuts
 
 
-def _counted(lengths: Tensor, cuts: Tensor) -> np.ndarray:
+def counted_steps(lengths: Tensor, cuts: Tensor) -> np.ndarray:
     """(T, B): the steps of a rate, past the burn-in and no cut."""
     when = torch.arange(len(cuts))[:, None]
     skipped = torch.tensor([burn_in(int(length)) for length in lengths])

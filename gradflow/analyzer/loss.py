@@ -30,7 +30,7 @@ class Profile:
 
     log10_grad: np.ndarray  # (state, unit, back); −inf exact zeros, NaN undefined
     unit_order: np.ndarray  # (state, unit) longest memory first, −1 past a state's width
-    memory_steps: np.ndarray  # (state, unit) steps until below 10⁻³, inf if never
+    memory_steps: np.ndarray  # (state, unit) steps until gone, inf if never
     whole: bool  # whether it is the whole loss's; then no unit's memory is known
 
 
@@ -132,7 +132,7 @@ def _aligned(grads: Tensor, index: Tensor, valid: Tensor) -> np.ndarray:
 
 
 def _memory(unit: np.ndarray) -> float:
-    """First step back at which the unit is below 10⁻³; inf if never, NaN if unknown."""
+    """First step back at which the unit is gone; inf if never, NaN if unknown."""
     known = ~np.isnan(unit)
     if not known.any():
         return math.nan
@@ -186,7 +186,7 @@ def masked_median(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def steps_until_gone(log10_grad: np.ndarray) -> int | None:
-    """First j ≥ 1 at which the rms over units of a profile (unit, back) is below 10⁻³, else None."""
+    """First j ≥ 1 at which the rms over units of a profile (unit, back) is gone, else None."""
     level = rms_over_units(log10_grad)
     gone = np.flatnonzero(level[1:] < GONE_DECADES)  # NaN compares false
     return int(gone[0]) + 1 if len(gone) else None

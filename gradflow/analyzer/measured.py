@@ -14,7 +14,7 @@ from gradflow.analyzer.triangle import Triangle
 from gradflow.recording import Track
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured(Core):
     """The numbers of the verdict, and everything else measured on one track."""
 

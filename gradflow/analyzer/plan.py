@@ -234,9 +234,9 @@ def _foretold(pilots: list[np.ndarray], stride: int) -> float:
 
 def _words(making: _Making, every: int, predicted: float | None) -> str:
     method = "sketch" if making.sketch else "exact"
-    words = f"{method}, {_every(making.stride)} a source"
+    words = f"{method}, {every_step(making.stride)} a source"
     if every > 1:
-        words += f", {_every(every)} a target of the loss direction"
+        words += f", {every_step(every)} a target of the loss direction"
     if making.sketch:
         words += (
             f", at most {SKETCH_TRUNCATION:g} of a block dropped at a time; gains of which more than "
@@ -251,7 +251,8 @@ def _words(making: _Making, every: int, predicted: float | None) -> str:
     return words
 
 
-def _every(stride: int) -> str:
+def every_step(stride: int) -> str:
+    """Every how many steps, in words."""
     return "every step" if stride == 1 else f"every {ordinal(stride)} step"
 
 

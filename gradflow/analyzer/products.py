@@ -28,7 +28,11 @@ from gradflow.limits import (
 )
 from gradflow.recording import Operator
 
-NORMS = ("spectral", "rms")
+# norm, 1 of the identity -> ln of it of every block, (B, n), from ln ‖V‖_F and ln ‖what was dropped‖_F
+NORMS: dict[str, Callable[[Blocks, Tensor, Tensor | None], Tensor]] = {
+    "spectral": lambda level, frobenius, dropped: known(level.spectral(), dropped),
+    "rms": lambda level, frobenius, dropped: frobenius - math.log(level.size) / 2,
+}
 
 
 def log_gain_map(jacobians: Tensor, norm: str = "spectral") -> Tensor:
@@ -54,7 +58,7 @@ def log_gain_map(jacobians: Tensor, norm: str = "spectral") -> Tensor:
     [0.0, -1.0, -2.0, -3.0]
     """
     if norm not in NORMS:
-        raise InputError(must_be("norm", "'spectral' or 'rms'", repr(norm), "choose one of them"))
+        raise InputError(must_be("norm", " or ".join(map(repr, NORMS)), repr(norm), "choose one"))
     operator = _computable(DenseOperator(jacobians))
     result = log_gains(operator, range(operator.length), (norm,))[norm]
     padded = jacobians.isnan().flatten(2).any(-1).T  # (B, T)
@@ -71,7 +75,7 @@ def _computable(operator: DenseOperator) -> DenseOperator:
 def log_gains(
     operator: Operator,
     sources: Iterable[int],
-    norms: tuple[str, ...] = NORMS,
+    norms: Iterable[str] = tuple(NORMS),
     *,
     widths: Sequence[int] = (),
     sketch: bool = False,
@@ -83,10 +87,10 @@ def log_gains(
     With the `widths` of k states also "blocks", (k·k, B, n, T): ln (‖P_ba‖_F/√columns) of the blocks
     of the product, rows first ("hh", "hc", "ch", "cc" for h and c).
 
-    With `sketch` a block is truncated as it loses rank, dropping at most 1e-3 of its norm a time;
-    what was dropped is followed, and a gain is NaN where that may be more than 5 % of it. A gain
-    is then too small by at most (0.05)²/2 in ln, a block's by at most 5 %, both as estimated by two
-    random vectors a start.
+    With `sketch` a block is truncated as it loses rank, dropping at most SKETCH_TRUNCATION of its
+    norm a time; what was dropped is followed, and a gain is NaN where that may be more than 5 % of
+    it. A gain is then too small by at most (0.05)²/2 in ln, a block's by at most 5 %, both as
+    estimated by two random vectors a start.
 
     Blocks take at most 768 MiB at a time, or those of one start. `spend` is told the predicted
     seconds of each step.
@@ -191,11 +195,10 @@ def _write(sweep: Sweep, level: Blocks, t: int, dropped: Tensor | None) -> None:
     sweep.spent += RANK_CALL_SECONDS
     operator, places = sweep.operator, level.start
     lost = None if dropped is None else dropped[:, places]
-    total = known(level.rescale(), lost)
-    if "rms" in sweep.result:
-        sweep.result["rms"][:, places, t] = total - math.log(operator.size) / 2
+    frobenius = known(level.rescale(), lost)
+    for norm in sweep.result.keys() & NORMS.keys():
+        sweep.result[norm][:, places, t] = NORMS[norm](level, frobenius, lost)
     if "spectral" in sweep.result:
-        sweep.result["spectral"][:, places, t] = known(level.spectral(), lost)
         work = spectral_work(level.rank, level.size) * level.count * operator.batch
         sweep.spent += work / SPEED[torch.float64]  # small matrices: no faster in float32
     if "blocks" in sweep.result:

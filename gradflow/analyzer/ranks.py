@@ -28,7 +28,7 @@ class Ranks:
     reach: int  # the span, or as much of it as the longest stretch without a cut holds
     lags: np.ndarray  # (K,) 1, 2, 4, … and the reach
     effective: np.ndarray  # (K,) exp of the entropy of σ/Σσ, median over starts and sequences
-    surviving: np.ndarray  # (K,) how many σ are at least 10⁻³, median likewise
+    surviving: np.ndarray  # (K,) how many σ are at least GONE, median likewise
 
 
 def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: float) -> Ranks:
@@ -38,7 +38,7 @@ def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: flo
     it leaves.
     """
     size = state_size(track)
-    stretches = [_longest_stretch(track, b) for b in mapped]
+    stretches = [longest_stretch(track, b) for b in mapped]
     # a sequence too short for it says nothing about it, and is NaN there
     reach = min(span, max(last - first for first, last in stretches))
     if reach < 1:
@@ -51,7 +51,7 @@ def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: flo
     found, singular = [], []
     for b, (first, last) in zip(mapped, stretches, strict=True):
         operator, left = operator_of(track, dtype, [b]), most
-        for start in _starts(first, last):
+        for start in starts(first, last):
             steps = range(start + 1, min(start + reach, last) + 1)
             values, work = log_singular_along(operator, steps, lags, most_work=left)
             found.append(values)
@@ -64,8 +64,8 @@ def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: flo
         np.stack(singular),
         reach,
         np.array(lags),
-        _medians(every, effective_rank),
-        _medians(every, survivors),
+        medians(every, effective_rank),
+        medians(every, survivors),
     )
 
 
@@ -78,11 +78,12 @@ def dyadic(reach: int) -> list[int]:
     return [1 << power for power in range(reach.bit_length()) if 1 << power < reach] + [reach]
 
 
-def _starts(first: int, last: int) -> list[int]:
+def starts(first: int, last: int) -> list[int]:
+    """Evenly spread states of a stretch, the first and the last among them."""
     return sorted({first + place * (last - first) // RANK_STARTS for place in range(RANK_STARTS)})
 
 
-def _longest_stretch(track: Track, sequence: int) -> tuple[int, int]:
+def longest_stretch(track: Track, sequence: int) -> tuple[int, int]:
     """First and last processed step of the longest run of steps without a cut."""
     segments = cuts_before(track)[: int(track.lengths[sequence]), sequence]
     counts = torch.unique_consecutive(segments, return_counts=True)[1]
@@ -107,7 +108,7 @@ def effective_rank(log_singular: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def _medians(every: np.ndarray, rank: Callable[[np.ndarray], float]) -> np.ndarray:
+def medians(every: np.ndarray, rank: Callable[[np.ndarray], float]) -> np.ndarray:
     """Median of a rank over the starts whose singular values are known at each lag."""
     result = []
     for rows in every.transpose(1, 0, 2):

@@ -14,6 +14,7 @@ from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from gradflow.analysis import Gain, Rate
 from gradflow.limits import (
+    BAND_WORDS,
     BATCH_MEANS,
     CONFIDENCE,
     CORRELATION_TIMES,
@@ -27,7 +28,7 @@ from gradflow.limits import (
     SHAPE_STEPS,
 )
 
-EDGE = "a span further from one decade: the gain lies on the edge of it"
+EDGE = f"a span further from {BAND_WORDS}: the gain lies on the edge of it"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Verdict:
 
 
 def band(span: int) -> float:
-    """δ = ln(10)/span, the rate that makes one decade over the span.
+    """δ = ln(10)/span, the rate that makes the band of the verdict over the span.
 
     >>> round(band(100), 6)
     0.023026

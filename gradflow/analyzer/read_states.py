@@ -329,5 +329,5 @@ class PartSource:
 
     @property
     def version(self) -> int:
-        """How many backwards came by."""
+        """How many backwards reached the layer."""
         return self.inner.version

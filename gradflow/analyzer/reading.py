@@ -263,25 +263,6 @@ def _of_model(track: Track, given: Sequence[Padding]) -> Padding | None:
     return known[0]
 
 
-def padded_lengths(track: Track) -> Tensor | None:
-    """(B,) steps before the tail of equal rows that the input of every padded sequence ends with.
-
-    None where lengths are known, or the input does not look padded: the row of the tails must be the
-    same in all sequences, must hardly occur before them, and the tails must differ in length.
-
-    >>> import torch, gradflow
-    >>> x = torch.randn(9, 3, 2)
-    >>> x[4:, 0], x[6:, 1] = 0.0, 0.0
-    >>> rnn = torch.nn.RNN(2, 3)
-    >>> with gradflow.record(rnn) as recording:
-    ...     rnn(x)[0][-1].sum().backward()
-    >>> padded_lengths(recording["l0"]).tolist()
-    [4, 6, 9]
-    """
-    padding = _own(track) if _may_be_padded(track) else None
-    return padding.lengths if padding is not None and padding.told else None
-
-
 # ------------------------------------------------------------------------------------------ a stack
 
 

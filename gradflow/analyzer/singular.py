@@ -150,5 +150,5 @@ def _graded_singular(scale: Tensor, mixing: Tensor, sweeps: int = 30) -> np.ndar
 
 
 def survivors(log_singular: np.ndarray) -> int:
-    """How many singular values are at least 10⁻³; NaN ones lie under the rounding of larger ones."""
+    """How many singular values are at least GONE; NaN ones lie under the rounding of larger ones."""
     return int(np.sum(log_singular >= math.log(GONE)))

@@ -23,7 +23,7 @@ from gradflow.analyzer.jacobians import HostOperator, operator_of, vector_second
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.plan import NORMS, Maps
 from gradflow.analyzer.ranks import Ranks, dyadic
-from gradflow.analyzer.windows import Norms, Sweep, Window, log_norms
+from gradflow.analyzer.windows import Norms, Window, WindowSweep, log_norms
 from gradflow.limits import (
     LN_GONE,
     LN_HALF,
@@ -86,7 +86,7 @@ def thin_maps(
 ) -> tuple[Maps, Ranks]:
     """ln gain of the mapped sequences over windows of 1, 2, 4, … steps, and ranks as far as known.
 
-    Where the median gain falls below 10⁻³ or below a half between two of these distances, the
+    Where the median gain falls below GONE or below a half between two of these distances, the
     distances between are halved until the crossing is known to the step.
 
     Args:
@@ -239,7 +239,7 @@ def _probed(
     spectral, leading = norms.spectral, norms.leading
     probes = torch.randn(count, operator.size, generator=generator, dtype=torch.float64)
     along = (probes @ leading.T).T.unsqueeze(2) * leading.unsqueeze(1)  # (N, m, S)
-    pushed, scale = Sweep(operator, windows).push((probes - along).to(operator.dtype))
+    pushed, scale = WindowSweep(operator, windows).push((probes - along).to(operator.dtype))
     lengths = pushed.square().sum(2)  # (N, m)
     top = (2 * (spectral - scale)).exp()  # (N,)
     total = top + lengths.mean(1)
@@ -262,7 +262,8 @@ def _filled(
 ) -> Maps:
     sources = np.arange(0, track.steps, stride)
     shape = (len(mapped), len(sources), track.steps)
-    planes = {name: np.full(shape, np.nan) for name in ("spectral", "rms", "error")}
+    unknown = np.full(shape, np.nan)
+    planes = {name: unknown.copy() for name in ("spectral", "rms", "error")}
     for name, plane in planes.items():
         for (place, source, target), value in getattr(pairs, name).items():
             plane[place, source // stride, target] = value
@@ -274,7 +275,7 @@ def _filled(
     names = list(track.states)
     blocks = tuple(b + a for b in names for a in names) if len(names) > 1 else ()
     return Maps(
-        log_gain={norm: planes[norm] for norm in NORMS} | {"loss": loss},
+        log_gain={norm: planes.get(norm, unknown) for norm in NORMS} | {"loss": loss},
         blocks=np.full((len(blocks), *shape), np.nan),
         block_names=blocks,
         cell_path=log_cell_path(track, mapped, sources),

@@ -82,7 +82,7 @@ def _seconds_each(track: Track) -> float:
     elif "weight_hh" in track.weights:  # below a bidirectional layer: both directions of both
         work = 4 * (track.weights["weight_hh"].numel() + track.weights["weight_ih"].numel())
     else:
-        work = width**2
+        work = width**2 if not track.state_shape else 4 * math.prod(track.state_shape)
     return track.steps * (2 * work / THIN_SPEED + 20 * width * ELEMENT_SECONDS)
 
 

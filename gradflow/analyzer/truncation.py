@@ -118,7 +118,7 @@ def _turned_gram(level: Blocks, piece: Tensor, turn: Tensor) -> Tensor:
 def _compress(
     values: Tensor, target: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that keep all but 1e-3 of ‖V‖_F, by a random range finder (Halko et al. 2011).
+    """Rows that keep all but SKETCH_TRUNCATION of ‖V‖_F, by a random range finder (Halko et al. 2011).
 
     Returns the (B, n, target, S) rows Qᵀ V, the basis Q, and how many of them are needed, (n,).
     """

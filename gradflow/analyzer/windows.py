@@ -81,21 +81,21 @@ def log_norms(
     if not windows:
         nothing = torch.zeros(0, dtype=torch.float64)
         return Norms(nothing, nothing, torch.zeros(0, size, dtype=torch.float64), 0.0)
-    sweep = Sweep(operator, windows)
+    sweep = WindowSweep(operator, windows)
     if size <= EXACT_WIDTH:
         return _exact(sweep, size)
     tell = progress or (lambda share: None)
     return _iterated(sweep, min(rows, size), rounds, tolerance, tell)
 
 
-def _exact(sweep: Sweep, size: int) -> Norms:
+def _exact(sweep: WindowSweep, size: int) -> Norms:
     eye = torch.eye(size, dtype=sweep.operator.dtype).expand(len(sweep.windows), -1, -1)
     pushed, scale = sweep.push(eye)
     return _norms(eye.double(), pushed, scale, 0.0)
 
 
 def _iterated(
-    sweep: Sweep, rows: int, rounds: int, tolerance: float, progress: Callable[[float], None]
+    sweep: WindowSweep, rows: int, rounds: int, tolerance: float, progress: Callable[[float], None]
 ) -> Norms:
     """Everything pulled back so far spans a space; its image is kept beside it."""
     count, size, dtype = len(sweep.windows), sweep.operator.size, sweep.operator.dtype
@@ -159,7 +159,7 @@ def _norms(basis: Tensor, images: Tensor, scales: Tensor, missing: float) -> Nor
     return Norms(spectral, frobenius, leading, missing)
 
 
-class Sweep:
+class WindowSweep:
     """Pushes a block through each window, or pulls one back through it, all in one run over time."""
 
     def __init__(self, operator: Operator, windows: list[Window]) -> None:
@@ -209,7 +209,7 @@ class Sweep:
                 state[place], scale[place] = blocks[chosen], 0.0
             moved = step(t, state.view(batch, self.parts * rows, size))
             state = moved.reshape(batch, self.parts, rows, size)
-            if not self.whole[t]:  # what padding or a cut makes of a block is nobody's
+            if not self.whole[t]:  # what padding or a cut makes of a block is not used
                 state = torch.where(self.live[t][..., None, None], state, 0.0)
             peak = state.abs().amax((2, 3))
             safe = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1.0)

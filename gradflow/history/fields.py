@@ -6,6 +6,8 @@ here; files of earlier versions lack it, and it is NaN there.
 
 from __future__ import annotations
 
+from gradflow.limits import GONE_WORDS
+
 # fmt: off
 
 # of one layer at one probe; dims (step, layer)
@@ -21,7 +23,7 @@ OF_LAYER: dict[str, str] = {
     "gain_steps": "steps that the gain is measured over",
     "span": "steps, the distance of interest",
     "half_life": "steps until the gain halves; inf where it never does",
-    "horizon": "first lag in steps with a gain below 10⁻³; inf where it never comes",
+    "horizon": f"first lag in steps with a gain below {GONE_WORDS}; inf where it never comes",
     "searched": "lags over which the horizon was looked for; where it was not reached it lies beyond",
     "channels": "directions that survive the span; preset full only",
     "sequences_rated": "sequences that gain, rate and verdict rest on",

@@ -35,6 +35,7 @@ def batch_axes(shape: torch.Size, inputs: Iterable[torch.Size]) -> list[Axis]:
     ([0, 1], [None])
     """
     known = [given for given in inputs if len(given)]
+    known = [given for given in known if given.numel() > 1 or len(given) > 1] or known
     if len(shape) <= 1 or not known:
         return [usual_axis(shape)]
     if len(shape) == 2:
@@ -50,6 +51,17 @@ def batch_axes(shape: torch.Size, inputs: Iterable[torch.Size]) -> list[Axis]:
         if found:
             return found
     return [usual]
+
+
+def is_stretched(one: torch.Size, shape: torch.Size) -> bool:
+    """Whether a tensor of one shape stands for a whole one: empty, or broadcast to it.
+
+    >>> size = torch.Size
+    >>> is_stretched(size([1]), size([5, 3])), is_stretched(size([5, 2]), size([5, 3]))
+    (True, False)
+    """
+    fits = all(size in (1, other) for size, other in zip(one[::-1], shape[::-1], strict=False))
+    return not one.numel() or (len(one) <= len(shape) and fits)
 
 
 def as_rows(tensor: Tensor, axis: Axis) -> Tensor:

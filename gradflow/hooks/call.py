@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.guard import Hook, Point
-from gradflow.hooks.unseen import is_batched, why_hidden
+from gradflow.hooks.unreadable import is_batched, why_hidden
 
 SECOND_ORDER = (
     "a backward with create_graph=True came through it, and what it brings is not a total; record a "
@@ -48,9 +48,9 @@ class Call:
     differentiable: bool
     lengths: Tensor | None  # the user's own, for padded input
     grads: dict[str, Tensor] = field(default_factory=dict)  # at what was returned: summed
-    graph_tasks: set[int] = field(default_factory=set)  # one entry per backward that came by
+    graph_tasks: set[int] = field(default_factory=set)  # one entry per backward that reached it
     lost: str = ""  # why what the backwards brought is no total, if it is none
-    batched: bool = False  # a backward of several outputs at once came by, which is not counted
+    batched: bool = False  # a backward of several outputs at once reached it, which is not counted
     single: bool = False  # of a single-step function
     totals: bool = (
         False  # what reaches the states beside h has come through h, which is made of them

@@ -9,7 +9,7 @@ from torch import nn
 
 from gradflow.hooks import mistakes
 from gradflow.hooks.ancestry import clean
-from gradflow.hooks.unseen import TRANSFORMED, WRAPPED
+from gradflow.hooks.unreadable import TRANSFORMED, WRAPPED
 
 
 def perhaps_scaled(scale: float) -> str:
@@ -44,7 +44,7 @@ def without_dropout(model: nn.Module) -> list[str]:
         return []
     return [
         "the model ran in evaluation mode, so its dropout was off: gradients in training differ; call "
-        "model.train() to measure those"
+        "model.train(), or give --train, to measure those"
     ]
 
 
@@ -95,3 +95,36 @@ def perhaps_not_seen(cells: list[str]) -> str:
         f"{mistakes.listed(cells)} was not called, or ran inside a graph of torch.compile, where nothing "
         "is seen"
     )
+
+
+def beside_attention(model: nn.Module, recurrent: Collection[str]) -> list[str]:
+    """What to know where layers of attention carry gradient between steps beside these recurrences.
+
+    recurrent are the paths of the modules that run them; what is around one is no layer of attention.
+    """
+    if not recurrent:
+        return []
+    paths = {
+        clean(name): module
+        for name, module in model.named_modules()
+        if "attention" in type(module).__name__.lower()
+    }
+    whole = {path for path in paths for part in (*recurrent, *paths) if _is_below(part, path)}
+    found = [
+        f"{path} ({type(module).__name__})"
+        for path, module in paths.items()
+        if path not in recurrent and path not in whole
+    ]
+    if not found:
+        return []
+    count = f"{len(found)} layers" if len(found) > 1 else "1 layer"
+    carries, is_ = ("carry", "are") if len(found) > 1 else ("carries", "is")
+    return [
+        f"gradient also flows from step to step through attention: {count} of it, "
+        f"{mistakes.listed(found)}, {carries} gradient past these recurrences and {is_} not in the picture"
+    ]
+
+
+def _is_below(path: str, other: str) -> bool:
+    """Whether a module is part of another one."""
+    return path != other and (not other or path.startswith(f"{other}."))

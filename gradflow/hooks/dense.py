@@ -15,9 +15,22 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.axes import Axis, as_rows, from_rows, usual_axis
-from gradflow.hooks.graph import LEAF, Between, Edge, NotReadable, called, edge_of, outputs
+from gradflow.hooks.graph import (
+    LEAF,
+    Between,
+    Edge,
+    NotReadable,
+    called,
+    edge_of,
+    fitted,
+    kind_of,
+    ones_at,
+    outputs,
+)
+from gradflow.hooks.graph import MOVES as ENTRIES
+from gradflow.hooks.loops import rows as rows_of
 from gradflow.hooks.loops.links import close_to, probe_of
-from gradflow.hooks.loops.rows import completed, origins, picked
+from gradflow.hooks.loops.rows import picked
 from gradflow.limits import DENSE_UNITS
 from gradflow.process import quiet
 
@@ -36,6 +49,13 @@ class Incomplete(NotReadable):
 
 class Mixed(NotReadable):
     """One sequence's next state depends on another sequence's state."""
+
+
+def complete(result: Tensor, beside: list[Tensor]) -> Tensor:
+    """The result; Incomplete where a gradient came to other results of the nodes that made the states."""
+    if any(bool((grad != 0).any()) for grad in beside):
+        raise Incomplete("a state that depends on another result of what made those before it")
+    return result
 
 
 @dataclass(eq=False)
@@ -128,7 +148,7 @@ class Place:
         ]
 
     def gathered(self, found: dict[Edge, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """(B, S) of the gradients at its edges, and those that came by elsewhere."""
+        """(B, S) of the gradients at its edges, and the gradients at other results of the same nodes."""
         columns = []
         for name, part in self.parts.items():
             zero = self.like[:, part]
@@ -170,17 +190,12 @@ class Step:
             raise Incomplete("a state that depends on more of the past than the states before it")
         return Step(before, now, between)
 
-    def pull(self, seed: Tensor) -> Tensor:
-        """The vector-Jacobian product of a seed (B, S)."""
+    def pull(self, seed: Tensor, *, opened: bool = False) -> Tensor:
+        """The vector-Jacobian product of a seed (B, S); opened as in `Between.pull`."""
         with torch.autocast(self.now.like.device.type, enabled=False):
-            found = self.between.pull(self.now.seeds(seed, list(self.now.parts)))
-        return self._complete(*self.before.gathered(found))
-
-    @staticmethod
-    def _complete(result: Tensor, beside: list[Tensor]) -> Tensor:
-        if any(bool((grad != 0).any()) for grad in beside):
-            raise Incomplete("a state that depends on another result of what made those before it")
-        return result
+            seeds = self.now.seeds(seed, list(self.now.parts))
+            found = self.between.pull(seeds, opened=opened)
+        return complete(*self.before.gathered(found))
 
     def jacobian(self) -> Tensor:
         """∂s_t/∂s_{t−1}, (B, S, S), one product per unit with all sequences at once.
@@ -207,7 +222,7 @@ class Step:
 
     def _rows(self, *, together: bool) -> Tensor:
         rows = [
-            self._complete(*unit_rows(self.now, self.before, self.between, name, together=together))
+            complete(*unit_rows(self.now, self.before, self.between, name, together=together))
             for name in self.now.parts
         ]
         return torch.cat(rows, dim=1).to(self._widest())
@@ -230,13 +245,12 @@ class Step:
         probe = probe_of(self.now.like)
         count, before = len(probe), len(self.before.like)
 
-        def pull(chosen: Tensor) -> Tensor:
-            return self.pull(probe * chosen.to(probe.dtype).unsqueeze(1))
+        def pull(chosen: Tensor, *, opened: bool = False) -> Tensor:
+            return self.pull(probe * chosen.to(probe.dtype).unsqueeze(1), opened=opened)
 
-        found = origins(pull, count, probe.device)
+        found = rows_of.found(pull, count, probe.device)
         if found is None:
             raise self.mixed()
-        found = completed(found, before)
         unmoved = bool(((found == torch.arange(count, device=found.device)) | (found < 0)).all())
         self.rows = None if unmoved and count == before else found
 
@@ -276,7 +290,8 @@ class Step:
             flows = flows | (self.rows < 0)  # begins here
         if bool(flows.all()):
             return ~flows
-        return ~flows & (self._shut(self._entries()) | self._shut(self._exits()))
+        left = picked(self._left(), self.rows, 0)
+        return ~flows & (~left | self._shut(self._exits()))
 
     def _parents(self) -> dict[Any, list[Any]]:
         parents: dict[Any, list[Any]] = {}
@@ -288,25 +303,53 @@ class Step:
                     parents.setdefault(child, []).append(node)
         return parents
 
-    def _entries(self) -> list[Any]:
-        """The first operations on the states before, [] where one is a summand of the new state."""
+    def _left(self) -> Tensor:
+        """(B before,) whether anything of a sequence's states gets to an operation of the step.
+
+        What only moves entries or masks them is no such operation, unless its result is a summand of
+        the new state: that is a gate.
+        """
+        first, before = self._first_operations()
+        arrived: dict[Edge, Tensor] = {}
+
+        def reach(edge: Edge, grad: Tensor | None) -> None:
+            if edge[0] in before and grad is not None:
+                grad = fitted(grad, edge)
+                arrived[edge] = arrived[edge] + grad if edge in arrived else grad
+
+        for node in self.between.order:
+            if node in first:
+                for edge in node.next_functions:
+                    reach(edge, None if edge[0] not in before else ones_at(edge))
+            elif node in before and node not in self.between.ends:
+                given = [arrived.get((node, place)) for place in range(outputs(node))]
+                if any(grad is not None for grad in given):
+                    with torch.no_grad():
+                        passed = called(node, given)
+                    for edge, grad in zip(node.next_functions, passed, strict=False):
+                        reach(edge, grad)
+        found = {edge: grad for edge, grad in arrived.items() if edge[0] in self.between.ends}
+        return (self.before.gathered(found)[0] != 0).any(1)
+
+    def _first_operations(self) -> tuple[set[Any], set[Any]]:
+        """The first operations on the states before, and what lies between these and them."""
         parents, summed = self._parents(), self._summed()
-        found, seen = [], set()
-        stack = [node for node in self.between.ends if node in self.between.on_path]
+        first: set[Any] = set()
+        before = {node for node in self.between.ends if node in self.between.on_path}
+        stack = list(before)
         while stack:
             for node in parents.get(stack.pop(), []):
-                if node in seen:
-                    continue
-                seen.add(node)
-                if _is(node, MOVES):
-                    stack.append(node)
+                if node in first or node in before:
                     continue
                 above = parents.get(node, [])
-                gate = node in self.now.nodes or all(n in summed and _is(n, SUMS) for n in above)
-                if gate:
-                    return []
-                found.append(node)
-        return found
+                moves = kind_of(node) in ENTRIES
+                gate = not moves and all(n in summed and _is(n, SUMS) for n in above)
+                if node in self.now.nodes or gate or not (moves or _is(node, MASKS)):
+                    first.add(node)
+                else:
+                    before.add(node)
+                    stack.append(node)
+        return first, before
 
     def _summed(self) -> set[Any]:
         """What the new states are sums of."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.recording import Recording
 
 

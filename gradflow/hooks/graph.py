@@ -22,6 +22,15 @@ from gradflow.limits import BETWEEN_NODES, LINK_DEPTH, LINK_NODES, STEP_NODES
 Edge = tuple[Any, int]  # a node of the graph and which of its outputs
 LEAF = 2**63  # numbers of nodes from here on are those of leaves, which no operation made
 
+# operations that treat every entry by itself, and tensors of one shape
+_ELEMENTWISE = (
+    "Abs Add Addcdiv Addcmul Atan Clamp ClampMax ClampMin Cos Cosh Div Elu Erf Exp Expm1 Fmax Fmin "
+    "FusedDropout Gelu Hardshrink Hardsigmoid Hardswish Hardtanh IndexCopy IndexFill IndexPut "
+    "LeakyRelu Lerp Log Log1P LogSigmoid Logit MaskedFill MaskedScatter Maximum Minimum Mish Mul "
+    "NanToNum NativeDropout Neg Pow Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Sinh SliceScatter "
+    "SelectScatter Softplus Softshrink Softsign Sqrt Sub Tan Tanh Threshold Where"
+)
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 # operations that only move entries: what they make of zeros tells which entries lead where
 _MOVES = (
     "Alias AsStrided Cat Chunk Clone Contiguous Copy CopySlices Detach Diagonal Expand Flatten "
@@ -78,7 +87,7 @@ class Between:
         A state taken out of a stack of several leads to that one alone, not to its neighbours.
         """
         found = {node for node, _ in roots}
-        entries: dict[Edge, Tensor] = {edge: _ones(edge) for edge in roots}
+        entries: dict[Edge, Tensor] = {edge: ones_at(edge) for edge in roots}
         for node in self._sorted(roots, self.children, set(self.children)):
             if node not in found or node in self.ends or not self.children[node]:
                 continue
@@ -87,7 +96,7 @@ class Between:
             for place, edge in enumerate(node.next_functions):
                 if edge[0] is None or edge[0] not in self.children:
                     continue
-                one = _ones(edge) if passed is None else passed[place]
+                one = ones_at(edge) if passed is None else passed[place]
                 if one is None or not bool(one.any()):
                     continue
                 found.add(edge[0])
@@ -149,11 +158,17 @@ class Between:
         return order
 
     def pull(
-        self, seeds: list[tuple[Edge, Tensor]], *, differentiable: bool = False
+        self,
+        seeds: list[tuple[Edge, Tensor]],
+        *,
+        differentiable: bool = False,
+        opened: bool = False,
     ) -> dict[Edge, Tensor]:
         """The vector-Jacobian product: what the seeds at the roots bring to the ends' edges.
 
-        With `differentiable`, by operations that have a derivative where torch has the choice.
+        With `differentiable`, by operations that have a derivative where torch has the choice. With
+        `opened`, elementwise operations on tensors of one shape pass on what they get: a mask, a gate
+        or an activation whose derivative is zero then hides no path.
 
         Raises:
             NotReadable: a node is the user's own, its saved tensors are gone or hooked, or there
@@ -172,9 +187,12 @@ class Between:
                 given = [arrived.get((node, place)) for place in range(outputs(node))]
                 if all(grad is None for grad in given):
                     continue
-                for edge, grad in zip(node.next_functions, called(node, given), strict=False):
+                passed = called(node, given)
+                if opened and kind_of(node) in ELEMENTWISE:
+                    passed = _opened(node, given, passed)
+                for edge, grad in zip(node.next_functions, passed, strict=False):
                     if edge[0] in self.on_path and grad is not None:
-                        grad = _fitted(grad, edge)
+                        grad = fitted(grad, edge)
                         arrived[edge] = arrived[edge] + grad if edge in arrived else grad
         return {edge: grad for edge, grad in arrived.items() if edge[0] in self.ends}
 
@@ -201,7 +219,7 @@ def descended(
         entries[node][place] = entry if known is None else known + entry
 
     for edge in roots:
-        reach(edge, _ones(edge))
+        reach(edge, ones_at(edge))
     while waiting:
         node = heapq.heappop(waiting)[2]
         given = entries[node]
@@ -210,7 +228,7 @@ def descended(
             continue
         passed = _entries(node, [given.get(place) for place in range(outputs(node))])
         for place, edge in enumerate(node.next_functions):
-            entry = None if edge[0] is None else _ones(edge) if passed is None else passed[place]
+            entry = None if edge[0] is None else ones_at(edge) if passed is None else passed[place]
             if entry is not None and bool(entry.any()):
                 reach(edge, entry)
 
@@ -223,7 +241,8 @@ def kind_of(node: Any) -> str:
     return _KINDS[kind]
 
 
-def _ones(edge: Edge) -> Tensor:
+def ones_at(edge: Edge) -> Tensor:
+    """Ones in the shape of the tensor at an edge."""
     known = edge[0]._input_metadata[edge[1]]
     return torch.ones(tuple(known.shape), dtype=known.dtype, device=known.device)
 
@@ -238,17 +257,32 @@ def _entries(node: Any, given: list[Tensor | None]) -> list[Tensor | None] | Non
     except NotReadable:
         return None
     return [
-        None if grad is None or edge[0] is None else _fitted(grad, edge)
+        None if grad is None or edge[0] is None else fitted(grad, edge)
         for edge, grad in zip(node.next_functions, found, strict=False)
     ]
 
 
-def _fitted(grad: Tensor, edge: Edge) -> Tensor:
+def fitted(grad: Tensor, edge: Edge) -> Tensor:
     """What torch's engine does on the way: a gradient is given the shape and dtype of its tensor."""
     known = edge[0]._input_metadata[edge[1]]
     shape = tuple(known.shape)
     grad = grad if tuple(grad.shape) == shape else grad.sum_to_size(shape)
     return grad if grad.dtype == known.dtype else grad.to(known.dtype)
+
+
+def _opened(
+    node: Any, given: list[Tensor | None], passed: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """What an operation would pass on if it multiplied its inputs by one; others as they are."""
+    first = next(grad for grad in given if grad is not None)
+    return tuple(
+        first if edge[0] is not None and _shape(edge) == first.shape else grad
+        for edge, grad in zip(node.next_functions, passed, strict=False)
+    )
+
+
+def _shape(edge: Edge) -> tuple[int, ...]:
+    return tuple(edge[0]._input_metadata[edge[1]].shape)
 
 
 def outputs(node: Any) -> int:

@@ -1,10 +1,10 @@
 """The guard: what gradflow cannot do inside the user's own step becomes a note, never an exception there.
 
 Every point at which the user's code calls into gradflow while a recording is open is a `Point`, and
-all that gradflow does there is called by `guarded`. Behind the guard gradflow is alone: no function
-mode, dispatch mode or tensor subclass of the user's hears of what it computes. What passes are an
-`InputError`, by which the user learns of a wrong argument, and whatever is no `Exception`: Ctrl-C, an
-exit. In any case whoever was at work is told that it did not get to the end.
+all that gradflow does there is called by `guarded`. Within it the user's function modes, dispatch modes
+and tensor subclasses are off. Two kinds of errors are passed on: an `InputError`, by which the user learns
+of a wrong argument, and what is no `Exception` (Ctrl-C, an exit). In any case `failed` is called, so that
+what is incomplete can be left out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gradflow.errors import InputError
-from gradflow.hooks.unseen import is_looked_at
+from gradflow.hooks.unreadable import is_looked_at
 
 Value = TypeVar("Value")
 Failed = Callable[[str], object]  # told why, in a few words
-busy: set[int] = set()  # threads in which gradflow is computing: what it runs is nobody's step
+busy: set[int] = set()  # threads in which gradflow itself computes, which is not recorded
 LONGEST = 120  # characters of a cause that are quoted
 
 
@@ -49,13 +49,13 @@ class Point(Enum):
 def guarded(
     point: Point, failed: Failed, work: Callable[..., Value], *args: Any, **kwargs: Any
 ) -> Value | None:
-    """What the work returns; None where it fails, of which `failed` is told.
+    """What the work returns; None where it fails, and then `failed` is called with the reason.
 
     This is the one place where any exception is caught: an error of gradflow's must not end a training
     step that would have run without it. It is not hidden: `failed` puts it into words for the user, and
     withholds what is no longer whole.
     """
-    alone = Alone()
+    alone = Unnoticed()
     try:
         try:
             alone.enter()
@@ -77,10 +77,10 @@ def _do(point: Point, work: Callable[..., Value], *args: Any, **kwargs: Any) -> 
     return work(*args, **kwargs)
 
 
-class Alone:
-    """No mode and no tensor subclass of the user's sees what runs inside, nor does a recording.
+class Unnoticed:
+    """Within it the user's modes and tensor subclasses are off, and nothing is recorded.
 
-    The grad mode is afterwards what it was. Leaving twice, or after half an entry, does no harm.
+    Afterwards the grad mode is as before. It may be left twice, or after an entry that failed.
     """
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ class TrackOwner(Protocol):
     def add_track(self, base: str, track: Track) -> None: ...
 
 
-class Owner(TrackOwner, Protocol):
+class MarkOwner(TrackOwner, Protocol):
     """The recorder, as far as marked loops need it."""
 
     handles: list[RemovableHandle]
@@ -49,7 +49,7 @@ class Owner(TrackOwner, Protocol):
 
 
 @dataclass(eq=False)
-class End:
+class LastMark:
     """The last marked step of a loop, with live tensors: what the next one may have come from."""
 
     source: TapSource
@@ -65,7 +65,7 @@ class End:
 class Marks:
     """Makes, links and listens to the marks of loops."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: MarkOwner) -> None:
         self.owner = owner
         self.constants = Constants()  # of wide steps
 
@@ -80,19 +80,21 @@ class Marks:
             axes=place.axes,
         )
 
-    def begin(self, name: str, source: TapSource, states: dict[str, Tensor], place: Place) -> End:
+    def begin(
+        self, name: str, source: TapSource, states: dict[str, Tensor], place: Place
+    ) -> LastMark:
         """A loop whose first mark is the only one of the source."""
         source.lengths = self.owner.lengths.of_steps(len(place.like))
         track = begun(self.owner, name, source)
-        return End(source, track, states, place, newest(), 0)
+        return LastMark(source, track, states, place, newest(), 0)
 
     @staticmethod
-    def extend(end: End, mark: Mark) -> None:
+    def extend(end: LastMark, mark: Mark) -> None:
         """One more step."""
         end.source.marks.append(mark)
         grown(end.source, end.track)
 
-    def settle(self, end: End, states: dict[str, Tensor], place: Place, mark: Mark) -> None:
+    def settle(self, end: LastMark, states: dict[str, Tensor], place: Place, mark: Mark) -> None:
         """What these states pass to one another, and from now on they are the end of the loop."""
         if self.wanted and not mark.unknown and not mark.within_known:
             self.read_within(end.source, place, mark)
@@ -118,7 +120,7 @@ class Marks:
     def _why_not() -> str:
         return "jacobians=False; leave it out, or ask for them with jacobians=True"
 
-    def by_graph(self, end: End, place: Place, mark: Mark) -> bool:
+    def by_graph(self, end: LastMark, place: Place, mark: Mark) -> bool:
         """Whether a path leads from these states back to the last ones; it is put on the mark."""
         words = end.source.words
         try:
@@ -132,7 +134,7 @@ class Marks:
         # of another batch it goes on only if it is known which sequences they are
         return mark.rows is not None or len(end.place.like) == len(place.like)
 
-    def _read(self, end: End, place: Place, mark: Mark) -> bool:
+    def _read(self, end: LastMark, place: Place, mark: Mark) -> bool:
         step = Step.find(end.place, place, end.older, end.since)
         if step is None:
             return False
@@ -159,7 +161,7 @@ class Marks:
                 mark.unknown = self._why_not()
         return mark.rows is not None or len(place.like) == len(end.place.like)
 
-    def without_graph(self, end: End, place: Place, mark: Mark) -> None:
+    def without_graph(self, end: LastMark, place: Place, mark: Mark) -> None:
         """No path leads back: a detached state, or no graph at all."""
         if torch.is_grad_enabled() and (place.edges or end.place.edges):
             mark.cut = torch.ones_like(mark.cut)

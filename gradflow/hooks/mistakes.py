@@ -14,11 +14,11 @@ from torch import nn
 from gradflow.cells import layer_names
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
-from gradflow.hooks.closed.source import JointSource
+from gradflow.hooks.closed.joint_source import JointSource
 from gradflow.hooks.linear.source import LinearSource, Stretch
-from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.unseen import foreign_code
+from gradflow.hooks.unreadable import foreign_code
 from gradflow.limits import MANY_TRACKS
 from gradflow.recording import Recording, Track, Unseen
 

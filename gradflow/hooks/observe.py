@@ -17,12 +17,12 @@ from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.linear.source import LinearSource
 from gradflow.hooks.linear.watch import tensors_of
-from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening
 from gradflow.hooks.recorder import Recorder
 from gradflow.hooks.tapped import TapSource
-from gradflow.hooks.unseen import BATCHED
+from gradflow.hooks.unreadable import BATCHED
 from gradflow.recording import Recording, Track
 
 
@@ -117,7 +117,7 @@ class _Block:
         self.marks: list[tuple[int, int] | None] | None = None
 
     def open(self) -> None:
-        """Begin to listen; what cannot be listened to is noted."""
+        """Begin to watch; what cannot be watched is noted."""
         nothing_is_under_way()
         model, remark = self.recorder.model, self.recorder.withheld.remark
         self.marks = guarded(Point.OPENING, remark, mistakes.gradient_marks, model)
@@ -239,6 +239,8 @@ def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
     recording.notes += circumstances.without_dropout(recorder.model)
+    linear = {track.owner for track in recording if isinstance(track.source, LinearSource)}
+    recording.notes += circumstances.beside_attention(recorder.model, linear)
     recording.notes += circumstances.left_out(recorder.own.unseen) if len(recording) else []
     _, perhaps = _unseen(recorder)
     recording.notes += [circumstances.perhaps_not_seen(perhaps)] if perhaps else []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.guard import Hook, Point
-from gradflow.hooks.unseen import is_batched, why_hidden
+from gradflow.hooks.unreadable import is_batched, why_hidden
 from gradflow.limits import PARITY_FLOAT32, PARITY_FLOAT64, PARITY_HALF
 from gradflow.recording import Parity
 

@@ -7,8 +7,8 @@ TorchFunctionMode would see the same calls, but moves torch off its fast paths.
 
 What torch.compile makes into a graph stays the graph it would be without a recording: there the
 wrapper is traced as the original alone, and nothing is seen. ``GradScaler.scale`` is watched too, and
-so is the one door through which every backward enters torch's engine: there the graph is complete and
-nothing of it is freed yet.
+so is the function through which every backward enters torch's engine: when it is called the graph is
+complete and nothing of it is freed yet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, FrameType
 from typing import Any, Protocol
@@ -28,20 +28,25 @@ from torch._C._dynamo import eval_frame
 
 from gradflow.cells import CELLS
 from gradflow.hooks.guard import Point, busy, guarded
+from gradflow.hooks.linear.heard import Heard
+from gradflow.hooks.linear.registry import Entry, places
 from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.replaced import Replaced, at_fork, lock, put_back, replace
 from gradflow.hooks.seen import Listener, Telling
-from gradflow.hooks.unseen import is_batched, is_wrapped, why_hidden
+from gradflow.hooks.unreadable import is_batched, is_wrapped, why_hidden
 
 
 class Observer(Listener, Protocol):
-    """Whoever wants to hear of all that can be told of a thread."""
+    """What is notified of everything that is watched in one thread: a recorder."""
 
     thread: int
 
     def saw_tap(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
     ) -> None: ...
+    def saw_inside(self, given: list[Tensor], results: list[Tensor]) -> None: ...
+    def modules(self) -> Iterable[nn.Module]: ...
+    def path_of(self, module: nn.Module) -> str | None: ...
     def saw_scan(self, scanned: Scanned, code: tuple[object, ...] = ()) -> None: ...
     def missed_scan(self, name: str, why: str) -> None: ...
     def saw_scaler(self, scaler: torch.amp.GradScaler) -> None: ...
@@ -75,6 +80,7 @@ def listen(observer: Observer) -> None:
         _keep([*_observers, observer])
         if len(_observers) == 1:
             _install()
+        _install_scans(observer)
 
 
 def stop_listening(observer: Observer) -> None:
@@ -106,7 +112,7 @@ def observers_here() -> list[Observer]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Tell nobody of what runs in this thread."""
+    """Notify no observer of what runs in this thread."""
     thread = threading.get_ident()
     _paused.add(thread)
     try:
@@ -125,6 +131,13 @@ def _install() -> None:
     replace(torch.amp.GradScaler, "scale", _watched_scale, _replaced.append)
     replace(torch.autograd, "_engine_run_backward", _watched_backward, _replaced.append)
     replace(torch.jit, "script", _watched_script, _replaced.append)
+
+
+def _install_scans(observer: Observer) -> None:
+    """The functions of the registry that are loaded, and where the model of this observer holds them."""
+    for place in places(observer.modules()):
+        make = functools.partial(_watched_function, entry=place.entry)
+        replace(place.space, place.name, make, _replaced.append)
 
 
 def _restore() -> None:
@@ -173,9 +186,35 @@ def _watched(
 
     found = traced_as(original, functools.wraps(original, updated=())(watched))
     builtins: Any = torch.jit._builtins
-    if id(original) in builtins._get_builtin_table():  # for whoever scripts inside the block
+    if id(original) in builtins._get_builtin_table():  # torch.jit.script may run in the block
         builtins._register_builtin(found, f"aten::{name}")
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _watched_function(original: Callable[..., Any], entry: Entry) -> Callable[..., Any]:
+    """The same for a function of the registry; those that it calls itself are part of it."""
+
+    @untraced
+    def heard(args: Any, kwargs: dict[str, Any]) -> Any:
+        mine, thread = observers_here(), threading.get_ident()
+        again = torch._C._current_graph_task_id() != -1  # a checkpoint that computes again
+        if not mine or thread in _under_way or again:
+            return original(*args, **kwargs)
+        call = Heard(mine, entry, original)
+        call.before(args, kwargs)
+        try:
+            _under_way.add(thread)
+            results = original(*args, **kwargs)
+        finally:
+            _under_way.discard(thread)
+        call.after(results)
+        return results
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return heard(args, kwargs)
+
+    return traced_as(original, functools.wraps(original, updated=())(function))
 
 
 @functools.lru_cache(maxsize=64)
@@ -235,7 +274,7 @@ def _before_backward(
 
 
 def traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper, for which torch.compile reads the original, also in its table of what it knows.
+    """The wrapper, which torch.compile treats as the original, also in its table of known functions.
 
     Called from where nothing is compiled it runs as it is, never as a compiled graph of its own.
     """
@@ -245,7 +284,7 @@ def traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Cal
 
 
 def run_as_it_is(code: CodeType) -> None:
-    """Never compile this code as a graph of its own; what it calls is not concerned."""
+    """Never compile this code as a graph of its own; what it calls may be compiled."""
     skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
     eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
 
@@ -254,7 +293,7 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with all it calls, kept away from torch.compile.
 
     Where torch._dynamo is not loaded, its second of import is saved: the marks that
-    ``torch.compiler.disable`` would set are set by hand, for whoever compiles inside the block.
+    ``torch.compiler.disable`` would set are set by hand, in case torch.compile is called inside the block.
     """
     if "torch._dynamo" in sys.modules:
         return torch.compiler.disable(function)

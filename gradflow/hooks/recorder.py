@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.hooks.ancestry import clean, holder_of
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.afresh import REASON
-from gradflow.hooks.closed.watch import ClosedLoops, is_of
+from gradflow.hooks.closed.notice import ClosedLoops, is_of
 from gradflow.hooks.copies import Copies, stamp_of
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
@@ -26,20 +26,18 @@ from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.linear.source import LinearSource
 from gradflow.hooks.linear.watch import Linear
 from gradflow.hooks.loops.loop import Loop
-from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
 from gradflow.hooks.mistakes import Ran
 from gradflow.hooks.own.cells import OwnCells
 from gradflow.hooks.own.forwards import Watching
-from gradflow.hooks.own.leaves import leaves
+from gradflow.hooks.own.nested import leaves
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.seen import SeenCall
 from gradflow.hooks.shown_padding import ShownPadding
 from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
-from gradflow.hooks.unrolled.sources import FLAT, FLAT_IN_TIME, PLAIN
-from gradflow.hooks.unrolled.watch import Watch
-from gradflow.hooks.unseen import (
+from gradflow.hooks.unreadable import (
     NO_NUMBERS,
     NO_SEQUENCE,
     WRAPPED,
@@ -47,6 +45,8 @@ from gradflow.hooks.unseen import (
     is_wrapped,
     why_hidden,
 )
+from gradflow.hooks.unrolled.sources import FLAT, FLAT_IN_TIME, PLAIN
+from gradflow.hooks.unrolled.watch import Watch
 from gradflow.hooks.withheld import Withheld
 from gradflow.recording import Recording, Track, Unseen, matches_any
 
@@ -194,6 +194,18 @@ class Recorder:
     ) -> None:
         """Copy the states that a hand-written loop marks; every recording of the thread does."""
         self.taps.saw(name, states, rows, frame)
+
+    def saw_inside(self, given: list[Tensor], results: list[Tensor]) -> None:
+        """A function whose recurrence is known ran: its inside is stepped over."""
+        self.watch.saw_stock(given, results)
+
+    def modules(self) -> Iterable[nn.Module]:
+        """All modules of the model."""
+        return self.model.modules()
+
+    def path_of(self, module: nn.Module) -> str | None:
+        """Where a module is in the model; None where it is none of it."""
+        return self._paths.get(id(module))
 
     def saw_scan(self, scanned: Scanned, code: tuple[object, ...] = ()) -> None:
         """A scan over all steps of a linear recurrence: marked by the user, or a known function's."""

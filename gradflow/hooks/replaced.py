@@ -1,8 +1,8 @@
-"""Replaced: functions of torch and of modules that are others for the time being.
+"""Functions of torch and of modules that are replaced while a recording is open.
 
 Other libraries, and users, replace the same functions, also while ours are there. What they put on top
-of ours is never undone: ours then stays beneath as a wrapper that only calls on, and is taken away when
-it comes to light again.
+of ours is never undone: our wrapper then stays below theirs, does nothing but call the original, and is
+removed as soon as it is the attribute again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _beneath: weakref.WeakKeyDictionary[Any, Beneath] = weakref.WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Beneath:
-    """What lies beneath a replacement of ours."""
+    """What one of our wrappers replaced."""
 
     original: Any
-    inherited: set[int] = field(default_factory=set)  # ids of spaces that have it from elsewhere
+    inherited: set[int] = field(default_factory=set)  # ids of spaces that only inherited it
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Replaced:
 
 
 def original_of(function: Any) -> Any:
-    """The function beneath all replacements of ours that lie on top of it."""
+    """The function that our wrappers, perhaps several around each other, replaced."""
     while (beneath := _known(function)) is not None:
         function = beneath.original
     return function
@@ -53,9 +53,9 @@ def _known(function: Any) -> Beneath | None:
 def replace(
     space: Any, name: str, make: Callable[[Any], Any], noted: Callable[[Replaced], object]
 ) -> None:
-    """Put what is made of a function in its place; noted before, so that it is put back in any case."""
+    """Replace a function by what `make` makes of it; `noted` is called first, so that it can be put back."""
     there = vars(space).get(name, ABSENT)
-    ours = _known(there)  # left from a recording that somebody had put another on top of
+    ours = _known(there)  # left from a recording after which another wrapper lay on top
     inherited = there is ABSENT if ours is None else id(space) in ours.inherited
     original = original_of(getattr(space, name))
     new = make(original)
@@ -66,11 +66,11 @@ def replace(
 
 
 def put_back(replaced: Replaced) -> None:
-    """Take ours away; what others have put on top of it meanwhile stays."""
+    """Remove our wrapper; a wrapper that another library put around it meanwhile stays."""
     there = vars(replaced.space).get(replaced.name, ABSENT)
     ours = _known(there)
     if ours is None:
-        return  # somebody else's, who may call ours, or nothing of ours any more
+        return  # another library's wrapper, perhaps around ours, or the original
     if id(replaced.space) in ours.inherited:
         delattr(replaced.space, replaced.name)
     else:
@@ -85,7 +85,7 @@ def _set(space: Any, name: str, function: Any) -> None:
 
 
 def at_fork(in_child: Callable[[], None]) -> None:
-    """In a process forked from this one: call this, when nothing is half replaced."""
+    """Call this in every process forked from here, which is forked while nothing is half replaced."""
 
     held: list[int] = []  # the thread that forks; none where it began before this was registered
 

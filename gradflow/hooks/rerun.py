@@ -23,8 +23,8 @@ from gradflow.hooks.kernels import whole_call
 from gradflow.hooks.loops.linked import pushed
 from gradflow.hooks.loops.links import Factor, Link, close_to
 from gradflow.hooks.loops.loop import Loop
+from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.loops.rows import picked
-from gradflow.hooks.loops.source import LoopSource
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.recording import Parity, Recording, Track
 
@@ -32,7 +32,7 @@ UNCHANGED = "the weights were changed and the loss was not run again"
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """What to change in one layer and direction."""
 
     forget_bias: float = 0.0  # added to the pre-activation of the gate that keeps the state
@@ -61,7 +61,7 @@ class ChangedSource(LoopSource):
         return UNCHANGED
 
 
-def rerun(recording: Recording, changes: Mapping[str, Change]) -> Rerun:
+def rerun(recording: Recording, changes: Mapping[str, WeightChange]) -> Rerun:
     """Run the recorded calls again with changed weights; the recording stays as it is.
 
     Args:
@@ -103,7 +103,7 @@ def rerun(recording: Recording, changes: Mapping[str, Change]) -> Rerun:
     return Rerun(made, refused, notes)
 
 
-def changed(source: LoopSource, change: Change) -> tuple[ChangedSource, dict[str, Tensor]]:
+def changed(source: LoopSource, change: WeightChange) -> tuple[ChangedSource, dict[str, Tensor]]:
     """One layer run again with changed weights, the others of its stack with theirs, and the weights.
 
     Raises:
@@ -128,14 +128,14 @@ def _chain(track: Track) -> Chain | None:
     return track.source.loop.chain if isinstance(track.source, LoopSource) else None
 
 
-def _cannot(track: Track, change: Change) -> str:
+def _cannot(track: Track, change: WeightChange) -> str:
     """Why this track cannot be run again with this change, or nothing."""
     if not isinstance(track.source, LoopSource):
         return "its steps are the user's own code, which is not run again"
     return _refuses(track.source, change)
 
 
-def _refuses(source: LoopSource, change: Change) -> str:
+def _refuses(source: LoopSource, change: WeightChange) -> str:
     if source.closed is not None:
         return (
             "it is part of a closed loop: its inputs would change with it, and are the user's own"
@@ -172,7 +172,7 @@ def _track(track: Track, chain: Chain) -> Track:
 # ------------------------------------------------------------------------------------ the calls
 
 
-def _again(chain: Chain, changes: Mapping[tuple[int, int], Change]) -> Chain | str:
+def _again(chain: Chain, changes: Mapping[tuple[int, int], WeightChange]) -> Chain | str:
     """The chain with changed weights by (layer, direction), or why it cannot be run again."""
     weights = _ChangedWeights(changes)
     calls: list[Call] = []
@@ -219,7 +219,7 @@ def _run(call: Call) -> Call:
 class _ChangedWeights:
     """Changed weights of calls; weights that shared a copy go on sharing one."""
 
-    def __init__(self, changes: Mapping[tuple[int, int], Change]) -> None:
+    def __init__(self, changes: Mapping[tuple[int, int], WeightChange]) -> None:
         self.changes = changes
         self.with_biases = any(change.forget_bias for change in changes.values())
         self._known: dict[tuple[int, ...], list[Tensor]] = {}
@@ -233,12 +233,12 @@ class _ChangedWeights:
             weights = call.weights[place * count : (place + 1) * count]
             key = (place, *map(id, weights))
             if key not in self._known:
-                change = self.changes.get(divmod(place, directions), Change())
+                change = self.changes.get(divmod(place, directions), WeightChange())
                 self._known[key] = self._changed(call, list(weights), change)
             found += self._known[key]
         return tuple(found)
 
-    def _changed(self, call: Call, weights: list[Tensor], change: Change) -> list[Tensor]:
+    def _changed(self, call: Call, weights: list[Tensor], change: WeightChange) -> list[Tensor]:
         spec = CELLS[call.cell]
         names = spec.weight_names(len(weights), has_biases=call.has_biases)
         named = dict(zip(names, weights, strict=True))

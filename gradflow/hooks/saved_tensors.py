@@ -1,6 +1,6 @@
-"""What the operations of the user's graph keep for their backward, read where it runs nobody's code.
+"""What the operations of the user's graph keep for their backward, as far as reading it runs no hook.
 
-Under a checkpoint, or other hooks on saved tensors, unpacking one runs code of somebody else's: such
+Under a checkpoint, or other hooks on saved tensors, unpacking one runs the code of those hooks: such
 tensors are not touched.
 """
 
@@ -23,7 +23,7 @@ def raw_names(node: Any) -> tuple[str, ...]:
 
 
 def is_hooked(node: Any) -> bool:
-    """Whether reading what a node keeps would run somebody's code."""
+    """Whether reading what a node keeps would run the code of a hook."""
     for name in raw_names(node):
         try:
             kept = getattr(node, name)
@@ -47,14 +47,14 @@ def runs_code(node: Any) -> bool:
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Whether packing or unpacking a saved tensor now would run somebody's code."""
+    """Whether packing or unpacking a saved tensor now would run the code of a hook."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def saved_by(node: Any) -> list[Tensor]:
     """The tensors that a node keeps, none where reading them would run code.
 
-    A torch.autograd.Function of somebody's own keeps what it likes, under another name: nothing is
+    A torch.autograd.Function of the user's own keeps what it likes, under another name: nothing is
     read of it.
     """
     if is_hooked(node):

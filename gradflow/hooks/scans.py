@@ -27,7 +27,7 @@ class Scans:
 
     @property
     def version(self) -> int:
-        """How many backwards have come by; results of older ones are stale."""
+        """How many backwards reached the call; results from before the last are stale."""
         return len(self.replay.call.graph_tasks)
 
     def scanned(self, which: str) -> Stack | None:

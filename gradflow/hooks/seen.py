@@ -15,7 +15,7 @@ from gradflow.cells import CELLS
 from gradflow.hooks.guard import Point, guarded
 
 _LAYER = ("has_biases", "num_layers", "dropout", "train", "bidirectional")
-_PLACES = {  # the names of their arguments, for whoever calls them by name
+_PLACES = {  # the names of their arguments, which may also be given by name
     "fused": ("input", "hx", "params", *_LAYER, "batch_first"),
     "packed": ("data", "batch_sizes", "hx", "params", *_LAYER),
     "cell": ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"),
@@ -52,7 +52,7 @@ class SeenCall:
 
 
 class Listener(Protocol):
-    """Whoever wants to hear of recurrent calls."""
+    """What is notified of recurrent calls."""
 
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool: ...
     def saw(self, call: SeenCall) -> None: ...
@@ -61,7 +61,7 @@ class Listener(Protocol):
 
 @dataclass(eq=False)
 class Telling:
-    """One call on its way to those who listen: looked at before it runs, told of after it did."""
+    """One call and its listeners: its arguments are read before it runs, its results after."""
 
     listeners: list[Any]  # Listener
     cell: str
@@ -77,12 +77,12 @@ class Telling:
         return Point.CELL if self.single else Point.FUSED
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at the arguments, and who wants to hear of them."""
+        """Read the arguments, and ask each listener whether the call is of its model."""
         guarded(self.point, self._missed_by_all, self._find)
         guarded(self.point, self._missed_by_all, self._look, args, kwargs)
 
     def after(self, results: Any) -> None:
-        """Tell everyone who does of what was returned."""
+        """Hand the call with its results to those listeners."""
         for listener in self.interested:
             missed = functools.partial(self._missed_by, listener)
             guarded(self.point, missed, self._tell, listener, results)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.own.leaves import leaves
+from gradflow.hooks.own.nested import leaves
 from gradflow.hooks.saved_tensors import is_hooked
 from gradflow.hooks.unrolled.values import signed
 from gradflow.limits import FIRST_NODES, INPUT_NODES, SHOWN_CALLS
@@ -145,7 +145,7 @@ class ShownPadding:
         return padding_of((ids.T if batch_first else ids).unsqueeze(2), {node._saved_padding_idx})
 
     def close(self) -> None:
-        """Let go of the numbers."""
+        """Release the numbers of nodes."""
         self._made.clear()
 
 

@@ -23,7 +23,7 @@ from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.loop import difference, trimmed
-from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
+from gradflow.hooks.unreadable import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.limits import DIFFERENCE_ROUNDING
 from gradflow.recording import Backward, Forward, Operator, Parity, Source
@@ -49,7 +49,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Words:
-    """How a loop is spoken of: one that marks its states, or one over a cell of the user's own."""
+    """The words for a loop in sentences: one that marks its states, or one over a cell of the user's own."""
 
     step: str
     steps: str
@@ -102,12 +102,12 @@ class TapSource:
     initial: dict[str, Tensor] = field(default_factory=dict)  # state name -> (B, width), if seen
     graph_tasks: set[int] = field(default_factory=set)
     lost: str = ""  # why what the backwards brought is no total, if it is none
-    batched: bool = False  # a backward of several outputs at once came by, which is not counted
+    batched: bool = False  # a backward of several outputs at once reached it, which is not counted
     ran_backward: bool = False
     closed: Any = None  # the `ClosedLoop` that it is a part of, if any
     _steps: tuple[tuple[int, int], list[Mark]] | None = field(default=None, repr=False)
     part_of_a_step: bool = False  # other terms are added to what the cell returns
-    own_words: Words | None = None  # how to speak of it, where the name of the cell does not tell
+    own_words: Words | None = None  # where they do not follow from the name of the cell
     _written: tuple[tuple[tuple[int, ...], int], list[Tensor]] | None = field(
         default=None, repr=False
     )
@@ -115,7 +115,7 @@ class TapSource:
 
     @property
     def words(self) -> Words:
-        """How to speak of this loop."""
+        """The words for its steps and states in sentences."""
         if self.own_words is not None:
             return self.own_words
         return TAPPED if self.cell == "tap" else CALLED
@@ -142,7 +142,7 @@ class TapSource:
         self.graph_tasks.add(torch._C._current_graph_task_id())
 
     def _counts(self, grad: Tensor) -> bool:
-        """Note that a backward came by; whether what it brings is to be added up."""
+        """Note that a backward reached a mark; whether its gradient is to be added up."""
         if is_batched(grad) or why_hidden():
             self.batched = True
             return False

@@ -15,11 +15,11 @@ from gradflow.hooks import patch
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Between
 from gradflow.hooks.guard import Point, guarded
-from gradflow.hooks.marks import End, Marks, Owner
+from gradflow.hooks.marks import LastMark, MarkOwner, Marks
 from gradflow.hooks.saved_tensors import saved_by, saved_tensors_are_hooked
 from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.unreadable import WRAPPED, is_wrapped, why_hidden
 from gradflow.hooks.unrolled.pieces import holds
-from gradflow.hooks.unseen import WRAPPED, is_wrapped, why_hidden
 
 ADVICE = "call it as h, c = gradflow.tap(h=h, c=c) inside the loop, once per step"
 
@@ -133,11 +133,11 @@ def _rows(name: object, states: dict[str, Tensor]) -> dict[str, Tensor]:
 class Taps:
     """The loops that are being tapped, by name."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: MarkOwner) -> None:
         self.owner = owner
         self.marks = Marks(owner)
         self.seen = False  # also where no track was wanted
-        self._ends: dict[str, End] = {}
+        self._ends: dict[str, LastMark] = {}
 
     def saw(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
@@ -160,11 +160,11 @@ class Taps:
         end.frames = (frame, frame.f_back)
 
     def close(self) -> None:
-        """Let go of the user's tensors, graph and frames."""
+        """Release the user's tensors, graph and frames."""
         self._ends.clear()
 
     def _goes_on(
-        self, end: End, states: dict[str, Tensor], place: Place, mark: Mark, frame: FrameType
+        self, end: LastMark, states: dict[str, Tensor], place: Place, mark: Mark, frame: FrameType
     ) -> bool:
         """Whether these states come from those of the last tap; if so, how is put on the mark."""
         if end.place.parts != place.parts:
@@ -183,7 +183,7 @@ class Taps:
 
 
 def _by_value(
-    end: End, states: dict[str, Tensor], place: Place, mark: Mark, frame: FrameType
+    end: LastMark, states: dict[str, Tensor], place: Place, mark: Mark, frame: FrameType
 ) -> bool:
     """Whether the loop goes on although no path leads back: by storage, values, or its place."""
     before = end.source.marks[-1].states
@@ -205,7 +205,7 @@ def _by_value(
     return frame is known or (by_a_helper and frame.f_code is known.f_code)
 
 
-def _among(tensors: list[Tensor], end: End, before: dict[str, Tensor]) -> bool:
+def _among(tensors: list[Tensor], end: LastMark, before: dict[str, Tensor]) -> bool:
     """Whether one of the tensors is a state of the last tap: by storage, or equal and not zero."""
     for tensor in tensors:
         for name, state in end.states.items():

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import RecordingError
-from gradflow.hooks.dense import Incomplete, Place, Step, ways_within
-from gradflow.hooks.graph import NotReadable
+from gradflow.hooks.dense import Place, Step, complete, ways_within
+from gradflow.hooks.graph import Between, NotReadable
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.tape import Constants, Tape
 from gradflow.limits import (
@@ -208,22 +208,41 @@ def wide_step(step: Step, constants: Constants, number: int) -> TapedStep:
             in another order than before.
         Incomplete: the new states depend on more than the states before.
     """
-    beside: list[Tensor] = []
-
-    def linear(seed: Tensor) -> Tensor:
-        seeds = step.now.seeds(seed, list(step.now.parts))
-        row, more = step.before.gathered(step.between.pull(seeds, differentiable=True))
-        beside.extend(more)
-        return row
-
-    with torch.autocast(step.now.like.device.type, enabled=False):
-        tape = Tape.of(linear, probe_of(step.now.like), constants)
-    if any(bool((grad != 0).any()) for grad in beside):
-        raise Incomplete("a state that depends on another result of what made those before it")
+    tape = tape_of(step.now, step.before, step.between, constants, differentiable=True)
     if mixes(tape, number):
         step.find_rows()
         raise Moved(MOVED)
     return TapedStep(tape)
+
+
+def tape_of(
+    now: Place,
+    before: Place,
+    between: Between,
+    constants: Constants,
+    *,
+    differentiable: bool = False,
+) -> Tape:
+    """One backward from some states to those before them, written down.
+
+    With `differentiable`, by operations that have a derivative where torch has the choice.
+
+    Raises:
+        NotReadable: an operation is not to be read, or too much would be kept.
+        Incomplete: the new states depend on more than the states before.
+    """
+    beside: list[Tensor] = []
+
+    def linear(seed: Tensor) -> Tensor:
+        seeds = now.seeds(seed, list(now.parts))
+        row, more = before.gathered(between.pull(seeds, differentiable=differentiable))
+        beside.extend(more)
+        return row
+
+    with torch.autocast(now.like.device.type, enabled=False):
+        tape = Tape.of(linear, probe_of(now.like), constants)
+    complete(tape.like, beside)
+    return tape
 
 
 def mixes(tape: Tape, number: int) -> bool:

@@ -4,6 +4,7 @@ from gradflow.loading.batch import Batch, fit_batch, read_batch
 from gradflow.loading.description import Description, describe, save_snippet
 from gradflow.loading.labels import read_labels
 from gradflow.loading.losses import Loss, choose_output, make_loss, output_lengths, time_axis
+from gradflow.loading.model_spec import build_loss
 from gradflow.loading.opened import Opened, no_model_to_run, open_model
 from gradflow.loading.probe import Probe, probe_loss, probes
 from gradflow.loading.recurrent import RecurrentModule
@@ -15,6 +16,7 @@ __all__ = [
     "Opened",
     "Probe",
     "RecurrentModule",
+    "build_loss",
     "choose_output",
     "describe",
     "fit_batch",

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gradflow.errors import FileError, InputError, must_be
-from gradflow.loading.files import refuse_huge
-from gradflow.loading.kinds import READ_ERRORS, about_dangling
-from gradflow.loading.states import is_recurrent
+from gradflow.loading.contents import asked_by, refuse_huge
+from gradflow.loading.file_kinds import READ_ERRORS, about_dangling
+from gradflow.loading.state_dicts import is_recurrent
 from gradflow.loading.words import article, printable, reason, some
 from gradflow.process import quiet
 
@@ -147,7 +147,8 @@ def _readers() -> dict[str, Any]:
             return found
 
     def torch_file(path: Path) -> object:
-        refuse_huge(path, "torch" if zipfile.is_zipfile(path) else "legacy", SAVE)
+        kind = "torch" if zipfile.is_zipfile(path) else "legacy"
+        refuse_huge(path, asked_by(path, kind), SAVE)
         with path.open("rb") as file:  # of a path torch.load would trust the suffix
             return torch.load(file, map_location="cpu", weights_only=True)
 

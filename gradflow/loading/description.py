@@ -98,7 +98,7 @@ def describe(
     ambiguous: dict[str, None] = {}
     for layer in opened.recurrent:
         label = f"{layer.name}: " if len(opened.recurrent) > 1 else ""
-        ambiguous |= {f"{label}{sentence}": None for sentence in layer.ambiguous}
+        ambiguous |= {f"{label}{sentence}": None for sentence in (*layer.doubts, *layer.ambiguous)}
     missing = not opened.recurrent and opened.model is None
     return Description(
         path=opened.path,
@@ -130,7 +130,7 @@ def _facts(layer: RecurrentModule) -> LayerFacts:
         summary=str(layer),
         parameters=layer.parameters,
         dtype=str(layer.dtype).removeprefix("torch."),
-        ambiguous=layer.ambiguous,
+        ambiguous=(*layer.doubts, *layer.ambiguous),
     )
 
 

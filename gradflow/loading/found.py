@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from gradflow.loading.file_kinds import PICKLED
 from gradflow.loading.members import Member, kind_of, members_of, tensors_in
 from gradflow.loading.shells import Shell, tensors_of
 from gradflow.loading.words import article, some
@@ -51,7 +52,7 @@ def locate(value: object, kind: str) -> Found:
     """Find the state_dict or module in what a file held; raises ValueError naming what it is."""
     if isinstance(value, nn.Module) or (isinstance(value, Shell) and value.is_module):
         return Found(_pickle_of(value), (_whole(value),))
-    plain = "a safetensors file" if kind == "safetensors" else "a state_dict"
+    plain = "a state_dict" if kind in PICKLED else f"{article(kind)} file"
     direct = tensors_in(value) if isinstance(value, Mapping) else {}
     members = members_of(value)
     whole = Member("", None, direct)

@@ -11,15 +11,15 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from gradflow.errors import FileError, InputError
-from gradflow.loading import spec as specs
+from gradflow.loading import model_spec as specs
 from gradflow.loading.ages import about_age, aged_layers, lacking
-from gradflow.loading.files import read
+from gradflow.loading.contents import read
+from gradflow.loading.file_kinds import READ_ERRORS
 from gradflow.loading.found import Found, is_data, locate, merged
-from gradflow.loading.kinds import READ_ERRORS
 from gradflow.loading.members import Member, named_list, pick
 from gradflow.loading.recurrent import RecurrentModule, from_model, from_tensors, recurrent_layers
 from gradflow.loading.shells import Rebuilder, Shell
-from gradflow.loading.states import fold, renamed, shapes_of
+from gradflow.loading.state_dicts import fold, renamed, shapes_of
 from gradflow.loading.words import RESAVE, analyze_command, printable, reason, some
 
 BATCH_KEYS = ("input", "target", "lengths")  # of a file given to --input

@@ -67,10 +67,10 @@ class RecurrentModule(Shape):
     name: str  # module path as in the file, "" for a bare module
     module: nn.RNNBase  # fresh, in eval mode, with the file's weights in the file's dtype
     from_cell: bool = False  # a cell of one step, run as a one-layer module
-    nonlinearity_known: bool = True
     embedding: Tensor | None = field(default=None, repr=False)  # (V, I)
     embedding_name: str = ""
-    ambiguous: tuple[str, ...] = ()  # sentences: what the weights do not say
+    doubts: tuple[str, ...] = ()  # sentences: what the weights do not say and numbers rest on
+    ambiguous: tuple[str, ...] = ()  # sentences: what else the weights do not say
 
     @property
     def path_parts(self) -> tuple[str, ...]:
@@ -264,8 +264,7 @@ def _build(
     shape = _infer(label, weights)
     _check_shapes(label, shape, weights)
     found = _module(path, shape, weights, {}, tensors, from_cell=from_cell)
-    known = not kinds()[shape.kind].options
-    return replace(found, nonlinearity_known=known, ambiguous=_ambiguities(found, label))
+    return replace(found, doubts=_doubts(found), ambiguous=_ambiguities(found, label))
 
 
 def _check_tensor(key: str, tensor: Tensor) -> None:
@@ -423,12 +422,17 @@ def _embedding(path: str, width: int, tensors: Mapping[str, Tensor]) -> tuple[Te
     return tensors[chosen].detach(), chosen
 
 
-def _ambiguities(found: RecurrentModule, label: str) -> tuple[str, ...]:
+def _doubts(found: RecurrentModule) -> tuple[str, ...]:
     said = []
     read = kinds()[found.kind]
     for option, value in read.options.items():
         every = [spec.options[option] for spec in CELLS.values() if spec.kind == read.kind]
         said.append(f"the weights do not say {' or '.join(every)}: read as {value}")
+    return tuple(map(printable, said))
+
+
+def _ambiguities(found: RecurrentModule, label: str) -> tuple[str, ...]:
+    said = []
     if found.from_cell:
         said.append(f"{label} is a cell: run as one {found.kind} layer over all steps")
     elif found.layers > 1:

@@ -10,7 +10,7 @@ from gradflow.analyzer.brief import Brief, brief_seconds
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.reading import readings
 from gradflow.cells import CELLS, Keeper
-from gradflow.hooks.rerun import Change, rerun
+from gradflow.hooks.rerun import WeightChange, rerun
 from gradflow.limits import (
     FACTORS_ALIKE,
     PREDICTION_LEAST,
@@ -59,7 +59,9 @@ def with_predictions(
     tried: dict[str, list[Prediction]] = {layer.name: [] for layer in ill}
     trials = {layer.name: _first_trial(layer) for layer in ill}
     for _ in range(SHOWN_PREDICTIONS):
-        changes = {name: Change(**{remedy: value}) for name, (remedy, value) in trials.items()}
+        changes = {
+            name: WeightChange(**{remedy: value}) for name, (remedy, value) in trials.items()
+        }
         again = rerun(recording, changes)
         for name in again.recording.tracks:
             before, note = analysis.layers[name], again.notes[name]

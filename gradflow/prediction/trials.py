@@ -16,7 +16,7 @@ from gradflow.analyzer.brief import Brief
 from gradflow.analyzer.evidence import number
 from gradflow.errors import InputError, must_be
 from gradflow.hooks.gradients import weight_norms
-from gradflow.hooks.rerun import Change, rerun
+from gradflow.hooks.rerun import WeightChange, rerun
 from gradflow.limits import QUICK
 from gradflow.prediction.outcome import helps, measured
 from gradflow.recording import Recording
@@ -162,7 +162,7 @@ def _changed_weights(
     remedy: str, recording: Recording, before: Before, value: float
 ) -> Iterator[Row]:
     """Rows of a remedy that changes weights: all layers at once, each measured again."""
-    again = rerun(recording, {name: Change(**{remedy: value}) for name in before})
+    again = rerun(recording, {name: WeightChange(**{remedy: value}) for name in before})
     for name, known in before.items():
         row = _row(name, remedy, value, known)
         if isinstance(known, str):

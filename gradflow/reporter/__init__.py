@@ -1,27 +1,49 @@
-"""Pictures, page, terminal table and files: everything that shows an `Analysis`."""
+"""Pictures, page, terminal table and files: everything that shows an `Analysis` or a `History`."""
 
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.figures import plot
 from gradflow.reporter.files import FORMATS, report
 from gradflow.reporter.folders import check_folder, free_folder, whole_folder
+from gradflow.reporter.histories.course import Course, course
+from gradflow.reporter.histories.figures import plot_histories
+from gradflow.reporter.histories.files import HISTORY_FORMATS, history_summary, report_history
+from gradflow.reporter.histories.kinds import HISTORY_KINDS
+from gradflow.reporter.histories.live import Followed, follow
+from gradflow.reporter.histories.story import far_words, reach, updates
+from gradflow.reporter.histories.text import render_histories, render_history
 from gradflow.reporter.kinds import KINDS
-from gradflow.reporter.numbers import gone_words
+from gradflow.reporter.numbers import gone_words, number_words
 from gradflow.reporter.picture import png
 from gradflow.reporter.text import render, render_comparison, render_sentences
 
 __all__ = [
     "FORMATS",
+    "HISTORY_FORMATS",
+    "HISTORY_KINDS",
     "KINDS",
+    "Course",
+    "Followed",
     "check_folder",
+    "course",
+    "far_words",
+    "follow",
     "free_folder",
     "gone_words",
+    "history_summary",
+    "number_words",
     "plot",
+    "plot_histories",
     "png",
+    "reach",
     "render",
     "render_comparison",
+    "render_histories",
+    "render_history",
     "render_sentences",
     "report",
+    "report_history",
     "summary",
     "top_findings",
+    "updates",
     "whole_folder",
 ]

@@ -17,10 +17,6 @@ from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.page import TOP, FigureKey, page
 from gradflow.reporter.picture import png
 
-# parts of a closed loop have those of the loop
-OF_GAINS = ("gain-map", "lag-curve", "rank", "lyapunov", "blocks")
-# of every layer, be it to say why not
-ALWAYS = ("gain-map", "total-vs-direct", "lag-curve", "states")
 FORMATS = ("html", "json", "csv", "png", "nc")
 
 
@@ -31,30 +27,9 @@ def report(
     formats: Iterable[str] = FORMATS,
     force: bool = False,
 ) -> dict[str, Path]:
-    """Write page, summary, tables, pictures and run into a folder.
+    """Write page, summary, tables, pictures and run into a folder; `gradflow.report` says all of it.
 
-    The folder appears whole or not at all. An existing one is not touched, unless ``force`` is given
-    and it holds nothing but an earlier report, which is then replaced as a whole.
-
-    Args:
-        analysis: what `analyze` or `diagnose` gave.
-        folder: where the files go; it is made.
-        formats: which of "html" (one page, offline), "json" (summary.json), "csv" (tables), "png"
-            (figures/) and "nc" (run.nc, which `load` reads back); all by default.
-        force: replace an earlier report.
-
-    Returns:
-        Name in the folder -> path of every file.
-
-    Raises:
-        InputError: a format is unknown, or there are no layers to report on.
-        FileError: the folder exists, or cannot be written.
-
-    >>> import tempfile, torch, gradflow
-    >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
-    >>> with tempfile.TemporaryDirectory() as place:
-    ...     sorted(gradflow.report(run, f"{place}/run", formats=["json", "nc"]))
-    ['run.nc', 'summary.json']
+    Name in the folder -> path of every file.
     """
     if not isinstance(analysis, Analysis):
         kind = type(analysis).__name__
@@ -88,13 +63,13 @@ def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
                 pictures[name, ""] = png(plot(analysis, name))
         elif kind is not None:
             for layer in analysis:
-                if layer.part_of in analysis.layers and name in OF_GAINS:
+                if layer.part_of in analysis.layers and kind.of_gains:
                     continue  # they are those of its loop
                 # a picture with only words in its place is left out, and so is the detail of all
                 # but the worst layers of a deep stack, which would take minutes and megabytes
                 shown = {layer.name, layer.part_of} & set(worst[:TOP])
                 wanted = shown and not kind.prepare(layer).note
-                if name in ALWAYS or wanted:
+                if kind.always or wanted:
                     pictures[name, layer.name] = png(plot(_part(analysis, [layer.name]), name))
     return pictures
 

@@ -17,6 +17,7 @@ MARKS = ("run.nc", "summary.json", "report.html", "layers.csv", "changes.csv")
 # what one may hold: a folder with anything else in it is never replaced
 OURS = {"report.html", "summary.json", "run.nc", "figures", *(f"{kind}.csv" for kind in FRAMES)}
 OURS |= {"comparison.png", "comparison.csv", "changes.csv"}
+OURS |= {f"{kind}.csv" for kind in ("gates", "notes")}  # of a history
 
 
 def free_folder(base: str | Path) -> Path:
@@ -93,7 +94,7 @@ def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def _move(new: Path, folder: Path, force: bool) -> None:
-    check_folder(folder, force=force)  # someone may have made it in the meantime
+    check_folder(folder, force=force)  # another process may have made it in the meantime
     if not folder.exists():
         new.rename(folder)
         return

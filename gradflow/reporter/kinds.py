@@ -9,22 +9,23 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from gradflow.limits import CLOSED_WORDS, OPEN_WORDS
 from gradflow.reporter import panels
 from gradflow.reporter.charts import (
     blocks,
     gain_map,
     gates,
-    labels,
     lag_curve,
     lag_gradient,
     layers,
     lyapunov,
-    parts,
     paths,
     rank,
     saturation,
     states,
+    step_labels,
     time_scales,
+    total_vs_direct,
     triangle,
 )
 from gradflow.reporter.charts.chart import Chart
@@ -49,11 +50,12 @@ class Kind:
     """
 
     what: str  # one line saying what is drawn, the same for every layer
-    prepare: Callable[[Any], Any]
+    prepare: Callable[..., Any]
     draw: Callable[[Sequence[Axes], Any], None]
     heights: Callable[[Any], tuple[float, ...]]  # of the panels of a chart, inches
     width: float = 7.2  # inches
     left: float = 0.75  # inches for the labels of the y axis
+    above: float = 0.22  # inches between the words and the panels, for a key
     gap: Callable[[Any, int], float] = lambda chart, panel: 0.16  # inches above a panel
     below: Callable[[Any], float] = lambda chart: 0.0  # inches more beneath the panels, for labels
     beside: Callable[[Any], float] = lambda chart: 0.0  # and to the left of them
@@ -61,6 +63,10 @@ class Kind:
     columns: int = 1  # blocks side by side, at most
     together: bool = False  # one block for all layers of an analysis
     stepped: bool = False  # whether an axis counts steps, and takes their labels
+    title: str = ""  # on the page, where the name of the kind does not say it
+    folded: bool = True  # whether the page shows it only when the reader asks
+    always: bool = False  # whether a report has it of every layer, be it to say why not
+    of_gains: bool = False  # it shows gains alone: a part of a closed loop has that of the loop
 
 
 def _ratios(middle: str) -> Callable[[Axes, bool], None]:
@@ -89,12 +95,12 @@ def _map_specials(charts: Sequence[gain_map.GainMap]) -> dict[str, str]:
 
 def _below(chart: Chart) -> float:
     """The last panel has the labels of the steps beneath it."""
-    return labels.below(chart.labels)
+    return step_labels.below(chart.labels)
 
 
 def _beside(chart: Chart) -> float:
     """The panel has the labels of the steps on its left as well."""
-    return labels.beside(chart.labels)
+    return step_labels.beside(chart.labels)
 
 
 def _saturation_heights(chart: saturation.Saturation) -> tuple[float, ...]:
@@ -122,14 +128,19 @@ KINDS: dict[str, Kind | None] = {
         ),
         columns=2,
         stepped=True,
+        folded=False,
+        always=True,
+        of_gains=True,
     ),
     "total-vs-direct": Kind(
         what="norm of the gradient at h: all of it, and what a hook sees",
-        prepare=parts.prepare,
-        draw=parts.draw,
+        prepare=total_vs_direct.prepare,
+        draw=total_vs_direct.draw,
         below=_below,
         heights=lambda chart: (2.1,),
         stepped=True,
+        folded=False,
+        always=True,
     ),
     "lag-curve": Kind(
         what="largest gain ‖∂s(t′)/∂s(t)‖ against the distance t′ − t",
@@ -137,6 +148,8 @@ KINDS: dict[str, Kind | None] = {
         draw=lag_curve.draw,
         heights=lambda chart: (2.4, 0.9) if np.isfinite(chart.slope).any() else (2.4,),
         width=6.0,
+        always=True,
+        of_gains=True,
     ),
     "triangle": Kind(
         what="gradient ‖∂L(t′)/∂s(t)‖ of every loss step ÷ its size at t = t′",
@@ -152,12 +165,14 @@ KINDS: dict[str, Kind | None] = {
         ),
         columns=2,
         stepped=True,
+        title="loss triangle",
     ),
     "lag-gradient": Kind(
         what="parts of the parameter gradient by how many steps back they went",
         prepare=lag_gradient.prepare,
         draw=lag_gradient.draw,
         heights=lambda chart: (1.5, 1.5),
+        title="parameter gradient by lag",
     ),
     "states": Kind(
         what="gradient of the loss at every state, ÷ its typical size where the loss acts",
@@ -167,6 +182,8 @@ KINDS: dict[str, Kind | None] = {
         heights=lambda chart: (1.5,) * len(chart.heats),
         scale=Scale(_ratios("as at the loss"), _heats),
         stepped=True,
+        title="gradient at every unit",
+        always=True,
     ),
     "layers": Kind(
         what="norm of the gradient at every layer, median over sequences",
@@ -185,12 +202,15 @@ KINDS: dict[str, Kind | None] = {
         ),
         together=True,
         stepped=True,
+        title="layers side by side",
     ),
     "rank": Kind(
         what="how many directions of the state survive, against the distance t′ − t",
         prepare=rank.prepare,
         draw=rank.draw,
         heights=lambda chart: (2.0,),
+        title="rank against lag",
+        of_gains=True,
     ),
     "lyapunov": Kind(
         what="Lyapunov exponents: growth per step of each direction, in nats",
@@ -198,6 +218,8 @@ KINDS: dict[str, Kind | None] = {
         draw=lyapunov.draw,
         heights=lambda chart: (1.7, 1.0) if chart.trace.size else (1.7,),
         gap=lambda chart, panel: 0.5,
+        title="Lyapunov spectrum",
+        of_gains=True,
     ),
     "paths": Kind(
         what="the ways from c(t−1) to c(t): largest gain of each",
@@ -206,20 +228,24 @@ KINDS: dict[str, Kind | None] = {
         below=_below,
         heights=lambda chart: (2.1,),
         stepped=True,
+        title="paths of the cell state",
     ),
     "blocks": Kind(
         what="gain from one state to another, against the distance t′ − t",
         prepare=blocks.prepare,
         draw=blocks.draw,
         heights=lambda chart: (2.0,) if np.isnan(chart.cell_path).all() else (2.0, 0.8),
+        title="blocks of the product",
+        of_gains=True,
     ),
     "gates": Kind(
-        what="gates over the steps: mean, share closed (< 0.05), open (> 0.95)",
+        what=f"gates over the steps: mean, share {CLOSED_WORDS}, {OPEN_WORDS}",
         prepare=gates.prepare,
         draw=gates.draw,
         below=_below,
         heights=lambda chart: (1.2, 1.2, 1.2),
         stepped=True,
+        title="gates over the steps",
     ),
     "saturation": Kind(
         what="where every gate of every unit stands, and which units are stuck",
@@ -236,5 +262,6 @@ KINDS: dict[str, Kind | None] = {
         prepare=time_scales.prepare,
         draw=time_scales.draw,
         heights=lambda chart: (1.8,),
+        title="time-scales of the units",
     ),
 }

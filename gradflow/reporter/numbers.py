@@ -87,7 +87,7 @@ def half_life_words(layer: LayerAnalysis | Prediction) -> str:
 
 
 def gone_words(layer: LayerAnalysis | Prediction) -> str:
-    """After how many steps the gain is below 10⁻³; beyond what was searched, or never."""
+    """After how many steps the gain is gone; beyond what was searched, or never."""
     if layer.horizon is None and math.isnan(layer.rate.value):
         return "none"
     if layer.horizon is None and not layer.never_gone:

@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter import panels, prepare
-from gradflow.reporter.charts.labels import below
+from gradflow.reporter.charts.step_labels import below
 from gradflow.reporter.picture import INK, SOFT, Picture
 from gradflow.reporter.prepare import Heat, LagLine
 from gradflow.reporter.scale import BAD, UNDEFINED, VERDICT_COLOURS, WRONG, ZERO
@@ -41,7 +41,7 @@ SMALLEST = 7.0  # points: on a page the figure is shown at four fifths of its si
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowWidths:
     """The widths, in inches, and whether the curve stands beside its heat map or below it."""
 
     width: float
@@ -60,8 +60,8 @@ class Layout:
         return LEFT + self.heat + GAP if self.beside else LEFT
 
 
-WIDE = Layout(8.8, 5.55, 1.85, beside=True)
-NARROW = Layout(4.5, 3.85, 3.35, beside=False)  # for a telephone held upright
+WIDE = RowWidths(8.8, 5.55, 1.85, beside=True)
+NARROW = RowWidths(4.5, 3.85, 3.35, beside=False)  # for a telephone held upright
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Entry:
         return f"{self.group} — {self.layer.name}" if self.group else self.layer.name
 
 
-def draw_overview(entries: Sequence[Entry], layout: Layout = WIDE) -> Figure:
+def draw_overview(entries: Sequence[Entry], layout: RowWidths = WIDE) -> Figure:
     """The overview figure of these layers."""
     heats = [prepare.heat(entry.layer) for entry in entries]
     lines = [prepare.lag_line(entry.layer) for entry in entries]
@@ -134,7 +134,9 @@ def draw_overview(entries: Sequence[Entry], layout: Layout = WIDE) -> Figure:
     return figure
 
 
-def captions(entries: Sequence[Entry], heats: Sequence[Heat], layout: Layout = WIDE) -> list[str]:
+def captions(
+    entries: Sequence[Entry], heats: Sequence[Heat], layout: RowWidths = WIDE
+) -> list[str]:
     """How to read the figure: one line, and one more for what would puzzle in these rows."""
     heat, curve = ("left", "right") if layout.beside else ("above", "below")
     drawn = [heat for heat in heats if not heat.note]
@@ -237,14 +239,14 @@ def _named(entry: Entry) -> list[str]:
 TITLE: dict[str, Any] = {"fontsize": 10.5, "fontweight": "bold", "color": INK}
 
 
-def _headline(figure: Picture, entry: Entry, layout: Layout) -> list[str]:
+def _headline(figure: Picture, entry: Entry, layout: RowWidths) -> list[str]:
     """The finding, on two lines where one is too narrow for it."""
     wanted = figure.shortened(entry.title, entry.layer.name, 1.3 * layout.room, **TITLE)
     return [wanted] if layout.beside else figure.folded(wanted, layout.room, **TITLE)
 
 
 def _head(
-    figure: Picture, entry: Entry, heat: Heat, layout: Layout, place: float, headline: list[str]
+    figure: Picture, entry: Entry, heat: Heat, layout: RowWidths, place: float, headline: list[str]
 ) -> None:
     """The finding above a row, and what its heat map shows; the last line of the headline at `place`."""
     for above, words in enumerate(reversed(headline)):
@@ -262,7 +264,7 @@ def _head(
     figure.fit(below, layout.heat - 0.1, SMALLEST)
 
 
-def _said(figure: Picture, entry: Entry, line: LagLine, layout: Layout, place: float) -> None:
+def _said(figure: Picture, entry: Entry, line: LagLine, layout: RowWidths, place: float) -> None:
     """How far the gain reaches, above the curve."""
     if not line.words:
         return
@@ -311,7 +313,7 @@ def special_colours(
     return found
 
 
-def _legend(figure: Picture, layout: Layout, top: float) -> None:
+def _legend(figure: Picture, layout: RowWidths, top: float) -> None:
     left = layout.curve_left
     said = "largest gain from step t to t′"
     figure.fit(figure.words(left, top - 0.05, said, fontsize=8, color=SOFT), layout.curve + 0.4)

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from gradflow._version import __version__
 from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
-from gradflow.limits import PAGE_BYTES
+from gradflow.limits import BAND_WORDS, GLOSSARY, GONE_WORDS, PAGE_BYTES
 from gradflow.reporter import prepare
 from gradflow.reporter.digest import other_findings, predicted, predictions, strict, top_findings
 from gradflow.reporter.kinds import KINDS
@@ -34,21 +34,7 @@ from gradflow.reporter.numbers import (
 ROOM = 780  # pixels of the first screen that words may fill before they are set denser
 LONG = 40  # letters of a word from which on it may be broken
 TOP = 3  # layers said at the top of the page; the others follow below
-TITLES = {  # of folded pictures, where the name of the kind does not say it
-    "triangle": "loss triangle",
-    "lag-gradient": "parameter gradient by lag",
-    "states": "gradient at every unit",
-    "layers": "layers side by side",
-    "rank": "rank against lag",
-    "lyapunov": "Lyapunov spectrum",
-    "paths": "paths of the cell state",
-    "blocks": "blocks of the product",
-    "gates": "gates over the steps",
-    "time-scales": "time-scales of the units",
-}
 WORDS = ("snippet", "next_command")  # provenance shown in a box of its own
-
-FRONT = ("overview", "gain-map", "total-vs-direct")  # kinds that are not folded away
 
 LABELS = {  # in plain words; a page explains those it shows
     "depends on the input": "The verdict is not the same under all probes; your own data decides.",
@@ -64,7 +50,7 @@ LABELS = {  # in plain words; a page explains those it shows
     "range-limited": "Gains become smaller or larger than the model's own numbers can be. gradflow's "
     "go on; the model's gradient is 0 or infinite there.",
     "short": "So few steps that the first ones, which settle, are counted as well.",
-    "transient growth": "The gain rises by more than a power of ten at some distance, which the rate "
+    "transient growth": f"The gain rises by more than {BAND_WORDS} at some distance, which the rate "
     "does not show.",
 }
 
@@ -124,7 +110,7 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
     findings = top_findings(analysis)
     high = first_screen(analysis, rows, findings)
     render = functools.partial(
-        _template().render,
+        template("page.html").render,
         analysis=analysis,
         dense=high > ROOM,
         top=rows[:TOP],
@@ -136,10 +122,11 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         opened=next((f for f in findings if predictions(analysis, f) and high < 1.2 * ROOM), None),
         labels={name: LABELS[name] for name in LABELS if _shown(name, analysis)},
         outlooks=functools.partial(outlooks, analysis),
-        kinds=[kind for kind in KINDS if kind not in FRONT],
+        kinds=[name for name, kind in KINDS.items() if kind is not None and kind.folded],
         provenance=provenance_rows(analysis.provenance),
         none_found=_none_found(analysis),
         snippet=analysis.provenance.get("snippet", ""),
+        glossary=GLOSSARY,
         next_command=analysis.provenance.get("next_command", ""),
         version=__version__,
     )
@@ -149,7 +136,8 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of the pages, which escapes whatever is put into it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gradflow.reporter", "templates"),
         autoescape=True,
@@ -158,7 +146,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["breaks"] = breaks
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def breaks(text: str) -> Markup:
@@ -270,8 +258,8 @@ def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
         least = "≥ " if layer.horizon is None else ""
         return f"reaches all {layer.span} steps" if whole else f"reaches {least}{of_span}"
     if layer.horizon is None:
-        return f"above 10⁻³ at every distance measured, up to {of_span}"
-    return f"below 10⁻³ after {of_span}"
+        return f"above {GONE_WORDS} at every distance measured, up to {of_span}"
+    return f"below {GONE_WORDS} after {of_span}"
 
 
 def embed(
@@ -290,7 +278,8 @@ def embed(
         room -= size
         source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
         wide, high = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
-        title = TITLES.get(key[0], key[0].replace("-", " "))
+        kind = KINDS[key[0]]
+        title = (kind and kind.title) or key[0].replace("-", " ")
         alt = alternative(analysis, key)
         shown[key] = Shown(source, alt, title, _message(analysis, key), wide, high)
     return shown, _names(left_out)
@@ -314,8 +303,9 @@ def _importance(analysis: Analysis, key: FigureKey) -> tuple[int, int, int]:
     worst = [layer.name for layer in analysis.worst_first]
     place = worst.index(name) if name in worst else -1
     order = list(KINDS).index(kind)
+    drawn = KINDS[kind]
     # the head of the page, what is not folded of the layers named there, then layer by layer
-    part = 0 if kind == "overview" else 1 if kind in FRONT and place < TOP else 2
+    part = 0 if drawn is None else 2 if drawn.folded or place >= TOP else 1
     return (part, place, order)
 
 

@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator
 from gradflow.analysis import LayerAnalysis
 from gradflow.limits import power
 from gradflow.reporter import prepare
-from gradflow.reporter.charts.labels import label_steps
-from gradflow.reporter.charts.marks import whole
+from gradflow.reporter.charts.plot_lines import whole
+from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.picture import FAINT, INK, SOFT
 from gradflow.reporter.prepare import Heat, LagLine
 from gradflow.reporter.scale import COLOURS, VERDICT_COLOURS, paint
@@ -74,7 +74,7 @@ def back_ticks(steps: int) -> list[int]:
 def draw_lag(
     ax: Axes, line: LagLine, layer: LayerAnalysis, reach: float, top: float, *, label: bool = True
 ) -> None:
-    """The lag curve with its band, the fit, the 10⁻³ line and the dot where it is gone."""
+    """The lag curve with its band, the fit, the line below which it is gone and the dot where it goes."""
     ax.set_xlim(0, max(reach, 1))
     ax.set_ylim(CURVE_FLOOR, top)
     if label:

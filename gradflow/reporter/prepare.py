@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.limits import GONE_DECADES, GREW_DECADES
+from gradflow.limits import GONE_DECADES, GONE_WORDS, GREW_DECADES, GREW_WORDS
 
 LN10 = math.log(10)
 MAP_CELLS = 128  # a gain map has at most 128 × 128
@@ -232,11 +232,11 @@ def _reading(
         return (
             _crossing(lag, median, at, GREW_DECADES),
             GREW_DECADES,
-        ), f"1000 × after {_steps(at)}"
+        ), f"{GREW_WORDS} × after {_steps(at)}"
     below = np.isfinite(median[1:]) & (median[1:] < GONE_DECADES)
     if below.any() or not np.isfinite(layer.rate.value):
         return None, ""
-    return None, "never below 10⁻³" if layer.never_gone else "not yet below 10⁻³"
+    return None, f"{'never' if layer.never_gone else 'not yet'} below {GONE_WORDS}"
 
 
 def _crossing(lag: np.ndarray, median: np.ndarray, at: int, level: float) -> float:

@@ -75,6 +75,11 @@ class _Console(Console):
         raise BrokenPipeError
 
 
+def console_of() -> Console:
+    """The console of standard output."""
+    return _Console()
+
+
 def render(analysis: Analysis, console: Console | None = None, *, verbose: bool = False) -> None:
     """Print an analysis; honours the console's width, colours and encoding.
 
@@ -82,11 +87,11 @@ def render(analysis: Analysis, console: Console | None = None, *, verbose: bool 
     most. Where the console cannot
     encode a character it is spelled in ASCII, so a pipe never fails.
     """
-    console = console or _Console()
-    _print(console, Text(f"gradflow: {analysis.title}", style="bold"))
-    _print(console, Text(""))
+    console = console or console_of()
+    print_words(console, Text(f"gradflow: {analysis.title}", style="bold"))
+    print_words(console, Text(""))
     console.print(_table(analysis, console))
-    _print(console, Text(""))
+    print_words(console, Text(""))
     _sentences(console, analysis)
     others = other_findings(analysis)
     chosen = [*top_findings(analysis), *(others if verbose else [])]
@@ -96,7 +101,7 @@ def render(analysis: Analysis, console: Console | None = None, *, verbose: bool 
     if others and not verbose:
         left = len(others)
         words = f"{count_words(left, 'more finding')} on the page, or with -v."
-        _print(console, Text(words, style="dim"))
+        print_words(console, Text(words, style="dim"))
     _notes(console, analysis.warnings)
     if verbose:
         _basis(console, analysis)
@@ -104,9 +109,9 @@ def render(analysis: Analysis, console: Console | None = None, *, verbose: bool 
 
 def render_sentences(analysis: Analysis, console: Console | None = None) -> None:
     """Print one sentence per layer, the worst first, each on a line of its own."""
-    console = console or _Console()
+    console = console or console_of()
     for layer in analysis.told:
-        _print(console, Text(layer.sentence))
+        print_words(console, Text(layer.sentence))
 
 
 def render_comparison(
@@ -116,14 +121,14 @@ def render_comparison(
     console: Console | None = None,
 ) -> None:
     """Print several runs in one table, what changed between them, and what to know about that."""
-    console = console or _Console()
+    console = console or console_of()
     table = _columns(console, "run")
     for name, analysis in runs.items():
         _add_rows(table, analysis, console, name)
     console.print(table)
-    _print(console, Text(""))
+    print_words(console, Text(""))
     for sentence in sentences:
-        _print(console, Text(sentence), hang=2)
+        print_words(console, Text(sentence), hang=2)
     _notes(console, notes)
 
 
@@ -137,15 +142,20 @@ def _shown(console: Console) -> list[Column]:
     return [column for column in COLUMNS if console.width >= column.from_width]
 
 
+def empty_table(console: Console) -> Table:
+    """A table without columns, in what the console can encode."""
+    look = ASCII_HEAD if is_plain(console) else box.SIMPLE_HEAD
+    return Table(box=look, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+
+
 def _columns(console: Console, first: str = "") -> Table:
     """An empty table with as many columns as the console has room for."""
-    look = ASCII_HEAD if _is_plain(console) else box.SIMPLE_HEAD
-    table = Table(box=look, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table = empty_table(console)
     if first:
         table.add_column(first, overflow="fold")
     for column in _shown(console):
         table.add_column(
-            _encoded(Text(column.heading), console),
+            encoded(Text(column.heading), console),
             justify="left" if column.words else "right",
             overflow="fold",
             no_wrap=not column.may_fold,
@@ -161,62 +171,62 @@ def _add_rows(table: Table, analysis: Analysis, console: Console, run: str = "")
         cells[[column.heading for column in columns].index("verdict")].style = STYLES[layer.verdict]
         if run:
             cells.insert(0, Text(run))
-        table.add_row(*(_encoded(cell, console) for cell in cells))
+        table.add_row(*(encoded(cell, console) for cell in cells))
 
 
 def _sentences(console: Console, analysis: Analysis) -> None:
     layers = analysis.told
     for layer in layers[:SENTENCES]:
-        _print(console, Text(layer.sentence), hang=2)
+        print_words(console, Text(layer.sentence), hang=2)
         for words in analysis.alone_of(layer):
-            _print(console, Text(f"  {words}", style="dim"), hang=4)
+            print_words(console, Text(f"  {words}", style="dim"), hang=4)
     if len(layers) > SENTENCES:
         left = len(layers) - SENTENCES
-        _print(console, Text(f"{left} more in the table above.", style="dim"))
+        print_words(console, Text(f"{left} more in the table above.", style="dim"))
 
 
 def _notes(console: Console, notes: Sequence[str]) -> None:
     if notes:
-        _print(console, Text(""))
+        print_words(console, Text(""))
     for note in notes:
-        _print(console, Text(f"note: {note}", style="yellow"), hang=6)
+        print_words(console, Text(f"note: {note}", style="yellow"), hang=6)
 
 
 def _basis(console: Console, analysis: Analysis) -> None:
     """Provenance and parity, as at the end of the page."""
-    _print(console, Text(""))
-    _print(console, Text("what the numbers rest on", style="bold"))
+    print_words(console, Text(""))
+    print_words(console, Text("what the numbers rest on", style="bold"))
     for layer in analysis:
         error = "" if layer.parity.error is None else f", relative error {layer.parity.error:.1e}"
         reason = f": {layer.parity.reason}" if layer.parity.reason else ""
         said = f"parity of {layer.name} with the backward: {layer.parity.status}{error}{reason}"
-        _print(console, Text(f"  {said}"), hang=4)
+        print_words(console, Text(f"  {said}"), hang=4)
     for name, value in provenance_rows(analysis.provenance):
-        _print(console, Text(f"  {name}: {value}"), hang=4)
+        print_words(console, Text(f"  {name}: {value}"), hang=4)
 
 
 def _finding(console: Console, number: int, finding: Finding) -> None:
     where = f" ({finding.where})" if finding.where else ""
-    _print(console, Text(""))
+    print_words(console, Text(""))
     said = Text(f"{number}. {finding.layer}: {finding.message}{where}", style="bold")
-    _print(console, said, hang=3)
+    print_words(console, said, hang=3)
     source = f" [{finding.source}]" if finding.source else ""
     if finding.advice:
-        _print(console, Text(f"   {finding.advice}{source}"), hang=3)
+        print_words(console, Text(f"   {finding.advice}{source}"), hang=3)
     for line in finding.code.splitlines():
-        _print(console, Text(f"   {line}", style="cyan"))
+        print_words(console, Text(f"   {line}", style="cyan"))
 
 
 def _predictions(console: Console, made: Sequence[Prediction]) -> None:
     if made:
-        _print(console, Text(f"   {predicted(made[0])}", style="dim"), hang=3)
+        print_words(console, Text(f"   {predicted(made[0])}", style="dim"), hang=3)
     for prediction in made:
-        _print(console, Text(f"   - {prediction.message}"), hang=5)
+        print_words(console, Text(f"   - {prediction.message}"), hang=5)
 
 
-def _print(console: Console, text: Text, hang: int | None = None) -> None:
+def print_words(console: Console, text: Text, hang: int | None = None) -> None:
     """Print one paragraph; with ``hang`` wrapped, its later lines indented, else as it is."""
-    text = _encoded(text, console)
+    text = encoded(text, console)
     if hang is not None:
         width = max(20, min(console.width, WIDEST))
         lines = textwrap.wrap(
@@ -226,14 +236,15 @@ def _print(console: Console, text: Text, hang: int | None = None) -> None:
     console.print(text, soft_wrap=True, highlight=False)
 
 
-def _is_plain(console: Console) -> bool:
+def is_plain(console: Console) -> bool:
+    """Whether only ASCII can be written."""
     return not str(console.encoding).lower().startswith("utf")
 
 
-def _encoded(text: Text, console: Console) -> Text:
+def encoded(text: Text, console: Console) -> Text:
     """The same text in what the console can encode, control characters taken out."""
     plain = "".join(char for char in text.plain if char == "\n" or char.isprintable())
-    if _is_plain(console):
+    if is_plain(console):
         plain = re.sub("[⁻⁰¹²³⁴-⁹]+", lambda power: f"^{power[0].translate(_RAISED)}", plain)
         plain = plain.translate(_PLAIN).encode("ascii", "replace").decode("ascii")
     if plain == text.plain:

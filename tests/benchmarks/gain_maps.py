@@ -11,14 +11,13 @@ from functools import partial
 
 import numpy as np
 import torch
+from seam import log_gains, operator_of
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 import gradflow
 from benchmarks.rows import Row, ratio_row
 from benchmarks.timing import in_pairs, seconds
-from gradflow.analyzer.jacobians import operator_of
-from gradflow.analyzer.products import log_gains
 from gradflow.recording import Track
 
 

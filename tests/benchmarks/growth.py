@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+from seam import log_gains, operator_of
 
 from benchmarks.gain_maps import track_of
 from benchmarks.recorded_steps import Case, Step
 from benchmarks.rows import Row
 from benchmarks.timing import exponent, seconds
-from gradflow.analyzer.jacobians import operator_of
-from gradflow.analyzer.products import log_gains
 
 Make = Callable[[int], Callable[[], object]]
 

@@ -9,9 +9,7 @@ from typing import Any
 
 import jinja2
 from matplotlib.axes import Axes
-
-from gradflow.reporter.picture import INK, SOFT, Picture, look, png
-from gradflow.reporter.scale import DIRECT, VERDICT_COLOURS
+from seam import DIRECT, INK, SOFT, VERDICT_COLOURS, Picture, look, png
 
 Found = dict[str, Any]
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -15,8 +15,12 @@ from gradflow.analyzer.causes.activations import idle_units, saturated_activatio
 from gradflow.analyzer.causes.gates import keeping_gates, saturated_gates
 from gradflow.analyzer.causes.linear import linear_recurrence
 from gradflow.analyzer.causes.paths import hidden_paths
-from gradflow.analyzer.causes.products import activations_contract, weights_contract, weights_expand
 from gradflow.analyzer.causes.reading import mend_first, read_by_loss
+from gradflow.analyzer.causes.rnn_factors import (
+    activations_contract,
+    weights_contract,
+    weights_expand,
+)
 from gradflow.analyzer.causes.spoilers import cut, no_recurrence, not_finite, parity_failed
 from gradflow.analyzer.causes.verdicts import dead, exploding, few_channels, transient, vanishing
 from gradflow.analyzer.causes.walls import walls

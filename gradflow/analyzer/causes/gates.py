@@ -30,7 +30,7 @@ def keeping_gates(e: Evidence) -> Iterator[Finding]:
         return
     gate = sigmoid_and_other(e.track)[keeper.gate]
     mean, pace = over_all(gate, e.track.mask), over_sequences(gate.log(), e.track)
-    # the whole layer forgets faster than one decade over the span through this gate alone
+    # the whole layer forgets faster than the band over the span through this gate alone
     fast = pace.value < -e.band if keeper.overwritten is None else mean < keeper.overwritten
     if not (fast and _at_most_steps(gate.log(), e) < -e.band):
         return

@@ -8,10 +8,10 @@ from gradflow.analyzer.activity import over_all, sigmoid_and_other
 from gradflow.analyzer.evidence import Evidence, module
 from gradflow.analyzer.tried import tried
 from gradflow.cells import Keeper, layer_names
-from gradflow.limits import LARGE_INPUT
+from gradflow.limits import BAND_WORDS, LARGE_INPUT
 
 LONG = 24  # letters of a module's path that several lines need not repeat
-BAND = "one decade over the span"  # the band of the verdict's equivalence test
+BAND = f"{BAND_WORDS} over the span"  # the band of the verdict's equivalence test
 MAJORITY = "more than half of them"
 CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # before optimizer.step()"
 NO_BIAS = "# the layer has no bias to raise: build it with bias=True"

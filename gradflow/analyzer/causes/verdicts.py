@@ -15,7 +15,13 @@ from gradflow.analyzer.causes.remedies import (
     orthogonal,
 )
 from gradflow.analyzer.evidence import Evidence, counted, number
-from gradflow.limits import FEW_CHANNELS, FEW_CHANNELS_UNITS
+from gradflow.limits import (
+    BAND_WORDS,
+    FEW_CHANNELS,
+    FEW_CHANNELS_UNITS,
+    GONE_WORDS,
+    LN_BAND,
+)
 
 
 def dead(e: Evidence) -> Iterator[Finding]:
@@ -97,7 +103,7 @@ def exploding(e: Evidence) -> Iterator[Finding]:
 
 
 def transient(e: Evidence) -> Iterator[Finding]:
-    """Growth by more than a decade that the rate does not show."""
+    """Growth by more than the band that the rate does not show."""
     if "transient growth" not in e.labels or e.verdict.name == "stable":
         return
     peak = float(max(value for value in e.curve.median if not math.isnan(value)))
@@ -111,8 +117,8 @@ def transient(e: Evidence) -> Iterator[Finding]:
         value=peak,
         low=float(e.curve.low[lag]),
         high=float(e.curve.high[lag]),
-        threshold=math.log(10),
-        basis="a rise by one decade",
+        threshold=LN_BAND,
+        basis=f"a rise by {BAND_WORDS}",
         severity=peak / math.log(10),
         source="Pascanu et al. 2013",
         advice="clip the norm of the gradient, or shrink the norm of the recurrent weights",
@@ -123,7 +129,7 @@ def transient(e: Evidence) -> Iterator[Finding]:
 def _afterwards(e: Evidence, peak: float) -> str:
     """Whether a gain that rose comes down again within what was measured."""
     last = next(value for value in reversed(e.curve.median) if not math.isnan(value))
-    if peak - last > math.log(10):
+    if peak - last > LN_BAND:
         return " before it fades"
     return f" and has not faded after the {counted(e.curve.searched, 'step')} measured"
 
@@ -143,7 +149,7 @@ def few_channels(e: Evidence) -> Iterator[Finding]:
         where=counted(len(e.mapped), "mapped sequence"),
         value=float(e.channels),
         threshold=float(most),
-        basis="one direction in twenty still at 10⁻³",
+        basis=f"one direction in {FEW_CHANNELS} still at {GONE_WORDS}",
         source="Engelken 2023",
         advice="start the recurrent weights orthogonal, so that more directions keep their gradient, "
         "and train again",

@@ -41,7 +41,7 @@ def walls(e: Evidence) -> Iterator[Finding]:
         where=f"{noun} {named}",
         value=share,
         threshold=WALL_LOSS,
-        basis="half of the loss within a tenth of the steps",
+        basis=f"{100 * WALL_LOSS:g} % of the loss within {100 * WALL_STEPS:g} % of the steps",
         severity=-within / math.log(10),
         advice="look at what is read at these steps: an input far larger than the others, a token "
         "that shuts the gates, a reset",

@@ -64,10 +64,10 @@ class Afresh:
         return {p: (n, *self._forms[p]) for p, n in self._most.items() if n >= RECURRENCE_USES}
 
     def close(self) -> None:
-        """Let go of the calls."""
+        """Release the calls."""
         self._rows.clear()
 
 
 def _is_run(seen: Seen) -> bool:
-    """Whether a step is a call that starts afresh and is gone on with by no other."""
+    """Whether a step is a call that starts from a fresh state, and whose state no later call takes."""
     return isinstance(seen.part, StockPart) and seen.part.count == 1

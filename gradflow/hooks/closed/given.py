@@ -1,8 +1,8 @@
-"""Inputs of calls that ran without a graph: whether they are plainly given, or nothing can be said.
+"""Inputs of calls that ran without a graph: whether they were surely there before the calls.
 
-Without a graph nothing tells whether an input was made from an earlier state. Slices of one tensor
-that nobody writes to were there before; so were the results of another layer that itself reads such
-slices. Of any other input it is not known.
+Without a graph nothing tells whether an input was made from an earlier state. Slices of one tensor that
+is not written to were there before; so were the results of another layer whose input are such slices.
+Of any other input it is not known.
 
 A checkpoint with use_reentrant=True runs without a graph, too, and makes its calls again in the backward,
 then with a graph of its own: what that shows of their inputs counts.
@@ -18,7 +18,7 @@ from torch import Tensor
 from gradflow.hooks.call import Call
 from gradflow.hooks.graph import LEAF, edge_of
 from gradflow.hooks.loops.links import End
-from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.recording import Track
 
@@ -100,7 +100,7 @@ class GivenInputs:
         )
 
     def close(self) -> None:
-        """Let go of the user's tensors."""
+        """Release the user's tensors."""
         self._first.clear()
         self._last.clear()
         self._calls.clear()

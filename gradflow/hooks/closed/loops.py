@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import RecordingError
-from gradflow.hooks.closed.parts import Member, Seen
-from gradflow.hooks.closed.source import JointSource
+from gradflow.hooks.closed.joint_source import JointSource
+from gradflow.hooks.closed.parts import PartLayer, Seen
 from gradflow.hooks.loops.layout import Part
-from gradflow.hooks.loops.source import LoopSource
+from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.tapped import Mark
 from gradflow.hooks.wide import GivenStep, ThroughStep, WideStep
 from gradflow.recording import Backward, Operator, ThinOperator, Track
@@ -109,7 +109,7 @@ class ClosedLoop:
         kind = OwnThin if isinstance(found, ThinOperator) else OwnOperator
         return kind(found, alone)
 
-    def _member(self, part: LoopSource) -> Member:
+    def _member(self, part: LoopSource) -> PartLayer:
         return self.source.member_of(part.loop.chain, part.layer)
 
     def _names(self, part: LoopSource) -> dict[str, str]:

@@ -23,7 +23,7 @@ from gradflow.recording import Track
 
 
 @dataclass(frozen=True)
-class Member:
+class PartLayer:
     """One layer of a part, as a piece of the joint state."""
 
     part: StockPart | MarkedPart
@@ -105,7 +105,7 @@ class StockPart:
 
     @property
     def batched(self) -> bool:
-        """Whether a backward of several outputs at once came by."""
+        """Whether a backward of several outputs at once reached it."""
         return any(call.batched for call in self.chain.calls)
 
     @property
@@ -212,7 +212,7 @@ class MarkedPart:
 
     @property
     def batched(self) -> bool:
-        """Whether a backward of several outputs at once came by."""
+        """Whether a backward of several outputs at once reached it."""
         return self.source.batched
 
     @property
@@ -291,7 +291,7 @@ class Seen:
         assert self.mark is not None
         return len(self.mark[1].cut)
 
-    def views(self, members: list[Member]) -> dict[Edge, list[View]]:
+    def views(self, members: list[PartLayer]) -> dict[Edge, list[View]]:
         """Where its states lie in what it returned."""
         if self.call is not None:
             return views_of_call(self.call, self.edges, [member.names for member in members])
@@ -301,7 +301,7 @@ class Seen:
             edge: [view_in_place(place, state, names[state])] for edge, state in self.edges.items()
         }
 
-    def rows(self, members: list[Member]) -> dict[str, Tensor]:
+    def rows(self, members: list[PartLayer]) -> dict[str, Tensor]:
         """Joint name -> its value, (B, width)."""
         found = {}
         for member in members:

@@ -82,7 +82,7 @@ class Standing(Place):
         return found
 
     def gathered(self, found: dict[Edge, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """(B, S) of the gradients at all that carries a state, and those that came by elsewhere."""
+        """(B, S) of the gradients at all that carries a state, and those at other results of these nodes."""
         columns = {name: self.like[:, part] for name, part in self.parts.items()}
         beside = []
         for edge, grad in found.items():

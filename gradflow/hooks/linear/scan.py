@@ -13,7 +13,7 @@ from gradflow.hooks import patch
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.taps import callers_frame, place_of
-from gradflow.hooks.unseen import WRAPPED, is_wrapped, why_hidden
+from gradflow.hooks.unreadable import WRAPPED, is_wrapped, why_hidden
 
 ADVICE = "call it as h = gradflow.scan(h, decay=a) after the scan, h (batch, time, ...)"
 STACKED = ("StackBackward", "CumsumBackward", "LogcumsumexpBackward", "CumprodBackward")

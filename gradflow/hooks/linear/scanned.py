@@ -34,6 +34,8 @@ class Scanned:
     initial: Tensor | None = None  # live: the first state that the function was given
     # why no gradient can come to the first state that was given, a cut; "" where one can
     cut: str = ""
+    # (T, B) steps that begin anew, A_t = 0: a new document; no cut where a track begins
+    cuts: Tensor | None = None
     states: Tensor | None = None  # live: all states (T, B, *shape) or what is a view of them
     # ∂L/∂states as (T, B, *shape), where its layout is another
     states_back: Callable[[Tensor], Tensor] | None = None

@@ -22,7 +22,7 @@ from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.loop import difference
 from gradflow.hooks.parity import BOUNDS
 from gradflow.hooks.replay import masked
-from gradflow.hooks.unseen import BATCHED, ONLY_BATCHED, is_batched, why_hidden
+from gradflow.hooks.unreadable import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.limits import PARITY_FLOAT32
 from gradflow.recording import Backward, Forward, Operator, Parity, Source
 
@@ -46,6 +46,7 @@ class Stretch:
     known_states: Tensor | None = None  # (T, B, *shape), where they were seen
     returned: Tensor | None = None  # y, to hold against what the steps make
     precision: torch.dtype | None = None  # see `Scanned`
+    cuts: Tensor | None = None  # see `Scanned`
     final_back: Callable[[Tensor], Tensor] | None = None  # see `Scanned`
     states_back: Callable[[Tensor], Tensor] | None = None  # see `Scanned`
     grads: dict[str, Tensor] = field(default_factory=dict)  # "output", "final", "states"

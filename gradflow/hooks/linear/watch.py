@@ -137,6 +137,7 @@ def _stretch(scanned: Scanned, cut: Tensor | None) -> tuple[Stretch, dict[str, E
         known_states=known,
         returned=None if scanned.output is None else scanned.output.detach().clone(),
         precision=scanned.precision,
+        cuts=None if scanned.cuts is None else scanned.cuts.clone(),
         final_back=scanned.final_back,
         states_back=scanned.states_back,
     )
@@ -207,6 +208,10 @@ def _grown(source: LinearSource, track: Track) -> None:
     for stretch in source.stretches:
         here = torch.zeros(stretch.steps, source.batch, dtype=torch.bool, device=device)
         here[0] = stretch.cut
+        if stretch.cuts is not None:
+            begins = stretch is source.stretches[0]
+            here |= stretch.cuts.to(device)
+            here[0] &= not begins
         cuts.append(here)
     track.cuts = torch.cat(cuts)
     track.read_anew()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradflow.hooks.loops.groups import Group
 from gradflow.hooks.loops.loop import Loop, difference
-from gradflow.hooks.loops.steps import Group
 
 Arrivals = list[dict[str, Tensor]]  # per layer: state name -> (T, B, width)
 

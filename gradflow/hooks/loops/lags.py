@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gradflow.cells import Scan
 from gradflow.hooks.loops.arrivals import Arrivals
-from gradflow.hooks.loops.flow import Sheet, by_lag, by_time, gathered, sheets, taken
 from gradflow.hooks.loops.loop import Loop
+from gradflow.hooks.loops.loss_steps import Sheet, by_lag, by_time, gathered, sheets, taken
 from gradflow.recording import Contributions, Outer
 
 
@@ -42,7 +42,7 @@ class Lags:
         """C_0, C_1, … until nothing is left."""
         passed = by_lag(self.stack, len(self.sequences))
         while True:
-            with torch.no_grad():  # but not while the caller has the word
+            with torch.no_grad():  # left before `yield`: the caller's code is not to run in it
                 step = next(passed, None)
             if step is None:
                 return

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gradflow.cells import CELLS, Steps
+from gradflow.hooks.loops.groups import Group
 from gradflow.hooks.loops.layout import Layout
-from gradflow.hooks.loops.steps import Group
 from gradflow.hooks.replay import masked
 
 

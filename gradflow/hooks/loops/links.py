@@ -65,7 +65,7 @@ def _but_sequences(state: Tensor) -> tuple[int, int]:
 
 
 def _in_users_order(link: Link, known: Call, call: Call) -> Link | None:
-    """From the kernel's order of sequences; None where the batches differ and nobody is the same."""
+    """From the kernel's order of sequences; None where the batches differ and no sequence is the same."""
     rows = link.rows
     if rows is not None and bool((rows < 0).all()):
         return None
@@ -136,14 +136,14 @@ class _Pull:
     between: Between
     call: Call
 
-    def __call__(self, seed: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, seed: Tensor, *, opened: bool = False) -> tuple[Tensor, Tensor]:
         blocks = self.call.columns()
         parts = {name: seed[..., block] for name, block in blocks.items()}
         seeds = [
             (edge, parts[name][0] if self.call.single else parts[name])
             for name, edge in self.roots.items()
         ]
-        found = self.between.pull(seeds)
+        found = self.between.pull(seeds, opened=opened)
         into = torch.zeros_like(self.end.call.started())
         around = torch.zeros_like(into)
         for edge, grad in found.items():
@@ -209,15 +209,14 @@ class _Pull:
         """Where the sequences came from, None for where they were; or why that is not known."""
         probe = probe_of(like)
 
-        def pull(chosen: Tensor) -> Tensor:
-            found = self(probe * chosen.to(probe.dtype).view(1, -1, 1))
+        def pull(chosen: Tensor, *, opened: bool = False) -> Tensor:
+            found = self(probe * chosen.to(probe.dtype).view(1, -1, 1), opened=opened)
             return torch.cat(found, dim=2).transpose(0, 1)
 
         count, batch = like.shape[1], int(self.end.call.h0.shape[1])
-        found = rows_of.origins(pull, count, like.device)
+        found = rows_of.found(pull, count, like.device)
         if found is None:
             return MIXED
-        found = rows_of.completed(found, batch)
         unmoved = bool(((found == torch.arange(count, device=found.device)) | (found < 0)).all())
         return None if count == batch and unmoved else found
 
@@ -313,7 +312,7 @@ def _moved(end: End, call: Call) -> Link | None:
     found = rows_of.equal_rows(new.transpose(0, 1).flatten(1), old.transpose(0, 1).flatten(1))
     if found is None or bool(found[1].all()):
         return None
-    rows = rows_of.completed(found[0], old.shape[1])
+    rows = rows_of.between_neighbours(found[0], old.shape[1])
     zero = found[1] & (rows >= 0)
     if call.differentiable or end.call.differentiable:
         return Link(None, None, rows >= 0, rows=rows)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from gradflow.cells import Scan, Steps
 from gradflow.errors import RecordingError
+from gradflow.hooks.loops.groups import Group
 from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.linearised import linearised, timed
 from gradflow.hooks.loops.linked import Linked, pulled
 from gradflow.hooks.loops.links import Link
-from gradflow.hooks.loops.steps import Group
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.replay import masked
 from gradflow.limits import DIFFERENCE_ROUNDING

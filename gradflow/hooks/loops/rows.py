@@ -6,6 +6,7 @@ Letters: B sequences of the earlier call, b of the later one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -56,12 +57,39 @@ def origins(pull: Callable[[Tensor], Tensor], count: int, device: torch.device) 
     return rows
 
 
-def completed(rows: Tensor, batch: int) -> Tensor:
-    """Give rows that nothing came to (cut, or all zeros) the rows left between their neighbours'.
+def completed(rows: Tensor, opened: Tensor | None) -> Tensor:
+    """Give rows that nothing came to the rows that they were multiplied by zero of: they are cut.
 
-    Only where there are as many as are missing; the others are −1 still, sequences that are new.
+    The others are −1 still, sequences that are new: nothing of them was in the earlier call.
 
-    >>> completed(torch.tensor([0, -1, 2]), 3), completed(torch.tensor([1, -1]), 2)
+    Args:
+        rows: as `origins` tells them.
+        opened: the same with masks and gates left out, None where that is not known.
+
+    >>> completed(torch.tensor([0, -1, -1]), torch.tensor([0, 2, -1]))
+    tensor([ 0,  2, -1])
+    """
+    if opened is None:
+        return rows
+    free = ~torch.isin(opened, rows[rows >= 0])
+    return torch.where((rows < 0) & free, opened, rows)
+
+
+def found(pull: Callable[..., Tensor], count: int, device: torch.device) -> Tensor | None:
+    """`origins`, and those of rows that were cut; pull takes `opened`, see `Between.pull`."""
+    rows = origins(pull, count, device)
+    if rows is None or not bool((rows < 0).any()):
+        return rows
+    return completed(rows, origins(functools.partial(pull, opened=True), count, device))
+
+
+def between_neighbours(rows: Tensor, batch: int) -> Tensor:
+    """Give rows of which only zeros are known the rows left between their neighbours'.
+
+    Only where there are as many as are missing, at the end only if no row has moved; the others are
+    −1 still, sequences that are new.
+
+    >>> between_neighbours(torch.tensor([0, -1, 2]), 3), between_neighbours(torch.tensor([1, -1]), 4)
     (tensor([0, 1, 2]), tensor([ 1, -1]))
     """
     if not bool((rows < 0).any()) or bool((rows < 0).all()):
@@ -77,8 +105,7 @@ def completed(rows: Tensor, batch: int) -> Tensor:
         while end < count and rows[end] < 0:
             end += 1
         low = int(rows[start - 1]) if start else -1
-        # after the last known row only as many as there are missing are taken for cut
-        high = int(rows[end]) if end < count else min(batch, low + 1 + end - start)
+        high = int(rows[end]) if end < count else min(batch, end)
         if high - low - 1 == end - start and all(row in free for row in range(low + 1, high)):
             found[start:end] = range(low + 1, high)
         start = end

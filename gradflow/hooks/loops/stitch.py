@@ -14,9 +14,9 @@ from torch import Tensor
 from gradflow.hooks.call import Call
 from gradflow.hooks.graph import edge_of
 from gradflow.hooks.loops import links
+from gradflow.hooks.loops.groups import Group, grouped
 from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.links import End, Link
-from gradflow.hooks.loops.steps import Group, grouped
 from gradflow.limits import OPEN_LOOPS
 from gradflow.recording import Track
 
@@ -138,7 +138,7 @@ class Stitcher:
         self._again[call.owner] = _end(call, initial, results)
 
     def close(self) -> None:
-        """Let go of the user's tensors."""
+        """Release the user's tensors."""
         self._ends.clear()
         self._again.clear()
         self._chains.clear()

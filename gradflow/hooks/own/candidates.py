@@ -14,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from gradflow.cells import CELLS
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
-from gradflow.hooks.marks import End
+from gradflow.hooks.marks import LastMark
 from gradflow.hooks.own import forwards
-from gradflow.hooks.own.again import Given
-from gradflow.hooks.own.around import Around
+from gradflow.hooks.own.bypass import Around
 from gradflow.hooks.own.comeback import Output
-from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.copied_call import Given
+from gradflow.hooks.own.nested import Path
 from gradflow.hooks.tapped import TapSource
 from gradflow.limits import CANDIDATE_CALLS, STATE_ENTRIES
 from gradflow.recording import Track
@@ -27,7 +27,7 @@ from gradflow.recording import Track
 
 @dataclass(eq=False)
 class First:
-    """A call that goes on with nothing known: perhaps the first step of a loop."""
+    """A call that takes no known state: perhaps the first step of a loop."""
 
     source: TapSource  # of one mark, its states by their paths
     outputs: dict[Path, Output]
@@ -35,7 +35,7 @@ class First:
     handles: list[RemovableHandle]
     place: Place  # of those that may be states by their shapes
     given: Given | None  # None where it would keep much alive
-    given_at: set[Path]  # where it was given tensors
+    given_at: set[Path]  # paths of the tensors among its arguments
     size: int  # entries that it keeps alive
     called: int  # which call of the module it was
 
@@ -44,7 +44,7 @@ class First:
 class CellLoop:
     """A loop over a cell, at its last call."""
 
-    end: End
+    end: LastMark
     states: dict[str, Path]  # state name -> where among what the cell returns
     entry: dict[str, Path]  # where they are among the arguments
     around: Around
@@ -103,7 +103,7 @@ def may_be(module: nn.Module) -> bool:
 
 
 def is_plain(cell: Candidate) -> bool:
-    """Whether it is a container of torch's own: what it is called in is rather the cell."""
+    """Whether it is a container of torch's own: then the module that calls it is the cell, not it."""
     return type(cell.module) is nn.Sequential
 
 
@@ -139,7 +139,7 @@ def move_to_end(cell: Candidate, loop: CellLoop) -> None:
 
 
 def is_over(cell: Candidate) -> bool:
-    """Whether the end that was longest not gone on with is to be let go."""
+    """Whether to give up waiting for a next step of the loop that has waited longest."""
     long_ago = cell.calls - cell.ends[0].called > CANDIDATE_CALLS
     return long_ago or sum(end.size for end in cell.ends) > STATE_ENTRIES
 
@@ -150,8 +150,8 @@ def is_over(cell: Candidate) -> bool:
 def may_be_the_input(loop: CellLoop, first: First) -> bool:
     """Whether states that came in as the first argument may be the output of the layer below.
 
-    So it is where one module is all layers of a stack, each of which has another argument that
-    could be its state.
+    It is so where one module serves as every layer of a stack; then it has another argument that could
+    be its state.
     """
     if first.given is None:
         return False

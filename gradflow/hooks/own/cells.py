@@ -13,10 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows
-from gradflow.hooks.graph import edge_of
-from gradflow.hooks.marks import Marks, Owner
-from gradflow.hooks.own.again import Given, axis_by_run
+from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows, is_stretched
+from gradflow.hooks.marks import MarkOwner, Marks
 from gradflow.hooks.own.candidates import (
     Candidate,
     CellLoop,
@@ -34,13 +32,13 @@ from gradflow.hooks.own.candidates import (
     was_the_input,
 )
 from gradflow.hooks.own.comeback import Output, came_back, handed_on
-from gradflow.hooks.own.leaves import Path, arguments, leaves, named
+from gradflow.hooks.own.copied_call import Given, axis_by_run
+from gradflow.hooks.own.nested import Path, arguments, leaves, named
+from gradflow.hooks.own.own_steps import OwnSteps
 from gradflow.hooks.own.returned import key_of, likely_states, possible_states, row_of
-from gradflow.hooks.own.steps import OwnSteps
 from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TapSource
-from gradflow.hooks.unrolled import sources
-from gradflow.hooks.unseen import (
+from gradflow.hooks.unreadable import (
     NO_NUMBERS,
     WRAPPED,
     has_no_numbers,
@@ -48,13 +46,14 @@ from gradflow.hooks.unseen import (
     why_hidden,
     why_not_read,
 )
+from gradflow.hooks.unrolled import sources
 from gradflow.limits import DOUBTFUL, OPEN_CANDIDATES, PERHAPS, STATE_ENTRIES
 from gradflow.recording import Track
 
 STOCK = ":"  # before a module's path: torch's own recurrent functions with its weights
 
 
-class CellOwner(Owner, Protocol):
+class CellOwner(MarkOwner, Protocol):
     """The recorder, as far as cells of the user's own need it."""
 
     def drop_tracks(self, tracks: list[Track]) -> None: ...
@@ -213,7 +212,7 @@ class OwnCells:
         self._tell_outer(STOCK + owner, list(results))
 
     def close(self) -> None:
-        """Let go of the user's tensors and graph."""
+        """Release the user's tensors and graph."""
         for cell in self._cells.values():
             for end in cell.ends:
                 let_go(end)
@@ -282,7 +281,7 @@ class OwnCells:
         outputs = {}
         for path, tensor in tensors.items():
             axis = self._axes(call.given, tensor.shape)[0]
-            outputs[path] = Output(edge_of(tensor), row_of(tensor, axis), tensor.shape, axis)
+            outputs[path] = Output.of(tensor, row_of(tensor, axis), axis)
         call.given.keep_views()
         rows = {key_of(path): out.row for path, out in outputs.items()}
         edges = {key_of(path): out.edge for path, out in outputs.items() if out.edge is not None}
@@ -347,7 +346,12 @@ class OwnCells:
 
     @staticmethod
     def _axes(given: Given, shape: torch.Size) -> list[Axis]:
-        others = [t.shape for t in given.tensors.values() if t.shape != shape]
+        shapes = [t.shape for t in given.tensors.values()]
+        others = [other for other in shapes if other != shape]
+        if len(shape) > 1 and shapes[:1] == [
+            shape
+        ]:  # the others may be a first state, not the input
+            others = [other for other in others if not is_stretched(other, shape)]
         return batch_axes(shape, others)
 
     def _tell_axes(self, cell: Candidate, first: First, came: dict[Path, Path]) -> None:

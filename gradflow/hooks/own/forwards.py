@@ -1,4 +1,4 @@
-"""Forwards: tell of every call of some modules while a recording is open, and leave no trace.
+"""Watch every call of some modules while a recording is open; afterwards they are as before.
 
 The function `forward` is replaced where the class holds it: a copy or a pickle of a module that is
 made meanwhile is a plain one, and ``module.forward`` called directly is seen as well. A module that
@@ -43,7 +43,7 @@ def holder(module: nn.Module) -> type | nn.Module | None:
 
 
 class Watching:
-    """Tells the observers of the calling thread of every call of some modules, while it is open."""
+    """While it is open, the observers of the calling thread are notified of every call of some modules."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._owners = {id(owner): owner for m in modules if (owner := holder(m)) is not None}
@@ -59,7 +59,7 @@ class Watching:
                 replace(owner, "forward", make, functools.partial(_replaced.__setitem__, key))
 
     def close(self) -> None:
-        """Put back what nobody watches any more."""
+        """Put back every forward that no recording watches any more."""
         with lock:
             for key in self._owners:
                 _users.get(key, set()).discard(self)

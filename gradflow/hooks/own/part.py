@@ -14,7 +14,7 @@ import torch
 
 from gradflow.hooks.graph import Between, Edge, NotReadable, kind_of
 from gradflow.hooks.unrolled.chains import PRODUCTS
-from gradflow.limits import TERM_OPERATIONS
+from gradflow.limits import SHARES_ALIKE, TERM_OPERATIONS
 
 SUMS = frozenset(("Add", "Sub", "Rsub", "Addcmul", "Lerp", "Where"))
 
@@ -74,4 +74,4 @@ def _is_mixture(roots: list[Edge], ends: set[Any]) -> bool:
         return True
     # of several states of one shape each adds up to one, so all of them to their number
     whole = torch.stack(grads).sum(0)
-    return bool(((whole - len(roots)).abs() <= 1e-3 * len(roots)).all())
+    return bool(((whole - len(roots)).abs() <= SHARES_ALIKE * len(roots)).all())

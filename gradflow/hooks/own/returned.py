@@ -11,7 +11,7 @@ from gradflow.hooks.axes import Axis, as_rows
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import edge_of
 from gradflow.hooks.own.comeback import Output
-from gradflow.hooks.own.leaves import Path
+from gradflow.hooks.own.nested import Path
 from gradflow.limits import STATE_ENTRIES
 
 

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from gradflow.hooks.own.comeback import ELEMENTWISE, MOVES
-from gradflow.hooks.unrolled.order import Unrolled
+from gradflow.hooks.graph import ELEMENTWISE, MOVES
+from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import RECURRENCE_USES
 
 _PRODUCTS = (
@@ -52,7 +52,7 @@ class Uses:
 
 
 @dataclass(eq=False)
-class Chain:
+class WeightChain:
     """Uses of one weight that follow one another."""
 
     uses: Uses
@@ -146,7 +146,7 @@ class _Labels:
         return weight if weight >= 0 else self._leaves[-weight - 1]
 
 
-def chains_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> list[Chain]:
+def chains_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> list[WeightChain]:
     """The uses of a weight, in lines: each use follows the newest of those that it descends from.
 
     Uses of which neither descends from the other are of different lines: those of two sequences, of
@@ -160,7 +160,7 @@ def chains_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> list[Chai
     first, last = uses.nodes[0], uses.nodes[-1]
     own = set(uses.nodes)
     newest = [-1] * (last + 1)  # of every place: the newest use that it comes from, or -1
-    chains: dict[int, Chain] = {}  # a use -> the chain that it is in
+    chains: dict[int, WeightChain] = {}  # a use -> the chain that it is in
     inputs, numbers = graph.inputs, graph.numbers
     for place in range(first, last + 1):
         found = -1
@@ -169,7 +169,7 @@ def chains_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> list[Chai
             if use >= 0 and (found < 0 or numbers[use] > numbers[found]):
                 found = use
         if place in own:
-            chain = chains[place] = chains[found] if found >= 0 else Chain(uses, {}, 0)
+            chain = chains[place] = chains[found] if found >= 0 else WeightChain(uses, {}, 0)
             chain.depth[place] = chain.depth[found] + 1 if found >= 0 else 1
             chain.length = max(chain.length, chain.depth[place])
             found = place
@@ -178,14 +178,16 @@ def chains_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> list[Chai
     return list({id(chain): chain for chain in chains.values()}.values())
 
 
-def chains(graph: Unrolled, weights: Mapping[int, object], states: Collection[int]) -> list[Chain]:
+def chains(
+    graph: Unrolled, weights: Mapping[int, object], states: Collection[int]
+) -> list[WeightChain]:
     """All lines of at least `LEAST` uses of one weight; see `chains_of`.
 
     A weight that only enters elementwise (a bias, a gain, a shared activation) counts if all matrices
     between two of its uses repeat as well: a PReLU shared by the layers of a stack is no recurrence.
     """
-    found: list[Chain] = []
-    known: dict[tuple[int, ...], list[Chain]] = {}
+    found: list[WeightChain] = []
+    known: dict[tuple[int, ...], list[WeightChain]] = {}
     for uses in uses_of(graph, weights):
         key = tuple(uses.nodes)
         if key not in known:
@@ -200,14 +202,16 @@ def chains(graph: Unrolled, weights: Mapping[int, object], states: Collection[in
     return [c for c in found if c.uses.product or is_without_other_products(graph, c, repeated)]
 
 
-def not_within(graph: Unrolled, found: list[Chain]) -> list[Chain]:
+def not_within(graph: Unrolled, found: list[WeightChain]) -> list[WeightChain]:
     """Those that do not go on behind a recorded state, and so are no part of each step of its loop."""
     whole = [] if not found else chains_of(graph, found[0].uses, ())
     length = {place: chain.length for chain in whole for place in chain.depth}
     return [chain for chain in found if length[next(iter(chain.depth))] == chain.length]
 
 
-def is_without_other_products(graph: Unrolled, chain: Chain, repeated: Collection[int]) -> bool:
+def is_without_other_products(
+    graph: Unrolled, chain: WeightChain, repeated: Collection[int]
+) -> bool:
     """Whether no matrix of its own lies between the uses of an elementwise weight."""
     first, last = chain.numbers(graph)
     every = sorted(chain.depth)
@@ -227,7 +231,7 @@ def is_without_other_products(graph: Unrolled, chain: Chain, repeated: Collectio
 class Recurrence:
     """Chains that descend from one another: the weights of one loop."""
 
-    chains: list[Chain]
+    chains: list[WeightChain]
 
     @property
     def frozen(self) -> bool:
@@ -247,7 +251,7 @@ class Recurrence:
         return max(lengths, key=lambda n: (lengths.count(n), n))
 
 
-def recurrences(graph: Unrolled, found: list[Chain]) -> list[Recurrence]:
+def recurrences(graph: Unrolled, found: list[WeightChain]) -> list[Recurrence]:
     """Chains that descend from one another, together: the weights of one loop; oldest loop first."""
     own: dict[int, int] = {}  # a use -> one bit for each chain that it is in
     for bit, chain in enumerate(found):
@@ -273,7 +277,7 @@ def recurrences(graph: Unrolled, found: list[Chain]) -> list[Recurrence]:
     return sorted(loops, key=lambda loop: min(c.numbers(graph) for c in loop.chains))
 
 
-def _trained(chains: list[Chain]) -> list[Chain]:
+def _trained(chains: list[WeightChain]) -> list[WeightChain]:
     return [chain for chain in chains if not chain.frozen] or chains
 
 
@@ -288,7 +292,7 @@ def _reached(graph: Unrolled, own: Mapping[int, int], ends: Collection[int] = ()
     return found
 
 
-def is_tree(graph: Unrolled, lines: list[Chain]) -> bool:
+def is_tree(graph: Unrolled, lines: list[WeightChain]) -> bool:
     """Whether lines of one weight run into one another: its uses are the nodes of a tree.
 
     One that reads from its first steps on where another has ended is a loop of its own.

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from gradflow.hooks.graph import LEAF, Edge
-from gradflow.hooks.unrolled.order import Unrolled
+from gradflow.hooks.unrolled.whole_graph import Unrolled
 
 FAR = 2**62
 

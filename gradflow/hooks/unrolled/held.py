@@ -52,7 +52,7 @@ class Held:
                 self.names[value.grad_fn, value.output_nr] = name
 
     def clear(self) -> None:
-        """Let go of all of them."""
+        """Release all of them."""
         self.tensors.clear()
         self.names.clear()
         self._size = 0

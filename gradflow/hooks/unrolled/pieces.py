@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.graph import Edge, kind_of
-from gradflow.hooks.marks import End
+from gradflow.hooks.marks import LastMark
 from gradflow.hooks.saved_tensors import saved_by
 from gradflow.limits import PIECE_NODES
 
@@ -23,7 +23,7 @@ from gradflow.limits import PIECE_NODES
 class Piece:
     """A loop as far as it was seen: one more piece may follow."""
 
-    end: End
+    end: LastMark
     last: list[Edge]  # the states of its last step
     rows: list[Tensor]  # their values, (B, width) each
 

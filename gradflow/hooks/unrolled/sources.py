@@ -19,7 +19,7 @@ Loop = ast.For | ast.While
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceLoop:
     """A loop of the user's source."""
 
     file: str
@@ -36,7 +36,7 @@ class Found:
         return f"{self.file if name.startswith('..') else name}:{self.line}"
 
 
-def in_class(module: nn.Module, attributes: set[str]) -> Found | None:
+def in_class(module: nn.Module, attributes: set[str]) -> SourceLoop | None:
     """The loop of a module's class that uses these attributes of it: parameters or modules."""
     for file, scope in _scopes_of(module):
         found = _in_class(file, scope, attributes)
@@ -47,7 +47,7 @@ def in_class(module: nn.Module, attributes: set[str]) -> Found | None:
 
 def in_functions(
     module: nn.Module, attributes: set[str], frames: Iterable[FrameType]
-) -> Found | None:
+) -> SourceLoop | None:
     """The same loop in a function beside the module's class, or in one of the code that runs."""
     files = [file for _, file in _classes(module)] + [f.f_code.co_filename for f in frames]
     for file in dict.fromkeys(files):
@@ -57,7 +57,7 @@ def in_functions(
     return None
 
 
-def inside(module: nn.Module) -> Found | None:
+def inside(module: nn.Module) -> SourceLoop | None:
     """A loop in a module's own methods that uses its weights and carries something, if there is one."""
     attributes = {name for name, _ in module.named_children()}
     attributes |= {name for name, _ in module.named_parameters(recurse=False)}
@@ -107,7 +107,7 @@ FLAT = "{0}.flatten(1)", ".view_as({0})"  # states (B, ...) as the rows that tap
 FLAT_IN_TIME = "{0}.transpose(0, 1).flatten(1)", ".unflatten(1, (len({0}), -1)).transpose(0, 1)"
 
 
-def insertion(found: Found | None, form: tuple[str, str] = PLAIN) -> str:
+def insertion(found: SourceLoop | None, form: tuple[str, str] = PLAIN) -> str:
     """The line that marks the states of a loop; form: how a state becomes rows, and is made of them."""
     names = found.carried if found is not None else ()
     plain = [name.rpartition(".")[2] for name in names]
@@ -147,7 +147,7 @@ def _tree(file: str, text: str) -> ast.Module | None:
         return None
 
 
-def _in_class(file: str, scope: ast.ClassDef, attributes: set[str]) -> Found | None:
+def _in_class(file: str, scope: ast.ClassDef, attributes: set[str]) -> SourceLoop | None:
     """The loop of one of a class's methods that uses them, itself or through another method."""
     methods = [s for s in scope.body if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef)]
     wanted = set(attributes)
@@ -163,7 +163,7 @@ def _in_class(file: str, scope: ast.ClassDef, attributes: set[str]) -> Found | N
     return None
 
 
-def _anywhere(file: str, attributes: set[str]) -> Found | None:
+def _anywhere(file: str, attributes: set[str]) -> SourceLoop | None:
     for scope in _scopes(file):
         if isinstance(scope, ast.Module):
             found = _innermost(scope, attributes, own=False)
@@ -222,7 +222,7 @@ class _Step:
     alias: str = ""  # another variable whose value it takes over
 
 
-def _described(file: str, loop: Loop, attributes: set[str]) -> Found:
+def _described(file: str, loop: Loop, attributes: set[str]) -> SourceLoop:
     steps = list(_steps(loop.body, attributes))
     written: set[str] = set()
     carried: list[str] = []
@@ -238,7 +238,9 @@ def _described(file: str, loop: Loop, attributes: set[str]) -> Found:
     states = [name for name in carried if name in reach]
     places = [_made_at(name, steps, len(steps)) for name in states]
     states = [states[i] for i in sorted(range(len(states)), key=places.__getitem__)]
-    return Found(file, loop.lineno, tuple(states), len(set(places)) == len(places), tuple(carried))
+    return SourceLoop(
+        file, loop.lineno, tuple(states), len(set(places)) == len(places), tuple(carried)
+    )
 
 
 def _made_at(name: str, steps: list[_Step], before: int) -> int:

@@ -17,17 +17,17 @@ from gradflow.hooks.axes import Axis, usual_axis
 from gradflow.hooks.dense import Place, Step
 from gradflow.hooks.graph import Between, Edge, NotReadable
 from gradflow.hooks.loops.links import probe_of
-from gradflow.hooks.marks import End, Marks
+from gradflow.hooks.marks import LastMark, Marks
 from gradflow.hooks.own.returned import row_of
 from gradflow.hooks.saved_tensors import is_hooked
 from gradflow.hooks.tapped import UNROLLED, TapSource
-from gradflow.hooks.unrolled.order import Unrolled
-from gradflow.hooks.unrolled.steps import NO_VALUE, NoRows, NoState, Steps
+from gradflow.hooks.unrolled.loop_states import NO_VALUE, LoopStates, NoRows, NoState
 from gradflow.hooks.unrolled.values import Values
+from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import LOOP_STEPS, STATE_ENTRIES
 
 
-def checked(graph: Unrolled, steps: Steps) -> Steps:
+def checked(graph: Unrolled, steps: LoopStates) -> LoopStates:
     """The steps, with the batch axes of the states, if these can be those of a track.
 
     Raises:
@@ -65,7 +65,7 @@ def _shapes(edges: list[Edge]) -> list[tuple[torch.Size, torch.dtype]]:
     return [(torch.Size(m.shape), m.dtype) for m in known]
 
 
-def _axes(steps: Steps) -> tuple[Axis, ...]:
+def _axes(steps: LoopStates) -> tuple[Axis, ...]:
     """Which axis of each state is the batch: the one along which a step mixes nothing."""
     middle = max(1, len(steps.edges) // 2)
     before, now = steps.edges[middle - 1 : middle + 1]
@@ -109,7 +109,7 @@ def _apart(before: list[Edge], now: list[Edge], number: int) -> list[int]:
     return [axis for axis in range(len(shape) - 1) if shape[axis] > 1 and is_apart(axis)]
 
 
-def _check_mixing(steps: Steps) -> None:
+def _check_mixing(steps: LoopStates) -> None:
     """One sequence of a middle step must depend on that sequence of the step before alone."""
     middle = max(1, len(steps.edges) // 2)
     before, now = (_place(edges, steps.axes) for edges in steps.edges[middle - 1 : middle + 1])
@@ -145,7 +145,7 @@ def _placed(
     )
 
 
-def with_rows(values: Values, steps: Steps) -> tuple[Steps, list[list[Tensor]]]:
+def with_rows(values: Values, steps: LoopStates) -> tuple[LoopStates, list[list[Tensor]]]:
     """The steps, and the values of all states at all of them, (B, width) each.
 
     Where only those of the last step are not to be had, that step is left out.
@@ -171,11 +171,11 @@ def take_up(
     marks: Marks,
     name: str,
     cell: str,
-    steps: Steps,
+    steps: LoopStates,
     names: list[str],
     rows: list[list[Tensor]],
-    end: End | None = None,
-) -> End:
+    end: LastMark | None = None,
+) -> LastMark:
     """The track of a loop; its hooks are set, and the gradients come with the backward.
 
     Args:

@@ -2,7 +2,7 @@
 
 An operation that saved a tensor tells which operation made it, so what it saved is that very value.
 Sums and products of such values are computed as the forward pass did. What lies in a checkpoint, or
-under any other hook on saved tensors, is not touched: reading it would run somebody's code.
+under any other hook on saved tensors, is not touched: reading it would run the code of that hook.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradflow.hooks.graph import Edge, edge_of, kind_of
 from gradflow.hooks.saved_tensors import is_hooked, saved_by
-from gradflow.hooks.unrolled.order import Unrolled
+from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import VALUE_DEPTH
 
 

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.graph import Edge, edge_of
-from gradflow.hooks.marks import Marks, Owner, newest
+from gradflow.hooks.marks import MarkOwner, Marks, newest
 from gradflow.hooks.own.candidates import cell_name
 from gradflow.hooks.tapped import TapSource
+from gradflow.hooks.unreadable import foreign_code, has_no_numbers
 from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
 from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
 from gradflow.hooks.unrolled.held import Held
-from gradflow.hooks.unrolled.order import TooLarge, Unrolled
+from gradflow.hooks.unrolled.loop_states import LoopStates, NoRows, NoState, steps_of
 from gradflow.hooks.unrolled.pieces import Piece
-from gradflow.hooks.unrolled.steps import NoRows, NoState, Steps, steps_of
 from gradflow.hooks.unrolled.takeup import checked, take_up, with_rows
 from gradflow.hooks.unrolled.values import Values
 from gradflow.hooks.unrolled.weights import (
@@ -31,14 +31,14 @@ from gradflow.hooks.unrolled.weights import (
     in_attributes,
     origin,
 )
-from gradflow.hooks.unseen import foreign_code, has_no_numbers
+from gradflow.hooks.unrolled.whole_graph import TooLarge, Unrolled
 from gradflow.limits import CALLER_FRAMES, OPEN_PIECES
 from gradflow.recording import Unseen
 
 FUSED = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
 
 
-class WatchOwner(Owner, Protocol):
+class WatchOwner(MarkOwner, Protocol):
     """The recorder, as far as loops written by hand need it."""
 
     def drop_sources(self, sources: list[TapSource]) -> None: ...
@@ -163,7 +163,7 @@ class Watch:
         return source is None or not source.part_of_a_step
 
     def close(self) -> None:
-        """Let go of the user's graph."""
+        """Release the user's graph."""
         self.given.clear()
         self.held.clear()
         self.pieces.clear()
@@ -235,7 +235,7 @@ class Watch:
 
     def _states(
         self, graph: Unrolled, found: Recurrence, names: list[str]
-    ) -> tuple[Steps, list[list[Tensor]]]:
+    ) -> tuple[LoopStates, list[list[Tensor]]]:
         foreign = foreign_code([self.modules[path] for path in self._holders(names)])
         if foreign:
             raise NoState(foreign)
@@ -249,7 +249,7 @@ class Watch:
         steps = checked(graph, steps)
         return with_rows(Values(graph, self.held.tensors), steps)
 
-    def _called(self, steps: Steps) -> list[str]:
+    def _called(self, steps: LoopStates) -> list[str]:
         """What the user's variables of the states were called in a middle step, if all are known."""
         edges = steps.edges[len(steps.edges) // 2]
         names = [self.held.names.get(edge, "") for edge in edges]
@@ -262,7 +262,7 @@ class Watch:
         found: Recurrence,
         names: list[str],
         path: str,
-        loop: sources.Found | None,
+        loop: sources.SourceLoop | None,
         reason: tuple[str, tuple[str, str]],
     ) -> None:
         key = (path, *sorted(names))
@@ -282,7 +282,7 @@ class Watch:
         self,
         names: list[str],
         module: str,
-        loop: sources.Found | None,
+        loop: sources.SourceLoop | None,
         steps: int,
         reason: str,
         form: tuple[str, str],
@@ -296,7 +296,7 @@ class Watch:
             reason=reason,
         )
 
-    def place_of(self, names: list[str]) -> tuple[str, sources.Found | None]:
+    def place_of(self, names: list[str]) -> tuple[str, sources.SourceLoop | None]:
         """The path of the module whose code loops over these weights, and the loop, if it is found."""
         holders = [name.split(".")[:-1] for name in names]
         levels = zip(*holders, strict=False)
@@ -333,7 +333,7 @@ def _below(name: str, path: str) -> str:
     return name.removeprefix(f"{path}." if path else "").split(".")[0]
 
 
-def _names(loop: sources.Found | None, count: int) -> list[str]:
+def _names(loop: sources.SourceLoop | None, count: int) -> list[str]:
     """Names of states in the order in which they are made."""
     if loop is not None and len(loop.carried) == count and (loop.certain or count == 1):
         names = [name.rpartition(".")[2] for name in loop.carried]

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.saved_tensors import saved_by
+from gradflow.hooks.unreadable import has_no_numbers
 from gradflow.hooks.unrolled.chains import (
     PRODUCTS,
-    Chain,
     Uses,
+    WeightChain,
     chains_of,
     is_tree,
     is_without_other_products,
     not_within,
 )
-from gradflow.hooks.unrolled.order import Unrolled
-from gradflow.hooks.unseen import has_no_numbers
+from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import LINK_NODES, RECURRENCE_USES
 
 _SAME = frozenset(("T", "Transpose", "Permute", "Expand", "View", "ReshapeAlias", "Unsqueeze"))
@@ -63,7 +63,7 @@ def frozen(modules: Mapping[str, nn.Module]) -> dict[int, str]:
 
 def frozen_chains(
     graph: Unrolled, names: Mapping[int, str], states: Collection[int]
-) -> list[tuple[str, Chain]]:
+) -> list[tuple[str, WeightChain]]:
     """Chains of matrices that need no gradient; the graph holds no nodes of them, but their values."""
     uses: dict[int, Uses] = {}
     for place in range(len(graph) if names else 0):
@@ -83,8 +83,8 @@ def frozen_chains(
 
 
 def computed_chains(
-    graph: Unrolled, known: list[Chain], weights: Collection[int], states: Collection[int]
-) -> list[Chain]:
+    graph: Unrolled, known: list[WeightChain], weights: Collection[int], states: Collection[int]
+) -> list[WeightChain]:
     """Chains of tensors that were computed from weights, by a hypernetwork for one.
 
     Only of those that enter matrix products, with no product between that does not repeat: what a
@@ -107,7 +107,7 @@ def computed_chains(
             elif kind in PRODUCTS:
                 uses[number].nodes.append(place)
                 uses[number].products += 1
-    found: list[Chain] = []
+    found: list[WeightChain] = []
     repeated = {place for line in known if line.uses.product for place in line.depth}
     for one in uses:
         if one.products < RECURRENCE_USES or one.weight in weights:

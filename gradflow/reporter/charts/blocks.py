@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter.charts.chart import LN10, Chart, absent, measured, running_median
-from gradflow.reporter.charts.marks import DASHED, DOTTED, Line, draw_log_lines, key, whole
+from gradflow.reporter.charts.plot_lines import DASHED, DOTTED, Line, draw_log_lines, key, whole
 from gradflow.reporter.numbers import count_words, percent_words, ratio_words
 from gradflow.reporter.picture import FAINT
 from gradflow.reporter.scale import SERIES
@@ -20,7 +20,7 @@ DASHES = ("-", DASHED, DOTTED, (0, (4, 1.5, 1, 1.5)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks(Chart):
+class BlockChart(Chart):
     """Median over mapped sequences and sources, at every lag."""
 
     names: tuple[str, ...]  # B, as "c → h"
@@ -29,7 +29,7 @@ class Blocks(Chart):
     cell_path: np.ndarray  # (K,) share of c → c that runs through the forget gates alone
 
 
-def prepare(layer: LayerAnalysis) -> Blocks:
+def prepare(layer: LayerAnalysis) -> BlockChart:
     """The gain of every block against the lag, and the share of the cell path in c → c."""
     array = measured(layer, "log_block_gain")
     if array is None or layer.steps <= 1:
@@ -56,7 +56,7 @@ def prepare(layer: LayerAnalysis) -> Blocks:
             " Below, the share of c → c that the product of the forget gates alone explains; above "
             "1 the other paths take some of it back."
         )
-    return Blocks(
+    return BlockChart(
         message=_message(names, gain[:, said_at], said_at, path[: said_at + 1]),
         reading=words,
         names=names,
@@ -66,9 +66,9 @@ def prepare(layer: LayerAnalysis) -> Blocks:
     )
 
 
-def _empty(note: str) -> Blocks:
+def _empty(note: str) -> BlockChart:
     nothing = np.empty(0)
-    return Blocks(note=note, names=(), lag=nothing, gain=np.empty((0, 0)), cell_path=nothing)
+    return BlockChart(note=note, names=(), lag=nothing, gain=np.empty((0, 0)), cell_path=nothing)
 
 
 def _by_lag(array: xr.DataArray) -> np.ndarray:
@@ -121,7 +121,7 @@ def _message(names: Sequence[str], gain: np.ndarray, lag: int, path: np.ndarray)
     return f"{said}; the forget gates alone make {percent_words(share)} of c → c"
 
 
-def draw(axes: Sequence[Axes], blocks: Blocks) -> None:
+def draw(axes: Sequence[Axes], blocks: BlockChart) -> None:
     """Above the gain of every block, below the share of the cell path."""
     lines = [
         Line(row, name, SERIES[number % len(SERIES)], 1.6, DASHES[number % len(DASHES)])

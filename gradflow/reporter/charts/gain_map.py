@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.limits import GONE_DECADES
+from gradflow.limits import GONE_DECADES, GONE_WORDS
 from gradflow.reporter.charts.chart import LN10, Chart
-from gradflow.reporter.charts.labels import label_steps
-from gradflow.reporter.charts.marks import draw_contour
+from gradflow.reporter.charts.plot_lines import draw_contour
+from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.numbers import percent_words
 from gradflow.reporter.prepare import MAP_CELLS, measured_distances, pooled
 from gradflow.reporter.scale import UNDEFINED, paint
@@ -28,21 +28,20 @@ class GainMap(Chart):
     columns: tuple[float, float]  # the source steps at the left and right edge, counted from 1
     last: float  # where the sequence ends; the last row and column may reach beyond it
     sequence: int  # index in the user's batch
-    norm: str
-    contour: bool  # whether some gains lie above and some below 10⁻³
+    contour: bool  # whether some gains are gone and some are not
     unknown: (
         bool  # whether gains of t' ≥ t are missing: a cut lies between, or nothing was measured
     )
     reverse: bool
 
 
-def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
+def prepare(layer: LayerAnalysis) -> GainMap:
     """The gain of every measured pair t' ≥ t of the first mapped sequence, at most 128 × 128 cells."""
     data = layer.data["log_gain"]
     if not data.sizes["sequence"] or not data.sizes["source"]:
         unknown_gains = "no gains" in layer.labels
-        return _empty("Gains are not known." if unknown_gains else "No map was made.", norm)
-    picked = data.sel(norm=norm).isel(sequence=0).transpose("target", "source")
+        return _empty("Gains are not known." if unknown_gains else "No map was made.")
+    picked = data.sel(norm="spectral").isel(sequence=0).transpose("target", "source")
     sequence = int(data["sequence"].values[0])
     length = int(layer.data["length"].values[sequence])
     picked = picked.isel(target=picked["target"] < length, source=picked["source"] < length)
@@ -51,7 +50,7 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
     known = values[(targets[:, None] != sources[None, :]) & ~np.isnan(values)]
     note = _note(layer, sources, known)
     if note:
-        return _empty(note, norm)
+        return _empty(note)
     down, across = _axis(targets), _axis(sources)
     shown = pooled(values, down.pool, across.pool)
     low = shown[~np.isnan(shown)]
@@ -65,7 +64,6 @@ def prepare(layer: LayerAnalysis, norm: str = "spectral") -> GainMap:
         columns=across.edges,
         last=length + 0.5,
         sequence=sequence,
-        norm=norm,
         contour=contour,
         unknown=unknown,
         reverse=layer.reverse,
@@ -90,10 +88,10 @@ def _axis(steps: np.ndarray) -> _Axis:
     return _Axis(stride, pool, (start, start + cells * pool * stride))
 
 
-def _empty(note: str, norm: str) -> GainMap:
+def _empty(note: str) -> GainMap:
     return GainMap(
         note=note, values=np.empty((0, 0)), rows=(0, 0), columns=(0, 0), last=0, sequence=-1,
-        norm=norm, contour=False, unknown=False, reverse=False,
+        contour=False, unknown=False, reverse=False,
     )  # fmt: skip
 
 
@@ -120,19 +118,19 @@ def _note(layer: LayerAnalysis, sources: np.ndarray, known: np.ndarray) -> str:
 
 
 def _message(known: np.ndarray, pair: str) -> str:
-    """How many of the measured pairs of different steps keep a gain of 10⁻³."""
+    """How many of the measured pairs of different steps keep a gain that is not gone."""
     kept = float((known >= GONE_DECADES).mean())
     if kept == 1:
-        return f"every {pair} of steps keeps a gain above 10⁻³"
+        return f"every {pair} of steps keeps a gain above {GONE_WORDS}"
     if kept == 0:
-        return f"no {pair} of different steps keeps a gain of 10⁻³"
-    return f"{percent_words(kept)} of the {pair}s of steps keep a gain above 10⁻³"
+        return f"no {pair} of different steps keeps a gain of {GONE_WORDS}"
+    return f"{percent_words(kept)} of the {pair}s of steps keep a gain above {GONE_WORDS}"
 
 
 def _reading(layer: LayerAnalysis, sequence: int, contour: bool, down: _Axis, across: _Axis) -> str:
     words = "Along a row, leftwards from the diagonal: how far back step t′ still feels."
     if contour:
-        words += " White line: 10⁻³."
+        words += f" White line: {GONE_WORDS}."
     if layer.sequences > 1:
         words += f" Sequence {sequence + 1} of {layer.sequences}."
     apart = across.stride > down.stride
@@ -149,7 +147,7 @@ def _reading(layer: LayerAnalysis, sequence: int, contour: bool, down: _Axis, ac
 
 
 def draw(axes: Sequence[Axes], gain: GainMap) -> None:
-    """Source t across, target t′ down; the undefined half is grey; contour at 10⁻³."""
+    """Source t across, target t′ down; the undefined half is grey; contour where it is gone."""
     ax = axes[0]
     extent = (*gain.columns, *gain.rows[::-1])
     ax.imshow(paint(gain.values), extent=extent, interpolation="nearest", aspect="equal")

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.limits import GONE_WORDS
 from gradflow.reporter import overview, panels
 from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.numbers import half_life_words, rate_words
@@ -17,7 +18,7 @@ from gradflow.reporter.prepare import LagLine, lag_line, measured_distances
 
 
 @dataclass(frozen=True, kw_only=True)
-class LagCurve(Chart):
+class LagCurveChart(Chart):
     """The curve, and how much of it is shown."""
 
     line: LagLine
@@ -29,13 +30,13 @@ class LagCurve(Chart):
     top: float  # the highest power of ten
 
 
-def prepare(layer: LayerAnalysis) -> LagCurve:
+def prepare(layer: LayerAnalysis) -> LagCurveChart:
     """The same curve as in the overview, with its words."""
     line = lag_line(layer)
     reach = overview.curve_reach([line], [layer])
     window = _window(layer, reach)
     slope = _smoothed(line.slope, window)
-    return LagCurve(
+    return LagCurveChart(
         message="" if line.note else _message(layer, line),
         reading=_reading(layer, slope, window) + _joined(layer),
         note=line.note,
@@ -53,7 +54,7 @@ def _reading(layer: LayerAnalysis, slope: np.ndarray, window: int) -> str:
     rate, known = layer.rate, layer.rate_told
     words = (
         f"the median over starting steps and sequences, its 10–90 % band{', dotted the rate' * known}; "
-        "in the grey part, below 10⁻³, the gradient is gone."
+        f"in the grey part, below {GONE_WORDS}, the gradient is gone."
     )
     if not np.isfinite(slope).any():
         return words[0].upper() + words[1:]
@@ -122,7 +123,7 @@ def _message(layer: LayerAnalysis, line: LagLine) -> str:
     return "; ".join(said) or "the gain against the distance"
 
 
-def draw(axes: Sequence[Axes], curve: LagCurve) -> None:
+def draw(axes: Sequence[Axes], curve: LagCurveChart) -> None:
     """The curve; below it, where there is room, its slope."""
     panels.draw_lag(axes[0], curve.line, curve.layer, curve.reach, curve.top, label=len(axes) == 1)
     axes[0].set_ylabel("gain", labelpad=2)

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from gradflow.analysis import LayerAnalysis, Rate
+from gradflow.limits import CARRIED_WORDS
 from gradflow.reporter.charts.chart import LN10, Chart, absent, measured
-from gradflow.reporter.charts.marks import whole
+from gradflow.reporter.charts.plot_lines import whole
 from gradflow.reporter.numbers import gain_words, number_words, rate_words
 from gradflow.reporter.picture import FAINT
 from gradflow.reporter.scale import VERDICT_COLOURS
@@ -83,7 +84,7 @@ def _message(layer: LayerAnalysis, mean: np.ndarray, over: int) -> str:
     if kept == 0:
         return f"{largest}: every direction fades in the long run"
     keep = "keeps" if kept == 1 else "keep"
-    return f"{largest}; in the long run {share} {keep} a tenth or more over {over} steps"
+    return f"{largest}; in the long run {share} {keep} {CARRIED_WORDS} or more over {over} steps"
 
 
 def _reading(layer: LayerAnalysis, over: int, *, sure: bool, traced: bool) -> str:

@@ -9,14 +9,22 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.limits import GONE_WORDS
 from gradflow.reporter.charts.chart import Chart, absent, measured
-from gradflow.reporter.charts.marks import DASHED, DOTTED, Line, count_ticks, draw_log_lines, key
+from gradflow.reporter.charts.plot_lines import (
+    DASHED,
+    DOTTED,
+    Line,
+    count_ticks,
+    draw_log_lines,
+    key,
+)
 from gradflow.reporter.numbers import count_words, number_words
 from gradflow.reporter.picture import FAINT
 from gradflow.reporter.scale import SERIES
 
 KINDS = (
-    ("rank_surviving", "directions with gain ≥ 10⁻³", SERIES[0], "-"),
+    ("rank_surviving", f"directions with gain ≥ {GONE_WORDS}", SERIES[0], "-"),
     ("rank_effective", "effective rank", SERIES[1], DASHED),
     ("rank_stable", "stable rank ‖P‖²_F ÷ ‖P‖²", SERIES[2], DOTTED),
 )
@@ -46,7 +54,7 @@ def prepare(layer: LayerAnalysis) -> Rank:
         message=_message(lag, values, layer.size),
         reading=(
             f"How many of the {layer.size} directions of the state pass k steps: those that keep "
-            "10⁻³, and two averages, in which a direction counts by its share (effective rank: "
+            f"{GONE_WORDS}, and two averages, in which a direction counts by its share (effective rank: "
             "Roy & Vetterli 2007)."
         ),
         lag=lag,

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.cells import called
-from gradflow.limits import STUCK
+from gradflow.limits import CLOSED_WORDS, OPEN_WORDS, SATURATED_WORDS, STUCK
 from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
-from gradflow.reporter.charts.labels import label_steps
-from gradflow.reporter.charts.marks import DASHED, key, whole
+from gradflow.reporter.charts.plot_lines import DASHED, key, whole
+from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS
 from gradflow.reporter.scale import GATE_COLOURS, SERIES, paint_gates
@@ -125,8 +125,8 @@ def _gate_words(layer: LayerAnalysis, name: str) -> str:
     if closed is None or opened is None:
         return name
     return (
-        f"{name}: {percent_words(float(closed.mean()))} closed (< 0.05), "
-        f"{percent_words(float(opened.mean()))} open (> 0.95)"
+        f"{name}: {percent_words(float(closed.mean()))} {CLOSED_WORDS}, "
+        f"{percent_words(float(opened.mean()))} {OPEN_WORDS}"
     )
 
 
@@ -148,7 +148,7 @@ def _limits(layer: LayerAnalysis) -> tuple[tuple[str, np.ndarray], ...]:
             values = saturated.sel(state=state).values
             if not np.isnan(values).all():
                 name = "tanh c" if str(state) == "c" else str(state)
-                found.append((f"{name} beyond ± 0.95", _sorted(values)))
+                found.append((f"{name} {SATURATED_WORDS}", _sorted(values)))
     if idle is not None:
         found.append(("exactly 0", _sorted(idle.values)))
     return tuple(found)
@@ -192,7 +192,7 @@ def _is(words: str) -> str:
     """The same as a clause: gate f is closed, h is beyond ± 0.95."""
     if words == "exactly 0":
         return "a unit is exactly 0"
-    kind = words.rsplit(" ", 3 if words.endswith("0.95") else 1)
+    kind = words.rsplit(" ", 3 if words.endswith(SATURATED_WORDS) else 1)
     return f"{kind[0]} is {' '.join(kind[1:])}"
 
 

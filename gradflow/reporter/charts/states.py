@@ -9,7 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.limits import CARRIED_DECADES, GONE_DECADES, GREW_DECADES
+from gradflow.limits import (
+    CARRIED_DECADES,
+    CARRIED_WORDS,
+    GONE_DECADES,
+    GONE_WORDS,
+    GREW_DECADES,
+    GREW_WORDS,
+)
 from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.numbers import count_words
 from gradflow.reporter.overview import WHOLE
@@ -64,17 +71,17 @@ def _message(layer: LayerAnalysis, whose: str) -> str:
     if 2 * grown > len(raw):
         have = "has" if grown == 1 else "have"
         return (
-            f"{grown} of {count_words(len(raw), unit)} {have} 1000 times the {whose}'s gradient or more "
-            f"{count_words(far, 'step')} back"
+            f"{grown} of {count_words(len(raw), unit)} {have} {GREW_WORDS} times the {whose}'s gradient "
+            f"or more {count_words(far, 'step')} back"
         )
     have = "has" if left == 1 else "have"
     said = (
-        f"{left} of {count_words(len(raw), unit)} {have} 10⁻³ of the {whose}'s gradient left "
+        f"{left} of {count_words(len(raw), unit)} {have} {GONE_WORDS} of the {whose}'s gradient left "
         f"{count_words(far, 'step')} back"
     )
     # the headline of the overview counts these
     keeps = "keeps" if steady == 1 else "keep"
-    return f"{said}; {steady} {keeps} a tenth all the way" if left else said
+    return f"{said}; {steady} {keeps} {CARRIED_WORDS} all the way" if left else said
 
 
 def draw(axes: Sequence[Axes], states: States) -> None:

@@ -13,27 +13,27 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.limits import GONE_DECADES
+from gradflow.limits import GONE_DECADES, GONE_WORDS
 from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient
-from gradflow.reporter.charts.labels import label_steps
-from gradflow.reporter.charts.marks import draw_contour
+from gradflow.reporter.charts.plot_lines import draw_contour
+from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.numbers import count_words
 from gradflow.reporter.prepare import MAP_CELLS, pooled
 from gradflow.reporter.scale import paint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Triangle(Chart):
+class TriangleChart(Chart):
     """log10 of ‖∂L_t'/∂s_t‖ ÷ its size at t = t', for one sequence, input-time order."""
 
     values: np.ndarray  # (rows, columns): loss step down, step across; NaN undefined, −inf zero
     rows: tuple[float, float]  # the loss steps at the upper and lower edge, counted from 1
     columns: tuple[float, float]  # the steps at the left and right edge, counted from 1
-    reach: np.ndarray  # (R,) per loss step, steps back until below 10⁻³; inf if never
-    contour: bool  # whether some entries lie above and some below 10⁻³
+    reach: np.ndarray  # (R,) per loss step, steps back until gone; inf if never
+    contour: bool  # whether some entries are gone and some are not
 
 
-def prepare(layer: LayerAnalysis) -> Triangle:
+def prepare(layer: LayerAnalysis) -> TriangleChart:
     """The triangle of the first mapped sequence, every loss step against its own size."""
     array = measured(layer, "log10_triangle")
     if array is None:
@@ -62,7 +62,7 @@ def prepare(layer: LayerAnalysis) -> Triangle:
         "A row is one loss step t′, divided by its size at t = t′: read leftwards from the diagonal, "
         "how far back that loss is felt."
     )
-    return Triangle(
+    return TriangleChart(
         message=_message(reach, [len(past) for past in pasts], values.shape[1]),
         reading=reading.replace("leftwards", "rightwards") if layer.reverse else reading,
         values=shown,
@@ -74,9 +74,9 @@ def prepare(layer: LayerAnalysis) -> Triangle:
     )
 
 
-def _empty(note: str) -> Triangle:
+def _empty(note: str) -> TriangleChart:
     nothing = np.empty((0, 0))
-    return Triangle(
+    return TriangleChart(
         note=note, values=nothing, rows=(0, 0), columns=(0, 0), reach=np.empty(0), contour=False
     )
 
@@ -104,11 +104,11 @@ def _message(reach: np.ndarray, depths: Sequence[int], steps: int) -> str:
         every = "every" if still == len(deep) else f"{still} of {len(deep)}"
         late = "late loss step" if every == "every" else "late loss steps"
         return f"{every} {late} is still felt at the far end".replace("steps is", "steps are")
-    return f"a loss step is felt {count_words(int(middle), 'step')} back, then below 10⁻³ (median)"
+    return f"a loss step is felt {count_words(int(middle), 'step')} back, then below {GONE_WORDS} (median)"
 
 
-def draw(axes: Sequence[Axes], triangle: Triangle) -> None:
-    """Loss step down, step across, in the fixed colours; a white line at 10⁻³."""
+def draw(axes: Sequence[Axes], triangle: TriangleChart) -> None:
+    """Loss step down, step across, in the fixed colours; a white line where it is gone."""
     ax = axes[0]
     extent = (*triangle.columns, *triangle.rows[::-1])
     ax.imshow(paint(triangle.values), extent=extent, interpolation="nearest", aspect="auto")

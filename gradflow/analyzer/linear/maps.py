@@ -1,0 +1,287 @@
+"""Gain maps of a linear recurrence: every pair of steps, by sums of logarithms or on the key axis.
+
+Letters: T steps, M mapped sequences, n sources, S the numbers of a state, D its distinct decays, G
+heads, d_k keys, K distances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradflow.analyzer.direction import log_loss_gains
+from gradflow.analyzer.linear.logs import Logs, logs_of
+from gradflow.analyzer.linear.ranked import on_key_axis
+from gradflow.analyzer.order import cuts_before, in_processing_order
+from gradflow.analyzer.plan import Maps, every_step, exact_seconds
+from gradflow.analyzer.products import NORMS, log_gains
+from gradflow.analyzer.settings import Settings
+from gradflow.cells.linear import HEAD_AXES, LinearSteps
+from gradflow.limits import (
+    HEAD_LAGS,
+    LOSS_BYTES,
+    MAP_BYTES,
+    MAP_SECONDS,
+    PAIR_SECONDS,
+    PRODUCT_FLOAT32,
+    PRODUCT_FLOAT64,
+    VECTOR_SPEED,
+)
+from gradflow.recording import Track
+
+PLANES = len(NORMS) + 2  # and the loss direction, the cell path
+
+
+@dataclass(frozen=True)
+class LinearMaps:
+    """The maps of a layer, and of its heads what falls with the distance."""
+
+    maps: Maps
+    lags: np.ndarray  # (K,)
+    head_gain: np.ndarray  # (G, K) median over pairs of ln ‖P_g‖₂; NaN where there is no pair
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What of the maps fits the budget."""
+
+    stride: int  # of the sources
+    dtype: torch.dtype  # of sums over entries
+    seconds: float  # that every step as a source would take
+
+
+def linear_maps(
+    track: Track, mapped: Sequence[int], settings: Settings, withheld: bool
+) -> LinearMaps:
+    """ln gain from every chosen source to every later step of the mapped sequences."""
+    plan = _planned(track, mapped, settings)
+    sources = np.arange(0, track.steps, plan.stride)
+    shape = (len(mapped), len(sources), track.steps)
+    planes = {name: np.full(shape, np.nan) for name in (*NORMS, "loss")}
+    segments = cuts_before(track)[:, list(mapped)].T.numpy()
+    lags = _lags(track.steps)
+    heads: list[list[np.ndarray]] = []  # sequence, head -> (K, n)
+    for place, b in enumerate(mapped):
+        steps = track.operator(torch.float64, torch.tensor([b]))
+        assert isinstance(steps, LinearSteps)
+        length = int(track.lengths[b])
+        inside = torch.from_numpy(sources[sources < length])
+        crossed = segments[place][inside, None] != segments[place][None, :length]
+        vectors = None if withheld else _vectors(track, b)
+        one = _Sequence(steps, length, inside, plan, vectors, lags, crossed)
+        found = one.ranked() if steps.left is not None else one.elementwise()
+        for name, values in found.items():
+            values[torch.from_numpy(crossed)] = torch.nan
+            planes[name][place, : len(inside), :length] = values.numpy()
+        heads.append(one.by_lag)
+        settings.progress(f"{track.name}: gains", (place + 1) / len(mapped))
+    maps = Maps(
+        log_gain=planes,
+        blocks=np.zeros((0, *shape)),
+        block_names=(),
+        cell_path=np.full(shape, np.nan),
+        sources=sources,
+        method="exact",
+        stride=plan.stride,
+        dtype=plan.dtype,
+        words=_words(track, plan),
+    )
+    count = len(heads[0])
+    curves = [np.concatenate([own[head] for own in heads], axis=1) for head in range(count)]
+    gains = np.array([_medians(curve) for curve in curves]).reshape(count, len(lags))
+    return LinearMaps(maps, lags, gains)
+
+
+def _lags(steps: int) -> np.ndarray:
+    """Distances at which heads are told apart: all of few, else evenly spread in their logarithms."""
+    if steps < 2:
+        return np.zeros(0, dtype=int)
+    return np.unique(np.geomspace(1, steps - 1, min(HEAD_LAGS, steps - 1)).round().astype(int))
+
+
+def _medians(values: np.ndarray) -> np.ndarray:
+    """(K,) of (K, n), of what is known."""
+    found = np.full(len(values), np.nan)
+    for place, row in enumerate(values):
+        known = np.sort(row[~np.isnan(row)])
+        if len(known):
+            low, high = known[(len(known) - 1) // 2], known[len(known) // 2]
+            found[place] = low if np.isinf(low) else (low + high) / 2
+    return found
+
+
+def _vectors(track: Track, b: int) -> Tensor | None:
+    """∂L/∂S_t of a sequence in processing order, (T, S); None where it is not known."""
+    grads = track.partial_grads
+    if grads is None:
+        return None
+    (name,) = track.states
+    return in_processing_order(track, grads[name])[:, b]
+
+
+# ------------------------------------------------------------------------------------- the budget
+
+
+def _planned(track: Track, mapped: Sequence[int], settings: Settings) -> _Plan:
+    lengths = [int(track.lengths[b]) for b in mapped]
+    steps = track.operator(torch.float64, torch.tensor([mapped[0]]))
+    assert isinstance(steps, LinearSteps)
+    seconds = MAP_SECONDS / settings.layers
+    least = 1
+    extra = 2 * track.state_shape[0] if steps.left is not None else 0  # planes of every head
+    row = 8.0 * (PLANES * len(mapped) + extra) * track.steps
+    while row * math.ceil(track.steps / least) > MAP_BYTES and least < track.steps:
+        least *= 2
+    if steps.left is not None:
+        heads, width, _ = track.state_shape
+        whole = heads * sum(exact_seconds(width, length) for length in lengths)
+        dtype = torch.float64
+    else:
+        whole, dtype = _elementwise_seconds(steps, lengths, seconds, least)
+    stride = settings.stride or least
+    while settings.stride is None and whole / stride > seconds and stride < track.steps:
+        stride *= 2
+    return _Plan(stride, dtype, whole)
+
+
+def _elementwise_seconds(
+    steps: LinearSteps, lengths: list[int], seconds: float, stride: int
+) -> tuple[float, torch.dtype]:
+    """Predicted, of every pair; sums in float32 where that brings it into the budget."""
+    distinct = math.prod(steps.decay.shape[2:])
+    pairs = sum(length * (length - 1) / 2 for length in lengths)
+    found = math.inf
+    for dtype, speed in ((torch.float64, PRODUCT_FLOAT64), (torch.float32, PRODUCT_FLOAT32)):
+        sums = 2 * 2.0 * distinct / speed  # rms and the loss direction
+        found = pairs * (PAIR_SECONDS * distinct / max(1, steps.shape[-1]) + sums)
+        if found / stride <= seconds:
+            return found, dtype
+    return found, torch.float32
+
+
+def _words(track: Track, plan: _Plan) -> str:
+    words = f"exact, {every_step(plan.stride)} a source"
+    if plan.dtype == torch.float32:
+        words += ", sums over entries in float32"
+    if plan.stride > 1:
+        words += f": every step would take about {max(1, round(plan.seconds))} s"
+    return words
+
+
+# ---------------------------------------------------------------------------------- one sequence
+
+
+@dataclass
+class _Sequence:
+    """One mapped sequence."""
+
+    steps: LinearSteps
+    length: int
+    sources: Tensor  # (n,)
+    plan: _Plan
+    vectors: Tensor | None  # (T, S)
+    lags: np.ndarray
+    crossed: np.ndarray  # (n, T) true across a cut
+
+    def __post_init__(self) -> None:
+        self.by_lag: list[np.ndarray] = []  # head -> (K, n)
+
+    def elementwise(self) -> dict[str, Tensor]:
+        """By sums of logarithms."""
+        logs = logs_of(self.steps)
+        total = logs.total[: self.length]
+        logs = Logs(
+            total,
+            None if logs.zeros is None else logs.zeros[: self.length],
+            logs.copies,
+            logs.groups,
+            logs.inner,
+        )
+        width = total.shape[1]
+        found = {"spectral": self._maxima(logs)}
+        sums = logs.sums(self.sources, dtype=self.plan.dtype)
+        found["rms"] = (sums - math.log(width)) / 2
+        weights = None if self.vectors is None else self._weights()
+        if weights is not None:
+            found["loss"] = logs.sums(self.sources, weights, self.plan.dtype) / 2
+        places = torch.arange(len(self.sources))
+        for name, values in found.items():
+            known = ~values[places, self.sources].isnan() | (name != "loss")
+            values[places[known], self.sources[known]] = 0.0
+        return found
+
+    def _maxima(self, logs: Logs) -> Tensor:
+        if logs.groups == 1:
+            return logs.maxima(self.sources)
+        whole: Tensor | None = None
+        for head in range(logs.groups):
+            own = logs.of_group(head).maxima(self.sources)
+            self._note(own)
+            whole = own if whole is None else torch.maximum(whole, own)
+        assert whole is not None
+        return whole
+
+    def _note(self, own: Tensor) -> None:
+        """What of a head's map (n, T) lies at the distances."""
+        values = np.full((len(self.lags), len(self.sources)), np.nan)
+        numbers = np.where(self.crossed, np.nan, own.numpy())
+        sources = self.sources.numpy()
+        for place, lag in enumerate(self.lags):
+            inside = np.flatnonzero(sources + lag < self.length)
+            values[place, inside] = numbers[inside, sources[inside] + lag]
+        self.by_lag.append(values)
+
+    def _weights(self) -> Tensor:
+        """The share of ‖a_t‖² that lies at each distinct decay, (T, D); NaN where a_t is 0 or NaN."""
+        assert self.vectors is not None
+        size = self.vectors[: self.length].abs().double()
+        peak = size.amax(1, keepdim=True)
+        square = (size / peak).square()  # 0/0 is NaN
+        square = square / square.sum(1, keepdim=True)
+        shaped = square.unflatten(1, self.steps.shape)
+        axes = list(self.steps.decay.shape[2:])
+        if len(axes) == HEAD_AXES:
+            axes[0] = self.steps.shape[0]
+        shared = [axis + 1 for axis, width in enumerate(axes) if width == 1]
+        return (shaped.sum(shared) if shared else shaped).reshape(len(square), -1)
+
+    def ranked(self) -> dict[str, Tensor]:
+        """By products on the key axis of every head."""
+        heads = self.steps.shape[0]
+        keys = on_key_axis(self.steps)
+        made = log_gains(keys, self.sources.tolist())
+        spectral, rms = (made[norm][:, :, : self.length] for norm in NORMS)
+        for head in range(heads):
+            if heads > 1:
+                self._note(spectral[head])
+        # ‖P‖_F²/S = Σ_g ‖P_g‖_F² d_v/(G d_k d_v), of which rms_g² is ‖P_g‖_F²/d_k
+        found = {
+            "spectral": spectral.amax(0),
+            "rms": (torch.logsumexp(2 * rms, 0) - math.log(heads)) / 2,
+        }
+        if self.vectors is not None:
+            found["loss"] = self._loss(self.vectors.double().unsqueeze(1))
+        return found
+
+    def _loss(self, vectors: Tensor) -> Tensor:
+        """Pulled back through the whole state, every so-manieth target."""
+        stride, size = 1, self.steps.size
+        seconds = MAP_SECONDS / 4
+        while stride < self.length and (
+            8.0 * size * self.length / stride > LOSS_BYTES
+            or 4.0 * size * self.length**2 / 2 / stride / VECTOR_SPEED > seconds
+        ):
+            stride *= 2
+        targets = range(self.length - 1, -1, -stride)
+        short = LinearSteps(
+            shape=self.steps.shape,
+            decay=self.steps.decay[: self.length],
+            left=None if self.steps.left is None else self.steps.left[: self.length],
+            right=None if self.steps.right is None else self.steps.right[: self.length],
+        )
+        return log_loss_gains(short, vectors[: self.length], self.sources.tolist(), targets)[0]

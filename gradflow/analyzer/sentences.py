@@ -1,0 +1,269 @@
+"""One sentence and one title for each layer; text counts steps from 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from gradflow.analyzer.causes.reading import headline, opening
+from gradflow.analyzer.cuts import cut_steps
+from gradflow.analyzer.evidence import Evidence, counted, number
+from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
+from gradflow.limits import BAND_WORDS, GONE_WORDS
+
+# ------------------------------------------------------------------------------------- sentence
+
+
+def sentence(evidence: Evidence) -> str:
+    """The verdict on a layer in words with its numbers."""
+    said = _SENTENCES[evidence.verdict.name](evidence)
+    said += _in_the_long_run(evidence, said) + _cut(evidence) + _too_short(evidence)
+    first = opening(evidence)
+    if first and evidence.labels[:1] != ("no recurrence",):
+        return f"{evidence.track.name} {first}; the layer itself {said}"
+    return f"{evidence.track.name} {said}"
+
+
+def _in_the_long_run(e: Evidence, said: str) -> str:
+    """The rate beside the gain, where the one is not what the other makes one think."""
+    if math.isnan(e.gain.low) or not math.isfinite(e.rate.value) or not e.gain.steps:
+        return ""
+    if not e.settled:
+        return "; a rate per step has not settled in so few steps"
+    if not e.apart:
+        return ""
+    long = e.rate.value * e.gain.steps / math.log(10)
+    beside = f", where the gain makes {number(e.decades)}"
+    if f"{number(abs(e.decades))} decades" in said:
+        beside = ""
+    return (
+        f"; its rate in the long run, {number(e.rate.value)} per step, would make {number(long)} "
+        f"decades of {e.over}{beside}"
+    )
+
+
+def _cut(e: Evidence) -> str:
+    """Where the state is cut off from its past, and how long the stretches between are."""
+    steps = cut_steps(e.track)
+    if not steps or not e.gain.steps:
+        return ""
+    longest = int(e.data["segment_length"].max())
+    where = f"at step {steps[0] + 1}" if len(steps) == 1 else f"at {len(steps)} steps"
+    return (
+        f"; it is cut off from its past {where}, which no gradient crosses, in stretches of up to "
+        f"{_steps(longest)}"
+    )
+
+
+def _too_short(e: Evidence) -> str:
+    """How many sequences are shorter than what the gain is measured over."""
+    without = int((~e.sequence_gains.voting).sum())
+    if not without or math.isnan(e.gain.value) or e.no_gains:
+        return ""
+    verb = "is" if without == 1 else "are"
+    return (
+        f"; {without} of {counted(e.track.batch, 'sequence')} {verb} too short for these "
+        f"{counted(e.gain.steps, 'step')} and {'has' if without == 1 else 'have'} no say in it"
+    )
+
+
+def _vanishing(e: Evidence) -> str:
+    gone = e.curve.horizon
+    if gone is None:
+        end = f"and is still above {GONE_WORDS} after the {counted(e.curve.searched, 'step')} measured"
+    elif gone < e.span:
+        end = f"and is gone after {gone} of your {counted(e.span, 'step')}"
+    else:
+        end = f"and is gone after {counted(gone, 'step')}"
+    return f"vanishes: {_halving(e)} {end}"
+
+
+def _halving(e: Evidence) -> str:
+    if not math.isfinite(e.half_life) or not (e.told and e.curve.falls_with(e.rate.value)):
+        return f"the gradient loses {number(-e.decades)} decades over {e.over}"
+    if "not exponential" in e.labels:
+        return f"the gradient has halved after {number(e.half_life)} steps, slowing down since,"
+    if e.half_life < 0.95:
+        return f"the gradient shrinks {number(math.exp(-e.rate.value))}-fold at every step"
+    steps = "step" if number(e.half_life) == "1" else f"{number(e.half_life)} steps"
+    return f"the gradient halves every {steps}"
+
+
+def _exploding(e: Evidence) -> str:
+    if not e.told or not e.rate.value > 0:
+        return f"explodes: the gradient grows by {number(e.decades)} decades over {e.over}"
+    tenfold = number(math.log(10) / e.rate.value)
+    every = "step" if tenfold == "1" else f"{tenfold} steps"
+    return (
+        f"explodes: the gradient grows tenfold every {every}, by {number(e.decades)} decades over "
+        f"{e.over}"
+    )
+
+
+def _stable(e: Evidence) -> str:
+    if e.channels is None:
+        return f"is stable: the largest gain changes by {number(e.decades)} decades over {e.over}"
+    if e.channels == 0:
+        return (
+            f"is stable by its largest gain ({number(e.decades)} decades over {e.over}), yet no "
+            f"direction of {e.size} survives {_steps(e.ranks.reach)} of the sequence mapped"
+        )
+    return f"is stable: {_surviving(e)}"
+
+
+def _surviving(e: Evidence) -> str:
+    verb = "survives" if e.channels == 1 else "survive"
+    every = "the only direction" if e.size == 1 else f"{e.channels} of {e.size} directions"
+    if e.channels == e.size and e.size > 1:
+        every = f"all {e.size} directions"
+    return f"{every} {verb} {_steps(e.ranks.reach)}"
+
+
+def _dead(e: Evidence) -> str:
+    if e.cut_throughout:
+        return (
+            "is dead: the state is cut off from its past at every step, so nothing earlier can be "
+            "learned"
+        )
+    return f"is dead: exact zeros cut every path{_within(e)}, so nothing earlier can be learned"
+
+
+def _within(e: Evidence) -> str:
+    zero = next((k for k, share in enumerate(e.curve.zero_share) if k and share == 1), None)
+    return "" if zero is None else f" within {counted(zero, 'step')}"
+
+
+def _inconclusive(e: Evidence) -> str:
+    if "no recurrence" in e.labels and e.track.afresh:
+        return (
+            f"is one of {e.track.afresh} calls that start afresh, each on what came of the call before: "
+            "what goes around is in no track, and within one step there is nothing to measure"
+        )
+    if "no recurrence" in e.labels:
+        return "ran for one step only: no recurrence is exercised, so there is nothing to measure"
+    if "not finite" in e.labels:
+        return "holds NaN or Inf: no rate can be given until its values are finite"
+    if e.no_gains:
+        return f"gets no verdict, since its gains are not known: {e.no_gains}"
+    if math.isnan(e.gain.value):
+        return "has no step without a cut to measure: no gain can be given"
+    if math.isnan(e.gain.low):
+        return (
+            f"is inconclusive: one sequence gives a gain of {number(e.decades)} decades over {e.over} "
+            f"but no interval; {e.verdict.needed} would decide"
+        )
+    low, high = (number(end / math.log(10)) for end in (e.gain.low, e.gain.high))
+    return (
+        f"is inconclusive: the largest gain over {e.over}, {number(e.decades)} decades "
+        f"[{low}, {high}], straddles the edge of {BAND_WORDS}; {e.verdict.needed} would decide"
+    )
+
+
+_SENTENCES: dict[str, Callable[[Evidence], str]] = {
+    "vanishing": _vanishing,
+    "exploding": _exploding,
+    "stable": _stable,
+    "dead": _dead,
+    "inconclusive": _inconclusive,
+}
+
+# ---------------------------------------------------------------------------------------- title
+
+
+def title(evidence: Evidence) -> str:
+    """The headline of a layer in the overview: what became of the loss's gradient, else the gain."""
+    subject = evidence.kind if evidence.alone else f"{evidence.track.name} ({evidence.kind})"
+    if evidence.kind in ("tap", evidence.track.name):  # "loop (loop)" would say nothing more
+        subject = evidence.track.name
+    return f"{subject}: {_headline(evidence)}"
+
+
+def _headline(e: Evidence) -> str:
+    if "no recurrence" in e.labels:
+        return "one step only, so no recurrence to measure"
+    if "not finite" in e.labels:
+        return "NaN or Inf, so no rate can be given"
+    read = headline(e)
+    if read:
+        return read
+    if e.no_gains:
+        return "no verdict, its gains are not known"
+    if e.cut_throughout:
+        return "cut off from its past at every step"
+    if e.verdict.name == "dead":
+        return f"exact zeros cut every path{_within(e)}"
+    profile = e.main_profile
+    if e.gradient_note or e.profile.whole or not np.isfinite(profile).any():
+        return _by_gain(e)
+    if np.isnan(profile[:, 1:]).all():
+        return _by_gain(e)  # the loss reads the first step alone, or a cut lies right before it
+    if np.isposinf(profile).any():
+        back = int(np.flatnonzero(np.isposinf(profile).any(0))[0])
+        return f"the gradient is infinite {counted(back, 'step')} before the loss"
+    return _by_loss(e, profile)
+
+
+def _by_loss(e: Evidence, profile: np.ndarray) -> str:
+    unit = "cell" if e.main_state == "c" else "unit"
+    gone = steps_until_gone(profile)
+    if gone is not None:
+        where = f"gone {counted(gone, 'step')} before the loss"
+        if e.verdict.name == "stable":  # not for want of the layer
+            return f"this loss's gradient is {where}, though the layer could carry it"
+        return f"the gradient is {where}"
+    level = rms_over_units(profile)
+    known = np.flatnonzero(~np.isnan(level))
+    back = int(known[-1])
+    if e.verdict.name == "exploding" or level[back] > 3:
+        return _grown(float(level[back]), back)
+    if e.verdict.name == "vanishing" and level[back] > 0:
+        return _by_gain(e)  # the layer above passes gradient down at steps far from the loss, too
+    if e.verdict.name == "vanishing":
+        return _faded(-float(level[back]), back)
+    carrying, units = carriers(profile)
+    return _carried(carrying, units, unit, len(known))
+
+
+def _faded(decades: float, back: int) -> str:
+    if decades < 1:
+        return f"the gradient falls to {number(10**-decades)} of its level over {_steps(back)}"
+    return f"the gradient fades by {number(decades)} decades over {_steps(back)}"
+
+
+def _grown(decades: float, back: int) -> str:
+    over = f"over the {counted(back, 'step')} before the loss"
+    if back == 1:
+        over = "over the last step before the loss"
+    if decades < 1:
+        return f"the gradient comes to {number(10**decades)} times its level {over}"
+    return f"the gradient grows by {number(decades)} decades {over}"
+
+
+def _carried(carrying: int, units: int, unit: str, steps: int) -> str:
+    way = f"all {counted(steps, 'step')}"
+    if carrying == 0:
+        return f"the gradient reaches back {way}, though no single {unit} carries it throughout"
+    if carrying == units:
+        every = f"its only {unit} carries" if units == 1 else f"all {units} {unit}s carry"
+        return f"{every} the gradient {way}"
+    if carrying == 1:
+        return f"one {unit} of {units} carries the gradient {way}"
+    return f"{carrying} {unit}s of {units} carry the gradient {way}"
+
+
+def _by_gain(e: Evidence) -> str:
+    if e.verdict.name == "exploding":
+        return f"a direction grows by {number(e.decades)} decades over {e.over}"
+    if e.curve.horizon is not None:
+        return f"no direction survives {_steps(e.curve.horizon)}"
+    if e.verdict.name == "vanishing":
+        return f"every direction loses {number(-e.decades)} decades or more over {e.over}"
+    if e.channels:
+        return _surviving(e)
+    return f"the gain stays above {GONE_WORDS} for {_steps(e.curve.searched)}"
+
+
+def _steps(count: int) -> str:
+    return counted(count, "step")

@@ -1,0 +1,337 @@
+"""One layer and direction of a loop of calls: what a `Track` reads its numbers from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradflow.cells import Scan
+from gradflow.hooks.call import SECOND_ORDER, Call
+from gradflow.hooks.layersource import LayerSource, alone, by_loss_step
+from gradflow.hooks.loops.arrivals import Arrivals, arrivals, arrivals_at_top, reached
+from gradflow.hooks.loops.lags import Lags
+from gradflow.hooks.loops.loop import Loop, trimmed
+from gradflow.hooks.loops.loss_steps import Sheet, by_time, gathered, sheets
+from gradflow.hooks.parity import WeightUses
+from gradflow.hooks.unreadable import ONLY_BATCHED
+from gradflow.recording import Backward, Contributions, Forward, Operator, Parity, Source
+
+SEVERITY = ("not applicable", "passed", "failed")
+
+
+@dataclass(eq=False)
+class LoopSource:
+    """One layer and direction of a loop of calls; most loops are of a single call."""
+
+    loop: Loop
+    layer: int
+    direction: int
+    uses: WeightUses | None  # None in the copy that they hold, which would else refer back to them
+    ran_backward: bool = False  # some backward ran in the block, perhaps not through here
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls it is made of, in time order."""
+        return self.loop.chain.calls
+
+    @property
+    def version(self) -> int:
+        """How many backwards reached the calls."""
+        return self.loop.chain.version
+
+    @property
+    def closed(self) -> Any:
+        """The `ClosedLoop` that the calls are a part of, if any."""
+        return self.loop.chain.closed
+
+    def alone(self) -> LoopSource | None:
+        """The same layer with its inputs held fixed, if it is part of a closed loop."""
+        if self.closed is None:
+            return None
+        return AloneSource(self.loop, self.layer, self.direction, self.uses, self.ran_backward)
+
+    def parts(self) -> list[LayerSource]:
+        """The layer in each group of calls that are replayed at once."""
+        return [
+            LayerSource(group.replay, group.scans, self.layer, self.direction)
+            for group in self.loop.groups
+        ]
+
+    def _single(self) -> LayerSource | None:
+        plain = len(self.calls) == 1 and self.loop.chain.lengths is None  # also where it is packed
+        return self.parts()[0] if plain else None
+
+    def _in_time(self, arrays: list[Tensor]) -> Tensor:
+        return self._trimmed(self.loop.in_time(arrays))
+
+    def _trimmed(self, array: Tensor) -> Tensor:
+        dtype = self.calls[0].returned["output"].dtype
+        return trimmed(array.to(dtype), self.loop.chain.real)
+
+    def forward(self) -> Forward:
+        """States, gates and inputs."""
+        parts = [part.forward() for part in self.parts()]
+        if self._single() is not None:
+            return parts[0]
+        return Forward(
+            states={n: self._in_time([p.states[n] for p in parts]) for n in parts[0].states},
+            initial={n: self.loop.initial([p.initial[n] for p in parts]) for n in parts[0].initial},
+            gates={n: self._in_time([p.gates[n] for p in parts]) for n in parts[0].gates},
+            inputs=self._in_time([p.inputs for p in parts if p.inputs is not None]),
+        )
+
+    def backward(self) -> Backward | None:
+        """Total gradients; None without a backward."""
+        single = self._single()
+        if single is not None:
+            return single.backward()
+        with torch.no_grad():
+            scans = self.loop.scans(self.layer)
+            if scans is None:
+                return None
+            closed = self.closed
+            return self._gathered(
+                self.loop.direct(self.layer) if closed is None else closed.direct(self),
+                lambda part: self.loop.in_time([part(scan) for _, scan in scans]),
+            )
+
+    def last(self) -> Backward | None:
+        """Total gradients of the last loss step alone; last in processing order."""
+        single = self._single()
+        if single is not None:
+            return single.last()
+        if self.closed is not None:
+            return self.closed.last(self)
+        arrives = self.reached()
+        if arrives is None:
+            return None
+        time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
+        if self.loop.chain.real is not None:
+            arrives &= time < self.loop.chain.real.to(arrives.device)
+        chosen = torch.where(arrives, time, -1).max(0).values.unsqueeze(0)
+        dtype = self.loop.groups[0].replay.work_dtype
+        return self._pulled(chosen, dtype, self._every(), self._trimmed)
+
+    def reached(self) -> Tensor | None:
+        """Where the loss reaches what was returned, input time."""
+        single = self._single()
+        if single is not None:
+            return single.reached()
+        if self.closed is not None:
+            return self.closed.reached(self)
+        found = self._arrivals()
+        return None if found is None else reached(found)
+
+    def arriving(self) -> Tensor | None:
+        """Where a gradient comes to this layer from outside it, padding included."""
+        single = self._single()
+        if single is not None:
+            return single.arriving()
+        if self.closed is not None:
+            return self.closed.reached(self)
+        found = self._arrivals()
+        if found is None:
+            return None
+        with torch.no_grad():
+            direct = self.loop.direct(self.layer)
+        if bool(
+            self._trimmed_to_zero(direct).isnan().any()
+        ):  # what lies between two calls is not known
+            return None
+        arrives = (direct.nan_to_num() != 0).any(2)
+        for name, part in found[self.layer].items():
+            arrives = arrives if name == "h" else arrives | (part.nan_to_num() != 0).any(2)
+        return arrives
+
+    def _trimmed_to_zero(self, array: Tensor) -> Tensor:
+        real = self.loop.chain.real
+        if real is None:
+            return array
+        time = torch.arange(len(array), device=array.device).unsqueeze(1)
+        return array.masked_fill((time >= real.to(array.device)).unsqueeze(2), 0.0)
+
+    def loss_steps(
+        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    ) -> Backward | None:
+        """Total gradients of single loss steps, (n, T, m, ·)."""
+        single = self._single()
+        if single is not None:
+            return single.loss_steps(sequences, loss_steps, dtype)
+        if self.closed is not None:
+            return self.closed.loss_steps(self, sequences, loss_steps, dtype)
+        every = self._every()
+        sequences, loss_steps = sequences.to(every.device), loss_steps.to(every.device)
+        lengths = self.loop.chain.real
+        count = len(loss_steps)
+        if lengths is not None:
+            lengths = lengths.to(every.device)[sequences].repeat(count)
+        return self._pulled(
+            loss_steps.unsqueeze(1).expand(-1, len(sequences)),
+            dtype,
+            sequences,
+            lambda array: by_loss_step(trimmed(array, lengths), count),
+        )
+
+    def contributions(self, sequences: Tensor) -> Contributions | None:
+        """∂L/∂W_hh and ∂L/∂W_ih of some sequences by lag; None where there is no lag."""
+        if self.closed is not None:
+            return None  # what a lag brings comes through other parts of the loop as well
+        found = self._arrivals()
+        if found is None or not self._has_lags():
+            return None
+        place = self.layer, self.direction
+        return Lags(self.loop, place, found, sequences.to(self.calls[0].h0.device)).contributions()
+
+    def _every(self) -> Tensor:
+        return torch.arange(self.loop.chain.batch, device=self.calls[0].h0.device)
+
+    def _has_lags(self) -> bool:
+        found = self._arrivals()
+        return found is not None and len(found) >= self.calls[0].layers - self.layer
+
+    def _arrivals(self) -> Arrivals | None:
+        if self._single() is not None:
+            known = self.loop.groups[0]
+            return self.loop.once(
+                ("arrivals", self.direction), lambda: arrivals_at_top(known, self.direction)
+            )
+        return self.loop.once("arrivals", lambda: arrivals(self.loop))
+
+    def _sheets(self, dtype: torch.dtype, sequences: Tensor) -> list[Sheet] | None:
+        found = self._arrivals()
+        if found is None or not self._has_lags():
+            return None
+        return sheets(self.loop, (self.layer, self.direction), found, dtype, sequences)
+
+    def _pulled(
+        self,
+        loss_steps: Tensor,
+        dtype: torch.dtype,
+        sequences: Tensor,
+        shaped: Callable[[Tensor], Tensor],
+    ) -> Backward | None:
+        """Each of the loss steps (n, m) of the given sequences alone."""
+        with torch.no_grad():
+            stack = self._sheets(dtype, sequences)
+            if stack is None:
+                return None
+            passed = [scans[-1] for _, scans in by_time(stack, len(sequences), loss_steps)]
+            return alone(gathered(passed), shaped)
+
+    def partial(self) -> dict[str, Tensor] | None:
+        """State-partial gradients; None without a backward.
+
+        None also where a state goes around a call: the states that compose are then not those that
+        the calls return.
+        """
+        single = self._single()
+        if single is not None:
+            return single.partial()
+        with torch.no_grad():
+            scans = self.loop.scans(self.layer)
+            around = any(
+                link is not None and link.around is not None for link in self.loop.chain.links
+            )
+            if scans is None or around:
+                return None
+            parts = [
+                group.replay.steps(self.layer, 0).partial(scan.grads)
+                for group, (_, scan) in zip(self.loop.groups, scans, strict=True)
+            ]
+            return {name: self._in_time([part[name] for part in parts]) for name in parts[0]}
+
+    def _gathered(
+        self, direct: Tensor | None, gather: Callable[[Callable[[Scan], Tensor]], Tensor]
+    ) -> Backward:
+        grads = {n: gather(lambda scan, n=n: scan.grads[n]) for n in self.calls[0].initial}  # type: ignore[misc]
+        return Backward(
+            grads={name: self._trimmed(grad) for name, grad in grads.items()},
+            direct=None if direct is None else self._trimmed(direct),
+            delta=self._trimmed(gather(lambda scan: scan.delta)),
+            delta_hh=self._trimmed(gather(lambda scan: scan.delta_hh)),
+        )
+
+    def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
+        """Step Jacobians in processing order, starting at each sequence's first real step."""
+        single = self._single()
+        if single is not None:
+            return single.operator(dtype, sequences)
+        if self.closed is not None:
+            return self.closed.operator(self, dtype, sequences)
+        with torch.no_grad():
+            sequences = sequences.to(self.calls[0].h0.device)
+            return self.loop.operator(self.layer, dtype, sequences)
+
+    def changed(
+        self, *, forget_bias: float, scale_hh: float, scale_ih: float
+    ) -> tuple[Source, dict[str, Tensor]]:
+        """The layer run again with changed weights, and these."""
+        from gradflow.hooks.rerun import WeightChange, changed  # which is made of these sources
+
+        return changed(self, WeightChange(forget_bias, scale_hh, scale_ih))
+
+    def _lost(self) -> str:
+        return next((call.lost for call in self.calls if call.lost), "")
+
+    def parity(self) -> Parity:
+        """See `WeightUses.check`; the worst of all groups of calls."""
+        lost = self._lost()
+        if lost:
+            create_graph = "a backward with create_graph=True came through the layer"
+            reason = create_graph if lost == SECOND_ORDER else lost
+            return Parity("not applicable", None, reason)
+        checked, found = [], []
+        for part in self.parts():
+            keys = part.weight_keys()
+            if keys not in checked:
+                checked.append(keys)
+                assert self.uses is not None
+                found.append(self.uses.check(part))
+        return max(found, key=lambda parity: (SEVERITY.index(parity.status), parity.error or 0.0))
+
+    def trains_recurrence(self) -> bool | None:
+        """Whether ∂L/∂W_hh has an entry that is not exactly 0; None without a gradient."""
+        with torch.no_grad():
+            found = [part.rebuilt() for part in self.parts()]
+        known = [part["weight_hh"] for part in found if part is not None and len(part["weight_hh"])]
+        return any(bool((grad != 0).any()) for grad in known) if known else None
+
+    def unread(self) -> bool:
+        """Whether a backward ran and did not come here, though it could have."""
+        if self._lost() or any(call.batched for call in self.calls):
+            return False
+        able = any(call.grad_enabled and call.differentiable for call in self.calls)
+        return able and self.ran_backward and not any(call.graph_tasks for call in self.calls)
+
+    def why_no_gradient(self) -> str:
+        """Why there is no gradient here, and what to do."""
+        if self._lost():
+            return self._lost()
+        if any(call.batched for call in self.calls):
+            return ONLY_BATCHED
+        if not any(call.grad_enabled for call in self.calls):
+            return "it ran inside torch.no_grad() or torch.inference_mode(); run it with gradients enabled"
+        if not any(call.differentiable for call in self.calls):
+            return (
+                "its weights are frozen and its input needs no gradient; "
+                "call requires_grad_() on the weights or on the input"
+            )
+        if self.ran_backward:
+            return (
+                "a backward ran but did not reach this layer: its output is detached, or the loss "
+                "ignores it; make the loss depend on it"
+            )
+        return "no backward ran inside the block; call loss.backward() before the block ends"
+
+
+class AloneSource(LoopSource):
+    """A layer of a closed loop, its inputs held fixed."""
+
+    @property
+    def closed(self) -> Any:
+        """Nothing: the loop is left open."""
+        return None

@@ -1,0 +1,1 @@
+"""Pictures, page and terminal of a training: everything that shows a `History`."""

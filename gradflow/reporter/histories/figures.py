@@ -1,0 +1,105 @@
+"""Pictures of trainings: `plot_histories` looks its kind up in `HISTORY_KINDS` and draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gradflow.errors import InputError, must_be
+from gradflow.history import History
+from gradflow.reporter import panels
+from gradflow.reporter.fonts import legible
+from gradflow.reporter.histories.across import colour_words, shared_by
+from gradflow.reporter.histories.course import Course, courses
+from gradflow.reporter.histories.kinds import HISTORY_KINDS
+from gradflow.reporter.layout import Block, draw_blocks, title
+from gradflow.reporter.picture import look
+
+
+def plot_histories(
+    histories: Sequence[History],
+    kind: str = "waterfall",
+    *,
+    layer: str | None = None,
+    layers: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw one or several histories on one scale.
+
+    Args:
+        histories: as `gradflow.load` reads them.
+        kind: one of `HISTORY_KINDS`.
+        layer: one layer by name; all by default.
+        layers: or some by name.
+        names: what each history is called; by default its model's name.
+        ax: axes of your own for the main panel of one layer.
+
+    Returns:
+        The figure; with ``ax`` the one that they are part of.
+
+    Raises:
+        InputError: the kind or the layer is unknown, there is no probe yet, or ``ax`` is given for
+            more than one layer.
+    """
+    if not isinstance(kind, str) or kind not in HISTORY_KINDS:
+        advice = "the waterfall is the one to look at first"
+        raise InputError(
+            must_be("kind of a history", f"one of {', '.join(HISTORY_KINDS)}", repr(kind), advice)
+        )
+    for history in histories:
+        if not len(history) or not history.layers:
+            advice = "wait for the first one, or look at history.notes"
+            got = "none" if not len(history) else "none with a recurrent layer"
+            raise InputError(must_be(f"history {history.title!r}", "one with probes", got, advice))
+    shown = courses(histories, layer, names)
+    if layers is not None:
+        shown = [one for one in shown if one.layer in layers]
+    with look():
+        blocks = blocks_of(kind, shown)
+        if ax is not None:
+            return _draw_into(ax, kind, blocks, shown)
+        return draw_blocks(HISTORY_KINDS[kind], blocks)
+
+
+def blocks_of(kind: str, shown: Sequence[Course]) -> list[Block]:
+    """A block of panels for each layer, on axes in common; the first of each run has its loss."""
+    shared = shared_by(shown)
+    charts = [
+        HISTORY_KINDS[kind].prepare(
+            one, shared, first=place == 0 or shown[place - 1].run != one.run
+        )
+        for place, one in enumerate(shown)
+    ]
+    drawn = [chart for chart in charts if not chart.note]
+    colours = "" if HISTORY_KINDS[kind].scale else colour_words(drawn)
+    for place, chart in enumerate(charts):
+        # what several pictures say of themselves is said below the last of them
+        last = not any(other.reading == chart.reading for other in charts[place + 1 :])
+        said = [chart.reading * last, colours * (bool(drawn) and chart is drawn[-1])]
+        charts[place] = replace(chart, reading=" ".join(filter(None, said)))
+    return [
+        Block(one.name, chart, unwritten=False) for one, chart in zip(shown, charts, strict=True)
+    ]
+
+
+def _draw_into(ax: Axes, kind: str, blocks: Sequence[Block], shown: Sequence[Course]) -> Figure:
+    if len(blocks) > 1:
+        names = ", ".join(one.name for one in shown)
+        advice = "give layer= as well, or leave ax out"
+        raise InputError(must_be("ax", "given for one layer", f"{len(blocks)} ({names})", advice))
+    block = blocks[0]
+    if block.chart.note:
+        panels.say(ax, block.chart.note)
+    else:
+        HISTORY_KINDS[kind].draw([ax], block.chart)
+    ax.set_title(legible(title(block)), loc="left", parse_math=False)
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise InputError(
+            must_be("ax", "part of a figure", "axes without one", "add it to a figure")
+        )
+    return figure

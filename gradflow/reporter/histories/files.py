@@ -1,0 +1,182 @@
+"""The report of a training: page, summary, tables and pictures, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradflow._version import __version__
+from gradflow.errors import InputError, must_be
+from gradflow.history import History
+from gradflow.reporter.digest import strict
+from gradflow.reporter.folders import check_folder, whole_folder
+from gradflow.reporter.histories.course import Course, courses
+from gradflow.reporter.histories.figures import blocks_of, plot_histories
+from gradflow.reporter.histories.kinds import HISTORY_KINDS
+from gradflow.reporter.histories.now import Now, now
+from gradflow.reporter.histories.page import history_page, top_layers
+from gradflow.reporter.picture import png
+
+SCHEMA = 1  # of summary.json of a history; raised when a reader would be misled
+HISTORY_FORMATS = ("html", "json", "csv", "png")
+TABLES = ("layers", "steps", "lags", "gates", "notes")
+
+FigureKey = tuple[str, str]  # (kind, layer name); "top" for the layers named first on the page
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is written of a history."""
+
+    history: History  # as it was given
+    layers: list[Now]  # in the order in which they ran
+    pictures: dict[FigureKey, bytes]  # PNG
+
+
+def report_history(
+    history: History,
+    folder: Path,
+    *,
+    formats: Iterable[str] = HISTORY_FORMATS,
+    force: bool = False,
+) -> dict[str, Path]:
+    """Write page, summary, tables and pictures of a training into a folder.
+
+    Args:
+        history: as `gradflow.load` reads it.
+        folder: where the files go; it is made.
+        formats: which of "html", "json", "csv" and "png".
+        force: replace an earlier report.
+
+    Returns:
+        Name in the folder -> path of every file.
+
+    Raises:
+        InputError: a format is unknown, or there is no probe yet.
+        FileError: the folder exists, or cannot be written.
+    """
+    chosen = {formats} if isinstance(formats, str) else set(formats)
+    wrong = sorted(str(name) for name in chosen - {*HISTORY_FORMATS, "nc"})
+    if wrong or not chosen:
+        expected = f"one or more of {', '.join(HISTORY_FORMATS)}"
+        advice = "leave it out for all of them"
+        raise InputError(
+            must_be("formats of a history", expected, ", ".join(wrong) or "none", advice)
+        )
+    if not len(history) or not history.layers:
+        advice = "wait for the first one, or look at history.notes"
+        raise InputError(must_be("the history", "one with probes", "none", advice))
+    check_folder(folder, force=force)
+    with whole_folder(folder, force=force) as new:
+        layers = [now(one) for one in courses([history])]
+        pictures = draw(history, layers) if {"html", "png"} & chosen else {}
+        shown = Shown(history, layers, pictures)
+        for name, write in _WRITERS.items():
+            if name in chosen:
+                write(shown, new)
+        names = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
+    return {name.as_posix(): folder / name for name in names}
+
+
+def draw(history: History, layers: list[Now]) -> dict[FigureKey, bytes]:
+    """Every picture as PNG bytes: of the layers at the head of the page together, of others alone."""
+    top = [one.course.layer for one in top_layers(layers)]
+    found = {}
+    for kind in HISTORY_KINDS:
+        for one in layers:
+            if _has(kind, one.course):
+                picture = plot_histories([history], kind, layer=one.course.layer)
+                found[kind, one.course.layer] = png(picture)
+    if len(top) > 1:
+        found["waterfall", "top"] = png(plot_histories([history], layers=top))
+    return found
+
+
+def _has(kind: str, course: Course) -> bool:
+    """Whether a picture shows more than words in its place."""
+    return not blocks_of(kind, [course])[0].chart.note
+
+
+def history_summary(history: History) -> dict[str, Any]:
+    """Everything a script wants to know of a training, ready for strict JSON.
+
+    A half-life or horizon that is never reached is ``{"value": null, "never": true}``.
+    """
+    data = history.data
+    made = {
+        "schema": SCHEMA,
+        "kind": "history",
+        "gradflow": __version__,
+        "title": history.title,
+        "probes": len(history),
+        "first_step": int(data["step"].values.min()) if len(history) else None,
+        "last_step": int(data["step"].values.max()) if len(history) else None,
+        "ended": history.ended,
+        "verdicts": {one.course.layer: one.verdict for one in map(now, courses([history]))},
+        "layers": [_layer(now(one)) for one in courses([history])],
+        "notes": [vars(note) for note in history.notes],
+        "header": history.header,
+    }
+    return dict(strict(made))
+
+
+def _layer(one: Now) -> dict[str, Any]:
+    numbers = {name: float(values[-1]) for name, values in one.course.numbers.items()}
+    reached = {
+        name: {"value": numbers[name], "never": numbers[name] == float("inf")}
+        for name in ("half_life", "horizon")
+    }
+    return {
+        "name": one.course.layer,
+        "cell": one.course.cell,
+        "verdict": one.verdict,
+        "sentence": one.sentence,
+        "rate": {
+            "value": numbers["rate"],
+            "low": numbers["rate_low"],
+            "high": numbers["rate_high"],
+        },
+        **reached,
+        "searched": numbers["searched"],
+        "span": numbers["span"],
+        "grad_norm": numbers["grad_norm"],
+    }
+
+
+def _write_page(shown: Shown, folder: Path) -> None:
+    text = history_page(shown.history, shown.layers, shown.pictures)
+    (folder / "report.html").write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_summary(shown: Shown, folder: Path) -> None:
+    made = history_summary(shown.history)
+    text = json.dumps(made, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def _write_tables(shown: Shown, folder: Path) -> None:
+    for kind in TABLES:
+        table = shown.history.frame(kind)
+        table.to_csv(folder / f"{kind}.csv", index=False, lineterminator="\n")
+
+
+def _write_figures(shown: Shown, folder: Path) -> None:
+    from gradflow.reporter.files import file_names
+
+    place = folder / "figures"
+    place.mkdir()
+    names = file_names([one.course.layer for one in shown.layers])
+    for (kind, layer), picture in shown.pictures.items():
+        stem = f"{names[layer]}-{kind}" if layer in names else kind
+        (place / f"{stem}.png").write_bytes(picture)
+
+
+_WRITERS: dict[str, Callable[[Shown, Path], None]] = {
+    "html": _write_page,
+    "json": _write_summary,
+    "csv": _write_tables,
+    "png": _write_figures,
+}

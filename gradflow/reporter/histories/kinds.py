@@ -1,0 +1,70 @@
+"""The menu of pictures of a training: adding a kind is one entry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradflow.limits import GONE_WORDS
+from gradflow.reporter import panels
+from gradflow.reporter.histories import lines, waterfall
+from gradflow.reporter.histories.across import unwritten
+from gradflow.reporter.kinds import Kind, Scale
+from gradflow.reporter.overview import special_colours
+
+LEFT = 0.95  # inches for the names of the strips
+
+
+def _waterfall_specials(charts: Sequence[waterfall.Waterfall]) -> dict[str, str]:
+    images = [(chart.values, chart.bad) for chart in charts]
+    return special_colours(images, "no such step, or no probe") | unwritten(charts)
+
+
+HISTORY_KINDS: dict[str, Kind] = {
+    "waterfall": Kind(
+        what="|∂L/∂s| of the last loss step, so many steps back ÷ its size at the loss, over the training",
+        prepare=waterfall.prepare,
+        draw=waterfall.draw,
+        heights=waterfall.heights,
+        gap=waterfall.gap,
+        left=LEFT,
+        above=0.05,
+        scale=Scale(lambda ax, short: panels.draw_scale(ax, "as at the loss", short=short),
+                    _waterfall_specials),
+    ),
+    "rates": Kind(
+        what="growth of ln gain per step, in nats, over the training",
+        prepare=lines.prepare_rates,
+        draw=lines.draw,
+        heights=lines.heights,
+        gap=lines.gap,
+        left=LEFT,
+        above=0.05,
+    ),
+    "horizons": Kind(
+        what=f"how far back the gain and the gradient stay above {GONE_WORDS}, over the training",
+        prepare=lines.prepare_horizons,
+        draw=lines.draw,
+        heights=lines.heights,
+        gap=lines.gap,
+        left=LEFT,
+        above=0.05,
+    ),
+    "gates": Kind(
+        what="where the gates stand, over the training",
+        prepare=lines.prepare_gates,
+        draw=lines.draw,
+        heights=lines.heights,
+        gap=lines.gap,
+        left=LEFT,
+        above=0.05,
+    ),
+    "norms": Kind(
+        what="size of the gradient of the parameters, over the training",
+        prepare=lines.prepare_norms,
+        draw=lines.draw,
+        heights=lines.heights,
+        gap=lines.gap,
+        left=LEFT,
+        above=0.05,
+    ),
+}  # fmt: skip

@@ -1,0 +1,165 @@
+"""The page of a training: one HTML file that reads offline, escaped, without JavaScript, at most a megabyte.
+
+Its order: a sentence per layer, the waterfall, what was said during the training, rates, horizons, gates,
+norms and clipping, all numbers, how the run was watched.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradflow._version import __version__
+from gradflow.history import History, Note
+from gradflow.limits import GONE_WORDS, PAGE_BYTES
+from gradflow.reporter.histories.kinds import HISTORY_KINDS
+from gradflow.reporter.histories.now import Now, worst_first
+from gradflow.reporter.histories.story import updates
+from gradflow.reporter.numbers import count_words, percent_words
+from gradflow.reporter.page import provenance_rows, template
+
+TOP = 2  # layers whose waterfall heads the page; the others follow below
+SAID = 3  # notes at the head of the page, the last ones
+NOTES = 500  # notes on the page, the last ones
+TITLES = {
+    "waterfall": "Waterfall",
+    "rates": "Rates, with their intervals",
+    "horizons": "Horizons",
+    "gates": "Gates",
+    "norms": "Gradient norms and clipping",
+}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """One picture on the page."""
+
+    source: str  # data: URI
+    alt: str  # words that stand for it
+    wide: int  # pixels as drawn
+    high: int  # the same
+
+
+def top_layers(layers: Sequence[Now]) -> list[Now]:
+    """The layers whose waterfall heads the page: the worst, in the order in which they ran."""
+    chosen = worst_first(list(layers))[:TOP]
+    return [one for one in layers if one in chosen]
+
+
+def history_page(
+    history: History, layers: Sequence[Now], pictures: Mapping[tuple[str, str], bytes]
+) -> str:
+    """Build the page from a history, its layers and its pictures, PNG by (kind, layer name).
+
+    Pictures that would take the page above a megabyte are left out, the least important first, and the
+    page says so.
+    """
+    notes = [note for note in history.notes if note.about != "resumed"]
+    alerts = [note for note in notes if note.about in ("alert", "nonfinite", "failed", "warning")]
+    head = (alerts or notes)[-SAID:]
+    ordered = worst_first(list(layers))
+    render = functools.partial(
+        template("history.html").render,
+        title=history.title or "model",
+        extent=extent_words(history),
+        warnings=_warnings(history),
+        top=ordered[:3],
+        others=ordered[3:],
+        layers=list(layers),
+        first=("waterfall", "top")
+        if ("waterfall", "top") in pictures
+        else ("waterfall", layers[0].course.layer),
+        head=[_note(note) for note in head],
+        notes=[_note(note) for note in notes[-NOTES:]],
+        unsaid=max(0, len(notes) - NOTES),
+        kinds=[(kind, TITLES[kind]) for kind in HISTORY_KINDS],
+        gone=GONE_WORDS,
+        facts=_facts(history),
+        version=__version__,
+    )
+    words = len(render(pictures={}, left_out=[]).encode())
+    shown, left_out = _embed(layers, pictures, words)
+    return render(pictures=shown, left_out=left_out)
+
+
+def _embed(
+    layers: Sequence[Now], pictures: Mapping[tuple[str, str], bytes], words: int
+) -> tuple[dict[tuple[str, str], Embedded], list[str]]:
+    """The pictures that fit beside so many bytes of words, and the names of those that do not."""
+    room = PAGE_BYTES - words - 1_000 * len(pictures)
+    said = {one.course.layer: one.sentence for one in layers}
+    order = [one.course.layer for one in worst_first(list(layers))]
+    shown: dict[tuple[str, str], Embedded] = {}
+    left_out = []
+
+    def importance(key: tuple[str, str]) -> tuple[int, int]:
+        kind, layer = key
+        return (-1, 0) if layer == "top" else (order.index(layer), list(HISTORY_KINDS).index(kind))
+
+    if ("waterfall", "top") in pictures:  # those in it are not shown once more
+        inside = {("waterfall", one.course.layer) for one in top_layers(layers)}
+        pictures = {key: picture for key, picture in pictures.items() if key not in inside}
+    for key in sorted(pictures, key=importance):
+        picture = pictures[key]
+        size = 4 * -(-len(picture) // 3)
+        if size > room:
+            left_out.append(f"{key[1]} ({key[0]})")
+            continue
+        room -= size
+        wide, high = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
+        layer = said.get(key[1], " ".join(said[one.course.layer] for one in top_layers(layers)))
+        shown[key] = Embedded(
+            source="data:image/png;base64," + base64.b64encode(picture).decode("ascii"),
+            alt=f"{key[0]}: {layer}",
+            wide=round(wide / 1.8),
+            high=round(high / 1.8),
+        )
+    return shown, left_out
+
+
+def _note(note: Note) -> tuple[str, str, str]:
+    """When, of what, and the sentence."""
+    when = f"update {updates(note.step)}" if note.step else "at the start"
+    return when, note.about, note.text
+
+
+def extent_words(history: History) -> str:
+    """How many probes there are, and of which updates."""
+    steps = history.steps
+    if len(steps) == 1:
+        return f"1 probe, at update {updates(steps[0])}"
+    return f"{len(steps):,} probes, updates {updates(steps.min())} to {updates(steps.max())}"
+
+
+def _warnings(history: History) -> list[str]:
+    """What to know before the rest."""
+    found = []
+    if not history.ended:
+        found.append(
+            "This training is not over, or its process was ended: the page shows what there is so far."
+        )
+    if history.damaged:
+        lines = count_words(history.damaged, "line")
+        found.append(f"{lines} of the history could not be read, cut off by a kill or a full disk.")
+    return found
+
+
+def _facts(history: History) -> list[tuple[str, str]]:
+    """How the run was watched, and what that cost."""
+    rows = provenance_rows({k: v for k, v in history.header.items() if k != "title"})
+    data = history.data
+    probe, plain = data["probe_seconds"].values, data["step_seconds"].values
+    gaps = np.diff(history.steps)
+    if len(gaps):
+        rows.append(("steps between probes", f"{gaps.min()} to {gaps.max()}"))
+    if np.isfinite(probe).any() and np.isfinite(plain).any():
+        ratio = float(np.nanmedian(probe)) / max(1e-12, float(np.nanmedian(plain)))
+        rows.append(("a probe added, in plain steps, median", f"{ratio:.3g}"))
+        steps = float(np.nansum(plain[1:] * gaps)) if len(gaps) else float(np.nansum(plain))
+        share = float(np.nansum(probe)) / max(1e-12, steps + float(np.nansum(probe)))
+        rows.append(("share of the time taken by probes", percent_words(share)))
+    return rows

@@ -1,0 +1,104 @@
+"""Where a training stands, in the terminal: a table of the last probe and a sentence per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gradflow.history import History
+from gradflow.reporter.histories.course import course, courses
+from gradflow.reporter.histories.now import Now, now, worst_first
+from gradflow.reporter.histories.page import extent_words
+from gradflow.reporter.text import STYLES, console_of, empty_table, encoded, print_words
+
+SENTENCES = 5  # the worst layers; the table holds all
+
+
+@dataclass(frozen=True)
+class NowColumn:
+    """One column of the table; on a narrow console it is left out."""
+
+    heading: str  # its words, on lines
+    value: Callable[[Now], str]  # of a layer
+    words: bool = False  # whether it holds words, else numbers
+    from_width: int = 0  # letters of the console that it needs
+
+
+COLUMNS = (
+    NowColumn("layer", lambda one: one.course.name, words=True),
+    NowColumn("cell", lambda one: one.course.cell, words=True, from_width=76),
+    NowColumn("verdict", lambda one: one.verdict or "none", words=True),
+    NowColumn("rate ± 95 %\nper step", lambda one: one.rate),
+    NowColumn("half-\nlife", lambda one: one.half_life, from_width=70),
+    NowColumn("gone\nafter", lambda one: one.horizon),
+)
+
+
+def render_history(
+    history: History, console: Console | None = None, *, verbose: bool = False, quiet: bool = False
+) -> None:
+    """Print the last probe of every layer and what happened to it; ``verbose`` with all that was said.
+
+    If ``quiet``, a sentence per layer only.
+    """
+    console = console or console_of()
+    layers = [now(one) for one in courses([history])]
+    ordered = worst_first(layers)
+    if quiet:
+        for one in ordered:
+            print_words(console, Text(one.sentence))
+        return
+    head = f"gradflow: {history.title}, {extent_words(history)}"
+    print_words(console, Text(head, style="bold"))
+    print_words(console, Text(""))
+    console.print(now_table(layers, console))
+    print_words(console, Text(""))
+    for one in ordered if verbose else ordered[:SENTENCES]:
+        print_words(console, Text(one.sentence), hang=2)
+    if len(ordered) > SENTENCES and not verbose:
+        print_words(
+            console, Text(f"{len(ordered) - SENTENCES} more in the table above.", style="dim")
+        )
+    shown = history.notes if verbose else [n for n in history.notes if n.about == "nonfinite"][-3:]
+    if shown:
+        print_words(console, Text(""))
+    for note in shown:
+        print_words(console, Text(f"update {note.step:,}: {note.text}", style="yellow"), hang=6)
+
+
+def render_histories(
+    runs: Mapping[str, History], sentences: Sequence[str], console: Console | None = None
+) -> None:
+    """Print the last probes of several trainings in one table, and what differs between them."""
+    console = console or console_of()
+    layers = [
+        now(course(history, layer, name))
+        for name, history in runs.items()
+        for layer in history.layers
+    ]
+    console.print(now_table(layers, console))
+    print_words(console, Text(""))
+    for sentence in sentences:
+        print_words(console, Text(sentence), hang=2)
+
+
+def now_table(layers: list[Now], console: Console) -> Table:
+    """A row per layer, with its last numbers."""
+    table = empty_table(console)
+    columns = [column for column in COLUMNS if console.width >= column.from_width]
+    for column in columns:
+        table.add_column(
+            encoded(Text(column.heading), console),
+            justify="left" if column.words else "right",
+            overflow="fold",
+        )
+    for one in layers:
+        cells = [Text(column.value(one)) for column in columns]
+        place = [column.heading for column in columns].index("verdict")
+        cells[place].style = STYLES.get(one.verdict, "")
+        table.add_row(*(encoded(cell, console) for cell in cells))
+    return table

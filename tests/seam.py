@@ -1,0 +1,104 @@
+"""The seam: all that tests import from inside the package, so that a name that moves is mended here.
+
+Everything else that a test uses is public: `gradflow` and the packages right below it.
+"""
+
+# ruff: noqa: F401
+
+from gradflow.analyzer.agreement import agreed
+from gradflow.analyzer.blocks import Blocks
+from gradflow.analyzer.cellpath import log_diagonal_gains
+from gradflow.analyzer.constant import constant_exponents
+from gradflow.analyzer.contributions import Contributed, affordable, contributions
+from gradflow.analyzer.curve import lag_curve as curve_lag_curve
+from gradflow.analyzer.direction import log_loss_gains, loss_vectors
+from gradflow.analyzer.evidence import number
+from gradflow.analyzer.gains import SpanGains, collected, common_steps, span_windows
+from gradflow.analyzer.gains import crossing as gains_crossing
+from gradflow.analyzer.iteration import spectral_by_iteration
+from gradflow.analyzer.jacobians import DenseOperator, operator_of, step_jacobians
+from gradflow.analyzer.linear.logs import Logs, logs_of
+from gradflow.analyzer.linear.measure import measure_linear
+from gradflow.analyzer.loss import masked_median
+from gradflow.analyzer.lyapunov import Growth, Leading, burn_in, log_growth
+from gradflow.analyzer.order import in_processing_order
+from gradflow.analyzer.paths import PATHS, cell_paths, path_gains
+from gradflow.analyzer.products import log_gains
+from gradflow.analyzer.rates import (
+    Verdict,
+    band,
+    correlation_time,
+    decays_as_power,
+    judge,
+    quantile,
+    rate_of_one,
+    rate_over_sequences,
+)
+from gradflow.analyzer.read_states import read_part
+from gradflow.analyzer.reading import Reading, readings
+from gradflow.analyzer.settings import Settings
+from gradflow.analyzer.settling import enough, mean_steps, parted, settled
+from gradflow.analyzer.singular import log_singular_along, survivors
+from gradflow.analyzer.spectrum import spectrum
+from gradflow.analyzer.sweep import Sweep
+from gradflow.analyzer.triangle import triangle as triangle_triangle
+from gradflow.analyzer.tried import decades
+from gradflow.analyzer.truncation import log_dropped
+from gradflow.analyzer.windows import Norms, Window, log_norms
+from gradflow.cells.linear import LinearSteps, side_by_side
+from gradflow.demo.task import AddingModel, adding_batch
+from gradflow.hooks.guard import Point
+from gradflow.hooks.linear.scanned import Scanned
+from gradflow.hooks.loops import stitch
+from gradflow.hooks.own import cells
+from gradflow.hooks.rerun import WeightChange, rerun
+from gradflow.hooks.unrolled.chains import chains, recurrences
+from gradflow.hooks.unrolled.crossing import crossing as crossing_crossing
+from gradflow.hooks.unrolled.whole_graph import Unrolled
+from gradflow.hooks.wide import Wide
+from gradflow.loading.ages import lacking
+from gradflow.loading.probe import physical_memory
+from gradflow.loading.recurrent import from_model, from_tensors, non_finite
+from gradflow.loading.shells import _STOCK
+from gradflow.loading.words import reason
+from gradflow.reporter.charts import (
+    blocks,
+    gain_map,
+    gates,
+    lag_gradient,
+    layers,
+    lyapunov,
+    paths,
+    plot_lines,
+    rank,
+    saturation,
+    states,
+    time_scales,
+    total_vs_direct,
+)
+from gradflow.reporter.charts import lag_curve as charts_lag_curve
+from gradflow.reporter.charts import triangle as charts_triangle
+from gradflow.reporter.charts.step_labels import MOST, readable, texts, width
+from gradflow.reporter.digest import summary, top_findings
+from gradflow.reporter.files import draw
+from gradflow.reporter.histories.across import edges, shared_by
+from gradflow.reporter.histories.course import course
+from gradflow.reporter.histories.live import HIGH, grid, lines, sparkline, view
+from gradflow.reporter.histories.story import clipping_began, sentence, stretches
+from gradflow.reporter.histories.waterfall import COLUMNS, prepare
+from gradflow.reporter.kinds import KINDS
+from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
+from gradflow.reporter.page import LABELS, embed, page
+from gradflow.reporter.picture import FAINT, INK, SOFT, Picture, _nearest, look, png
+from gradflow.reporter.prepare import span_share
+from gradflow.reporter.scale import (
+    BAD,
+    COLOURS,
+    DIRECT,
+    UNDEFINED,
+    VERDICT_COLOURS,
+    ZERO,
+    paint,
+    palette,
+)
+from gradflow.reporter.text import render

@@ -1,0 +1,382 @@
+"""What shows a training: its sentences, pictures, page, files and comparison, on made-up histories."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+
+import histories
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from seam import COLUMNS, clipping_began, course, edges, prepare, sentence, shared_by, stretches
+from test_reporter_figures import overlapping
+
+import gradflow
+from gradflow.analysis import load as load_analysis
+from gradflow.cli import _code
+from gradflow.cli import gradflow as group
+from gradflow.errors import InputError
+from gradflow.history import History, LayerProbe, Probe, lag_grid
+from gradflow.limits import PAGE_BYTES
+from gradflow.reporter import HISTORY_KINDS, plot_histories
+
+STEPS = 100  # of the sequences
+
+
+def probe(
+    step: int,
+    verdict: str = "vanishing",
+    horizon: float = 10.0,
+    *,
+    clipped: float = 0.0,
+    **more: float,
+) -> Probe:
+    """One probe of the layer `l0` whose gradient falls to 10⁻³ at its horizon."""
+    lags = lag_grid(STEPS)
+    fall = 3 / horizon if math.isfinite(horizon) and horizon > 0 else 0.0
+    values = {"horizon": horizon, "searched": 99.0, "span": 100.0, "rate": -0.1, **more}
+    one = LayerProbe(values, verdict, lags=lags, profile=-fall * lags, direct=-fall * lags)
+    return Probe(step, {"clipped": clipped}, {"l0": one})
+
+
+def story(*probes: Probe) -> str:
+    """The sentence on a training of these probes."""
+    return sentence(course(History.of("Net", probes), "l0"))
+
+
+def series(*parts: tuple[int, str, float, float]) -> list[Probe]:
+    """So many probes each of a verdict, a horizon and whether clipping acted, a hundred updates apart."""
+    rows = [part[1:] for part in parts for _ in range(part[0])]
+    return [
+        probe(100 * (number + 1), verdict, horizon, clipped=clipped)
+        for number, (verdict, horizon, clipped) in enumerate(rows)
+    ]
+
+
+STORIES = {
+    "one": (
+        [probe(100)],
+        "l0 reached 10 steps; vanishing throughout.",
+    ),
+    "the same all along": (
+        series((8, "vanishing", 12.0, 0.0)),
+        "l0 reached 12 steps at first and at the end; vanishing throughout.",
+    ),
+    "learns": (
+        series((5, "vanishing", 5.0, 0.0), (5, "stable", math.inf, 0.0)),
+        "l0 learned to reach all 99 steps by update 600; vanishing up to update 500, stable since update "
+        "600.",
+    ),
+    "learns, and dies after clipping": (
+        series(
+            (5, "vanishing", 5.0, 0.0),
+            (4, "stable", 84.0, 0.0),
+            (1, "stable", 84.0, 1.0),
+            (6, "vanishing", 9.0, 1.0),
+        ),
+        "l0 learned to reach 84 steps by update 600 and reached 9 steps at the end; vanishing up to update "
+        "500, stable from 600 to 1,000, vanishing again since update 1,100, 100 updates after clipping began "
+        "to act at every probe.",
+    ),
+    "clipping long before": (
+        series((3, "stable", 84.0, 0.0), (9, "stable", 84.0, 1.0), (6, "vanishing", 9.0, 1.0)),
+        "l0 reached 84 steps at best, 9 steps at the end; stable up to update 1,200, vanishing since update "
+        "1,300.",
+    ),
+    "inconclusive on the way": (
+        series((4, "vanishing", 9.0, 0.0), (4, "inconclusive", 9.0, 0.0), (4, "stable", 9.0, 0.0)),
+        "l0 reached 9 steps at first and at the end; vanishing up to update 400, stable since update 900.",
+    ),
+    "inconclusive between the same": (
+        series((4, "stable", 9.0, 0.0), (4, "inconclusive", 9.0, 0.0), (4, "stable", 9.0, 0.0)),
+        "l0 reached 9 steps at first and at the end; stable up to update 400, inconclusive from 500 to 800, "
+        "stable again since update 900.",
+    ),
+    "two probes are no change": (
+        series((5, "stable", 9.0, 0.0), (2, "vanishing", 9.0, 0.0), (5, "stable", 9.0, 0.0)),
+        "l0 reached 9 steps at first and at the end; stable at 10 of 12 probes.",
+    ),
+    "another verdict at the last probe": (
+        series((8, "stable", 9.0, 0.0), (1, "exploding", 9.0, 0.0)),
+        "l0 reached 9 steps at first and at the end; stable at 8 of 9 probes, exploding at the last probe.",
+    ),
+    "not finite": (
+        [probe(100), probe(200, nonfinite=1.0, nonfinite_at=17.0), probe(300)],
+        "l0 reached 10 steps at first and at the end; vanishing throughout; NaN or Inf first seen at update "
+        "200, time step 17.",
+    ),
+    "beyond what was searched": (
+        [probe(100, "vanishing", math.nan, searched=40.0)],
+        "l0 reached at least 40 steps; vanishing throughout.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_what_happened_is_told_in_a_sentence(name: str) -> None:
+    probes, said = STORIES[name]
+    assert story(*probes) == said
+
+
+def test_without_gains_the_reach_is_that_of_the_gradient() -> None:
+    lags = lag_grid(STEPS)
+    layers = [
+        LayerProbe({}, lags=lags, profile=-slope * lags, direct=-slope * lags)
+        for slope in (0.5, 0.5)
+    ]
+    found = History.of("Net", [Probe(n + 1, {}, {"l0": one}) for n, one in enumerate(layers)])
+    said = sentence(course(found, "l0"))
+    assert said == "l0: the gradient of the last loss step reached 7 steps at first and at the end."
+
+
+def test_a_layer_that_was_never_measured_says_so() -> None:
+    found = History.of("Net", [Probe(1, {}, {"l0": LayerProbe({})})])
+    assert sentence(course(found, "l0")) == "l0 was not measured in 1 probe."
+    chart = plot_histories([found])
+    assert any("not measured" in text.get_text() for ax in chart.axes for text in ax.texts)
+
+
+def test_a_verdict_that_lasts_is_a_stretch() -> None:
+    words = np.array(["stable"] * 2 + ["vanishing"] * 5 + ["stable"] + ["vanishing"] * 3)
+    assert [(run.verdict, run.start, run.stop) for run in stretches(words)] == [
+        ("vanishing", 0, 11)
+    ]
+
+
+def test_clipping_begins_where_it_did_not_act_before() -> None:
+    found = course(History.of("Net", series((4, "stable", 9, 0.0), (4, "stable", 9, 1.0))), "l0")
+    assert clipping_began(found).tolist() == [4]
+    always = course(History.of("Net", series((8, "stable", 9, 1.0))), "l0")
+    assert clipping_began(always).tolist() == []
+
+
+def test_probes_written_twice_count_once_in_order() -> None:
+    again = History.of(
+        "Net", [probe(100), probe(200), probe(300), probe(200, "stable"), probe(400)]
+    )
+    found = course(again, "l0")
+    assert found.step.tolist() == [100, 200, 300, 400]
+    assert found.verdict.tolist() == ["vanishing", "stable", "vanishing", "vanishing"]
+
+
+# ------------------------------------------------------------------------------------- the pictures
+
+
+def test_the_waterfall_holds_the_profile() -> None:
+    found = histories.history(40)
+    one = course(found, "rnn.l0")
+    chart = prepare(one, shared_by([one]))
+    middle = (np.arange(COLUMNS) + 0.5) / COLUMNS
+    across = chart.shared.steps[0] + middle * (chart.shared.steps[1] - chart.shared.steps[0])
+    for place, step in enumerate(one.step):
+        column = np.abs(across - step).argmin()
+        shown = chart.values[:, column]
+        assert set(shown[~np.isnan(shown)]) <= set(one.profile[place]), step
+        assert shown[0] == one.profile[place, 0]
+        assert shown[-1] == one.profile[place, -1]
+    assert chart.pool == 1
+
+
+def test_many_probes_are_shown_by_their_median() -> None:
+    found = histories.history(2000)
+    one = course(found, "rnn.l0")
+    chart = prepare(one, shared_by([one]))
+    assert chart.pool == 3
+    assert "median of 3 probes" in chart.reading
+    assert chart.values[:, 0].tolist()[-1] == np.sort(one.profile[:3, -1])[1]
+
+
+def test_a_shorter_run_is_drawn_on_the_scale_of_the_longer() -> None:
+    runs = [histories.history(20, length=100), histories.history(40, length=300)]
+    shown = [course(run, "rnn.l0", name) for run, name in zip(runs, "ab", strict=True)]
+    shared = shared_by(shown)
+    assert shared.steps == (edges(shown[1].step)[0], edges(shown[1].step)[-1])
+    short, long = (prepare(one, shared) for one in shown)
+    assert np.isnan(short.values[:, -1]).all()
+    assert np.isnan(short.values[-1]).all()
+    assert not np.isnan(long.values).any()
+
+
+def test_nan_is_magenta() -> None:
+    lags = lag_grid(STEPS)
+    lost = np.full(len(lags), np.nan)
+    broken = LayerProbe({"nonfinite": 1.0}, lags=lags, profile=lost, direct=lost)
+    found = History.of("Net", [probe(100), Probe(200, {}, {"l0": broken}), probe(300)])
+    one = course(found, "l0")
+    chart = prepare(one, shared_by([one]))
+    assert chart.bad[:, COLUMNS // 2].all()
+    assert not chart.bad[:, 0].any()
+
+
+@pytest.mark.parametrize("kind", HISTORY_KINDS)
+def test_no_words_overlap(kind: str) -> None:
+    assert overlapping(plot_histories([histories.history(30), histories.history(12)], kind)) == []
+
+
+@pytest.mark.parametrize("kind", HISTORY_KINDS)
+def test_one_probe_can_be_drawn(kind: str) -> None:
+    assert overlapping(plot_histories([histories.history(1)], kind)) == []
+
+
+def test_titles_are_what_happened() -> None:
+    figure = gradflow.plot(histories.history(60), layer="rnn.l0")
+    words = " ".join(text.get_text() for text in figure.texts)
+    assert "rnn.l0: learned to reach all 99 steps by update 3,201" in words
+
+
+def test_axes_of_the_readers_own_get_one_layer() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    ax = figure.add_subplot()
+    assert gradflow.plot(histories.history(9), "rates", layer="rnn.l1", ax=ax) is figure
+    assert ax.lines
+    with pytest.raises(InputError, match="ax must be given for one layer, got 2"):
+        gradflow.plot(histories.history(9), ax=ax)
+
+
+def test_what_cannot_be_drawn_is_said() -> None:
+    found = histories.history(5)
+    kinds = ", ".join(HISTORY_KINDS)
+    with pytest.raises(
+        InputError, match=f"kind of a history must be one of {kinds}, got 'gain-map'"
+    ):
+        gradflow.plot(found, "gain-map")
+    with pytest.raises(
+        InputError, match="must be one with probes, got none; wait for the first one"
+    ):
+        gradflow.plot(History.of("Net", []))
+    with pytest.raises(InputError, match=r"layer must be one of rnn\.l0, rnn\.l1, got 'x'"):
+        gradflow.plot(found, layer="x")
+    with pytest.raises(InputError, match="must be histories only, got a str as well"):
+        gradflow.plot([found, "x"])  # type: ignore[list-item]
+
+
+# --------------------------------------------------------------------------------- page and files
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("history")
+    histories.write(folder / "run", 30)
+    gradflow.report(gradflow.load(folder / "run"), folder / "report")
+    return folder / "report"
+
+
+def test_the_page_reads_offline_and_is_small(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    assert len(page.encode()) <= PAGE_BYTES
+    assert "<script" not in page
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    found = histories.history(30)
+    for layer in found.layers:
+        assert escape(sentence(course(found, layer))) in page
+    first, *_ = re.findall(r'alt="(\w+):', page)
+    assert first == "waterfall"
+
+
+def test_the_files_are_those_that_were_asked_for(report: Path, tmp_path: Path) -> None:
+    names = {path.name for path in report.iterdir()}
+    tables = {f"{kind}.csv" for kind in ("layers", "steps", "lags", "gates", "notes")}
+    assert names == {"report.html", "summary.json", "figures", *tables}
+    some = gradflow.report(histories.history(4), tmp_path / "some", formats=["json"])
+    assert list(some) == ["summary.json"]
+    with pytest.raises(InputError, match="formats of a history must be one or more of html, json"):
+        gradflow.report(histories.history(4), tmp_path / "other", formats=["pdf"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_summary_is_strict_json(report: Path) -> None:
+    made = json.loads((report / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert made["kind"] == "history"
+    assert made["probes"] == 30
+    assert made["verdicts"]["rnn.l0"] == "vanishing"
+    assert made["layers"][0]["horizon"]["never"] is False
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    one = probe(100).layers["l0"]
+    found = History.of("<b>Net</b>", [Probe(100, {}, {"<i>a</i>": one})])
+    gradflow.report(found, tmp_path / "r", formats=["html"])
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "<b>" not in page
+    assert "<i>" not in page
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the history must be one with probes, got none"):
+        gradflow.report(History.of("Net", []), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Exit code and standard output of a command."""
+    printed = []
+
+    def call() -> None:
+        done = CliRunner().invoke(
+            group, list(arguments), catch_exceptions=False, standalone_mode=False
+        )
+        printed.append(done.stdout)
+        if done.exception:
+            raise done.exception
+
+    code = _code(call)
+    return code, "".join(printed)
+
+
+def test_report_draws_the_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    histories.write(Path("runs/a"), 12)
+    code, printed = run("report", "runs/a")
+    assert code == 0
+    assert "page: reports/a/report.html" in printed
+    assert "rnn.l0 learned to reach" in printed
+    assert (tmp_path / "reports/a/report.html").is_file()
+    code, printed = run("report", "runs/a", "--json", "-o", "other")
+    assert json.loads(printed)["probes"] == 12
+    assert run("report", "runs/a", "-o", "third", "--fail-on", "vanishing")[0] == 2
+
+
+def test_compare_holds_trainings_against_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    histories.write(Path("runs/a"), 12)
+    histories.write(Path("runs/b"), 20, seed=1)
+    code, printed = run("compare", "runs/a", "runs/b")
+    assert code == 0
+    assert "rnn.l0, a → b:" in printed
+    assert {p.name for p in Path("reports/comparison").iterdir()} == {
+        "comparison.png", "comparison.csv", "changes.csv"
+    }  # fmt: skip
+
+
+def test_a_training_is_not_compared_with_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    histories.write(Path("runs/a"), 4)
+    gradflow.diagnose(torch.nn.GRU(3, 4), torch.randn(9, 2, 3)).save("run.nc")
+    assert len(load_analysis("run.nc")) == 1
+    assert run("compare", "runs/a", "run.nc")[0] == 2
+    assert not Path("reports").exists()
+
+
+def test_comparing_names_what_is_in_one_only() -> None:
+    from gradflow.trainings import alone, differences
+
+    one = History.of("a", [probe(100)])
+    other = History.of("b", [replace(probe(100), layers={"l1": probe(100).layers["l0"]})])
+    assert alone({"a": one, "b": other}) == ["l0 is in a only", "l1 is in b only"]
+    assert differences({"a": one, "b": other}) == []

@@ -1,0 +1,104 @@
+"""Functions of other packages against explicit loops: states, what is read of them, totals.
+
+The oracle is autograd on the loop of the paper's equations, in float64. Functions that compute in
+float32 whatever they are given are held to float32 in what they return, their states and totals to
+float64, since those come from the arguments.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from compare import FLOAT32_BOUND, assert_steps_close, assert_whole_close
+from functions import CASES, IDS, Case, loaded
+from seam import Scanned
+from torch import Tensor, nn
+
+from gradflow.hooks import patch
+
+
+class Ear:
+    """Hears of scans alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.thread = threading.get_ident()
+        self.model = model
+        self.heard: list[Scanned] = []
+        self.missed: list[str] = []
+
+    def modules(self) -> Iterable[nn.Module]:
+        return self.model.modules()
+
+    def path_of(self, module: nn.Module) -> str | None:
+        return "layer" if module is self.model else None
+
+    def saw_scan(self, scanned: Scanned, code: Any = ()) -> None:
+        self.heard.append(scanned)
+
+    def missed_scan(self, name: str, why: str) -> None:
+        self.missed.append(why)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def hear(layer: nn.Module) -> tuple[Any, Ear]:
+    """What the layer returned, and what was heard of it."""
+    ear = Ear(layer)
+    patch.listen(ear)  # type: ignore[arg-type]
+    try:
+        return layer(), ear
+    finally:
+        patch.stop_listening(ear)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_function_is_its_equations(case: Case, dtype: torch.dtype) -> None:
+    loaded(case)
+    given, of_loop = case.make(dtype)
+    results, ear = hear(case.call(given))
+    assert ear.missed == []
+    (scanned,) = ear.heard
+    output = results[0] if isinstance(results, tuple) else results
+    in_double = {
+        name: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in of_loop.items()
+    }
+    y, states = case.loop(**in_double)
+    # the gradient of a loss that reads y, and the last state where the function returns it
+    r = torch.randn_like(y)
+    loss = (r * y).sum()
+    final = case.final(results)
+    if final is not None:
+        q = torch.randn(states[-1].shape, dtype=torch.float64)
+        loss = loss + (q * states[-1]).sum()
+    wanted = torch.autograd.grad(loss, states, allow_unused=True)
+    totals = torch.stack([torch.zeros_like(states[0]) if g is None else g for g in wanted])
+
+    made = scanned.make()
+    found = made.states()
+    mask = torch.ones(found.shape[:2], dtype=torch.bool)
+    assert scanned.steps == len(states)
+    assert (scanned.batch, *scanned.shape) == tuple(states[0].shape)
+    assert_steps_close(found, torch.stack(states).detach(), mask, what="states")
+    bound = FLOAT32_BOUND if case.single else None
+    assert made.read is not None
+    assert_whole_close(made.read(found).to(dtype), y.detach(), what="y")
+    assert_whole_close(output.to(dtype), y.detach(), what="what it returned", bound=bound)
+    direct = made.direct(found, r.to(found.dtype))
+    if final is not None:
+        assert scanned.final is final
+        assert_whole_close(case.turned(final).to(dtype), states[-1].detach(), bound=bound)
+        back = scanned.final_back or (lambda grad: grad)
+        given_back = case.turned(q) if scanned.final_back else q
+        direct = direct.clone()
+        direct[-1] += back(given_back).to(direct.dtype)
+    got = made.totals(direct)
+    assert_steps_close(got, totals, mask, what="totals")
+    with pytest.raises(AssertionError):  # the comparison can fail
+        assert_steps_close(got * (1 + 3 * FLOAT32_BOUND), totals, mask)
