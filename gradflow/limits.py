@@ -77,6 +77,7 @@ UNSETTLED = _limit(1.25, "of the difference", "between scales and between halves
 BOUNDARY = _limit(0.25, "of the boundary", "that was taken out, by simulation")
 PROBES = _limit(4, "vectors", "through every step, by which it is seen whether the steps still move")
 MOVES = _limit(0.12, "nats per step", "of growth, at most, for a mean step that is another, by simulation")
+MOVES_CHANCE = _limit(0.5, "of its expected square", "up to which such a move is by chance, by simulation")
 MOVES_MOST = _limit(1.0, "nats", "over all steps, that coming to rest makes of a growth, by simulation")
 SETTLED_DECADES = _limit(0.5, "decades", "over the span: a rate that may be off by more is not told,")
 SETTLED_SHARE = _limit(0.2, "of the rate", "unless it is less than this of the rate")

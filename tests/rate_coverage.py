@@ -163,7 +163,7 @@ def intervals(
     operator = system.run(steps, lengths)
     cuts = torch.zeros(steps, count, dtype=torch.bool)
     cuts[0] = True
-    counted = keeping._counted(lengths, cuts)
+    counted = keeping.counted_steps(lengths, cuts)
     windows = parted(counted, 0)
     norms = log_norms(operator, windows)
     leading = keeping._leading(windows, norms, count, 0)

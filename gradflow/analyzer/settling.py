@@ -30,6 +30,7 @@ from gradflow.limits import (
     BOUNDARY,
     LN_SETTLED,
     MOVES,
+    MOVES_CHANCE,
     MOVES_MOST,
     PROBES,
     SEED,
@@ -144,7 +145,8 @@ def unrest(seen: np.ndarray, rate: float, steps: float) -> float:
 
     With growth λ + a e^(−|λ| t) over n steps, x = n |λ|, the mean is off by coth(x/4)/2 times the
     difference of the two halves. That difference is told by how far the mean step moves, relative to
-    its size, times a factor by simulation. The whole is at most a factor e or so over all steps.
+    its size, times a factor by simulation; a move that is less than chance would make it is none. The
+    whole is at most a factor e or so over all steps.
 
     Args:
         seen: (2, B, ·) of `mean_steps`.
@@ -158,11 +160,12 @@ def unrest(seen: np.ndarray, rate: float, steps: float) -> float:
     known = seen[:, np.isfinite(seen).all((0, 2))]
     if not known.shape[1] or not steps:
         return 0.0
-    earlier, later = known.mean(1)
-    size = float(np.linalg.norm(earlier + later)) / 2
-    if not size:
+    each = known[1] - known[0]
+    square, size = float((each.mean(0) ** 2).sum()), float(np.linalg.norm(known.mean((0, 1))))
+    by_chance = float(each.var(0, ddof=1).sum()) / len(each) if len(each) > 1 else 0.0
+    if not size or square <= MOVES_CHANCE * by_chance:
         return 0.0
-    moved = float(np.linalg.norm(later - earlier)) / size
+    moved = math.sqrt(square) / size
     slowly = math.tanh(steps * abs(rate) / 4)
     most = MOVES_MOST / steps
     return most if moved * MOVES >= 2 * most * slowly else moved * MOVES / (2 * slowly)
