@@ -31,6 +31,7 @@ from gradflow.limits import (
     LN_SETTLED,
     MOVES,
     MOVES_CHANCE,
+    MOVES_LONG,
     MOVES_MOST,
     PROBES,
     SEED,
@@ -145,8 +146,8 @@ def unrest(seen: np.ndarray, rate: float, steps: float) -> float:
 
     With growth λ + a e^(−|λ| t) over n steps, x = n |λ|, the mean is off by coth(x/4)/2 times the
     difference of the two halves. That difference is told by how far the mean step moves, relative to
-    its size, times a factor by simulation; a move that is less than chance would make it is none. The
-    whole is at most a factor e or so over all steps.
+    its size, times a factor by simulation; a move that is less than chance would make it is none. Of
+    the difference at most MOVES_LONG times is to come, and at most MOVES_MOST over all steps.
 
     Args:
         seen: (2, B, ·) of `mean_steps`.
@@ -166,9 +167,8 @@ def unrest(seen: np.ndarray, rate: float, steps: float) -> float:
     if not size or square <= MOVES_CHANCE * by_chance:
         return 0.0
     moved = math.sqrt(square) / size
-    slowly = math.tanh(steps * abs(rate) / 4)
-    most = MOVES_MOST / steps
-    return most if moved * MOVES >= 2 * most * slowly else moved * MOVES / (2 * slowly)
+    slowly = max(2 * math.tanh(steps * abs(rate) / 4), 1 / MOVES_LONG)
+    return min(MOVES * moved / slowly, MOVES_MOST / steps)
 
 
 def beyond_noise(values: np.ndarray) -> float:
