@@ -87,6 +87,7 @@ from gradflow.reporter.histories.live import HIGH, grid, lines, sparkline, view
 from gradflow.reporter.histories.story import clipping_began, sentence, stretches
 from gradflow.reporter.histories.waterfall import COLUMNS, prepare
 from gradflow.reporter.kinds import KINDS
+from gradflow.reporter.notebook import SHOWN
 from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
 from gradflow.reporter.page import LABELS, embed, page
 from gradflow.reporter.picture import FAINT, INK, SOFT, Picture, _nearest, look, png

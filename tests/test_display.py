@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from seam import SHOWN
 from torch import nn
 
 import gradflow
-from gradflow.reporter.notebook import SHOWN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

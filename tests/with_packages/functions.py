@@ -32,16 +32,23 @@ class Case:
     final: Callable[[Any], Tensor | None] = field(default=lambda results: None)
     turned: Callable[[Tensor], Tensor] = field(default=lambda final: final)  # (B, *state) of it
 
-    def call(self, arguments: dict[str, Any]) -> Any:
-        """Run it inside a module, as models do."""
-        module = importlib.import_module(self.module)
+    first: str = ""  # the argument with the first state, which the function's last state may be
+
+    def function_of(self, module: nn.Module, arguments: dict[str, Any]) -> Any:
+        """Call it as a method or a function of that module does."""
+        here = importlib.import_module(self.module)
         holder, _, name = self.function.rpartition(".")
-        space = getattr(module, holder) if holder else module
+        function = getattr(getattr(here, holder) if holder else here, name)
+        return function(module, **arguments) if holder else function(**arguments)
+
+    def call(self, arguments: dict[str, Any]) -> nn.Module:
+        """A module that calls it, as models do."""
+        case = self
+        importlib.import_module(self.module)  # before a recording opens
 
         class Layer(nn.Module):
             def forward(self) -> Any:
-                function = getattr(space, name)
-                return function(self, **arguments) if holder else function(**arguments)
+                return case.function_of(self, arguments)
 
         return Layer()
 
@@ -163,6 +170,7 @@ CASES = [
             single=True,
             final=second,
             turned=lambda final: final.transpose(-1, -2),
+            first="initial_states",
         )
         for name in ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2")
     ),
@@ -175,6 +183,7 @@ CASES = [
             explicit.delta_rule,
             single=True,
             final=second,
+            first="initial_state",
         )
         for name in ("qwen3_next", "qwen3_5", "olmo_hybrid")
         for how, normed in (("chunk", True), ("recurrent", False))
@@ -188,6 +197,7 @@ CASES = [
             explicit.delta_rule,
             single=True,
             final=second,
+            first="initial_state",
         )
         for name in ("kimi_linear",)
         for how in ("chunk", "recurrent")
@@ -199,6 +209,7 @@ CASES = [
         _rg_lru,
         explicit.rg_lru,
         final=second,
+        first="recurrent_states",
     ),
     Case("rwkv", _modeling("rwkv"), "rwkv_linear_attention", _rwkv, explicit.rwkv, single=True),
     Case(

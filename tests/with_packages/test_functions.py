@@ -18,6 +18,7 @@ from functions import CASES, IDS, Case, loaded
 from seam import Scanned
 from torch import Tensor, nn
 
+import gradflow
 from gradflow.hooks import patch
 
 
@@ -102,3 +103,67 @@ def test_a_function_is_its_equations(case: Case, dtype: torch.dtype) -> None:
     assert_steps_close(got, totals, mask, what="totals")
     with pytest.raises(AssertionError):  # the comparison can fail
         assert_steps_close(got * (1 + 3 * FLOAT32_BOUND), totals, mask)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_recording_has_the_totals_of_what_is_read_and_of_the_last_state(case: Case) -> None:
+    loaded(case)
+    given, of_loop = case.make(torch.float64)
+    y, states = case.loop(**of_loop)
+    r, q = torch.randn_like(y), torch.randn_like(states[-1])
+    layer = case.call(given)
+    with gradflow.record(layer) as recording:
+        results = layer()
+        loss = (r * (results[0] if isinstance(results, tuple) else results)).sum()
+        final = case.final(results)
+        if final is not None:
+            loss = loss + (q * case.turned(final)).sum()
+        loss.backward()
+    of_loop_too = (r * y).sum() + (0.0 if final is None else (q * states[-1]).sum())
+    wanted = torch.autograd.grad(of_loop_too, states, allow_unused=True)
+    totals = [torch.zeros_like(states[0]) if g is None else g for g in wanted]
+    (track,) = recording
+    assert track.grad_h is not None
+    mask = torch.ones(track.grad_h.shape[:2], dtype=torch.bool)
+    bound = FLOAT32_BOUND if case.single else None
+    expected = torch.stack(totals).flatten(2)
+    assert_steps_close(track.grad_h, expected, mask, what="totals", bound=bound)
+
+
+CARRYING = [case for case in CASES if case.first]
+
+
+@pytest.mark.parametrize("detached", [False, True], ids=["attached", "detached"])
+@pytest.mark.parametrize("case", CARRYING, ids=[case.name for case in CARRYING])
+def test_a_state_that_is_carried_on(case: Case, detached: bool) -> None:
+    loaded(case)
+    (one, loop_one), (two, loop_two) = case.make(torch.float64), case.make(torch.float64)
+
+    class Both(nn.Module):
+        def forward(self) -> tuple[Tensor, Tensor]:
+            y, final = self.call(one)
+            final = final.detach() if detached else final
+            again, _ = self.call(two | {case.first: final})
+            return y, again
+
+        def call(self, arguments: dict[str, Any]) -> Any:
+            return case.function_of(self, arguments)
+
+    model = Both()
+    y, states = case.loop(**loop_one)
+    last = states[-1].detach().requires_grad_() if detached else states[-1]
+    later, more = case.loop(**(loop_two | {"first": case.turned(last)}))
+    r, s = torch.randn_like(y), torch.randn_like(later)
+    with gradflow.record(model) as recording:
+        first, second = model()
+        ((r * first).sum() + (s * second).sum()).backward()
+    every = [*states, *more]
+    totals = torch.autograd.grad((r * y).sum() + (s * later).sum(), every)
+    (track,) = recording
+    assert bool(track.cuts[len(states)].all()) == detached
+    assert any("no gradient comes back to it" in note for note in track.notes) == detached
+    assert track.grad_h is not None
+    mask = torch.ones(track.grad_h.shape[:2], dtype=torch.bool)
+    bound = FLOAT32_BOUND if case.single else None
+    expected = torch.stack(totals).flatten(2)
+    assert_steps_close(track.grad_h, expected, mask, what="totals", bound=bound)

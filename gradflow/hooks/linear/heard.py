@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -16,49 +17,65 @@ from gradflow.hooks.linear.registry import Entry, Seen, Unread
 from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.own.nested import leaves
 from gradflow.hooks.unreadable import NO_SEQUENCE, WRAPPED, is_wrapped, why_hidden
+from gradflow.limits import CALLER_FRAMES
 
-_FRAMES = 12  # how far up the module may be whose forward makes the call
+MASK = "attention_mask"  # what models call it: (B, T), 0 on padding
+PADDED_BEFORE = (
+    "its attention mask is 0 before or within sequences: those steps are shown as steps; pad at the end "
+    "to have them left out"
+)
+
+
+@dataclass(frozen=True)
+class Told:
+    """One recording that is to be told of a call."""
+
+    observer: Any
+    name: str  # the path of the module in its model
+    kind: str  # the module's class
 
 
 class Heard:
     """One call on its way to those recordings whose model makes it."""
 
     def __init__(self, observers: list[Any], entry: Entry, function: Callable[..., Any]) -> None:
-        self._entry, self._function = entry, function
-        self._told: list[tuple[Any, str]] = []  # observers, and the path of the module in its model
-        self._observers = observers
+        self._entry, self._function, self._observers = entry, function, observers
+        self._told: list[Told] = []
         self._given: dict[str, Any] = {}
         self._live: dict[str, Any] = {}
+        self._mask: Tensor | None = None  # (B, T) of the model's own, copied
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Whose it is, and copies of what it is given: some functions change it."""
-        for observer in self._observers:
-            guarded(Point.SCAN, self._missed_by(observer, ""), self._find, observer)
+        guarded(Point.SCAN, self._missed_by_all, self._find)
         if self._told:
             guarded(Point.SCAN, self._missed, self._copy, args, kwargs)
 
     def after(self, results: Any) -> None:
         """Tell them what it was given and returned."""
-        for observer, name in self._told:
-            guarded(
-                Point.SCAN, self._missed_by(observer, name), self._tell, observer, name, results
-            )
+        for told in self._told:
+            missed = functools.partial(told.observer.missed_scan, told.name)
+            guarded(Point.SCAN, missed, self._tell, told, results)
 
-    def _find(self, observer: Any) -> None:
-        paths = (observer.path_of(module) for module in _calling())
-        path = next((path for path in paths if path is not None), None)
-        if path is None:
-            return  # not of its model
+    def _find(self) -> None:
+        modules, self._mask = _calling()
         hidden = why_hidden()
-        if hidden:
-            observer.did_not_see(path or self._entry.cell, hidden)
-        else:
-            self._told.append((observer, path or self._entry.cell))
+        for observer in self._observers:
+            for module in modules:
+                path = observer.path_of(module)
+                if path is None:
+                    continue
+                name = path or self._entry.cell
+                if hidden:
+                    observer.did_not_see(name, hidden)
+                else:
+                    self._told.append(Told(observer, name, type(module).__name__))
+                break
 
     def _copy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._entry.fused:
+            return
         try:
-            if self._entry.fused:
-                raise Unread(self._entry.fused)
             self._live = self._entry.bound(self._function, args, kwargs)
         except Unread as why:
             self._missed(str(why))
@@ -68,46 +85,73 @@ class Heard:
             self._missed(WRAPPED)
         elif not all(tensor.numel() for tensor in tensors):
             self._missed(NO_SEQUENCE)
-        self._given = {name: _copied(value) for name, value in self._live.items()}
+        else:
+            self._given = {name: _copied(value) for name, value in self._live.items()}
 
-    def _tell(self, observer: Any, name: str, results: Any) -> None:
-        seen = Seen(self._given, self._live, results)
-        try:
-            fields = self._entry.read(seen)
-        except Unread as why:
-            observer.missed_scan(name, str(why))
+    def _tell(self, told: Told, results: Any) -> None:
+        if self._entry.fused:
+            if results is not None:  # without its kernel it does nothing
+                told.observer.missed_scan(told.name, self._entry.fused)
             return
-        name += fields.pop("part", "")  # a module may run several
-        observer.saw_scan(Scanned(name=name, cell=self._entry.cell, **fields))
-        observer.saw_inside(list(leaves(self._live).values()), list(leaves(results).values()))
+        seen = Seen(self._given, self._live, results, told.kind)
+        try:
+            fields = {"cell": self._entry.cell} | self._entry.read(seen)
+        except Unread as why:
+            told.observer.missed_scan(told.name, str(why))
+            return
+        lengths, remark = _lengths(self._mask, fields["batch"], fields["steps"])
+        fields["notes"] = (*fields.get("notes", ()), *remark)
+        name = told.name + fields.pop("part", "")  # a module may run several
+        told.observer.saw_scan(Scanned(name=name, lengths=lengths, **fields))
+        told.observer.saw_inside(list(leaves(self._live).values()), list(leaves(results).values()))
 
     def _missed(self, why: str) -> None:
         """Of what none of them will be told."""
-        for observer, name in self._told:
-            observer.missed_scan(name, why)
+        for told in self._told:
+            told.observer.missed_scan(told.name, why)
         self._told = []
 
-    def _missed_by(self, observer: Any, name: str) -> Callable[[str], object]:
-        return functools.partial(observer.missed_scan, name or self._entry.cell)
+    def _missed_by_all(self, why: str) -> None:
+        for observer in self._observers:
+            observer.missed_scan(self._entry.cell, why)
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return copied(value)
     if isinstance(value, (tuple, list)) and any(isinstance(each, Tensor) for each in value):
-        return type(value)(_copied(each) for each in value)
+        return [_copied(each) for each in value]
     return None if isinstance(value, nn.Module) else value
 
 
-def _calling() -> list[nn.Module]:
-    """The modules whose methods are under way, the innermost first."""
+def _calling() -> tuple[list[nn.Module], Tensor | None]:
+    """The modules whose methods are under way, the innermost first, and a mask that one of them has."""
     found: list[nn.Module] = []
+    mask: Tensor | None = None
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(_FRAMES):
+    for _ in range(CALLER_FRAMES):
         frame = frame.f_back if frame is not None else None
         if frame is None:
             break
-        module = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
-        if isinstance(module, nn.Module):
-            found.append(module)
-    return found
+        variables = frame.f_code.co_varnames[: frame.f_code.co_argcount + 16]
+        if "self" not in variables:
+            continue
+        local = frame.f_locals
+        if isinstance(local.get("self"), nn.Module):
+            found.append(local["self"])
+            given = local.get(MASK)
+            if mask is None and isinstance(given, Tensor) and given.dim() == 2:
+                mask = given.detach() != 0
+    return found, mask
+
+
+def _lengths(mask: Tensor | None, batch: int, steps: int) -> tuple[Tensor | None, tuple[str, ...]]:
+    """(B,) real steps where a mask (B, T) tells them, and what it tells else."""
+    if mask is None or mask.shape[0] != batch or mask.shape[1] < steps:
+        return None, ()
+    here = mask[:, -steps:]
+    if bool(here.all()):
+        return None, ()
+    if bool((here[:, 1:] <= here[:, :-1]).all()):
+        return here.sum(1).cpu(), ()
+    return None, (PADDED_BEFORE,)

@@ -31,6 +31,7 @@ class Seen:
     given: dict[str, Any]  # its arguments by name, tensors as detached copies made before it ran
     live: dict[str, Any]  # the same as they were given
     results: Any  # what it returned, live
+    kind: str  # the class of the module that called it
 
     def result(self, place: int = 0) -> Any:
         """What it returned at this place; all of it where it is no tuple and the place is the first."""
@@ -44,6 +45,11 @@ class Seen:
         return found
 
 
+def _nothing(seen: Seen) -> dict[str, Any]:
+    """Of a function of which nothing can be read."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Entry:
     """A function that runs a linear recurrence over all steps of its arguments."""
@@ -51,8 +57,8 @@ class Entry:
     modules: tuple[str, ...]  # names, each a whole module or a package with all that is below it
     name: str  # in the module: "mamba_selective_scan", "RecurrentGemmaRglru._rnn_scan"
     cell: str  # what people call it: "Mamba", "gated delta rule"
-    reads: str  # the arguments that the mapping reads, in the function's own order
-    read: Callable[[Seen], dict[str, Any]]  # fields of `Scanned` besides the name and the cell
+    reads: str = ""  # the arguments that the mapping reads, in the function's own order
+    read: Callable[[Seen], dict[str, Any]] = _nothing  # fields of `Scanned` beside name and cell
     # that change what is computed in a way that is not read, unless None, False or left out
     refuses: tuple[str, ...] = ()
     ignores: str = ""  # that change how, not what: the size of a chunk

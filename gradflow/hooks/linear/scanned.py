@@ -34,6 +34,7 @@ class Scanned:
     initial: Tensor | None = None  # live: the first state that the function was given
     # why no gradient can come to the first state that was given, a cut; "" where one can
     cut: str = ""
+    lengths: Tensor | None = None  # (B,) real steps, where a mask of the model's tells; None: all
     # (T, B) steps that begin anew, A_t = 0: a new document; no cut where a track begins
     cuts: Tensor | None = None
     states: Tensor | None = None  # live: all states (T, B, *shape) or what is a view of them

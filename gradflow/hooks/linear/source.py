@@ -47,6 +47,9 @@ class Stretch:
     returned: Tensor | None = None  # y, to hold against what the steps make
     precision: torch.dtype | None = None  # see `Scanned`
     cuts: Tensor | None = None  # see `Scanned`
+    # y was read from the very tensor that is the last state: the gradient there holds what comes
+    # through y too
+    final_holds_output: bool = False
     final_back: Callable[[Tensor], Tensor] | None = None  # see `Scanned`
     states_back: Callable[[Tensor], Tensor] | None = None  # see `Scanned`
     grads: dict[str, Tensor] = field(default_factory=dict)  # "output", "final", "states"
@@ -113,7 +116,8 @@ class Stretch:
         if "final" in self.grads:
             grad = self.grads["final"]
             grad = grad if self.final_back is None else self.final_back(grad)
-            found[-1] += grad.reshape(found.shape[1:])
+            grad = grad.reshape(found.shape[1:])
+            found[-1] = grad if self.final_holds_output else found[-1] + grad
         return found
 
 
@@ -125,6 +129,7 @@ class LinearSource:
     cell: str  # what people call it
     name: str = ""  # of the track
     lengths: Tensor | None = None  # (B,) real steps; None: all
+    told: bool = False  # whether the user has given them
     reverse: bool = False  # processed from the last input step to the first
     stretches: list[Stretch] = field(default_factory=list)  # the calls in their order
     remarks: list[str] = field(default_factory=list)  # what a reader should know

@@ -68,6 +68,7 @@ class Linear:
             None if scanned.final is None else edge_of(scanned.final),
         )
         source, track = end.source, end.track
+        _lengthened(source, scanned)
         source.remarks = list(dict.fromkeys([*source.remarks, *scanned.notes]))
         owner.handles += source.listen(stretch, edges)
         self._held += edges.values()
@@ -98,7 +99,7 @@ class Linear:
             code=code or tuple(id(weight) for weight in scanned.weights),
         )
         owner.add_track(scanned.name, track)
-        source.name = track.name
+        source.name, source.told = track.name, source.lengths is not None
         source.remarks += owner.lengths.notes
         return End(source, track, None, None)
 
@@ -138,10 +139,22 @@ def _stretch(scanned: Scanned, cut: Tensor | None) -> tuple[Stretch, dict[str, E
         returned=None if scanned.output is None else scanned.output.detach().clone(),
         precision=scanned.precision,
         cuts=None if scanned.cuts is None else scanned.cuts.clone(),
+        final_holds_output=_leads("output", "final", edges),
         final_back=scanned.final_back,
         states_back=scanned.states_back,
     )
     return stretch, edges
+
+
+def _leads(later: str, earlier: str, edges: dict[str, Edge]) -> bool:
+    """Whether one thing that was returned is made of another: a way through the call leads there."""
+    if later not in edges or earlier not in edges:
+        return False
+    end = edges[earlier][0]
+    try:
+        return end in Between([edges[later]], {end}, since=end._sequence_nr()).reached
+    except NotReadable:
+        return False
 
 
 def _last(scanned: Scanned) -> Tensor | None:
@@ -193,6 +206,18 @@ def _comes_from(initial: Tensor, edge: Edge | None) -> bool:
         return edge[0] in Between([mine], {edge[0]}).reached
     except NotReadable:
         return False
+
+
+def _lengthened(source: LinearSource, scanned: Scanned) -> None:
+    """The real steps of a recurrence with one more call, where a mask of the model's tells them."""
+    if source.told:
+        return
+    steps = torch.full((source.batch,), scanned.steps)
+    before = torch.full_like(steps, source.steps - scanned.steps)
+    known = before if source.lengths is None else source.lengths
+    now = steps if scanned.lengths is None else scanned.lengths
+    lengths = torch.where(known == before, known + now, known)
+    source.lengths = None if bool((lengths == source.steps).all()) else lengths
 
 
 def _grown(source: LinearSource, track: Track) -> None:

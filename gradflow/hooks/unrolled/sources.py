@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
 import linecache
@@ -153,7 +154,7 @@ def _in_class(file: str, scope: ast.ClassDef, attributes: set[str]) -> SourceLoo
     wanted = set(attributes)
     for _ in range(4):  # a method that calls a method that uses them uses them
         for method in methods:
-            found = _innermost(method, wanted, own=True)
+            found = _innermost(_of_itself(method, wanted - attributes), wanted, own=True)
             if found is not None:
                 return _described(file, found, wanted)
         more = {m.name for m in methods if _mentions(m, wanted, own=True)} - wanted
@@ -161,6 +162,24 @@ def _in_class(file: str, scope: ast.ClassDef, attributes: set[str]) -> SourceLoo
             return None
         wanted |= more
     return None
+
+
+class _OthersMethods(ast.NodeTransformer):
+    """Takes the names of methods off everything but a method's own object: layer.reset() is not self's."""
+
+    def __init__(self, own: str, methods: set[str]) -> None:
+        self.own, self.methods = own, methods
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        others = not (isinstance(node.value, ast.Name) and node.value.id == self.own)
+        return node.value if others and node.attr in self.methods else node
+
+
+def _of_itself(method: ast.FunctionDef | ast.AsyncFunctionDef, methods: set[str]) -> ast.AST:
+    if not methods or not method.args.args:
+        return method
+    return _OthersMethods(method.args.args[0].arg, methods).visit(copy.deepcopy(method))
 
 
 def _anywhere(file: str, attributes: set[str]) -> SourceLoop | None:

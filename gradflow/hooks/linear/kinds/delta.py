@@ -2,6 +2,7 @@
 
 Gated delta rule (Yang et al. 2024):   S_t = e^{g_t} (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ
 Kimi delta attention (a decay a key):  S_t = (I − β_t k_t k_tᵀ) diag(e^{g_t}) S_{t−1} + β_t k_t v_tᵀ
+RWKV-7 (Peng et al. 2025):             S_t = (diag(e^{g_t}) + b_t a_tᵀ) S_{t−1} + k_t v_tᵀ
 Linear attention, GLA, RetNet:         S_t = e^{g_t} S_{t−1} + k_t v_tᵀ
 read as y_t = S_tᵀ (s q_t), with the scale s = d_k^{−1/2} where none is given; S (H, d_k, d_v).
 """
@@ -26,12 +27,12 @@ class Rule:
     """How one of these functions names its arguments, and which of its terms it has."""
 
     names: str = "query key value"  # of q, k and v, each (B, T, H, d)
-    decay: str = (
-        "g"  # of ln of the decay: (B, T, H) or, a key each, (B, T, H, d_k); "" where none is
-    )
-    beta: str = (
-        "beta"  # of the strength of the correction, (B, T, H); "" where there is no correction
-    )
+    # of ln of the decay: (B, T, H) or, a key each, (B, T, H, d_k); "" where there is none
+    decay: str = "g"
+    # of the strength of the correction, (B, T, H); "" where there is no correction
+    beta: str = "beta"
+    # of a and b, (B, T, H, d_k), where A_t = diag(e^{g_t}) + b_t a_tᵀ; "" elsewhere
+    pair: str = ""
 
     def __call__(self, seen: Seen) -> dict[str, Any]:
         """Fields of `Scanned`."""
@@ -51,16 +52,20 @@ class Rule:
             q = q * (d_k**-0.5 if scale is None else scale)
             decay = self._decay(given, k[..., 0])
             left, right, write = None, None, (k.unsqueeze(-1), v.unsqueeze(-2))
-            if self.beta:
-                beta = time_first(wide(given[self.beta])).unsqueeze(-1)
+            by_key = decay.dim() == 4
+            if self.pair:
+                right, left = (over_time(given[name]) for name in self.pair.split())
+            elif self.beta:
+                beta = torch.ones_like(k[..., :1])
+                if given.get(self.beta) is not None:
+                    beta = time_first(wide(given[self.beta])).unsqueeze(-1)
                 write = ((beta * k).unsqueeze(-1), v.unsqueeze(-2))
-                by_key = decay.dim() == 4
                 left = -beta * k if by_key else -beta * k * decay.unsqueeze(-1)
                 right = k * decay if by_key else k
             first = given.get("initial_state")
             return LinearSteps(
                 shape=(heads, d_k, d_v),
-                decay=decay.unsqueeze(-1) if decay.dim() == 4 else decay[..., None, None],
+                decay=decay.unsqueeze(-1) if by_key else decay[..., None, None],
                 left=left,
                 right=right,
                 write=write,
@@ -114,6 +119,7 @@ def _of_fla(name: str, cell: str, terms: str, rule: Rule, ignores: str = "") -> 
 _QKV = "q k v"
 _GLA = "gated linear attention"
 _SIMPLE = "linear attention"
+_BOUND = "lower_bound chunk_size"
 _NORMED = "use_qk_l2norm_in_kernel"
 
 ENTRIES = (
@@ -133,4 +139,8 @@ ENTRIES = (
     ),
     _of_fla("chunk_gla", _GLA, "g", Rule(_QKV, beta="")),
     _of_fla("fused_recurrent_gla", _GLA, "gk", Rule(_QKV, decay="gk", beta="")),
+    *(
+        _of_fla(name, "RWKV-7", "a b gk", Rule(_QKV, decay="gk", beta="", pair="a b"), _BOUND)
+        for name in ("chunk_dplr_delta_rule", "fused_recurrent_dplr_delta_rule")
+    ),
 )

@@ -71,6 +71,15 @@ def of_states(
     return read
 
 
+def min_gru(seen: Seen) -> dict[str, Any]:
+    """Fields of `Scanned` of minGRU's and minLSTM's scan, whose arguments are logarithms."""
+
+    def factors(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return wide(given["log_coeffs"]).exp(), wide(given["log_values"]).exp()
+
+    return of_states(factors, "log_values")(seen) | {"cell": seen.kind}
+
+
 def _cuts(resets: Tensor) -> Tensor:
     """(T, B) where a step begins anew."""
     return time_first(resets).flatten(2).all(-1)
@@ -97,10 +106,7 @@ ENTRIES = (
         "heinsen_associative_scan_log",
         "minGRU",
         "log_coeffs log_values",
-        of_states(
-            lambda given: (wide(given["log_coeffs"]).exp(), wide(given["log_values"]).exp()),
-            "log_values",
-        ),
+        min_gru,
     ),
     Entry(
         ("mambapy",),

@@ -22,8 +22,8 @@ from gradflow.hooks.linear.kinds.tensors import repeated, swapped, time_first, t
 from gradflow.hooks.linear.registry import Entry, Seen, Unread
 
 FUSED = (
-    "{} computes the whole mixer, its scan included, in one kernel whose arguments do not show the "
-    "scan; record on the CPU, or where that kernel is not installed"
+    "{} computes the whole mixer in one kernel, whose arguments do not show the scan inside; record it "
+    "in evaluation mode with a cache, on the CPU, or without that kernel's package"
 )
 
 
@@ -231,5 +231,14 @@ ENTRIES = (
         f"x {_CHUNKED} z {_ENDS}",
         by_head("x"),
         refuses=("seq_idx", "cu_seqlens", "return_varlen_states"),
+    ),
+    *(
+        Entry((package,), name, cell, fused=FUSED.format(name))
+        for package, name, cell in (
+            ("mamba_ssm", "mamba_inner_fn", "Mamba"),
+            ("mamba_ssm", "mamba_split_conv1d_scan_combined", "Mamba-2"),
+            ("transformers.models", "mamba_inner_fn", "Mamba"),
+            ("transformers.models", "mamba2_split_conv1d_scan_combined", "Mamba-2"),
+        )
     ),
 )
