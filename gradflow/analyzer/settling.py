@@ -138,7 +138,7 @@ def mean_steps(operator: Operator, counted: np.ndarray) -> np.ndarray:
         for half, inside in enumerate((earlier[t], later[t])):
             sums[half, inside] += images[inside]
     counts = torch.stack([earlier.sum(0), later.sum(0)])[..., None]
-    return (sums / counts).numpy()  # type: ignore[no-any-return]
+    return (sums / counts).numpy()
 
 
 def unrest(seen: np.ndarray, rate: float, steps: float) -> float:
