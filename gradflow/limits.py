@@ -229,6 +229,23 @@ HISTORY_LAGS = _limit(64, "lags", "of one probe, at most: design, section 4")
 HISTORY_DENSE = _limit(16, "steps", "back from the loss, up to which every one is kept")
 HISTORY_RATIO = _limit(1.125, "times", "the lag before it, beyond: six to a doubling")
 
+# a probe of a training step, preset rate
+PROBE_SEQUENCES = _limit(16, "sequences", "of an update, evenly spread, on which a verdict rests")
+PROBE_FEWER = _limit(8, "sequences", "of a layer of more than PROBE_WIDE states")
+PROBE_WIDE = _limit(128, "states", "above which one direction of a sequence at a time is searched for")
+PROBE_ROUNDS = _limit(2, "rounds", "of pulling and pushing above EXACT_WIDTH")
+PROBE_REACH = _limit((0.67, 1.0, 1.5), "of the horizon guessed", "lags at which the gain is measured for it")
+PROBE_GUESSES = _limit(3, "guesses", "of it, at most")
+PROBE_SHARE = _limit(16, "one part in", "of the budgets of `analyze`, for a linear recurrence")
+CLIPPED = _limit(1e-3, "relative", "by which the optimizer's gradient is smaller where clipping acted")
+WATCH_REMEMBERED = _limit(3, "probes", "whose cost foretells the next one's")
+WATCH_TOLD = _limit(2.0, "times", "by which an interval differs from the one told before it is told again")
+WATCH_FAILURES = _limit(3, "probes", "in a row that fail, before the watching stops")
+WATCH_UNSEEN = _limit(20, "updates", "without a forward of the module, after which a sentence says so")
+WATCH_FRAMES = _limit(12, "frames", "above an optimizer's step, in which the GradScaler that calls it is")
+WATCH_FIGURES = _limit(10, "probes", "between two figures that are handed on")
+PROBE_SOURCES = _limit(4, "windows", "of one lag and sequence for it, evenly spread")
+
 # what is said of a training
 LASTING = _limit(3, "probes", "that a change of verdict has to last, to be told: issue of the history")
 LEARNED = _limit(1.5, "times", "as far as at first, from where on a layer has learned to reach")
@@ -279,6 +296,10 @@ LOSS_BYTES = _limit(2**27, "bytes", "of gradients of a wide linear state that ar
 EXPONENT_BYTES = _limit(2**26, "bytes", "of the growth of single entries of a linear state, step by step")
 UNITS_EACH = _limit(512, "entries", "of a state (channels, N), up to which each is a unit of its own")
 UNITS_MOST = _limit(4096, "units", "that a linear state is shown by, where it can be parted so finely")
+NEVER_FORGETS = _limit(0.9999, "|a|", "a decay never below it: its entry keeps its state for good")
+DECAY_FLOOR_SHARE = _limit(0.1, "of decays", "at the smallest that was seen: it looks like a bound")
+DECAY_SHARE = _limit(0.05, "of entries", "of a linear state that forget at once, or never: worth a word")
+ERASED_SHARE = _limit(0.5, "of steps", "at which a head erases a direction: worth a word")
 DECAY_AT_FLOOR = _limit(0.01, "nats", "above the smallest decay that was seen, which count as at it")
 
 # speeds, measured: by them cost is predicted
@@ -330,21 +351,22 @@ GLOSSARY: dict[str, str] = {
     "the largest gain is that of the direction that survives best: if it vanishes, everything does",
     "vanishing, exploding": "the gain over the span: the largest of any direction from the first step to "
     f"the last shrinks, or grows, by more than {BAND_WORDS}, beyond doubt",
-    "stable": f"it changes by less than {BAND_WORDS} over the span",
+    "stable": f"the gain changes by less than {BAND_WORDS} over the span",
     "dead": "every path is cut by exact zeros, or every step is cut off from the one before",
     "inconclusive": "the data do not decide, and the sentence says how many sequences or steps would; or "
     "the gains are not known (no gains), and it says why",
     "rate": "growth of ln gain per step in nats in the long run, the largest Lyapunov exponent, with its "
-    f"{INTERVAL_WORDS} interval; not settled where so few steps do not show it: then read the gain",
+    f"{INTERVAL_WORDS} interval: −0.69 halves the gain at every step; not settled where so few steps do not "
+    "show it: then read the gain",
     "half-life, horizon": "steps until the gain halves; first distance at which it is below "
-    f"{GONE_WORDS}, where it is gone",
-    "> 99, never": "not within the 99 steps that could be measured; nor would it go on to fall",
+    f"{GONE_WORDS}: gone after so many steps",
+    "> 99, never": "not within the 99 steps that could be measured; never: nor would it go on to fall",
     "gone … before the loss": "the same limit for the gradient of this very loss, the picture on the left; "
     "it starts in the directions the loss happens to read, so it may be gone sooner, or later, than the "
     "gain of the best direction",
     "channels": f"how many directions still pass {GONE_WORDS} over the whole span; a stable layer with 1 of "
     "64 is fragile",
-    "span": "the distance of interest: the median sequence length, or span=",
+    "span": "the distance of interest: the median sequence length, or what was given as span=",
     "prediction": "what a remedy would do at once: the batch was run again with the weights changed, in all "
     "layers that need it, and measured again; nothing was trained, and training may end elsewhere",
     "total and direct": "the total gradient at a state counts every path to the loss; the direct part "

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import synthetic
 
-from gradflow.analysis import FRAMES, load
+from gradflow.analysis import FRAMES, OPTIONAL, load
 from gradflow.errors import FileError, InputError
 from gradflow.reporter import files, free_folder, report
 
@@ -18,7 +18,7 @@ def test_every_file_is_there(tmp_path: Path) -> None:
     analysis = synthetic.vanishing()
     paths = report(analysis, tmp_path / "run")
     assert set(paths) == {
-        "report.html", "summary.json", "run.nc", *(f"{kind}.csv" for kind in FRAMES),
+        "report.html", "summary.json", "run.nc", *(f"{kind}.csv" for kind in FRAMES if kind not in OPTIONAL),
         "figures/overview.png", "figures/rnn.l0-gain-map.png", "figures/rnn.l0-lag-curve.png",
         "figures/rnn.l0-states.png", "figures/rnn.l0-total-vs-direct.png",
         "figures/rnn.l0-triangle.png", "figures/rnn.l0-lag-gradient.png",

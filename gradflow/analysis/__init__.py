@@ -91,12 +91,24 @@ step_growth         (step)                         median over sequences of the 
                                                    growth, on the steps that count towards the rate
 rate_factor         (factor)                       RNN: the rate's two summands, mean ln ‖W q‖ ("weight")
                                                    and mean ln (‖D W q‖/‖W q‖) ("activation")
+head_gain           (head)                         linear recurrences with heads: ln of the largest gain
+                                                   over the span of each, mean over sequences
+head_gain_low/_high (head)                         its 95 % interval over sequences
+head_rate           (head)                         nats per step of each head
+head_rate_low/_high (head)                         its interval, likewise
+head_verdict        (head)                         place in `gradflow.limits.VERDICTS`
+head_log_gain       (head, head_lag)               median over pairs of steps of ln ‖P_g(t+k←t)‖₂
+head_erased         (head)                         share of steps whose rank-one part leaves less than
+                                                   0.05 of a direction; NaN without one
+decay               (decay_fact)                   linear recurrences: share of entries that forget within
+                                                   a step, share that never forget, smallest |a|, share of
+                                                   decays at it, 1 if any ever changes
 segment_length      (segment)                      steps of the stretches between cuts, all sequences
 grad_input_norm     (step)                         median over sequences of ‖∂L/∂x_t‖₂ = ‖W_ihᵀ δ_t‖₂
 ==================  =============================  =====================================================
 """
 
-from gradflow.analysis.frames import FRAMES, HEADLINE
+from gradflow.analysis.frames import FRAMES, HEADLINE, OPTIONAL
 from gradflow.analysis.results import (
     UNMEASURED,
     Alone,
@@ -112,6 +124,7 @@ from gradflow.analysis.saved import SCHEMA
 __all__ = [
     "FRAMES",
     "HEADLINE",
+    "OPTIONAL",
     "SCHEMA",
     "UNMEASURED",
     "Alone",

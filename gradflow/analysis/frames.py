@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 
 from gradflow.analysis.results import Finding, LayerAnalysis
+from gradflow.limits import LN_GONE, VERDICTS
 
-FRAMES = ("layers", "steps", "lags", "units", "findings")
+FRAMES = ("layers", "steps", "lags", "units", "heads", "findings")
+OPTIONAL = ("heads",)  # tables that most analyses have no row for
 HEADLINE = [
     "layer",
     "verdict",
@@ -143,6 +145,27 @@ def _of_state(layer: LayerAnalysis, name: str, state: str) -> np.ndarray:
     return own if state == layer.main_state else np.full_like(own, np.nan)
 
 
+def _heads_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
+    columns = ["layer", "head", "verdict", "gain", "gain_low", "gain_high"]
+    columns += ["rate", "rate_low", "rate_high", "horizon", "erased"]
+    tables = []
+    for layer in layers:
+        data = layer.data
+        if "head_gain" not in data or not data.sizes["head"]:  # older runs do not have it
+            continue
+        table = pd.DataFrame({"layer": layer.name, "head": data["head"].values})
+        codes = data["head_verdict"].values.astype(int)
+        table["verdict"] = [VERDICTS[code] for code in codes]
+        for name in ("gain", "gain_low", "gain_high", "rate", "rate_low", "rate_high", "erased"):
+            table[name] = data[f"head_{name}"].values
+        gone = data["head_log_gain"].values < LN_GONE
+        lags = data["head_lag"].values
+        reached = [int(lags[row.argmax()]) if row.any() else None for row in gone]
+        table["horizon"] = pd.array(reached, dtype="Int64")
+        tables.append(table[columns])
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
 def _findings_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
     columns = list(Finding.__dataclass_fields__)
     return pd.DataFrame(
@@ -155,5 +178,6 @@ BUILDERS = {
     "steps": _steps_frame,
     "lags": _lags_frame,
     "units": _units_frame,
+    "heads": _heads_frame,
     "findings": _findings_frame,
 }

@@ -200,7 +200,8 @@ class Analysis:
         Args:
             kind: "layers" (verdict, rate in nats per step, half-life, horizon and span in steps),
                 "steps" (norms of states and gradients, gates), "lags" (ln gain against distance),
-                "units" (memory and time scales, saturation) or "findings".
+                "units" (memory and time scales, saturation), "heads" (of a linear recurrence that
+                has some: verdict, gain, rate, first measured distance below 10⁻³) or "findings".
 
         Returns:
             A frame with the column ``layer``; steps and units count from 1.
@@ -287,25 +288,7 @@ def checked_labels(labels: Sequence[str], steps: int) -> tuple[str, ...]:
 
 
 def load(path: str | os.PathLike[str]) -> Analysis:
-    """Read a run back: a ``run.nc`` file, or a report folder that holds one.
-
-    Args:
-        path: of the file or of the folder.
-
-    Returns:
-        The analysis as it was saved, number by number.
-
-    Raises:
-        InputError: what was given is no path.
-        FileError: there is no run, it is none of gradflow's, or another version's.
-
-    >>> import tempfile, torch, gradflow
-    >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     again = gradflow.load(run.save(f"{folder}/run.nc"))
-    >>> again["l0"].rate == run["l0"].rate
-    True
-    """
+    """Read a run back: a ``run.nc`` file, or a report folder that holds one; see `gradflow.load`."""
     header, layers = saved.read(path)
     return Analysis(
         title=header["title"],

@@ -26,13 +26,14 @@ from gradflow.analyzer.activity import (
 from gradflow.analyzer.certificates import SIDES, sum_rule
 from gradflow.analyzer.flow import input_gradient_norms
 from gradflow.analyzer.leading import FACTORS, step_growth
-from gradflow.analyzer.loss import KINDS, grad_norms
+from gradflow.analyzer.linear.facts import DECAY_FACTS, decay_facts
+from gradflow.analyzer.loss import GRADIENTS, grad_norms
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.order import segment_lengths
 from gradflow.analyzer.paths import PATHS, path_gains
 from gradflow.analyzer.ranks import stable_rank
 from gradflow.analyzer.rates import rate_over_sequences
-from gradflow.limits import LAG_TOLERANCES
+from gradflow.limits import LAG_TOLERANCES, VERDICTS
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _gradients(m: Measured) -> Variables:
         {
             "back": np.arange(m.track.steps),
             "unit": np.arange(profile.log10_grad.shape[1]),
-            "kind": list(KINDS),
+            "kind": list(GRADIENTS),
         },
     )
 
@@ -218,6 +219,36 @@ def _units(m: Measured) -> Variables:
     )
 
 
+def _linear(m: Measured) -> Variables:
+    """How the decays of a linear recurrence lie, and what each of its heads keeps."""
+    heads = None if m.linear is None else m.linear.heads
+    count = 0 if heads is None else len(heads.gain)
+    columns: dict[str, tuple[tuple[str, ...], Any]] = {}
+    for name in ("gain", "rate"):
+        found = [] if heads is None else list(getattr(heads, name))
+        for end, part in (("", "value"), ("_low", "low"), ("_high", "high")):
+            columns[f"head_{name}{end}"] = (("head",), [getattr(one, part) for one in found])
+    verdicts = [] if heads is None else [VERDICTS.index(one.name) for one in heads.verdict]
+    curves = np.zeros((0, 0)) if heads is None else heads.log_gain
+    facts = np.full(len(DECAY_FACTS), np.nan)
+    if m.linear is not None:
+        facts = np.array(decay_facts(m.linear.decays))
+    return Variables(
+        {
+            **columns,
+            "head_verdict": (("head",), verdicts),
+            "head_log_gain": (("head", "head_lag"), curves),
+            "head_erased": (("head",), [] if heads is None else heads.erased),
+            "decay": (("decay_fact",), facts),
+        },
+        {
+            "head": np.arange(1, count + 1),
+            "head_lag": np.zeros(0, dtype=int) if heads is None else heads.lags,
+            "decay_fact": list(DECAY_FACTS),
+        },
+    )
+
+
 def _paths(m: Measured) -> Variables:
     """The four paths of an LSTM's cell state."""
     gains = path_gains(m.track, m.mapped, m.share)
@@ -257,6 +288,7 @@ PARTS: list[Callable[[Measured], Variables]] = [
     _loss_steps,
     _activity,
     _units,
+    _linear,
     _paths,
     _leading,
     _flow,

@@ -17,7 +17,7 @@ from gradflow.analyzer.order import cuts_before, in_processing_order
 from gradflow.limits import CARRIED_DECADES, GONE_DECADES
 from gradflow.recording import Track
 
-KINDS = ("total", "direct", "last")
+GRADIENTS = ("total", "direct", "last")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def profile(track: Track, withheld: bool) -> Profile:
         grads = track.grads
     logs = np.full((len(widths), unit_count, track.steps), np.nan)
     if grads is not None:
-        index, valid = _back_index(track, grads)
+        index, valid = back_index(track, grads)
         for place, (state, width) in enumerate(widths.items()):
             ordered = in_processing_order(track, grads[state]).double()
             logs[place, :width] = _aligned(ordered, index, valid)
@@ -97,7 +97,7 @@ def profile(track: Track, withheld: bool) -> Profile:
     return Profile(logs, order, np.full_like(memory, math.nan) if whole else memory, whole)
 
 
-def _back_index(track: Track, grads: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def back_index(track: Track, grads: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(T, B): which processed step lies j back from the loss step, and whether it counts."""
     reached = torch.zeros(track.steps, track.batch, dtype=torch.bool)
     for value in grads.values():
@@ -151,7 +151,7 @@ def _order(logs: np.ndarray, memory: np.ndarray, width: int) -> np.ndarray:
 def grad_norms(track: Track, withheld: bool) -> np.ndarray:
     """(kind, state, step): median over sequences of ‖∂L/∂s_t‖₂, input time, NaN where undefined."""
     states = list(track.states)
-    result = np.full((len(KINDS), len(states), track.steps), np.nan)
+    result = np.full((len(GRADIENTS), len(states), track.steps), np.nan)
     if withheld or not track.has_gradient:
         return result
     kinds: dict[str, dict[str, Tensor]] = {
@@ -159,7 +159,7 @@ def grad_norms(track: Track, withheld: bool) -> np.ndarray:
         "direct": {"h": track.grad_h_direct} if track.has_direct else {},
         "last": track.last_grads or {},
     }
-    for i, kind in enumerate(KINDS):
+    for i, kind in enumerate(GRADIENTS):
         for j, state in enumerate(states):
             if state in kinds[kind]:
                 result[i, j] = median_norm(kinds[kind][state], track.mask)

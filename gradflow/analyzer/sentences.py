@@ -11,7 +11,7 @@ from gradflow.analyzer.causes.reading import headline, opening
 from gradflow.analyzer.cuts import cut_steps
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
-from gradflow.limits import BAND_WORDS, GONE_WORDS
+from gradflow.limits import BAND_WORDS, GONE_WORDS, VERDICTS
 
 # ------------------------------------------------------------------------------------- sentence
 
@@ -20,10 +20,32 @@ def sentence(evidence: Evidence) -> str:
     """The verdict on a layer in words with its numbers."""
     said = _SENTENCES[evidence.verdict.name](evidence)
     said += _in_the_long_run(evidence, said) + _cut(evidence) + _too_short(evidence)
+    said += _heads(evidence)
     first = opening(evidence)
     if first and evidence.labels[:1] != ("no recurrence",):
         return f"{evidence.track.name} {first}; the layer itself {said}"
     return f"{evidence.track.name} {said}"
+
+
+def _heads(e: Evidence) -> str:
+    """How the heads of a linear recurrence are told apart, where they are not all as the layer."""
+    if e.linear is None or e.linear.heads is None:
+        return ""
+    names = [verdict.name for verdict in e.linear.heads.verdict]
+    counts = {name: names.count(name) for name in VERDICTS if name in names}
+    if list(counts) == [e.verdict.name]:
+        return f"; each of its {len(names)} heads {_ARE[e.verdict.name][0]}"
+    told = ", ".join(f"{count} {_ARE[name][count != 1]}" for name, count in counts.items())
+    return f"; of its {len(names)} heads {told}"
+
+
+_ARE = {  # one of them, several
+    "vanishing": ("vanishes", "vanish"),
+    "exploding": ("explodes", "explode"),
+    "stable": ("is stable", "are stable"),
+    "dead": ("is dead", "are dead"),
+    "inconclusive": ("is inconclusive", "are inconclusive"),
+}
 
 
 def _in_the_long_run(e: Evidence, said: str) -> str:

@@ -22,9 +22,9 @@ from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.lengths import GivenLengths, Lengths
+from gradflow.hooks.linear.linear_calls import LinearCalls
+from gradflow.hooks.linear.linear_source import LinearSource
 from gradflow.hooks.linear.scanned import Scanned
-from gradflow.hooks.linear.source import LinearSource
-from gradflow.hooks.linear.watch import Linear
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
@@ -85,7 +85,7 @@ class Recorder:
         self.stitcher = Stitcher()
         self.closed = ClosedLoops(self)
         self.taps = Taps(self)
-        self.linear = Linear(self)
+        self.linear = LinearCalls(self)
         self.watch = Watch(self, model)
         self._copies = Copies(self.lengths, lambda weight: self.uses.key(weight, self.scale))
         self._paths = {id(module): clean(name) for name, module in model.named_modules()}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from gradflow.analysis import FRAMES, Analysis
+from gradflow.analysis import FRAMES, OPTIONAL, Analysis
 from gradflow.errors import InputError, must_be
 from gradflow.reporter.digest import summary
 from gradflow.reporter.figures import plot, plot_narrow
@@ -95,7 +95,9 @@ def _write_summary(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) 
 
 def _write_tables(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) -> None:
     for kind in FRAMES:
-        analysis.frame(kind).to_csv(folder / f"{kind}.csv", index=False, lineterminator="\n")
+        table = analysis.frame(kind)
+        if kind not in OPTIONAL or len(table):
+            table.to_csv(folder / f"{kind}.csv", index=False, lineterminator="\n")
 
 
 def _write_figures(analysis: Analysis, folder: Path, pictures: dict[FigureKey, bytes]) -> None:

@@ -15,6 +15,7 @@ from gradflow.reporter.charts import (
     blocks,
     gain_map,
     gates,
+    heads,
     lag_curve,
     lag_gradient,
     layers,
@@ -256,6 +257,15 @@ KINDS: dict[str, Kind | None] = {
         below=lambda chart: 0.0 if chart.limits else _below(chart),
         scale=Scale(saturation.draw_bar, _gate_specials, lambda chart: bool(chart.gates)),
         stepped=True,
+    ),
+    "heads": Kind(
+        what="how far each head of a linear recurrence remembers",
+        prepare=heads.prepare,
+        draw=heads.draw,
+        heights=lambda chart: (min(3.4, max(0.9, 0.17 * len(chart.heads))),),
+        scale=Scale(_ratios("1: unchanged"), lambda charts: _plain([c.values for c in charts], "")),
+        title="heads against distance",
+        of_gains=True,
     ),
     "time-scales": Kind(
         what="how long each unit's own gate lets it remember, −1 ÷ mean ln of the gate",

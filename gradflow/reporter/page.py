@@ -14,11 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup, escape
 
 from gradflow._version import __version__
 from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
-from gradflow.limits import BAND_WORDS, GLOSSARY, GONE_WORDS, PAGE_BYTES
+from gradflow.limits import (
+    BAND_WORDS,
+    DECAY_FLOOR_SHARE,
+    GATE_CLOSED,
+    GLOSSARY,
+    GONE_WORDS,
+    NEVER_FORGETS,
+    PAGE_BYTES,
+)
 from gradflow.reporter import prepare
 from gradflow.reporter.digest import other_findings, predicted, predictions, strict, top_findings
 from gradflow.reporter.kinds import KINDS
@@ -28,15 +37,17 @@ from gradflow.reporter.numbers import (
     gain_words,
     gone_words,
     half_life_words,
+    number_words,
+    percent_words,
     rate_words,
 )
 
 ROOM = 780  # pixels of the first screen that words may fill before they are set denser
-LONG = 40  # letters of a word from which on it may be broken
+LONG_WORD = 40  # letters of a word from which on it may be broken
 TOP = 3  # layers said at the top of the page; the others follow below
-WORDS = ("snippet", "next_command")  # provenance shown in a box of its own
+BOXED = ("snippet", "next_command")  # provenance shown in a box of its own
 
-LABELS = {  # in plain words; a page explains those it shows
+LABEL_WORDS = {  # in plain words; a page explains those it shows
     "depends on the input": "The verdict is not the same under all probes; your own data decides.",
     "no recurrence": "One step only: no state was handed on.",
     "not finite": "NaN or infinity occurs, so no rate can be given.",
@@ -120,7 +131,9 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         more_findings=other_findings(analysis),
         # one shown where there is room, the others folded: the first screen holds all findings
         opened=next((f for f in findings if predictions(analysis, f) and high < 1.2 * ROOM), None),
-        labels={name: LABELS[name] for name in LABELS if _shown(name, analysis)},
+        linear=[layer for layer in analysis if is_linear(layer)],
+        decay_words=decay_words,
+        labels={name: LABEL_WORDS[name] for name in LABEL_WORDS if _shown(name, analysis)},
         outlooks=functools.partial(outlooks, analysis),
         kinds=[name for name, kind in KINDS.items() if kind is not None and kind.folded],
         provenance=provenance_rows(analysis.provenance),
@@ -149,6 +162,35 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
+def is_linear(layer: LayerAnalysis) -> bool:
+    """Whether the layer is a linear recurrence, whose decays are known."""
+    return "decay" in layer.data and not bool(np.isnan(layer.data["decay"].values).all())
+
+
+def decay_words(layer: LayerAnalysis) -> str:
+    """How the decays of a linear recurrence lie on this batch."""
+    forget, keep, floor, at_floor, moves = layer.data["decay"].values.tolist()
+    said = []
+    if not moves:
+        said.append("its decays are the same at every step of every sequence")
+    said.append(
+        f"{percent_words(keep)} of the {layer.size} entries never forget (|a| above "
+        f"{NEVER_FORGETS:g} throughout), {percent_words(forget)} forget within a step (|a| below "
+        f"{GONE_WORDS} on average)"
+    )
+    said.append(f"the smallest decay seen is {number_words(floor)}")
+    if moves and at_floor >= DECAY_FLOOR_SHARE and floor > 0:
+        said[-1] += f", and {percent_words(at_floor)} of all lie at it, as at a bound"
+    erased = layer.data["head_erased"].values
+    if len(erased) and not np.isnan(erased).all():
+        most = int(np.nanargmax(erased))
+        said.append(
+            f"head {most + 1} erases most: at {percent_words(float(erased[most]))} of the steps less "
+            f"than {GATE_CLOSED:g} of the direction of its key is left"
+        )
+    return "; ".join(said) + "."
+
+
 def breaks(text: str) -> Markup:
     """Very long dotted names with places where a line may end, behind every dot and underscore.
 
@@ -157,7 +199,7 @@ def breaks(text: str) -> Markup:
     """
     words = str(escape(text)).split(" ")
     return Markup(" ").join(
-        Markup(re.sub(r"([._])(?=[A-Za-z])", r"\1<wbr>", word) if len(word) > LONG else word)
+        Markup(re.sub(r"([._])(?=[A-Za-z])", r"\1<wbr>", word) if len(word) > LONG_WORD else word)
         for word in words
     )
 
@@ -177,7 +219,7 @@ def first_screen(analysis: Analysis, rows: Sequence[Row], findings: Sequence[Fin
         high += 20 if predictions(analysis, finding) else 0
     shown = next((n for one in findings if (n := len(predictions(analysis, one)))), 0)
     high += 17 * (2 + shown) if shown else 0
-    boxes = [str(analysis.provenance[name]) for name in WORDS if analysis.provenance.get(name)]
+    boxes = [str(analysis.provenance[name]) for name in BOXED if analysis.provenance.get(name)]
     return high + sum(40 + 15 * _lines(box, 72) for box in boxes)
 
 
@@ -337,7 +379,7 @@ def provenance_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (str(name).replace("_", " "), value if isinstance(value, str) else _said(value))
         for name, value in provenance.items()
-        if name not in WORDS
+        if name not in BOXED
     ]
 
 

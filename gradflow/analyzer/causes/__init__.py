@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from gradflow.analysis import Finding
 from gradflow.analyzer.causes.activations import idle_units, saturated_activations
+from gradflow.analyzer.causes.decays import decays, erasing_heads, kept_for_good
 from gradflow.analyzer.causes.gates import keeping_gates, saturated_gates
 from gradflow.analyzer.causes.linear import linear_recurrence
 from gradflow.analyzer.causes.paths import hidden_paths
@@ -30,13 +31,16 @@ __all__ = ["FINDERS", "SPOILERS", "Finder", "findings"]
 
 Finder = Callable[[Evidence], Iterator[Finding]]
 SPOILERS: tuple[Finder, ...] = (not_finite, no_recurrence, parity_failed)
-VERDICTS: tuple[Finder, ...] = (dead, vanishing, exploding)
+ON_VERDICTS: tuple[Finder, ...] = (dead, vanishing, exploding)
 WITHOUT_GAINS: tuple[Finder, ...] = (*SPOILERS, read_by_loss, cut)  # a cause needs a verdict
 FINDERS: tuple[Finder, ...] = (
     *SPOILERS,
     read_by_loss,
-    *VERDICTS,
+    *ON_VERDICTS,
     linear_recurrence,
+    decays,
+    kept_for_good,
+    erasing_heads,
     keeping_gates,
     saturated_activations,
     saturated_gates,
@@ -65,7 +69,7 @@ def findings(evidence: Evidence) -> tuple[Finding, ...]:
 def _before_the_loss_is_mended(evidence: Evidence) -> tuple[Finding, ...]:
     """What the loss reads comes first; the verdict stands, without a cause and without a remedy."""
     first = [finding for find in (*SPOILERS, read_by_loss) for finding in find(evidence)]
-    judged = [finding for find in VERDICTS for finding in find(evidence)]
+    judged = [finding for find in ON_VERDICTS for finding in find(evidence)]
     advice = mend_first(evidence)
     judged = [replace(finding, advice=advice, code="", source="") for finding in judged]
     return (*first, *judged, *cut(evidence))

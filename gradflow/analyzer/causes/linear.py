@@ -19,7 +19,8 @@ from gradflow.recording import Track
 
 def linear_recurrence(e: Evidence) -> Iterator[Finding]:
     """A cell of the user's own whose step Jacobian is the same at every step and sequence."""
-    if e.track.spec is not None or e.no_gains or e.verdict.name == "stable":
+    own = e.track.spec is not None or e.linear is not None
+    if own or e.no_gains or e.verdict.name == "stable":
         return
     try:
         matrix = _matrix(e.track)

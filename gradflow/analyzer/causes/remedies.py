@@ -11,9 +11,11 @@ from gradflow.cells import Keeper, layer_names
 from gradflow.limits import BAND_WORDS, LARGE_INPUT
 
 LONG = 24  # letters of a module's path that several lines need not repeat
-BAND = f"{BAND_WORDS} over the span"  # the band of the verdict's equivalence test
+OVER_BAND = f"{BAND_WORDS} over the span"  # the band of the verdict's equivalence test
 MAJORITY = "more than half of them"
-CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # before optimizer.step()"
+CLIP_CODE = (
+    "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # before optimizer.step()"
+)
 NO_BIAS = "# the layer has no bias to raise: build it with bias=True"
 NORMALISE = "x = (x - x.mean()) / x.std()"
 GATED = f"a gated cell ({', '.join(layer_names(gated=True))})"
@@ -184,7 +186,14 @@ def _raised(e: Evidence, keeper: Keeper) -> tuple[str, str, str]:
     )
 
 
-def _any_cell(_: Evidence) -> tuple[str, str, str]:
+def _any_cell(e: Evidence) -> tuple[str, str, str]:
+    if e.linear is not None:  # the input writes its decay, and nothing else shortens the memory
+        return (
+            "start with decays nearer to 1, their time scales spread over the distances of the task "
+            "(a smaller step Δ, a higher bias of the gate that keeps), and train again",
+            "Gu & Dao 2023; Orvieto et al. 2023",
+            "",
+        )
     return (
         "give the state a path that adds to it instead of overwriting it, and train again: a forget "
         "gate that starts open, or recurrent weights that start orthogonal",

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from gradflow.analysis import Finding
 from gradflow.analyzer.causes.remedies import (
-    BAND,
-    CLIP,
+    CLIP_CODE,
+    OVER_BAND,
     against_vanishing,
     calmer_input,
     identity,
@@ -67,7 +67,7 @@ def vanishing(e: Evidence) -> Iterator[Finding]:
         low=e.gain.low / math.log(10),
         high=e.gain.high / math.log(10),
         threshold=-1.0,
-        basis=BAND,
+        basis=OVER_BAND,
         source=source,
         severity=e.severity,
         advice=advice,
@@ -80,7 +80,12 @@ def exploding(e: Evidence) -> Iterator[Finding]:
     if e.verdict.name != "exploding":
         return
     advice = "clip the norm of the gradient, never its parts"
-    if e.settled and e.rate.value > 0:
+    if e.linear is not None:
+        advice += "; a linear recurrence grows only where |a| > 1: bound what makes the decay"
+        advice += " (a sigmoid, or exp(−softplus(·)))"
+        if e.linear.rank_one:
+            advice += ", and β‖k‖² below 2: normalise the keys"
+    elif e.settled and e.rate.value > 0:
         steps = counted(max(1, round(math.log(2) / e.rate.value)), "step")
         advice += "; that does not cure chaos: a positive rate also asks to cut or teacher-force "
         advice += f"every ln 2/λ₁ = {steps}"
@@ -94,11 +99,11 @@ def exploding(e: Evidence) -> Iterator[Finding]:
         low=e.gain.low / math.log(10),
         high=e.gain.high / math.log(10),
         threshold=1.0,
-        basis=BAND,
+        basis=OVER_BAND,
         source="Pascanu et al. 2013; Mikhaeil et al. 2022",
         severity=e.severity,
         advice=advice,
-        code=CLIP,
+        code=CLIP_CODE,
     )
 
 
@@ -122,7 +127,7 @@ def transient(e: Evidence) -> Iterator[Finding]:
         severity=peak / math.log(10),
         source="Pascanu et al. 2013",
         advice="clip the norm of the gradient, or shrink the norm of the recurrent weights",
-        code=CLIP,
+        code=CLIP_CODE,
     )
 
 

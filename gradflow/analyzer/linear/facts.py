@@ -5,12 +5,14 @@ Letters: G heads, D distinct decays, U units as they are shown, K distances, B s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from gradflow.analysis import Gain, Rate
 from gradflow.analyzer.rates import Verdict
+from gradflow.limits import LN_GONE, NEVER_FORGETS
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,20 @@ class Decays:
         with np.errstate(divide="ignore"):
             found = -1 / self.mean_log
         return np.where(self.mean_log >= 0, np.inf, found)
+
+
+DECAY_FACTS = ("forget", "keep", "floor", "at floor", "moves")
+
+
+def decay_facts(decays: Decays) -> tuple[float, ...]:
+    """As in `DECAY_FACTS`: shares of entries whose mean is below 10⁻³ a step, and never below 0.9999;
+    the smallest decay, the share of all that lie at it, and 1 if any ever changes."""
+    known = ~np.isnan(decays.mean_log)
+    if not known.any():
+        return (math.nan,) * len(DECAY_FACTS)
+    forget = float((decays.mean_log[known] < LN_GONE).mean())
+    keep = float((decays.low[known] > NEVER_FORGETS).mean())
+    return forget, keep, decays.floor, decays.at_floor, float(decays.moves)
 
 
 @dataclass(frozen=True)

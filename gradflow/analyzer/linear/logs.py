@@ -50,6 +50,24 @@ class Logs:
             return found
         return found.masked_fill(self.zeros[targets] != self.zeros[sources], -torch.inf)
 
+    def after(self, state: int, end: int) -> Tensor:
+        """ln of the entries of P(t←state) for the states t from the next one up to end, (·, D)."""
+        found = self.total[state + 1 : end] - self.total[state]
+        if self.zeros is None:
+            return found
+        return found.masked_fill_(self.zeros[state + 1 : end] != self.zeros[state], -torch.inf)
+
+    def until(self, sources: Tensor, state: int) -> Tensor:
+        """ln of the entries of P(state←s) for earlier states s in ascending order, (·, D)."""
+        first, last = int(sources[0]), int(sources[-1])
+        own: Tensor | slice = sources
+        if last - first + 1 == len(sources):
+            own = slice(first, last + 1)  # a view instead of a copy
+        found = self.total[state] - self.total[own]
+        if self.zeros is None:
+            return found
+        return found.masked_fill_(self.zeros[own] != self.zeros[state], -torch.inf)
+
     def of_group(self, group: int) -> Logs:
         """The entries of one head."""
         width = self.total.shape[1] // self.groups
@@ -126,13 +144,9 @@ def _pairs(logs: Logs, sources: Tensor, block: Block, weights: Tensor | None = N
         end = int(torch.searchsorted(sources, middle))
         if end == first:
             continue
-        targets = torch.arange(middle, high)
-        between = torch.full_like(targets, middle - 1)
-        up = logs.between(between, targets)
+        up, down = logs.after(middle - 1, high), logs.until(sources[first:end], middle - 1)
         if weights is not None:
-            up = up + weights[targets]
-        earlier = sources[first:end]
-        down = logs.between(earlier, torch.full_like(earlier, middle - 1))
+            up += weights[middle:high]
         found[first:end, middle:high] = block(up, down)
     return found
 
@@ -141,11 +155,11 @@ def _row(
     logs: Logs, row: Tensor, source: int, high: int, block: Block, weights: Tensor | None
 ) -> None:
     """The pairs of one source and the targets up to high, itself among them."""
-    targets = torch.arange(source, high)
-    up = logs.between(torch.full_like(targets, source), targets)
+    own = torch.zeros(1, logs.total.shape[1], dtype=torch.float64)
+    up = torch.cat([own, logs.after(source, high)])
     if weights is not None:
-        up = up + weights[targets]
-    row[source:high] = block(up, torch.zeros(1, up.shape[1], dtype=up.dtype))[0]
+        up += weights[source:high]
+    row[source:high] = block(up, own)[0]
 
 
 def _largest(up: Tensor, down: Tensor) -> Tensor:
@@ -194,8 +208,8 @@ def _summed(up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
     product = torch.zeros(len(down), len(up), dtype=dtype)
     for first in range(0, up.shape[1], PAIR_WIDTH):
         columns = slice(first, first + PAIR_WIDTH)
-        left = (down[:, columns] - low).mul_(2).to(dtype).exp_()
-        right = (up[:, columns] - high).mul_(2).to(dtype).exp_()
+        left = (down[:, columns] - low).to(dtype).mul_(2).exp_()
+        right = (up[:, columns] - high).to(dtype).mul_(2).exp_()
         product.addmm_(left, right.T)
     found = product.double().log() + 2 * low + 2 * high.T
     for chunk in (product < TINY).nonzero().split(max(1, 2**22 // up.shape[1])):

@@ -92,7 +92,7 @@ class UnitsSource:
     def _largest(self, gate: Tensor) -> Tensor:
         units = math.prod(self.shape) // self.width
         if gate.shape[-1] <= units:
-            return gate
+            return gate.repeat_interleave(units // gate.shape[-1], dim=-1)
         return gate.unflatten(-1, (units, -1)).amax(-1)
 
     def backward(self) -> Backward | None:

@@ -15,7 +15,7 @@ from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.taps import callers_frame, place_of
 from gradflow.hooks.unreadable import WRAPPED, is_wrapped, why_hidden
 
-ADVICE = "call it as h = gradflow.scan(h, decay=a) after the scan, h (batch, time, ...)"
+USAGE = "call it as h = gradflow.scan(h, decay=a) after the scan, h (batch, time, ...)"
 STACKED = ("StackBackward", "CumsumBackward", "LogcumsumexpBackward", "CumprodBackward")
 
 
@@ -134,13 +134,13 @@ def scanned(
 ) -> Scanned:
     """What was marked, after a look at whether it fits."""
     if not isinstance(name, str) or not name:
-        raise InputError(must_be("the name given to scan", "a string", repr(name), ADVICE))
+        raise InputError(must_be("the name given to scan", "a string", repr(name), USAGE))
     if not isinstance(h, Tensor):
-        raise InputError(must_be("h of scan", "a tensor", type(h).__name__, ADVICE))
+        raise InputError(must_be("h of scan", "a tensor", type(h).__name__, USAGE))
     if h.dim() < 2 or not h.numel() or not (h.is_floating_point() or h.is_complex()):
         kind = f"{h.dtype} of shape {tuple(h.shape)}"
         expected = "floating point or complex numbers of shape (B, T, ...)"
-        raise InputError(must_be("h of scan", expected, kind, ADVICE))
+        raise InputError(must_be("h of scan", expected, kind, USAGE))
     axis = _time_axis(h, time)
     factor = _axes_of(_decay(decay, h), h, axis)
     shape = tuple(_axes_of(h, h, axis).shape[2:])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.dense import Place, Step, complete, unit_rows
-from gradflow.hooks.graph import Between, NotReadable
+from gradflow.hooks.graph import Between, NotReadable, without_autocast
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.tape import Constants, Tape
 from gradflow.hooks.tapped import Mark, TapSource
@@ -22,7 +22,7 @@ from gradflow.hooks.wide import LedStep, MaskedStep, WideStep, mixes, tape_of, w
 REORDERED = (
     "a step that mixes its sequences, or puts them in another order, beside a mixture (zoneout)"
 )
-HIDDEN = "a mixture with a constant start that the graph does not hold"
+HIDDEN_START = "a mixture with a constant start that the graph does not hold"
 
 
 @dataclass(eq=False)
@@ -117,14 +117,14 @@ class Around:
         share is the diagonal of K (B, S), None where K has more than that.
         """
         if share is None:
-            raise NotReadable(HIDDEN)
+            raise NotReadable(HIDDEN_START)
         returned = torch.cat(list(source.marks[-2].states.values()), dim=1)
         constant = torch.cat([source.initial[name] for name in source.marks[-2].states], dim=1)
         fits = self.values is not None and close_to(
             self.values, share * returned + (1 - share) * constant, returned.abs() + constant.abs()
         )
         if not fits:
-            raise NotReadable(HIDDEN)
+            raise NotReadable(HIDDEN_START)
         return 1 - share
 
 
@@ -154,7 +154,7 @@ class DenseLink:
         size = whole.shape[1]
         probe = probe_of(entering.like)
         seeds = entering.seeds(probe, list(entering.parts))
-        with torch.autocast(entering.like.device.type, enabled=False):
+        with without_autocast(entering.like.device.type):
             pulled = both.gathered(between.pull(seeds))[0]
         again, bound = (
             (v.unsqueeze(1).to(m.dtype) @ m).squeeze(1)

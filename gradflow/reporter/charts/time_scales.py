@@ -50,13 +50,14 @@ def prepare(layer: LayerAnalysis) -> TimeScales:
     high = np.ceil(PER_DECADE * max(inside) + 1e-9) + 1
     edges = np.arange(low, high + 1) / PER_DECADE
     bars = np.clip(np.floor(PER_DECADE * places - low + 1e-9).astype(int), 0, len(edges) - 2)
-    keeper = CELLS[layer.cell].keeper
-    assert keeper is not None
+    spec = CELLS.get(layer.cell)
+    keeper = None if spec is None else spec.keeper
+    gate = "decay |a|" if keeper is None else f"{keeper.name} gate {keeper.gate}"
     return TimeScales(
         message=_message(known, layer.span),
         reading=(
-            f"A unit whose {keeper.name} gate {keeper.gate} stays as it is on average keeps 1/e of its "
-            "value for this many steps, its other paths left aside. The line is the span: units right of "
+            f"A unit whose {gate} stays as it is on average keeps 1/e of its value for "
+            "this many steps, its other paths left aside. The line is the span: units right of "
             "it can remember that far by themselves."
             + (
                 " Green: their gate is 1, so they keep it for good."

@@ -267,8 +267,11 @@ class LinearSource:
 
     def forward(self) -> Forward:
         """States, the first of them where it was seen, and |decay| as a gate."""
+        size = self._joined().modulus  # makes and checks all calls
         states = torch.cat([stretch.states.flatten(2) for stretch in self.stretches])
-        first, decay = self.stretches[0].made, self._joined().modulus.flatten(2)
+        first = self.stretches[0].made
+        leading = first.shape[:-1]  # axes that are shared are written out, but for the last
+        decay = size.expand(*size.shape[:2], *leading, size.shape[-1]).flatten(2)
         initial = {}
         if first.write:
             start = first.initial

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of
 from gradflow.hooks.lengths import GivenLengths
+from gradflow.hooks.linear.linear_source import LinearSource, Stretch
 from gradflow.hooks.linear.scanned import Scanned
-from gradflow.hooks.linear.source import LinearSource, Stretch
 from gradflow.hooks.marks import TrackOwner
 from gradflow.recording import Track
 
@@ -21,7 +21,7 @@ CUT_AT = "its first state is handed from call to call, and no gradient comes bac
 
 
 @dataclass(eq=False)
-class End:
+class LastScan:
     """The last call of a recurrence, with live tensors: what the next may go on from."""
 
     source: LinearSource
@@ -30,7 +30,7 @@ class End:
     edge: Edge | None  # where that sits in the graph
 
 
-class Owner(TrackOwner, Protocol):
+class LinearOwner(TrackOwner, Protocol):
     """The recorder, as far as linear recurrences need it."""
 
     handles: list[RemovableHandle]
@@ -41,12 +41,12 @@ class Owner(TrackOwner, Protocol):
 
 
 @dataclass(eq=False)
-class Linear:
+class LinearCalls:
     """All of them, by name."""
 
-    owner: Owner  # the recorder
+    owner: LinearOwner  # the recorder
     seen: bool = False  # also where no track was wanted
-    _ends: dict[tuple[str, str], End] = field(default_factory=dict)
+    _ends: dict[tuple[str, str], LastScan] = field(default_factory=dict)
     _held: list[Edge] = field(default_factory=list)  # a leaf's node lives no longer than it is held
 
     def saw(self, scanned: Scanned, code: tuple[object, ...] = ()) -> None:
@@ -74,7 +74,7 @@ class Linear:
         self._held += edges.values()
         _grown(source, track)
 
-    def _begun(self, scanned: Scanned, stretch: Stretch, code: tuple[object, ...]) -> End:
+    def _begun(self, scanned: Scanned, stretch: Stretch, code: tuple[object, ...]) -> LastScan:
         owner = self.owner
         source = LinearSource(
             owner.scale,
@@ -101,7 +101,7 @@ class Linear:
         owner.add_track(scanned.name, track)
         source.name, source.told = track.name, source.lengths is not None
         source.remarks += owner.lengths.notes
-        return End(source, track, None, None)
+        return LastScan(source, track, None, None)
 
     @property
     def sources(self) -> list[LinearSource]:
@@ -169,7 +169,7 @@ def _rows(state: Tensor, batch: int) -> Tensor | None:
     return found.reshape(batch, -1).clone() if found.numel() % batch == 0 else None
 
 
-def _cut(end: End, scanned: Scanned) -> Tensor | None:
+def _cut(end: LastScan, scanned: Scanned) -> Tensor | None:
     """(B,) which sequences start cut off from the last call; None where this is a start of its own.
 
     A call goes on where the state that it was given is, sequence by sequence, the one returned last,
