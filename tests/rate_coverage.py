@@ -166,7 +166,7 @@ def intervals(
     counted = keeping.counted_steps(lengths, cuts)
     windows = parted(counted, 0)
     norms = log_norms(operator, windows)
-    leading = keeping._leading(windows, norms, count, 0)
+    leading = keeping.leading_of(windows, norms, count, 0)
     growth = log_growth(operator, lengths, 1, cuts=cuts, leading=leading)
     exponents = constant_exponents(operator, counted)
     seen = mean_steps(operator, counted)
