@@ -87,10 +87,11 @@ class Keeping:
         if self.constant is not None:
             return 0.0
         if self.rates is None:
-            return settling_by_halves(growth, 0, alive)
-        off = (self.rates - growth.exponents[:, 0].numpy())[alive]
-        off = off[np.isfinite(off)]
-        common = self.common + (abs(float(off.mean())) if len(off) else 0.0)
+            common = settling_by_halves(growth, 0, alive)
+        else:
+            off = (self.rates - growth.exponents[:, 0].numpy())[alive]
+            off = off[np.isfinite(off)]
+            common = self.common + (abs(float(off.mean())) if len(off) else 0.0)
         if self.seen is None or not len(alive):
             return common
         rate = float(self.rates_with(growth)[alive].mean())

@@ -112,7 +112,7 @@ def settled(windows: list[Window], norms: Norms, batch: int, part: int) -> Settl
     return Settled(rates, common)
 
 
-def mean_steps(operator: Operator, counted: np.ndarray) -> np.ndarray:
+def mean_steps(operator: Operator, counted: np.ndarray, probes: int = PROBES) -> np.ndarray:
     """What the steps make of fixed random vectors, mean over each half: (2, B, m S).
 
     counted (T, B) are the steps that count; NaN for a sequence of which one of the halves has none.
@@ -123,10 +123,10 @@ def mean_steps(operator: Operator, counted: np.ndarray) -> np.ndarray:
     >>> (found[1] / found[0]).round(6).tolist()                                  # 0.8 and 0.5
     [[1.6]]
     """
-    rows = min(PROBES, operator.size)
+    rows = min(probes, operator.size)
     generator = torch.Generator().manual_seed(SEED)
     mixed = torch.randn(operator.size, rows, generator=generator, dtype=torch.float64)
-    probes = torch.linalg.qr(mixed)[0].T.to(operator.dtype).expand(operator.batch, -1, -1)
+    vectors = torch.linalg.qr(mixed)[0].T.to(operator.dtype).expand(operator.batch, -1, -1)
     place, steps = counted.cumsum(0), counted.sum(0)
     earlier = torch.from_numpy(counted & (2 * place <= steps))
     later = torch.from_numpy(
@@ -134,7 +134,7 @@ def mean_steps(operator: Operator, counted: np.ndarray) -> np.ndarray:
     )  # the middle of an odd number: neither
     sums = torch.zeros(2, operator.batch, rows * operator.size, dtype=torch.float64)
     for t in np.flatnonzero(counted.any(1)):
-        images = operator.push(int(t), probes).double().flatten(1)
+        images = operator.push(int(t), vectors).double().flatten(1)
         for half, inside in enumerate((earlier[t], later[t])):
             sums[half, inside] += images[inside]
     counts = torch.stack([earlier.sum(0), later.sum(0)])[..., None]
