@@ -245,6 +245,7 @@ WATCH_UNSEEN = _limit(20, "updates", "without a forward of the module, after whi
 WATCH_FRAMES = _limit(12, "frames", "above an optimizer's step, in which the GradScaler that calls it is")
 WATCH_FIGURES = _limit(10, "probes", "between two figures that are handed on")
 PROBE_SOURCES = _limit(4, "windows", "of one lag and sequence for it, evenly spread")
+PROBE_STEPS = _limit(32, "steps", "by which a probe sees whether the steps still move")
 
 # what is said of a training
 LASTING = _limit(3, "probes", "that a change of verdict has to last, to be told: issue of the history")
