@@ -17,12 +17,13 @@ from gradflow._version import __version__
 if TYPE_CHECKING:
     from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
     from gradflow.analyzer import analyze
-    from gradflow.errors import GradflowError, GradflowWarning
+    from gradflow.errors import GradflowError, GradflowWarning, StopTraining
     from gradflow.history import History
     from gradflow.hooks import record, scan, tap
     from gradflow.prediction import what_if
     from gradflow.recording import Recording, Track
     from gradflow.runs import load
+    from gradflow.watching import Watch, watch
     from gradflow.workflow import diagnose, plot, report
 
 _HOMES = {
@@ -34,7 +35,9 @@ _HOMES = {
     "LayerAnalysis": "gradflow.analysis",
     "Prediction": "gradflow.analysis",
     "Recording": "gradflow.recording",
+    "StopTraining": "gradflow.errors",
     "Track": "gradflow.recording",
+    "Watch": "gradflow.watching",
     "analyze": "gradflow.analyzer",
     "analyzer": "gradflow",
     "diagnose": "gradflow.workflow",
@@ -44,6 +47,7 @@ _HOMES = {
     "report": "gradflow.workflow",
     "scan": "gradflow.hooks",
     "tap": "gradflow.hooks",
+    "watch": "gradflow.watching",
     "what_if": "gradflow.prediction",
 }
 
@@ -56,7 +60,9 @@ __all__ = [
     "LayerAnalysis",
     "Prediction",
     "Recording",
+    "StopTraining",
     "Track",
+    "Watch",
     "__version__",
     "analyze",
     "analyzer",
@@ -67,6 +73,7 @@ __all__ = [
     "report",
     "scan",
     "tap",
+    "watch",
     "what_if",
 ]
 

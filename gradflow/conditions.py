@@ -7,20 +7,46 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gradflow.errors import InputError
 from gradflow.limits import LN_GONE, VERDICTS
 
 if TYPE_CHECKING:
-    from gradflow.analysis import Analysis, LayerAnalysis
+    from gradflow.analysis import Analysis, Rate
+
+
+class JudgedLayer(Protocol):
+    """What conditions read of a layer: a `LayerAnalysis`, or what a probe of a training found."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def rate(self) -> Rate: ...
+    @property
+    def half_life(self) -> float: ...
+    @property
+    def horizon(self) -> int | None: ...
+    @property
+    def searched(self) -> int: ...
+    @property
+    def channels(self) -> int | None: ...
+    @property
+    def never_gone(self) -> bool: ...
+    @property
+    def pace(self) -> float: ...
+
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
 
 
-def _horizon(layer: LayerAnalysis) -> float:
+def _horizon(layer: JudgedLayer) -> float:
     """The horizon; where a falling gain outlived what was measured, the one its pace predicts."""
     if layer.horizon is not None:
         return layer.horizon
@@ -29,7 +55,7 @@ def _horizon(layer: LayerAnalysis) -> float:
     return max(layer.searched + 1, LN_GONE / layer.pace)
 
 
-NUMBERS: dict[str, Callable[[LayerAnalysis], float | None]] = {
+NUMBERS: dict[str, Callable[[JudgedLayer], float | None]] = {
     "horizon": _horizon,
     "half-life": lambda layer: layer.half_life,
     "channels": lambda layer: layer.channels,
@@ -37,13 +63,16 @@ NUMBERS: dict[str, Callable[[LayerAnalysis], float | None]] = {
 }
 
 
+NAN = "nan"  # the condition that a state is not finite
+
+
 @dataclass(frozen=True)
 class Condition:
     """One condition, as the user wrote it."""
 
     text: str
-    holds: Callable[[LayerAnalysis], bool]
-    measured: Callable[[LayerAnalysis], str] = lambda layer: ""  # for the reader of a log
+    holds: Callable[[JudgedLayer], bool]
+    measured: Callable[[JudgedLayer], str] = lambda layer: ""  # for the reader of a log
 
     def held_by(self, analysis: Analysis) -> list[str]:
         """A sentence for every layer for which the condition holds."""
@@ -54,17 +83,17 @@ class Condition:
         ]
 
 
-def _not_finite(layer: LayerAnalysis) -> bool:
+def _not_finite(layer: JudgedLayer) -> bool:
     """A model of NaN passes no condition for lack of a number."""
     return "not finite" in layer.labels
 
 
-def _reason(layer: LayerAnalysis) -> str:
+def _reason(layer: JudgedLayer) -> str:
     return ", and its states are not finite" if _not_finite(layer) else ""
 
 
-def parse_conditions(text: str | None) -> list[Condition]:
-    """Read 'vanishing,exploding,horizon<50'.
+def parse_conditions(text: str | None, option: str = "--fail-on") -> list[Condition]:
+    """Read 'vanishing,exploding,horizon<50'; the option is named where that cannot be read.
 
     >>> [condition.text for condition in parse_conditions("vanishing, horizon<50")]
     ['vanishing', 'horizon<50']
@@ -72,35 +101,37 @@ def parse_conditions(text: str | None) -> list[Condition]:
     if text is None:
         return []
     parts = [part.strip() for part in text.split(",")]
-    return [_parse(part) for part in parts]
+    return [_parse(part, option) for part in parts]
 
 
-def _parse(text: str) -> Condition:
+def _parse(text: str, option: str) -> Condition:
+    if text == NAN:
+        return Condition(text, _not_finite, _reason)
     if text in VERDICTS:
         return Condition(text, lambda layer: layer.verdict == text or _not_finite(layer), _reason)
     match = re.fullmatch(r"([a-z_-]+)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)", text)
     name = match[1].replace("_", "-") if match else ""
     if match is None or name not in NUMBERS:
         raise InputError(
-            f"--fail-on must be verdicts ({', '.join(VERDICTS)}) or limits on "
+            f"{option} must be verdicts ({', '.join(VERDICTS)}), {NAN}, or limits on "
             f"{', '.join(NUMBERS)}, got {text!r}; write for example 'vanishing,horizon<50'"
         )
     try:
         limit = float(match[3])
     except ValueError as error:
         raise InputError(
-            f"--fail-on must compare with a number, got {match[3]!r} in {text!r}; write for example "
+            f"{option} must compare with a number, got {match[3]!r} in {text!r}; write for example "
             f"'{match[1]}{match[2]}50'"
         ) from error
     read, compare = NUMBERS[name], COMPARISONS[match[2]]
 
-    def holds(layer: LayerAnalysis) -> bool:
+    def holds(layer: JudgedLayer) -> bool:
         if _not_finite(layer):
             return True
         value = read(layer)
         return value is not None and not math.isnan(value) and compare(value, limit)
 
-    def measured(layer: LayerAnalysis) -> str:
+    def measured(layer: JudgedLayer) -> str:
         return _reason(layer) or f", it is {read(layer):.4g}"
 
     return Condition(text, holds, measured)

@@ -40,6 +40,15 @@ class UserCodeError(GradflowError):
     """The user's model or loss raised on this input; the original error is the cause."""
 
 
+class StopTraining(GradflowError):
+    """What a callable given to `gradflow.watch` raises to end the training; any other error does not.
+
+    >>> import gradflow
+    >>> def rule(event):
+    ...     raise gradflow.StopTraining("the gradient is gone")
+    """
+
+
 class GradflowWarning(UserWarning):
     """Something a user should know before trusting a result; the result is still given.
 

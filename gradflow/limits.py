@@ -224,6 +224,23 @@ HISTORY_LAGS = _limit(64, "lags", "of one probe, at most: design, section 4")
 HISTORY_DENSE = _limit(16, "steps", "back from the loss, up to which every one is kept")
 HISTORY_RATIO = _limit(1.125, "times", "the lag before it, beyond: six to a doubling")
 
+# a probe of a training step, preset rate
+PROBE_SEQUENCES = _limit(16, "sequences", "of an update, evenly spread, on which a verdict rests")
+PROBE_FEWER = _limit(8, "sequences", "of a layer of more than PROBE_WIDE states")
+PROBE_WIDE = _limit(128, "states", "above which one direction of a sequence at a time is searched for")
+PROBE_ROUNDS = _limit(2, "rounds", "of pulling and pushing above EXACT_WIDTH")
+PROBE_REACH = _limit((0.67, 1.0, 1.5), "of the horizon guessed", "lags at which the gain is measured for it")
+PROBE_GUESSES = _limit(3, "guesses", "of it, at most")
+PROBE_SHARE = _limit(16, "one part in", "of the budgets of `analyze`, for a linear recurrence")
+CLIPPED = _limit(1e-3, "relative", "by which the optimizer's gradient is smaller where clipping acted")
+WATCH_REMEMBERED = _limit(3, "probes", "whose cost foretells the next one's")
+WATCH_TOLD = _limit(2.0, "times", "by which an interval differs from the one told before it is told again")
+WATCH_FAILURES = _limit(3, "probes", "in a row that fail, before the watching stops")
+WATCH_UNSEEN = _limit(20, "updates", "without a forward of the module, after which a sentence says so")
+WATCH_FRAMES = _limit(12, "frames", "above an optimizer's step, in which the GradScaler that calls it is")
+WATCH_FIGURES = _limit(10, "probes", "between two figures that are handed on")
+PROBE_SOURCES = _limit(4, "windows", "of one lag and sequence for it, evenly spread")
+
 # what is said of a training
 LASTING = _limit(3, "probes", "that a change of verdict has to last, to be told: issue of the history")
 LEARNED = _limit(1.5, "times", "as far as at first, from where on a layer has learned to reach")

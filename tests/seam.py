@@ -84,9 +84,9 @@ from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.files import draw
 from gradflow.reporter.histories.across import edges, shared_by
 from gradflow.reporter.histories.course import course
-from gradflow.reporter.histories.live import HIGH, grid, lines, sparkline, view
+from gradflow.reporter.histories.live import FALL_LINES, grid, lines, sparkline, view
 from gradflow.reporter.histories.story import clipping_began, sentence, stretches
-from gradflow.reporter.histories.waterfall import COLUMNS, prepare
+from gradflow.reporter.histories.waterfall import DOTS_ACROSS, prepare
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.notebook import SHOWN
 from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
@@ -104,3 +104,5 @@ from gradflow.reporter.scale import (
     palette,
 )
 from gradflow.reporter.text import render
+from gradflow.watching.alerts import read_rules
+from gradflow.watching.schedule import Schedule

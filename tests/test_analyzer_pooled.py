@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import compare
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import gradflow
 from gradflow.analyzer import step_jacobians
+from gradflow.errors import GradflowWarning
 from gradflow.recording import pooled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -219,3 +221,57 @@ def test_runs_on_what_came_of_a_run_are_no_more_sequences(kind: str) -> None:
     told = [note for note in layers.warnings if "2 runs one upon the other" in note]
     assert len(told) == 1
     assert not any("the loss reaches" in note for note in layers.warnings)
+
+
+def runs_of(
+    reads: Callable[[list[Tensor]], Tensor], lengths: tuple[int, ...], batch: int
+) -> object:
+    module = nn.GRU(INPUTS, HIDDEN).double()
+    with warnings.catch_warnings(), gradflow.record(module) as recording:
+        warnings.simplefilter("ignore", GradflowWarning)  # some runs are not read
+        reads([module(torch.randn(n, batch, INPUTS).double())[0] for n in lengths]).backward()
+    return gradflow.analyze(recording)["l0"]
+
+
+WHOLE, LAST = (lambda run: run.sum()), (lambda run: run[-1].sum())
+
+
+@pytest.mark.parametrize("lengths", [(6, 6, 6, 6), (7, 6, 6, 9)], ids=str)
+@pytest.mark.parametrize("read", [WHOLE, LAST], ids=["every step", "last step"])
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_loss_of_one_run_is_no_mistake_of_axes_or_padding(
+    place: int, read: Callable[[Tensor], Tensor], lengths: tuple[int, ...]
+) -> None:
+    """Runs are calls of their own: batch and time cannot have changed places between them."""
+    layer = runs_of(lambda outs: read(outs[place]), lengths, 1)
+    (found,) = [f for f in layer.findings if f.name.startswith("reads")]
+    assert found.name == "reads-few-sequences"
+    assert found.message == "only 1 of its 4 runs gets a gradient"
+    assert found.where == f"run {place + 1} of 4"
+    words = " ".join([layer.sentence, *(f.advice + f.code + f.message for f in layer.findings)])
+    for wrong in ("changed places", "batch_first", "padding", "first mend", "packed", "B ="):
+        assert wrong not in words
+
+
+def test_one_sequence_of_every_run_is_counted_over_all_runs() -> None:
+    layer = runs_of(lambda outs: sum(out[:, 0].sum() for out in outs), (6, 6), 3)
+    (found,) = [f for f in layer.findings if f.name.startswith("reads")]
+    assert found.message == "only 2 of 6 sequences of its 2 runs get a gradient"
+
+
+def test_what_all_runs_have_amiss_is_said_of_the_pooled_layer() -> None:
+    layer = runs_of(lambda outs: sum(out[0].sum() for out in outs), (6, 9, 7), 1)
+    (found,) = [f for f in layer.findings if f.name.startswith("reads")]
+    assert (found.name, found.where) == ("reads-first-step", "step 1 of up to 9")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"), [((5, 8), "at most 8 steps only"), ((8, 8), "8 steps only")]
+)
+def test_short_runs_are_said_to_be_at_most_so_long(lengths: tuple[int, ...], words: str) -> None:
+    module = nn.GRU(INPUTS, HIDDEN).double()
+    with gradflow.record(module) as recording:
+        for n in lengths:
+            module(torch.randn(n, 1, INPUTS).double())[0].sum().backward()
+    (note,) = [n for n in gradflow.analyze(recording).warnings if "steps only" in n]
+    assert note.startswith(f"l0 ran for {words}")

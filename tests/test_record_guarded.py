@@ -61,6 +61,7 @@ def failing(
 CASES = [
     pytest.param(point, only, late, id=f"{point.name}-{only}-{'after' if late else 'before'}")
     for point in Point
+    if point is not Point.PROBE  # which lies between two steps
     for only in (None, 1, 2)  # every visit, or one
     for late in (False, True)
     if (point, only, late) != (Point.CLOSING, None, False)  # nothing at all would be closed

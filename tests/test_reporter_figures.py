@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import seaborn
 import synthetic
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from seam import Picture, png
+from seam import Picture, look, png
 
 from gradflow.errors import InputError
 from gradflow.reporter import KINDS, plot
@@ -219,3 +222,20 @@ def test_undefined_gains_draw_without_a_warning() -> None:
     nothing = synthetic.layer(data=data, horizon=None)
     for kind in KINDS:
         assert overlapping(plot(synthetic.analysis(nothing), kind)) == []
+
+
+def test_the_look_is_seaborns_style_with_ticks_whose_import_takes_a_second() -> None:
+    style = seaborn.axes_style("ticks")
+    own = {"image.cmap", "font.family", "font.sans-serif", "text.color"}  # and all that has ink
+    inks = {name for name in style if name.endswith((".color", ".labelcolor", ".edgecolor"))}
+    with look():
+        shown = {name: matplotlib.rcParams[name] for name in style}
+    differing = {name for name in style if shown[name] != style[name]}
+    assert differing <= own | (inks - {"grid.color", "patch.edgecolor"})
+    assert {"axes.axisbelow", "lines.solid_capstyle", "patch.force_edgecolor"} <= set(style)
+
+
+def test_drawing_loads_neither_seaborn_nor_scipy_stats() -> None:
+    code = "import sys, gradflow.reporter; print([m for m in ('seaborn', 'scipy.stats') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

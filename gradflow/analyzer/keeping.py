@@ -96,7 +96,7 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     together = windows + (parted(counted, 1) if plan.rated == track.batch else [])
     norms = log_norms(operator, together, rows=plan.rows, rounds=plan.rounds)
     gains = dead_by_cuts(collected(windows, norms, crossed, over), lengths.numpy())
-    leading = _leading(together, norms, track.batch, 1 if plan.rated == track.batch else 0)
+    leading = leading_of(together, norms, track.batch, 1 if plan.rated == track.batch else 0)
     exponents = None if operator.thin else constant_exponents(operator, counted & crossed)
     if exponents is not None and math.isfinite(exponents[0]):
         counts = counted.any(0)
@@ -111,7 +111,7 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
     return Keeping(gains, found.rates, found.common, leading, None, norms.missing)
 
 
-def _leading(windows: list[Window], norms: Norms, batch: int, part: int) -> Leading:
+def leading_of(windows: list[Window], norms: Norms, batch: int, part: int) -> Leading:
     """What keeps most of each sequence's first window of a part."""
     rows = torch.zeros(batch, norms.leading.shape[1], dtype=torch.float64)
     at = torch.zeros(batch, dtype=torch.int)

@@ -88,7 +88,7 @@ def profile(track: Track, withheld: bool) -> Profile:
         grads = track.grads
     logs = np.full((len(widths), unit_count, track.steps), np.nan)
     if grads is not None:
-        index, valid = _back_index(track, grads)
+        index, valid = back_index(track, grads)
         for place, (state, width) in enumerate(widths.items()):
             ordered = in_processing_order(track, grads[state]).double()
             logs[place, :width] = _aligned(ordered, index, valid)
@@ -97,7 +97,7 @@ def profile(track: Track, withheld: bool) -> Profile:
     return Profile(logs, order, np.full_like(memory, math.nan) if whole else memory, whole)
 
 
-def _back_index(track: Track, grads: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def back_index(track: Track, grads: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(T, B): which processed step lies j back from the loss step, and whether it counts."""
     reached = torch.zeros(track.steps, track.batch, dtype=torch.bool)
     for value in grads.values():

@@ -34,8 +34,9 @@ def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple
         notes += [str(v.attrs["note"]) for v in layer.data.values() if "note" in v.attrs]
         longest = int(track.lengths.max())
         if 1 < longest < SHORT:
+            most = "at most " if int(track.lengths.min()) < longest else ""
             notes.append(
-                f"{track.name} ran for {longest} steps only: rates are taken without a burn-in and "
+                f"{track.name} ran for {most}{longest} steps only: rates are taken without a burn-in and "
                 "include the transient"
             )
         if "range-limited" in layer.labels:

@@ -97,9 +97,10 @@ def reading(track: Track, padding: Padding | None = None) -> Reading:
         return Reading(UNREAD)
     sequences = tuple(np.flatnonzero(some.numpy()).tolist())
     lengths = track.lengths.cpu()
-    if arriving is not None and _one_whole_sequence(some, arriving, lengths):
+    one_batch = not track.runs  # pooled runs are calls of their own: no axis of theirs is mistaken
+    if one_batch and arriving is not None and _one_whole_sequence(some, arriving, lengths):
         return Reading(ONE_SEQUENCE, sequences)
-    if raw is not None and _only_the_longest(some, raw, lengths):
+    if one_batch and raw is not None and _only_the_longest(some, raw, lengths):
         return Reading(PACKED_ROWS, sequences)
     if _only_the_first_step(track, total, raw):
         return Reading(FIRST_STEP, sequences, still=_weights_still(track, total))
@@ -112,6 +113,17 @@ def reading(track: Track, padding: Padding | None = None) -> Reading:
         return Reading(kind, sequences, perhaps=int(padding.lengths[0]))
     shown = "" if padding is None else SURE if padding.sure else SEEMS
     return Reading(AFTER_END, late, steps, shown=shown)
+
+
+def read_runs(track: Track, sequences: tuple[int, ...]) -> list[int]:
+    """Which of the pooled runs, counted from 0, have one of these sequences.
+
+    >>> from types import SimpleNamespace
+    >>> read_runs(SimpleNamespace(runs=(1, 2, 1)), (1, 3))
+    [1, 2]
+    """
+    run_of = np.repeat(np.arange(len(track.runs)), track.runs)
+    return sorted({int(run_of[b]) for b in sequences})
 
 
 def _total(track: Track) -> Tensor:

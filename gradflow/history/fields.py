@@ -66,7 +66,7 @@ OF_STEP: dict[str, str] = {
     "scale": "what a GradScaler had multiplied the loss by; it is divided out of all numbers",
     "updated": "1 where an optimizer step followed, 0 where the gradients were thrown away",
     "forwards": "forward passes of the update",
-    "probe_seconds": "wall time that the probe added to this step",
+    "probe_seconds": "wall time that the probe added to its step; of a run's first one, with the step itself",
     "step_seconds": "wall time of a step without a probe, mean since the probe before",
     "interval": "steps until the next probe, as decided at this one",
     "time": "seconds since 1970, when the probe ended",

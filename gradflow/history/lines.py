@@ -33,12 +33,12 @@ from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER, OF_STEP, VERDICT
 from gradflow.history.probe import Note, Probe
 from gradflow.limits import VERDICTS
 
-SCHEMA = 1  # of the file; raised when a reader would be misled
-FILE = "history.jsonl"  # its name in the folder of a run
+HISTORY_SCHEMA = 1  # of the file; raised when a reader would be misled
+HISTORY_FILE = "history.jsonl"  # its name in the folder of a run
 
 
 @dataclass(frozen=True)
-class Layout:
+class ProbeLayout:
     """What the arrays of a probe's line hold, in order."""
 
     layers: tuple[str, ...]  # names
@@ -51,21 +51,21 @@ class Layout:
     of_gate: tuple[str, ...] = tuple(OF_GATE)  # of a gate
     of_lag: tuple[str, ...] = tuple(OF_LAG)  # of a lag
 
-    def holds(self, other: Layout) -> bool:
+    def holds(self, other: ProbeLayout) -> bool:
         """Whether a probe of the other layout can be written in this one."""
         return (
-            self.groups == other.groups
+            self.groups >= other.groups
             and set(self.layers) >= set(other.layers)
             and set(self.gates) >= set(other.gates)
             and set(self.lags) >= set(other.lags)
         )
 
-    def joined(self, other: Layout) -> Layout:
+    def joined(self, other: ProbeLayout) -> ProbeLayout:
         """One that holds the probes of both."""
         cells = dict(zip(self.layers, self.cells, strict=True)) | dict(
             zip(other.layers, other.cells, strict=True)
         )
-        return Layout(
+        return ProbeLayout(
             layers=tuple(cells),
             cells=tuple(cells.values()),
             gates=tuple(dict.fromkeys([*self.gates, *other.gates])),
@@ -88,10 +88,10 @@ class Layout:
         return np.dtype([*fields, ("rest", "u1", (rest,))])
 
 
-def layout_of(probe: Probe, cells: dict[str, str]) -> Layout:
+def layout_of(probe: Probe, cells: dict[str, str]) -> ProbeLayout:
     """The least layout that holds a probe."""
     layers = probe.layers
-    return Layout(
+    return ProbeLayout(
         layers=tuple(layers),
         cells=tuple(cells.get(name, "") for name in layers),
         gates=tuple(dict.fromkeys(gate for one in layers.values() for gate in one.gates)),
@@ -105,7 +105,7 @@ def line(kind: str, **content: Any) -> str:
     return json.dumps({"kind": kind} | content, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def layout_line(layout: Layout) -> str:
+def layout_line(layout: ProbeLayout) -> str:
     """The line of a layout."""
     return line("layout", **asdict(layout))
 
@@ -120,13 +120,13 @@ NUMBERS = ', "numbers": "'  # what stands between step and numbers
 CLOSE = '"}'  # how it ends
 
 
-def probe_line(probe: Probe, layout: Layout) -> str:
+def probe_line(probe: Probe, layout: ProbeLayout) -> str:
     """The line of a probe."""
     numbers = np.zeros((), dtype=layout.dtype)
     for name in ("values", "learning_rates", "layers", "gates", "lags"):
         numbers[name] = np.nan
     numbers["values"] = [probe.values.get(name, np.nan) for name in layout.of_step]
-    numbers["learning_rates"] = probe.learning_rates
+    numbers["learning_rates"][: len(probe.learning_rates)] = probe.learning_rates
     for name, layer in probe.layers.items():
         place = layout.layers.index(name)
         values = layer.values | {VERDICT: _code(layer.verdict)}
@@ -161,13 +161,13 @@ def read_probe(text: bytes) -> tuple[int, bytes] | None:
     return int(step), text[at : -len(close)]
 
 
-def packed_size(layout: Layout) -> int:
+def packed_size(layout: ProbeLayout) -> int:
     """Characters of the packed numbers of a probe."""
     return layout.dtype.itemsize // 3 * 4
 
 
-def layout_from(content: dict[str, Any]) -> Layout:
+def layout_from(content: dict[str, Any]) -> ProbeLayout:
     """A layout as a line holds it."""
-    known = {name: content[name] for name in Layout.__dataclass_fields__}
+    known = {name: content[name] for name in ProbeLayout.__dataclass_fields__}
     groups = int(known.pop("groups"))
-    return Layout(groups=groups, **{name: tuple(value) for name, value in known.items()})
+    return ProbeLayout(groups=groups, **{name: tuple(value) for name, value in known.items()})

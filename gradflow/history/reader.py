@@ -13,27 +13,25 @@ import numpy as np
 
 from gradflow.errors import FileError
 from gradflow.history.lines import (
-    FILE,
-    SCHEMA,
-    Layout,
+    HISTORY_FILE,
+    HISTORY_SCHEMA,
+    PROBE,
+    ProbeLayout,
     layout_from,
     packed_size,
     read_probe,
 )
-from gradflow.history.lines import (
-    PROBE as BEGIN,
-)
 from gradflow.history.probe import Note
 
-PROBE = BEGIN.encode()
-PIECE = 2**22  # bytes that are read at a time: the same memory is used again
+LINE_OF_PROBE = PROBE.encode()
+PIECE_READ = 2**22  # bytes that are read at a time: the same memory is used again
 
 
 @dataclass
-class Block:
+class ProbeBlock:
     """Probes in a row that have one layout; the arrays are unpacked when they are asked for."""
 
-    layout: Layout  # what the arrays hold
+    layout: ProbeLayout  # what the arrays hold
     steps: list[int] = field(default_factory=list)  # the training step of each probe
     numbers: list[bytes] = field(default_factory=list)  # of the probes, unpacked, in a few pieces
     packed: list[bytes] = field(default_factory=list)  # of the last ones, not yet unpacked
@@ -68,7 +66,7 @@ class Read:
     """Everything that was read of a file so far."""
 
     headers: list[dict[str, Any]] = field(default_factory=list)  # one for each writer
-    blocks: list[Block] = field(default_factory=list)  # in the order of the file
+    blocks: list[ProbeBlock] = field(default_factory=list)  # in the order of the file
     notes: list[Note] = field(default_factory=list)  # in the order of the file
     ended: bool = False  # whether the last writer closed it
     damaged: int = 0  # lines that were cut off
@@ -90,7 +88,7 @@ class Reader:
             with self.path.open("rb") as opened:
                 self._begin_again_if_replaced(os.fstat(opened.fileno()))
                 opened.seek(self._offset)
-                while some := opened.read(PIECE):
+                while some := opened.read(PIECE_READ):
                     whole = rest + some
                     complete = whole.rfind(b"\n") + 1
                     rest = whole[complete:]
@@ -114,7 +112,7 @@ class Reader:
 
     def _take(self, text: bytes) -> bool:
         """One line; whether it is a probe."""
-        if text.startswith(PROBE):
+        if text.startswith(LINE_OF_PROBE):
             return self._take_probe(text)
         if not text:
             return False
@@ -129,7 +127,7 @@ class Reader:
         elif kind == "layout":
             for block in self.read.blocks[-1:]:
                 block.unpack()
-            self.read.blocks.append(Block(layout_from(content)))
+            self.read.blocks.append(ProbeBlock(layout_from(content)))
         elif kind == "note":
             self.read.notes.append(Note(**content))
         self.read.ended = kind == "end"
@@ -144,10 +142,10 @@ class Reader:
         self.read.damaged += 1
 
     def _take_header(self, content: dict[str, Any]) -> None:
-        if content.get("schema") != SCHEMA:
+        if content.get("schema") != HISTORY_SCHEMA:
             raise FileError(
                 f"{self.path} was written with schema {content.get('schema')}, this gradflow reads "
-                f"{SCHEMA}; update gradflow, or watch into another folder"
+                f"{HISTORY_SCHEMA}; update gradflow, or watch into another folder"
             )
         self.read.headers.append(content)
 
@@ -161,9 +159,9 @@ class Reader:
 
 def file_of(path: Path) -> Path:
     """The file of a run, given its folder or the file itself."""
-    return path / FILE if path.is_dir() else path
+    return path / HISTORY_FILE if path.is_dir() else path
 
 
 def holds_history(path: Path) -> bool:
     """Whether there is a history at a path, a folder or its file."""
-    return file_of(path).name == FILE and file_of(path).is_file()
+    return file_of(path).name == HISTORY_FILE and file_of(path).is_file()

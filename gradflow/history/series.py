@@ -16,9 +16,9 @@ from gradflow.errors import InputError, must_be
 from gradflow.history import table
 from gradflow.history.lines import layout_of, probe_line
 from gradflow.history.probe import Note, Probe
-from gradflow.history.reader import Block, Read, Reader
+from gradflow.history.reader import ProbeBlock, Read, Reader
 
-SHOWN = 12  # layers of a repr that fits a screen
+LAYERS_SHOWN = 12  # layers of a repr that fits a screen
 
 
 class History:
@@ -78,7 +78,7 @@ class History:
             layout = layout_of(probe, cells or {})
             if not read.blocks or not read.blocks[-1].layout.holds(layout):
                 joined = read.blocks[-1].layout.joined(layout) if read.blocks else layout
-                read.blocks.append(Block(joined))
+                read.blocks.append(ProbeBlock(joined))
             read.blocks[-1].take(probe_line(probe, read.blocks[-1].layout).strip().encode())
             read.notes += probe.notes
         return cls(read)
@@ -176,9 +176,9 @@ class History:
 
     def __repr__(self) -> str:
         lines = [f"gradflow history of {self.title}: {table.extent(self)}"]
-        lines += table.latest(self, SHOWN)
-        if len(self.layers) > SHOWN:
-            lines.append(f"  and {len(self.layers) - SHOWN} more, see .layers")
+        lines += table.latest(self, LAYERS_SHOWN)
+        if len(self.layers) > LAYERS_SHOWN:
+            lines.append(f"  and {len(self.layers) - LAYERS_SHOWN} more, see .layers")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

@@ -11,15 +11,15 @@ import xarray as xr
 
 from gradflow.errors import InputError, must_be
 from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER, OF_STEP, VERDICT
-from gradflow.history.lines import Layout
+from gradflow.history.lines import ProbeLayout
 from gradflow.history.reader import Read
 from gradflow.limits import VERDICTS
 
 if TYPE_CHECKING:
     from gradflow.history.series import History
 
-FRAMES = ("layers", "steps", "lags", "gates", "notes")
-WORDS = np.array([*VERDICTS, ""])  # the last one where there is no verdict
+HISTORY_TABLES = ("layers", "steps", "lags", "gates", "notes")
+VERDICT_WORDS = np.array([*VERDICTS, ""])  # the last one where there is no verdict
 
 
 def dataset(read: Read) -> xr.Dataset:
@@ -40,7 +40,7 @@ def dataset(read: Read) -> xr.Dataset:
     whole = {name: _joined(name, some, numbers, layouts) for name, some in axes.items()}
     codes = np.nan_to_num(whole["layers"][:, :, 0], nan=len(VERDICTS))
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        VERDICT: (("step", "layer"), WORDS[codes.astype(int)])
+        VERDICT: (("step", "layer"), VERDICT_WORDS[codes.astype(int)])
     }
     for place, name in enumerate(OF_LAYER):
         if name != VERDICT:
@@ -69,7 +69,7 @@ def _joined(
     name: str,
     axes: Sequence[tuple[tuple[Any, ...], str]],
     numbers: Sequence[np.ndarray],
-    layouts: Sequence[Layout],
+    layouts: Sequence[ProbeLayout],
 ) -> np.ndarray:
     """One array of all probes, (probe, …), along axes with these labels; NaN where it has none."""
     labels = [labels for labels, _ in axes]
@@ -99,9 +99,9 @@ def _joined(
 
 def frame(history: History, kind: str) -> pd.DataFrame:
     """A tidy table of the history; see `History.frame`."""
-    if kind not in FRAMES:
+    if kind not in HISTORY_TABLES:
         advice = "leave it out for layers"
-        raise InputError(must_be("kind", f"one of {', '.join(FRAMES)}", repr(kind), advice))
+        raise InputError(must_be("kind", f"one of {', '.join(HISTORY_TABLES)}", repr(kind), advice))
     if kind == "notes":
         columns = ["step", "layer", "about", "text"]
         return pd.DataFrame([vars(note) for note in history.notes], columns=columns)

@@ -9,9 +9,9 @@ from typing import Any
 
 from gradflow.errors import FileError, InputError, must_be
 from gradflow.history.lines import (
-    FILE,
-    SCHEMA,
-    Layout,
+    HISTORY_FILE,
+    HISTORY_SCHEMA,
+    ProbeLayout,
     layout_line,
     layout_of,
     line,
@@ -47,9 +47,9 @@ class Writer:
         if resume and force:
             advice = "resume goes on with a history, force throws it away"
             raise InputError(must_be("resume and force", "not both true", "both", advice))
-        self.folder, self.path = folder, folder / FILE
+        self.folder, self.path = folder, folder / HISTORY_FILE
         self.last_step = 0  # of an earlier writer
-        self._layout: Layout | None = None
+        self._layout: ProbeLayout | None = None
         self._process = os.getpid()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ class Writer:
                 self._go_on()
             else:
                 os.ftruncate(self._file, 0)
-            self._append(line("header", schema=SCHEMA, **header))
+            self._append(line("header", schema=HISTORY_SCHEMA, **header))
         except OSError as error:
             raise FileError(_cannot(self.path, error)) from error
 
@@ -144,7 +144,7 @@ def _known(path: Path) -> str:
     try:
         reader.more()
     except FileError:
-        return f"a file {FILE} that is none of this gradflow's"
+        return f"a file {HISTORY_FILE} that is none of this gradflow's"
     steps = [n for block in reader.read.blocks for n in block.steps]
     return f"probes of steps {steps[0]} to {steps[-1]}" if steps else "one without a probe yet"
 

@@ -67,9 +67,13 @@ class Copies:
         """
         found = []
         for place, weight in enumerate(weights):
-            known = [self._known.get(id(weight)), self._known.get((owner, place))]
-            same = [k for k in known if k is not None and _equal(k, weight)]
-            found.append(same[0] if same else copied(weight))
+            one, other = self._known.get(id(weight)), self._known.get((owner, place))
+            if one is not None and _equal(one, weight):
+                found.append(one)
+            elif other is not None and other is not one and _equal(other, weight):
+                found.append(other)
+            else:
+                found.append(copied(weight))
             self._known[id(weight)] = self._known[owner, place] = found[-1]
         return tuple(found)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from gradflow.hooks.axes import Axis, as_rows, from_rows, usual_axis
 from gradflow.hooks.graph import (
     LEAF,
+    MOVES,
     Between,
     Edge,
     NotReadable,
@@ -26,8 +27,8 @@ from gradflow.hooks.graph import (
     kind_of,
     ones_at,
     outputs,
+    without_autocast,
 )
-from gradflow.hooks.graph import MOVES as ENTRIES
 from gradflow.hooks.loops import rows as rows_of
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.loops.rows import picked
@@ -36,11 +37,10 @@ from gradflow.process import quiet
 
 # operations that multiply a state by zero, or put a zero in its place
 MASKS = ("Mul", "Where", "MaskedFill", "MaskedScatter", "IndexPut", "IndexFill", "CopySlices")
-# operations that only move entries
-MOVES = ("View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", "Expand",
+# operations that add, or only move entries
+SUMS = ("Add", "Sub", "View", "Reshape", "Unsafe", "Alias", "Clone", "Unsqueeze", "Squeeze", "Expand",
          "Slice", "Select", "Split", "Unbind", "Cat", "Stack", "Transpose", "Permute",
          "ToCopy", "AsStrided")  # fmt: skip
-SUMS = ("Add", "Sub", *MOVES)
 
 
 class Incomplete(NotReadable):
@@ -192,7 +192,7 @@ class Step:
 
     def pull(self, seed: Tensor, *, opened: bool = False) -> Tensor:
         """The vector-Jacobian product of a seed (B, S); opened as in `Between.pull`."""
-        with torch.autocast(self.now.like.device.type, enabled=False):
+        with without_autocast(self.now.like.device.type):
             seeds = self.now.seeds(seed, list(self.now.parts))
             found = self.between.pull(seeds, opened=opened)
         return complete(*self.before.gathered(found))
@@ -342,7 +342,7 @@ class Step:
                 if node in first or node in before:
                     continue
                 above = parents.get(node, [])
-                moves = kind_of(node) in ENTRIES
+                moves = kind_of(node) in MOVES
                 gate = not moves and all(n in summed and _is(n, SUMS) for n in above)
                 if node in self.now.nodes or gate or not (moves or _is(node, MASKS)):
                     first.add(node)
@@ -433,7 +433,7 @@ def _block(place: Place, made: Place, between: Between, name: str) -> Tensor:
     width = part.stop - part.start
 
     def pull(seed: Tensor) -> Tensor:
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return made.gathered(between.pull(place.seeds(seed, [name])))[0]
 
     probe, ones = probe_of(place.like), pull(torch.ones_like(place.like))
@@ -464,7 +464,7 @@ def unit_rows(
     def one(seed: Tensor) -> tuple[Tensor, list[Tensor]]:
         return before.gathered(between.pull(now.seeds(seed, [name])))
 
-    with torch.autocast(now.like.device.type, enabled=False):
+    with without_autocast(now.like.device.type):
         try:
             if not together:
                 raise NotReadable("one by one")

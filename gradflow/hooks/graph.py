@@ -7,9 +7,11 @@ pass; here the nodes are called by themselves, which changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,6 +43,17 @@ _MOVES = (
 MOVES = frozenset(_MOVES.split())
 _KINDS: dict[type, str] = {}  # see `kind_of`
 PLACES = MOVES | {"IndexPut", "IndexCopy", "SliceScatter", "SelectScatter", "DiagonalScatter"}
+
+
+PLACE_FOR_HOOKS = "BackwardHookFunctionBackward"  # of a module, which changes nothing by itself
+_Planned = tuple[Any, list[Edge], list[tuple[int, Edge]]]  # see `Between._planned`
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Inside, operations are in the dtypes of what they are given."""
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class NotReadable(Exception):
@@ -80,6 +93,9 @@ class Between:
         self.on_path = self._leading_to_ends(children)
         self.order = self._sorted(roots, children, self.on_path)
         self.reached = {node for node in self.order if node in ends}
+        self._plan: list[_Planned] | None = None
+        self._callable: set[Any] = set()  # nodes that may be called by themselves
+        self._tensors: dict[Edge, tuple[tuple[int, ...], torch.dtype]] = {}  # see `_kept`
 
     def touched(self, roots: list[Edge]) -> set[Any]:
         """The nodes that the roots depend on, if what only moves entries is followed entry by entry.
@@ -180,21 +196,40 @@ class Between:
         for edge, seed in seeds:
             if edge[0] in self.on_path:
                 arrived[edge] = arrived[edge] + seed if edge in arrived else seed
-        with torch.set_grad_enabled(differentiable and not saved_tensors_are_hooked()):
-            for node in self.order:
-                if node in self.ends:
-                    continue
-                given = [arrived.get((node, place)) for place in range(outputs(node))]
+        hooked = saved_tensors_are_hooked()
+        with torch.set_grad_enabled(differentiable and not hooked):
+            for node, edges, below in self._planned():
+                given = [arrived.get(edge) for edge in edges]
                 if all(grad is None for grad in given):
                     continue
-                passed = called(node, given)
+                if hooked or node not in self._callable:
+                    check(node)
+                    self._callable.add(node)
+                passed = run(node, given)
                 if opened and kind_of(node) in ELEMENTWISE:
                     passed = _opened(node, given, passed)
-                for edge, grad in zip(node.next_functions, passed, strict=False):
-                    if edge[0] in self.on_path and grad is not None:
-                        grad = fitted(grad, edge)
+                for place, edge in below:
+                    grad = passed[place] if place < len(passed) else None
+                    if grad is not None:
+                        if edge not in self._tensors:
+                            self._tensors[edge] = _kept(edge)
+                        grad = _shaped(grad, *self._tensors[edge])
                         arrived[edge] = arrived[edge] + grad if edge in arrived else grad
         return {edge: grad for edge, grad in arrived.items() if edge[0] in self.ends}
+
+    def _planned(self) -> list[_Planned]:
+        """Every node on the way but the ends, its outputs, and where what it makes of gradients goes."""
+        if self._plan is None:
+            self._plan = []
+            for node in (node for node in self.order if node not in self.ends):
+                edges = [(node, place) for place in range(outputs(node))]
+                below = [
+                    (place, edge)
+                    for place, edge in enumerate(node.next_functions)
+                    if edge[0] in self.on_path
+                ]
+                self._plan.append((node, edges, below))
+        return self._plan
 
 
 def descended(
@@ -262,12 +297,20 @@ def _entries(node: Any, given: list[Tensor | None]) -> list[Tensor | None] | Non
     ]
 
 
+def _kept(edge: Edge) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and dtype of the tensor that sits at an edge."""
+    known = edge[0]._input_metadata[edge[1]]
+    return tuple(known.shape), known.dtype
+
+
 def fitted(grad: Tensor, edge: Edge) -> Tensor:
     """What torch's engine does on the way: a gradient is given the shape and dtype of its tensor."""
-    known = edge[0]._input_metadata[edge[1]]
-    shape = tuple(known.shape)
-    grad = grad if tuple(grad.shape) == shape else grad.sum_to_size(shape)
-    return grad if grad.dtype == known.dtype else grad.to(known.dtype)
+    return _shaped(grad, *_kept(edge))
+
+
+def _shaped(grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    grad = grad if grad.shape == shape else grad.sum_to_size(shape)
+    return grad if grad.dtype == dtype else grad.to(dtype)
 
 
 def _opened(
@@ -292,17 +335,34 @@ def outputs(node: Any) -> int:
 
 def called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """What one node makes of the gradients at its outputs."""
-    if type(node).__name__ == "BackwardHookFunctionBackward":  # a place for hooks on a module
-        return tuple(grads)
-    if type(node).__name__ == "CheckpointFunctionBackward":
+    check(node)
+    return run(node, grads)
+
+
+def check(node: Any) -> None:
+    """See that a node can be called by itself.
+
+    Raises:
+        NotReadable: it is the user's own, or calling it would run somebody's code.
+    """
+    name = type(node).__name__
+    if name == PLACE_FOR_HOOKS:
+        return
+    if name == "CheckpointFunctionBackward":
         raise NotReadable("what a checkpoint recomputes")
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         raise NotReadable("an autograd.Function of your own")
-    if type(node).__name__ == "CppFunction":  # called before the engine does, it can break later
+    if name == "CppFunction":  # called before the engine does, it can break later
         raise NotReadable(_foreign(node.name()))
+    if runs_code(node):
+        raise NotReadable("what a checkpoint recomputes, or hooks on saved tensors keep")
+
+
+def run(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What a node that can be called makes of the gradients at its outputs."""
+    if type(node).__name__ == PLACE_FOR_HOOKS:
+        return tuple(grads)
     try:
-        if runs_code(node):
-            raise NotReadable("what a checkpoint recomputes, or hooks on saved tensors keep")
         found = node(*grads)
     except RuntimeError as error:  # freed by a backward, or a node that only the engine can run
         raise NotReadable(

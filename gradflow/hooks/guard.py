@@ -3,7 +3,8 @@
 Every point at which the user's code calls into gradflow while a recording is open is a `Point`, and
 all that gradflow does there is called by `guarded`. Within it the user's function modes, dispatch modes
 and tensor subclasses are off. Two kinds of errors are passed on: an `InputError`, by which the user learns
-of a wrong argument, and what is no `Exception` (Ctrl-C, an exit). In any case `failed` is called, so that
+of a wrong argument (not while a training is watched: it goes on), and what is no `Exception` (Ctrl-C, an
+exit). In any case `failed` is called, so that
 what is incomplete can be left out.
 """
 
@@ -25,6 +26,7 @@ from gradflow.hooks.unreadable import is_looked_at
 Value = TypeVar("Value")
 Failed = Callable[[str], object]  # told why, in a few words
 busy: set[int] = set()  # threads in which gradflow itself computes, which is not recorded
+lenient: set[int] = set()  # threads whose training goes on even after a wrong argument
 LONGEST = 120  # characters of a cause that are quoted
 
 
@@ -44,6 +46,7 @@ class Point(Enum):
     GRADIENT = "a gradient that reached it could not be read"
     WEIGHT = "a gradient of its weights could not be read"
     CLOSING = "the recording could not be closed in order"
+    PROBE = "a training step could not be measured"
 
 
 def guarded(
@@ -67,7 +70,8 @@ def guarded(
                 alone.leave()
     except BaseException as error:
         failed(f"{point.value} ({briefly(error)})")
-        if isinstance(error, InputError) or not isinstance(error, Exception):
+        strict = isinstance(error, InputError) and threading.get_ident() not in lenient
+        if strict or not isinstance(error, Exception):
             raise
         return None
 

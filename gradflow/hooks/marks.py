@@ -197,7 +197,8 @@ class Marks:
 def begun(recorder: TrackOwner, base: str, source: TapSource, **more: Any) -> Track:
     """The new track of a loop that has its first mark, under a name of its own."""
     cut = source.marks[0].cut
-    source.layout.join(torch.ones(len(cut), dtype=torch.long))
+    source.layout.join(len(cut))
+    source.layout.note_cut(0, cut)
     track = Track(
         name=base,
         cell=source.cell,
@@ -218,8 +219,9 @@ def begun(recorder: TrackOwner, base: str, source: TapSource, **more: Any) -> Tr
 def grown(source: TapSource, track: Track) -> None:
     """The track of a loop that has one more mark."""
     mark = source.marks[-1]
-    source.layout.join(torch.ones(len(mark.cut), dtype=torch.long), rows=mark.rows)
-    source.layout.grown(track, mark.cut, source.lengths)
+    source.layout.join(len(mark.cut), rows=mark.rows)
+    source.layout.note_cut(len(source.layout.extents) - 1, mark.cut)
+    track.grow(source.shape)
 
 
 def newest() -> int:

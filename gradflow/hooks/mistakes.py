@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradflow.cells import layer_names
 from gradflow.hooks.ancestry import clean
@@ -288,11 +288,22 @@ def _reason(track: Track) -> str:
         states = [call.returned["output"] for call in calls]
     if not any(one.grads for one in seen) or lost:
         return track.why_no_gradient
-    if not all(bool(torch.isfinite(state).all()) for state in states):
+    if not _are_finite(states):
         return "its states are not finite (NaN or infinity), so neither are its gradients"
-    if not all(bool(torch.isfinite(grad).all()) for one in seen for grad in one.grads.values()):
+    if not _are_finite([grad for one in seen for grad in one.grads.values()]):
         return (
             "the gradient that reaches it is not finite: the loss was NaN or infinite, or its own "
             "derivative is; look at the loss before the gradient"
         )
     return ""
+
+
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no entry of any of them is NaN or infinite, told by their sums where these are finite."""
+    if not tensors:
+        return True
+    if len({tensor.device for tensor in tensors}) == 1:
+        sums = torch.stack([tensor.sum().float() for tensor in tensors])
+        if bool(sums.isfinite().all()):
+            return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

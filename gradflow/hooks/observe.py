@@ -77,7 +77,7 @@ def record(
     if jacobians is not None and not isinstance(jacobians, bool):
         expected = "True, False or left out"
         raise InputError(must_be("jacobians", expected, repr(jacobians), "leave it out"))
-    patterns = _patterns(layers)
+    patterns = patterns_of(layers)
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         kind = type(scaler).__name__
         raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))
@@ -99,7 +99,7 @@ def record(
         yield recording
         warn(recording.empty_reason, stacklevel=3)
         return
-    block = _Block(recorder)
+    block = OpenRecording(recorder)
     try:
         block.open()
         yield recording
@@ -109,7 +109,7 @@ def record(
         warn(sentence, stacklevel=3)
 
 
-class _Block:
+class OpenRecording:
     """What is opened for one recording, and closed whatever happened in between."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -254,7 +254,7 @@ def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
     }
 
 
-def _patterns(layers: object) -> list[str] | None:
+def patterns_of(layers: object) -> list[str] | None:
     """The names or globs of ``layers``, checked."""
     if layers is None:
         return None

@@ -63,7 +63,8 @@ class WeightUses:
         """A number for this weight tensor; from now on its gradients are added up."""
         known = self._keys.get(id(weight))
         if known is not None and known[0]() is weight:
-            self._bounds[known[1]] = max(self._bounds[known[1]], _bound(weight))
+            if torch.is_autocast_enabled(weight.device.type):
+                self._bounds[known[1]] = max(self._bounds[known[1]], _bound(weight))
             return known[1]
         key = len(self._bounds)
         self._keys[id(weight)] = (weakref.ref(weight), key)

@@ -180,7 +180,11 @@ class TapSource:
     @property
     def real(self) -> Tensor | None:
         """(B,) the real steps of every sequence; None where all are T."""
-        return self.layout.real(self.lengths) if self.layout.parts else self.lengths
+        return self.layout.real(self.lengths) if self.layout.extents else self.lengths
+
+    def shape(self) -> dict[str, Tensor]:
+        """Of its track; see `Layout.shape`."""
+        return self.layout.shape(self.lengths, self.marks[0].cut.device)
 
     @property
     def names(self) -> list[str]:

@@ -6,6 +6,7 @@ Time is the first axis. Index 0 is the first step. Track arrays are in input-tim
 sequences in the user's order; steps past a sequence's length hold NaN.
 """
 
+from gradflow.recording.chosen import chosen
 from gradflow.recording.padding import Padding, padding_of
 from gradflow.recording.pooled import pooled
 from gradflow.recording.recording import Recording, matches_any
@@ -35,6 +36,7 @@ __all__ = [
     "ThinOperator",
     "Track",
     "Unseen",
+    "chosen",
     "matches_any",
     "padding_of",
     "pooled",

@@ -159,6 +159,7 @@ def _as_one(run: list[Track]) -> Track:
         cuts=joined([track.cuts for track in run]),
         notes=list(dict.fromkeys(note for track in run for note in track.notes)),
         source=PooledSource(run),
+        runs=tuple(track.batch for track in run),
         _cache={},
     )
 

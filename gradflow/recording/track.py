@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from gradflow.cells import CELLS, CellSpec
 from gradflow.errors import RecordingError, must_be
 from gradflow.recording.padding import Padding
 from gradflow.recording.source import Backward, Contributions, Forward, Operator, Parity, Source
+
+GROWING = ("lengths", "mask", "cuts")  # what changes in a `Track` while its loop goes on
 
 
 @dataclass(eq=False)
@@ -49,10 +52,13 @@ class Track:
     loop: str = ""  # name of the track that holds the joint state of the closed loop it is part of
     afresh: int = 0  # calls of its layer in a row, each from a start of its own on what came before
     depth: int = 1  # runs of this layer one upon the other, each on what came of the one before
+    runs: tuple[int, ...] = ()  # sequences of each run, where several are pooled as one layer
     stamp: tuple[object, ...] = ()  # of weights that were not seen: equal where they were the same
     state_shape: tuple[int, ...] = ()  # of a linear recurrence: (heads, d_k, d_v), (channels, N)
     code: tuple[object, ...] = ()  # tells loops of one name apart: weights, or the line of a tap
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
+    # makes lengths, mask and cuts of a loop that goes on, when they are read
+    _shape: Callable[[], dict[str, Tensor]] | None = field(default=None, init=False, repr=False)
 
     @property
     def spec(self) -> CellSpec | None:
@@ -73,6 +79,40 @@ class Track:
         (False, True)
         """
         self._cache.clear()
+        if self._shape is not None:
+            for name in GROWING:
+                self.__dict__.pop(name, None)
+
+    def grow(self, shape: Callable[[], dict[str, Tensor]]) -> None:
+        """The loop went on: its lengths, mask and cuts are made anew when they are next read.
+
+        Args:
+            shape: makes the three, by name. What is done per step so does not grow with the steps.
+
+        >>> import torch, gradflow
+        >>> cell = torch.nn.RNNCell(1, 1)
+        >>> with gradflow.record(cell) as recording:
+        ...     cell(torch.ones(2, 1), cell(torch.ones(2, 1))).sum().backward()
+        >>> track = recording["cell"]
+        >>> mask = torch.ones(3, 2, dtype=torch.bool)
+        >>> more = {"lengths": mask.sum(0), "mask": mask, "cuts": ~mask}
+        >>> before = track.steps
+        >>> track.grow(lambda: more)
+        >>> before, track.steps
+        (2, 3)
+        """
+        self._shape = shape
+        self.read_anew()
+
+    if not TYPE_CHECKING:  # for a type checker all attributes are there
+
+        def __getattr__(self, name: str) -> Tensor:
+            """Lengths, mask or cuts that are not made yet."""
+            shape = self.__dict__.get("_shape")
+            if name not in GROWING or shape is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.__dict__.update(shape())
+            return self.__dict__[name]
 
     def _read(self, what: str) -> object:
         version = self.source.version

@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,6 +23,12 @@ from gradflow.reporter.scale import palette
 INK, SOFT, FAINT = "#222222", "#595959", "#9a9a9a"
 
 _LOOK = {
+    # seaborn's style "ticks", whose import would take a second
+    "axes.axisbelow": True,
+    "grid.color": ".8",
+    "lines.solid_capstyle": "round",
+    "patch.edgecolor": "w",
+    "patch.force_edgecolor": True,
     "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.labelsize": 8.5,
@@ -54,7 +59,7 @@ _drawing = (
 def look() -> Iterator[None]:
     """matplotlib's defaults and gradflow's fonts, while drawing only; the user's style comes back."""
     with _drawing:
-        style = seaborn.axes_style("ticks") | _LOOK | {"font.sans-serif": list(installed())}
+        style = _LOOK | {"font.sans-serif": list(installed())}
         with matplotlib.style.context(["default", style]):
             yield
 

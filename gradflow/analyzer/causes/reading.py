@@ -6,7 +6,7 @@ that mends it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from gradflow.analysis import Finding
 from gradflow.analyzer import reading
@@ -124,25 +124,10 @@ def _unread(e: Evidence) -> Finding:
 
 def _one_sequence(e: Evidence) -> Finding:
     track, which = e.track, _which(e)
-    first, steps, batch = track.batch_first, track.steps, track.batch
-    taken = f"T = {steps}, B = {batch}"
-    swap = "(time, batch, features)" if first else "(batch, time, features)"
-    at = "-1" if which == "last" else "0"
-    wrong, right = (f"output[{at}]", f"output[:, {at}]")
-    if not first:
-        wrong, right = right, wrong
-    if e.fused:
-        change = f"build the layer with batch_first={not first}"
-        code = (
-            f"{module(track.owner)}.batch_first = {not first}  # if x is {swap}\n"
-            f"last = {right}  # else, in place of {wrong}"
-        )
-    else:
-        change = "loop over the time axis"
-        code = (
-            "for x_t in x.unbind(1):  # if x is (batch, time, features)\n"
-            f"last = outputs[{at}]  # else: of the step, not of the sequence"
-        )
+    batch, steps = track.batch, int(track.lengths[e.reading.sequences[0]])
+    taken = f"T = {track.steps}, B = {batch}"
+    swap = "(time, batch, features)" if track.batch_first else "(batch, time, features)"
+    change, code = _swapped(e, swap, "-1" if which == "last" else "0")
     return Finding(
         name="reads-one-sequence",
         layer=track.name,
@@ -155,6 +140,27 @@ def _one_sequence(e: Evidence) -> Finding:
         basis="every sequence of the batch",
         advice=f"if x is {swap}, {change}; if T and B are right, index the step, not the sequence",
         code=code,
+    )
+
+
+def _swapped(e: Evidence, swap: str, at: str) -> tuple[str, str]:
+    """What to do if x is laid out as `swap` says, and code for that and for an index of the wrong axis."""
+    if _uneven(e):
+        pack = "give pack_padded_sequence and pad_packed_sequence the batch_first that fits"
+        return pack if e.fused else "loop over the time axis", _last_step(e, "lengths - 1")
+    if not e.fused:
+        return "loop over the time axis", (
+            "for x_t in x.unbind(1):  # if x is (batch, time, features)\n"
+            "last = outputs[-1]  # else: of the step, not of the sequence"
+        )
+    first = e.track.batch_first
+    wrong, right, then = f"output[{at}]", "output[:, -1]", "output[-1]"
+    if not first:
+        wrong, right, then = f"output[:, {at}]", then, right
+    also = "" if at == "-1" else f", and read {then}"  # the first step would train no recurrence
+    return f"build the layer with batch_first={not first}", (
+        f"{module(e.track.owner)}.batch_first = {not first}  # if x is {swap}{also}\n"
+        f"last = {right}  # else, in place of {wrong}"
     )
 
 
@@ -178,12 +184,13 @@ def _packed_rows(e: Evidence) -> Finding:
 
 def _first_step(e: Evidence) -> Finding:
     track = e.track
+    even = not bool((track.lengths.cpu() < track.steps).any())
     steps = (
         f"step {track.steps} of {track.steps}"
-        if track.reverse and not bool((track.lengths.cpu() < track.steps).any())
+        if track.reverse and even
         else "each sequence's last step"
         if track.reverse
-        else f"step 1 of {track.steps}"
+        else f"step 1 of {'' if even else 'up to '}{track.steps}"
     )
     what = "∂L/∂W_hh is exactly 0, so its recurrence is not trained"
     if track.spec is None:
@@ -212,7 +219,14 @@ def _read_further(e: Evidence) -> tuple[str, str]:
             "read the whole sequence",
             _final_states(e, "x"),
         )
+    if _uneven(e):
+        return "read each sequence's own last step, not the first", _last_step(e, "lengths - 1")
     return "read the last step that it takes, not the first", _last_step(e, "-1")
+
+
+def _uneven(e: Evidence) -> bool:
+    """Whether sequences of one batch end at steps of their own: packed, told, or dropped on the way."""
+    return not e.track.runs and bool((e.track.lengths < e.track.steps).any())
 
 
 def _final_states(e: Evidence, given: str) -> str:
@@ -264,10 +278,40 @@ def _after_end(e: Evidence) -> Finding:
     )
 
 
+def _listed(places: Sequence[int]) -> str:
+    """Counted from 1, the first few."""
+    return ", ".join(str(b + 1) for b in places[:5]) + (", …" if len(places) > 5 else "")
+
+
+def _few_of_runs(e: Evidence) -> Finding:
+    track, runs = e.track, reading.read_runs(e.track, e.reading.sequences)
+    every = len(runs) == len(track.runs)
+    share = (
+        f"{_share(e)} of its {len(runs)} runs"
+        if every
+        else f"{len(runs)} of its {len(track.runs)} runs"
+    )
+    return Finding(
+        name="reads-few-sequences",
+        layer=track.name,
+        message=f"only {share} {'gets' if len(runs) == 1 else 'get'} a gradient",
+        where=_share(e)
+        if every
+        else f"{'run' if len(runs) == 1 else 'runs'} {_listed(runs)} of {len(track.runs)}",
+        value=float(len(e.reading.sequences)),
+        threshold=track.batch / 2,
+        basis="half of all sequences",
+        advice="nothing where the loss leaves the others out on purpose (a mask, a target network, a "
+        "warm-up); else let the loss read what every run returned",
+        code="" if every else "loss = sum(losses)  # of all runs; then one loss.backward()",
+    )
+
+
 def _few_sequences(e: Evidence) -> Finding:
     track = e.track
-    listed = ", ".join(str(b + 1) for b in e.reading.sequences[:5])
-    listed += ", …" if len(e.reading.sequences) > 5 else ""
+    if track.runs:
+        return _few_of_runs(e)
+    listed = _listed(e.reading.sequences)
     return Finding(
         name="reads-few-sequences",
         layer=track.name,
@@ -278,7 +322,9 @@ def _few_sequences(e: Evidence) -> Finding:
         basis="half of the batch",
         advice="nothing where the loss leaves the others out on purpose (a mask, a margin, a clipped "
         "term); else see whether batch and time have changed places",
-        code=f"{module(track.owner)}.batch_first = {not track.batch_first}  # if they have"
+        code=""
+        if _uneven(e)
+        else f"{module(track.owner)}.batch_first = {not track.batch_first}  # if they have"
         if e.fused
         else "x = x.transpose(0, 1)  # if they have",
     )

@@ -286,8 +286,8 @@ class ClosedLoops:
                 loop.read[seen.place] = jacobian, cut
             before = now
         for place, (_, cut) in loop.read.items():
+            part.chain.layout.note_cut(place, cut)
             for track in part.tracks:
-                part.chain.layout.note_cut(track, place, cut)
                 track.read_anew()
 
     def _add(self, loop: ClosedLoop, state: State, mark: Mark) -> None:

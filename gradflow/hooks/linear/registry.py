@@ -10,6 +10,7 @@ Letters: T steps, B sequences, D channels, N numbers a channel, H heads, d_k, d_
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -102,7 +103,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Place:
+class Attribute:
     """Where a function of the registry is to be found: an attribute of a module, class or model part."""
 
     space: Any
@@ -117,7 +118,7 @@ def entries() -> tuple[Entry, ...]:
     return ENTRIES
 
 
-def places(parts: Iterable[Any]) -> Iterator[Place]:
+def places(parts: Iterable[Any]) -> Iterator[Attribute]:
     """Where the functions of the registry can be called from: in their modules, wherever another module
     has taken them from there, and in these parts of a model, which may hold them as attributes."""
     loaded = {name: module for name, module in list(sys.modules.items()) if module is not None}
@@ -133,18 +134,19 @@ def places(parts: Iterable[Any]) -> Iterator[Place]:
             if callable(function):
                 known.setdefault(id(function), entry)
                 if holder and known[id(function)] is entry:
-                    yield Place(space, name, entry)
+                    yield Attribute(space, name, entry)
     names = {entry.owner[1] for entry in known.values()}
     for space in loaded.values():
         held = vars(space) if isinstance(space, ModuleType) else {}
         every = held if space is loaded.get("__main__") else names
         for name in list(every):
             if id(held.get(name)) in known:
-                yield Place(space, name, known[id(held[name])])
+                yield Attribute(space, name, known[id(held[name])])
     for space in parts:
         for name, value in list(vars(space).items()):
-            if id(value) in known:
-                yield Place(space, name, known[id(value)])
+            function = value.func if isinstance(value, functools.partial) else value
+            if id(function) in known:
+                yield Attribute(space, name, known[id(function)])
 
 
 def _modules(entry: Entry, loaded: dict[str, Any]) -> list[Any]:

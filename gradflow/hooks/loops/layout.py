@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gradflow.hooks.call import Call
 from gradflow.hooks.loops.links import Link
-from gradflow.recording import Track
 
 
 @dataclass(frozen=True)
@@ -38,49 +36,93 @@ class Part:
 
 @dataclass(eq=False)
 class Layout:
-    """The calls of a loop in its time; `even` where each is a stretch of steps of all sequences."""
+    """The calls of a loop in its time; `even` where each is a stretch of steps of all sequences.
 
-    parts: list[Part] = field(default_factory=list)
-    totals: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # (B,)
+    Even calls are only counted while they come: what is done for one must not grow with their number.
+    """
+
     even: bool = True
+    batch: int = 0  # B
+    extents: list[int] = field(default_factory=list)  # t of every call
+    cuts: dict[int, Tensor] = field(default_factory=dict)  # place of a call -> `note_cut`
+    _parts: list[Part] = field(default_factory=list)  # of the calls whose part was asked for
+    _totals: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # after these
 
     @property
-    def batch(self) -> int:
-        """B."""
-        return len(self.totals)
+    def parts(self) -> list[Part]:
+        """One for each call."""
+        self._write()
+        return self._parts
+
+    @property
+    def totals(self) -> Tensor:
+        """(B,) the steps of every sequence."""
+        self._write()
+        return self._totals
+
+    def _write(self) -> None:
+        """Write out the parts of the calls that were only counted."""
+        if len(self._parts) == len(self.extents):
+            return
+        every, none = torch.arange(self.batch), torch.zeros(self.batch, dtype=torch.bool)
+        for extent in self.extents[len(self._parts) :]:
+            if not self._parts:
+                self._totals = torch.zeros(self.batch, dtype=torch.long)
+            begins = none if self._parts else ~none
+            self._append(every, torch.full_like(every, extent), extent, begins)
+
+    def _append(self, sequences: Tensor, lengths: Tensor, extent: int, begins: Tensor) -> None:
+        self._parts.append(Part(sequences, self._totals[sequences], lengths, extent, begins))
+        self._totals[sequences] += lengths
 
     @property
     def steps(self) -> int:
         """T."""
-        return int(self.totals.max())
+        return sum(self.extents) if self.even else int(self.totals.max())
 
-    def add(self, call: Call, link: Link | None) -> Part:
+    def add(self, call: Call, link: Link | None) -> None:
         """Go on with one more call."""
-        return self.join(_steps_of(call), _extent(call), None if link is None else link.rows)
+        rows = None if link is None else link.rows
+        self.join(int(call.h0.shape[1]), _extent(call), _lengths(call), rows)
 
-    def join(self, lengths: Tensor, extent: int = 1, rows: Tensor | None = None) -> Part:
-        """Go on with steps of (b,) lengths; rows as in `Link`."""
-        sequences = self._sequences(len(lengths), rows)
+    def join(
+        self,
+        batch: int,
+        extent: int = 1,
+        lengths: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Go on with t = extent steps of b sequences, or of each as many as its length (b,).
+
+        rows as in `Link`.
+        """
+        if not self.extents:
+            self.batch = batch
+        alike = lengths is None or bool((lengths == extent).all())
+        if self.even and alike and batch == self.batch and self._are_the_same(rows):
+            self.extents.append(extent)
+            return
+        known = self.parts
+        sequences = self._sequences(batch, rows)
         begins = sequences < 0
         fresh = int(begins.sum())
         if fresh:
-            sequences[begins] = torch.arange(self.batch, self.batch + fresh)
-            self.totals = torch.cat([self.totals, torch.zeros(fresh, dtype=torch.long)])
-        part = Part(sequences, self.totals[sequences], lengths, extent, begins)
-        self.totals[sequences] += lengths
-        self.even = self.even and bool(
-            len(sequences) == self.batch
-            and (sequences == torch.arange(self.batch)).all()
-            and (lengths == part.extent).all()
-            and (not self.parts or not fresh)
-        )
-        self.parts.append(part)
-        return part
+            self.batch = fresh + (self.batch if known else 0)
+            sequences[begins] = torch.arange(self.batch - fresh, self.batch)
+            self._totals = torch.cat([self._totals, torch.zeros(fresh, dtype=torch.long)])
+        lengths = torch.full((batch,), extent) if lengths is None else lengths
+        self.even = False
+        self.extents.append(extent)
+        self._append(sequences, lengths, extent, begins)
+
+    def _are_the_same(self, rows: Tensor | None) -> bool:
+        """Whether all sequences go on, each where it was."""
+        return rows is None or bool((rows.cpu() == torch.arange(len(rows))).all())
 
     def _sequences(self, count: int, rows: Tensor | None) -> Tensor:
-        if not self.parts:
+        if not self._parts:
             return torch.full((count,), -1, dtype=torch.long)
-        before = self.parts[-1].sequences
+        before = self._parts[-1].sequences
         if rows is None:
             return before.clone()
         rows = rows.cpu()
@@ -103,23 +145,23 @@ class Layout:
         more = self.totals[len(given) :]  # some joined in later calls
         return torch.minimum(self.totals, torch.cat([given.cpu(), more]))
 
-    def grown(self, track: Track, cut: Tensor, given: Tensor | None) -> None:
-        """Give a track the shape that it has with the last part; cut (b,) at its first step."""
-        steps, batch, real = self.steps, self.batch, self.real(given)
-        device = track.lengths.device
-        more = (0, batch - track.cuts.shape[1], 0, steps - len(track.cuts))
-        track.cuts = F.pad(track.cuts, more)
-        self.note_cut(track, len(self.parts) - 1, cut)
-        track.lengths = torch.full((batch,), steps) if real is None else real.clone()
-        track.lengths = track.lengths.to(device)
-        track.mask = torch.arange(steps, device=device).unsqueeze(1) < track.lengths
-        track.read_anew()
+    def note_cut(self, place: int, cut: Tensor) -> None:
+        """Nothing comes into these sequences (b,) of a call from before it."""
+        self.cuts[place] = cut
 
-    def note_cut(self, track: Track, place: int, cut: Tensor) -> None:
-        """Put on a track where nothing comes into a part from before it, (b,)."""
-        part, device = self.parts[place], track.cuts.device
-        cut = cut.to(device) & ~part.begins.to(device)
-        track.cuts[part.starts.to(device), part.sequences.to(device)] = cut
+    def shape(self, given: Tensor | None, device: torch.device) -> dict[str, Tensor]:
+        """Lengths (B,), mask (T, B) and cuts (T, B) as a `Track` has them; given as in `real`."""
+        steps, real = self.steps, self.real(given)
+        lengths = torch.full((self.batch,), steps) if real is None else real.clone()
+        lengths = lengths.to(device)
+        cuts = torch.zeros(steps, self.batch, dtype=torch.bool, device=device)
+        for place, cut in self.cuts.items():
+            if bool(cut.any()):
+                part, cut = self.parts[place], cut.to(device)
+                cut = cut & ~part.begins.to(device) if place else cut
+                cuts[part.starts.to(device), part.sequences.to(device)] = cut
+        mask = torch.arange(steps, device=device).unsqueeze(1) < lengths
+        return {"lengths": lengths, "mask": mask, "cuts": cuts}
 
     def placed(self, arrays: dict[int, Tensor]) -> Tensor:
         """(T, B, ...) from (t, b, ...) of some calls; zero at the steps of the others."""
@@ -170,10 +212,10 @@ def _extent(call: Call) -> int:
     return int(call.data.shape[1 if call.batch_first else 0])
 
 
-def _steps_of(call: Call) -> Tensor:
-    """(b,) the steps that the kernel ran of every sequence, user's order."""
-    batch = int(call.h0.shape[1])
+def _lengths(call: Call) -> Tensor | None:
+    """(b,) the steps that the kernel ran of every sequence, user's order; None where all are alike."""
     if call.batch_sizes is None:
-        return torch.full((batch,), _extent(call), dtype=torch.long)
+        return None
+    batch = int(call.h0.shape[1])
     lengths = (call.batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
     return lengths if call.unsorted is None else lengths[call.unsorted.cpu()]

@@ -60,6 +60,9 @@ class Loop:
 
     def in_time(self, arrays: list[Tensor]) -> Tensor:
         """(T, B, ...) from one (t, K·b, ...) per group."""
+        if len(arrays) == 1 and self.layout.even:  # of a single group the members are in order
+            calls = arrays[0].unflatten(1, (len(self.layout.extents), -1)).transpose(0, 1)
+            return calls.clone(memory_format=torch.contiguous_format).flatten(0, 1)
         return self.layout.placed(dict(enumerate(self.per_call(arrays))))
 
     def initial(self, arrays: list[Tensor]) -> Tensor:
@@ -129,6 +132,9 @@ class Loop:
         With them (b,) which of its sequences go on; None where none does.
         """
         handed, size = self.handed_on(layer)
+        if self._goes_on_as_it_is():
+            every = torch.ones(len(handed[0]), dtype=torch.bool, device=handed[0].device)
+            return [*((v, s, every) for v, s in zip(handed[1:], size[1:], strict=True)), None]
         parts, device = self.layout.parts, handed[0].device
         value = handed[0].new_zeros(self.chain.batch, handed[0].shape[1])
         bound, goes_on = torch.zeros_like(value), torch.zeros(len(value), dtype=torch.bool)
@@ -144,6 +150,17 @@ class Loop:
             goes_on[parts[place].sequences] = ~parts[place].begins
         return found[::-1]
 
+    def _goes_on_as_it_is(self) -> bool:
+        """Whether every state goes on from call to call unchanged, in every sequence."""
+        return self.once("as it is", self._is_handed_on)
+
+    def _is_handed_on(self) -> bool:
+        links = [link for link in self.chain.links if link is not None]
+        plain = self.layout.even and not any(
+            link.unknown or link.into is not None or link.around is not None for link in links
+        )
+        return plain and not any_true([link.cut for link in links])
+
     def direct(self, layer: int) -> Tensor:
         """The part of ∂L/∂h_t that does not come through the layer's own recurrence, (T, B, P).
 
@@ -154,6 +171,14 @@ class Loop:
         scans = self.scans(layer)
         assert scans is not None
         direct = self.in_time([direct for direct, _ in scans]).clone()
+        if self._goes_on_as_it_is() and len(self.layout.extents) > 1:
+            value, bound = (
+                torch.stack(each[1:])[..., : direct.shape[2]] for each in self.handed_on(layer)
+            )
+            ends = torch.tensor(self.layout.extents, device=direct.device).cumsum(0)[:-1] - 1
+            known = direct[ends]
+            direct[ends] = difference(known, value, known.abs() + bound)
+            return direct
         for part, came in zip(self.layout.parts, self.from_next(layer), strict=True):
             if came is not None:
                 value, bound = (each[:, : direct.shape[2]] for each in came[:2])
@@ -300,6 +325,11 @@ def back(link: Link, layer: int, value: Tensor, *, absolute: bool = False) -> Te
     if link.into is not None:
         value = _through(link.into[layer], value, absolute=absolute)
     return value.masked_fill(link.cut.unsqueeze(1), 0.0)
+
+
+def any_true(masks: list[Tensor]) -> bool:
+    """Whether any entry of some masks is true, asked at once."""
+    return bool(masks) and bool(torch.cat(masks).any())
 
 
 def difference(total: Tensor, part: Tensor, size: Tensor) -> Tensor:

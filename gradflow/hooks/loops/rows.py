@@ -117,6 +117,8 @@ def equal_rows(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:
 
     Returns None where a row is neither zero nor equal to one that is left.
     """
+    if _is_none_of(new, old):
+        return None
     zero = (new == 0).all(1)
     places: dict[bytes, list[int]] = {}
     for row, value in enumerate(_as_bytes(old)):
@@ -128,6 +130,14 @@ def equal_rows(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:
             return None
         found.append(-1 if is_zero else left.pop(0))
     return torch.tensor(found, dtype=torch.long, device=new.device), zero
+
+
+def _is_none_of(new: Tensor, old: Tensor) -> bool:
+    """Whether the first entry of some row is not 0 and that of no row of the others: seen at a glance."""
+    if not (new.shape[1] and old.shape[1]):
+        return False
+    known = set(old[:, 0].tolist())
+    return any(value and value == value and value not in known for value in new[:, 0].tolist())
 
 
 def _as_bytes(rows: Tensor) -> list[bytes]:

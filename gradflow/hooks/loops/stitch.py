@@ -47,7 +47,7 @@ class Chain:
     @property
     def sizes(self) -> list[int]:
         """The number of steps of every call."""
-        return [part.extent for part in self.layout.parts]
+        return self.layout.extents
 
     @property
     def batch(self) -> int:
@@ -73,8 +73,12 @@ class Chain:
         self.links.append(link)
         self.changes += 1
         self.layout.add(call, link)
+        self.layout.note_cut(len(self.calls) - 1, link.cut)
         for track in self.tracks:
-            self.layout.grown(track, link.cut, self.lengths)
+            track.grow(self._shape)
+
+    def _shape(self) -> dict[str, Tensor]:
+        return self.layout.shape(self.lengths, self.calls[0].h0.device)
 
     def replace_link(self, place: int, link: Link) -> None:
         """What a checkpoint's second run shows of a link that its first run hid."""
@@ -84,8 +88,8 @@ class Chain:
             link = replace(link, rows=known.rows)
         self.links[place] = link
         self.changes += 1
+        self.layout.note_cut(place, link.cut)
         for track in self.tracks:
-            self.layout.note_cut(track, place, link.cut)
             track.read_anew()
 
 

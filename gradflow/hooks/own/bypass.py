@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.dense import Place, Step, complete, unit_rows
-from gradflow.hooks.graph import Between, NotReadable
+from gradflow.hooks.graph import Between, NotReadable, without_autocast
 from gradflow.hooks.loops.links import close_to, probe_of
 from gradflow.hooks.tape import Constants, Tape
 from gradflow.hooks.tapped import Mark, TapSource
@@ -154,7 +154,7 @@ class DenseLink:
         size = whole.shape[1]
         probe = probe_of(entering.like)
         seeds = entering.seeds(probe, list(entering.parts))
-        with torch.autocast(entering.like.device.type, enabled=False):
+        with without_autocast(entering.like.device.type):
             pulled = both.gathered(between.pull(seeds))[0]
         again, bound = (
             (v.unsqueeze(1).to(m.dtype) @ m).squeeze(1)

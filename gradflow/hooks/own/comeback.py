@@ -146,13 +146,16 @@ def _is_equal(tensor: Tensor, out: Output) -> bool:
     given = as_rows(tensor.detach(), out.axis)
     if tensor.shape == out.shape and out.memory.is_that_of(tensor):
         return True
-    if given.dtype != out.row.dtype or not bool(_telling(given).any()):
+    if given.dtype != out.row.dtype:
         return False
     if given.shape == out.row.shape:
         same = (given == out.row).all(1)
-        if bool((same & _telling(given)).any()) and bool((same | (given == 0).all(1)).all()):
-            return True
-    return equal_rows(given, out.row) is not None
+        if bool((same | (given == 0).all(1)).all()):
+            telling = _telling(given)
+            return bool((same & telling).any()) or (
+                bool(telling.any()) and equal_rows(given, out.row) is not None
+            )
+    return equal_rows(given, out.row) is not None and bool(_telling(given).any())
 
 
 def _telling(rows: Tensor) -> Tensor:

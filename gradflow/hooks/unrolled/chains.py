@@ -84,11 +84,14 @@ def uses_of(graph: Unrolled, weights: Mapping[int, object]) -> list[Uses]:
     """
     made_of = _Labels(graph, weights)
     found: dict[int, Uses] = {}
+    alone = made_of.places
     for place, inputs in enumerate(graph.inputs):
-        if place in made_of.places:
+        if place in alone:
             continue
         product = None
         for child, output in inputs:
+            if child not in alone:
+                continue
             for weight in made_of.at(child, output):
                 uses = found.setdefault(weight, Uses(made_of.leaf(weight)))
                 if product is None:
@@ -111,15 +114,21 @@ class _Labels:
         self._parts: dict[tuple[object, ...], int] = {}
         self._leaves: list[int] = []
         self._kinds: dict[int, tuple[object, ...]] = {}  # of places that take a part: which
+        known = self.places
         for place, inputs in enumerate(graph.inputs):
-            if inputs and all(child in self.places for child, _ in inputs):
+            if not inputs or inputs[0][0] not in known:
+                continue
+            if len(inputs) == 1 or all(child in known for child, _ in inputs):
                 kind = graph.kind(place)
                 if kind in SAME:
                     self._note(place, kind, inputs)
 
     def _note(self, place: int, kind: str, inputs: list[tuple[int, int]]) -> None:
-        every = {weight for child, output in inputs for weight in self.at(child, output)}
-        self.places[place] = tuple(sorted(every))
+        if len(inputs) == 1:
+            self.places[place] = self.at(*inputs[0])
+        else:
+            every = {weight for child, output in inputs for weight in self.at(child, output)}
+            self.places[place] = tuple(sorted(every))
         if kind in PARTS:
             node = self.graph.nodes[place]
             which = [repr(getattr(node, f"_saved_{name}", None)) for name in PARTS[kind]]

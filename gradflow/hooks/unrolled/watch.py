@@ -101,7 +101,9 @@ class Watch:
         if any(has_no_numbers(graph.nodes[place].variable) for place in weights):
             return
         self._note_fused(graph, weights)
-        states = {p for p, number in enumerate(graph.numbers) if self._is_state(number)}
+        numbers = set(graph.numbers)
+        marked = self.states.keys() & numbers
+        states = {p for p, n in enumerate(graph.numbers) if n in marked and self._is_state(n)}
         known = chains(graph, weights, states)
         known += computed_chains(graph, known, weights, states)
         for name, chain in frozen_chains(graph, frozen(self.modules), states):
@@ -118,9 +120,9 @@ class Watch:
             names = origin(graph, found.chains[0].weight, weights)
             if names:
                 self._found(graph, found, names, computed=True)
-        here = {id(s): s for n in graph.numbers if (s := self.states.get(n)) is not None}
+        here = {id(s): s for n in self.states.keys() & numbers if (s := self.states[n]) is not None}
         self.owner.drop_sources([s for s in here.values() if s.part_of_a_step])
-        self.walked.update(graph.numbers)
+        self.walked |= numbers
         self.held.clear()
 
     def after_backward(self) -> None:
@@ -144,21 +146,21 @@ class Watch:
     def _note_fused(self, graph: Unrolled, weights: dict[int, str]) -> None:
         """Fused functions that ran unseen: what was seen is stepped over, and shows no weights."""
         for place, inputs in enumerate(graph.inputs):
+            if len(inputs) < 2 or graph.kind(place) not in FUSED:  # two weights at least
+                continue
             mine = [weights[child] for child, _ in inputs if child in weights]
-            if mine and graph.kind(place) in FUSED:
+            if mine:
                 path = mine[0].rpartition(".")[0]
                 if isinstance(self.modules[path], nn.RNNBase):
                     self.fused[path] = self.modules[path]
 
     def _is_second_order(self, graph: Unrolled) -> bool:
         """Whether a gradient is part of what is differentiated: such a graph holds every use twice."""
-        return any(
+        return bool(self.differentiated) and any(
             start <= number < end for number in graph.numbers for start, end in self.differentiated
         )
 
     def _is_state(self, number: int) -> bool:
-        if number not in self.states:
-            return False
         source = self.states[number]
         return source is None or not source.part_of_a_step
 

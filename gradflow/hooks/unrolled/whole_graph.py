@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gradflow.hooks.graph import LEAF, Edge, kind_of
@@ -33,38 +33,50 @@ class Unrolled:
         self.inputs: list[list[tuple[int, int]]] = []
         self.constants: list[bool] = []  # whether it was also made from what needs no gradient
         self.numbers: list[int] = []
-        self._collect(list(roots), {} if given is None else given)
+        self._collect(list(roots), given or {})
 
     def __len__(self) -> int:
         return len(self.nodes)
 
     def _collect(self, stack: list[Any], given: Mapping[int, list[Edge]]) -> None:
-        place: dict[Any, int] = {}
-        opened: dict[Any, tuple[int, Any]] = {}  # node -> its number, and what it was made from
+        """Depth first; as little as can be is kept of a node, for all that is kept is collected."""
+        first: dict[Any, tuple[int, int] | None] = {}  # node -> (its place, 0); None: on the way
+        below: list[
+            tuple[Any, int, Sequence[Edge]]
+        ] = []  # of those on the way what they were made from
+        nodes, inputs = self.nodes, self.inputs
+        constants, numbers = self.constants, self.numbers
         while stack:
-            node = stack[-1]
-            if node in place:
-                stack.pop()
+            node = stack.pop()
+            if node is None:  # all that the last one was made from is known
+                node, number, edges = below.pop()
+            elif node in first:
                 continue
-            if node not in opened:
-                number = node._sequence_nr()
-                edges = given.get(number) if given else None
-                edges = node.next_functions if edges is None else edges
-                if len(opened) >= BACKWARD_NODES:
+            else:
+                if len(first) >= BACKWARD_NODES:
                     raise TooLarge
-                opened[node] = (number, edges)
-                below = [child for child, _ in edges if child is not None and child not in place]
-                if below:
-                    stack += below
+                first[node] = None
+                number = node._sequence_nr()
+                edges = given.get(number, node.next_functions)
+                waiting = len(stack)
+                for child, _ in edges:
+                    if child is not None and child not in first:
+                        if len(stack) == waiting:
+                            stack.append(None)
+                        stack.append(child)
+                if len(stack) > waiting:
+                    below.append((node, number, edges))
                     continue
-            stack.pop()
-            number, edges = opened[node]
-            place[node] = len(self.nodes)
-            self.nodes.append(node)
-            self.numbers.append(number)
-            made_from = [(place[c], output) for c, output in edges if c is not None and c in place]
-            self.inputs.append(made_from)
-            self.constants.append(len(made_from) < len(edges))
+            made_from = []
+            for child, output in edges:
+                edge = first[child] if child is not None else None
+                if edge is not None:
+                    made_from.append(edge if not output else (edge[0], output))
+            first[node] = (len(nodes), 0)
+            nodes.append(node)
+            numbers.append(number)
+            inputs.append(made_from)
+            constants.append(len(made_from) < len(edges))
 
     def places(self) -> dict[Any, int]:
         """Node -> its place."""

@@ -1,0 +1,270 @@
+"""A layer's verdict, rate and horizon at the price of a training step: what a probe measures.
+
+The estimators are those of `analyze`, on at most 16 sequences and without a map: the gain over the span by
+a block that goes to and fro twice, the rate by one direction, the horizon by the gain over a few lags
+around it.
+
+Letters: T timesteps, B sequences, S the state's width, k lag.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradflow.analysis import UNMEASURED, Gain, Rate
+from gradflow.analyzer.core import channels, finite_sequences, half_life
+from gradflow.analyzer.curve import LagCurve
+from gradflow.analyzer.gains import collected, common_steps, crossing, dead_by_cuts, span_windows
+from gradflow.analyzer.jacobians import HostOperator, operator_of
+from gradflow.analyzer.keeping import (
+    UNKNOWN,
+    Keeping,
+    cuts_of,
+    interval_of_gains,
+    interval_of_rates,
+    leading_of,
+)
+from gradflow.analyzer.linear.measure import measure_linear
+from gradflow.analyzer.lyapunov import log_growth
+from gradflow.analyzer.rates import judge
+from gradflow.analyzer.settings import Settings
+from gradflow.analyzer.settling import enough
+from gradflow.analyzer.windows import Window, log_norms
+from gradflow.limits import (
+    EXACT_WIDTH,
+    LN_GONE,
+    LN_HALF,
+    PROBE_FEWER,
+    PROBE_GUESSES,
+    PROBE_REACH,
+    PROBE_ROUNDS,
+    PROBE_SEQUENCES,
+    PROBE_SHARE,
+    PROBE_SOURCES,
+    PROBE_WIDE,
+    RATE_ROUNDING,
+    SEED,
+    WINDOW_ROWS,
+)
+from gradflow.recording import Track, chosen
+
+
+@dataclass(frozen=True)
+class Paced:
+    """How far a layer keeps what it is given; see `gradflow.analysis.LayerAnalysis`."""
+
+    name: str  # of the layer
+    verdict: str  # one of gradflow.limits.VERDICTS
+    gain: Gain  # nats over its steps
+    rate: Rate  # nats per step
+    settled: bool  # whether the rate may be told
+    half_life: float  # steps; inf if the gain never halves, NaN if not known
+    horizon: int | None  # first lag with gain < 1e-3; None if not reached
+    searched: int  # how many lags the horizon was searched over
+    span: int  # the distance of interest, in steps
+    sequences: int  # that this rests on
+    channels: int | None = None  # directions that survive the span, where they were counted
+    labels: tuple[str, ...] = ()  # "not finite" where a state is not
+
+    @property
+    def never_gone(self) -> bool:
+        """Whether the gain stays above 1e-3 for good, as far as a verdict can say."""
+        falling = self.verdict == "inconclusive" and not self.gain.value >= 0
+        return self.horizon is None and self.verdict != "vanishing" and not falling
+
+    @property
+    def pace(self) -> float:
+        """Nats per step that the gain over the span comes to."""
+        return self.rate.value if math.isnan(self.gain.value) else self.gain.pace
+
+
+def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
+    """Measure shortly how far a layer keeps what it is given.
+
+    Args:
+        track: one layer in one direction; its gradients are not read.
+        span: the distance of interest in steps; the median length of all sequences by default.
+        seed: of the random start.
+
+    Returns:
+        The numbers of its verdict.
+
+    Raises:
+        RecordingError: its step Jacobians are not known.
+
+    >>> import torch, gradflow
+    >>> rnn = torch.nn.RNN(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(rnn.weight_hh_l0, 0.9)
+    >>> with gradflow.record(rnn) as recording:
+    ...     rnn(torch.zeros(100, 2, 1))[0][-1].sum().backward()
+    >>> found = paced(recording["l0"])
+    >>> found.verdict, round(found.rate.value, 4), round(found.half_life, 3), found.horizon
+    ('vanishing', -0.1054, 6.579, 66)
+    """
+    if span is None:
+        span = max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+    some = spread(track)
+    operator = operator_of(some, _dtype(some))
+    lengths, cuts = some.lengths.cpu(), cuts_of(some)
+    finite = finite_sequences(some)
+    crossed = crossing(len(cuts), lengths, cuts)
+    over = common_steps(crossed, span)
+    windows = span_windows(crossed, over, PROBE_SOURCES)
+    rows = WINDOW_ROWS if operator.size <= PROBE_WIDE else 1
+    norms = log_norms(operator, windows, rows=rows, rounds=PROBE_ROUNDS)
+    leading = leading_of(windows, norms, some.batch, 0)
+    growth = log_growth(operator, lengths, 1, cuts=cuts, seed=seed, leading=leading)
+    gains = dead_by_cuts(collected(windows, norms, crossed, over), lengths.numpy())
+    gains = replace(gains, values=np.where(finite, gains.values, np.nan))
+    kept = Keeping(gains, None, math.nan, leading, None, norms.missing)
+    short = (lengths == 1).numpy()
+    rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
+    common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
+    usable = bool(finite.all()) and some.steps > 1
+    rate = interval_of_rates(rates, common, False, growth) if usable and over else UNKNOWN
+    gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
+    verdict = judge(gain, int(np.isfinite(gains.votes).sum()), int(growth.counted.sum(0).max()))
+    settled = enough(common, rate.value, span)
+    curve = _curve(operator, crossed, over, gain) if usable and over else _nothing()
+    return Paced(
+        name=track.name,
+        verdict=verdict.name,
+        gain=gain,
+        rate=rate,
+        settled=settled,
+        half_life=_half_life(curve, rate, settled),
+        horizon=curve.horizon,
+        searched=curve.searched,
+        span=span,
+        sequences=some.batch,
+        labels=() if finite.all() else ("not finite",),
+    )
+
+
+def paced_linear(track: Track, *, seed: int = SEED) -> Paced:
+    """The same of a linear recurrence, whose state may be wide: as `analyze`, on a share of its budgets.
+
+    Args:
+        track: of a linear recurrence.
+        seed: of the random start.
+
+    Returns:
+        The numbers of its verdict.
+
+    Raises:
+        RecordingError: its step maps are not known.
+    """
+    span = max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+    some = spread(track)
+    settings = Settings(span, None, 1, "auto", None, seed, PROBE_SHARE, lambda phase, done: None)
+    found = measure_linear(some, settings, withheld=True)
+    return Paced(
+        name=track.name,
+        verdict=found.verdict.name,
+        gain=found.gain,
+        rate=found.rate,
+        settled=found.settled,
+        half_life=half_life(found, ()),
+        horizon=found.curve.horizon,
+        searched=found.curve.searched,
+        span=span,
+        sequences=some.batch,
+        channels=channels(some, found.ranks.singular),
+        labels=() if found.finite.all() else ("not finite",),
+    )
+
+
+def spread(track: Track) -> Track:
+    """At most 16 of its sequences, evenly spread; fewer of a wide layer."""
+    width = sum(int(state.shape[-1]) for state in track.states.values())
+    most = PROBE_SEQUENCES if width <= PROBE_WIDE else PROBE_FEWER
+    if track.batch <= most:
+        return track
+    places = np.unique(np.linspace(0, track.batch - 1, most).round().astype(int))
+    return chosen(track, places.tolist())
+
+
+def _dtype(track: Track) -> torch.dtype:
+    width = sum(int(state.shape[-1]) for state in track.states.values())
+    return torch.float64 if width <= EXACT_WIDTH else torch.float32
+
+
+# ------------------------------------------------------------------------------------ the lag curve
+
+
+def _curve(operator: HostOperator, crossed: np.ndarray, over: int, gain: Gain) -> LagCurve:
+    """The lag curve at the gain's own steps, and at a few lags around where it is a half, and 10⁻³."""
+    known = {0: 0.0, over: gain.value}
+    rows = WINDOW_ROWS if operator.size <= PROBE_WIDE else 1
+    for _ in range(PROBE_GUESSES):
+        guesses = [_guess(known, level) for level in (LN_HALF, LN_GONE)]
+        wanted = {
+            min(over, max(1, round(share * guess)))
+            for guess in guesses
+            if guess is not None
+            for share in PROBE_REACH
+        }
+        lags = sorted(wanted - set(known))
+        if not lags:
+            break
+        known |= dict(zip(lags, _gains_at(operator, crossed, lags, rows), strict=True))
+    steps = max(known) + 1
+    median, count = np.full(steps, np.nan), np.zeros(steps, dtype=int)
+    for lag, value in known.items():
+        median[lag], count[lag] = value, 1
+    return LagCurve(median, median, median, count, np.isneginf(median).astype(float))
+
+
+def _guess(known: dict[int, float], level: float) -> float | None:
+    """Where the curve is to be looked at for a level; None where it is known well enough."""
+    lags = sorted(lag for lag in known if not math.isnan(known[lag]))
+    below = [lag for lag in lags if lag and known[lag] < level]
+    if not below:
+        return None
+    after = below[0]
+    before = max(lag for lag in lags if lag < after)
+    if after - before <= 1 or (before and after / before <= max(PROBE_REACH)):
+        return None
+    low, high = known[before], known[after]
+    if not math.isfinite(high):
+        return (before + after) / 2
+    return before + (after - before) * (low - level) / (low - high)
+
+
+def _gains_at(
+    operator: HostOperator, crossed: np.ndarray, lags: list[int], rows: int
+) -> list[float]:
+    """The median over sequences and windows of ln ‖P‖₂ over each of these lags."""
+    windows: list[Window] = []
+    for part, lag in enumerate(lags):
+        own = span_windows(crossed, lag, PROBE_SOURCES)
+        windows += [replace(one, part=part) for one in own if one.steps == lag]
+    norms = log_norms(operator, windows, rows=rows, rounds=PROBE_ROUNDS)
+    parts = torch.tensor([window.part for window in windows])
+    return [_median(norms.spectral[parts == part]) for part in range(len(lags))]
+
+
+def _median(values: Tensor) -> float:
+    if not len(values) or bool(values.isnan().any()):
+        return math.nan
+    return float(values.sort().values[[(len(values) - 1) // 2, len(values) // 2]].mean())
+
+
+def _nothing() -> LagCurve:
+    values = np.array([0.0])
+    return LagCurve(values, values, values, np.zeros(1, dtype=int), values)
+
+
+def _half_life(curve: LagCurve, rate: Rate, settled: bool) -> float:
+    """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half; see `core`."""
+    if not math.isfinite(rate.value) or not settled:
+        found = curve.half_life
+        return found if math.isfinite(found) and curve.searched else math.nan
+    if rate.value < -RATE_ROUNDING and curve.falls_with(rate.value):
+        return math.log(2) / -rate.value
+    return curve.half_life
