@@ -14,6 +14,7 @@ from test_linear_measured import recorded
 
 import gradflow
 from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.reporter import KINDS
 
 T, B = 64, 3
 
