@@ -79,7 +79,7 @@ from gradflow.reporter.charts import (
 )
 from gradflow.reporter.charts import lag_curve as charts_lag_curve
 from gradflow.reporter.charts import triangle as charts_triangle
-from gradflow.reporter.charts.step_labels import MOST, readable, texts, width
+from gradflow.reporter.charts.step_labels import MOST_INCHES, readable, texts, width
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.files import draw
 from gradflow.reporter.histories.across import edges, shared_by
@@ -90,7 +90,7 @@ from gradflow.reporter.histories.waterfall import DOTS_ACROSS, prepare
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.notebook import SHOWN
 from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
-from gradflow.reporter.page import LABELS, decay_words, embed, is_linear, page
+from gradflow.reporter.page import LABEL_WORDS, decay_words, embed, is_linear, page
 from gradflow.reporter.picture import FAINT, INK, SOFT, Picture, _nearest, look, png
 from gradflow.reporter.prepare import span_share
 from gradflow.reporter.scale import (

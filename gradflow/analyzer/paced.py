@@ -22,7 +22,7 @@ from gradflow.analyzer.curve import LagCurve
 from gradflow.analyzer.gains import collected, common_steps, crossing, dead_by_cuts, span_windows
 from gradflow.analyzer.jacobians import HostOperator, operator_of
 from gradflow.analyzer.keeping import (
-    UNKNOWN,
+    UNKNOWN_RATE,
     Keeping,
     cuts_of,
     interval_of_gains,
@@ -126,7 +126,7 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
     common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
     usable = bool(finite.all()) and some.steps > 1
-    rate = interval_of_rates(rates, common, False, growth) if usable and over else UNKNOWN
+    rate = interval_of_rates(rates, common, False, growth) if usable and over else UNKNOWN_RATE
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
     verdict = judge(gain, int(np.isfinite(gains.votes).sum()), int(growth.counted.sum(0).max()))
     settled = enough(common, rate.value, span)
