@@ -43,7 +43,7 @@ def run_demo(progress: Progress) -> str:
             runs[cell] = _analyze(cell, trained[cell], work / cell.lower())
         figure = reporter.plot(list(runs.values()))
         (work / "comparison.png").write_bytes(reporter.png(figure))
-        histories = {cell: History.read(work / cell.lower() / "training") for cell in CELLS}
+        histories = {cell: History.read(work / cell.lower() / "training") for cell in DEMO_CELLS}
         waterfall = reporter.plot_histories(list(histories.values()), names=[*histories])
         (work / "waterfall.png").write_bytes(reporter.png(waterfall))
     for run in runs.values():
