@@ -25,7 +25,7 @@ LEARNING_RATE, CLIP_NORM, TASK_SEED = 1e-2, 1.0, 0
 RNN_TRAINING = 800
 LSTM_TRAINING, SOLVED, WINDOW = 2500, 0.02, 50
 BASELINE = 1 / 6
-PROBED = 25  # updates between two probes
+PROBED = {"RNN": 50, "LSTM": 25}  # updates between two probes
 
 Progress = Callable[[str, float], None]
 
@@ -84,7 +84,7 @@ def train(
 ) -> Trained:
     """Train one model by the demo's rule; the global random state is left as found.
 
-    With a folder for its ``history``, every twenty-fifth update is measured by `gradflow.watch`.
+    With a folder for its ``history``, some updates are measured by `gradflow.watch`.
     """
     with random_numbers_kept():
         torch.default_generator.manual_seed(seed)
@@ -94,7 +94,7 @@ def train(
         batches = torch.Generator().manual_seed(seed)
         if history is None:
             return _train(cell, model, batches, progress)
-        watching = watch(model, history, every=PROBED, budget=None, on=_unsaid)
+        watching = watch(model, history, every=PROBED[cell], budget=None, on=_unsaid)
         try:
             return _train(cell, model, batches, progress)
         finally:
