@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-from benchmarks import gain_maps, growth, memory, page, processes, recorded_steps, versions
+from benchmarks import (
+    gain_maps,
+    growth,
+    linear,
+    memory,
+    page,
+    processes,
+    recorded_steps,
+    versions,
+    watched_steps,
+)
 from benchmarks.rows import Row
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,7 +32,9 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
     "maps": gain_maps.measure,
     "memory": memory.measure,
     "growth": growth.measure,
+    "linear": linear.measure,
     "processes": processes.measure,
+    "watching": watched_steps.measure,
 }
 MARKS = "<!-- benchmarks: python tests/benchmark.py --readme -->", "<!-- end of benchmarks -->"
 
