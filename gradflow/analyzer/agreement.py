@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from gradflow.analysis import Analysis, Finding, LayerAnalysis, Rate
 
-LABEL = "depends on the input"
+DEPENDS = "depends on the input"
 
 
 def agreed(runs: Sequence[Analysis], probes: Sequence[str], command: str = "") -> Analysis:
@@ -58,7 +58,7 @@ def _agreed_layer(
     return replace(
         shown,
         verdict="inconclusive",
-        labels=(LABEL, *shown.labels),
+        labels=(DEPENDS, *shown.labels),
         rate=rate,
         gain=gain,
         findings=(finding, *kept),
