@@ -56,9 +56,6 @@ from gradflow.hooks.unrolled.chains import chains, recurrences
 from gradflow.hooks.unrolled.crossing import crossing as crossing_crossing
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.hooks.wide import Wide
-from gradflow.integrations.lightning import GradientFlowMonitor
-from gradflow.integrations.transformers import GradflowCallback
-from gradflow.integrations.writers import key_of, writer_for
 from gradflow.loading.ages import lacking
 from gradflow.loading.probe import physical_memory
 from gradflow.loading.recurrent import from_model, from_tensors, non_finite

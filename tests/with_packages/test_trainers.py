@@ -148,7 +148,7 @@ LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_lightning(name: str, calls_itself: bool, accumulate: int, tmp_path: Path) -> None:
     pytest.importorskip(name)
-    from seam import GradientFlowMonitor
+    from gradflow.integrations.lightning import GradientFlowMonitor
 
     made = module(name, calls_itself=calls_itself)
     monitor = GradientFlowMonitor(tmp_path / "run", budget=None)
@@ -170,7 +170,7 @@ def test_lightning(name: str, calls_itself: bool, accumulate: int, tmp_path: Pat
 
 def test_lightning_with_manual_optimization(tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch")
-    from seam import GradientFlowMonitor
+    from gradflow.integrations.lightning import GradientFlowMonitor
 
     made = module("lightning.pytorch", calls_itself=True, manual=True)
     monitor = GradientFlowMonitor(tmp_path / "run", budget=None)
@@ -182,7 +182,7 @@ def test_lightning_with_manual_optimization(tmp_path: Path) -> None:
 
 def test_lightning_trains_the_same_bits(tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch")
-    from seam import GradientFlowMonitor
+    from gradflow.integrations.lightning import GradientFlowMonitor
 
     weights = []
     for callbacks in ([], [GradientFlowMonitor(tmp_path / "run", budget=None)]):
@@ -196,7 +196,7 @@ def test_lightning_trains_the_same_bits(tmp_path: Path) -> None:
 
 def test_lightning_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch")
-    from seam import GradientFlowMonitor
+    from gradflow.integrations.lightning import GradientFlowMonitor
 
     made = module("lightning.pytorch", calls_itself=True)
     first = trainer("lightning.pytorch", tmp_path, callbacks=[GradientFlowMonitor(budget=None)])
@@ -215,8 +215,9 @@ def test_lightning_loggers_get_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch")
     pytest.importorskip("tensorboard")
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-    from seam import GradientFlowMonitor
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from gradflow.integrations.lightning import GradientFlowMonitor
 
     board, table = TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")
     runner = trainer(
@@ -240,8 +241,9 @@ def test_lightning_loggers_get_the_numbers(tmp_path: Path) -> None:
 def test_transformers(accumulate: int, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tensorboard")
-    from seam import GradflowCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from gradflow.integrations.transformers import GradflowCallback
 
     class Loss(Net):
         def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from seam import key_of, writer_for
 
 import gradflow
+from gradflow.integrations.writers import key_of, writer_for
 
 histories = importlib.import_module("histories")
 
