@@ -261,7 +261,7 @@ SUPPORTED = [
         "unmodified in transformers 5 (Mamba, Falcon-Mamba, Jamba, Mamba-2, Bamba, Falcon-H1, "
         "Granite-hybrid, Nemotron-H, Zamba2, RecurrentGemma, RWKV-4, Qwen3-Next, Qwen3.5, OLMo-hybrid, "
         "Kimi Linear, xLSTM), minGRU-pytorch, mambapy, xlstm; kernels of mamba_ssm and fla by their "
-        "signatures; of your own with `gradflow.scan`: real or complex decays, a scalar per head, delta rules",
+        "signatures; of your own with `gradflow.scan`: real or complex decays, one per head, delta rules",
         parallel_scan,
     ),
     Supported(
