@@ -20,7 +20,14 @@ from torch import Tensor
 from gradflow.analysis import UNMEASURED, Gain, Rate
 from gradflow.analyzer.core import channels, finite_sequences, half_life
 from gradflow.analyzer.curve import LagCurve
-from gradflow.analyzer.gains import collected, common_steps, crossing, dead_by_cuts, span_windows
+from gradflow.analyzer.gains import (
+    collected,
+    common_steps,
+    crossing,
+    dead_by_cuts,
+    span_windows,
+    stretches,
+)
 from gradflow.analyzer.jacobians import HostOperator, operator_of
 from gradflow.analyzer.keeping import (
     UNKNOWN_RATE,
@@ -331,7 +338,11 @@ def _gains_at(
     """The median over sequences and windows of ln ‖P‖₂ over each of these lags."""
     windows: list[Window] = []
     for part, lag in enumerate(lags):
-        own = span_windows(crossed, lag, PROBE_SOURCES)
+        if operator.size > PROBE_WIDE:  # the last ones: few steps are gone through
+            ends = {b: last for b, first, last in stretches(crossed) if last - first >= lag}
+            own = [Window(b, last - lag, last) for b, last in ends.items()]
+        else:
+            own = span_windows(crossed, lag, PROBE_SOURCES)
         windows += [replace(one, part=part) for one in own if one.steps == lag]
     norms = log_norms(operator, windows, rows=rows, rounds=PROBE_ROUNDS)
     parts = torch.tensor([window.part for window in windows])
