@@ -79,6 +79,39 @@ class Patient:
 # ------------------------------------------------------------------------------- making models
 
 
+class Scan(nn.Module):
+    """A linear recurrence with given decays (T, ...), with keys a delta rule; its states are marked."""
+
+    def __init__(self, decay: Tensor, keys: Tensor | None = None) -> None:
+        super().__init__()
+        self.decay, self.keys = decay, keys
+        self.write = nn.Parameter(torch.randn(SEQUENCES, *decay.shape))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        h, states = torch.zeros_like(self.write[:, 0]), []
+        for t, a in enumerate(self.decay):
+            h = a * h
+            if self.keys is not None:
+                k = self.keys[:, t].unsqueeze(-1)
+                h = h - k * (k * h).sum(-2, keepdim=True)
+            h = h + x[t].mean() * self.write[:, t]
+            states.append(h)
+        decay = self.decay.expand(SEQUENCES, *self.decay.shape)
+        marked = gradflow.scan(torch.stack(states, 1), decay=decay, keys=self.keys, time=1)
+        return (marked.movedim(1, 0),)
+
+
+def decays(*values: float) -> Tensor:
+    """The same decays at every step, (T, entries)."""
+    return torch.tensor(values).expand(STEPS, -1)
+
+
+def erasing() -> Visit:
+    """Two heads of three keys and two values; β = 1, of unit keys."""
+    keys = nn.functional.normalize(torch.randn(SEQUENCES, STEPS, 2, 3), dim=-1)
+    return run(Scan(torch.full((STEPS, 2, 1, 1), 0.8), keys))
+
+
 def last(output: Tensor) -> Tensor:
     return output[-1].sum()
 
@@ -471,6 +504,20 @@ SICK = [
     sick("forgetful cell of one's own", lambda: run(CellLoop(CoupledCell(-1.0))), "vanishing"),
     sick("decaying tap", lambda: run(Loop(0.5 * torch.eye(4))), "vanishing linear-recurrence"),
     sick("growing tap", lambda: run(Loop(1.4 * torch.eye(4))), "exploding linear-recurrence"),
+    sick(
+        "decays of nearly 0", lambda: run(Scan(decays(1e-5, 0.7, 0.8))), "vanishing forgets-at-once"
+    ),
+    sick(
+        "decays of 1 beside one that grows",
+        lambda: run(Scan(decays(0.99999, 0.99999, 0.99999, 1.1))),
+        "exploding never-forgets",
+    ),
+    sick(
+        "decays at a bound",
+        lambda: run(Scan(torch.empty(STEPS, 8).uniform_(0.4, 0.8).clamp(min=0.5452))),
+        "vanishing decay-at-bound",
+    ),
+    sick("a delta rule that overwrites", erasing, "vanishing erasing-heads"),
 ]
 PATIENTS = [*HEALTHY, *SICK]
 

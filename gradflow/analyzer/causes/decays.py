@@ -50,6 +50,7 @@ def decays(e: Evidence) -> Iterator[Finding]:
             where=f"{round(100 * at_floor)} % of decays",
             value=at_floor,
             threshold=DECAY_FLOOR_SHARE,
+            basis="as many values at exactly the smallest are a bound, not chance",
             severity=e.severity,
             advice="look at what makes the decay: its inputs saturate; scale them down, or start its bias "
             "where the decay is nearer to 1",
@@ -72,6 +73,7 @@ def kept_for_good(e: Evidence) -> Iterator[Finding]:
         where=f"{round(keep * e.size)} of {e.size} entries",
         value=keep,
         threshold=DECAY_SHARE,
+        basis=f"above {NEVER_FORGETS:g} a step half of a state is left after thousands of steps",
         severity=e.severity,
         advice="if they are meant to forget, look at what makes the decay: it is saturated at 1, where "
         "it hardly learns",
@@ -97,6 +99,7 @@ def erasing_heads(e: Evidence) -> Iterator[Finding]:
         where=f"{len(heads)} of {len(erased)} heads",
         value=float(erased[heads].max()),
         threshold=ERASED_SHARE,
+        basis=f"a direction of which less than {GATE_CLOSED:g} is left counts as erased, as a closed gate",
         severity=e.severity,
         advice="that is what β = 1 does, a full overwrite; where it should not, start β lower",
         source="Yang et al. 2024",
