@@ -120,10 +120,10 @@ def entries() -> tuple[Entry, ...]:
 def places(parts: Iterable[Any]) -> Iterator[Place]:
     """Where the functions of the registry can be called from: in their modules, wherever another module
     has taken them from there, and in these parts of a model, which may hold them as attributes."""
-    loaded = {name: module for name, module in list(sys.modules.items()) if module is not None}
     roots = {module.partition(".")[0] for entry in entries() for module in entry.modules}
-    if not roots & loaded.keys():
+    if all(sys.modules.get(root) is None for root in roots):
         return
+    loaded = {name: module for name, module in list(sys.modules.items()) if module is not None}
     known: dict[int, Entry] = {}
     for entry in entries():
         holder, name = entry.owner
