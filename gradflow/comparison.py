@@ -15,7 +15,7 @@ from gradflow.analysis import HEADLINE, Analysis, LayerAnalysis
 from gradflow.analyzer.rates import quantile
 from gradflow.limits import RATE_ROUNDING
 
-COLUMNS = ["run", *HEADLINE]
+RUN_COLUMNS = ["run", *HEADLINE]
 
 
 @dataclass(frozen=True)

@@ -346,21 +346,22 @@ GLOSSARY: dict[str, str] = {
     "the largest gain is that of the direction that survives best: if it vanishes, everything does",
     "vanishing, exploding": "the gain over the span: the largest of any direction from the first step to "
     f"the last shrinks, or grows, by more than {BAND_WORDS}, beyond doubt",
-    "stable": f"it changes by less than {BAND_WORDS} over the span",
+    "stable": f"the gain changes by less than {BAND_WORDS} over the span",
     "dead": "every path is cut by exact zeros, or every step is cut off from the one before",
     "inconclusive": "the data do not decide, and the sentence says how many sequences or steps would; or "
     "the gains are not known (no gains), and it says why",
     "rate": "growth of ln gain per step in nats in the long run, the largest Lyapunov exponent, with its "
-    f"{INTERVAL_WORDS} interval; not settled where so few steps do not show it: then read the gain",
+    f"{INTERVAL_WORDS} interval: −0.69 halves the gain at every step; not settled where so few steps do not "
+    "show it: then read the gain",
     "half-life, horizon": "steps until the gain halves; first distance at which it is below "
-    f"{GONE_WORDS}, where it is gone",
-    "> 99, never": "not within the 99 steps that could be measured; nor would it go on to fall",
+    f"{GONE_WORDS}: gone after so many steps",
+    "> 99, never": "not within the 99 steps that could be measured; never: nor would it go on to fall",
     "gone … before the loss": "the same limit for the gradient of this very loss, the picture on the left; "
     "it starts in the directions the loss happens to read, so it may be gone sooner, or later, than the "
     "gain of the best direction",
     "channels": f"how many directions still pass {GONE_WORDS} over the whole span; a stable layer with 1 of "
     "64 is fragile",
-    "span": "the distance of interest: the median sequence length, or span=",
+    "span": "the distance of interest: the median sequence length, or what was given as span=",
     "prediction": "what a remedy would do at once: the batch was run again with the weights changed, in all "
     "layers that need it, and measured again; nothing was trained, and training may end elsewhere",
     "total and direct": "the total gradient at a state counts every path to the loss; the direct part "

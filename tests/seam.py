@@ -81,18 +81,18 @@ from gradflow.reporter.charts import (
 )
 from gradflow.reporter.charts import lag_curve as charts_lag_curve
 from gradflow.reporter.charts import triangle as charts_triangle
-from gradflow.reporter.charts.step_labels import MOST, readable, texts, width
+from gradflow.reporter.charts.step_labels import MOST_INCHES, readable, texts, width
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.files import draw
 from gradflow.reporter.histories.across import edges, shared_by
 from gradflow.reporter.histories.course import course
-from gradflow.reporter.histories.live import HIGH, grid, lines, sparkline, view
+from gradflow.reporter.histories.live import FALL_LINES, grid, lines, sparkline, view
 from gradflow.reporter.histories.story import clipping_began, sentence, stretches
-from gradflow.reporter.histories.waterfall import COLUMNS, prepare
+from gradflow.reporter.histories.waterfall import DOTS_ACROSS, prepare
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.notebook import SHOWN
 from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
-from gradflow.reporter.page import LABELS, decay_words, embed, is_linear, page
+from gradflow.reporter.page import LABEL_WORDS, decay_words, embed, is_linear, page
 from gradflow.reporter.picture import FAINT, INK, SOFT, Picture, _nearest, look, png
 from gradflow.reporter.prepare import span_share
 from gradflow.reporter.scale import (

@@ -214,7 +214,7 @@ def test_completion_needs_no_torch(typed: str, completed: list[str]) -> None:
 
 
 def test_completion_knows_the_losses_there_are() -> None:
-    assert completion.LOSSES == losses.NAMES
+    assert completion.LOSSES == losses.LOSS_NAMES
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

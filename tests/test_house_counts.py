@@ -13,19 +13,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "longest chain of imports": 32,
-    "files": 308,
-    "lines": 50_500,
+    "files": 322,
+    "lines": 54_000,
     "median lines of a function": 7,
     "longest function": 80,
-    "module constants outside limits.py": 460,
-    "constants of two values": 52,
-    "classes of two meanings": 14,
+    "module constants outside limits.py": 485,
+    "constants of two values": 20,
+    "classes of two meanings": 8,
     "file names used twice": 28,
     "test files that import internals": 5,
     "internals that tests import": 165,
 }
 LOOSE = 1.4  # how far above its count a ceiling may be before it has to come down
-FEW = 5  # smaller counts are left alone
+FEW = 8  # smaller counts are left alone
 
 
 @pytest.fixture(scope="module")

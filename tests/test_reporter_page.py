@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import synthetic
-from seam import LABELS, decays_as_power, draw, embed, page, summary, top_findings
+from seam import LABEL_WORDS, decays_as_power, draw, embed, page, summary, top_findings
 
 from gradflow.analysis import Analysis
 from gradflow.analyzer import agreement, assemble
@@ -160,19 +160,19 @@ def test_an_open_verdict_is_not_called_healthy() -> None:
 def test_every_label_is_explained_where_it_is_shown() -> None:
     labels = ("range-limited", "transient growth")
     words = " ".join(Outline(made(synthetic.analysis(synthetic.layer(labels=labels)))).words)
-    for label in LABELS:
-        assert (label in labels) == (LABELS[label] in words)
+    for label in LABEL_WORDS:
+        assert (label in labels) == (LABEL_WORDS[label] in words)
 
 
 def test_labels_that_an_analysis_gives_are_all_known() -> None:
     source = inspect.getsource(assemble._labels)
-    given = set(re.findall(r'"([a-z][a-z -]+)": ', source)) | {"no recurrence", agreement.LABEL}
-    assert given == set(LABELS)
+    given = set(re.findall(r'"([a-z][a-z -]+)": ', source)) | {"no recurrence", agreement.DEPENDS}
+    assert given == set(LABEL_WORDS)
 
 
 def test_a_power_law_that_grows_is_not_said_to_fall() -> None:
     assert decays_as_power(np.log1p(np.arange(1.0, 200.0)) * np.ones((2, 1)))
-    assert "falls or grows" in LABELS["not exponential"]
+    assert "falls or grows" in LABEL_WORDS["not exponential"]
 
 
 def test_the_bar_says_how_far_the_gradient_reaches() -> None:

@@ -14,7 +14,7 @@ import histories
 import numpy as np
 import pytest
 from rich.console import Console
-from seam import HIGH, course, grid, lines, paint, sparkline, view
+from seam import FALL_LINES, course, grid, lines, paint, sparkline, view
 
 from gradflow.cli import _code
 from gradflow.cli import gradflow as group
@@ -52,7 +52,7 @@ def test_a_line_per_layer_and_its_waterfall() -> None:
     )
     assert found[1].startswith("rnn.l0  vanishing  rate −0.20 ± 0.01  gone after 36  halves in 3.5")
     assert found[2].startswith(" loss " + "█" * 60)
-    assert len(found) == 2 + 2 * (1 + max(HIGH))
+    assert len(found) == 2 + 2 * (1 + max(FALL_LINES))
 
 
 @pytest.mark.parametrize("size", [(80, 24), (60, 14), (40, 9), (200, 60), (30, 5)])

@@ -13,7 +13,7 @@ import histories
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from seam import COLUMNS, clipping_began, course, edges, prepare, sentence, shared_by, stretches
+from seam import DOTS_ACROSS, clipping_began, course, edges, prepare, sentence, shared_by, stretches
 from test_reporter_figures import overlapping
 
 import gradflow
@@ -171,7 +171,7 @@ def test_the_waterfall_holds_the_profile() -> None:
     found = histories.history(40)
     one = course(found, "rnn.l0")
     chart = prepare(one, shared_by([one]))
-    middle = (np.arange(COLUMNS) + 0.5) / COLUMNS
+    middle = (np.arange(DOTS_ACROSS) + 0.5) / DOTS_ACROSS
     across = chart.shared.steps[0] + middle * (chart.shared.steps[1] - chart.shared.steps[0])
     for place, step in enumerate(one.step):
         column = np.abs(across - step).argmin()
@@ -209,7 +209,7 @@ def test_nan_is_magenta() -> None:
     found = History.of("Net", [probe(100), Probe(200, {}, {"l0": broken}), probe(300)])
     one = course(found, "l0")
     chart = prepare(one, shared_by([one]))
-    assert chart.bad[:, COLUMNS // 2].all()
+    assert chart.bad[:, DOTS_ACROSS // 2].all()
     assert not chart.bad[:, 0].any()
 
 

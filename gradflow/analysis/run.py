@@ -288,25 +288,7 @@ def checked_labels(labels: Sequence[str], steps: int) -> tuple[str, ...]:
 
 
 def load(path: str | os.PathLike[str]) -> Analysis:
-    """Read a run back: a ``run.nc`` file, or a report folder that holds one.
-
-    Args:
-        path: of the file or of the folder.
-
-    Returns:
-        The analysis as it was saved, number by number.
-
-    Raises:
-        InputError: what was given is no path.
-        FileError: there is no run, it is none of gradflow's, or another version's.
-
-    >>> import tempfile, torch, gradflow
-    >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     again = gradflow.load(run.save(f"{folder}/run.nc"))
-    >>> again["l0"].rate == run["l0"].rate
-    True
-    """
+    """Read a run back: a ``run.nc`` file, or a report folder that holds one; see `gradflow.load`."""
     header, layers = saved.read(path)
     return Analysis(
         title=header["title"],

@@ -33,12 +33,16 @@ if TYPE_CHECKING:
 SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be misled
 # without these no picture of a layer can be drawn; older runs may lack others
 ESSENTIAL = ("log_gain", "lag_median", "sequence_rate", "log10_grad", "unit_order", "grad_norm")
-PACKED = {"zlib": True, "complevel": 1, "shuffle": True}  # of large arrays in a file; loses nothing
+COMPRESSED = {
+    "zlib": True,
+    "complevel": 1,
+    "shuffle": True,
+}  # of large arrays in a file; loses nothing
 LARGE = 1000  # entries
 HEADER = {"title": str, "warnings": list, "provenance": dict, "layers": list}
-PLAIN = {"str": str, "int": int, "float": (int, float), "tuple[str, ...]": list}
+PLAIN_TYPES = {"str": str, "int": int, "float": (int, float), "tuple[str, ...]": list}
 LAYER = {  # the fields of `LayerAnalysis` whose types are plain
-    name: PLAIN[str(field.type)]
+    name: PLAIN_TYPES[str(field.type)]
     for name, field in LayerAnalysis.__dataclass_fields__.items()
     if field.type in ("str", "int", "float") or name == "labels"
 }
@@ -59,7 +63,7 @@ def save(analysis: Analysis, path: Path) -> Path:
     packed: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(analysis):
         packed[f"/layer{number}"] = {
-            str(name): PACKED for name, values in layer.data.items() if values.size >= LARGE
+            str(name): COMPRESSED for name, values in layer.data.items() if values.size >= LARGE
         }
         tree[f"/layer{number}"] = layer.data.assign_attrs(gradflow=json.dumps(_layer_header(layer)))
     try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from gradflow.analysis import Analysis, Finding, LayerAnalysis, Rate
 from gradflow.analyzer.votes import Vote
 
-LABEL = "depends on the input"
+DEPENDS = "depends on the input"
 
 
 def agreed(runs: Sequence[Analysis], probes: Sequence[str], command: str = "") -> Analysis:
@@ -86,7 +86,7 @@ def _agreed_layer(
     return replace(
         shown,
         verdict="inconclusive",
-        labels=(LABEL, *shown.labels),
+        labels=(DEPENDS, *shown.labels),
         rate=wide.rate,
         gain=wide.gain,
         findings=(finding, *kept),

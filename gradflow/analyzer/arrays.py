@@ -27,7 +27,7 @@ from gradflow.analyzer.certificates import SIDES, sum_rule
 from gradflow.analyzer.flow import input_gradient_norms
 from gradflow.analyzer.leading import FACTORS, step_growth
 from gradflow.analyzer.linear.facts import DECAY_FACTS, decay_facts
-from gradflow.analyzer.loss import KINDS, grad_norms
+from gradflow.analyzer.loss import GRADIENTS, grad_norms
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.order import segment_lengths
 from gradflow.analyzer.paths import PATHS, path_gains
@@ -155,7 +155,7 @@ def _gradients(m: Measured) -> Variables:
         {
             "back": np.arange(m.track.steps),
             "unit": np.arange(profile.log10_grad.shape[1]),
-            "kind": list(KINDS),
+            "kind": list(GRADIENTS),
         },
     )
 

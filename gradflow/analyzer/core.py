@@ -18,7 +18,7 @@ from gradflow.analyzer.curve import LagCurve, lag_curve
 from gradflow.analyzer.gains import SpanGains
 from gradflow.analyzer.jacobians import operator_of, state_size, vector_seconds
 from gradflow.analyzer.keeping import (
-    UNKNOWN,
+    UNKNOWN_RATE,
     cuts_of,
     interval_of_gains,
     interval_of_rates,
@@ -97,7 +97,11 @@ def voted(track: Track, settings: Settings, watch: WeightGrowth | None = None) -
     common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
     usable = bool(finite.all()) and track.steps > 1
     paced = usable and gains.over > 0  # one step from a first state has no pace
-    rate = interval_of_rates(rates, common, kept.constant is not None, growth) if paced else UNKNOWN
+    rate = (
+        interval_of_rates(rates, common, kept.constant is not None, growth)
+        if paced
+        else UNKNOWN_RATE
+    )
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
     measurable = int(np.isfinite(gains.votes).sum())
     return Voted(

@@ -48,7 +48,7 @@ from gradflow.limits import (
 )
 from gradflow.recording import Track
 
-UNKNOWN = Rate(math.nan, math.nan, math.nan)
+UNKNOWN_RATE = Rate(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)

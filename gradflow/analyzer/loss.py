@@ -17,7 +17,7 @@ from gradflow.analyzer.order import cuts_before, in_processing_order
 from gradflow.limits import CARRIED_DECADES, GONE_DECADES
 from gradflow.recording import Track
 
-KINDS = ("total", "direct", "last")
+GRADIENTS = ("total", "direct", "last")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _order(logs: np.ndarray, memory: np.ndarray, width: int) -> np.ndarray:
 def grad_norms(track: Track, withheld: bool) -> np.ndarray:
     """(kind, state, step): median over sequences of ‖∂L/∂s_t‖₂, input time, NaN where undefined."""
     states = list(track.states)
-    result = np.full((len(KINDS), len(states), track.steps), np.nan)
+    result = np.full((len(GRADIENTS), len(states), track.steps), np.nan)
     if withheld or not track.has_gradient:
         return result
     kinds: dict[str, dict[str, Tensor]] = {
@@ -159,7 +159,7 @@ def grad_norms(track: Track, withheld: bool) -> np.ndarray:
         "direct": {"h": track.grad_h_direct} if track.has_direct else {},
         "last": track.last_grads or {},
     }
-    for i, kind in enumerate(KINDS):
+    for i, kind in enumerate(GRADIENTS):
         for j, state in enumerate(states):
             if state in kinds[kind]:
                 result[i, j] = median_norm(kinds[kind][state], track.mask)

@@ -1,8 +1,8 @@
 """A layer's verdict, rate and horizon at the price of a training step: what a probe measures.
 
 The estimators are those of `analyze`, on at most 16 sequences and without a map: the gain over the span by
-a block that goes to and fro twice, the rate by one direction, the horizon by the gain over a few lags
-around it.
+a block that goes to and fro twice, of a wide layer by one direction in three sweeps; the rate by one
+direction; the horizon by the gain over a few lags around it.
 
 Letters: T timesteps, B sequences, S the state's width, k lag.
 """
@@ -10,6 +10,7 @@ Letters: T timesteps, B sequences, S the state's width, k lag.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from gradflow.analyzer.curve import LagCurve
 from gradflow.analyzer.gains import collected, common_steps, crossing, dead_by_cuts, span_windows
 from gradflow.analyzer.jacobians import HostOperator, operator_of
 from gradflow.analyzer.keeping import (
-    UNKNOWN,
+    UNKNOWN_RATE,
     Keeping,
     cuts_of,
     interval_of_gains,
@@ -30,11 +31,11 @@ from gradflow.analyzer.keeping import (
     leading_of,
 )
 from gradflow.analyzer.linear.measure import measure_linear
-from gradflow.analyzer.lyapunov import log_growth
+from gradflow.analyzer.lyapunov import Growth, burn_in, log_growth
 from gradflow.analyzer.rates import judge
 from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.settling import enough
-from gradflow.analyzer.windows import Window, log_norms
+from gradflow.analyzer.windows import Norms, Window, log_norms
 from gradflow.limits import (
     EXACT_WIDTH,
     LN_GONE,
@@ -115,10 +116,15 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     crossed = crossing(len(cuts), lengths, cuts)
     over = common_steps(crossed, span)
     windows = span_windows(crossed, over, PROBE_SOURCES)
-    rows = WINDOW_ROWS if operator.size <= PROBE_WIDE else 1
-    norms = log_norms(operator, windows, rows=rows, rounds=PROBE_ROUNDS)
-    leading = leading_of(windows, norms, some.batch, 0)
-    growth = log_growth(operator, lengths, 1, cuts=cuts, seed=seed, leading=leading)
+    once = operator.size > PROBE_WIDE and _is_whole(windows, lengths, cuts)
+    if once:
+        norms, growth = there_and_back(operator, lengths, seed)
+        leading = leading_of(windows, norms, some.batch, 0)
+    else:
+        rows = WINDOW_ROWS if operator.size <= PROBE_WIDE else 1
+        norms = log_norms(operator, windows, rows=rows, rounds=PROBE_ROUNDS)
+        leading = leading_of(windows, norms, some.batch, 0)
+        growth = log_growth(operator, lengths, 1, cuts=cuts, seed=seed, leading=leading)
     gains = dead_by_cuts(collected(windows, norms, crossed, over), lengths.numpy())
     gains = replace(gains, values=np.where(finite, gains.values, np.nan))
     kept = Keeping(gains, None, math.nan, leading, None, norms.missing)
@@ -126,7 +132,7 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
     common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
     usable = bool(finite.all()) and some.steps > 1
-    rate = interval_of_rates(rates, common, False, growth) if usable and over else UNKNOWN
+    rate = interval_of_rates(rates, common, False, growth) if usable and over else UNKNOWN_RATE
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
     verdict = judge(gain, int(np.isfinite(gains.votes).sum()), int(growth.counted.sum(0).max()))
     settled = enough(common, rate.value, span)
@@ -192,6 +198,71 @@ def spread(track: Track) -> Track:
 def _dtype(track: Track) -> torch.dtype:
     width = sum(int(state.shape[-1]) for state in track.states.values())
     return torch.float64 if width <= EXACT_WIDTH else torch.float32
+
+
+# -------------------------------------------------------------------------------- one direction
+
+
+def _is_whole(windows: list[Window], lengths: Tensor, cuts: Tensor) -> bool:
+    """Whether each sequence is one window, from its first state to its last."""
+    return (
+        len(windows) == len(lengths)
+        and not bool(cuts[1:].any())
+        and all(one.first == 1 and one.last == int(lengths[one.sequence]) for one in windows)
+    )
+
+
+def there_and_back(operator: HostOperator, lengths: Tensor, seed: int) -> tuple[Norms, Growth]:
+    """ln ‖P‖₂ of whole sequences, and the growth step by step, by one direction in three sweeps.
+
+    A random row is pulled back to the first state, which turns it to what P keeps most; pushed forward
+    it grows step by step; what arrives is pulled back again, and ‖Pᵀu‖ is the estimate: a lower bound,
+    one and a half turns of the power iteration.
+
+    Args:
+        operator: A_t of B sequences.
+        lengths: (B,) real steps.
+        seed: of the random row.
+
+    Returns:
+        The norms, and the growth (T, B, 1), NaN at the step into the first state.
+
+    >>> from gradflow.analyzer.jacobians import DenseOperator
+    >>> halving = DenseOperator(torch.full((5, 1, 2, 2), 0.25, dtype=torch.float64))
+    >>> norms, growth = there_and_back(halving, torch.tensor([5]), 0)       # eigenvalues 0.5 and 0
+    >>> round(norms.spectral.exp().item(), 9), growth.exponents.exp().round(decimals=9).item()
+    (0.0625, 0.5)
+    """
+    steps, batch, size = operator.length, operator.batch, operator.size
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(1, size, generator=generator, dtype=torch.float64)
+    begun = (first / first.norm()).to(operator.dtype).expand(batch, 1, -1).clone()
+    backward, forward = range(steps - 1, 0, -1), range(1, steps)
+    right, _ = _carried(operator.pull, begun, backward, lengths)
+    arrived, logs = _carried(operator.push, right, forward, lengths)
+    back, again = _carried(operator.pull, arrived, backward, lengths)
+    once, twice = logs.nansum(0), again.nansum(0)
+    missing = torch.where(torch.isfinite(twice - once), twice - once, 0.0).amax()
+    leading = torch.where(torch.isneginf(twice)[:, None], right[:, 0], back[:, 0]).double()
+    when = torch.arange(steps)[:, None]
+    skipped = torch.tensor([burn_in(int(length)) for length in lengths]).clamp_min(1)
+    growth = Growth(logs[..., None], (when < lengths) & (when >= skipped))
+    return Norms(twice, twice, leading, float(missing)), growth
+
+
+def _carried(
+    step: Callable[[int, Tensor], Tensor], rows: Tensor, steps: range, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows (B, 1, S) sent through the steps, of length 1 again after each, and ln of that (T, B)."""
+    logs = torch.full((max(steps, default=0) + 1, len(rows)), math.nan, dtype=torch.float64)
+    for t in steps:
+        moved = step(t, rows)
+        length = torch.linalg.vector_norm(moved, dim=-1)[:, 0]
+        live = t < lengths
+        logs[t] = torch.where(live, length.double().log(), math.nan)
+        safe = torch.where(length > 0, length, 1.0)[:, None, None]
+        rows = torch.where(live[:, None, None], moved / safe, rows)
+    return rows, logs
 
 
 # ------------------------------------------------------------------------------------ the lag curve

@@ -73,6 +73,8 @@ def broken(track: Track) -> tuple[Bad, str] | None:
 
 def _all_finite(track: Track, tensors: dict[str, Tensor]) -> bool:
     """Whether every real entry is, looked at quickly."""
+    if all(math.isfinite(float(values.sum())) for values in tensors.values()):
+        return True
     real = track.mask[..., None]
     return all(bool(torch.isfinite(v).logical_or(~real).all()) for v in tensors.values())
 
@@ -85,7 +87,7 @@ def _profiles(track: Track, lags: np.ndarray) -> tuple[np.ndarray, np.ndarray, d
     nothing = np.full(len(lags), math.nan)
     if not track.has_gradient:
         return nothing, nothing, {}
-    grads = track.last_grads or track.grads
+    grads = track.grads if _one_step_is_read(track) else track.last_grads or track.grads
     index, valid = back_index(track, grads)
     index, valid = index[lags], valid[lags]
     main = _aligned(track, grads[track.main_state], index, valid)
@@ -95,6 +97,12 @@ def _profiles(track: Track, lags: np.ndarray) -> tuple[np.ndarray, np.ndarray, d
     total = _aligned(track, track.grad_h, index, valid)
     direct, level_h = _over(_aligned(track, track.grad_h_direct, index, valid), total[0])
     return profile, direct, {"level": level, "level_h": level_h}
+
+
+def _one_step_is_read(track: Track) -> bool:
+    """Whether the whole loss is that of one step of each sequence, the last loss step alone."""
+    reached = track.reached
+    return reached is not None and int(reached.sum(0).max()) <= 1
 
 
 def _aligned(track: Track, grads: Tensor, index: Tensor, valid: Tensor) -> np.ndarray:
@@ -142,12 +150,11 @@ def _saturated(track: Track) -> float:
 def _gates(track: Track) -> dict[str, dict[str, float]]:
     """Means, smallest and largest means of a unit, shares closed and open, of every gate."""
     found = {}
-    unlimited = between(track)
+    unlimited, whole, count = between(track), bool(track.mask.all()), int(track.mask.sum())
     for name, gate in track.gates.items():
         values = gate.detach()
-        count = int(track.mask.sum())
-        real = torch.where(track.mask[..., None], values, torch.zeros_like(values))
-        units = real.sum((0, 1), dtype=torch.float64) / count
+        real = values if whole else torch.where(track.mask[..., None], values, 0.0)
+        units = real.flatten(0, 1).sum(0).double() / count
         numbers = {
             "gate_mean": float(units.mean()),
             "gate_low": float(units.min()),
@@ -161,6 +168,6 @@ def _gates(track: Track) -> dict[str, dict[str, float]]:
 
 
 def _share(marks: Tensor, mask: Tensor) -> float:
-    """Of the real entries of (T, B, width)."""
+    """Of the real entries of (T, B, width); where there is padding it is NaN, which no comparison marks."""
     real = int(mask.sum()) * marks.shape[-1]
-    return float((marks & mask[..., None]).sum()) / real if real else math.nan
+    return int(torch.count_nonzero(marks)) / real if real else math.nan

@@ -22,7 +22,7 @@ from gradflow.analyzer.rates import Verdict
 from gradflow.analyzer.settings import Settings
 from gradflow.recording import Track
 
-WORDS = "gains not measured"  # in place of a method
+NOT_MEASURED = "gains not measured"  # in place of a method
 
 UNKNOWN = "its step Jacobians are not known: "  # which the sentence says itself
 
@@ -85,5 +85,5 @@ def _no_maps(track: Track, mapped: int) -> Maps:
         method="none",
         stride=1,
         dtype=torch.float64,
-        words=WORDS,
+        words=NOT_MEASURED,
     )

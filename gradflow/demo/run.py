@@ -9,13 +9,13 @@ import torch
 
 from gradflow import reporter
 from gradflow.analysis import Analysis
-from gradflow.demo.task import BASELINE, STEPS, Progress, Trained, adding_batch, train
+from gradflow.demo.task import BASELINE, TASK_STEPS, Progress, Trained, adding_batch, train
 from gradflow.workflow import FileRequest, analyze_file
 
 Cell = Literal["RNN", "LSTM"]
-CELLS: tuple[Cell, ...] = ("RNN", "LSTM")
+DEMO_CELLS: tuple[Cell, ...] = ("RNN", "LSTM")
 FRESH = 12345  # seed of the batch that neither model was trained on
-FOLDER = Path("gradflow-demo")
+DEMO_FOLDER = Path("gradflow-demo")
 YOUR_TURN = """\
 torch.save(model.state_dict(), "model.pt")              # in your training code
 torch.save({"input": x, "target": y}, "batch.pt")       # one batch
@@ -24,10 +24,10 @@ gradflow analyze model.pt --model 'your_code:Net(10, 20)' --input batch.pt"""
 
 def run_demo(progress: Progress) -> str:
     """Train, save, analyze and compare; return what to print. The folder appears whole or not."""
-    folder = reporter.free_folder(FOLDER)
+    folder = reporter.free_folder(DEMO_FOLDER)
     runs, trained = {}, {}
     with reporter.whole_folder(folder) as work:
-        for number, cell in enumerate(CELLS):
+        for number, cell in enumerate(DEMO_CELLS):
 
             def part(what: str, done: float, start: float = number / 2) -> None:
                 progress(what, start + done / 2)
@@ -63,7 +63,7 @@ def _analyze(cell: Cell, trained: Trained, folder: Path) -> Analysis:
 def _words(folder: Path, trained: dict[Cell, Trained]) -> str:
     lines = [
         "",
-        f"The adding task: add two numbers up to {STEPS} steps apart; guessing scores {BASELINE:.3f}.",
+        f"The adding task: add two numbers up to {TASK_STEPS} steps apart; guessing scores {BASELINE:.3f}.",
     ]
     for cell, result in trained.items():
         lines.append(

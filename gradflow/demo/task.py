@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from gradflow.process import fitting_threads, random_numbers_kept
 
-STEPS, HIDDEN, BATCH = 100, 32, 64
-LEARNING_RATE, CLIP, SEED = 1e-2, 1.0, 0
+TASK_STEPS, TASK_UNITS, TRAIN_BATCH = 100, 32, 64
+LEARNING_RATE, CLIP_NORM, TASK_SEED = 1e-2, 1.0, 0
 RNN_TRAINING = 800
 LSTM_TRAINING, SOLVED, WINDOW = 2500, 0.02, 50
 BASELINE = 1 / 6
@@ -34,7 +34,7 @@ class AddingModel(nn.Module):
     torch.Size([64])
     """
 
-    def __init__(self, cell: Literal["RNN", "LSTM"], hidden: int = HIDDEN) -> None:
+    def __init__(self, cell: Literal["RNN", "LSTM"], hidden: int = TASK_UNITS) -> None:
         super().__init__()
         kinds: dict[str, type[nn.RNN | nn.LSTM]] = {"RNN": nn.RNN, "LSTM": nn.LSTM}
         self.rnn = kinds[cell](2, hidden, batch_first=True)
@@ -48,7 +48,7 @@ class AddingModel(nn.Module):
 
 
 def adding_batch(
-    batch: int = BATCH, steps: int = STEPS, *, generator: torch.Generator
+    batch: int = TRAIN_BATCH, steps: int = TASK_STEPS, *, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Sequences (B, T, 2) of numbers and markers, and their targets (B,).
 
@@ -74,14 +74,14 @@ class Trained:
 
 
 def train(
-    cell: Literal["RNN", "LSTM"], seed: int = SEED, progress: Progress | None = None
+    cell: Literal["RNN", "LSTM"], seed: int = TASK_SEED, progress: Progress | None = None
 ) -> Trained:
     """Train one model by the demo's rule; the global random state is left as found."""
     with random_numbers_kept():
         torch.default_generator.manual_seed(seed)
         model = AddingModel(cell)
     # matrices this small are slower on several threads, and rounding would depend on their number
-    with fitting_threads(HIDDEN):
+    with fitting_threads(TASK_UNITS):
         return _train(cell, model, torch.Generator().manual_seed(seed), progress)
 
 
@@ -97,7 +97,7 @@ def _train(
         loss = nn.functional.mse_loss(model(x), y)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         errors.append(loss.item())
         mean = math.fsum(errors) / len(errors)

@@ -303,7 +303,7 @@ def _are_finite(tensors: Sequence[Tensor]) -> bool:
     if not tensors:
         return True
     if len({tensor.device for tensor in tensors}) == 1:
-        sums = torch.stack([tensor.sum().float() for tensor in tensors])
+        sums = torch.stack([tensor.sum().abs().float() for tensor in tensors])
         if bool(sums.isfinite().all()):
             return True
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -25,7 +25,7 @@ from gradflow.limits import MOST_KEPT, TAPE_BYTES, TAPE_ROUNDING
 from gradflow.process import quiet
 
 # operations that hand on the very numbers; as themselves they would cut the gradient
-SAME = ("aten.detach.default", "aten.alias.default")
+SAME_VALUES = ("aten.detach.default", "aten.alias.default")
 MATRIX = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}  # the two factors
 
 
@@ -149,7 +149,7 @@ class _Writing(TorchDispatchMode):
         if any(not isinstance(one, Tensor) and one is not None for one in results):
             raise NotReadable(f"{func}, which makes a number of a gradient")
         self.held += [leaves, results]
-        if str(func) in SAME:
+        if str(func) in SAME_VALUES:
             self.slots[id(found)] = self.slots[id(leaves[0])]
             return
         mutates = bool(func._schema.is_mutable)

@@ -8,7 +8,7 @@ from pathlib import Path
 from gradflow.errors import FileError, InputError, must_be
 from gradflow.loading.words import printable, reason
 
-SAVE = "write one label per line, or a .json list of strings"
+SAVE_LABELS = "write one label per line, or a .json list of strings"
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
@@ -30,10 +30,10 @@ def read_labels(path: Path) -> tuple[str, ...]:
         text = path.read_text(encoding="utf-8-sig")
         found = json.loads(text) if path.suffix.lower() == ".json" else _lines(text)
     except (OSError, ValueError, RecursionError) as error:
-        said = f"cannot read labels from {path}{reason(error)}; {SAVE}"
+        said = f"cannot read labels from {path}{reason(error)}; {SAVE_LABELS}"
         raise FileError(printable(said)) from error
     if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
-        raise InputError(must_be(printable(path), "a list of strings", _kind(found), SAVE))
+        raise InputError(must_be(printable(path), "a list of strings", _kind(found), SAVE_LABELS))
     return tuple(found)
 
 

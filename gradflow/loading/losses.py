@@ -161,8 +161,8 @@ def make_loss(name: str | None, target_present: bool, time_axis: int = 0) -> Los
         raise InputError(must_be("time_axis", "0 or 1", time_axis, "1 is batch first"))
     default = "target" if target_present else "last"
     key = default if name is None else name.strip().lower().replace("_", "-")
-    if name is not None and key not in NAMES:
-        listed = ", ".join(NAMES)
+    if name is not None and key not in LOSS_NAMES:
+        listed = ", ".join(LOSS_NAMES)
         raise InputError(must_be("--loss", f"one of {listed}", repr(name), "choose one of them"))
     words, note, function = _CHOSEN_LATER if key == "target" else _LOSSES[key]
     if key != "last" and not target_present:
@@ -307,7 +307,7 @@ def _by_target(output: Tensor, target: Tensor | None) -> str:
     return "cross-entropy" if classes else "mse"
 
 
-NAMES = ("mse", "cross-entropy", "bce", "nll", "last")
+LOSS_NAMES = ("mse", "cross-entropy", "bce", "nll", "last")
 _LOSSES = {
     "mse": ("mean squared error", "", _mse),
     "cross-entropy": ("cross-entropy, class axis last", "", _cross_entropy),

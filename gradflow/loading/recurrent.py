@@ -19,12 +19,14 @@ from gradflow.cells import CELLS, kinds
 from gradflow.errors import FileError
 from gradflow.loading.words import article, printable
 
-_KEY = re.compile(
+_WEIGHT_KEY = re.compile(
     r"(?:(?P<path>.*)\.)?(?P<part>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"
     r"(?:_l(?P<layer>\d+)(?P<reverse>_reverse)?)?",
     re.DOTALL,
 )
-_KINDS = {spec.blocks: kind for kind, spec in sorted(kinds().items(), key=lambda k: -k[1].blocks)}
+_KIND_OF_BLOCKS = {
+    spec.blocks: kind for kind, spec in sorted(kinds().items(), key=lambda k: -k[1].blocks)
+}
 _EMBEDS = re.compile(r"emb|wte|lookup|token|vocab|word|char", re.I)
 _NOT_EMBEDS = re.compile(r"fc|linear|head|out|proj|dec|class|norm|attn|conv|key|query|value", re.I)
 GIVE_MODEL = "give the class that uses it: --model 'pkg.mod:Net(...)'"
@@ -156,7 +158,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[RecurrentModule, ...]:
     """
     groups: dict[tuple[str, bool], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
+        match = _WEIGHT_KEY.fullmatch(key)
         if match is not None:
             place = (match["path"] or "", match["layer"] is None)
             groups.setdefault(place, {})[key.rpartition(".")[2]] = tensor
@@ -214,7 +216,7 @@ def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _copy_cell(name: str, cell: nn.RNNCellBase, tensors: Mapping[str, Tensor]) -> RecurrentModule:
-    kind = _KINDS.get(cell.weight_hh.shape[0] // cell.hidden_size, _KINDS[1])
+    kind = _KIND_OF_BLOCKS.get(cell.weight_hh.shape[0] // cell.hidden_size, _KIND_OF_BLOCKS[1])
     hooked = _hooked_weights(cell)
     weights = {
         f"{part}_l0": hooked.get(part, getattr(cell, part))
@@ -310,12 +312,12 @@ def _infer(label: str, weights: Mapping[str, Tensor]) -> Shape:
     rows, columns = first_hh.shape
     hidden = int(columns if projection is None else projection.shape[1])
     gates, rest = divmod(int(rows), hidden) if hidden else (0, 1)
-    kind = "" if rest else _KINDS.get(gates, "")
+    kind = "" if rest else _KIND_OF_BLOCKS.get(gates, "")
     if not kind or (projection is not None and "weight_hr" not in kinds()[kind].weights):
-        *most, last = map(str, _KINDS)
+        *most, last = map(str, _KIND_OF_BLOCKS)
         raise FileError(
             f"weight_hh_l0 of {label} must have {', '.join(most)} or {last} times as many rows as hidden "
-            f"units ({', '.join(_KINDS.values())}), got shape {tuple(first_hh.shape)}; {GIVE_MODEL}"
+            f"units ({', '.join(_KIND_OF_BLOCKS.values())}), got shape {tuple(first_hh.shape)}; {GIVE_MODEL}"
         )
     layers = 1 + max(int(_layer(name)) for name in weights)
     return Shape(
@@ -330,7 +332,7 @@ def _infer(label: str, weights: Mapping[str, Tensor]) -> Shape:
 
 
 def _layer(name: str) -> str:
-    match = _KEY.fullmatch(name)
+    match = _WEIGHT_KEY.fullmatch(name)
     return (match["layer"] or "0")[:9] if match else "0"
 
 
@@ -400,7 +402,7 @@ def _embedding(path: str, width: int, tensors: Mapping[str, Tensor]) -> tuple[Te
     before = True
     for key, tensor in tensors.items():
         owner, _, last = key.rpartition(".")
-        if _KEY.fullmatch(key) and owner == path:
+        if _WEIGHT_KEY.fullmatch(key) and owner == path:
             before = False
         if last != "weight" or tensor.ndim != 2 or tensor.shape[1] != width:
             continue

@@ -25,7 +25,7 @@ from gradflow.errors import FileError
 from gradflow.limits import SHELL_DEPTH, SHELL_MODULES
 
 # Plain data that settings carry; everything else of Python's own library stays refused.
-_PLAIN = {
+_PLAIN_DATA = {
     "argparse.Namespace",
     "collections.defaultdict",
     "collections.deque",
@@ -99,7 +99,7 @@ def _empty_list(*_: object) -> list[object]:
 
 def is_forbidden(name: str) -> bool:
     """Whether a pickled name is Python's own code (``os.system``, ``eval``) and not plain data."""
-    if name in _PLAIN or name in _TORCH_OWN:
+    if name in _PLAIN_DATA or name in _TORCH_OWN:
         return False
     root = name.partition(".")[0]
     return root in sys.stdlib_module_names and root != "__main__"

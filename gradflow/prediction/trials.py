@@ -22,7 +22,7 @@ from gradflow.prediction.outcome import helps, measured
 from gradflow.recording import Recording
 
 COMPARED = ("gain", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels", "verdict")
-COLUMNS = [
+TRIAL_COLUMNS = [
     "layer",
     "remedy",
     "value",
@@ -33,7 +33,9 @@ COLUMNS = [
     "norm_after",
     "note",
 ]
-WHOLE = [f"{name}_{when}" for name in ("horizon", "channels") for when in ("before", "after")]
+WHOLE_NUMBERS = [
+    f"{name}_{when}" for name in ("horizon", "channels") for when in ("before", "after")
+]
 
 
 def what_if(
@@ -103,7 +105,7 @@ def what_if(
     share = QUICK * len(recording)
     before = {t.name: measured(recording, t.name, share=share) for t in recording}
     rows = [row for name, value in asked.items() for row in _TRIALS[name](recording, before, value)]
-    return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(WHOLE, "Int64"))
+    return pd.DataFrame(rows, columns=TRIAL_COLUMNS).astype(dict.fromkeys(WHOLE_NUMBERS, "Int64"))
 
 
 # ---------------------------------------------------------------------------------- the remedies
@@ -276,7 +278,7 @@ _TRIALS: dict[str, Callable[[Recording, Before, float], Iterator[Row]]] = {
 
 def _row(name: str, remedy: str, value: float, before: Brief | str) -> Row:
     """A row without an outcome yet."""
-    empty = dict.fromkeys(COLUMNS, math.nan) | dict.fromkeys(WHOLE)
+    empty = dict.fromkeys(TRIAL_COLUMNS, math.nan) | dict.fromkeys(WHOLE_NUMBERS)
     empty |= {"verdict_before": "", "verdict_after": ""}
     row = empty | {"layer": name, "remedy": remedy, "value": value, "note": ""}
     if isinstance(before, str):

@@ -11,7 +11,7 @@ from gradflow.recording.padding import Padding
 from gradflow.recording.track import Track
 from gradflow.recording.unseen import Unseen
 
-SHOWN = 12  # tracks of a repr that fits a screen
+SHOWN_TRACKS = 12  # tracks of a repr that fits a screen
 
 
 class Recording:
@@ -176,10 +176,10 @@ class Recording:
         lines += [
             f"  {track.name:<{width}}  {track.cell:<8}  T={track.steps}  B={track.batch}  "
             f"H={track.hidden}  backwards={track.backwards}"
-            for track in list(self._tracks.values())[:SHOWN]
+            for track in list(self._tracks.values())[:SHOWN_TRACKS]
         ]
-        if len(self._tracks) > SHOWN:
-            lines.append(f"  and {len(self._tracks) - SHOWN} more, see .tracks")
+        if len(self._tracks) > SHOWN_TRACKS:
+            lines.append(f"  and {len(self._tracks) - SHOWN_TRACKS} more, see .tracks")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

@@ -14,7 +14,7 @@ from gradflow.reporter import panels, prepare
 from gradflow.reporter.charts.step_labels import writable
 from gradflow.reporter.fonts import legible
 from gradflow.reporter.kinds import KINDS, Kind
-from gradflow.reporter.layout import Block, draw_blocks, title
+from gradflow.reporter.layout import PanelBlock, draw_blocks, title
 from gradflow.reporter.overview import NARROW, Entry, draw_overview
 from gradflow.reporter.picture import look
 
@@ -93,18 +93,18 @@ def _entry(group: str, layer: LayerAnalysis) -> Entry:
     return Entry(group, replace(layer, step_labels=()), unwritten=True)
 
 
-def _blocks(kind: Kind, entries: Sequence[Entry]) -> list[Block]:
+def _blocks(kind: Kind, entries: Sequence[Entry]) -> list[PanelBlock]:
     """A block per layer, or one for all layers of an analysis."""
     if not kind.together:
         return [
-            Block(entry.name, kind.prepare(entry.layer), entry.unwritten and kind.stepped)
+            PanelBlock(entry.name, kind.prepare(entry.layer), entry.unwritten and kind.stepped)
             for entry in entries
         ]
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
     return [
-        Block(
+        PanelBlock(
             group,
             kind.prepare([entry.layer for entry in some]),
             any(entry.unwritten for entry in some),

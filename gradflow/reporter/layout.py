@@ -16,7 +16,7 @@ from gradflow.reporter.picture import INK, SOFT, Picture
 
 
 @dataclass(frozen=True)
-class Block:
+class PanelBlock:
     """One chart with the name above it."""
 
     name: str
@@ -30,7 +30,7 @@ class Block:
         return f"{self.chart.reading} {UNWRITTEN}" if over_steps else self.chart.reading
 
 
-def title(block: Block) -> str:
+def title(block: PanelBlock) -> str:
     """The message as a headline; of a layer with its name."""
     return ": ".join(part for part in (block.name, block.chart.message) if part)
 
@@ -40,7 +40,7 @@ LINE, BELOW = 0.19, 0.2  # a line of the title; what is drawn
 EMPTY = (0.8,)  # the height of a panel that holds words only
 
 
-def draw_blocks(kind: Kind, blocks: Sequence[Block]) -> Figure:
+def draw_blocks(kind: Kind, blocks: Sequence[PanelBlock]) -> Figure:
     """One block per chart: its message, what is drawn, the panels, a caption; blocks in columns."""
     columns = min(kind.columns, len(blocks))
     kind = replace(kind, left=kind.left + max(kind.beside(block.chart) for block in blocks))
@@ -77,7 +77,7 @@ def draw_blocks(kind: Kind, blocks: Sequence[Block]) -> Figure:
     return figure
 
 
-def _height(kind: Kind, block: Block, lines: int) -> float:
+def _height(kind: Kind, block: PanelBlock, lines: int) -> float:
     heights = EMPTY if block.chart.note else kind.heights(block.chart)
     gaps = sum(kind.gap(block.chart, panel) for panel in range(1, len(heights)))
     foot = FOOT if block.caption else BARE
@@ -85,7 +85,7 @@ def _height(kind: Kind, block: Block, lines: int) -> float:
     return LINE * lines + BELOW + kind.above + sum(heights) + gaps + foot
 
 
-def _fold(figure: Picture, block: Block, width: float) -> list[str]:
+def _fold(figure: Picture, block: PanelBlock, width: float) -> list[str]:
     """A headline on one line, or folded on two; a name that is too long loses its beginning."""
     style = {"fontsize": 10, "fontweight": "bold"}
     # a line may break early, so two lines hold less than twice the width
@@ -94,7 +94,7 @@ def _fold(figure: Picture, block: Block, width: float) -> list[str]:
 
 
 def _draw_head(
-    figure: Picture, kind: Kind, block: Block, title: list[str], left: float, top: float
+    figure: Picture, kind: Kind, block: PanelBlock, title: list[str], left: float, top: float
 ) -> None:
     width = kind.left + kind.width + RIGHT - 0.5
     for number, line in enumerate(title):

@@ -43,11 +43,11 @@ from gradflow.reporter.numbers import (
 )
 
 ROOM = 780  # pixels of the first screen that words may fill before they are set denser
-LONG = 40  # letters of a word from which on it may be broken
+LONG_WORD = 40  # letters of a word from which on it may be broken
 TOP = 3  # layers said at the top of the page; the others follow below
-WORDS = ("snippet", "next_command")  # provenance shown in a box of its own
+BOXED = ("snippet", "next_command")  # provenance shown in a box of its own
 
-LABELS = {  # in plain words; a page explains those it shows
+LABEL_WORDS = {  # in plain words; a page explains those it shows
     "depends on the input": "The verdict is not the same under all probes; your own data decides.",
     "no recurrence": "One step only: no state was handed on.",
     "not finite": "NaN or infinity occurs, so no rate can be given.",
@@ -133,7 +133,7 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         opened=next((f for f in findings if predictions(analysis, f) and high < 1.2 * ROOM), None),
         linear=[layer for layer in analysis if is_linear(layer)],
         decay_words=decay_words,
-        labels={name: LABELS[name] for name in LABELS if _shown(name, analysis)},
+        labels={name: LABEL_WORDS[name] for name in LABEL_WORDS if _shown(name, analysis)},
         outlooks=functools.partial(outlooks, analysis),
         kinds=[name for name, kind in KINDS.items() if kind is not None and kind.folded],
         provenance=provenance_rows(analysis.provenance),
@@ -199,7 +199,7 @@ def breaks(text: str) -> Markup:
     """
     words = str(escape(text)).split(" ")
     return Markup(" ").join(
-        Markup(re.sub(r"([._])(?=[A-Za-z])", r"\1<wbr>", word) if len(word) > LONG else word)
+        Markup(re.sub(r"([._])(?=[A-Za-z])", r"\1<wbr>", word) if len(word) > LONG_WORD else word)
         for word in words
     )
 
@@ -219,7 +219,7 @@ def first_screen(analysis: Analysis, rows: Sequence[Row], findings: Sequence[Fin
         high += 20 if predictions(analysis, finding) else 0
     shown = next((n for one in findings if (n := len(predictions(analysis, one)))), 0)
     high += 17 * (2 + shown) if shown else 0
-    boxes = [str(analysis.provenance[name]) for name in WORDS if analysis.provenance.get(name)]
+    boxes = [str(analysis.provenance[name]) for name in BOXED if analysis.provenance.get(name)]
     return high + sum(40 + 15 * _lines(box, 72) for box in boxes)
 
 
@@ -379,7 +379,7 @@ def provenance_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (str(name).replace("_", " "), value if isinstance(value, str) else _said(value))
         for name, value in provenance.items()
-        if name not in WORDS
+        if name not in BOXED
     ]
 
 

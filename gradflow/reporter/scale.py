@@ -35,8 +35,8 @@ VERDICT_COLOURS = {
     "inconclusive": "#8a6100",
 }
 
-_PLACES = np.linspace(0, 1, 2 * DECADES * STEPS + 1)
-_RAMP = LinearSegmentedColormap.from_list("gradflow", ANCHORS, N=len(_PLACES))(_PLACES)[
+_STOPS = np.linspace(0, 1, 2 * DECADES * STEPS + 1)
+_RAMP = LinearSegmentedColormap.from_list("gradflow", ANCHORS, N=len(_STOPS))(_STOPS)[
     :, :3
 ]  # (colours, 3)
 COLOURS = ListedColormap(_RAMP, name="gradflow")

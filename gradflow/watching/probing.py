@@ -60,15 +60,15 @@ def measure(recording: Recording, preset: str) -> MeasuredUpdate:
     analysis = analyze(recording) if preset == "full" else None
     for track in recording:
         try:
-            with fitting_threads(state_size(track)):
-                found[track.name] = pulse(track)
-                bad = broken(track)
-                if analysis is not None and track.name in analysis.layers:
-                    standings[track.name] = analysis[track.name]
-                elif preset == "rate":
+            found[track.name] = pulse(track)
+            bad = broken(track)
+            if analysis is not None and track.name in analysis.layers:
+                standings[track.name] = analysis[track.name]
+            elif preset == "rate":
+                with fitting_threads(state_size(track)):
                     standing = _standing(recording, track, notes)
-                    if standing is not None:
-                        standings[track.name] = standing
+                if standing is not None:
+                    standings[track.name] = standing
         except RecordingError as error:
             notes.append(
                 f"{track.name} is not in this probe: {str(error).removeprefix(f'{track.name}: ')}"

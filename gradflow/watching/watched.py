@@ -623,5 +623,5 @@ def _rank_words() -> list[str]:
         return []
     return [
         f"of {size} processes that train together only rank 0 is measured: totals are of its own "
-        "sequences, before gradients are averaged over the ranks"
+        "sequences, norms of parameter gradients of what the ranks make of them together"
     ]

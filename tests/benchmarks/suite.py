@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import gain_maps, growth, memory, page, processes, recorded_steps, versions
+from benchmarks import (
+    gain_maps,
+    growth,
+    memory,
+    page,
+    processes,
+    recorded_steps,
+    versions,
+    watched_steps,
+)
 from benchmarks.rows import Row
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,6 +32,7 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
     "memory": memory.measure,
     "growth": growth.measure,
     "processes": processes.measure,
+    "watching": watched_steps.measure,
 }
 MARKS = "<!-- benchmarks: python tests/benchmark.py --readme -->", "<!-- end of benchmarks -->"
 

@@ -6,7 +6,17 @@ import importlib
 
 import pytest
 
-PACKAGES = ("transformers", "minGRU_pytorch", "mambapy", "xlstm")
+PACKAGES = (
+    "transformers",
+    "minGRU_pytorch",
+    "mambapy",
+    "xlstm",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "lightning",
+    "pytorch_lightning",
+)
 
 
 @pytest.mark.parametrize("name", PACKAGES)

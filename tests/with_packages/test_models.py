@@ -144,3 +144,49 @@ def test_totals_are_those_of_the_explicit_loop(name: str, monkeypatch: pytest.Mo
         assert track.grad_h is not None
         assert_steps_close(track.h.double(), values, mask, what="states", bound=ROUNDED)
         assert_steps_close(track.grad_h.double(), totals, mask, what="totals", bound=ROUNDED)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "Qwen3Next", "RecurrentGemma", "Rwkv"])
+def test_half_precision_is_read_in_float32(name: str, autocast: bool) -> None:
+    model, ids = transformers_model(name), tokens()
+    model = model if autocast else model.bfloat16()
+    with gradflow.record(model) as recording:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_of(model, ids)
+        loss.backward()
+    for track in recording:
+        assert track.grad_h is not None
+        assert track.grad_h.dtype == torch.float32
+        assert torch.isfinite(track.grad_h).all()
+
+
+def test_an_attention_mask_tells_the_real_steps() -> None:
+    model, ids = transformers_model("Qwen3Next"), tokens(3, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 9:], mask[2, 5:] = 0, 0
+    with gradflow.record(model) as recording:
+        model(
+            input_ids=ids, attention_mask=mask, labels=ids * mask - 100 * (1 - mask)
+        ).loss.backward()
+    for track in recording:
+        assert track.lengths.tolist() == [12, 9, 5]
+        assert track.grad_h is not None
+        assert torch.isnan(track.grad_h[5:, 2]).all()
+        assert torch.isfinite(track.grad_h[:5, 2]).all()
+    with gradflow.record(model) as recording:
+        model(input_ids=ids, attention_mask=mask.flip(1), labels=ids).loss.backward()
+    assert all("0 before or within" in " ".join(track.notes) for track in recording)
+
+
+def test_attention_beside_the_recurrences_is_told() -> None:
+    model, ids = transformers_model("Qwen3Next"), tokens()
+    with gradflow.record(model) as recording:
+        loss_of(model, ids).backward()
+    (note,) = [note for note in recording.notes if "attention" in note]
+    assert "1 layer of it, model.layers.3.self_attn (Qwen3NextAttention)" in note
+    assert "is not in the picture" in note
+    alone = transformers_model("Mamba2")
+    with gradflow.record(alone) as recording:
+        loss_of(alone, ids).backward()
+    assert not [note for note in recording.notes if "attention" in note]

@@ -31,12 +31,12 @@ __all__ = ["FINDERS", "SPOILERS", "Finder", "findings"]
 
 Finder = Callable[[Evidence], Iterator[Finding]]
 SPOILERS: tuple[Finder, ...] = (not_finite, no_recurrence, parity_failed)
-VERDICTS: tuple[Finder, ...] = (dead, vanishing, exploding)
+ON_VERDICTS: tuple[Finder, ...] = (dead, vanishing, exploding)
 WITHOUT_GAINS: tuple[Finder, ...] = (*SPOILERS, read_by_loss, cut)  # a cause needs a verdict
 FINDERS: tuple[Finder, ...] = (
     *SPOILERS,
     read_by_loss,
-    *VERDICTS,
+    *ON_VERDICTS,
     linear_recurrence,
     decays,
     kept_for_good,
@@ -69,7 +69,7 @@ def findings(evidence: Evidence) -> tuple[Finding, ...]:
 def _before_the_loss_is_mended(evidence: Evidence) -> tuple[Finding, ...]:
     """What the loss reads comes first; the verdict stands, without a cause and without a remedy."""
     first = [finding for find in (*SPOILERS, read_by_loss) for finding in find(evidence)]
-    judged = [finding for find in VERDICTS for finding in find(evidence)]
+    judged = [finding for find in ON_VERDICTS for finding in find(evidence)]
     advice = mend_first(evidence)
     judged = [replace(finding, advice=advice, code="", source="") for finding in judged]
     return (*first, *judged, *cut(evidence))

@@ -11,9 +11,9 @@ from torch import Tensor
 from gradflow.analysis import Finding, Rate
 from gradflow.analyzer.activity import between, masked_mean, over_all, sigmoid_and_other
 from gradflow.analyzer.causes.remedies import (
-    BAND,
     FOREIGN,
     MAJORITY,
+    OVER_BAND,
     calmer,
     chrono,
     foreign_biases,
@@ -41,7 +41,7 @@ def keeping_gates(e: Evidence) -> Iterator[Finding]:
         f"{number(-1 / pace.value)} steps, of your {e.span}",
         where=_shut(keeper.gate, f"{keeper.shut}below", gate, e),
         **_scale(e, pace),
-        basis=BAND,
+        basis=OVER_BAND,
         source="" if foreign_biases(e) else "Tallec & Ollivier 2018",
         code=chrono(e),
         advice=FOREIGN if foreign_biases(e) else keeper.chrono,

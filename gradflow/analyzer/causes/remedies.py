@@ -11,9 +11,11 @@ from gradflow.cells import Keeper, layer_names
 from gradflow.limits import BAND_WORDS, LARGE_INPUT
 
 LONG = 24  # letters of a module's path that several lines need not repeat
-BAND = f"{BAND_WORDS} over the span"  # the band of the verdict's equivalence test
+OVER_BAND = f"{BAND_WORDS} over the span"  # the band of the verdict's equivalence test
 MAJORITY = "more than half of them"
-CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # before optimizer.step()"
+CLIP_CODE = (
+    "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # before optimizer.step()"
+)
 NO_BIAS = "# the layer has no bias to raise: build it with bias=True"
 NORMALISE = "x = (x - x.mean()) / x.std()"
 GATED = f"a gated cell ({', '.join(layer_names(gated=True))})"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gradflow.analysis import Finding, Rate
-from gradflow.analyzer.causes.remedies import BAND, calmer, orthogonal, shrunk
+from gradflow.analyzer.causes.remedies import OVER_BAND, calmer, orthogonal, shrunk
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.rates import rate_over_sequences
 
@@ -86,7 +86,7 @@ def _finding(e: Evidence, name: str, weight: Rate, activation: Rate) -> Finding:
         value=shown.value,
         low=shown.low,
         high=shown.high,
-        basis=BAND,
+        basis=OVER_BAND,
         severity=shown.value * e.span / math.log(10),
     )
 

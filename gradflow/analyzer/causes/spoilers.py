@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradflow.analysis import Finding
-from gradflow.analyzer.causes.remedies import CLIP
+from gradflow.analyzer.causes.remedies import CLIP_CODE
 from gradflow.analyzer.cuts import cut_steps
 from gradflow.analyzer.evidence import Evidence, counted, module, number
 from gradflow.analyzer.finite import (
@@ -89,7 +89,7 @@ def _made_in(e: Evidence, bad: Bad, direction: str) -> tuple[str, str, str]:
             f": the states outgrow {dtype}",
             "go back to the last weights that were finite, and clip the norm of the gradient from "
             "there",
-            CLIP,
+            CLIP_CODE,
         )
     return "", "find the operation that makes it: an overflow, a division or logarithm by zero", ""
 

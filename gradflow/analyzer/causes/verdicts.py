@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from gradflow.analysis import Finding
 from gradflow.analyzer.causes.remedies import (
-    BAND,
-    CLIP,
+    CLIP_CODE,
+    OVER_BAND,
     against_vanishing,
     calmer_input,
     identity,
@@ -67,7 +67,7 @@ def vanishing(e: Evidence) -> Iterator[Finding]:
         low=e.gain.low / math.log(10),
         high=e.gain.high / math.log(10),
         threshold=-1.0,
-        basis=BAND,
+        basis=OVER_BAND,
         source=source,
         severity=e.severity,
         advice=advice,
@@ -99,11 +99,11 @@ def exploding(e: Evidence) -> Iterator[Finding]:
         low=e.gain.low / math.log(10),
         high=e.gain.high / math.log(10),
         threshold=1.0,
-        basis=BAND,
+        basis=OVER_BAND,
         source="Pascanu et al. 2013; Mikhaeil et al. 2022",
         severity=e.severity,
         advice=advice,
-        code=CLIP,
+        code=CLIP_CODE,
     )
 
 
@@ -127,7 +127,7 @@ def transient(e: Evidence) -> Iterator[Finding]:
         severity=peak / math.log(10),
         source="Pascanu et al. 2013",
         advice="clip the norm of the gradient, or shrink the norm of the recurrent weights",
-        code=CLIP,
+        code=CLIP_CODE,
     )
 
 

@@ -26,7 +26,7 @@ from gradflow.analyzer.gains import (
     span_windows,
 )
 from gradflow.analyzer.keeping import (
-    UNKNOWN,
+    UNKNOWN_RATE,
     Keeping,
     counted_steps,
     cuts_of,
@@ -99,7 +99,7 @@ def measure_linear(track: Track, settings: Settings, *, withheld: bool) -> Core:
     usable = bool(finite.all()) and track.steps > 1
     paced = usable and gains.over > 0
     constant = keeping.constant is not None
-    rate = interval_of_rates(rates, common, constant, growth) if paced else UNKNOWN
+    rate = interval_of_rates(rates, common, constant, growth) if paced else UNKNOWN_RATE
     gain = interval_of_gains(gains, keeping, growth) if usable else UNMEASURED
     mapped = mapped_sequences(track, gains, finite, settings)
     mapping = linear_maps(track, mapped, settings, withheld)
@@ -337,7 +337,7 @@ def _heads(
         constant = kept.keeping.constant is not None
         rate: Rate = interval_of_rates(values, common, constant, growth)
         gains.append(gain)
-        rates.append(rate if usable else UNKNOWN)
+        rates.append(rate if usable else UNKNOWN_RATE)
         verdicts.append(judge(gain, int(np.isfinite(own.votes).sum()), steps))
     erased = kept.erased if len(kept.erased) == count else np.full(count, math.nan)
     return Heads(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.copies import copied
@@ -100,6 +101,7 @@ class Heard:
             told.observer.missed_scan(told.name, str(why))
             return
         lengths, remark = _lengths(self._mask, fields["batch"], fields["steps"])
+        fields["precision"] = _coarsest(fields.get("precision"), leaves(self._given).values())
         fields["notes"] = (*fields.get("notes", ()), *remark)
         name = told.name + fields.pop("part", "")  # a module may run several
         told.observer.saw_scan(Scanned(name=name, lengths=lengths, **fields))
@@ -114,6 +116,16 @@ class Heard:
     def _missed_by_all(self, why: str) -> None:
         for observer in self._observers:
             observer.missed_scan(self._entry.cell, why)
+
+
+def _coarsest(known: torch.dtype | None, given: Iterable[Tensor]) -> torch.dtype:
+    """In which a function computes at worst, which a mapping may know: that of its coarsest argument."""
+    kinds = {tensor.dtype for tensor in given if tensor.is_floating_point()}
+    kinds |= {known} if known is not None else set()
+    for device in {tensor.device.type for tensor in given}:
+        if torch.is_autocast_enabled(device):
+            kinds.add(torch.get_autocast_dtype(device))
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
 
 
 def _copied(value: Any) -> Any:

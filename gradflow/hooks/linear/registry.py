@@ -10,6 +10,7 @@ Letters: T steps, B sequences, D channels, N numbers a channel, H heads, d_k, d_
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -70,6 +71,10 @@ class Entry:
         holder, _, name = self.name.rpartition(".")
         return holder, name
 
+    def is_of(self, path: str) -> bool:
+        """Whether a module of this name is one of its own."""
+        return any(path == each or path.startswith(f"{each}.") for each in self.modules)
+
     def bound(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """The arguments of a call by name, defaults filled in."""
         names = self.reads.split()
@@ -102,7 +107,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Place:
+class Attribute:
     """Where a function of the registry is to be found: an attribute of a module, class or model part."""
 
     space: Any
@@ -117,40 +122,50 @@ def entries() -> tuple[Entry, ...]:
     return ENTRIES
 
 
-def places(parts: Iterable[Any]) -> Iterator[Place]:
+def places(parts: Iterable[Any]) -> Iterator[Attribute]:
     """Where the functions of the registry can be called from: in their modules, wherever another module
     has taken them from there, and in these parts of a model, which may hold them as attributes."""
-    roots = {module.partition(".")[0] for entry in entries() for module in entry.modules}
-    if all(sys.modules.get(root) is None for root in roots):
-        return
-    loaded = {name: module for name, module in list(sys.modules.items()) if module is not None}
+    last = next(reversed(sys.modules), "")
+    holding = _holding((len(sys.modules), last, id(sys.modules.get(last))))
     known: dict[int, Entry] = {}
     for entry in entries():
         holder, name = entry.owner
-        for module in _modules(entry, loaded):
+        for module, path, held in holding:
+            if held != (holder or name) or not entry.is_of(path):
+                continue
             space = vars(module).get(holder) if holder else module
             function = None if space is None else vars(space).get(name)
             if callable(function):
                 known.setdefault(id(function), entry)
                 if holder and known[id(function)] is entry:
-                    yield Place(space, name, entry)
-    names = {entry.owner[1] for entry in known.values()}
-    for space in loaded.values():
-        held = vars(space) if isinstance(space, ModuleType) else {}
-        every = held if space is loaded.get("__main__") else names
-        for name in list(every):
-            if id(held.get(name)) in known:
-                yield Place(space, name, known[id(held[name])])
-    for space in parts:
-        for name, value in list(vars(space).items()):
-            if id(value) in known:
-                yield Place(space, name, known[id(value)])
+                    yield Attribute(space, name, entry)
+    if not known:
+        return
+    for module, _, held in holding:
+        if id(vars(module).get(held)) in known:
+            yield Attribute(module, held, known[id(vars(module)[held])])
+    for space in (sys.modules.get("__main__"), *parts):
+        for name, value in list(vars(space).items()) if space is not None else []:
+            function = value.func if isinstance(value, functools.partial) else value
+            if id(function) in known:
+                yield Attribute(space, name, known[id(function)])
 
 
-def _modules(entry: Entry, loaded: dict[str, Any]) -> list[Any]:
+@functools.lru_cache(maxsize=1)
+def _holding(stamp: tuple[int, str, int]) -> list[tuple[ModuleType, str, str]]:
+    """The loaded modules that hold something of a name of the registry: module, its name, the name.
+
+    It is looked for again when more modules are loaded, which the stamp tells.
+    """
+    loaded = list(sys.modules.items())
+    roots = {module.partition(".")[0] for entry in entries() for module in entry.modules}
+    if not roots & sys.modules.keys():
+        return []
+    names = {entry.owner[0] or entry.owner[1] for entry in entries()}
     return [
-        module
-        for name, module in loaded.items()
-        if any(name == each or name.startswith(f"{each}.") for each in entry.modules)
-        and isinstance(module, ModuleType)
+        (module, path, name)
+        for path, module in loaded
+        if isinstance(module, ModuleType)
+        for name in names
+        if name in vars(module)
     ]

@@ -22,7 +22,7 @@ from gradflow.hooks.wide import LedStep, MaskedStep, WideStep, mixes, tape_of, w
 REORDERED = (
     "a step that mixes its sequences, or puts them in another order, beside a mixture (zoneout)"
 )
-HIDDEN = "a mixture with a constant start that the graph does not hold"
+HIDDEN_START = "a mixture with a constant start that the graph does not hold"
 
 
 @dataclass(eq=False)
@@ -117,14 +117,14 @@ class Around:
         share is the diagonal of K (B, S), None where K has more than that.
         """
         if share is None:
-            raise NotReadable(HIDDEN)
+            raise NotReadable(HIDDEN_START)
         returned = torch.cat(list(source.marks[-2].states.values()), dim=1)
         constant = torch.cat([source.initial[name] for name in source.marks[-2].states], dim=1)
         fits = self.values is not None and close_to(
             self.values, share * returned + (1 - share) * constant, returned.abs() + constant.abs()
         )
         if not fits:
-            raise NotReadable(HIDDEN)
+            raise NotReadable(HIDDEN_START)
         return 1 - share
 
 

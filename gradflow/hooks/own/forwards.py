@@ -20,7 +20,7 @@ from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.patch import observers_here, run_as_it_is, traced_as, untraced
 from gradflow.hooks.replaced import Replaced, lock, put_back, replace
 
-STOCK = "torch.nn."
+TORCH_NN = "torch.nn."
 
 
 _users: dict[int, set[Watching]] = {}  # who watches a forward, by the id of what holds it
@@ -36,7 +36,7 @@ def holder(module: nn.Module) -> type | nn.Module | None:
     for kind in type(module).__mro__:
         if "forward" not in vars(kind):
             continue
-        stock = kind.__module__.startswith(STOCK) and kind is not nn.Sequential
+        stock = kind.__module__.startswith(TORCH_NN) and kind is not nn.Sequential
         plain = isinstance(vars(kind)["forward"], FunctionType)
         return kind if plain and not stock else None
     return None

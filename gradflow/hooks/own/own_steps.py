@@ -21,7 +21,10 @@ from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
 from gradflow.limits import PART_CALLS
 
-MOVED = "the batch changes between two calls while a state is mixed with the one before (zoneout, a mask)"
+MOVED_BATCH = (
+    "the batch changes between two calls while a state is mixed with the one before "
+    "(zoneout, a mask)"
+)
 
 
 class OwnSteps:
@@ -155,7 +158,7 @@ class OwnSteps:
                 return False
             self.marks.without_graph(loop.end, place, mark)
         elif mixed and mark.rows is not None:
-            mark.unknown = MOVED
+            mark.unknown = MOVED_BATCH
         loop.around = loop.around.next(entering, values, place)
         Marks.extend(loop.end, mark)
         self.marks.settle(loop.end, {}, place, mark)

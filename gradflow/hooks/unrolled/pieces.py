@@ -55,7 +55,7 @@ def _used(states: list[Edge], since: int) -> list[Tensor]:
     return found
 
 
-_SHOWN: tuple[Callable[[Tensor], Tensor], ...] = (torch.tanh, torch.sigmoid, torch.relu)
+_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (torch.tanh, torch.sigmoid, torch.relu)
 
 
 def holds(found: Tensor, row: Tensor) -> bool:
@@ -67,7 +67,7 @@ def holds(found: Tensor, row: Tensor) -> bool:
         equal = same == row
         if bool((equal | (same == 0)).all()) and bool((equal & (row != 0)).any()):
             return True
-        return any(torch.equal(same, shown(row)) for shown in _SHOWN)
+        return any(torch.equal(same, shown(row)) for shown in _ACTIVATIONS)
     width = row.shape[1]
     if found.dim() != 2 or len(found) != len(row) or found.shape[1] < width:
         return False

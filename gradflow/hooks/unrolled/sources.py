@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-STOCK = "torch."
+TORCH_CODE = "torch."
 Loop = ast.For | ast.While
 
 
@@ -84,7 +84,7 @@ def _as_loop(method: ast.FunctionDef) -> ast.While:
 
 def _classes(module: nn.Module) -> list[tuple[type, str]]:
     """The classes of a module that are the user's own, and their files."""
-    kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith(STOCK)]
+    kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith(TORCH_CODE)]
     return [(kind, file) for kind in kinds if (file := _file_of(kind)) is not None]
 
 

@@ -334,7 +334,7 @@ class Watch:
 
     def _is_users(self, path: str) -> bool:
         module = self.modules.get(path)
-        return module is not None and not type(module).__module__.startswith(sources.STOCK)
+        return module is not None and not type(module).__module__.startswith(sources.TORCH_CODE)
 
 
 def _below(name: str, path: str) -> str:

@@ -21,7 +21,7 @@ from gradflow.reporter.numbers import count_words, number_words, percent_words
 from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import SERIES
 
-NAMES = {"weight_hh": "W_hh", "weight_ih": "W_ih"}
+WEIGHT_NAMES = {"weight_hh": "W_hh", "weight_ih": "W_ih"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def prepare(layer: LayerAnalysis) -> LagGradient:
         message=_message(names[0], parts[0], window, layer),
         reading=_reading(layer, names[0]),
         lag=lag,
-        parameters=tuple(NAMES.get(name, name) for name in names),
+        parameters=tuple(WEIGHT_NAMES.get(name, name) for name in names),
         share=share,
         error=error,
         windows=() if math.isnan(window) else (window,),
@@ -115,12 +115,12 @@ def _half(parts: np.ndarray) -> int:
 
 def _message(name: str, parts: np.ndarray, window: float, layer: LayerAnalysis) -> str:
     if not (parts > 0).any():
-        return f"∂L/∂{NAMES.get(name, name)} is exactly 0: nothing of this loss trains it"
+        return f"∂L/∂{WEIGHT_NAMES.get(name, name)} is exactly 0: nothing of this loss trains it"
     steps = _half(parts)
     last = "the loss step itself" if steps == 1 else f"the last {steps} steps"
     if steps > 10 and 2 * steps > np.count_nonzero(parts > 0):
         last = f"{steps - 1} or more steps back"  # far steps carry it, which "the last" would hide
-    said = f"half of ∂L/∂{NAMES.get(name, name)} comes from {last}"
+    said = f"half of ∂L/∂{WEIGHT_NAMES.get(name, name)} comes from {last}"
     if math.isnan(window):
         return said
     if window >= layer.steps:

@@ -23,7 +23,7 @@ from gradflow.reporter.numbers import count_words, number_words
 from gradflow.reporter.picture import FAINT
 from gradflow.reporter.scale import SERIES
 
-KINDS = (
+RANKS = (
     ("rank_surviving", f"directions with gain ≥ {GONE_WORDS}", SERIES[0], "-"),
     ("rank_effective", "effective rank", SERIES[1], DASHED),
     ("rank_stable", "stable rank ‖P‖²_F ÷ ‖P‖²", SERIES[2], DOTTED),
@@ -41,7 +41,7 @@ class Rank(Chart):
 
 def prepare(layer: LayerAnalysis) -> Rank:
     """Stable, effective and surviving rank of P over the lags that were measured."""
-    rows = [measured(layer, name) for name, *_ in KINDS]
+    rows = [measured(layer, name) for name, *_ in RANKS]
     if all(row is None for row in rows) or layer.steps <= 1:
         why = "No product over several steps was measured, so its rank is not known."
         note = absent(layer, "rank_surviving", why)
@@ -89,7 +89,7 @@ def draw(axes: Sequence[Axes], rank: Rank) -> None:
         lag, values = np.log10(rank.lag), np.log10(np.maximum(rank.values, 0))
     lines = [
         Line(row, name, colour, 1.6, dash)
-        for row, (_, name, colour, dash) in zip(values, KINDS, strict=True)
+        for row, (_, name, colour, dash) in zip(values, RANKS, strict=True)
     ]
     zeros = bool(np.isneginf(values).any())
     bottom, top = -0.35 if zeros else -0.08, float(np.log10(max(rank.size, 2))) + 0.08

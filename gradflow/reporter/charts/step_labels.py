@@ -12,10 +12,10 @@ from gradflow.reporter.charts.plot_lines import whole
 from gradflow.reporter.fonts import BOX, inches, legible
 
 SIZE = 7.0  # points
-LINE = 0.125  # inches between two lines of labels
-MOST = 0.8  # inches of a label
+LABEL_LINE = 0.125  # inches between two lines of labels
+MOST_INCHES = 0.8  # inches of a label
 TICK = 0.1  # inches that a number takes beneath an axis in any case
-FLAT = 0.3  # inches up to which labels stand side by side beneath an axis, not upright
+FLAT_INCHES = 0.3  # inches up to which labels stand side by side beneath an axis, not upright
 SEEN = {" ": "␣", "\n": "↵", "\t": "⇥"}  # what a reader would take for nothing
 
 
@@ -34,9 +34,9 @@ def _seen(label: str) -> str:
 
 
 def _cut(seen: str) -> str:
-    if inches(seen, SIZE) <= MOST:
+    if inches(seen, SIZE) <= MOST_INCHES:
         return seen
-    fits = next(n for n in range(1, len(seen) + 1) if inches(seen[:n] + "…", SIZE) > MOST)
+    fits = next(n for n in range(1, len(seen) + 1) if inches(seen[:n] + "…", SIZE) > MOST_INCHES)
     return seen[: fits - 1].rstrip() + "…"
 
 
@@ -48,7 +48,7 @@ def texts(labels: tuple[str, ...]) -> tuple[str, ...]:
     '…05:00:00 UTC'
     """
     seen = [_seen(label) for label in labels]
-    if len(set(seen)) > 1 and max(inches(one, SIZE) for one in seen) > MOST:
+    if len(set(seen)) > 1 and max(inches(one, SIZE) for one in seen) > MOST_INCHES:
         first, last = min(seen), max(seen)
         shared = next((first[:n] for n, one in enumerate(first) if last[n : n + 1] != one), first)
         # whole words and numbers only: what differs is read from where it begins
@@ -81,12 +81,12 @@ def below(labels: Sequence[str]) -> float:
     (0.0, 0.0, True)
     """
     wide = width(labels)
-    return wide - TICK if wide > FLAT else 0.0
+    return wide - TICK if wide > FLAT_INCHES else 0.0
 
 
 def beside(labels: Sequence[str]) -> float:
     """Inches that labels take beside an axis, more than numbers do."""
-    return max(0.0, width(labels) - FLAT / 2)
+    return max(0.0, width(labels) - FLAT_INCHES / 2)
 
 
 def label_steps(axis: Axis, labels: Sequence[str], places: Iterable[float], most: int = 8) -> None:
@@ -104,7 +104,7 @@ def label_steps(axis: Axis, labels: Sequence[str], places: Iterable[float], most
     long = box.width if flat else box.height
     room = long / (figure.dpi if figure else 100)
     upright = flat and below(labels) > 0
-    across = width(labels) + 0.08 if flat and not upright else LINE
+    across = width(labels) + 0.08 if flat and not upright else LABEL_LINE
     shown = [(place, text) for place, text in zip(places, texts(tuple(labels)), strict=True)
              if low <= place <= high]  # fmt: skip
     every = max(1, math.ceil(across * (high - low) / room)) if room else 1

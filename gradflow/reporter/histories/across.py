@@ -21,7 +21,7 @@ from gradflow.reporter.scale import BAD, DIRECT, UNDEFINED, VERDICT_COLOURS
 STRIP = 0.15  # inches of a strip
 WIDTH = 7.2  # inches of all panels
 SMALL = 7.0  # points of the words in a strip
-COLOURS = {  # what a reader calls them
+COLOUR_NAMES = {  # what a reader calls them
     **dict(zip(VERDICT_COLOURS.values(), ("blue", "red", "green", "black", "brown"), strict=True)),
     DIRECT: "orange",
     BAD: "magenta",
@@ -79,11 +79,11 @@ class Strip:
     """A row of coloured pieces over the training steps."""
 
     name: str  # what it shows
-    pieces: tuple[Piece, ...]  # one after the other
+    pieces: tuple[StripPiece, ...]  # one after the other
 
 
 @dataclass(frozen=True)
-class Piece:
+class StripPiece:
     """One colour from a training step to another."""
 
     start: float  # training step at its left end
@@ -138,7 +138,7 @@ def strips_of(course: Course) -> tuple[Strip, ...]:
     found = []
     if np.any(course.verdict != ""):
         pieces = [
-            Piece(
+            StripPiece(
                 edge[run.start],
                 edge[run.stop],
                 VERDICT_COLOURS.get(run.verdict, UNDEFINED),
@@ -152,7 +152,7 @@ def strips_of(course: Course) -> tuple[Strip, ...]:
         words = np.where(acts == 1, "clipping acted", np.where(acts == 0, "none", ""))
         colours = {"clipping acted": DIRECT, "none": OFF, "": UNDEFINED}
         pieces = [
-            Piece(edge[run.start], edge[run.stop], colours[run.verdict],
+            StripPiece(edge[run.start], edge[run.stop], colours[run.verdict],
                   run.verdict.replace("none", ""))
             for run in stretches(words, lasting=1)
         ]  # fmt: skip
@@ -160,7 +160,9 @@ def strips_of(course: Course) -> tuple[Strip, ...]:
     if course.bad.any():
         words = np.where(course.bad, "NaN or Inf", "")
         pieces = [
-            Piece(edge[run.start], edge[run.stop], BAD if run.verdict else "#ffffff", run.verdict)
+            StripPiece(
+                edge[run.start], edge[run.stop], BAD if run.verdict else "#ffffff", run.verdict
+            )
             for run in stretches(words, lasting=1)
         ]
         found.append(Strip("finite", tuple(pieces)))
@@ -181,7 +183,9 @@ def unwritten(charts: Sequence[Along]) -> dict[str, str]:
 
 def colour_words(charts: Sequence[Along]) -> str:
     """The same as a sentence, for pictures without a row of colours below them."""
-    said = [f"{COLOURS.get(colour, 'grey')} {words}" for colour, words in unwritten(charts).items()]
+    said = [
+        f"{COLOUR_NAMES.get(colour, 'grey')} {words}" for colour, words in unwritten(charts).items()
+    ]
     return f"In the strips: {', '.join(said)}." if said else ""
 
 

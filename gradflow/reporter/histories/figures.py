@@ -15,7 +15,7 @@ from gradflow.reporter.fonts import legible
 from gradflow.reporter.histories.across import colour_words, shared_by
 from gradflow.reporter.histories.course import Course, courses
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
-from gradflow.reporter.layout import Block, draw_blocks, title
+from gradflow.reporter.layout import PanelBlock, draw_blocks, title
 from gradflow.reporter.picture import look
 
 
@@ -65,7 +65,7 @@ def plot_histories(
         return draw_blocks(HISTORY_KINDS[kind], blocks)
 
 
-def blocks_of(kind: str, shown: Sequence[Course]) -> list[Block]:
+def blocks_of(kind: str, shown: Sequence[Course]) -> list[PanelBlock]:
     """A block of panels for each layer, on axes in common; the first of each run has its loss."""
     shared = shared_by(shown)
     charts = [
@@ -82,11 +82,14 @@ def blocks_of(kind: str, shown: Sequence[Course]) -> list[Block]:
         said = [chart.reading * last, colours * (bool(drawn) and chart is drawn[-1])]
         charts[place] = replace(chart, reading=" ".join(filter(None, said)))
     return [
-        Block(one.name, chart, unwritten=False) for one, chart in zip(shown, charts, strict=True)
+        PanelBlock(one.name, chart, unwritten=False)
+        for one, chart in zip(shown, charts, strict=True)
     ]
 
 
-def _draw_into(ax: Axes, kind: str, blocks: Sequence[Block], shown: Sequence[Course]) -> Figure:
+def _draw_into(
+    ax: Axes, kind: str, blocks: Sequence[PanelBlock], shown: Sequence[Course]
+) -> Figure:
     if len(blocks) > 1:
         names = ", ".join(one.name for one in shown)
         advice = "give layer= as well, or leave ax out"

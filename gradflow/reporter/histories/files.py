@@ -28,7 +28,7 @@ FigureKey = tuple[str, str]  # (kind, layer name); "top" for the layers named fi
 
 
 @dataclass(frozen=True)
-class Shown:
+class ToWrite:
     """What is written of a history."""
 
     history: History  # as it was given
@@ -73,7 +73,7 @@ def report_history(
     with whole_folder(folder, force=force) as new:
         layers = [now(one) for one in courses([history])]
         pictures = draw(history, layers) if {"html", "png"} & chosen else {}
-        shown = Shown(history, layers, pictures)
+        shown = ToWrite(history, layers, pictures)
         for name, write in _WRITERS.items():
             if name in chosen:
                 write(shown, new)
@@ -146,24 +146,24 @@ def _layer(one: Now) -> dict[str, Any]:
     }
 
 
-def _write_page(shown: Shown, folder: Path) -> None:
+def _write_page(shown: ToWrite, folder: Path) -> None:
     text = history_page(shown.history, shown.layers, shown.pictures)
     (folder / "report.html").write_text(text, encoding="utf-8", newline="\n")
 
 
-def _write_summary(shown: Shown, folder: Path) -> None:
+def _write_summary(shown: ToWrite, folder: Path) -> None:
     made = history_summary(shown.history)
     text = json.dumps(made, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
-def _write_tables(shown: Shown, folder: Path) -> None:
+def _write_tables(shown: ToWrite, folder: Path) -> None:
     for kind in TABLES:
         table = shown.history.frame(kind)
         table.to_csv(folder / f"{kind}.csv", index=False, lineterminator="\n")
 
 
-def _write_figures(shown: Shown, folder: Path) -> None:
+def _write_figures(shown: ToWrite, folder: Path) -> None:
     from gradflow.reporter.files import file_names
 
     place = folder / "figures"
@@ -174,7 +174,7 @@ def _write_figures(shown: Shown, folder: Path) -> None:
         (place / f"{stem}.png").write_bytes(picture)
 
 
-_WRITERS: dict[str, Callable[[Shown, Path], None]] = {
+_WRITERS: dict[str, Callable[[ToWrite, Path], None]] = {
     "html": _write_page,
     "json": _write_summary,
     "csv": _write_tables,

@@ -11,7 +11,7 @@ from gradflow.reporter.histories.across import unwritten
 from gradflow.reporter.kinds import Kind, Scale
 from gradflow.reporter.overview import special_colours
 
-LEFT = 0.95  # inches for the names of the strips
+STRIP_NAMES = 0.95  # inches for the names of the strips
 
 
 def _waterfall_specials(charts: Sequence[waterfall.Waterfall]) -> dict[str, str]:
@@ -26,7 +26,7 @@ HISTORY_KINDS: dict[str, Kind] = {
         draw=waterfall.draw,
         heights=waterfall.heights,
         gap=waterfall.gap,
-        left=LEFT,
+        left=STRIP_NAMES,
         above=0.05,
         scale=Scale(lambda ax, short: panels.draw_scale(ax, "as at the loss", short=short),
                     _waterfall_specials),
@@ -37,7 +37,7 @@ HISTORY_KINDS: dict[str, Kind] = {
         draw=lines.draw,
         heights=lines.heights,
         gap=lines.gap,
-        left=LEFT,
+        left=STRIP_NAMES,
         above=0.05,
     ),
     "horizons": Kind(
@@ -46,7 +46,7 @@ HISTORY_KINDS: dict[str, Kind] = {
         draw=lines.draw,
         heights=lines.heights,
         gap=lines.gap,
-        left=LEFT,
+        left=STRIP_NAMES,
         above=0.05,
     ),
     "gates": Kind(
@@ -55,7 +55,7 @@ HISTORY_KINDS: dict[str, Kind] = {
         draw=lines.draw,
         heights=lines.heights,
         gap=lines.gap,
-        left=LEFT,
+        left=STRIP_NAMES,
         above=0.05,
     ),
     "norms": Kind(
@@ -64,7 +64,7 @@ HISTORY_KINDS: dict[str, Kind] = {
         draw=lines.draw,
         heights=lines.heights,
         gap=lines.gap,
-        left=LEFT,
+        left=STRIP_NAMES,
         above=0.05,
     ),
 }  # fmt: skip

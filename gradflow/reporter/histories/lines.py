@@ -28,7 +28,7 @@ from gradflow.reporter.numbers import number_words, percent_words, rate_words
 from gradflow.reporter.picture import FAINT, INK, SOFT
 from gradflow.reporter.scale import DIRECT, SERIES, VERDICT_COLOURS
 
-HIGH = 1.5  # inches of a panel
+PANEL_HIGH = 1.5  # inches of a panel
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Panel:
     steps: bool = False  # whether the values are log10 of counts
     ticks: tuple[float, ...] = ()  # of the y axis; none: round numbers
     beyond: np.ndarray | None = None  # (N,) true where a value lies above the axis
-    high: float = HIGH  # inches
+    high: float = PANEL_HIGH  # inches
 
 
 @dataclass(frozen=True, kw_only=True)

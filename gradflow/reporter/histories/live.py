@@ -26,7 +26,7 @@ from gradflow.reporter.text import STYLES, console_of, encoded, is_plain
 PROBES = 60  # of the waterfall, the last ones
 SECONDS = 1.0  # between two looks at the file
 PATIENCE = 4.0  # times what drawing took, between two drawings
-HIGH = (8, 6, 4, 3, 2)  # lines of a waterfall: the largest for which all layers fit
+FALL_LINES = (8, 6, 4, 3, 2)  # lines of a waterfall: the largest for which all layers fit
 MARGIN = 6  # letters left of it
 BESIDE = MARGIN + PROBES + 2  # letters of a run, for another one to stand beside it
 BARS = "▁▂▃▄▅▆▇█"
@@ -159,7 +159,7 @@ def _run(run: Followed, console: Console, room: int, width: int) -> RenderableTy
         return Group(head, encoded(Text("no probe yet", style="dim"), console))
     layers = history.layers
     data = history.data.isel(step=slice(-PROBES, None))
-    high = next((lines for lines in HIGH if 2 + len(layers) * (lines + 2) <= room), 0)
+    high = next((lines for lines in FALL_LINES if 2 + len(layers) * (lines + 2) <= room), 0)
     fits = len(layers) if high else max(1, min(len(layers), room - 3))
     parts: list[RenderableType] = [head]
     shown = [now(course(history, layer, data=data)) for layer in layers[:fits]]

@@ -22,7 +22,7 @@ from gradflow.reporter.histories.story import updates
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.page import provenance_rows, template
 
-TOP = 2  # layers whose waterfall heads the page; the others follow below
+HEAD_LAYERS = 2  # layers whose waterfall heads the page; the others follow below
 SAID = 3  # notes at the head of the page, the last ones
 NOTES = 500  # notes on the page, the last ones
 TITLES = {
@@ -46,7 +46,7 @@ class Embedded:
 
 def top_layers(layers: Sequence[Now]) -> list[Now]:
     """The layers whose waterfall heads the page: the worst, in the order in which they ran."""
-    chosen = worst_first(list(layers))[:TOP]
+    chosen = worst_first(list(layers))[:HEAD_LAYERS]
     return [one for one in layers if one in chosen]
 
 

@@ -15,11 +15,11 @@ from gradflow.limits import CLIPPING_NEAR, LASTING, LEARNED, LOST
 from gradflow.reporter.histories.course import Course, smooth
 from gradflow.reporter.numbers import count_words
 
-MOST = 4  # stretches that a sentence tells one by one
+TOLD = 4  # stretches that a sentence tells one by one
 
 
 @dataclass(frozen=True)
-class Stretch:
+class VerdictRun:
     """Probes in a row that have one verdict."""
 
     verdict: str  # the verdict, "" without one
@@ -27,31 +27,31 @@ class Stretch:
     stop: int  # place behind the last
 
 
-def stretches(verdicts: np.ndarray, lasting: int = LASTING) -> list[Stretch]:
+def stretches(verdicts: np.ndarray, lasting: int = LASTING) -> list[VerdictRun]:
     """The verdicts in a row; a change that lasts fewer than so many probes is none.
 
     >>> words = np.array(["stable"] * 4 + ["vanishing"] + ["stable"] * 3)
     >>> [(one.verdict, one.start, one.stop) for one in stretches(words)]
     [('stable', 0, 8)]
     """
-    runs: list[Stretch] = []
+    runs: list[VerdictRun] = []
     for place, verdict in enumerate(verdicts.tolist()):
         if runs and runs[-1].verdict == verdict:
-            runs[-1] = Stretch(verdict, runs[-1].start, place + 1)
+            runs[-1] = VerdictRun(verdict, runs[-1].start, place + 1)
         else:
-            runs.append(Stretch(verdict, place, place + 1))
+            runs.append(VerdictRun(verdict, place, place + 1))
     if len(verdicts) < 2 * lasting:
         return runs
-    kept: list[Stretch] = []
+    kept: list[VerdictRun] = []
     for run in runs:
         lasts = run.stop - run.start >= lasting
         if kept and (not lasts or kept[-1].verdict == run.verdict):
-            kept[-1] = Stretch(kept[-1].verdict, kept[-1].start, run.stop)
+            kept[-1] = VerdictRun(kept[-1].verdict, kept[-1].start, run.stop)
         elif lasts or not kept:
             kept.append(run)
     first = kept[0]
     if len(kept) > 1 and first.stop - first.start < lasting:  # one that did not last, at the start
-        kept[:2] = [Stretch(kept[1].verdict, 0, kept[1].stop)]
+        kept[:2] = [VerdictRun(kept[1].verdict, 0, kept[1].stop)]
     return kept
 
 
@@ -176,7 +176,7 @@ def _judged(course: Course, *, short: bool = False) -> str:
     end += _but_now(course, last.verdict)
     if short:
         return end
-    if len(told) > MOST:
+    if len(told) > TOLD:
         return f"{len(told) - 1} changes of its verdict, {end}"
     said = [f"{told[0].verdict} up to update {_at(course, told[0].stop - 1)}"]
     for run in told[1:-1]:
@@ -192,7 +192,7 @@ def _but_now(course: Course, verdict: str) -> str:
     return f", {known[-1]} at the last probe" if known[-1] != verdict else ""
 
 
-def _between(runs: list[Stretch], place: int) -> bool:
+def _between(runs: list[VerdictRun], place: int) -> bool:
     """Whether a stretch is an inconclusive one on the way from one verdict to another."""
     return (
         runs[place].verdict == "inconclusive"
@@ -215,7 +215,7 @@ def clipping_began(course: Course) -> np.ndarray:
     return np.flatnonzero(steady[1:] & ~acts[:-LASTING]) + 1
 
 
-def _after_clipping(course: Course, run: Stretch) -> str:
+def _after_clipping(course: Course, run: VerdictRun) -> str:
     """How long after clipping began to act the layer began to vanish, where that is near."""
     began = clipping_began(course)
     began = began[(began <= run.start) & (began >= run.start - CLIPPING_NEAR)]

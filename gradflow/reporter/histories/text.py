@@ -28,7 +28,7 @@ class NowColumn:
     from_width: int = 0  # letters of the console that it needs
 
 
-COLUMNS = (
+NOW_COLUMNS = (
     NowColumn("layer", lambda one: one.course.name, words=True),
     NowColumn("cell", lambda one: one.course.cell, words=True, from_width=76),
     NowColumn("verdict", lambda one: one.verdict or "none", words=True),
@@ -89,7 +89,7 @@ def render_histories(
 def now_table(layers: list[Now], console: Console) -> Table:
     """A row per layer, with its last numbers."""
     table = empty_table(console)
-    columns = [column for column in COLUMNS if console.width >= column.from_width]
+    columns = [column for column in NOW_COLUMNS if console.width >= column.from_width]
     for column in columns:
         table.add_column(
             encoded(Text(column.heading), console),

@@ -26,8 +26,8 @@ from gradflow.reporter.histories.story import title
 from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import paint
 
-ROWS, COLUMNS = 128, 720  # of the picture, at most: what a page shows as single dots
-HEIGHTS = (0.62, 1.9)  # inches of the loss and of the waterfall
+DOTS_DOWN, DOTS_ACROSS = 128, 720  # of the picture, at most: what a page shows as single dots
+LOSS_HIGH, FALL_HIGH = 0.62, 1.9  # inches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +75,13 @@ def _image(course: Course, shared: Shared) -> tuple[np.ndarray, np.ndarray, int]
     lag = course.lag[known] if len(known) else np.zeros(1)
     profile = course.profile[:, known] if len(known) else np.full((len(course.step), 1), np.nan)
     bad = course.bad[:, None] & np.isnan(profile)
-    pool = max(1, math.ceil(len(course.step) / COLUMNS))
+    pool = max(1, math.ceil(len(course.step) / DOTS_ACROSS))
     profile, bad, edge = _pooled(profile, bad, edges(course.step), pool)
-    across = np.linspace(*shared.steps, COLUMNS, endpoint=False)
-    across = across + (shared.steps[1] - shared.steps[0]) / COLUMNS / 2
+    across = np.linspace(*shared.steps, DOTS_ACROSS, endpoint=False)
+    across = across + (shared.steps[1] - shared.steps[0]) / DOTS_ACROSS / 2
     column = np.searchsorted(edge, across, side="right") - 1
     inside = (column >= 0) & (column < len(profile))
-    down = np.expm1((np.arange(ROWS) + 0.5) / ROWS * depth(shared.lags + 0.5))
+    down = np.expm1((np.arange(DOTS_DOWN) + 0.5) / DOTS_DOWN * depth(shared.lags + 0.5))
     # the measured lag that lies nearest, in the logarithm
     row = np.abs(depth(lag)[None, :] - depth(down)[:, None]).argmin(axis=1)
     image = profile[np.clip(column, 0, len(profile) - 1)][:, row].T
@@ -135,9 +135,9 @@ def _reading(course: Course, top: bool, pool: int, shared: Shared) -> str:
 def heights(chart: Waterfall) -> tuple[float, ...]:
     """Inches of the panels: the loss, the strips, the waterfall."""
     return (
-        *((HEIGHTS[0],) if chart.top else ()),
+        *((LOSS_HIGH,) if chart.top else ()),
         *(STRIP for _ in chart.strips),
-        HEIGHTS[1],
+        FALL_HIGH,
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gradflow.cells.linear import LinearSteps
 from gradflow.hooks.linear.kinds.tensors import time_first, time_third, wide
-from gradflow.hooks.linear.registry import Entry, Seen
+from gradflow.hooks.linear.registry import Entry, Seen, Unread
 
 HIGHEST = 40.0  # an exponent that leaves room for a sum of many steps in float32
 
@@ -84,10 +84,10 @@ def rwkv(seen: Seen) -> dict[str, Any]:
     }
 
 
-def mlstm(names: str, *, keys: bool) -> Callable[[Seen], dict[str, Any]]:
+def mlstm(names: str, *, keys: bool, start: float) -> Callable[[Seen], dict[str, Any]]:
     """The mapping of an mLSTM whose q, k, v, ĩ and f̃ have these names: (B, H, T, d), (B, H, T[, 1]).
 
-    d_k^{−1/2} is on the keys, or else on the queries.
+    d_k^{−1/2} is on the keys, or else on the queries. The stabiliser m starts from ``start``.
     """
 
     def read(seen: Seen) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def mlstm(names: str, *, keys: bool) -> Callable[[Seen], dict[str, Any]]:
             i, f = (time_third(wide(x).reshape(batch, heads, steps)) for x in (into, forget))
             q, k = (q, k / math.sqrt(d_k)) if keys else (q / math.sqrt(d_k), k)
             kept = F.logsigmoid(f).cumsum(0)
-            stabiliser = kept + (i - kept).cummax(0).values
+            stabiliser = kept + (i - kept).cummax(0).values.clamp_min(start)
             high = _too_high(i)
             lowest = torch.exp(-high)[..., None]
             small = given["eps"] * torch.exp(stabiliser - high)[..., None]
@@ -133,6 +133,30 @@ def mlstm(names: str, *, keys: bool) -> Callable[[Seen], dict[str, Any]]:
     return read
 
 
+def mlstm_in_chunks(names: str) -> Callable[[Seen], dict[str, Any]]:
+    """The mapping of an mLSTM in chunks: m starts from 0, and d_k^{−1/2} is on the queries."""
+    inner = mlstm(names, keys=False, start=0.0)
+
+    def read(seen: Seen) -> dict[str, Any]:
+        if any(seen.given[name] is not None for name in _FIRST.split()):
+            raise Unread(
+                "a first state that is given, divided by its stabiliser, is not understood"
+            )
+        precision = seen.given.get("autocast_kernel_dtype") or torch.float32
+        return inner(seen) | {"precision": precision}
+
+    return read
+
+
+_FIRST = "c_initial n_initial m_initial"
+_KERNELS = ("native_autograd", "native_custbw", "limit_chunk", "xl_chunk")
+_TILES = (
+    "chunk_size chunk_size_inter chunk_size_intra siz_b_L_parallel siz_b_L_loop siz_b_DH_parallel"
+)
+_REST = (
+    "siz_b_DH_loop num_warps_intra num_warps_inter num_stages_intra num_stages_inter "
+    "recompute_states_in_bw return_last_states"
+)
 _MLSTM = "queries keys values igate_preact fgate_preact"
 
 ENTRIES = (
@@ -149,7 +173,25 @@ ENTRIES = (
         "parallel_stabilized_simple",
         "mLSTM",
         f"{_MLSTM} eps",
-        mlstm(_MLSTM, keys=True),
+        mlstm(_MLSTM, keys=True, start=-math.inf),
         ignores="lower_triangular_matrix",
+    ),
+    *(
+        Entry(
+            (package,),
+            name,
+            "mLSTM",
+            f"{names} {_FIRST} eps",
+            mlstm_in_chunks(names),
+            ignores=f"autocast_kernel_dtype {_TILES} {_REST}",
+        )
+        for package, name, names in (
+            *(("mlstm_kernels", f"mlstm_chunkwise__{kernel}", "q k v i f") for kernel in _KERNELS),
+            (
+                "transformers.models.xlstm",
+                "mlstm_chunkwise_native_autograd",
+                "query key value igate fgate",
+            ),
+        )
     ),
 )

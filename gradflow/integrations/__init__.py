@@ -1,0 +1,1 @@
+"""Where people look: other packages' trainers and logs; each is imported only where it is used."""
