@@ -5,7 +5,7 @@ Everything else that a test uses is public: `gradflow` and the packages right be
 
 # ruff: noqa: F401
 
-from gradflow.analyzer.agreement import agreed
+from gradflow.analyzer.agreement import agreed, agreed_by_votes
 from gradflow.analyzer.blocks import Blocks
 from gradflow.analyzer.cellpath import log_diagonal_gains
 from gradflow.analyzer.constant import constant_exponents
@@ -44,6 +44,7 @@ from gradflow.analyzer.sweep import Sweep
 from gradflow.analyzer.triangle import triangle as triangle_triangle
 from gradflow.analyzer.tried import decades
 from gradflow.analyzer.truncation import log_dropped
+from gradflow.analyzer.votes import votes
 from gradflow.analyzer.windows import Norms, Window, log_norms
 from gradflow.cells.linear import LinearSteps, side_by_side
 from gradflow.demo.task import AddingModel, adding_batch
