@@ -442,7 +442,8 @@ def _refuse_conditions(fail_on: str | None) -> None:
 
 def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:
     held = [text for condition in conditions for text in condition.held_by(analysis)]
-    for text in held:
+    still_open = [text for condition in conditions for text in condition.open_in(analysis)]
+    for text in [*held, *still_open]:
         click.echo(f"--fail-on: {text}", err=True)
     if held:
         raise SystemExit(CONDITION_HOLDS)

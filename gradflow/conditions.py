@@ -59,8 +59,13 @@ NUMBERS: dict[str, Callable[[JudgedLayer], float | None]] = {
     "horizon": _horizon,
     "half-life": lambda layer: layer.half_life,
     "channels": lambda layer: layer.channels,
-    "rate": lambda layer: layer.rate.value,
+    "rate": lambda layer: None if "not settled" in layer.labels else layer.rate.value,
 }
+
+UNTOLD = (
+    "a rate per step has not settled in so few steps; give longer sequences, or ask for a verdict, "
+    "which is of the gain"
+)
 
 
 NAN = "nan"  # the condition that a state is not finite
@@ -73,6 +78,7 @@ class Condition:
     text: str
     holds: Callable[[JudgedLayer], bool]
     measured: Callable[[JudgedLayer], str] = lambda layer: ""  # for the reader of a log
+    untold: Callable[[JudgedLayer], str] = lambda layer: ""  # why it cannot be told, "" if it can
 
     def held_by(self, analysis: Analysis) -> list[str]:
         """A sentence for every layer for which the condition holds."""
@@ -80,6 +86,14 @@ class Condition:
             f"{layer.name}: {self.text}{self.measured(layer)}"
             for layer in analysis
             if self.holds(layer)
+        ]
+
+    def open_in(self, analysis: Analysis) -> list[str]:
+        """A sentence for every layer for which nobody can tell whether it holds."""
+        return [
+            f"{layer.name}: {self.text} is not tested: {why}"
+            for layer in analysis
+            if (why := self.untold(layer)) and not self.holds(layer)
         ]
 
 
@@ -134,4 +148,7 @@ def _parse(text: str, option: str) -> Condition:
     def measured(layer: JudgedLayer) -> str:
         return _reason(layer) or f", it is {read(layer):.4g}"
 
-    return Condition(text, holds, measured)
+    def untold(layer: JudgedLayer) -> str:
+        return UNTOLD if name == "rate" and "not settled" in layer.labels else ""
+
+    return Condition(text, holds, measured, untold)

@@ -75,6 +75,11 @@ RATE_ROUNDING = _limit(1e-10, "nats per step", "what float64 rounding alone make
 # settling of the rate
 UNSETTLED = _limit(1.25, "of the difference", "between scales and between halves, by simulation")
 BOUNDARY = _limit(0.25, "of the boundary", "that was taken out, by simulation")
+PROBES = _limit(4, "vectors", "through every step, by which it is seen whether the steps still move")
+MOVES = _limit(0.12, "nats per step", "of growth, at most, for a mean step that is another, by simulation")
+MOVES_CHANCE = _limit(0.5, "of its expected square", "up to which such a move is by chance, by simulation")
+MOVES_LONG = _limit(5.0, "times the difference of halves", "that may be to come, by simulation")
+MOVES_MOST = _limit(1.0, "nats", "over all steps, that coming to rest makes of a growth, by simulation")
 SETTLED_DECADES = _limit(0.5, "decades", "over the span: a rate that may be off by more is not told,")
 SETTLED_SHARE = _limit(0.2, "of the rate", "unless it is less than this of the rate")
 TRACED = _limit(8, "exponents", "whose settling is kept")
@@ -240,6 +245,7 @@ WATCH_UNSEEN = _limit(20, "updates", "without a forward of the module, after whi
 WATCH_FRAMES = _limit(12, "frames", "above an optimizer's step, in which the GradScaler that calls it is")
 WATCH_FIGURES = _limit(10, "probes", "between two figures that are handed on")
 PROBE_SOURCES = _limit(4, "windows", "of one lag and sequence for it, evenly spread")
+PROBE_STEPS = _limit(32, "steps", "by which a probe sees whether the steps still move")
 
 # what is said of a training
 LASTING = _limit(3, "probes", "that a change of verdict has to last, to be told: issue of the history")
@@ -288,6 +294,7 @@ PAIR_WIDTH = _limit(4096, "entries", "that a sum over pairs takes at once")
 PAIR_SECONDS = _limit(1e-9, "seconds", "of one entry of one pair, where the largest is looked for")
 HEAD_LAGS = _limit(64, "distances", "at which the heads of a layer are told apart")
 LOSS_BYTES = _limit(2**27, "bytes", "of gradients of a wide linear state that are pulled back at once")
+EXPONENTS_MOST = _limit(256, "exponents", "of a linear recurrence that are told one by one")
 EXPONENT_BYTES = _limit(2**26, "bytes", "of the growth of single entries of a linear state, step by step")
 UNITS_EACH = _limit(512, "entries", "of a state (channels, N), up to which each is a unit of its own")
 UNITS_MOST = _limit(4096, "units", "that a linear state is shown by, where it can be parted so finely")

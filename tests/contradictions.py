@@ -268,6 +268,8 @@ def _half_life(layer: LayerAnalysis, seen: Map) -> Iterator[str]:
     by_rate = layer.rate.value < 0 and near(half * -layer.rate.value, math.log(2), 1e-6)
     if by_rate and not layer.rate_told:
         yield f"{half} by a rate that has not settled"
+    elif by_rate and layer.rate.low < 0 < layer.rate.high:
+        yield f"{half} by a rate that may be 0"
     elif by_rate and math.isfinite(own):
         if not (half / 2 <= own <= 2 * half or abs(own - half) <= 1):
             yield f"{half} by the rate, where the curve has it at {own}"

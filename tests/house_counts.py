@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
+PUBLIC = ("gradflow.integrations.",)  # modules that users import, of which each needs its package
 Trees = dict[str, ast.Module]  # dotted name -> source
 
 
@@ -106,6 +107,7 @@ def internals(tests: Trees, rooms: set[str]) -> list[tuple[str, str]]:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module and node.module.count(".") > 1
         if node.module.startswith("gradflow.") and node.module not in rooms
+        if not node.module.startswith(PUBLIC)
         for alias in node.names
     ]
 

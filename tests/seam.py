@@ -37,7 +37,7 @@ from gradflow.analyzer.rates import (
 from gradflow.analyzer.read_states import read_part
 from gradflow.analyzer.reading import Reading, readings
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import enough, parted, settled
+from gradflow.analyzer.settling import enough, mean_steps, parted, settled
 from gradflow.analyzer.singular import log_singular_along, survivors
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.sweep import Sweep

@@ -203,6 +203,20 @@ def padded() -> Recording:
     return recorded(model, lambda: model(data())[0][0], lengths=[5, 3])
 
 
+def parallel_scan() -> Recording:
+    """h_t = z_t h_{t−1} + (1 − z_t) n_t of all steps at once, through sums of logarithms."""
+    model = nn.Linear(3, 8)
+
+    def run() -> Tensor:
+        z, n = model(data().transpose(0, 1)).chunk(2, dim=-1)
+        z = z.sigmoid()
+        kept = z.log().cumsum(1).exp()
+        h = kept * ((1 - z) * n / kept).cumsum(1)
+        return gradflow.scan(h, decay=z)[:, -1]
+
+    return recorded(model, run)
+
+
 SUPPORTED = [
     Supported(
         "layers",
@@ -241,6 +255,14 @@ SUPPORTED = [
         "loops by hand",
         "where their states can be told from the graph; all that mark them with `gradflow.tap`",
         by_hand,
+    ),
+    Supported(
+        "linear recurrences",
+        "unmodified in transformers 5 (Mamba, Falcon-Mamba, Jamba, Mamba-2, Bamba, Falcon-H1, "
+        "Granite-hybrid, Nemotron-H, Zamba2, RecurrentGemma, RWKV-4, Qwen3-Next, Qwen3.5, OLMo-hybrid, "
+        "Kimi Linear, xLSTM), minGRU-pytorch, mambapy, xlstm; kernels of mamba_ssm and fla by their "
+        "signatures; of your own with `gradflow.scan`: real or complex decays, one per head, delta rules",
+        parallel_scan,
     ),
     Supported(
         "truncation",

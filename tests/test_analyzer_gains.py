@@ -241,3 +241,28 @@ def test_a_rate_that_has_not_settled_tells_no_half_life(falls: bool) -> None:
         assert not len(fallen) and math.isnan(layer.half_life) and "none" in row
     else:
         assert fallen[0] - 1 <= layer.half_life <= fallen[0] and f"{layer.half_life:.4g}" in row
+
+
+class Driven(nn.Module):
+    """h' = exp(0.02 x) Q h with Q orthogonal, so that the exponent is exactly 0."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.q = nn.Parameter(torch.linalg.qr(torch.randn(hidden, hidden, dtype=F64))[0])
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return (0.02 * x[:, :1]).exp() * (h @ self.q.T) + x
+
+
+def test_a_rate_that_may_be_0_is_told_and_tells_no_half_life() -> None:
+    torch.manual_seed(0)
+    cell, x = Driven(6), torch.randn(100, 8, 6, dtype=F64)
+    with gradflow.record(cell) as recording:
+        h = torch.zeros(8, 6, dtype=F64)
+        for step in x:
+            h = cell(step, h)
+        h.pow(2).mean().backward()
+    layer = next(iter(gradflow.analyze(recording)))
+    assert layer.rate_told and layer.rate.low < 0 < layer.rate.high < 0.005
+    assert layer.verdict == "stable" and math.isnan(layer.half_life)
+    assert "halves" not in layer.sentence and "half" not in layer.title

@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import gradflow
 from gradflow import cli, workflow
+from gradflow.conditions import parse_conditions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -219,6 +221,24 @@ def test_fail_on(condition: str, code: int, here: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().err
     assert (condition in said) == bool(code)
     assert (", it is " in said) == (condition == "horizon<99")
+
+
+def test_fail_on_does_not_believe_a_rate_that_has_not_settled(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(4, 8)
+    with torch.no_grad():
+        lstm.bias_ih_l0[8:16] = torch.arange(1.0, 9.0).log()  # time scales of 1 to 8 steps
+    torch.save(lstm.state_dict(), here / "lstm.pt")
+    assert run("analyze", "lstm.pt", "--seq-len", "8", "--json", "--fail-on", "rate<0") == 0
+    said = capsys.readouterr()
+    (layer,) = json.loads(said.out)["layers"]
+    assert "not settled" in layer["labels"] and layer["rate"]["value"] < 0
+    assert "l0: rate<0 is not tested: a rate per step has not settled" in said.err
+    settled = gradflow.diagnose(nn.RNN(4, 8), torch.randn(60, 8, 4))
+    (condition,) = parse_conditions("rate<0")
+    assert condition.open_in(settled) == [] and len(condition.held_by(settled)) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from test_linear_measured import recorded
 
 import gradflow
 from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.reporter import KINDS
 
 T, B = 64, 3
 
@@ -141,6 +143,32 @@ def test_time_scales_are_those_of_the_decays() -> None:
     chart = time_scales.prepare(layer)
     assert chart.note == ""
     assert "decay |a|" in chart.reading
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_hardly_any_step(steps: int, tmp_path: Path) -> None:
+    made = LinearSteps(shape=(4,), decay=random(steps, B, 4), write=(random(steps, B, 4),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gradflow.GradflowWarning)
+        run = analyzed(made)
+    assert steps > 1 or run["mixer"].verdict == "inconclusive"
+    gradflow.report(run, tmp_path / "run")
+
+
+def test_a_decay_that_is_not_finite_gives_no_gains() -> None:
+    decay = random(T, B, 4, low=0.5)
+    decay[3, 1, 2] = float("nan")
+    h = torch.randn(T, B, 4, requires_grad=True)
+    with gradflow.record(torch.nn.Identity()) as recording:
+        gradflow.scan(h * 1, decay=decay, time=0).sum().backward()
+    layer = gradflow.analyze(recording)["scan"]
+    assert layer.verdict == "inconclusive"
+    assert "its decay holds NaN or Inf" in layer.sentence
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "overview"])
+def test_every_picture_can_be_drawn(kind: str, mixed: Analysis) -> None:
+    gradflow.plot(mixed, kind)
 
 
 def test_two_runs_are_compared(mixed: Analysis) -> None:

@@ -169,8 +169,8 @@ def test_a_row_goes_on_with_what_it_depends_on_and_else_begins_or_is_cut(
     for (call, row), (track, t, b) in found.items():
         torch.testing.assert_close(track.grad_h[t, b], steps[call][0].grad[row], rtol=1e-9, atol=0)
         origin, before = plans[call][row], places.get((track, t - 1, b))
-        if origin is None:  # begins, or the place in the batch is cut off from what was there
-            assert t == 0 or (track.cuts[t, b] and before == (call - 1, row))
+        if origin is None:
+            assert t == 0
             continue
         assert before == (call - 1, origin)
         assert not track.cuts[t, b]
@@ -223,17 +223,46 @@ def test_units_that_are_all_dead_while_the_batch_shrinks_are_no_new_sequence() -
     assert not track.cuts.any()
 
 
+@pytest.mark.parametrize("way", ["cat", "where"])
 @pytest.mark.parametrize("kind", ["GRUCell", "own", "tap"])
-def test_buffers_that_swap_finished_sequences_are_not_called_dead(kind: str) -> None:
+def test_buffers_that_swap_finished_sequences_are_not_called_dead(kind: str, way: str) -> None:
     module, step, _ = step_of(kind)
     with gradflow.record(module) as recording:
         h, loss = torch.zeros(BATCH, WIDTH).double(), 0.0
         for t in range(24):
-            if t and t % 6 == 0:
+            if t and t % 6 == 0 and way == "cat":
                 h = torch.cat([h[: t // 6], torch.zeros(1, WIDTH).double(), h[t // 6 + 1 :]])
+            elif t and t % 6 == 0:
+                h = torch.where(torch.arange(BATCH)[:, None] == t // 6, 0.0, h)
             (h,) = step(torch.randn(BATCH, WIDTH).double(), (h,))
             loss = loss + h.sum()
         loss.backward()
     (layer,) = gradflow.analyze(recording)
     assert layer.verdict != "dead"
-    assert recording[layer.name].cuts.nonzero().tolist() == [[6, 1], [12, 2], [18, 3]]
+    track = recording[layer.name]
+    cuts = [[6, 1], [12, 2], [18, 3]] if way == "where" else []
+    assert track.cuts.nonzero().tolist() == cuts
+    assert sorted(track.lengths.tolist()) == ([24] * 4 if cuts else [6, 6, 12, 12, 18, 18, 24])
+
+
+@pytest.mark.parametrize("way", ["index_copy", "in place"])
+def test_nodes_that_rest_and_return_are_cut_off_from_no_other_node(way: str) -> None:
+    """As in the memory of a temporal graph: each call updates some nodes, as many as the one before."""
+    torch.manual_seed(0)
+    cell, memory, made = nn.GRUCell(WIDTH, WIDTH).double(), torch.zeros(5, WIDTH).double(), {}
+    with gradflow.record(cell) as recording:
+        for t, nodes in enumerate([[0, 1, 2, 4], [0, 1, 3, 4], [0, 2, 3, 4], [1, 2, 3, 4]]):
+            new = cell(torch.randn(4, WIDTH).double(), memory[nodes])
+            made |= {tuple(row.tolist()): (t, node) for row, node in zip(new, nodes, strict=True)}
+            if way == "index_copy":
+                memory = memory.index_copy(0, torch.tensor(nodes), new)
+            else:
+                memory = memory.clone()
+                memory[nodes] = new
+        memory.pow(2).sum().backward()
+    (track,) = recording
+    assert not track.cuts.any()
+    for b, length in enumerate(track.lengths.tolist()):
+        seen = [made[tuple(track.h[t, b].tolist())] for t in range(length)]
+        assert len({node for _, node in seen}) == 1
+        assert [t for t, _ in seen] == list(range(seen[0][0], seen[0][0] + length))

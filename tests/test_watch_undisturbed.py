@@ -69,6 +69,16 @@ def test_a_watched_training_is_the_same_to_the_last_bit(
     assert torch_is_as_found()
 
 
+def test_the_whole_analysis_of_a_probe_is_beside_the_history(tmp_path: Path) -> None:
+    trained(tmp_path, 3, preset="full", every=2, budget=None)
+    assert {path.name for path in tmp_path.glob("*.nc")} == {"step-1.nc", "step-3.nc"}
+    analysis = gradflow.load(tmp_path / "step-3.nc")
+    history = gradflow.load(tmp_path)
+    assert history["rnn.l0"]["rate"].sel(step=3).item() == analysis["rnn.l0"].rate.value  # type: ignore[union-attr]
+    trained(tmp_path, 1, preset="full", every=2, budget=None, force=True)
+    assert {path.name for path in tmp_path.glob("*.nc")} == {"step-1.nc"}
+
+
 def test_the_comparison_would_see_one_random_number(tmp_path: Path) -> None:
     def draws(step: int, scalars: object, figures: object) -> None:
         torch.rand(1)

@@ -237,13 +237,14 @@ def channels(track: Track, singular: np.ndarray) -> int | None:
 def half_life(core: Core, labels: tuple[str, ...]) -> float:
     """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half.
 
-    A rate that has not settled tells none: then it is the curve's own, and where that has not fallen
-    by half yet, NaN.
+    A rate that has not settled, or may be 0 as well, tells none: then it is the curve's own, and
+    where that has not fallen by half yet, NaN.
     """
     rate, curve = core.rate.value, core.curve
     if curve.searched == 0 and not math.isfinite(rate):
         return math.nan
-    if math.isfinite(rate) and not core.settled:
+    either = core.rate.low < -RATE_ROUNDING and core.rate.high > RATE_ROUNDING
+    if math.isfinite(rate) and (either or not core.settled):
         return curve.half_life if math.isfinite(curve.half_life) else math.nan
     if rate < -RATE_ROUNDING and "not exponential" not in labels and curve.falls_with(rate):
         return math.log(2) / -rate

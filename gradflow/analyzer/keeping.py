@@ -27,7 +27,15 @@ from gradflow.analyzer.lyapunov import Growth, Leading, burn_in
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.rates import quantile, rate_of_one, rate_over_sequences
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import PARTS, Settled, beyond_noise, parted, settled
+from gradflow.analyzer.settling import (
+    PARTS,
+    Settled,
+    beyond_noise,
+    mean_steps,
+    parted,
+    settled,
+    unrest,
+)
 from gradflow.analyzer.windows import Norms, Window, log_norms
 from gradflow.limits import (
     EXACT_WIDTH,
@@ -61,6 +69,7 @@ class Keeping:
     leading: Leading  # of each sequence's first window
     constant: np.ndarray | None  # (S,) exponents, where the step Jacobian never changes
     missing: float = 0.0  # nats that one more round could add to a gain
+    seen: np.ndarray | None = None  # (2, B, m S) of `mean_steps`
 
     def rates_with(self, growth: Growth) -> np.ndarray:
         """(B,): the growth per step of the direction that keeps most, past the burn-in."""
@@ -72,15 +81,22 @@ class Keeping:
     def unsettled(self, growth: Growth, alive: np.ndarray) -> float:
         """What the rates of some sequences may all be off alike, nats per step.
 
-        By the products over parts, and by what these differ from the growth of one direction.
+        By the products over parts, by what these differ from the growth of one direction, and by
+        whether the steps still move.
         """
         if self.constant is not None:
             return 0.0
         if self.rates is None:
-            return settling_by_halves(growth, 0, alive)
-        off = (self.rates - growth.exponents[:, 0].numpy())[alive]
-        off = off[np.isfinite(off)]
-        return self.common + (abs(float(off.mean())) if len(off) else 0.0)
+            common = settling_by_halves(growth, 0, alive)
+        else:
+            off = (self.rates - growth.exponents[:, 0].numpy())[alive]
+            off = off[np.isfinite(off)]
+            common = self.common + (abs(float(off.mean())) if len(off) else 0.0)
+        if self.seen is None or not len(alive):
+            return common
+        rate = float(self.rates_with(growth)[alive].mean())
+        steps = float(growth.counted[:, alive].sum(0).double().mean())
+        return common + unrest(self.seen[:, alive], rate, steps)
 
 
 def keeping(track: Track, settings: Settings, span: int) -> Keeping:
@@ -108,7 +124,8 @@ def keeping(track: Track, settings: Settings, span: int) -> Keeping:
         found = _of_some(track, settings, counted, plan)
     else:
         return Keeping(gains, None, math.nan, leading, None, norms.missing)
-    return Keeping(gains, found.rates, found.common, leading, None, norms.missing)
+    seen = mean_steps(operator, counted)
+    return Keeping(gains, found.rates, found.common, leading, None, norms.missing, seen)
 
 
 def leading_of(windows: list[Window], norms: Norms, batch: int, part: int) -> Leading:

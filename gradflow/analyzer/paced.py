@@ -20,11 +20,19 @@ from torch import Tensor
 from gradflow.analysis import UNMEASURED, Gain, Rate
 from gradflow.analyzer.core import channels, finite_sequences, half_life
 from gradflow.analyzer.curve import LagCurve
-from gradflow.analyzer.gains import collected, common_steps, crossing, dead_by_cuts, span_windows
+from gradflow.analyzer.gains import (
+    collected,
+    common_steps,
+    crossing,
+    dead_by_cuts,
+    span_windows,
+    stretches,
+)
 from gradflow.analyzer.jacobians import HostOperator, operator_of
 from gradflow.analyzer.keeping import (
     UNKNOWN_RATE,
     Keeping,
+    counted_steps,
     cuts_of,
     interval_of_gains,
     interval_of_rates,
@@ -34,7 +42,7 @@ from gradflow.analyzer.linear.measure import measure_linear
 from gradflow.analyzer.lyapunov import Growth, burn_in, log_growth
 from gradflow.analyzer.rates import judge
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import enough
+from gradflow.analyzer.settling import enough, mean_steps
 from gradflow.analyzer.windows import Norms, Window, log_norms
 from gradflow.limits import (
     EXACT_WIDTH,
@@ -47,6 +55,7 @@ from gradflow.limits import (
     PROBE_SEQUENCES,
     PROBE_SHARE,
     PROBE_SOURCES,
+    PROBE_STEPS,
     PROBE_WIDE,
     RATE_ROUNDING,
     SEED,
@@ -70,7 +79,7 @@ class Paced:
     span: int  # the distance of interest, in steps
     sequences: int  # that this rests on
     channels: int | None = None  # directions that survive the span, where they were counted
-    labels: tuple[str, ...] = ()  # "not finite" where a state is not
+    labels: tuple[str, ...] = ()  # "not finite" where a state is not, "not settled"
 
     @property
     def never_gone(self) -> bool:
@@ -127,7 +136,8 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
         growth = log_growth(operator, lengths, 1, cuts=cuts, seed=seed, leading=leading)
     gains = dead_by_cuts(collected(windows, norms, crossed, over), lengths.numpy())
     gains = replace(gains, values=np.where(finite, gains.values, np.nan))
-    kept = Keeping(gains, None, math.nan, leading, None, norms.missing)
+    seen = mean_steps(operator, _few(counted_steps(lengths, cuts)), probes=1)
+    kept = Keeping(gains, None, math.nan, leading, None, norms.missing, seen)
     short = (lengths == 1).numpy()
     rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
     common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
@@ -148,7 +158,7 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
         searched=curve.searched,
         span=span,
         sequences=some.batch,
-        labels=() if finite.all() else ("not finite",),
+        labels=_labels(bool(finite.all()), rate, settled),
     )
 
 
@@ -181,8 +191,23 @@ def paced_linear(track: Track, *, seed: int = SEED) -> Paced:
         span=span,
         sequences=some.batch,
         channels=channels(some, found.ranks.singular),
-        labels=() if found.finite.all() else ("not finite",),
+        labels=_labels(bool(found.finite.all()), found.rate, found.settled),
     )
+
+
+def _labels(finite: bool, rate: Rate, settled: bool) -> tuple[str, ...]:
+    if not finite:
+        return ("not finite",)
+    return ("not settled",) if math.isfinite(rate.value) and not settled else ()
+
+
+def _few(counted: np.ndarray) -> np.ndarray:
+    """(T, B): at most PROBE_STEPS of the steps that count, evenly spread."""
+    rows = np.flatnonzero(counted.any(1))
+    kept = np.linspace(0, len(rows) - 1, min(PROBE_STEPS, len(rows))).round().astype(int)
+    few = np.zeros_like(counted)
+    few[rows[kept]] = counted[rows[kept]]
+    return few
 
 
 def spread(track: Track) -> Track:
@@ -313,7 +338,11 @@ def _gains_at(
     """The median over sequences and windows of ln ‖P‖₂ over each of these lags."""
     windows: list[Window] = []
     for part, lag in enumerate(lags):
-        own = span_windows(crossed, lag, PROBE_SOURCES)
+        if operator.size > PROBE_WIDE:  # the last ones: few steps are gone through
+            ends = {b: last for b, first, last in stretches(crossed) if last - first >= lag}
+            own = [Window(b, last - lag, last) for b, last in ends.items()]
+        else:
+            own = span_windows(crossed, lag, PROBE_SOURCES)
         windows += [replace(one, part=part) for one in own if one.steps == lag]
     norms = log_norms(operator, windows, rows=rows, rounds=PROBE_ROUNDS)
     parts = torch.tensor([window.part for window in windows])
@@ -333,7 +362,8 @@ def _nothing() -> LagCurve:
 
 def _half_life(curve: LagCurve, rate: Rate, settled: bool) -> float:
     """ln 2/|rate| of an exponential decay, else where the lag curve has fallen by half; see `core`."""
-    if not math.isfinite(rate.value) or not settled:
+    either = rate.low < -RATE_ROUNDING and rate.high > RATE_ROUNDING
+    if not math.isfinite(rate.value) or either or not settled:
         found = curve.half_life
         return found if math.isfinite(found) and curve.searched else math.nan
     if rate.value < -RATE_ROUNDING and curve.falls_with(rate.value):

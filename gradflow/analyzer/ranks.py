@@ -104,7 +104,8 @@ def effective_rank(log_singular: np.ndarray) -> float:
     if len(known) == 0:
         return math.nan
     share = np.exp(known - known.max())
-    share = share[share > 0] / share.sum()
+    share = share / share.sum()
+    share = share[share > 0]  # what is too small beside the largest has none
     return float(np.exp(-(share * np.log(share)).sum()))
 
 

@@ -7,6 +7,11 @@ ln ‖P‖₂ over n steps is n λ₁ and a boundary c_n for the directions that
 over parts holds the same growth and a boundary for each part, so 2 W₁ − W₂ = n λ₁ + 2 (c_n − c_{n/2})
 takes it out. The largest direction comes down to λ₁ from above; the mean over all, which is what
 ‖P‖_F sees, comes up from below: the rate lies between the two.
+
+All this is of steps alike. A layer that starts far from where it comes to rest has other steps at
+first, and its states come to rest no faster than it forgets, at the pace of λ₁ itself: over a few
+steps of a slow layer no growth is that of the long run. The steps tell whether they still move:
+m probes V through the mean A_t of the earlier and of the later half.
 """
 
 from __future__ import annotations
@@ -16,11 +21,24 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from gradflow.analyzer.gains import stretches
 from gradflow.analyzer.rates import quantile
 from gradflow.analyzer.windows import Norms, Window
-from gradflow.limits import BOUNDARY, LN_SETTLED, SETTLED_SHARE, UNSETTLED
+from gradflow.limits import (
+    BOUNDARY,
+    LN_SETTLED,
+    MOVES,
+    MOVES_CHANCE,
+    MOVES_LONG,
+    MOVES_MOST,
+    PROBES,
+    SEED,
+    SETTLED_SHARE,
+    UNSETTLED,
+)
+from gradflow.recording import Operator
 
 PARTS = (1, 2, 4)
 
@@ -92,6 +110,65 @@ def settled(windows: list[Window], norms: Norms, batch: int, part: int) -> Settl
     trend = 2 * _significant(late_half)
     common = between + UNSETTLED * math.hypot(scales, trend) + BOUNDARY * abs(boundary)
     return Settled(rates, common)
+
+
+def mean_steps(operator: Operator, counted: np.ndarray, probes: int = PROBES) -> np.ndarray:
+    """What the steps make of fixed random vectors, mean over each half: (2, B, m S).
+
+    counted (T, B) are the steps that count; NaN for a sequence of which one of the halves has none.
+
+    >>> from gradflow.analyzer.jacobians import DenseOperator
+    >>> steps = torch.tensor([0.5, 0.5, 0.7, 0.9]).double()[:, None, None, None]
+    >>> found = mean_steps(DenseOperator(steps), np.ones((4, 1), dtype=bool))
+    >>> (found[1] / found[0]).round(6).tolist()                                  # 0.8 and 0.5
+    [[1.6]]
+    """
+    rows = min(probes, operator.size)
+    generator = torch.Generator().manual_seed(SEED)
+    mixed = torch.randn(operator.size, rows, generator=generator, dtype=torch.float64)
+    vectors = torch.linalg.qr(mixed)[0].T.to(operator.dtype).expand(operator.batch, -1, -1)
+    place, steps = counted.cumsum(0), counted.sum(0)
+    earlier = torch.from_numpy(counted & (2 * place <= steps))
+    later = torch.from_numpy(
+        counted & (2 * place > steps + 1)
+    )  # the middle of an odd number: neither
+    sums = torch.zeros(2, operator.batch, rows * operator.size, dtype=torch.float64)
+    for t in np.flatnonzero(counted.any(1)):
+        images = operator.push(int(t), vectors).double().flatten(1)
+        for half, inside in enumerate((earlier[t], later[t])):
+            sums[half, inside] += images[inside]
+    counts = torch.stack([earlier.sum(0), later.sum(0)])[..., None]
+    return (sums / counts).numpy()
+
+
+def unrest(seen: np.ndarray, rate: float, steps: float) -> float:
+    """By how much a rate may be off as the steps still move, nats per step.
+
+    With growth λ + a e^(−|λ| t) over n steps, x = n |λ|, the mean is off by coth(x/4)/2 times the
+    difference of the two halves. That difference is told by how far the mean step moves, relative to
+    its size, times a factor by simulation; a move that is less than chance would make it is none. Of
+    the difference at most MOVES_LONG times is to come, and at most MOVES_MOST over all steps.
+
+    Args:
+        seen: (2, B, ·) of `mean_steps`.
+        rate: λ, nats per step.
+        steps: n, the mean over sequences.
+
+    >>> alike = np.ones((2, 3, 4))
+    >>> unrest(alike, -0.1, 40.0), round(unrest(alike * [[[1.0]], [[1.1]]], -0.1, 40.0), 4)
+    (0.0, 0.0075)
+    """
+    known = seen[:, np.isfinite(seen).all((0, 2))]
+    if not known.shape[1] or not steps:
+        return 0.0
+    each = known[1] - known[0]
+    square, size = float((each.mean(0) ** 2).sum()), float(np.linalg.norm(known.mean((0, 1))))
+    by_chance = float(each.var(0, ddof=1).sum()) / len(each) if len(each) > 1 else 0.0
+    if not size or square <= MOVES_CHANCE * by_chance:
+        return 0.0
+    moved = math.sqrt(square) / size
+    slowly = max(2 * math.tanh(steps * abs(rate) / 4), 1 / MOVES_LONG)
+    return min(MOVES * moved / slowly, MOVES_MOST / steps)
 
 
 def beyond_noise(values: np.ndarray) -> float:

@@ -11,18 +11,21 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gradflow.process import fitting_threads, random_numbers_kept
+from gradflow.watching import watch
 
 TASK_STEPS, TASK_UNITS, TRAIN_BATCH = 100, 32, 64
 LEARNING_RATE, CLIP_NORM, TASK_SEED = 1e-2, 1.0, 0
 RNN_TRAINING = 800
 LSTM_TRAINING, SOLVED, WINDOW = 2500, 0.02, 50
 BASELINE = 1 / 6
+PROBED = {"RNN": 50, "LSTM": 25}  # updates between two probes
 
 Progress = Callable[[str, float], None]
 
@@ -74,15 +77,32 @@ class Trained:
 
 
 def train(
-    cell: Literal["RNN", "LSTM"], seed: int = TASK_SEED, progress: Progress | None = None
+    cell: Literal["RNN", "LSTM"],
+    seed: int = TASK_SEED,
+    progress: Progress | None = None,
+    history: Path | None = None,
 ) -> Trained:
-    """Train one model by the demo's rule; the global random state is left as found."""
+    """Train one model by the demo's rule; the global random state is left as found.
+
+    With a folder for its ``history``, some updates are measured by `gradflow.watch`.
+    """
     with random_numbers_kept():
         torch.default_generator.manual_seed(seed)
         model = AddingModel(cell)
     # matrices this small are slower on several threads, and rounding would depend on their number
     with fitting_threads(TASK_UNITS):
-        return _train(cell, model, torch.Generator().manual_seed(seed), progress)
+        batches = torch.Generator().manual_seed(seed)
+        if history is None:
+            return _train(cell, model, batches, progress)
+        watching = watch(model, history, every=PROBED[cell], budget=None, on=_unsaid)
+        try:
+            return _train(cell, model, batches, progress)
+        finally:
+            watching.close()
+
+
+def _unsaid(_: object) -> None:
+    """The demo says itself what happened, at its end."""
 
 
 def _train(

@@ -18,9 +18,11 @@ from gradflow.hooks.axes import Axis, as_rows, from_rows, usual_axis
 from gradflow.hooks.graph import (
     LEAF,
     MOVES,
+    OPENED,
     Between,
     Edge,
     NotReadable,
+    as_opened,
     called,
     edge_of,
     fitted,
@@ -209,6 +211,7 @@ class Step:
             self.find_rows()
         found = self._rows(together=True)
         if not moved and self._is(found):
+            self._find_begun(found)
             return found
         if not moved:  # torch batches some operations wrongly, `cdist` for one
             found = self._rows(together=False)
@@ -253,6 +256,14 @@ class Step:
             raise self.mixed()
         unmoved = bool(((found == torch.arange(count, device=found.device)) | (found < 0)).all())
         self.rows = None if unmoved and count == before else found
+
+    def _find_begun(self, found: Tensor) -> None:
+        """Sequences that begin in the place of others: nothing of these was taken, not even masked."""
+        nothing = ~found.flatten(1).any(1)
+        if bool(nothing.any()):
+            every = torch.arange(len(nothing), device=nothing.device)
+            begun = nothing & ~self._left() & ~self._left(opened=True)
+            self.rows = torch.where(begun, -1, every) if bool(begun.any()) else None
 
     def _widest(self) -> torch.dtype:
         """The dtype that holds the states of both steps."""
@@ -303,11 +314,11 @@ class Step:
                     parents.setdefault(child, []).append(node)
         return parents
 
-    def _left(self) -> Tensor:
+    def _left(self, *, opened: bool = False) -> Tensor:
         """(B before,) whether anything of a sequence's states gets to an operation of the step.
 
         What only moves entries or masks them is no such operation, unless its result is a summand of
-        the new state: that is a gate.
+        the new state: that is a gate. With `opened`, masks hide nothing, as in `Between.pull`.
         """
         first, before = self._first_operations()
         arrived: dict[Edge, Tensor] = {}
@@ -326,6 +337,8 @@ class Step:
                 if any(grad is not None for grad in given):
                     with torch.no_grad():
                         passed = called(node, given)
+                    if opened and kind_of(node) in OPENED:
+                        passed = as_opened(node, given, passed)
                     for edge, grad in zip(node.next_functions, passed, strict=False):
                         reach(edge, grad)
         found = {edge: grad for edge, grad in arrived.items() if edge[0] in self.between.ends}

@@ -42,6 +42,7 @@ _MOVES = (
 )
 MOVES = frozenset(_MOVES.split())
 _KINDS: dict[type, str] = {}  # see `kind_of`
+OPENED = ELEMENTWISE | {"CopySlices"}  # what may put zeros in the place of a state
 PLACES = MOVES | {"IndexPut", "IndexCopy", "SliceScatter", "SelectScatter", "DiagonalScatter"}
 
 
@@ -206,8 +207,8 @@ class Between:
                     check(node)
                     self._callable.add(node)
                 passed = run(node, given)
-                if opened and kind_of(node) in ELEMENTWISE:
-                    passed = _opened(node, given, passed)
+                if opened and kind_of(node) in OPENED:
+                    passed = as_opened(node, given, passed)
                 for place, edge in below:
                     grad = passed[place] if place < len(passed) else None
                     if grad is not None:
@@ -313,7 +314,7 @@ def _shaped(grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return grad if grad.dtype == dtype else grad.to(dtype)
 
 
-def _opened(
+def as_opened(
     node: Any, given: list[Tensor | None], passed: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """What an operation would pass on if it multiplied its inputs by one; others as they are."""

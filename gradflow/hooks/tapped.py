@@ -192,12 +192,16 @@ class TapSource:
         return list(self.marks[0].states)
 
     def forward(self) -> Forward:
-        """States, and those before the first where they were seen; gates and inputs were not."""
+        """States, and those before the first where they were seen; gates and inputs were not.
+
+        Where some sequences began at a later call, those before the first are left out.
+        """
         states = {
             name: self._trimmed(torch.stack([mark.states[name] for mark in self.steps]))
             for name in self.names
         }
-        return Forward(states=states, initial=self.initial, gates={}, inputs=None)
+        initial = self.initial if len(self.marks[0].cut) == len(self.steps[0].cut) else {}
+        return Forward(states=states, initial=initial, gates={}, inputs=None)
 
     def _trimmed(self, array: Tensor) -> Tensor:
         return trimmed(array, self.real)

@@ -9,7 +9,7 @@ from gradflow.reporter.histories.figures import plot_histories
 from gradflow.reporter.histories.files import HISTORY_FORMATS, history_summary, report_history
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.live import Followed, follow
-from gradflow.reporter.histories.story import far_words, reach, updates
+from gradflow.reporter.histories.story import far_words, reach, sentence, updates
 from gradflow.reporter.histories.text import render_histories, render_history
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import gone_words, number_words
@@ -42,6 +42,7 @@ __all__ = [
     "render_sentences",
     "report",
     "report_history",
+    "sentence",
     "summary",
     "top_findings",
     "updates",

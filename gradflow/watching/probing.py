@@ -173,7 +173,7 @@ def _gone(found: Paced) -> str:
 
 
 def _open(found: Paced) -> str:
-    if found.labels:
+    if "not finite" in found.labels:
         return "cannot be judged: its states are not finite"
     if math.isnan(found.gain.value):
         return "cannot be judged: it has no steps to measure"

@@ -162,6 +162,8 @@ class Watch:
         if self._rank:  # another process writes
             return
         self._writer = Writer(asked.folder, resume=resume, force=force, **header)
+        for old in asked.folder.glob("step-*.nc") if force else ():  # of the history thrown away
+            old.unlink()
         self._folder, self._done = asked.folder, self._writer.last_step
         self._model, self._process = weakref.ref(model), os.getpid()
         self._schedule = Schedule(asked.every, asked.budget)

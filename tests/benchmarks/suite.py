@@ -15,6 +15,7 @@ import torch
 from benchmarks import (
     gain_maps,
     growth,
+    linear,
     memory,
     page,
     processes,
@@ -31,6 +32,7 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
     "maps": gain_maps.measure,
     "memory": memory.measure,
     "growth": growth.measure,
+    "linear": linear.measure,
     "processes": processes.measure,
     "watching": watched_steps.measure,
 }

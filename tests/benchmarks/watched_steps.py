@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import histories
 import torch
 from torch import Tensor, nn
 
 import gradflow
 from benchmarks.rows import Row, ratio_row
-from benchmarks.timing import Ratio, in_pairs
+from benchmarks.timing import Ratio, in_pairs, seconds
+from gradflow.history import History, Writer
 
 MODULES = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
 PRESETS = ("pulse", "rate", "full")
@@ -111,9 +113,33 @@ def measure(*, quick: bool = False) -> Iterator[Row]:
         ratio = against_plain(shape, "pulse", 10**9, 1 if quick else 5, 2 if quick else 31)
         what = "a step between two probes against the plain step"
         yield ratio_row("watching", what, ratio, asdict(shape), most=1.005)
+    yield opening(1000 if quick else 100_000)
     shape = TINY if quick else BASE
     for preset in PRESETS:
         for every in (1, 2) if quick else INTERVALS:
             ratio = against_plain(shape, preset, every, every, 2 if quick or every > 16 else 5)
             what = f"training probed every {every} steps, preset {preset}, against the same without"
             yield ratio_row("watching", what, ratio, asdict(shape) | {"interval": every})
+
+
+def opening(count: int) -> Row:
+    """Seconds until a history of so many probes of four layers is read and laid out."""
+    made = histories.probes(1)[0]
+    layers = {f"{stack}.{name}": one for stack in "ab" for name, one in made.layers.items()}
+    folder = Path(tempfile.mkdtemp())
+    try:
+        writer = Writer(folder, title="Net")
+        writer.probe(replace(made, layers=layers), {})
+        writer.close()
+        file = folder / "history.jsonl"
+        *head, probe, _ = file.read_text().splitlines(keepends=True)
+        before, _, after = probe.partition('"step": 1,')
+        with file.open("w") as opened:
+            opened.writelines(head)
+            opened.writelines(f'{before}"step": {n},{after}' for n in range(1, count + 1))
+        assert len(History.read(folder).data["step"]) == count
+        taken = seconds(lambda: History.read(folder).data)
+    finally:
+        shutil.rmtree(folder)
+    what = f"opening a history of {count:,} probes of four layers"
+    return Row("watching", what, taken, "s", most=3.0)

@@ -62,7 +62,7 @@ def kept_for_good(e: Evidence) -> Iterator[Finding]:
     if e.linear is None or e.verdict.name not in ("exploding", "inconclusive"):
         return
     _, keep, *_ = decay_facts(e.linear.decays)
-    if keep < DECAY_SHARE:
+    if not keep >= DECAY_SHARE:  # NaN where no step counts
         return
     yield Finding(
         name="never-forgets",

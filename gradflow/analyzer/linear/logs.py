@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradflow.cells.linear import HEAD_AXES, LinearSteps
 from gradflow.limits import PAIR_BLOCK, PAIR_COLUMNS, PAIR_TILE, PAIR_WIDTH
+from gradflow.recording import Track
 
 Block = Callable[[Tensor, Tensor], Tensor]  # rows (p, D) of targets, (n, D) of sources -> (n, p)
 TINY = 1e-30  # a scaled sum below it may have lost terms to underflow, also in float32
@@ -101,8 +102,25 @@ class Logs:
 
         Without weights w = 1: then ln ‖P‖_F² is that and ln m. Sums are taken in the dtype.
         """
-        logs = None if weights is None else weights.log() / 2
+        logs = None if weights is None else weights.log().div_(2)
         return _pairs(self, sources, lambda up, down: _summed(up, down, dtype), logs)
+
+
+@dataclass
+class LogsOf:
+    """Logs of the sequences of a track; the last one that was asked for is kept."""
+
+    track: Track
+    last: tuple[int, Logs] | None = None
+
+    def __call__(self, b: int) -> Logs:
+        """Of sequence b, all of its steps."""
+        if self.last is None or self.last[0] != b:
+            self.last = None  # before another takes its room
+            steps = self.track.operator(torch.float64, torch.tensor([b]))
+            assert isinstance(steps, LinearSteps)
+            self.last = (b, logs_of(steps))
+        return self.last[1]
 
 
 def logs_of(steps: LinearSteps) -> Logs:

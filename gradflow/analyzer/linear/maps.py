@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.direction import log_loss_gains
-from gradflow.analyzer.linear.logs import Logs, logs_of
+from gradflow.analyzer.linear.logs import Logs, LogsOf
 from gradflow.analyzer.linear.ranked import on_key_axis
 from gradflow.analyzer.order import cuts_before, in_processing_order
 from gradflow.analyzer.plan import Maps, every_step, exact_seconds
@@ -56,10 +56,12 @@ class _Plan:
 
 
 def linear_maps(
-    track: Track, mapped: Sequence[int], settings: Settings, withheld: bool
+    track: Track, logs: LogsOf, mapped: Sequence[int], settings: Settings, withheld: bool
 ) -> LinearMaps:
     """ln gain from every chosen source to every later step of the mapped sequences."""
-    plan = _planned(track, mapped, settings)
+    first = track.operator(sequences=torch.tensor([mapped[0]]))
+    assert isinstance(first, LinearSteps)
+    plan = _planned(track, first, mapped, settings)
     sources = np.arange(0, track.steps, plan.stride)
     shape = (len(mapped), len(sources), track.steps)
     planes = {name: np.full(shape, np.nan) for name in (*NORMS, "loss")}
@@ -67,14 +69,17 @@ def linear_maps(
     lags = _lags(track.steps)
     heads: list[list[np.ndarray]] = []  # sequence, head -> (K, n)
     for place, b in enumerate(mapped):
-        steps = track.operator(torch.float64, torch.tensor([b]))
-        assert isinstance(steps, LinearSteps)
         length = int(track.lengths[b])
         inside = torch.from_numpy(sources[sources < length])
         crossed = segments[place][inside, None] != segments[place][None, :length]
         vectors = None if withheld else _vectors(track, b)
-        one = _Sequence(steps, length, inside, plan, vectors, lags, crossed)
-        found = one.ranked() if steps.left is not None else one.elementwise()
+        one = _Sequence(first, length, inside, plan, vectors, lags, crossed)
+        if first.left is None:
+            found = one.elementwise(logs(b))
+        else:
+            whole = track.operator(torch.float64, torch.tensor([b]))
+            assert isinstance(whole, LinearSteps)
+            found = one.ranked(whole)
         for name, values in found.items():
             values[torch.from_numpy(crossed)] = torch.nan
             planes[name][place, : len(inside), :length] = values.numpy()
@@ -127,10 +132,8 @@ def _vectors(track: Track, b: int) -> Tensor | None:
 # ------------------------------------------------------------------------------------- the budget
 
 
-def _planned(track: Track, mapped: Sequence[int], settings: Settings) -> _Plan:
+def _planned(track: Track, steps: LinearSteps, mapped: Sequence[int], settings: Settings) -> _Plan:
     lengths = [int(track.lengths[b]) for b in mapped]
-    steps = track.operator(torch.float64, torch.tensor([mapped[0]]))
-    assert isinstance(steps, LinearSteps)
     seconds = MAP_SECONDS / settings.layers
     least = 1
     extra = 2 * track.state_shape[0] if steps.left is not None else 0  # planes of every head
@@ -180,7 +183,7 @@ def _words(track: Track, plan: _Plan) -> str:
 class _Sequence:
     """One mapped sequence."""
 
-    steps: LinearSteps
+    like: LinearSteps  # of some sequence: shapes alone are read
     length: int
     sources: Tensor  # (n,)
     plan: _Plan
@@ -191,9 +194,8 @@ class _Sequence:
     def __post_init__(self) -> None:
         self.by_lag: list[np.ndarray] = []  # head -> (K, n)
 
-    def elementwise(self) -> dict[str, Tensor]:
+    def elementwise(self, logs: Logs) -> dict[str, Tensor]:
         """By sums of logarithms."""
-        logs = logs_of(self.steps)
         total = logs.total[: self.length]
         logs = Logs(
             total,
@@ -243,17 +245,17 @@ class _Sequence:
         peak = size.amax(1, keepdim=True)
         square = (size / peak).square()  # 0/0 is NaN
         square = square / square.sum(1, keepdim=True)
-        shaped = square.unflatten(1, self.steps.shape)
-        axes = list(self.steps.decay.shape[2:])
+        shaped = square.unflatten(1, self.like.shape)
+        axes = list(self.like.decay.shape[2:])
         if len(axes) == HEAD_AXES:
-            axes[0] = self.steps.shape[0]
+            axes[0] = self.like.shape[0]
         shared = [axis + 1 for axis, width in enumerate(axes) if width == 1]
         return (shaped.sum(shared) if shared else shaped).reshape(len(square), -1)
 
-    def ranked(self) -> dict[str, Tensor]:
+    def ranked(self, steps: LinearSteps) -> dict[str, Tensor]:
         """By products on the key axis of every head."""
-        heads = self.steps.shape[0]
-        keys = on_key_axis(self.steps)
+        heads = steps.shape[0]
+        keys = on_key_axis(steps)
         made = log_gains(keys, self.sources.tolist())
         spectral, rms = (made[norm][:, :, : self.length] for norm in NORMS)
         for head in range(heads):
@@ -265,12 +267,12 @@ class _Sequence:
             "rms": (torch.logsumexp(2 * rms, 0) - math.log(heads)) / 2,
         }
         if self.vectors is not None:
-            found["loss"] = self._loss(self.vectors.double().unsqueeze(1))
+            found["loss"] = self._loss(steps, self.vectors.double().unsqueeze(1))
         return found
 
-    def _loss(self, vectors: Tensor) -> Tensor:
+    def _loss(self, steps: LinearSteps, vectors: Tensor) -> Tensor:
         """Pulled back through the whole state, every so-manieth target."""
-        stride, size = 1, self.steps.size
+        stride, size = 1, steps.size
         seconds = MAP_SECONDS / 4
         while stride < self.length and (
             8.0 * size * self.length / stride > LOSS_BYTES
@@ -279,9 +281,9 @@ class _Sequence:
             stride *= 2
         targets = range(self.length - 1, -1, -stride)
         short = LinearSteps(
-            shape=self.steps.shape,
-            decay=self.steps.decay[: self.length],
-            left=None if self.steps.left is None else self.steps.left[: self.length],
-            right=None if self.steps.right is None else self.steps.right[: self.length],
+            shape=steps.shape,
+            decay=steps.decay[: self.length],
+            left=None if steps.left is None else steps.left[: self.length],
+            right=None if steps.right is None else steps.right[: self.length],
         )
         return log_loss_gains(short, vectors[: self.length], self.sources.tolist(), targets)[0]

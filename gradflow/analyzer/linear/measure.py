@@ -36,7 +36,7 @@ from gradflow.analyzer.keeping import (
     settling_by_halves,
 )
 from gradflow.analyzer.linear.facts import Decays, Heads, LinearFacts
-from gradflow.analyzer.linear.logs import Logs, logs_of
+from gradflow.analyzer.linear.logs import Logs, LogsOf, logs_of
 from gradflow.analyzer.linear.maps import LinearMaps, linear_maps
 from gradflow.analyzer.linear.ranked import erasing, head_norms, on_key_axis
 from gradflow.analyzer.linear.ranks import linear_ranks
@@ -51,6 +51,7 @@ from gradflow.limits import (
     CONSTANT_ALIKE,
     DECAY_AT_FLOOR,
     EXPONENT_BYTES,
+    EXPONENTS_MOST,
     GATE_CLOSED,
     RATE_SECONDS,
     VECTOR_SPEED,
@@ -89,8 +90,11 @@ def measure_linear(track: Track, settings: Settings, *, withheld: bool) -> Core:
     rank_one = first.left is not None
     each = 16 * WINDOW_ROWS * math.prod(track.state_shape[:2]) * track.batch if rank_one else 1
     windows = span_windows(crossed, over, max(1, WINDOW_BYTES // each))
-    made = _ranked if rank_one else _elementwise
-    kept = made(track, settings, windows, counted, crossed)
+    logs = LogsOf(track)
+    if rank_one:
+        kept = _ranked(track, settings, windows, counted, crossed)
+    else:
+        kept = _elementwise(track, logs, windows, counted, crossed)
     gains = _gains(windows, kept.spectral.amax(1), crossed, over, finite, lengths)
     growth, keeping = kept.growth, replace(kept.keeping, gains=gains)
     short = (lengths == 1).numpy()
@@ -102,9 +106,9 @@ def measure_linear(track: Track, settings: Settings, *, withheld: bool) -> Core:
     rate = interval_of_rates(rates, common, constant, growth) if paced else UNKNOWN_RATE
     gain = interval_of_gains(gains, keeping, growth) if usable else UNMEASURED
     mapped = mapped_sequences(track, gains, finite, settings)
-    mapping = linear_maps(track, mapped, settings, withheld)
+    mapping = linear_maps(track, logs, mapped, settings, withheld)
     maps = mapping.maps
-    ranks = linear_ranks(track, mapped, span, settings)
+    ranks = linear_ranks(track, logs, mapped, span, settings)
     measurable, steps = int(np.isfinite(gains.votes).sum()), int(growth.counted.sum(0).max())
     several = None
     if heads > 1:
@@ -163,7 +167,7 @@ def _no_leading(batch: int) -> Leading:
 
 def _elementwise(
     track: Track,
-    settings: Settings,
+    each: LogsOf,
     windows: list[Window],
     counted: np.ndarray,
     crossed: np.ndarray,
@@ -174,10 +178,7 @@ def _elementwise(
     growth = heads = torch.empty(0)
     census, used, seen = _Census(), torch.from_numpy(counted), torch.from_numpy(crossed)
     for b in range(batch):
-        steps_of_one = track.operator(torch.float64, torch.tensor([b]))
-        assert isinstance(steps_of_one, LinearSteps)
-        logs = logs_of(steps_of_one)
-        del steps_of_one
+        logs = each(b)
         own = [place for place, window in enumerate(windows) if window.sequence == b]
         ends = torch.tensor([[windows[p].first - 1, windows[p].last - 1] for p in own])
         if own:
@@ -188,7 +189,7 @@ def _elementwise(
         mean = steps[used[:, b]].mean(0).nan_to_num(nan=0.0)  # NaN where no step counts
         if b == 0:
             room = EXPONENT_BYTES // (8 * length * batch)
-            shape = length, batch, max(1, min(len(mean), room))
+            shape = length, batch, max(1, min(len(mean), room, EXPONENTS_MOST))
             growth = torch.full(shape, torch.nan, dtype=torch.float64)
             heads = torch.full((length, batch, logs.groups), torch.nan, dtype=torch.float64)
         order = mean.argsort(descending=True, stable=True)[: growth.shape[2]]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gradflow.analyzer.linear.logs import logs_of
+from gradflow.analyzer.linear.logs import Logs, LogsOf
 from gradflow.analyzer.linear.ranked import on_key_axis
 from gradflow.analyzer.ranks import Ranks, dyadic, effective_rank, longest_stretch, medians, starts
 from gradflow.analyzer.settings import Settings
@@ -20,7 +20,9 @@ from gradflow.limits import CHANNEL_WORK
 from gradflow.recording import Track
 
 
-def linear_ranks(track: Track, mapped: Sequence[int], span: int, settings: Settings) -> Ranks:
+def linear_ranks(
+    track: Track, logs: LogsOf, mapped: Sequence[int], span: int, settings: Settings
+) -> Ranks:
     """Singular values of the mapped sequences: of each distinct decay, or each head's key axis.
 
     Every one stands as often as the state has it.
@@ -33,34 +35,36 @@ def linear_ranks(track: Track, mapped: Sequence[int], span: int, settings: Setti
         return Ranks(np.full((len(mapped), size), np.nan), 0, nothing, nothing, nothing)
     lags = dyadic(reach)
     found, singular = [], []
+    first_of = track.operator(sequences=torch.tensor([mapped[0]]))
+    assert isinstance(first_of, LinearSteps)
+    keys = None
+    if first_of.left is not None:
+        every = track.operator(torch.float64)
+        assert isinstance(every, LinearSteps)
+        keys = on_key_axis(every)
     for b, (first, last) in zip(mapped, stretches, strict=True):
-        steps = track.operator(torch.float64, torch.tensor([b]))
-        assert isinstance(steps, LinearSteps)
         most = CHANNEL_WORK / settings.layers / len(mapped)
         for start in starts(first, last):
             end = min(start + reach, last)
-            if steps.left is None:
-                values = _elementwise(steps, start, end, lags, size)
+            if keys is None:
+                values = _elementwise(logs(b), start, end, lags, size)
             else:
-                values = _ranked(steps, start, end, lags, most)
+                values = _ranked(keys, track.state_shape, b, (start, end), lags, most)
             found.append(values)
             if start == first:
                 singular.append(values[-1])
-    every = np.stack(found)
+    stacked = np.stack(found)
     return Ranks(
         np.stack(singular),
         reach,
         np.array(lags),
-        medians(every, effective_rank),
-        medians(every, survivors),
+        medians(stacked, effective_rank),
+        medians(stacked, survivors),
     )
 
 
-def _elementwise(
-    steps: LinearSteps, start: int, end: int, lags: list[int], size: int
-) -> np.ndarray:
+def _elementwise(logs: Logs, start: int, end: int, lags: list[int], size: int) -> np.ndarray:
     """(K, S) ln of the entries of P, largest first; NaN past the end."""
-    logs = logs_of(steps)
     found = np.full((len(lags), size), np.nan)
     for place, lag in enumerate(lags):
         if start + lag <= end:
@@ -70,17 +74,20 @@ def _elementwise(
 
 
 def _ranked(
-    steps: LinearSteps, start: int, end: int, lags: list[int], most_work: float
+    keys: LinearSteps,
+    shape: tuple[int, ...],
+    b: int,
+    ends: tuple[int, int],
+    lags: list[int],
+    most_work: float,
 ) -> np.ndarray:
     """The same of all heads, each as often as there are value columns."""
-    heads, _, columns = steps.shape
-    keys = on_key_axis(steps)
+    heads, _, columns = shape
+    steps = range(ends[0] + 1, ends[1] + 1)
     each = []
     for head in range(heads):
-        one = keys.of(torch.tensor([head]))
-        values, _ = log_singular_along(
-            one, range(start + 1, end + 1), lags, most_work=most_work / heads
-        )
+        one = keys.of(torch.tensor([b * heads + head]))
+        values, _ = log_singular_along(one, steps, lags, most_work=most_work / heads)
         each.append(values)
     joined = np.repeat(np.concatenate(each, axis=1), columns, axis=1)
     # −inf sorts last, and what lies under the rounding of larger ones, NaN, behind it

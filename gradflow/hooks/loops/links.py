@@ -8,6 +8,7 @@ Sequences are in the user's order, also of packed calls; B are those of the late
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -67,7 +68,8 @@ def _but_sequences(state: Tensor) -> tuple[int, int]:
 def _in_users_order(link: Link, known: Call, call: Call) -> Link | None:
     """From the kernel's order of sequences; None where the batches differ and no sequence is the same."""
     rows = link.rows
-    if rows is not None and bool((rows < 0).all()):
+    grew = known.h0.shape[1] != call.h0.shape[1]
+    if grew and rows is not None and bool((rows < 0).all()):
         return None
     if known.unsorted is None and call.unsorted is None:
         return link
@@ -173,7 +175,7 @@ class _Pull:
         if self.end.call.h0.shape[1] == self.call.h0.shape[1]:
             found = self._elementwise(like, None)
             if not any(factor is None for factor in found):
-                return found[0], _nothing_as_none(found[1]), None
+                return found[0], _nothing_as_none(found[1]), self._begun(found, like)
         rows = self._rows(like)
         if isinstance(rows, str):
             return rows, rows, None
@@ -205,20 +207,33 @@ class _Pull:
             for one, mine in zip(ones, probed, strict=True)
         )
 
-    def _rows(self, like: Tensor) -> Tensor | str | None:
-        """Where the sequences came from, None for where they were; or why that is not known."""
+    def _begun(self, found: tuple[Factor | str, ...], like: Tensor) -> Tensor | None:
+        """Rows of sequences that begin in the place of others; None where all go on or are masked."""
+        alike = torch.stack([_touches(f) for f in found if isinstance(f, Tensor)]).any(0)
+        if bool(alike.all()):
+            return None
+        every = torch.arange(len(alike), device=like.device)
+        rows = rows_of.with_cut(torch.where(alike, every, -1), self._of_rows(like))
+        return None if bool((rows == every).all()) else rows
+
+    def _of_rows(self, like: Tensor) -> Callable[..., Tensor]:
+        """A pull from some rows, as `rows.origins` takes it."""
         probe = probe_of(like)
 
         def pull(chosen: Tensor, *, opened: bool = False) -> Tensor:
             found = self(probe * chosen.to(probe.dtype).view(1, -1, 1), opened=opened)
             return torch.cat(found, dim=2).transpose(0, 1)
 
+        return pull
+
+    def _rows(self, like: Tensor) -> Tensor | str | None:
+        """Where the sequences came from, None for where they were; or why that is not known."""
         count, batch = like.shape[1], int(self.end.call.h0.shape[1])
-        found = rows_of.found(pull, count, like.device)
+        found = rows_of.found(self._of_rows(like), count, like.device)
         if found is None:
             return MIXED
-        unmoved = bool(((found == torch.arange(count, device=found.device)) | (found < 0)).all())
-        return None if count == batch and unmoved else found
+        unmoved = count == batch and bool((found == torch.arange(count, device=found.device)).all())
+        return None if unmoved else found
 
     def _dense(self, like: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         made: list[tuple[Tensor, Tensor]] = []

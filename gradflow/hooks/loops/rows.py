@@ -6,7 +6,6 @@ Letters: B sequences of the earlier call, b of the later one.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -78,9 +77,16 @@ def completed(rows: Tensor, opened: Tensor | None) -> Tensor:
 def found(pull: Callable[..., Tensor], count: int, device: torch.device) -> Tensor | None:
     """`origins`, and those of rows that were cut; pull takes `opened`, see `Between.pull`."""
     rows = origins(pull, count, device)
-    if rows is None or not bool((rows < 0).any()):
+    return None if rows is None else with_cut(rows, pull)
+
+
+def with_cut(rows: Tensor, pull: Callable[..., Tensor]) -> Tensor:
+    """Rows of which −1 stands where nothing arrives: for those that were masked the row they were of."""
+    nothing = rows < 0
+    if not bool(nothing.any()):
         return rows
-    return completed(rows, origins(functools.partial(pull, opened=True), count, device))
+    opened = origins(lambda chosen: pull(chosen & nothing, opened=True), len(rows), rows.device)
+    return completed(rows, opened)
 
 
 def between_neighbours(rows: Tensor, batch: int) -> Tensor:

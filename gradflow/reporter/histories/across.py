@@ -98,16 +98,16 @@ class StripPiece:
 
 
 def edges(step: np.ndarray) -> np.ndarray:
-    """Where the part of each probe begins and ends on the axis: half-way between two probes.
+    """Where the part of each probe begins and ends on the axis: half-way between two probes, never below 0.
 
     >>> edges(np.array([1, 101, 301])).tolist(), edges(np.array([5])).tolist()
-    ([-49.0, 51.0, 201.0, 401.0], [4.5, 5.5])
+    ([0.0, 51.0, 201.0, 401.0], [4.5, 5.5])
     """
     if len(step) < 2:
         return np.array([step[0] - 0.5, step[0] + 0.5])
     middle = (step[1:] + step[:-1]) / 2
     first, last = step[0] - (middle[0] - step[0]), step[-1] + (step[-1] - middle[-1])
-    return np.concatenate([[first], middle, [last]])
+    return np.concatenate([[max(first, min(0.0, float(step[0])))], middle, [last]])
 
 
 def shared_by(courses: Sequence[Course]) -> Shared:
@@ -127,7 +127,8 @@ def _limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
     known = known[np.isfinite(known)]
     if not len(known):
         return 0.0, 1.0
-    low, high = float(known.min()), float(np.quantile(known, 0.995))
+    # of many, the very highest may leave the axis
+    low, high = float(known.min()), float(np.quantile(known, 0.995 if len(known) > 400 else 1.0))
     margin = max(0.06 * (high - low), 1e-6 * max(1.0, abs(high)))
     return low - margin, high + margin
 

@@ -10,7 +10,6 @@ import xarray as xr
 
 from gradflow.history import History
 from gradflow.limits import GONE_DECADES
-from gradflow.reporter.charts.chart import running_median
 
 # fmt: off
 OF_LAYER = ("rate", "rate_low", "rate_high", "rate_settled", "half_life", "horizon", "searched", "span",
@@ -157,12 +156,14 @@ def _largest(rates: np.ndarray) -> np.ndarray:
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """The running median over so many probes, fewer at the ends; NaN are left out.
+    """The lower running median over so many probes, fewer at the ends; always one of the values.
 
     >>> smooth(np.array([5.0, 5.0, 90.0, 5.0, 6.0]), 3).tolist()
-    [5.0, 5.0, 5.0, 6.0, 5.5]
+    [5.0, 5.0, 5.0, 6.0, 5.0]
     """
     half = width // 2
     padded = np.pad(values.astype(float), half, constant_values=np.nan)
     rows = np.stack([padded[start : start + len(values)] for start in range(2 * half + 1)])
-    return running_median(rows, axis=0)
+    ordered = np.sort(rows, axis=0)  # NaN go last
+    middle = np.maximum((np.sum(~np.isnan(ordered), axis=0) - 1) // 2, 0)
+    return np.asarray(np.take_along_axis(ordered, middle[None], axis=0)[0], dtype=float)

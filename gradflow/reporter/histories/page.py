@@ -60,7 +60,8 @@ def history_page(
     """
     notes = [note for note in history.notes if note.about != "resumed"]
     alerts = [note for note in notes if note.about in ("alert", "nonfinite", "failed", "warning")]
-    head = (alerts or notes)[-SAID:]
+    changes = [note for note in notes if note.about == "verdict"]
+    head = (alerts or changes)[-SAID:]
     ordered = worst_first(list(layers))
     render = functools.partial(
         template("history.html").render,
