@@ -74,6 +74,10 @@ INPUT = click.option(
     "--input", "input", metavar="FILE", type=click.Path(path_type=Path),
     help="A batch: .npy, .npz, .pt or .safetensors.",
 )  # fmt: skip
+TOKENS = click.option(
+    "--tokens", metavar="FILE", type=click.Path(path_type=Path),
+    help="Tokens (B, T) for a folder of transformers; random ones by default.",
+)  # fmt: skip
 TARGET = click.option(
     "--target", metavar="FILE", type=click.Path(path_type=Path), help="The batch's targets."
 )
@@ -150,6 +154,7 @@ def gradflow() -> None:
 @gradflow.command(short_help="Say where a model's gradient vanishes or explodes, and why.")
 @MODEL
 @RUNNING
+@TOKENS
 @LABELS
 @NO_REPORT
 @SHOWING
@@ -169,11 +174,13 @@ def analyze(
 
     MODEL is a state_dict, a checkpoint, a Lightning .ckpt, .safetensors, or a pickle of stock
     torch modules, or a list or dict of several, of which --member picks one. Without --input its
-    weights are tried under several probes.
+    weights are tried under several probes. It may be a folder of transformers, with config.json and
+    model.safetensors: its language model runs on --tokens, and no code of the folder's is run.
 
     \b
     gradflow analyze model.pt
     gradflow analyze model.pt --model 'my_code:Net(10, 20)' --input batch.pt --loss mse
+    gradflow analyze mamba-130m --tokens ids.npy
     """
     conditions = parse_conditions(fail_on)
     if no_report and (folder is not None or force):

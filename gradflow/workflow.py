@@ -179,6 +179,7 @@ class FileRequest:
     spec: str | None = None
     member: str | None = None
     input: Path | None = None
+    tokens: Path | None = None  # for a folder of transformers; None: random ones
     target: Path | None = None
     loss: str | None = None
     output: str | None = None
@@ -209,6 +210,12 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
     if not 0 <= request.seed < 2**63:
         whole = "a whole number of at least 0 and below 2**63"
         raise InputError(must_be("--seed", whole, request.seed, "leave it out for 0"))
+    if loading.is_pretrained(request.path):
+        return _from_pretrained(request, progress)
+    if request.tokens is not None:
+        raise InputError(
+            f"--tokens is for a folder of transformers, got {request.path}; give --input for a batch"
+        )
     labels = None if request.labels is None else loading.read_labels(request.labels)
     if labels is not None and request.input is None:
         checked_labels(labels, request.probe_steps)
@@ -229,6 +236,39 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
             "kind": opened.kind,
             **with_notes(analysis.provenance, opened.notes),
         },
+    )
+
+
+def _from_pretrained(request: FileRequest, progress: Progress | None) -> Analysis:
+    """Run a language model of transformers on tokens; the loss is that of the next token."""
+    for option in ("spec", "member", "input", "target", "loss", "output"):
+        if getattr(request, option) is not None:
+            named = {"spec": "model"}.get(option, option)
+            raise InputError(
+                f"--{named} has no effect on a folder of transformers, whose model is its own and whose "
+                "loss is that of the next token; leave it out, and give --tokens FILE for a batch"
+            )
+    labels = None if request.labels is None else loading.read_labels(request.labels)
+    with collected_warnings() as sentences:
+        model = loading.open_pretrained(request.path)
+        model.train(bool(request.train))
+        shape = (request.probe_batch, request.probe_steps)
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        tokens = loading.read_tokens(request.tokens, vocabulary, shape, request.seed)
+        with random_numbers_kept(devices=None):
+            torch.manual_seed(request.seed)
+            with record(model) as recording:
+                model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        given = "random" if request.tokens is None else request.tokens.name
+        recording.provenance |= {"tokens": given, "seed": request.seed}
+        analysis = analyze(recording, span=request.span, seed=request.seed, progress=progress)
+    if labels is not None:
+        analysis = analysis.labelled(labels)
+    return replace(
+        analysis,
+        title=f"{request.path.name} ({type(model).__name__})",
+        warnings=tuple(dict.fromkeys([*analysis.warnings, *sentences])),
+        provenance={"file": request.path.name, "kind": "transformers", **analysis.provenance},
     )
 
 

@@ -308,6 +308,16 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "<i>" not in page
 
 
+def test_of_many_layers_the_worst_have_pictures(tmp_path: Path) -> None:
+    one = probe(100).layers["l0"]
+    layers = {f"l{n}": replace(one, verdict="stable" if n < 9 else "dead") for n in range(10)}
+    found = History.of("Net", [Probe(100, {}, layers)])
+    gradflow.report(found, tmp_path / "r", formats=["html", "png"])
+    names = {path.name.split("-")[0] for path in (tmp_path / "r" / "figures").iterdir()}
+    assert names == {"l0", "l1", "l2", "l3", "l4", "l9", "waterfall.png"}
+    assert "of the 6 worst layers" in (tmp_path / "r" / "report.html").read_text()
+
+
 def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the history must be one with probes, got none"):
         gradflow.report(History.of("Net", []), tmp_path / "r")

@@ -6,6 +6,7 @@ from gradflow.loading.labels import read_labels
 from gradflow.loading.losses import Loss, choose_output, make_loss, output_lengths, time_axis
 from gradflow.loading.model_spec import build_loss
 from gradflow.loading.opened import Opened, no_model_to_run, open_model
+from gradflow.loading.pretrained import is_pretrained, open_pretrained, read_tokens
 from gradflow.loading.probe import Probe, probe_loss, probes
 from gradflow.loading.recurrent import RecurrentModule
 
@@ -20,14 +21,17 @@ __all__ = [
     "choose_output",
     "describe",
     "fit_batch",
+    "is_pretrained",
     "make_loss",
     "no_model_to_run",
     "open_model",
+    "open_pretrained",
     "output_lengths",
     "probe_loss",
     "probes",
     "read_batch",
     "read_labels",
+    "read_tokens",
     "save_snippet",
     "time_axis",
 ]

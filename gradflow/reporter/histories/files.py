@@ -17,7 +17,7 @@ from gradflow.reporter.histories.course import Course, courses
 from gradflow.reporter.histories.figures import blocks_of, plot_histories
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.now import Now, now
-from gradflow.reporter.histories.page import history_page, top_layers
+from gradflow.reporter.histories.page import drawn_layers, history_page, top_layers
 from gradflow.reporter.picture import png
 
 SCHEMA = 1  # of summary.json of a history; raised when a reader would be misled
@@ -86,7 +86,7 @@ def draw(history: History, layers: list[Now]) -> dict[FigureKey, bytes]:
     top = [one.course.layer for one in top_layers(layers)]
     found = {}
     for kind in HISTORY_KINDS:
-        for one in layers:
+        for one in drawn_layers(layers):  # of a deep stack all would take minutes
             if _has(kind, one.course):
                 picture = plot_histories([history], kind, layer=one.course.layer)
                 found[kind, one.course.layer] = png(picture)

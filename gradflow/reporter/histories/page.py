@@ -23,6 +23,7 @@ from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.page import provenance_rows, template
 
 HEAD_LAYERS = 2  # layers whose waterfall heads the page; the others follow below
+DRAWN_LAYERS = 6  # layers that have pictures on the page
 SAID = 3  # notes at the head of the page, the last ones
 NOTES = 500  # notes on the page, the last ones
 TITLES = {
@@ -50,6 +51,12 @@ def top_layers(layers: Sequence[Now]) -> list[Now]:
     return [one for one in layers if one in chosen]
 
 
+def drawn_layers(layers: Sequence[Now]) -> list[Now]:
+    """The layers that have pictures: the worst, in the order in which they ran."""
+    chosen = worst_first(list(layers))[:DRAWN_LAYERS]
+    return [one for one in layers if one in chosen]
+
+
 def history_page(
     history: History, layers: Sequence[Now], pictures: Mapping[tuple[str, str], bytes]
 ) -> str:
@@ -71,6 +78,7 @@ def history_page(
         top=ordered[:3],
         others=ordered[3:],
         layers=list(layers),
+        undrawn=max(0, len(layers) - DRAWN_LAYERS),
         first=("waterfall", "top")
         if ("waterfall", "top") in pictures
         else ("waterfall", layers[0].course.layer),
