@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gradflow import loading
 from gradflow.analysis import Analysis, LayerAnalysis, checked_labels
 from gradflow.analyzer import analyze
-from gradflow.analyzer.agreement import agreed
+from gradflow.analyzer.agreement import agreed, agreed_by_votes
+from gradflow.analyzer.votes import Vote, votes
 from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
 from gradflow.history import History
@@ -338,25 +339,27 @@ def _from_weights(
     provenance: dict[str, Any] = {}
     snippet = loading.save_snippet(opened.path, opened)
     for module in opened.recurrent:
-        runs = []
+        recordings, cast = list[Recording](), list[dict[str, Vote] | None]()
         probes = loading.probes(module, request.probe_steps, request.probe_batch, request.seed)
         for number, probe in enumerate(probes):
             recording = _run_probe(module, probe)
             step = _part(
                 progress, number, len(probes), f"{module.name or module.kind} under {probe.name}"
             )
-            # only the last probe is shown; the others need their rates, not their maps
-            coarse = None if number == len(probes) - 1 else max(1, request.probe_steps)
-            runs.append(
-                analyze(
-                    recording,
-                    span=request.span,
-                    stride=coarse,
-                    seed=request.seed,
-                    progress=step,
-                )
-            )
-        run = agreed(runs, [probe.name for probe in probes], snippet.splitlines()[-1])
+            recordings.append(recording)
+            if number < len(probes) - 1:  # only the last probe is shown; the others have a vote
+                if step is not None:
+                    step("rates", 0.0)
+                cast.append(votes(recording, span=request.span, seed=request.seed))
+        shown = analyze(recording, span=request.span, seed=request.seed, progress=step)
+        names_of_probes = [probe.name for probe in probes]
+        known = [one for one in cast if one is not None]
+        agree = agreed_by_votes(shown, known, names_of_probes) if len(known) == len(cast) else None
+        run = agree or agreed(
+            [*(_vote_in_full(one, request) for one in recordings[:-1]), shown],
+            names_of_probes,
+            snippet.splitlines()[-1],
+        )
         run = with_predictions(recording, run, batch=probes[-1].name, seed=request.seed)
         layers |= run.layers
         notes += [*module.doubts, *run.warnings]
@@ -376,6 +379,12 @@ def _from_weights(
     }
     provenance = with_notes(provenance, assumed)
     return Analysis(opened.title, layers, tuple(dict.fromkeys([told, *notes])), provenance)
+
+
+def _vote_in_full(recording: Recording, request: FileRequest) -> Analysis:
+    """The analysis of a probe that is not shown: it needs its findings, not its maps."""
+    stride = max(1, request.probe_steps)
+    return analyze(recording, span=request.span, stride=stride, seed=request.seed)
 
 
 def _run_probe(module: loading.RecurrentModule, probe: loading.Probe) -> Recording:

@@ -5,7 +5,7 @@ Everything else that a test uses is public: `gradflow` and the packages right be
 
 # ruff: noqa: F401
 
-from gradflow.analyzer.agreement import agreed
+from gradflow.analyzer.agreement import agreed, agreed_by_votes
 from gradflow.analyzer.blocks import Blocks
 from gradflow.analyzer.cellpath import log_diagonal_gains
 from gradflow.analyzer.constant import constant_exponents
@@ -44,6 +44,7 @@ from gradflow.analyzer.sweep import Sweep
 from gradflow.analyzer.triangle import triangle as triangle_triangle
 from gradflow.analyzer.tried import decades
 from gradflow.analyzer.truncation import log_dropped
+from gradflow.analyzer.votes import votes
 from gradflow.analyzer.windows import Norms, Window, log_norms
 from gradflow.cells.linear import LinearSteps, side_by_side
 from gradflow.demo.task import AddingModel, adding_batch
@@ -54,6 +55,8 @@ from gradflow.hooks.own import cells
 from gradflow.hooks.rerun import WeightChange, rerun
 from gradflow.hooks.unrolled.chains import chains, recurrences
 from gradflow.hooks.unrolled.crossing import crossing as crossing_crossing
+from gradflow.hooks.unrolled.repeats import without_repeats
+from gradflow.hooks.unrolled.weights import computed_chains
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.hooks.wide import Wide
 from gradflow.loading.ages import lacking

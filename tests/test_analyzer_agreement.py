@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from seam import agreed
+from seam import agreed, agreed_by_votes, votes
 from torch import nn
 
 import gradflow
@@ -48,3 +48,38 @@ def test_probes_that_agree_widen_the_interval_over_all_of_them() -> None:
     assert layer.rate == second["l0"].rate
     assert all("under inputs N(0, 1)" in finding.where for finding in layer.findings)
     assert agreed([first], PROBES[:1]) == first or agreed([first], PROBES[:1])["l0"] is first["l0"]
+
+
+def test_votes_are_those_of_whole_analyses_and_widen_the_same_interval() -> None:
+    gru = nn.GRU(3, 4, 2)
+    recordings = []
+    for scale in (0.0, 1.0):
+        with gradflow.record(gru) as recording:
+            gru(scale * torch.randn(40, 4, 3))[0][-1].sum().backward()
+        recordings.append(recording)
+    whole = [gradflow.analyze(recording, stride=40) for recording in recordings]
+    cast = [votes(recording, span=None, seed=0) for recording in recordings]
+    for one, analysis in zip(cast, whole, strict=True):
+        assert one is not None
+        known = {layer.name: (layer.verdict, layer.gain, layer.rate) for layer in analysis}
+        assert {name: (v.verdict, v.gain, v.rate) for name, v in one.items()} == known
+    assert cast[0] is not None
+    found, same = agreed_by_votes(whole[1], cast[:1], PROBES), agreed(whole, PROBES)
+    assert found is not None
+    for layer in found:
+        other = same[layer.name]
+        assert (layer.verdict, layer.gain, layer.rate, layer.findings, layer.sentence) == (
+            other.verdict, other.gain, other.rate, other.findings, other.sentence
+        )  # fmt: skip
+
+
+def test_votes_that_differ_leave_it_to_whole_analyses() -> None:
+    first, second = runs(5.0)
+    rnn = nn.RNN(3, 8, bias=False)
+    nn.init.orthogonal_(rnn.weight_hh_l0)
+    with gradflow.record(rnn) as recording:
+        rnn(torch.zeros(40, 8, 3))[0][-1].sum().backward()
+    cast = votes(recording, span=None, seed=0)
+    assert cast is not None
+    assert cast["l0"].verdict == first["l0"].verdict != second["l0"].verdict
+    assert agreed_by_votes(second, [cast], PROBES) is None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gradflow.analysis import Analysis, Finding, LayerAnalysis, Rate
+from gradflow.analyzer.votes import Vote
 
 DEPENDS = "depends on the input"
 
@@ -27,19 +28,46 @@ def agreed(runs: Sequence[Analysis], probes: Sequence[str], command: str = "") -
     return replace(shown, layers=layers)
 
 
+def agreed_by_votes(
+    shown: Analysis, cast: Sequence[Mapping[str, Vote]], probes: Sequence[str]
+) -> Analysis | None:
+    """The same where all verdicts agree, from the votes of the probes that are not shown.
+
+    None where they do not: then the whole analyses of all probes have something to say.
+    """
+    layers = {}
+    for name, layer in shown.layers.items():
+        others = [votes[name] for votes in cast if name in votes]
+        if len(others) < len(cast) or any(vote.verdict != layer.verdict for vote in others):
+            return None
+        layers[name] = _widened(layer, [*others, layer], probes[-1]) if others else layer
+    return replace(shown, layers=layers)
+
+
+def _widened(
+    shown: LayerAnalysis, votes: Sequence[Vote | LayerAnalysis], probe: str
+) -> LayerAnalysis:
+    """The layer with intervals that hold those of all probes."""
+    rate = Rate(
+        shown.rate.value,
+        min(vote.rate.low for vote in votes),
+        max(vote.rate.high for vote in votes),
+    )
+    low, high = min(vote.gain.low for vote in votes), max(vote.gain.high for vote in votes)
+    findings = tuple(_under(finding, probe) for finding in shown.findings)
+    gain = replace(shown.gain, low=low, high=high)
+    return replace(shown, rate=rate, gain=gain, findings=findings)
+
+
 def _agreed_layer(
     layers: Sequence[LayerAnalysis], probes: Sequence[str], command: str
 ) -> LayerAnalysis:
     shown = layers[-1]
     if len(layers) == 1:
         return shown
-    low = min(layer.rate.low for layer in layers)
-    high = max(layer.rate.high for layer in layers)
-    ends = min(layer.gain.low for layer in layers), max(layer.gain.high for layer in layers)
-    rate, gain = Rate(shown.rate.value, low, high), replace(shown.gain, low=ends[0], high=ends[1])
+    wide = _widened(shown, layers, probes[-1])
     if len({layer.verdict for layer in layers}) == 1:
-        findings = tuple(_under(finding, probes[-1]) for finding in shown.findings)
-        return replace(shown, rate=rate, gain=gain, findings=findings)
+        return wide
     rates = ", ".join(
         f"{layer.verdict} ({layer.decades:.1f} decades over the span, {layer.rate.value:.3f} per "
         f"step) under {probe}".replace("(-", "(−").replace(" -", " −")
@@ -59,8 +87,8 @@ def _agreed_layer(
         shown,
         verdict="inconclusive",
         labels=(DEPENDS, *shown.labels),
-        rate=rate,
-        gain=gain,
+        rate=wide.rate,
+        gain=wide.gain,
         findings=(finding, *kept),
         sentence=sentence,
         title=f"{shown.name} ({shown.cell.split('_')[0]}): depends on the input, here {probes[-1]}",

@@ -68,10 +68,25 @@ class Core:
         return self.growth.log_growth[1:, :, 0].cumsum(0).T.numpy()
 
 
-def measure(
-    track: Track, settings: Settings, *, withheld: bool, watch: WeightGrowth | None = None
-) -> Core:
-    """How much every sequence keeps over the span and how fast, and the maps of a few."""
+@dataclass(frozen=True, kw_only=True)
+class Voted:
+    """The numbers of a verdict that all sequences have a vote in; fields as in `Core`."""
+
+    span: int
+    finite: np.ndarray  # (B,)
+    growth: Growth
+    sequence_gains: SpanGains
+    gain: Gain
+    sequence_rates: np.ndarray  # (B,)
+    rate: Rate
+    settling: float
+    settled: bool
+    constant: np.ndarray | None  # (S,)
+    verdict: Verdict
+
+
+def voted(track: Track, settings: Settings, watch: WeightGrowth | None = None) -> Voted:
+    """How much every sequence keeps over the span and how fast."""
     span = span_of(track, settings)
     finite = finite_sequences(track)
     kept = keeping(track, settings, span)
@@ -88,10 +103,8 @@ def measure(
         else UNKNOWN_RATE
     )
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
-    mapped = mapped_sequences(track, gains, finite, settings)
-    maps, ranks = _maps(track, mapped, span, withheld, settings)
     measurable = int(np.isfinite(gains.votes).sum())
-    return Core(
+    return Voted(
         span=span,
         finite=finite,
         growth=growth,
@@ -103,6 +116,18 @@ def measure(
         settled=enough(common, rate.value, span),
         constant=kept.constant,
         verdict=judge(gain, measurable, int(growth.counted.sum(0).max())),
+    )
+
+
+def measure(
+    track: Track, settings: Settings, *, withheld: bool, watch: WeightGrowth | None = None
+) -> Core:
+    """How much every sequence keeps over the span and how fast, and the maps of a few."""
+    known = voted(track, settings, watch)
+    mapped = mapped_sequences(track, known.sequence_gains, known.finite, settings)
+    maps, ranks = _maps(track, mapped, known.span, withheld, settings)
+    return Core(
+        **vars(known),
         mapped=mapped,
         maps=maps,
         curve=lag_curve(maps.log_gain["spectral"], maps.sources),

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
+import gradflow.hooks.linear.kinds  # noqa: F401  # now: a fork while another thread imports it would hang
 from gradflow.cells import CELLS
 from gradflow.hooks.guard import Point, busy, guarded
 from gradflow.hooks.linear.heard import Heard

@@ -24,7 +24,7 @@ from gradflow.hooks.unrolled.chains import (
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import LINK_NODES, RECURRENCE_USES
 
-_SAME = frozenset(("T", "Transpose", "Permute", "Expand", "View", "ReshapeAlias", "Unsqueeze"))
+HANDED_ON = frozenset(("T", "Transpose", "Permute", "Expand", "View", "ReshapeAlias", "Unsqueeze"))
 
 
 def in_attributes(modules: Mapping[str, nn.Module]) -> dict[int, str]:
@@ -102,7 +102,7 @@ def computed_chains(
             if number is None:
                 continue
             kind = graph.kind(place)
-            if kind in _SAME and len(inputs) == 1:
+            if kind in HANDED_ON and len(inputs) == 1:
                 alias.setdefault((place, 0), number)
             elif kind in PRODUCTS:
                 uses[number].nodes.append(place)
