@@ -101,12 +101,11 @@ MODE = click.option(
     help="Mode the model runs in, with --input; evaluation by default, where dropout is off.",
 )  # fmt: skip
 SEQ_LEN = click.option(
-    "--seq-len", metavar="N", type=int, show_default="100",
-    help="Steps of a probe, without --input.",
+    "--seq-len", metavar="N", type=int, help="Steps of a probe, without --input; 100 by default.",
 )  # fmt: skip
 BATCH = click.option(
-    "--batch", metavar="N", type=int, show_default="16",
-    help="Sequences of a probe, without --input.",
+    "--batch", metavar="N", type=int,
+    help="Sequences of a probe, without --input; 16 by default.",
 )  # fmt: skip
 SEED = click.option(
     "--seed", metavar="N", type=int, default=0, show_default=True, help="Random seed."
