@@ -57,6 +57,13 @@ DIMS = {
     **dict.fromkeys(("step_growth", "grad_input_norm"), ("step",)),
     "rate_factor": ("factor",),
     "segment_length": ("segment",),
+    **dict.fromkeys(
+        [f"head_{name}{end}" for name in ("gain", "rate") for end in ("", "_low", "_high")],
+        ("head",),
+    ),
+    **dict.fromkeys(("head_verdict", "head_erased"), ("head",)),
+    "head_log_gain": ("head", "head_lag"),
+    "decay": ("decay_fact",),
 }
 
 

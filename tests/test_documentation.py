@@ -354,7 +354,8 @@ def test_the_examples_of_the_help_run_as_they_stand(
         histories.write(tmp_path / "runs" / name, 6)
     needed = [f"gradflow analyze {name}.pt --seq-len 12 -q" for name in ("rnn", "lstm")]
     shown = {line: None for command in group.commands.values() for line in in_text(command.help)}
-    lines = [line for line in shown if line != "gradflow demo"]
+    # the demo and a folder of transformers have tests of their own
+    lines = [line for line in shown if line != "gradflow demo" and "--tokens" not in line]
     assert len(lines) >= len(group.commands)
     for line in sorted([*needed, *lines], key=lambda line: line not in needed):
         assert (

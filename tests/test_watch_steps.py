@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +271,14 @@ def test_a_block_says_where_a_step_begins_and_ends(tmp_path: Path) -> None:
     assert watch.history["rnn.l0"]["sequences"].values.tolist() == [5, 5]
 
 
+@pytest.fixture
+def _nothing_stays_compiled() -> Iterator[None]:
+    """That something is compiled changes how cells are found, in the whole process."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_nothing_stays_compiled")
 def test_a_compiled_model_is_watched(tmp_path: Path) -> None:
     net = Net()
     compiled = torch.compile(net, backend="eager")

@@ -93,9 +93,11 @@ rate_factor         (factor)                       RNN: the rate's two summands,
                                                    and mean ln (‖D W q‖/‖W q‖) ("activation")
 head_gain           (head)                         linear recurrences with heads: ln of the largest gain
                                                    over the span of each, mean over sequences
-head_gain_low/_high (head)                         its 95 % interval over sequences
+head_gain_low       (head)                         its 95 % interval over sequences: its lower end
+head_gain_high      (head)                         its upper end
 head_rate           (head)                         nats per step of each head
-head_rate_low/_high (head)                         its interval, likewise
+head_rate_low       (head)                         its interval, likewise: its lower end
+head_rate_high      (head)                         its upper end
 head_verdict        (head)                         place in `gradflow.limits.VERDICTS`
 head_log_gain       (head, head_lag)               median over pairs of steps of ln ‖P_g(t+k←t)‖₂
 head_erased         (head)                         share of steps whose rank-one part leaves less than
