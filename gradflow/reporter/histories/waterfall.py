@@ -22,7 +22,7 @@ from gradflow.reporter.histories.across import (
     strips_of,
 )
 from gradflow.reporter.histories.course import Course
-from gradflow.reporter.histories.story import title
+from gradflow.reporter.histories.story import stretches, title
 from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import paint
 
@@ -127,8 +127,10 @@ def _reading(course: Course, top: bool, pool: int, shared: Shared) -> str:
     )
     if pool > 1:
         words += f" Each column is the median of {pool} probes."
-    if len(course.step) > 1 and (course.verdict != "").any():
-        words += " Dotted: the verdict, of gains, changed for at least three probes."
+    if course.has_gains:
+        words += " Sentence and verdict are of gains: the best direction may reach further than the loss's."
+    if stretches(course.verdict)[1:]:
+        words += " Dotted: the verdict changed for at least three probes."
     return words
 
 
