@@ -7,23 +7,19 @@ of independent states: a = (I − Mᵀ) g.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from gradflow.errors import RecordingError
 from gradflow.hooks.axes import Axis, as_rows, usual_axis
-from gradflow.hooks.call import SECOND_ORDER
 from gradflow.hooks.dense import Dense
-from gradflow.hooks.graph import Edge
-from gradflow.hooks.guard import Hook, Point
+from gradflow.hooks.heard_gradients import HeardGradients
 from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.loop import difference, trimmed
-from gradflow.hooks.unreadable import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.limits import DIFFERENCE_ROUNDING
 from gradflow.recording import Backward, Forward, Operator, Parity, Source
@@ -88,10 +84,9 @@ UNROLLED = Words(
 
 
 @dataclass(eq=False)
-class TapSource:
+class TapSource(HeardGradients):
     """All marks of one loop."""
 
-    scale: Callable[[], float]
     name: str = "loop"  # of the track
     cell: str = "tap"
     lengths: Tensor | None = None
@@ -100,10 +95,6 @@ class TapSource:
     mixed: bool = False  # some states go around the calls, see `around`
     remarks: list[str] = field(default_factory=list)
     initial: dict[str, Tensor] = field(default_factory=dict)  # state name -> (B, width), if seen
-    graph_tasks: set[int] = field(default_factory=set)
-    lost: str = ""  # why what the backwards brought is no total, if it is none
-    batched: bool = False  # a backward of several outputs at once reached it, which is not counted
-    ran_backward: bool = False
     closed: Any = None  # the `ClosedLoop` that it is a part of, if any
     _steps: tuple[tuple[int, int], list[Mark]] | None = field(default=None, repr=False)
     part_of_a_step: bool = False  # other terms are added to what the cell returns
@@ -120,49 +111,24 @@ class TapSource:
             return self.own_words
         return TAPPED if self.cell == "tap" else CALLED
 
-    @property
-    def version(self) -> int:
-        """How many backwards reached the loop."""
-        return len(self.graph_tasks)
+    # -- gradients that come by --------------------------------------------------------------
 
-    # -- what the recorder calls -------------------------------------------------------------
+    def _kept(self) -> list[Mark]:
+        return self.marks
 
-    def listen(self, mark: Mark, edges: dict[str, Edge]) -> list[RemovableHandle]:
-        """Add up the gradients that reach the marked tensors, after all hooks of the user's own."""
-        return [
-            node.register_prehook(
-                Hook(Point.GRADIENT, self.lose, self._catcher(mark, name, output))
+    def _rows(self, one: Mark, name: str, grad: Tensor) -> Tensor:
+        return as_rows(grad, one.axes.get(name, usual_axis(grad.shape)))
+
+    def _needs_none(self) -> str:
+        if self.words is TAPPED:
+            return (
+                "its marked states need no gradient; mark the states before any detach(), or call "
+                "requires_grad_() on the weights"
             )
-            for name, (node, output) in edges.items()
-        ]
+        return "its states need no gradient: its weights are frozen; call requires_grad_() on them"
 
-    def lose(self, why: str) -> None:
-        """What the backwards brought, and will bring, is no total."""
-        self.lost = self.lost or why
-        self.graph_tasks.add(torch._C._current_graph_task_id())
-
-    def _counts(self, grad: Tensor) -> bool:
-        """Note that a backward reached a mark; whether its gradient is to be added up."""
-        if is_batched(grad) or why_hidden():
-            self.batched = True
-            return False
-        if torch.is_grad_enabled():
-            self.lost = self.lost or SECOND_ORDER
-        self.graph_tasks.add(torch._C._current_graph_task_id())
-        return True
-
-    def _catcher(
-        self, mark: Mark, name: str, output: int
-    ) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def catch(grads: tuple[Tensor | None, ...]) -> None:
-            grad = grads[output]
-            if grad is None or not self._counts(grad):
-                return
-            axis = mark.axes.get(name, usual_axis(grad.shape))
-            grad = as_rows(grad.detach(), axis) / self.scale()
-            mark.grads[name] = mark.grads[name] + grad if name in mark.grads else grad
-
-        return catch
+    def _spoken(self) -> str:
+        return self.words.states
 
     # -- the source of a track ---------------------------------------------------------------
 
@@ -205,9 +171,6 @@ class TapSource:
 
     def _trimmed(self, array: Tensor) -> Tensor:
         return trimmed(array, self.real)
-
-    def _has_gradient(self) -> bool:
-        return not self.lost and any(mark.grads for mark in self.marks)
 
     def backward(self) -> Backward | None:
         """Total gradients; None without a backward."""
@@ -266,13 +229,6 @@ class TapSource:
 
     def trains_recurrence(self) -> None:
         """The weights of such a loop were not seen."""
-
-    def unread(self) -> bool:
-        """Whether a backward ran and did not come here, though it could have."""
-        able = any(mark.grad_enabled and mark.differentiable for mark in self.marks)
-        if self.lost or self.batched:
-            return False
-        return able and self.ran_backward and not self.version
 
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
@@ -436,35 +392,9 @@ class TapSource:
             self.words.kind,
         )
 
-    def why_no_gradient(self) -> str:
-        """Why there is no gradient here, and what to do."""
-        if self.lost:
-            return self.lost
-        if self.batched:
-            return ONLY_BATCHED
-        if not any(mark.grad_enabled for mark in self.marks):
-            return (
-                "it ran inside torch.no_grad(), or inside a checkpoint with use_reentrant=True; run it "
-                "with gradients enabled, or the checkpoint with use_reentrant=False"
-            )
-        if not any(mark.differentiable for mark in self.marks):
-            return (
-                "its marked states need no gradient; mark the states before any detach(), or call "
-                "requires_grad_() on the weights"
-                if self.words is TAPPED
-                else "its states need no gradient: its weights are frozen; call requires_grad_() on "
-                "them"
-            )
-        if self.ran_backward:
-            return (
-                f"a backward ran but did not reach its {self.words.states}: they are detached, or "
-                "the loss ignores them; make the loss depend on them"
-            )
-        return "no backward ran inside the block; call loss.backward() before the block ends"
-
     def notes(self) -> list[str]:
         """What a reader should know about the track."""
-        return ([BATCHED] if self.batched else []) + self._notes()
+        return self._batched_note() + self._notes()
 
     def _notes(self) -> list[str]:
         if self.closed is not None:

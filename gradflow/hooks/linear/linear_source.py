@@ -12,17 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from gradflow.cells.linear import LinearSteps, side_by_side
 from gradflow.errors import RecordingError
-from gradflow.hooks.call import SECOND_ORDER
-from gradflow.hooks.graph import Edge
-from gradflow.hooks.guard import Hook, Point
+from gradflow.hooks.heard_gradients import HeardGradients
 from gradflow.hooks.loops.loop import difference
 from gradflow.hooks.parity import BOUNDS
 from gradflow.hooks.replay import masked
-from gradflow.hooks.unreadable import BATCHED, ONLY_BATCHED, is_batched, why_hidden
 from gradflow.limits import PARITY_FLOAT32
 from gradflow.recording import Backward, Forward, Operator, Parity, Source
 
@@ -122,10 +118,9 @@ class Stretch:
 
 
 @dataclass(eq=False)
-class LinearSource:
+class LinearSource(HeardGradients):
     """All calls of one linear recurrence, one after the other."""
 
-    scale: Callable[[], float]  # what the loss is multiplied by
     cell: str  # what people call it
     name: str = ""  # of the track
     lengths: Tensor | None = None  # (B,) real steps; None: all
@@ -133,51 +128,16 @@ class LinearSource:
     reverse: bool = False  # processed from the last input step to the first
     stretches: list[Stretch] = field(default_factory=list)  # the calls in their order
     remarks: list[str] = field(default_factory=list)  # what a reader should know
-    graph_tasks: set[int] = field(default_factory=set)  # backwards that came by
-    lost: str = ""  # why what the backwards brought is no total, if it is none
-    batched: bool = False  # a backward of several outputs at once came by, which is not counted
-    ran_backward: bool = False  # whether any ran in the block
     _read: dict[str, tuple[object, object]] = field(default_factory=dict, repr=False)
 
-    @property
-    def version(self) -> int:
-        """How many backwards reached the recurrence."""
-        return len(self.graph_tasks)
+    def _kept(self) -> list[Stretch]:
+        return self.stretches
 
-    # -- what the recorder calls -------------------------------------------------------------
-
-    def listen(self, stretch: Stretch, edges: dict[str, Edge]) -> list[RemovableHandle]:
-        """Add up the gradients that reach what a call returned, after all hooks of the user's own."""
-        return [
-            node.register_prehook(
-                Hook(Point.GRADIENT, self.lose, self._catcher(stretch, name, output))
-            )
-            for name, (node, output) in edges.items()
-        ]
-
-    def lose(self, why: str) -> None:
-        """What the backwards brought, and will bring, is no total."""
-        self.lost = self.lost or why
-        self.graph_tasks.add(torch._C._current_graph_task_id())
-
-    def _catcher(
-        self, stretch: Stretch, name: str, output: int
-    ) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def catch(grads: tuple[Tensor | None, ...]) -> None:
-            grad = grads[output]
-            if grad is None:
-                return
-            if is_batched(grad) or why_hidden():
-                self.batched = True
-                return
-            if torch.is_grad_enabled():
-                self.lost = self.lost or SECOND_ORDER
-            self.graph_tasks.add(torch._C._current_graph_task_id())
-            grad = grad.detach() / self.scale()
-            known = stretch.grads.get(name)
-            stretch.grads[name] = grad if known is None else known + grad
-
-        return catch
+    def _needs_none(self) -> str:
+        return (
+            "what it returned needs no gradient: it is detached, or its weights are frozen; call "
+            "requires_grad_() on them"
+        )
 
     # -- the source of a track ---------------------------------------------------------------
 
@@ -285,9 +245,6 @@ class LinearSource:
             inputs=None,
         )
 
-    def _has_gradient(self) -> bool:
-        return not self.lost and any(stretch.grads for stretch in self.stretches)
-
     def backward(self) -> Backward | None:
         """Total gradients; None without a backward."""
         if not self._has_gradient():
@@ -315,13 +272,6 @@ class LinearSource:
 
     def trains_recurrence(self) -> None:
         """Its weights were not seen."""
-
-    def unread(self) -> bool:
-        """Whether a backward ran and did not come here, though it could have."""
-        able = any(one.grad_enabled and one.differentiable for one in self.stretches)
-        if self.lost or self.batched:
-            return False
-        return able and self.ran_backward and not self.version
 
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone, in processing order."""
@@ -415,32 +365,9 @@ class LinearSource:
         """There is nothing to hold against anything: its weights were not seen."""
         return Parity("not applicable", None, KIND)
 
-    def why_no_gradient(self) -> str:
-        """Why there is no gradient here, and what to do."""
-        if self.lost:
-            return self.lost
-        if self.batched:
-            return ONLY_BATCHED
-        if not any(one.grad_enabled for one in self.stretches):
-            return (
-                "it ran inside torch.no_grad(), or inside a checkpoint with use_reentrant=True; run it "
-                "with gradients enabled, or the checkpoint with use_reentrant=False"
-            )
-        if not any(one.differentiable for one in self.stretches):
-            return (
-                "what it returned needs no gradient: it is detached, or its weights are frozen; call "
-                "requires_grad_() on them"
-            )
-        if self.ran_backward:
-            return (
-                "a backward ran but did not reach its states: they are detached, or the loss ignores "
-                "them; make the loss depend on them"
-            )
-        return "no backward ran inside the block; call loss.backward() before the block ends"
-
     def notes(self) -> list[str]:
         """What a reader should know about the track."""
-        return [*([BATCHED] if self.batched else []), *self.remarks]
+        return [*self._batched_note(), *self.remarks]
 
 
 def _difference(total: Tensor, part: Tensor, size: Tensor) -> Tensor:
