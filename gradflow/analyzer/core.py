@@ -19,6 +19,7 @@ from gradflow.analyzer.gains import SpanGains
 from gradflow.analyzer.jacobians import operator_of, state_size, vector_seconds
 from gradflow.analyzer.keeping import (
     UNKNOWN_RATE,
+    Keeping,
     cuts_of,
     interval_of_gains,
     interval_of_rates,
@@ -41,8 +42,8 @@ from gradflow.recording import Track
 
 
 @dataclass(frozen=True, kw_only=True)
-class Core:
-    """The numbers of a verdict, none of which needs a gradient."""
+class Voted:
+    """The numbers of a verdict that all sequences have a vote in; none of them needs a gradient."""
 
     span: int
     finite: np.ndarray  # (B,) whether every state is
@@ -55,11 +56,17 @@ class Core:
     settled: bool  # whether the rate may be told
     constant: np.ndarray | None  # (S,) exponents, where the step Jacobian never changes
     verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Core(Voted):
+    """The same, and the maps of a few sequences."""
+
     mapped: tuple[int, ...]
     maps: plan.Maps
     curve: LagCurve
     ranks: Ranks
-    no_gains: str  # why no gains could be measured, "" where they were
+    no_gains: str = ""  # why no gains could be measured, "" where they were
     linear: LinearFacts | None = None  # of a linear recurrence
 
     @property
@@ -68,40 +75,17 @@ class Core:
         return self.growth.log_growth[1:, :, 0].cumsum(0).T.numpy()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Voted:
-    """The numbers of a verdict that all sequences have a vote in; fields as in `Core`."""
-
-    span: int
-    finite: np.ndarray  # (B,)
-    growth: Growth
-    sequence_gains: SpanGains
-    gain: Gain
-    sequence_rates: np.ndarray  # (B,)
-    rate: Rate
-    settling: float
-    settled: bool
-    constant: np.ndarray | None  # (S,)
-    verdict: Verdict
-
-
-def voted(track: Track, settings: Settings, watch: WeightGrowth | None = None) -> Voted:
-    """How much every sequence keeps over the span and how fast."""
-    span = span_of(track, settings)
+def vote(track: Track, span: int, kept: Keeping, growth: Growth) -> Voted:
+    """Gain, rate and verdict of what every sequence keeps over the span, and how fast it grows."""
     finite = finite_sequences(track)
-    kept = keeping(track, settings, span)
-    growth = growth_of(track, settings, watch, kept.leading)
     short = (track.lengths.cpu() == 1).numpy()  # one step has no recurrence
     gains = replace(kept.gains, values=np.where(finite, kept.gains.values, np.nan))
     rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
     common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
     usable = bool(finite.all()) and track.steps > 1
     paced = usable and gains.over > 0  # one step from a first state has no pace
-    rate = (
-        interval_of_rates(rates, common, kept.constant is not None, growth)
-        if paced
-        else UNKNOWN_RATE
-    )
+    constant = kept.constant is not None
+    rate = interval_of_rates(rates, common, constant, growth) if paced else UNKNOWN_RATE
     gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
     measurable = int(np.isfinite(gains.votes).sum())
     return Voted(
@@ -119,21 +103,32 @@ def voted(track: Track, settings: Settings, watch: WeightGrowth | None = None) -
     )
 
 
+def voted(track: Track, settings: Settings, watch: WeightGrowth | None = None) -> Voted:
+    """How much every sequence keeps over the span and how fast."""
+    span = span_of(track, settings)
+    kept = keeping(track, settings, span)
+    return vote(track, span, kept, growth_of(track, settings, watch, kept.leading))
+
+
 def measure(
     track: Track, settings: Settings, *, withheld: bool, watch: WeightGrowth | None = None
 ) -> Core:
     """How much every sequence keeps over the span and how fast, and the maps of a few."""
     known = voted(track, settings, watch)
     mapped = mapped_sequences(track, known.sequence_gains, known.finite, settings)
-    maps, ranks = _maps(track, mapped, known.span, withheld, settings)
-    return Core(
-        **vars(known),
-        mapped=mapped,
-        maps=maps,
-        curve=lag_curve(maps.log_gain["spectral"], maps.sources),
-        ranks=ranks,
-        no_gains="",
-    )
+    return mapped_core(known, mapped, *_maps(track, mapped, known.span, withheld, settings))
+
+
+def mapped_core(
+    known: Voted,
+    mapped: tuple[int, ...],
+    maps: plan.Maps,
+    ranks: Ranks,
+    linear: LinearFacts | None = None,
+) -> Core:
+    """The numbers of a verdict with the maps of a few sequences."""
+    curve = lag_curve(maps.log_gain["spectral"], maps.sources)
+    return Core(**vars(known), mapped=mapped, maps=maps, curve=curve, ranks=ranks, linear=linear)
 
 
 def span_of(track: Track, settings: Settings) -> int:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analysis import UNMEASURED, Gain, Rate
-from gradflow.analyzer.core import channels, finite_sequences, half_life
+from gradflow.analysis import Gain, Rate
+from gradflow.analyzer.core import Voted, channels, half_life, vote
 from gradflow.analyzer.curve import LagCurve
 from gradflow.analyzer.gains import (
     collected,
@@ -30,19 +30,15 @@ from gradflow.analyzer.gains import (
 )
 from gradflow.analyzer.jacobians import HostOperator, operator_of
 from gradflow.analyzer.keeping import (
-    UNKNOWN_RATE,
     Keeping,
     counted_steps,
     cuts_of,
-    interval_of_gains,
-    interval_of_rates,
     leading_of,
 )
 from gradflow.analyzer.linear.measure import measure_linear
 from gradflow.analyzer.lyapunov import Growth, burn_in, log_growth
-from gradflow.analyzer.rates import judge
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import enough, mean_steps
+from gradflow.analyzer.settling import mean_steps
 from gradflow.analyzer.windows import Norms, Window, log_norms
 from gradflow.limits import (
     EXACT_WIDTH,
@@ -121,7 +117,6 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     some = spread(track)
     operator = operator_of(some, _dtype(some))
     lengths, cuts = some.lengths.cpu(), cuts_of(some)
-    finite = finite_sequences(some)
     crossed = crossing(len(cuts), lengths, cuts)
     over = common_steps(crossed, span)
     windows = span_windows(crossed, over, PROBE_SOURCES)
@@ -135,31 +130,13 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
         leading = leading_of(windows, norms, some.batch, 0)
         growth = log_growth(operator, lengths, 1, cuts=cuts, seed=seed, leading=leading)
     gains = dead_by_cuts(collected(windows, norms, crossed, over), lengths.numpy())
-    gains = replace(gains, values=np.where(finite, gains.values, np.nan))
     seen = mean_steps(operator, _few(counted_steps(lengths, cuts)), probes=1)
     kept = Keeping(gains, None, math.nan, leading, None, norms.missing, seen)
-    short = (lengths == 1).numpy()
-    rates = np.where(finite & ~short, kept.rates_with(growth), np.nan)
-    common = kept.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
-    usable = bool(finite.all()) and some.steps > 1
-    rate = interval_of_rates(rates, common, False, growth) if usable and over else UNKNOWN_RATE
-    gain = interval_of_gains(gains, kept, growth) if usable else UNMEASURED
-    verdict = judge(gain, int(np.isfinite(gains.votes).sum()), int(growth.counted.sum(0).max()))
-    settled = enough(common, rate.value, span)
-    curve = _curve(operator, crossed, over, gain) if usable and over else _nothing()
-    return Paced(
-        name=track.name,
-        verdict=verdict.name,
-        gain=gain,
-        rate=rate,
-        settled=settled,
-        half_life=_half_life(curve, rate, settled),
-        horizon=curve.horizon,
-        searched=curve.searched,
-        span=span,
-        sequences=some.batch,
-        labels=_labels(bool(finite.all()), rate, settled),
-    )
+    found = vote(some, span, kept, growth)
+    usable = bool(found.finite.all()) and some.steps > 1
+    curve = _curve(operator, crossed, over, found.gain) if usable and over else _nothing()
+    half = _half_life(curve, found.rate, found.settled)
+    return _paced(track, some, found, curve, half)
 
 
 def paced_linear(track: Track, *, seed: int = SEED) -> Paced:
@@ -179,26 +156,37 @@ def paced_linear(track: Track, *, seed: int = SEED) -> Paced:
     some = spread(track)
     settings = Settings(span, None, 1, "auto", None, seed, PROBE_SHARE, lambda phase, done: None)
     found = measure_linear(some, settings, withheld=True)
+    passed = channels(some, found.ranks.singular)
+    return _paced(track, some, found, found.curve, half_life(found, ()), passed)
+
+
+def _paced(
+    track: Track,
+    some: Track,
+    found: Voted,
+    curve: LagCurve,
+    halved: float,
+    passed: int | None = None,
+) -> Paced:
+    labels: tuple[str, ...] = ()
+    if not found.finite.all():
+        labels = ("not finite",)
+    elif math.isfinite(found.rate.value) and not found.settled:
+        labels = ("not settled",)
     return Paced(
         name=track.name,
         verdict=found.verdict.name,
         gain=found.gain,
         rate=found.rate,
         settled=found.settled,
-        half_life=half_life(found, ()),
-        horizon=found.curve.horizon,
-        searched=found.curve.searched,
-        span=span,
+        half_life=halved,
+        horizon=curve.horizon,
+        searched=curve.searched,
+        span=found.span,
         sequences=some.batch,
-        channels=channels(some, found.ranks.singular),
-        labels=_labels(bool(found.finite.all()), found.rate, found.settled),
+        channels=passed,
+        labels=labels,
     )
-
-
-def _labels(finite: bool, rate: Rate, settled: bool) -> tuple[str, ...]:
-    if not finite:
-        return ("not finite",)
-    return ("not settled",) if math.isfinite(rate.value) and not settled else ()
 
 
 def _few(counted: np.ndarray) -> np.ndarray:

@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 
 from gradflow.analysis import UNMEASURED, Gain, Rate
-from gradflow.analyzer.core import Core, finite_sequences, mapped_sequences, span_of
-from gradflow.analyzer.curve import lag_curve
+from gradflow.analyzer.core import (
+    Core,
+    finite_sequences,
+    mapped_core,
+    mapped_sequences,
+    span_of,
+    vote,
+)
 from gradflow.analyzer.gains import (
     SpanGains,
     collected,
@@ -44,7 +50,7 @@ from gradflow.analyzer.linear.units import slowest_of_units
 from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
 from gradflow.analyzer.rates import judge
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import enough, parted, settled
+from gradflow.analyzer.settling import parted, settled
 from gradflow.analyzer.windows import Norms, Window
 from gradflow.cells.linear import HEAD_AXES, LinearSteps
 from gradflow.limits import (
@@ -96,22 +102,12 @@ def measure_linear(track: Track, settings: Settings, *, withheld: bool) -> Core:
     else:
         kept = _elementwise(track, logs, windows, counted, crossed)
     gains = _gains(windows, kept.spectral.amax(1), crossed, over, finite, lengths)
-    growth, keeping = kept.growth, replace(kept.keeping, gains=gains)
-    short = (lengths == 1).numpy()
-    rates = np.where(finite & ~short, keeping.rates_with(growth), np.nan)
-    common = keeping.unsettled(growth, np.flatnonzero(np.isfinite(rates)))
-    usable = bool(finite.all()) and track.steps > 1
-    paced = usable and gains.over > 0
-    constant = keeping.constant is not None
-    rate = interval_of_rates(rates, common, constant, growth) if paced else UNKNOWN_RATE
-    gain = interval_of_gains(gains, keeping, growth) if usable else UNMEASURED
+    known = vote(track, span, replace(kept.keeping, gains=gains), kept.growth)
     mapped = mapped_sequences(track, gains, finite, settings)
     mapping = linear_maps(track, logs, mapped, settings, withheld)
-    maps = mapping.maps
-    ranks = linear_ranks(track, logs, mapped, span, settings)
-    measurable, steps = int(np.isfinite(gains.votes).sum()), int(growth.counted.sum(0).max())
     several = None
     if heads > 1:
+        usable = bool(finite.all()) and track.steps > 1
         several = _heads(track, mapping, windows, kept, crossed, over, finite, usable)
     facts = LinearFacts(
         shape=track.state_shape,
@@ -120,25 +116,8 @@ def measure_linear(track: Track, settings: Settings, *, withheld: bool) -> Core:
         time_scale=slowest_of_units(track.state_shape, first.decay.shape[2:], kept.decays),
         rank_one=rank_one,
     )
-    return Core(
-        span=span,
-        finite=finite,
-        growth=growth,
-        sequence_gains=gains,
-        gain=gain,
-        sequence_rates=rates,
-        rate=rate,
-        settling=common,
-        settled=enough(common, rate.value, span),
-        constant=keeping.constant,
-        verdict=judge(gain, measurable, steps),
-        mapped=mapped,
-        maps=maps,
-        curve=lag_curve(maps.log_gain["spectral"], maps.sources),
-        ranks=ranks,
-        no_gains="",
-        linear=facts,
-    )
+    ranks = linear_ranks(track, logs, mapped, span, settings)
+    return mapped_core(known, mapped, mapping.maps, ranks, facts)
 
 
 def _gains(
