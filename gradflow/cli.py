@@ -187,20 +187,17 @@ def analyze(
         raise InputError(
             f"--no-report writes nothing, but {given} was given; leave one of them out"
         )
-    if no_report:
-        with Progress() as progress:
-            analysis = _analyzed(model, progress, options)
-        _show(analysis, None, as_json, quiet, verbose)
-        return _fail_on(analysis, conditions)
     from gradflow.reporter import check_folder, free_folder, report
 
-    folder = folder or free_folder(Path("reports") / model.stem)
-    check_folder(folder, force=force)
+    place = None if no_report else folder or free_folder(Path("reports") / model.stem)
+    if place is not None:
+        check_folder(place, force=force)
     with Progress() as progress:
         analysis = _analyzed(model, progress, options)
-        progress("drawing the report", 0.99)
-        report(analysis, folder, force=force)
-    _show(analysis, folder, as_json, quiet, verbose)
+        if place is not None:
+            progress("drawing the report", 0.99)
+            report(analysis, place, force=force)
+    _show(analysis, place, as_json, quiet, verbose)
     _fail_on(analysis, conditions)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from gradflow.analysis.frames import BUILDERS, FRAMES, HEADLINE
 from gradflow.analysis.results import FIRST, Finding, LayerAnalysis, display_form
 from gradflow.errors import InputError, must_be
 from gradflow.recording import Unseen
+from gradflow.recording.by_name import ByName
 
 
 @dataclass(frozen=True)
-class Analysis:
+class Analysis(ByName[LayerAnalysis]):
     """The result of `gradflow.analyze`: prints as a table, saves to one netCDF file.
 
     ``analysis[name]`` is a `LayerAnalysis`; the start of a name does if it fits one only.
@@ -44,62 +45,11 @@ class Analysis:
             return self.layers[matches[0]]
         raise InputError(f"there is no layer {name!r}; this analysis has {', '.join(self.layers)}")
 
-    def _matches(self, name: str) -> list[str]:
-        """The layer of that name, or those whose names begin so."""
-        if name in self.layers:
-            return [name]
-        return [known for known in self.layers if known.startswith(name)]
-
     def __iter__(self) -> Iterator[LayerAnalysis]:
         return iter(self.layers.values())
 
-    def __contains__(self, name: object) -> bool:
-        """Whether ``analysis[name]`` is a layer, or whether a layer is one of these."""
-        if isinstance(name, LayerAnalysis):
-            return any(layer is name for layer in self.layers.values())
-        return isinstance(name, str) and len(self._matches(name)) == 1
-
-    def keys(self) -> KeysView[str]:
-        """The names of the layers, as of a dict.
-
-        Returns:
-            A view of the names, in the order in which they ran.
-
-        >>> import torch, gradflow
-        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
-        >>> list(run.keys())
-        ['l0']
-        """
-        return self.layers.keys()
-
-    def values(self) -> ValuesView[LayerAnalysis]:
-        """The layers, as of a dict.
-
-        Returns:
-            A view of the layers, in the order in which they ran.
-
-        >>> import torch, gradflow
-        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
-        >>> [layer.verdict for layer in run.values()]
-        ['vanishing']
-        """
-        return self.layers.values()
-
-    def items(self) -> ItemsView[str, LayerAnalysis]:
-        """Names and layers, as of a dict.
-
-        Returns:
-            A view of the pairs (name, layer), in the order in which they ran.
-
-        >>> import torch, gradflow
-        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
-        >>> [(name, layer.verdict) for name, layer in run.items()]
-        [('l0', 'vanishing')]
-        """
-        return self.layers.items()
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self.layers)
+    def _named(self) -> Mapping[str, LayerAnalysis]:
+        return self.layers
 
     def __len__(self) -> int:
         return len(self.layers)

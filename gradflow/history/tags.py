@@ -1,6 +1,18 @@
-"""The tags under which the numbers of a history stand in other tools, in one list."""
+"""The tags under which the numbers of a history stand in other tools, and what takes them there."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+Figures = Mapping[str, Callable[[], Any]]  # tag -> what draws it
+
+
+class Target(Protocol):
+    """Takes the numbers of a probe; may have a ``close()``, called when the watching ends."""
+
+    def __call__(self, step: int, scalars: dict[str, float], figures: Figures) -> object: ...
+
 
 # name of a number of a layer -> its tag
 LAYER_TAGS = {

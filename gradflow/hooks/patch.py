@@ -161,6 +161,21 @@ def _in_child() -> None:
 at_fork(_in_child)
 
 
+def _told(
+    telling: Telling | Heard, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """Run a call that observers are told of; what it calls itself is part of it."""
+    thread = threading.get_ident()
+    telling.before(args, kwargs)
+    try:
+        _under_way.add(thread)
+        results = original(*args, **kwargs)
+    finally:
+        _under_way.discard(thread)
+    telling.after(results)
+    return results
+
+
 @functools.lru_cache(maxsize=64)
 def _watched(
     original: Callable[..., Any], name: str, cell: str, single: bool
@@ -169,18 +184,12 @@ def _watched(
 
     @untraced
     def heard(args: Any, kwargs: dict[str, Any]) -> Any:
-        mine, thread = observers_here(), threading.get_ident()
-        if not mine or thread in _under_way:  # another library's wrapper lies between two of ours
+        mine = observers_here()
+        if (
+            not mine or threading.get_ident() in _under_way
+        ):  # another library's wrapper lies between two of ours
             return original(*args, **kwargs)
-        telling = Telling(mine, cell, single)
-        telling.before(args, kwargs)
-        try:
-            _under_way.add(thread)
-            results = original(*args, **kwargs)
-        finally:
-            _under_way.discard(thread)
-        telling.after(results)
-        return results
+        return _told(Telling(mine, cell, single), original, args, kwargs)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         return heard(args, kwargs)
@@ -198,19 +207,11 @@ def _watched_function(original: Callable[..., Any], entry: Entry) -> Callable[..
 
     @untraced
     def heard(args: Any, kwargs: dict[str, Any]) -> Any:
-        mine, thread = observers_here(), threading.get_ident()
+        mine = observers_here()
         again = torch._C._current_graph_task_id() != -1  # a checkpoint that computes again
-        if not mine or thread in _under_way or again:
+        if not mine or threading.get_ident() in _under_way or again:
             return original(*args, **kwargs)
-        call = Heard(mine, entry, original)
-        call.before(args, kwargs)
-        try:
-            _under_way.add(thread)
-            results = original(*args, **kwargs)
-        finally:
-            _under_way.discard(thread)
-        call.after(results)
-        return results
+        return _told(Heard(mine, entry, original), original, args, kwargs)
 
     def function(*args: Any, **kwargs: Any) -> Any:
         return heard(args, kwargs)

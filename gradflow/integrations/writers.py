@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gradflow.errors import InputError, must_be
-from gradflow.watching.targets import Figures, Target
+from gradflow.history.tags import Figures, Target
 
 ROOT = "gradflow"
 _RATE = re.compile(r"gradflow/(?P<layer>.+)/rate")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from html import escape
 
 from gradflow.errors import RecordingError
+from gradflow.recording.by_name import ByName
 from gradflow.recording.padding import Padding
 from gradflow.recording.track import Track
 from gradflow.recording.unseen import Unseen
@@ -14,7 +15,7 @@ from gradflow.recording.unseen import Unseen
 SHOWN_TRACKS = 12  # tracks of a repr that fits a screen
 
 
-class Recording:
+class Recording(ByName[Track]):
     """All tracks that were seen inside one ``with gradflow.record(model) as recording:`` block.
 
     ``recording[name]`` is a `Track`; the start of a name does if it fits one only. It is filled
@@ -88,68 +89,11 @@ class Recording:
             raise RecordingError(f"{name!r} fits several tracks; give one of {', '.join(matches)}")
         raise RecordingError(f"there is no track {name!r}; this recording has {known}")
 
-    def _matches(self, name: str) -> list[str]:
-        """The track of that name, or those whose names begin so."""
-        if name in self._tracks:
-            return [name]
-        return [known for known in self._tracks if known.startswith(name)]
-
     def __iter__(self) -> Iterator[Track]:
         return iter(self._tracks.values())
 
-    def __contains__(self, name: object) -> bool:
-        """Whether ``recording[name]`` is a track, or whether a track is one of these."""
-        if isinstance(name, Track):
-            return any(track is name for track in self._tracks.values())
-        return isinstance(name, str) and len(self._matches(name)) == 1
-
-    def keys(self) -> KeysView[str]:
-        """The names of the tracks, as of a dict.
-
-        Returns:
-            A view of the names, in the order in which the layers ran.
-
-        >>> import torch, gradflow
-        >>> rnn = torch.nn.RNN(1, 1)
-        >>> with gradflow.record(rnn) as recording:
-        ...     rnn(torch.ones(3, 1, 1))[0].sum().backward()
-        >>> list(recording.keys())
-        ['l0']
-        """
-        return self._tracks.keys()
-
-    def values(self) -> ValuesView[Track]:
-        """The tracks, as of a dict.
-
-        Returns:
-            A view of the tracks, in the order in which the layers ran.
-
-        >>> import torch, gradflow
-        >>> rnn = torch.nn.RNN(1, 1)
-        >>> with gradflow.record(rnn) as recording:
-        ...     rnn(torch.ones(3, 1, 1))[0].sum().backward()
-        >>> [track.cell for track in recording.values()]
-        ['RNN_TANH']
-        """
-        return self._tracks.values()
-
-    def items(self) -> ItemsView[str, Track]:
-        """Names and tracks, as of a dict.
-
-        Returns:
-            A view of the pairs (name, track), in the order in which the layers ran.
-
-        >>> import torch, gradflow
-        >>> rnn = torch.nn.RNN(1, 1)
-        >>> with gradflow.record(rnn) as recording:
-        ...     rnn(torch.ones(3, 1, 1))[0].sum().backward()
-        >>> [(name, track.cell) for name, track in recording.items()]
-        [('l0', 'RNN_TANH')]
-        """
-        return self._tracks.items()
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self._tracks)
+    def _named(self) -> Mapping[str, Track]:
+        return self._tracks
 
     def __len__(self) -> int:
         return len(self._tracks)

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from gradflow.errors import InputError, must_be
 from gradflow.history import Probe
-from gradflow.history.tags import LAYER_TAGS, STEP_TAGS
-
-Figures = Mapping[str, Callable[[], Any]]  # tag -> what draws it
-
-
-class Target(Protocol):
-    """Takes the numbers of a probe; may have a ``close()``, called when the watching ends."""
-
-    def __call__(self, step: int, scalars: dict[str, float], figures: Figures) -> object: ...
+from gradflow.history.tags import LAYER_TAGS, STEP_TAGS, Target
 
 
 def targets_of(to: object) -> list[Target]:
@@ -37,18 +26,11 @@ def targets_of(to: object) -> list[Target]:
 
 
 def _target(one: Any) -> Target:
-    try:
-        writers = importlib.import_module("gradflow.integrations.writers")
-    except ModuleNotFoundError as error:
-        if error.name not in ("gradflow.integrations", "gradflow.integrations.writers"):
-            raise
-        writers = None
     if callable(one):
         return one
-    if writers is not None:
-        return writers.writer_for(one)
-    expected = "a callable (step, scalars, figures), or a list of them"
-    raise InputError(must_be("to", expected, type(one).__name__, "leave it out for the file alone"))
+    from gradflow.integrations.writers import writer_for  # only these need what it imports
+
+    return writer_for(one)
 
 
 def scalars_of(probe: Probe) -> dict[str, float]:

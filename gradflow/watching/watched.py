@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from gradflow._version import __version__
 from gradflow.errors import FileError, GradflowError, InputError, StopTraining, warn
 from gradflow.history import History, Note, Probe, Writer
+from gradflow.history.tags import Target
 from gradflow.hooks.guard import Point, briefly, guarded, lenient
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.stepwise import Stepwise
@@ -28,7 +29,7 @@ from gradflow.watching.asked import WatchArguments, checked
 from gradflow.watching.gradnorms import GradNorms
 from gradflow.watching.probing import MeasuredUpdate, all_gone, measure
 from gradflow.watching.schedule import Schedule
-from gradflow.watching.targets import Target, scalars_of, targets_of
+from gradflow.watching.targets import scalars_of, targets_of
 from gradflow.watching.updates import GradientMarks, Hooks, ModelOptimizer, scaler_above, trains
 
 _watched: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from gradflow.limits import GONE_WORDS
 from gradflow.reporter import panels
@@ -19,6 +20,19 @@ def _waterfall_specials(charts: Sequence[waterfall.Waterfall]) -> dict[str, str]
     return special_colours(images, "no such step, or no probe") | unwritten(charts)
 
 
+def _curves(what: str, prepare: Callable[..., Any]) -> Kind:
+    """A kind that draws curves below the strips."""
+    return Kind(
+        what=f"{what}, over the training",
+        prepare=prepare,
+        draw=lines.draw,
+        heights=lines.heights,
+        gap=lines.gap,
+        left=STRIP_NAMES,
+        above=0.05,
+    )
+
+
 HISTORY_KINDS: dict[str, Kind] = {
     "waterfall": Kind(
         what="|∂L/∂s| of the last loss step, so many steps back ÷ its size at the loss, over the training",
@@ -31,40 +45,10 @@ HISTORY_KINDS: dict[str, Kind] = {
         scale=Scale(lambda ax, short: panels.draw_scale(ax, "as at the loss", short=short),
                     _waterfall_specials),
     ),
-    "rates": Kind(
-        what="growth of ln gain per step, in nats, over the training",
-        prepare=lines.prepare_rates,
-        draw=lines.draw,
-        heights=lines.heights,
-        gap=lines.gap,
-        left=STRIP_NAMES,
-        above=0.05,
+    "rates": _curves("growth of ln gain per step, in nats", lines.prepare_rates),
+    "horizons": _curves(
+        f"how far back the gain and the gradient stay above {GONE_WORDS}", lines.prepare_horizons
     ),
-    "horizons": Kind(
-        what=f"how far back the gain and the gradient stay above {GONE_WORDS}, over the training",
-        prepare=lines.prepare_horizons,
-        draw=lines.draw,
-        heights=lines.heights,
-        gap=lines.gap,
-        left=STRIP_NAMES,
-        above=0.05,
-    ),
-    "gates": Kind(
-        what="where the gates stand, over the training",
-        prepare=lines.prepare_gates,
-        draw=lines.draw,
-        heights=lines.heights,
-        gap=lines.gap,
-        left=STRIP_NAMES,
-        above=0.05,
-    ),
-    "norms": Kind(
-        what="size of the gradient of the parameters, over the training",
-        prepare=lines.prepare_norms,
-        draw=lines.draw,
-        heights=lines.heights,
-        gap=lines.gap,
-        left=STRIP_NAMES,
-        above=0.05,
-    ),
+    "gates": _curves("where the gates stand", lines.prepare_gates),
+    "norms": _curves("size of the gradient of the parameters", lines.prepare_norms),
 }  # fmt: skip
