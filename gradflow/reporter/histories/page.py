@@ -73,6 +73,7 @@ def history_page(
     render = functools.partial(
         template("history.html").render,
         title=history.title or "model",
+        window_title=f"{history.title or 'model'}: gradient flow during training",
         extent=extent_words(history),
         warnings=_warnings(history),
         top=ordered[:3],
