@@ -124,6 +124,7 @@ def test_a_fault_would_be_seen_without_the_guard(monkeypatch: pytest.MonkeyPatch
 DOORS = {
     "hooks/patch.py": {
         "heard",
+        "_told",
         "over",
         "observers_here",
         "is_observed",
