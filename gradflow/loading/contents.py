@@ -7,14 +7,12 @@ with ``weights_only=True`` inside a scoped allow-list of inert entries (`gradflo
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 import pickletools
-import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import SafetensorError
@@ -23,11 +21,14 @@ from torch import nn
 from torch.serialization import safe_globals
 
 from gradflow.errors import FileError, UserCodeError
+from gradflow.limits import PACKED
 from gradflow.loading.ages import about_opening, is_of_age, older_layers_open
 from gradflow.loading.file_kinds import READ_ERRORS, sniff
 from gradflow.loading.imports import current_folder_importable
+from gradflow.loading.pickled import Asked, Suspicious, scan
+from gradflow.loading.plain import checked
 from gradflow.loading.shells import allow_list, is_forbidden
-from gradflow.loading.words import RESAVE, analyze_command, reason, some
+from gradflow.loading.words import RESAVE, RESAVE_OR_TRUST, analyze_command, reason, some
 from gradflow.process import lock, printed_to_stderr, quiet
 
 
@@ -46,19 +47,17 @@ def read(path: Path, trust: bool = False) -> Contents:
     """
     kind = sniff(path)
     if kind in READERS:
-        return Contents(kind, READERS[kind](path))
+        return Contents(kind, checked(READERS[kind](path), str(path), RESAVE))
     if trust:
         return Contents(kind, _read_trusted(path, kind))
-    asked = asked_by(path, kind)
-    refuse_huge(path, asked)
-    names = tuple(asked.names)
     if kind == "pickle":
         raise FileError(
             f"{path} holds a Python pickle that torch.save did not write"
-            f"{_naming(names)}, and opening one can run any code; {RESAVE}, or, only if you trust "
-            f"the file's author: {analyze_command(path, '--trust')}"
+            f"{_naming(_named_by(path))}, and opening one can run any code; {RESAVE_OR_TRUST} "
+            f"{analyze_command(path, '--trust')}"
         )
-    return Contents(kind, _read_weights_only(path, kind, names))
+    names = tuple(asked_by(path, kind).names)
+    return Contents(kind, checked(_read_weights_only(path, kind, names), str(path), RESAVE))
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -92,15 +91,15 @@ def _read_weights_only(path: Path, kind: str, names: tuple[str, ...]) -> object:
         if forbidden:
             raise FileError(
                 f"{path} asks to call {some(forbidden)} when it is opened, which weights never "
-                f"need, so it was not opened; {RESAVE}, or, only if you trust the file's author: "
+                f"need, so it was not opened; {RESAVE_OR_TRUST} "
                 f"{analyze_command(path, '--trust')}"
             ) from error
         if isinstance(error, pickle.UnpicklingError):
             # The older format keeps modules in a way that torch's safe reader does not read.
             older = " (in torch.save's format from before 1.6)" if kind == "legacy" else ""
             raise FileError(
-                f"{path} holds objects{older} that cannot be opened without running code from the "
-                f"file{_naming(names)}; {RESAVE}, or, only if you trust the file's author: "
+                f"{path} holds objects{older}{_naming(names)} that cannot be opened without running "
+                f"code from the file; {RESAVE_OR_TRUST} "
                 f"{analyze_command(path, '--trust')}"
             ) from error
         raise FileError(
@@ -141,67 +140,69 @@ def _unpickled(path: Path, kind: str) -> object:
         return torch.load(file, map_location="cpu", weights_only=False)
 
 
-@dataclass
-class Asked:
-    """What a pickle asks for when it is opened."""
+def asked_by(path: Path, kind: str, todo: str = RESAVE) -> Asked:
+    """What the pickles of a file of torch.save ask for; nothing is imported, made or run.
 
-    names: dict[str, None] = field(default_factory=dict)  # that it would import
-    largest: int = 0  # whole number in it
-
-
-def asked_by(path: Path, kind: str) -> Asked:
-    """What a pickle would import and how large its numbers are, by its opcodes; nothing is imported."""
-    asked = Asked()
+    todo is what to do instead, for the error. Raises FileError where they ask for what weights never need.
+    """
+    size = path.stat().st_size
+    asked = Asked(size)
     try:
-        with quiet():  # strange escapes in a damaged file
-            _scan_file(path, kind, asked)
-    except READ_ERRORS:
-        pass  # a damaged file: the reader itself will say so
+        if kind == "torch":
+            scan(_pickle_in(path), 0, asked)
+        elif kind == "legacy":
+            with (
+                path.open("rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            ):
+                at = 0
+                for _ in range(
+                    5
+                ):  # magic number, protocol, system, the object, names of its storages
+                    at = scan(data, at, asked)
+            if asked.numbers > size:
+                raise Suspicious(f"asks for memory for {asked.numbers:,} numbers")
+    except Suspicious as error:
+        raise FileError(
+            f"{path} {error} when it is opened, and holds {size:,}, so it was not opened; {todo}"
+            if "asks for" in str(error)
+            else f"{path} {error} when it is opened, so it was not opened; {todo}"
+        ) from error
+    except READ_ERRORS as error:
+        raise FileError(
+            f"{path} is a damaged file of torch.save{reason(error)}; copy or download it again, or {todo}"
+        ) from error
     return asked
 
 
-def refuse_huge(path: Path, asked: Asked, todo: str = RESAVE) -> None:
-    """Raise FileError where a pickle asks for a bytearray of more bytes than the file has.
-
-    torch's own safe reader allows it. todo is what to do instead, for the error.
-    """
-    if "builtins.bytearray" in asked.names and asked.largest > path.stat().st_size:
-        raise FileError(
-            f"{path} asks for {asked.largest:,} bytes of memory when it is opened, and holds "
-            f"{path.stat().st_size:,}, so it was not opened; {todo}"
-        )
+def _pickle_in(path: Path) -> bytes:
+    """The pickle of an archive, by the reader that torch.load uses: others may read other bytes."""
+    with path.open("rb") as file:
+        reader = torch._C.PyTorchFileReader(file)
+        claimed = sum(map(reader.get_record_size, reader.get_all_records()))
+        if claimed > PACKED * path.stat().st_size + 2**20:
+            raise Suspicious(f"asks for {claimed:,} bytes of memory")
+        return bytes(reader.get_record("data.pkl"))
 
 
-def _scan_file(path: Path, kind: str, asked: Asked) -> None:
-    if kind == "torch":
-        with zipfile.ZipFile(path) as archive:
-            member = next(n for n in archive.namelist() if n.split("/")[-1] == "data.pkl")
-            _scan_pickle(io.BytesIO(archive.read(member)), asked)
-    else:
-        with path.open("rb") as file:
-            # torch.save's older format: magic number, protocol, system, then the object
-            for _ in range(4 if kind == "legacy" else 1):
-                _scan_pickle(file, asked)
-
-
-def _scan_pickle(file: IO[bytes], asked: Asked) -> None:
+def _named_by(path: Path) -> tuple[str, ...]:
+    """What a pickle that torch.save did not write would import, as far as its first MiB tells."""
+    names: dict[str, None] = {}
     strings: list[str] = []
-    protocol = 0
-    for opcode, argument, _ in pickletools.genops(file):
-        if isinstance(argument, int) and opcode.name != "PROTO":
-            asked.largest = max(asked.largest, argument)
-        if opcode.name == "PROTO" and isinstance(argument, int):
-            protocol = argument
-        elif opcode.name in ("GLOBAL", "INST"):
-            module, _, name = str(argument).partition(" ")
-            if protocol < 3:  # Python 2's names, as the unpicklers read them
-                module, name = NAME_MAPPING.get((module, name), (module, name))
-                module = IMPORT_MAPPING.get(module, module)
-            asked.names[f"{module}.{name}"] = None
-        elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-            asked.names[f"{strings[-2]}.{strings[-1]}"] = None
-        elif isinstance(argument, str):
-            strings = [*strings[-1:], argument]
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(2**20))
+    try:
+        with quiet():  # strange escapes in a damaged file
+            for opcode, argument, _ in pickletools.genops(head):
+                if opcode.name in ("GLOBAL", "INST"):
+                    names[str(argument).replace(" ", ".")] = None
+                elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
+                    names[f"{strings[-2]}.{strings[-1]}"] = None
+                elif isinstance(argument, str):
+                    strings = [*strings[-1:], argument]
+    except READ_ERRORS:
+        pass  # it is refused in any case
+    return tuple(names)
 
 
 def _naming(names: tuple[str, ...]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from gradflow.errors import FileError, InputError, UserCodeError, must_be
+from gradflow.errors import FileError, InputError, UserCodeError, must_be, plain_name
 from gradflow.loading.imports import current_folder_importable
 from gradflow.loading.state_dicts import fold, is_recurrent, renamed
 from gradflow.loading.words import article
@@ -213,9 +213,9 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], text: str) -> tup
     or of another shape; UserCodeError when the model's own loading raises.
     """
     with _user_code(f"asking {text} for its state_dict"):
-        wanted = {
-            key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)
-        }
+        state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    own_name = {plain_name(key): key for key in state}  # as names of a file are read
+    wanted = {plain_name(key): value for key, value in state.items()}
     fitting: tuple[str, dict[str, Tensor]] | None = None
     closest: tuple[int, dict[str, Tensor]] | None = None
     for note, variant in _variants(tensors):
@@ -238,7 +238,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], text: str) -> tup
         model.to(dtype)
         notes.append(f"the model runs in the file's {str(dtype).removeprefix('torch.')}")
     with _user_code(f"loading the weights into {text}"), quiet():
-        model.load_state_dict(dict(chosen), strict=True)
+        model.load_state_dict({own_name[k]: v for k, v in chosen.items()}, strict=True)
     return tuple(notes)
 
 

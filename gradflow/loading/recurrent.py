@@ -18,8 +18,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gradflow.cells import CELLS, kinds
-from gradflow.errors import FileError
-from gradflow.loading.words import article, printable
+from gradflow.errors import FileError, printable
+from gradflow.loading.words import article
 
 _WEIGHT_KEY = re.compile(
     r"(?:(?P<path>.*)\.)?(?P<part>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"
