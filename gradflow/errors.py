@@ -10,8 +10,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from gradflow.limits import NAME_LETTERS, SENTENCE_LETTERS
+from gradflow.limits import NAME_LETTERS, SENTENCE_LETTERS, TEXT_LETTERS
 
 
 class GradflowError(Exception):
@@ -115,6 +116,26 @@ def plain_name(name: str) -> str:
         name = f"{name[:NAME_LETTERS]}…{name[-NAME_LETTERS:]}"
     shown = printable(name)
     return shown if len(shown) <= NAME_LETTERS else f"{shown[: half - 1]}…{shown[-half:]}"
+
+
+def plain_text(value: str) -> str:
+    """A text from a file, line by line as it may be printed; ValueError for more than a page bears."""
+    if len(value) > TEXT_LETTERS:
+        raise ValueError("a text that no run has")
+    return "\n".join(map(printable, value.split("\n")))
+
+
+def plain_value(value: Any, depth: int = 3) -> Any:
+    """Text, numbers, and lists and mappings of them, as JSON holds them; TypeError for anything deeper."""
+    if isinstance(value, str):
+        return plain_text(value)
+    if isinstance(value, list) and depth:
+        return [plain_value(inner, depth - 1) for inner in value]
+    if isinstance(value, dict) and depth:
+        return {plain_name(key): plain_value(inner, depth - 1) for key, inner in value.items()}
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise TypeError("lists in lists in lists")
 
 
 def one_sentence(text: object, *typed: str, most: int = SENTENCE_LETTERS) -> str:

@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import xarray as xr
 
 from gradflow.analysis.results import UNMEASURED, LayerAnalysis
 from gradflow.analysis.schema import built, checked_data
 from gradflow.errors import FileError, InputError, one_sentence
-from gradflow.limits import ANNOUNCED, PACKED, VERDICTS
+from gradflow.limits import ANNOUNCED, UNPACKED_TIMES, VERDICTS
 from gradflow.recording import Unseen
 
 if TYPE_CHECKING:
@@ -109,11 +110,15 @@ DAMAGES = (
 
 def _opened(file: Path, group: str) -> xr.Dataset:
     """One group of a file, in memory; numbers as they stand there, whatever attributes say of them."""
+    with h5py.File(
+        file, "r"
+    ) as opened:  # what h5netcdf fails on in its __init__, its __del__ prints
+        opened.attrs.get("_nc3_strict")
     with xr.open_dataset(
         file, group=group, engine="h5netcdf", mask_and_scale=False, decode_times=False
     ) as data:
         # A compressed array that announces gigabytes takes a few bytes
-        if data.nbytes > max(ANNOUNCED, PACKED * file.stat().st_size):
+        if data.nbytes > max(ANNOUNCED, UNPACKED_TIMES * file.stat().st_size):
             raise ValueError("it announces more numbers than such a file holds")
         return data.load()
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import xarray as xr
 
-from gradflow.errors import plain_name, printable
-from gradflow.limits import TEXT_LETTERS
+from gradflow.errors import plain_name, plain_text, plain_value
 
 # without these no picture of a layer can be drawn; older runs may lack others
 ESSENTIAL = ("log_gain", "lag_median", "sequence_rate", "log10_grad", "unit_order", "grad_norm")
@@ -50,7 +48,7 @@ DIMS: dict[str, tuple[str, ...]] = {  # of every variable, as `gradflow.analysis
                      "head_rate_high", "head_verdict", "head_erased"), ("head",)),
 }
 # fmt: on
-WORDS = (
+WORD_DIMS = (
     "norm",
     "block",
     "side",
@@ -84,7 +82,7 @@ def checked_data(data: xr.Dataset, steps: int, sequences: int) -> xr.Dataset:
         for name in data.coords
         if name in needed and data[name].dims == (name,)
     }
-    if needed & {*WORDS} - set(coordinates):
+    if needed & {*WORD_DIMS} - set(coordinates):
         raise ValueError("a dimension has no labels")
     sizes = data.sizes
     if sizes["step"] != steps or sizes["batch"] != sequences:
@@ -103,7 +101,7 @@ def _is_permutations(order: np.ndarray) -> bool:
 def _checked_labels(name: str, values: xr.DataArray) -> np.ndarray:
     """Labels of a dimension: words that can be printed, or rising whole numbers."""
     labels = values.values
-    if name in WORDS:
+    if name in WORD_DIMS:
         words = [word for word in labels.tolist() if isinstance(word, str) and word.isprintable()]
         known = NEEDED_WORDS.get(name, set())
         if len(set(words)) != len(labels) or not known <= set(words):
@@ -117,11 +115,6 @@ def _checked_labels(name: str, values: xr.DataArray) -> np.ndarray:
     return labels if name in REALS else labels.astype(np.int64)
 
 
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
 def built(kind: type[T], header: object, **own: Any) -> T:
     """A dataclass from the fields that a JSON header holds, each of the type that it must have.
 
@@ -132,12 +125,12 @@ def built(kind: type[T], header: object, **own: Any) -> T:
     """
     if not isinstance(header, Mapping):
         raise TypeError(f"{kind.__name__} is no mapping")
-    values = dict(own)
+    values, hints = dict(own), get_type_hints(kind)
     for field in fields(kind):  # type: ignore[arg-type]
         if field.name in own:
             continue
         if field.name in header:
-            values[field.name] = _typed(_hints(kind)[field.name], header[field.name], field.name)
+            values[field.name] = _typed(hints[field.name], header[field.name], field.name)
         elif field.default is MISSING and field.default_factory is MISSING:
             raise KeyError(field.name)
     return kind(**values)
@@ -155,7 +148,7 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         return built(hint, value)  # type: ignore[arg-type]
     if get_origin(hint) is dict:
         return {
-            plain_name(key): _plain(inner, 3) for key, inner in _typed(dict, value, name).items()
+            plain_name(key): plain_value(inner) for key, inner in _typed(dict, value, name).items()
         }
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
@@ -168,25 +161,5 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
     if type(value) is not hint or (hint is int and abs(value) >= 2**63):
         raise TypeError(name)
     if hint is str:
-        return plain_name(value) if name in NAMES else _text(value)
+        return plain_name(value) if name in NAMES else plain_text(value)
     return value
-
-
-def _plain(value: Any, depth: int) -> Any:
-    """Text, numbers, and lists and mappings of them, as a provenance holds them."""
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, list | dict) and depth > 0:
-        if isinstance(value, list):
-            return [_plain(inner, depth - 1) for inner in value]
-        return {plain_name(key): _plain(inner, depth - 1) for key, inner in value.items()}
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    raise TypeError("a list in lists in lists")
-
-
-def _text(value: str) -> str:
-    """A text that may be printed: lines of letters, no more of them than a page bears."""
-    if len(value) > TEXT_LETTERS:
-        raise ValueError("a text that no run has")
-    return "\n".join(map(printable, value.split("\n")))

@@ -21,7 +21,7 @@ from torch import nn
 from torch.serialization import safe_globals
 
 from gradflow.errors import FileError, UserCodeError
-from gradflow.limits import PACKED
+from gradflow.limits import UNPACKED_TIMES
 from gradflow.loading.ages import about_opening, is_of_age, older_layers_open
 from gradflow.loading.file_kinds import READ_ERRORS, sniff
 from gradflow.loading.imports import current_folder_importable
@@ -180,7 +180,7 @@ def _pickle_in(path: Path) -> bytes:
     with path.open("rb") as file:
         reader = torch._C.PyTorchFileReader(file)
         claimed = sum(map(reader.get_record_size, reader.get_all_records()))
-        if claimed > PACKED * path.stat().st_size + 2**20:
+        if claimed > UNPACKED_TIMES * path.stat().st_size + 2**20:
             raise Suspicious(f"asks for {claimed:,} bytes of memory")
         return bytes(reader.get_record("data.pkl"))
 

@@ -254,16 +254,16 @@ def _variants(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Te
     yield "", plain
     heads = dict.fromkeys(key.partition(".")[0] for key in plain if "." in key)
     for _ in range(3):  # "model.net." and the like
-        for head in heads:
-            part = {
-                key.removeprefix(f"{head}."): value
-                for key, value in plain.items()
-                if key.startswith(f"{head}.")
-            }
-            rest = [key for key in plain if not key.startswith(f"{head}.")]
-            if any(map(is_recurrent, rest)) or len(rest) > len(part):
+        parts: dict[str, dict[str, Tensor]] = {head: {} for head in heads}
+        for key, value in plain.items():
+            head, dot, inner = key.partition(".")
+            if dot:
+                parts[head][inner] = value
+        recurrent = sum(map(is_recurrent, plain))
+        for head, part in parts.items():
+            left = len(plain) - len(part)
+            if recurrent > sum(is_recurrent(f"{head}.{key}") for key in part) or left > len(part):
                 continue  # only a loss or metric may be left out, never a part of the model
-            left = len(rest)
             others = f", {left} other tensors (a loss or metric) were left out" if left else ""
             yield f"the prefix {head!r} was dropped{others}", renamed(part)
         if len(heads) != 1 or not plain:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gradflow.cells import CELLS, kinds
 from gradflow.errors import FileError
-from gradflow.limits import SHELL_DEPTH, SHELL_MODULES
+from gradflow.limits import SHELL_DEPTH, SHELL_MODULES, WINDOW
 
 # Plain data that settings carry; everything else of Python's own library stays refused.
 _PLAIN_DATA = {
@@ -263,6 +263,11 @@ def _arguments(kind: type[nn.Module], shell: Shell) -> dict[str, object]:
             inspect.Parameter.VAR_KEYWORD,
         ):
             raise ValueError(f"it does not say its {name}")
+    for name in _WINDOWS:
+        sizes = arguments.get(name)
+        for size in sizes if isinstance(sizes, tuple | list) else (sizes,):
+            if isinstance(size, int) and abs(size) > WINDOW:
+                raise ValueError(f"its {name} is {size}, and no layer has more than {WINDOW}")
     return _recurrent_arguments(kind, attributes) if issubclass(kind, nn.RNNBase) else arguments
 
 
@@ -288,6 +293,8 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+# arguments that no weight bears out, and by which a layer puts out more than it is given
+_WINDOWS = ("padding", "output_padding", "output_size", "stride", "dilation", "kernel_size", "size")
 _CONTAINERS: tuple[type[nn.Module], ...] = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # fmt: off
 _STOCK: dict[str, type[nn.Module]] = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (

@@ -140,6 +140,8 @@ def _note(note: Note) -> tuple[str, str, str]:
 def extent_words(history: History) -> str:
     """How many probes there are, and of which updates."""
     steps = history.steps
+    if not len(steps):
+        return "no probe yet"
     if len(steps) == 1:
         return f"1 probe, at update {updates(steps[0])}"
     return f"{len(steps):,} probes, updates {updates(steps.min())} to {updates(steps.max())}"
