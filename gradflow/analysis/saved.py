@@ -91,7 +91,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, list[LayerAnalysis]]:
     except DAMAGES as error:
         raise FileError(one_sentence(_unreadable(file), str(path))) from error
     names = tuple(layer.name for layer in layers)
-    if names != header.layers or len(set(names)) < len(names):
+    if not names or names != header.layers or len(set(names)) < len(names):
         raise FileError(one_sentence(_unreadable(file), str(path)))
     return header, layers
 
