@@ -264,6 +264,26 @@ def test_a_cell_of_the_waterfall(visit: Visit, files: Path) -> None:
     assert any(agrees(words, float(value)) for value in candidates)
 
 
+def test_on_a_narrow_screen_all_numbers_are_cards(
+    chromium: Any, files: Path, one_layer: gradflow.Analysis
+) -> None:
+    layer = one_layer["l0"]
+    for width, cards in ((400, True), (1280, False)):
+        tab = chromium.new_page(viewport={"width": width, "height": 800})
+        tab.goto((files / "run.html").as_uri())
+        cell = tab.locator(".numbers td[data-of='gone after, steps']")
+        assert cell.is_visible() == cards  # in the table they are folded
+        if cards:
+            assert cell.inner_text() == str(layer.horizon)
+            label = "one => getComputedStyle(one, '::before').content"
+            assert cell.evaluate(label) == '"gone after, steps"'
+            boxes = [one.bounding_box() for one in tab.locator(".numbers td").all()]
+            assert len(boxes) == 11 and all(box["x"] + box["width"] <= width for box in boxes)
+            tops = [box["y"] for box in boxes]
+            assert tops == sorted(set(tops))  # one below the other
+        tab.close()
+
+
 def test_without_javascript_the_page_is_whole(chromium: Any, files: Path) -> None:
     shots = {}
     for script in (True, False):

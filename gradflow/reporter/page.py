@@ -1,4 +1,4 @@
-"""The page: one HTML file that reads offline, escaped, without JavaScript, at most a megabyte.
+"""The page: one HTML file that reads offline, escaped, whole without JavaScript, at most a megabyte.
 
 Its order: a sentence per layer, the overview, what to try, the maps, the rest folded, provenance.
 """

@@ -1,4 +1,4 @@
-"""The page of a training: one HTML file that reads offline, escaped, without JavaScript, at most a megabyte.
+"""The page of a training: one HTML file that reads offline, escaped, whole without JavaScript.
 
 Its order: a sentence per layer, the waterfall, what was said during the training, rates, horizons, gates,
 norms and clipping, all numbers, how the run was watched.
