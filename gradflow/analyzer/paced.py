@@ -139,11 +139,12 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     return _paced(track, some, found, curve, half)
 
 
-def paced_linear(track: Track, *, seed: int = SEED) -> Paced:
+def paced_linear(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     """The same of a linear recurrence, whose state may be wide: as `analyze`, on a share of its budgets.
 
     Args:
         track: of a linear recurrence.
+        span: the distance of interest in steps; the median length of all sequences by default.
         seed: of the random start.
 
     Returns:
@@ -152,7 +153,8 @@ def paced_linear(track: Track, *, seed: int = SEED) -> Paced:
     Raises:
         RecordingError: its step maps are not known.
     """
-    span = max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+    if span is None:
+        span = max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
     some = spread(track)
     settings = Settings(span, None, 1, "auto", None, seed, PROBE_SHARE, lambda phase, done: None)
     found = measure_linear(some, settings, withheld=True)

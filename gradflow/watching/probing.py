@@ -37,12 +37,13 @@ class MeasuredUpdate:
     analysis: Analysis | None = None  # preset full
 
 
-def measure(recording: Recording, preset: str) -> MeasuredUpdate:
+def measure(recording: Recording, preset: str, span: int | None = None) -> MeasuredUpdate:
     """Measure all layers of one update.
 
     Args:
         recording: of one update, closed.
         preset: "pulse", "rate" or "full".
+        span: the distance of interest in steps; by default the median length of the sequences.
 
     Returns:
         The numbers; a layer whose states cannot be read is left out with a note.
@@ -57,7 +58,7 @@ def measure(recording: Recording, preset: str) -> MeasuredUpdate:
     found: dict[str, LayerProbe] = {}
     standings: dict[str, Standing] = {}
     wrong: dict[str, str] = {}
-    analysis = analyze(recording) if preset == "full" else None
+    analysis = analyze(recording, span=span) if preset == "full" else None
     for track in recording:
         try:
             found[track.name] = pulse(track)
@@ -66,7 +67,7 @@ def measure(recording: Recording, preset: str) -> MeasuredUpdate:
                 standings[track.name] = analysis[track.name]
             elif preset == "rate":
                 with fitting_threads(state_size(track)):
-                    standing = _standing(recording, track, notes)
+                    standing = _standing(recording, track, span, notes)
                 if standing is not None:
                     standings[track.name] = standing
         except RecordingError as error:
@@ -106,12 +107,14 @@ def _base(track: Track) -> str:
     return track.name.partition("@")[0]
 
 
-def _standing(recording: Recording, track: Track, notes: list[str]) -> Paced | None:
+def _standing(
+    recording: Recording, track: Track, span: int | None, notes: list[str]
+) -> Paced | None:
     """A layer's verdict, where it has a recurrence whose step Jacobians are known."""
     try:
         _, loop = judged(recording, track)
         part = read_part(loop).judged
-        found = paced_linear(part) if track.state_shape else paced(part)
+        found = paced_linear(part, span=span) if track.state_shape else paced(part, span=span)
         return replace(found, name=track.name)
     except RecordingError as error:
         notes.append(str(error))
