@@ -370,8 +370,9 @@ def _shard(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
     """Read "2/8", which of how many."""
     if text is None:
         return 1, 1
-    number, _, count = text.partition("/")
-    if number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count):
+    number, slash, count = text.partition("/")
+    whole = slash and number.isdigit() and count.isdigit()
+    if whole and 1 <= int(number) <= int(count):
         return int(number), int(count)
     expected = "i/n with 1 <= i <= n"
     advice = "in a job array of 8 write for example --shard $SLURM_ARRAY_TASK_ID/8"

@@ -331,5 +331,5 @@ def read_shards(folder: Path) -> list[ShardList]:
             shard = tuple(content.pop("shard"))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise FileError(f"{path} is damaged; sweep that shard again with --resume") from error
-        found.append(ShardList(shard, content.pop("settings"), content, entries))
+        found.append(ShardList(shard, content["settings"], content, entries))
     return found

@@ -321,11 +321,11 @@ class Sweeping:
         mine = self.request.mine
         for one in mine:
             self.entries[one.name] = _entry(one)
-        self._list()
         missing = iter(self._missing(mine))
         first = next(missing, None)
         if first is not None:  # else no process is started
             with _engine(self.request) as engine:
+                self._list()
                 Running(engine, self._done, self._tick).run(_with(first, missing))
         self._list()
 
