@@ -379,7 +379,7 @@ def _shard(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
     raise InputError(must_be("--shard", expected, repr(text), advice))
 
 
-BATCHES = click.option(
+INPUTS = click.option(
     "--input", "input", metavar="FILES",
     help="A batch, or a folder or quoted pattern of several: intervals are over batches then.",
 )  # fmt: skip
@@ -409,7 +409,7 @@ BY = click.option(
     help="What runs of one group differ in, as their folders name it.",
 )  # fmt: skip
 SWEPT = _all(
-    SPEC, MEMBER, BATCHES, TARGET, LOSS, OUTPUT, SPAN, MODE, SEQ_LEN, BATCH, SEED, PRESET,
+    SPEC, MEMBER, INPUTS, TARGET, LOSS, OUTPUT, SPAN, MODE, SEQ_LEN, BATCH, SEED, PRESET,
     JOBS, DASK, SHARD, GATHER, FOLDER, RESUME, FORCE, BY, AS_JSON, QUIET, VERBOSE, FAIL_ON, TRUST,
 )  # fmt: skip
 

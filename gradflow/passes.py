@@ -64,7 +64,7 @@ def probed_pass(module: loading.RecurrentModule, probe: loading.Probe) -> Record
             output, probe.r, module.module.batch_first, module.bidirectional
         ).backward()
     if module.from_cell:  # it was run as a layer; its track has the cell's own path
-        (track,) = recording
+        (track,) = recording.values()
         recording.drop(track)
         track.name = module.name or "cell"
         recording.add(track)
@@ -117,7 +117,7 @@ def _name_of(loss: Callable[..., Tensor]) -> str:
 
 def _time_axis(model: nn.Module, recording: Recording, output: object) -> int:
     """Where time is in the model's output: where the layer that ran last had it."""
-    tracks = list(recording)
+    tracks = list(recording.values())
     if tracks and tracks[-1].spec is not None:
         return int(tracks[-1].batch_first)
     if tracks and isinstance(output, Tensor) and output.ndim >= 2:  # a loop by hand does not say

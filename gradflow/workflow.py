@@ -298,7 +298,7 @@ def _from_batch(
         settings = _settings(request)
         recording = recorded_pass(opened.model, batch, settings)
     if labels is not None:  # before the long part
-        checked_labels(labels, max(track.steps for track in recording))
+        checked_labels(labels, max(track.steps for track in recording.values()))
     recording.provenance |= {"input": request.input.name, "seed": request.seed}
     analysis = analyze(recording, span=request.span, seed=request.seed, progress=progress)
     return with_predictions(recording, analysis, seed=request.seed)

@@ -17,9 +17,9 @@ from gradflow.analyzer.agreement import DEPENDS
 from gradflow.analyzer.rates import judge, rate_over_sequences
 from gradflow.history import LayerProbe
 
-LARGEST = ("steps", "nonfinite")  # of all batches
+MOST = ("steps", "nonfinite")  # of all batches
 SUMMED = ("sequences", "sequences_rated", "cuts")
-SMALLEST = ("searched", "nonfinite_at", "rate_settled", "channels", "gain_steps")
+LEAST = ("searched", "nonfinite_at", "rate_settled", "channels", "gain_steps")
 MIDDLE = ("half_life", "span")  # infinite ones among them
 
 
@@ -87,9 +87,9 @@ def _one(name: str, values: np.ndarray) -> float:
     known = np.sort(values[~np.isnan(values)])
     if not len(known):
         return math.nan
-    if name in LARGEST:
+    if name in MOST:
         return float(known[-1])
-    if name in SMALLEST:
+    if name in LEAST:
         return float(known[0])
     if name in SUMMED:
         return float(known.sum())

@@ -40,7 +40,7 @@ ASK_VERSIONS = "(__import__('gradflow').__version__, str(__import__('torch').__v
 WAITING = 32  # tasks that an engine of unknown size has at a time
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # of a worker: one
 DASK_TIMEOUT = 10  # seconds for a scheduler to answer
-LOST = (
+WORKER_KILLED = (
     "the process that measured it was killed, most likely for want of memory; give fewer --jobs, or a "
     "smaller batch"
 )
@@ -297,7 +297,7 @@ class Running:
                 for task in lost:
                     if self._finished({self._submitted(task): task}):
                         self._renew()
-                        self.done(task, Outcome(failed=LOST), False)
+                        self.done(task, Outcome(failed=WORKER_KILLED), False)
 
     def _next(self, coming: Iterator[CheckpointTask]) -> CheckpointTask | None:
         return self.again.popleft() if self.again else next(coming, None)

@@ -12,7 +12,7 @@ from typing import Any
 from gradflow.history import Note, Row, Source, join_rows, row_facts
 from gradflow.sweeping.result_files import Entry
 
-UNKNOWN = "place in the order of names"  # the training step of a checkpoint that says none
+UNNUMBERED = "place in the order of names"  # the training step of a checkpoint that says none
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _numbered(known: Sequence[_Known]) -> list[_Known]:
     for one in known:
         counts[one.entry.run] += 1
         if one.step is None:
-            one = replace(one, step=counts[one.entry.run], step_from=UNKNOWN)
+            one = replace(one, step=counts[one.entry.run], step_from=UNNUMBERED)
         found.append(one)
     return found
 
