@@ -432,13 +432,15 @@ def sweep(
 
     PATHS are files, folders, or patterns in quotes, ** for any folder. The folder of a checkpoint is its
     run, and a row is one checkpoint. Results are kept one by one: a sweep that was ended goes on with
-    --resume, and one that is repeated computes nothing. Without --input the weights alone are tried.
+    --resume, and one that is repeated computes nothing. Shards are jobs of an array, wherever they run.
+    Without --input the weights alone are tried.
 
     \b
     gradflow sweep 'runs/**/*.pt' --model 'my_code:Net(10, 20)' --input batch.pt -o reports/sweep
     gradflow sweep 'runs/**/*.pt' -o reports/sweep --resume --jobs 8
-    gradflow sweep 'runs/**/*.pt' -o /shared/sweep --shard 3/8        # a job of an array; then
-    gradflow sweep --gather /shared/sweep
+    gradflow sweep 'runs/**/*.pt' -o sweeps/a --shard 1/2
+    gradflow sweep 'runs/**/*.pt' -o sweeps/a --shard 2/2
+    gradflow sweep --gather sweeps/a
     """
     conditions = parse_conditions(fail_on)
     from gradflow import reporter
