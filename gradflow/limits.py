@@ -189,6 +189,7 @@ CONSTANT_SEED = _limit(1, "seed", "of the vector that tells whether steps never 
 THIN_SEED = _limit(24_301, "seed", "of probes of wide states: none with which somebody draws weights")
 
 # what is looked at, and followed, while a recording is open
+DEVICE_WIDEST = _limit(256, "states", "from which on the steps of a layer are computed on its accelerator")
 JACOBIAN_WIDEST = _limit(64, "states", "up to which step Jacobians are written out unasked")
 LINK_WIDEST = _limit(64, "states", "up to which a link that is not elementwise is written out")
 ENTRIES_WIDEST = _limit(64, "states", "up to which single entries that nobody reads are told apart")

@@ -7,6 +7,7 @@ sequences in the user's order; steps past a sequence's length hold NaN.
 """
 
 from gradflow.recording.chosen import chosen
+from gradflow.recording.devices import moved, where_computed
 from gradflow.recording.padding import Padding, padding_of
 from gradflow.recording.pooled import pooled
 from gradflow.recording.recording import Recording, matches_any
@@ -38,6 +39,8 @@ __all__ = [
     "Unseen",
     "chosen",
     "matches_any",
+    "moved",
     "padding_of",
     "pooled",
+    "where_computed",
 ]
