@@ -22,26 +22,29 @@ def moved(numbers: Numbers, device: torch.device) -> Numbers:
     >>> moved({"h": [torch.zeros(1)]}, CPU)
     {'h': [tensor([0.])]}
     """
-    found: Any = numbers
-    if isinstance(found, Tensor):
-        return found.to(device)  # type: ignore[return-value]
-    if isinstance(found, dict):
-        every = {name: moved(value, device) for name, value in found.items()}
-        return found if all(every[name] is found[name] for name in found) else every  # type: ignore[return-value]
-    if type(found) in (list, tuple):
-        if _alike(found):
-            if found[0].device == device:
-                return numbers
-            return type(found)(torch.stack(list(found)).to(device).unbind())  # moved at once
-        each = [moved(value, device) for value in found]
-        return found if all(map(operator.is_, each, found)) else type(found)(each)
-    if is_dataclass(found) and not isinstance(found, type):
-        known = {one.name: getattr(found, one.name) for one in fields(found) if one.init}
-        new = {name: moved(value, device) for name, value in known.items()}
-        changed = {name: value for name, value in new.items() if value is not known[name]}
-        made: Numbers = replace(found, **changed) if changed else found
-        return made
-    return numbers
+    found: Numbers = _moved(numbers, device)
+    return found
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        every = {name: _moved(one, device) for name, one in value.items()}
+        return value if all(every[name] is value[name] for name in value) else every
+    if type(value) in (list, tuple):
+        if _alike(value):
+            if value[0].device == device:
+                return value
+            return type(value)(torch.stack(list(value)).to(device).unbind())  # moved at once
+        each = [_moved(one, device) for one in value]
+        return value if all(map(operator.is_, each, value)) else type(value)(each)
+    if is_dataclass(value) and not isinstance(value, type):
+        known = {one.name: getattr(value, one.name) for one in fields(value) if one.init}
+        new = {name: _moved(one, device) for name, one in known.items()}
+        changed = {name: one for name, one in new.items() if one is not known[name]}
+        return replace(value, **changed) if changed else value
+    return value
 
 
 def _alike(values: Sequence[Any]) -> bool:
