@@ -155,7 +155,7 @@ want = recorded("one")
 for wrap in ("ddp", "fsdp"):
     found = recorded(wrap, gather=True)
     assert list(found.tracks) == list(want.tracks)
-    for track in want:
+    for track in want.values():
         mine = found[track.name]
         for name, grad in track.grads.items():
             torch.testing.assert_close(mine.grads[name], grad, rtol=1e-10, atol=0)

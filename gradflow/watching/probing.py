@@ -80,7 +80,7 @@ def ready(recording: Recording) -> Recording:
 
 def layer_lengths(recording: Recording) -> dict[str, Tensor]:
     """Layer name -> (B,) real steps."""
-    return {track.name: track.lengths.cpu() for track in recording}
+    return {track.name: track.lengths.cpu() for track in recording.values()}
 
 
 def lengths_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
@@ -107,7 +107,7 @@ def seen(
     notes = list(recording.notes)
     found: dict[str, SeenLayer] = {}
     analysis = analyze(recording) if preset == "full" else None
-    for track in recording:
+    for track in recording.values():
         try:
             lags = lag_grid(int(max(int(one.max()) for one in lengths[track.name] if len(one))))
             sums, bad = layer_sums(track, lags), broken(track)
@@ -195,8 +195,8 @@ def joined(parts: Sequence[SeenUpdate]) -> MeasuredUpdate:
 
 def _of_training(recording: Recording) -> Recording:
     """Without runs that no backward reached beside others of the same layer that one did."""
-    reached = {_base(track) for track in recording if track.backwards}
-    out = [t for t in recording if not t.backwards and _base(t) in reached]
+    reached = {_base(track) for track in recording.values() if track.backwards}
+    out = [t for t in recording.values() if not t.backwards and _base(t) in reached]
     for track in out:
         recording.drop(track)
     return recording
@@ -298,5 +298,5 @@ def all_gone(recording: Recording) -> bool:
     """
     return any(
         track.has_gradient and not all(bool(torch.isfinite(g.sum())) for g in track.grads.values())
-        for track in recording
+        for track in recording.values()
     )
