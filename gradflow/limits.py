@@ -244,6 +244,7 @@ WATCH_TOLD = _limit(2.0, "times", "by which an interval differs from the one tol
 WATCH_FAILURES = _limit(3, "probes", "in a row that fail, before the watching stops")
 WATCH_UNSEEN = _limit(20, "updates", "without a forward of the module, after which a sentence says so")
 WATCH_FRAMES = _limit(12, "frames", "above an optimizer's step, in which the GradScaler that calls it is")
+RANKS_SECONDS = _limit(600, "seconds", "that processes wait for each other to pool what they saw")
 WATCH_FIGURES = _limit(10, "probes", "between two figures that are handed on")
 PROBE_SOURCES = _limit(4, "windows", "of one lag and sequence for it, evenly spread")
 PROBE_STEPS = _limit(32, "steps", "by which a probe sees whether the steps still move")
