@@ -144,7 +144,7 @@ def report(
         folder: where the files go; it is made.
         formats: which of "html" (one page, offline), "json" (summary.json), "csv" (tables), "png"
             (figures/) and "nc" (run.nc, which `load` reads back; not of a history, which has its own
-            file); all by default.
+            file); all of them by default. Where asked for, "pdf" and "svg" too (figures/).
         force: replace an earlier report.
 
     Returns:
