@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from gradflow.analysis import Analysis
     from gradflow.history import History
 
-SHOWN_FAILURES = 5  # of a sweep
 DONE, CONDITION_HOLDS, BAD_INPUT, OWN_FAULT, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -379,38 +378,25 @@ def _shard(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
     raise InputError(must_be("--shard", expected, repr(text), advice))
 
 
-INPUTS = click.option(
-    "--input", "input", metavar="FILES",
-    help="A batch, or a folder or quoted pattern of several: intervals are over batches then.",
-)  # fmt: skip
-PRESET = click.option(
-    "--preset", type=click.Choice(["pulse", "rate", "full"]), default="rate", show_default=True,
-    help="What is measured: gradients only, verdict and rate, or all that analyze measures.",
-)  # fmt: skip
-JOBS = click.option(
-    "--jobs", metavar="N", type=click.IntRange(min=1), help="Processes; one a core by default."
-)
-DASK = click.option(
-    "--dask", metavar="ADDRESS", help="A dask scheduler, tcp://host:8786, or local."
-)
-SHARD = click.option(
-    "--shard",
-    metavar="I/N",
-    callback=_shard,
-    help="Measure the I-th of N parts; join with --gather.",
-)
-GATHER = click.option(
-    "--gather", metavar="DIR", type=click.Path(path_type=Path),
-    help="Join what shards wrote into DIR; takes no paths.",
-)  # fmt: skip
-RESUME = click.option("--resume", is_flag=True, help="Go on with what is in the folder.")
-BY = click.option(
-    "--by", metavar="LABEL", default="seed", show_default=True,
-    help="What runs of one group differ in, as their folders name it.",
-)  # fmt: skip
 SWEPT = _all(
-    SPEC, MEMBER, INPUTS, TARGET, LOSS, OUTPUT, SPAN, MODE, SEQ_LEN, BATCH, SEED, PRESET,
-    JOBS, DASK, SHARD, GATHER, FOLDER, RESUME, FORCE, BY, AS_JSON, QUIET, VERBOSE, FAIL_ON, TRUST,
+    SPEC, MEMBER,
+    click.option("--input", metavar="FILES",
+                 help="A batch, or a folder or quoted pattern of several: intervals are over batches then."),
+    TARGET, LOSS, OUTPUT, SPAN, MODE, SEQ_LEN, BATCH, SEED,
+    click.option("--preset", type=click.Choice(["pulse", "rate", "full"]), default="rate", show_default=True,
+                 help="What is measured: gradients only, verdict and rate, or all that analyze measures."),
+    click.option("--jobs", metavar="N", type=click.IntRange(min=1), help="Processes; one a core by default."),
+    click.option("--dask", metavar="ADDRESS", help="A dask scheduler, tcp://host:8786, or local."),
+    click.option("--shard", metavar="I/N", callback=_shard,
+                 help="Measure the I-th of N parts; join with --gather."),
+    click.option("--gather", metavar="DIR", type=click.Path(path_type=Path),
+                 help="Join what shards wrote into DIR; takes no paths."),
+    FOLDER,
+    click.option("--resume", is_flag=True, help="Go on with what is in the folder."),
+    FORCE,
+    click.option("--by", metavar="LABEL", default="seed", show_default=True,
+                 help="What runs of one group differ in, as their folders name it."),
+    AS_JSON, QUIET, VERBOSE, FAIL_ON, TRUST,
 )  # fmt: skip
 
 
@@ -565,6 +551,7 @@ def _show_sweep(
 
 def _end_sweep(history: History, fail_on: str | None, conditions: Sequence[Any]) -> None:
     """The count of failures last; exit code 1 with --fail-on where there are some, or a condition holds."""
+    from gradflow.limits import SHOWN_FAILURES
     from gradflow.sweeping import held_in
 
     failed = [one for one in history.sources if one is not None and one.failed]

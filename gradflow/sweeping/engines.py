@@ -28,6 +28,7 @@ from multiprocessing import connection
 from typing import Any, Protocol
 
 from gradflow.errors import GradflowError, InputError, must_be
+from gradflow.limits import DASK_SECONDS, SWEEP_WAITING
 from gradflow.sweeping.one_checkpoint import (
     VERSIONS,
     CheckpointTask,
@@ -37,9 +38,7 @@ from gradflow.sweeping.one_checkpoint import (
 )
 
 ASK_VERSIONS = "(__import__('gradflow').__version__, str(__import__('torch').__version__))"
-WAITING = 32  # tasks that an engine of unknown size has at a time
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # of a worker: one
-DASK_TIMEOUT = 10  # seconds for a scheduler to answer
 WORKER_KILLED = (
     "the process that measured it was killed, most likely for want of memory; give fewer --jobs, or a "
     "smaller batch"
@@ -119,7 +118,7 @@ class OfCaller:
     def __init__(self, executor: Executor, width: int | None = None) -> None:
         known = getattr(executor, "_max_workers", None)
         self.executor = executor
-        self.width = width or (2 * known if isinstance(known, int) else WAITING)
+        self.width = width or (2 * known if isinstance(known, int) else SWEEP_WAITING)
 
     def submit(self, task: CheckpointTask) -> Future[Outcome]:
         """Hand it on."""
@@ -224,7 +223,7 @@ def dask(address: str, jobs: int) -> Iterator[Engine]:
             if address == "local":
                 cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
                 address = stack.enter_context(cluster)
-            client = stack.enter_context(Client(address, timeout=DASK_TIMEOUT))
+            client = stack.enter_context(Client(address, timeout=DASK_SECONDS))
         except (OSError, TimeoutError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(

@@ -38,7 +38,6 @@ except ImportError:  # not on Windows: there nothing hinders two sweeps
     fcntl = None  # type: ignore[assignment]
 
 RESULTS, SHARDS = "results", "shards"
-PIECE_HASHED = 2**22  # bytes that are read at a time
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,7 @@ def _of_file(path: Path) -> bytes:
                 found.update(one.name.encode() + (_of_file(one) if one.is_file() else b""))
             return found.digest()
         with path.open("rb") as file:
-            while piece := file.read(PIECE_HASHED):
-                found.update(piece)
+            return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}; check the path") from error
     return found.digest()

@@ -18,6 +18,7 @@ from gradflow import loading
 from gradflow._version import __version__
 from gradflow.errors import FileError, InputError, must_be
 from gradflow.history import History
+from gradflow.limits import SWEEP_CHANGES
 from gradflow.sweeping.checkpoints import Checkpoint, checkpoints, files_of
 from gradflow.sweeping.engines import Engine, InProcess, Running, dask, of_caller, spawned
 from gradflow.sweeping.one_checkpoint import (
@@ -38,7 +39,6 @@ from gradflow.sweeping.rows import joined
 from gradflow.watching.asked import PRESETS
 
 Progress = Callable[[str, float], None]
-CHANGES = 3  # times that a file may change while it is read, before it is given up
 
 
 def sweep(
@@ -380,7 +380,7 @@ class Sweeping:
         found = None
         for name in names:
             self._changes[name] = self._changes.get(name, 0) + 1
-            if self._changes[name] >= CHANGES:
+            if self._changes[name] >= SWEEP_CHANGES:
                 why = f"{name} changed while it was read; sweep again when its training has ended"
                 self.entries[name] = replace(self.entries[name], key="", failed=why)
                 continue

@@ -110,7 +110,7 @@ def test_a_cluster_that_cannot_be_reached(
 ) -> None:
     from gradflow.sweeping import engines
 
-    monkeypatch.setattr(engines, "DASK_TIMEOUT", 1)
+    monkeypatch.setattr(engines, "DASK_SECONDS", 1)
     for address in ("tcp://127.0.0.1:9", "nonsense"):
         with pytest.raises(SystemExit) as stop:
             cli.main(
