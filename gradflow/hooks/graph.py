@@ -352,7 +352,7 @@ def check(node: Any) -> None:
     if name == "CheckpointFunctionBackward":
         raise NotReadable("what a checkpoint recomputes")
     if isinstance(node, torch.autograd.function.BackwardCFunction):
-        raise NotReadable("an autograd.Function of your own")
+        raise NotReadable("an autograd.Function written in Python")
     if name == "CppFunction":  # called before the engine does, it can break later
         raise NotReadable(_foreign(node.name()))
     if runs_code(node):
