@@ -295,5 +295,5 @@ def test_a_first_call_without_differentiable_inputs_is_followed() -> None:
         for tokens in torch.randint(0, 5, (4, 2, 3)):
             memory = model(tokens, memory)
         memory.sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert (track.steps, track.batch) == (4, 2)

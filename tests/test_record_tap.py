@@ -330,7 +330,7 @@ def test_two_loops_by_name_and_by_start() -> None:
     assert {n: t.steps for n, t in recording.tracks.items()} == {
         "encoder": 4, "decoder": 3, "encoder@2": 5
     }  # fmt: skip
-    assert all(t.has_gradient and not t.cuts.any() for t in recording)
+    assert all(t.has_gradient and not t.cuts.any() for t in recording.values())
 
 
 def test_interleaved_layers_are_told_apart() -> None:
@@ -861,7 +861,7 @@ def test_states_in_a_container_are_marked_one_by_one(make: Callable[[Any], Any])
             assert state is given
         total = sum(one.sum() for one in (state.values() if isinstance(state, dict) else state))
         total.backward()
-    (track,) = recording
+    (track,) = recording.values()
     named = {"state_v", "state_i"} if isinstance(state, dict | Pair) else {"state_0", "state_1"}
     assert set(track.states) == named
     assert track.steps == 4

@@ -344,6 +344,7 @@ class TapSource(HeardGradients):
             raise RecordingError(f"{self.name}: its step Jacobians are not known: {reason}")
         device = self.marks[0].cut.device
         chosen = sequences.to(device)
+        batch = len(sequences) if _is_all(sequences, len(sequences)) else -1
         real = self.real
         first = self.marks[0]
         size = sum(state.shape[1] for state in first.states.values())
@@ -359,7 +360,8 @@ class TapSource(HeardGradients):
                 matrices.append(eye)
                 continue
             assert isinstance(mark.jacobian, Tensor)
-            matrix = mark.jacobian if _is_all(chosen, len(mark.cut)) else mark.jacobian[chosen]
+            whole = batch == len(mark.cut)
+            matrix = mark.jacobian if whole else mark.jacobian[chosen]
             if real is not None:
                 padded = t >= real.to(device)[chosen]
                 matrix = matrix.masked_fill(padded.view(-1, 1, 1), 0.0)
