@@ -274,6 +274,11 @@ THIN_BUDGETS = _limit(5, "times GAIN_SECONDS", "for a state through which only f
 THIN_SECONDS = _limit(30.0, "seconds", "predicted, beyond which nothing of such a state is measured")
 WIDE_WRITING = _limit(2.0, "seconds", "predicted, up to which matrices are written out after all")
 PROGRESS_SECONDS = _limit(2.0, "seconds", "before progress is shown")
+SHOWN_FAILURES = _limit(5, "checkpoints", "of a sweep that failed, told one by one at its end")
+SWEEP_WAITING = _limit(32, "tasks", "that an engine of unknown size has at a time")
+SWEEP_CHANGES = _limit(3, "times", "that a checkpoint may change while it is read, before it is given up")
+DASK_SECONDS = _limit(10, "seconds", "for the scheduler of a cluster to answer")
+PROGRESS_LINES = _limit(60.0, "seconds", "between two lines of progress in a pipe: issue of the sweep")
 ONE_THREAD = _limit(600, "states", "up to which one thread is faster, and far faster on a busy machine")
 
 # budgets of memory

@@ -63,6 +63,7 @@ from gradflow.loading.ages import lacking
 from gradflow.loading.probe import physical_memory
 from gradflow.loading.recurrent import from_model, from_tensors, non_finite
 from gradflow.loading.shells import _STOCK
+from gradflow.loading.training_step import step_in_name
 from gradflow.loading.words import reason
 from gradflow.reporter.charts import (
     blocks,
@@ -108,5 +109,15 @@ from gradflow.reporter.scale import (
     palette,
 )
 from gradflow.reporter.text import render
+from gradflow.sweeping.batches import pooled_batches
+from gradflow.sweeping.checkpoints import checkpoints
+from gradflow.sweeping.engines import Running
+from gradflow.sweeping.one_checkpoint import (
+    VERSIONS,
+    CheckpointTask,
+    Outcome,
+    measure_checkpoint,
+)
+from gradflow.sweeping.result_files import SweepFolder
 from gradflow.watching.alerts import read_rules
 from gradflow.watching.schedule import Schedule
