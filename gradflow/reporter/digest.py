@@ -77,6 +77,8 @@ def _layer(layer: LayerAnalysis) -> dict[str, Any]:
         "decades_over_span": layer.decades_over_span,
         **_reach(layer),
         "lyapunov": None if layer.lyapunov is None else layer.lyapunov.tolist(),
+        "kaplan_yorke": layer.kaplan_yorke,
+        "entropy_rate": layer.entropy_rate,
         "parity": asdict(layer.parity),
         "gradient_note": layer.gradient_note,
         "method": layer.method,
