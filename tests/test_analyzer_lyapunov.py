@@ -101,6 +101,12 @@ def test_too_few_exponents_have_no_dimension() -> None:
     assert math.isnan(kaplan_yorke_dimension([0.3, math.nan])) and math.isnan(entropy_rate([]))
 
 
+@pytest.mark.parametrize("number_of", [kaplan_yorke_dimension, entropy_rate])
+def test_several_spectra_at_once_are_refused(number_of: Any) -> None:
+    with pytest.raises(InputError, match=r"exponents must be one spectrum, \(k,\), got \(4, 2\)"):
+        number_of(torch.zeros(4, 2))
+
+
 def test_a_chaotic_network_has_both() -> None:
     torch.manual_seed(0)
     rnn = nn.RNN(1, 40, bias=False).double()
