@@ -362,7 +362,7 @@ def check(node: Any) -> None:
             raise NotReadable(
                 "a step whose weights are shared out among processes (tensor parallelism)"
             )
-        raise NotReadable("an autograd.Function of your own")
+        raise NotReadable("an autograd.Function written in Python")
     if name == "CppFunction":  # called before the engine does, it can break later
         raise NotReadable(_foreign(node.name()))
     if runs_code(node):
