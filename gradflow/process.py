@@ -30,6 +30,30 @@ def lock() -> Any:
     return made
 
 
+@contextmanager
+def held(lock: Any) -> Iterator[None]:
+    """The lock is held inside, and free afterwards also where Ctrl-C came between two lines.
+
+    Plain `with lock` keeps it for ever where an exception is raised behind its block and before its end.
+    """
+    if lock._is_owned():
+        yield
+        return
+    try:
+        try:
+            lock.acquire()
+            yield
+        finally:
+            _release(lock)
+    finally:
+        _release(lock)
+
+
+def _release(lock: Any) -> None:
+    if lock._is_owned():
+        lock.release()
+
+
 _random_lock, _thread_lock, _output_lock = lock(), lock(), lock()
 
 
@@ -68,14 +92,21 @@ def quiet() -> Iterator[None]:
     """
     entry: Any = _Filter(("ignore", _OfThisThread(), Warning, None, 0))
     found: Any = warnings.filters
-    found.insert(0, entry)
     try:
-        yield
-    finally:
-        now: Any = warnings.filters  # another list while other code is catching warnings
-        for filters in (found, now):
-            if entry in filters:
-                filters.remove(entry)
+        try:
+            found.insert(0, entry)
+            yield
+        finally:
+            _take_out(entry, found)
+    finally:  # where Ctrl-C came meanwhile
+        _take_out(entry, found)
+
+
+def _take_out(entry: Any, found: Any) -> None:
+    now: Any = warnings.filters  # another list while other code is catching warnings
+    for filters in (found, now):
+        if entry in filters:
+            filters.remove(entry)
 
 
 @contextmanager
@@ -87,14 +118,17 @@ def random_numbers_kept(devices: Sequence[Any] | None = ()) -> Iterator[None]:
     Args:
         devices: GPUs whose numbers are kept too; all where None.
     """
-    with _random_lock:
+    with held(_random_lock):
         plain = random.getstate()
         arrays = np.random.get_state(legacy=False)  # noqa: NPY002  the user's model may draw there
         try:
-            with torch.random.fork_rng(_all_devices() if devices is None else list(devices)):
-                yield
+            try:
+                with torch.random.fork_rng(_all_devices() if devices is None else list(devices)):
+                    yield
+            finally:
+                random.setstate(plain)
         finally:
-            random.setstate(plain)
+            random.setstate(plain)  # again, where Ctrl-C came meanwhile
             np.random.set_state(arrays)  # noqa: NPY002
 
 
@@ -110,13 +144,13 @@ _printing: list[tuple[Any, Any]] = []
 @contextmanager
 def printed_to_stderr() -> Iterator[None]:
     """What is printed inside, in any thread, goes to standard error."""
-    with _output_lock:
+    with held(_output_lock):
         _printing.append(_printing[0] if _printing else (sys.stdout, sys.stderr))
         sys.stdout = _printing[0][1]
     try:
         yield
     finally:
-        with _output_lock:
+        with held(_output_lock):
             found, ours = _printing.pop()
             if not _printing and sys.stdout is ours:  # else other code replaced it: that stays
                 sys.stdout = found
@@ -129,7 +163,7 @@ def fitting_threads(size: int) -> Iterator[None]:
     torch keeps a number of threads for each thread, and one that new threads take over; setting the
     first sets the second too, which is set back at once.
     """
-    with _thread_lock:  # else a new thread may take over what another one sets
+    with held(_thread_lock):  # else a new thread may take over what another one sets
         before = torch.get_num_threads()
     if size > ONE_THREAD or before == 1:
         yield
@@ -151,7 +185,7 @@ def _set_threads_here(number: int) -> None:
         set_here.wait()
         torch.set_num_threads(others)
 
-    with _thread_lock:
+    with held(_thread_lock):
         thread = threading.Thread(target=put_back)
         thread.start()
         try:
