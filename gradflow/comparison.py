@@ -83,7 +83,7 @@ def unpaired(runs: Mapping[str, Analysis]) -> list[str]:
         pairs = _pairs(before, after)
         for run, analysis, place in ((first, before, 0), (name, after, 1)):
             known = {pair[place].name for pair in pairs}
-            alone = [layer.name for layer in analysis if layer.name not in known]
+            alone = [layer.name for layer in analysis.values() if layer.name not in known]
             if alone:
                 verb = "is" if len(alone) == 1 else "are"
                 notes.append(f"{', '.join(alone)} {verb} in {run} only")
@@ -120,7 +120,7 @@ def circumstances(runs: Mapping[str, Analysis]) -> list[str]:
     (first, before), *others = runs.items()
     notes = []
     for name, after in others:
-        steps = [max((layer.steps for layer in run), default=0) for run in (before, after)]
+        steps = [max((layer.steps for layer in run.values()), default=0) for run in (before, after)]
         if steps[0] != steps[1]:
             notes.append(
                 f"{first} ran for {steps[0]} steps, {name} for {steps[1]}: rates of short sequences "
@@ -151,8 +151,8 @@ def _input(run: Analysis) -> str:
 
 def _pairs(before: Analysis, after: Analysis) -> list[tuple[LayerAnalysis, LayerAnalysis]]:
     if len(before) == len(after) and not set(before.layers) & set(after.layers):
-        return list(zip(before, after, strict=True))
-    return [(layer, after[layer.name]) for layer in before if layer.name in after.layers]
+        return list(zip(before.values(), after.values(), strict=True))
+    return [(layer, after[layer.name]) for layer in before.values() if layer.name in after.layers]
 
 
 def _change(

@@ -94,7 +94,7 @@ def _name_of(loss: Callable[..., Tensor]) -> str:
 
 def _time_axis(model: nn.Module, recording: Recording, output: object) -> int:
     """Where time is in the model's output: where the layer that ran last had it."""
-    tracks = list(recording)
+    tracks = list(recording.values())
     if tracks and tracks[-1].spec is not None:
         return int(tracks[-1].batch_first)
     if tracks and isinstance(output, Tensor) and output.ndim >= 2:  # a loop by hand does not say

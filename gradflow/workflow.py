@@ -298,7 +298,7 @@ def _from_batch(
         settings = _settings(request)
         recording = recorded_pass(opened.model, batch, settings)
     if labels is not None:  # before the long part
-        checked_labels(labels, max(track.steps for track in recording))
+        checked_labels(labels, max(track.steps for track in recording.values()))
     recording.provenance |= {"input": request.input.name, "seed": request.seed}
     analysis = analyze(recording, span=request.span, seed=request.seed, progress=progress)
     return with_predictions(recording, analysis, seed=request.seed)
@@ -400,7 +400,7 @@ def _run_probe(module: loading.RecurrentModule, probe: loading.Probe) -> Recordi
             output, probe.r, module.module.batch_first, module.bidirectional
         ).backward()
     if module.from_cell:  # it was run as a layer; its track has the cell's own path
-        (track,) = recording
+        (track,) = recording.values()
         recording.drop(track)
         track.name = module.name or "cell"
         recording.add(track)

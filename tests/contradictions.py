@@ -424,7 +424,7 @@ def disagreements(seed: int) -> list[str]:
         analysis: Analysis = gradflow.analyze(made.recording, span=made.span)
     return [
         f"{made.words}, {layer.name}: {said}"
-        for layer in analysis
+        for layer in analysis.values()
         for said in contradictions(layer, slow_map(made.recording[layer.name]))
     ]
 

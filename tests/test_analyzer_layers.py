@@ -107,7 +107,7 @@ def forgetting(bias: float, hidden: int = 4) -> nn.LSTM:
 
 
 def only(analysis: Analysis) -> LayerAnalysis:
-    (layer,) = analysis
+    (layer,) = analysis.values()
     return layer
 
 
@@ -258,7 +258,7 @@ def analyses() -> dict[str, Analysis]:
 
 def test_every_dataset_has_every_variable_with_its_dims(analyses: dict[str, Analysis]) -> None:
     for analysis in analyses.values():
-        for layer in analysis:
+        for layer in analysis.values():
             assert {name: array.dims for name, array in layer.data.items()} == DIMS
             assert all(array.dtype == np.float64 for array in layer.data.values())
             assert layer.data["norm"].values.tolist() == ["spectral", "rms", "loss"]
@@ -273,7 +273,7 @@ def test_saving_and_loading_gives_the_same_back(
         loaded = gradflow.load(analysis.save(tmp_path / f"{number}.nc"))
         assert loaded.provenance == analysis.provenance
         assert loaded.warnings == analysis.warnings
-        for layer, same in zip(analysis, loaded, strict=True):
+        for layer, same in zip(analysis.values(), loaded.values(), strict=True):
             assert layer.data.identical(same.data)
             for field in dataclasses.fields(layer):
                 if field.name != "data":
@@ -699,7 +699,7 @@ def test_progress_is_told() -> None:
 
 def cut_at(recording: Recording, step: int) -> Recording:
     """The same recording, its only track cut off from its past at one input step."""
-    (track,) = recording
+    (track,) = recording.values()
     cuts = track.cuts.clone()
     cuts[step] = True
     recording.add(dataclasses.replace(track, cuts=cuts))

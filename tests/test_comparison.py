@@ -93,7 +93,7 @@ def shares_beyond_chance(among: int, draws: int = 1500) -> tuple[float, float]:
     with gradflow.record(gru) as recording:
         gru(torch.randn(20, 600, 4))[0][-1].pow(2).mean().backward()
     layers = gradflow.analyze(recording)
-    gains = np.stack([layer.data["sequence_gain"].values for layer in layers])  # (4, 600)
+    gains = np.stack([layer.data["sequence_gain"].values for layer in layers.values()])  # (4, 600)
     random = np.random.default_rng(0)
     beyond = np.zeros((draws, len(gains)), dtype=bool)
     for draw in range(draws):

@@ -152,7 +152,7 @@ def test_a_layer_that_reads_fewer_steps_keeps_its_numbers() -> None:
     ).labelled(WORDS)
     first, second = plot(mixed, "gain-map").axes[:2]
     assert "France" not in written(first) and "France" in written(second)
-    assert layers.prepare(list(mixed)).labels == tuple(WORDS)
+    assert layers.prepare(list(mixed.values())).labels == tuple(WORDS)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,9 @@ def test_a_saved_run_keeps_its_labels(tmp_path: Path) -> None:
     run = labelled([*ODD, "\ud800"])
     run.save(tmp_path / "run.nc")
     again = gradflow.load(tmp_path / "run.nc")
-    assert [layer.step_labels for layer in again] == [layer.step_labels for layer in run]
+    assert [layer.step_labels for layer in again.values()] == [
+        layer.step_labels for layer in run.values()
+    ]
     assert list(again.frame("steps")["label"][: len(ODD)]) == ODD
     assert "label" not in synthetic.vanishing().frame("steps")
 

@@ -263,7 +263,7 @@ def recorded(name: str, seed: int) -> dict[str, Any]:
             (out[0][-1] if isinstance(out, tuple) else out).square().sum().backward()
     run = gradflow.analyze(recording)
     picture = gradflow.plot(run)._repr_png_()  # type: ignore[attr-defined]
-    grads = [track.grad_h.tolist() for track in recording if track.grad_h is not None]
+    grads = [track.grad_h.tolist() for track in recording.values() if track.grad_h is not None]
     return {"frame": run.frame("layers").to_csv(), "grads": grads, "picture": picture}
 
 

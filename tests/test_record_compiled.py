@@ -53,7 +53,7 @@ def train(recorded: bool) -> tuple[list[float], Tensor, Tensor]:
         with gradflow.record(compiled) as recording:
             step()
         assert list(recording.tracks) == ["rnn.l0", "rnn.l1"]
-        assert [track.parity.status for track in recording] == ["passed", "passed"]
+        assert [track.parity.status for track in recording.values()] == ["passed", "passed"]
     parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
     return losses, parameters, torch.get_rng_state()
 

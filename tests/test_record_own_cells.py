@@ -428,7 +428,7 @@ def test_interleaved_layers() -> None:
                 kept.append(state)
         h[1].sum().backward()
     assert list(recording.tracks) == ["0", "1"]
-    for track, kept in zip(recording, states, strict=True):
+    for track, kept in zip(recording.values(), states, strict=True):
         grads = torch.stack([or_zero(s) for s in kept])
         assert_steps_close(track.grad_h, grads, track.mask)
         gradflow.analyzer.step_jacobians(track)
@@ -483,7 +483,7 @@ def test_of_nested_cells_the_outer_is_kept_if_it_changes_the_states(
     names = {(True, True): ["stock", "cell"], (False, True): ["stock"],
              (True, False): ["cell"], (False, False): ["stock.cell"]}  # fmt: skip
     assert list(recording.tracks) == names[change, stock]
-    for track in recording:
+    for track in recording.values():
         assert track.steps == STEPS
         gradflow.analyzer.step_jacobians(track)
 
@@ -682,7 +682,7 @@ def test_a_loop_without_a_cell_is_a_track_of_the_module_that_loops(kind: str) ->
     with gradflow.record(net) as recording:
         for _ in range(2):
             net(torch.randn(BATCH, HIDDEN, dtype=F64)).sum().backward()
-    assert [(track.name, track.cell, track.steps) for track in recording] == [
+    assert [(track.name, track.cell, track.steps) for track in recording.values()] == [
         ("loop", "Net", 4),
         ("loop@2", "Net", 4),
     ]
@@ -1067,7 +1067,7 @@ def test_diagnose_finds_the_cell() -> None:
             return super().forward(x)[-1]
 
     analysis = gradflow.diagnose(Last(), torch.randn(20, BATCH, INPUTS))
-    assert [layer.name for layer in analysis] == ["low.cell", "high.cell"]
+    assert [layer.name for layer in analysis.values()] == ["low.cell", "high.cell"]
     assert analysis["low.cell"].title.startswith("low.cell (FromScratch): ")
 
 
@@ -1098,6 +1098,6 @@ def test_detached_states_that_are_whole_numbers_go_on_as_one_track(size: float, 
                 h = ways.get(how, Tensor.detach)(h)
         if how != "no_grad":
             loss.backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert track.lengths.tolist() == [STEPS] * BATCH
     assert bool(track.cuts[1:].all()) is (how != "no_grad")

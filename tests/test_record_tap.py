@@ -329,7 +329,7 @@ def test_two_loops_by_name_and_by_start() -> None:
     assert {n: t.steps for n, t in recording.tracks.items()} == {
         "encoder": 4, "decoder": 3, "encoder@2": 5
     }  # fmt: skip
-    assert all(t.has_gradient and not t.cuts.any() for t in recording)
+    assert all(t.has_gradient and not t.cuts.any() for t in recording.values())
 
 
 def test_interleaved_layers_are_told_apart() -> None:

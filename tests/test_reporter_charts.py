@@ -319,7 +319,7 @@ def test_no_tick_meets_the_zero_below_it(inches: float) -> None:
 
 
 def test_layers_lie_side_by_side_the_top_one_first() -> None:
-    made = layers.prepare(list(synthetic.twelve()))
+    made = layers.prepare(list(synthetic.twelve().values()))
     assert made.names[0] == "stack.l11" and made.names[-1] == "stack.l0"
     assert np.nanmax(made.at_state[0]) == 0 and made.at_state.shape == (12, 100)
     np.testing.assert_allclose(made.passed - made.at_state, math.log10(0.3))

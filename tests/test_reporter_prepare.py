@@ -122,7 +122,7 @@ def test_gone_after_and_its_dot_lie_on_the_line() -> None:
     [("carrying", "never below 10⁻³"), ("exploding", "1000 × after 24 steps"), ("single_step", "")],
 )
 def test_words_of_the_lag_curve(name: str, words: str) -> None:
-    (layer,) = synthetic.CASES[name]()
+    (layer,) = synthetic.CASES[name]().values()
     assert prepare.lag_line(layer).words == words
 
 

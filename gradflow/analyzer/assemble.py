@@ -121,7 +121,7 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
     refused: dict[str, RecordingError] = {}
     unread: list[str] = []
     read = readings(recording)
-    for track in recording:
+    for track in recording.values():
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
                 shown, loop = judged(recording, track)

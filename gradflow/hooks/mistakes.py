@@ -212,7 +212,7 @@ def found(recording: Recording) -> list[str]:
         return [recording.empty_reason]
     sentences = [*_too_short(recording), *_many_starts(recording)]
     reasons: dict[str, list[str]] = {}
-    for track in recording:
+    for track in recording.values():
         reason = _reason(track)
         if reason:
             reasons.setdefault(reason, []).append(track.name)
@@ -222,7 +222,7 @@ def found(recording: Recording) -> list[str]:
 
 def _too_short(recording: Recording) -> list[str]:
     """Tracks of one step, which exercise no recurrence."""
-    once = [track for track in recording if track.steps == 1]
+    once = [track for track in recording.values() if track.steps == 1]
     tapped = [track.name for track in once if isinstance(track.source, TapSource)]
     known = {one.module for one in recording.unseen}  # the sentence on these says it
     short = [t for t in once if t.name not in tapped and t.owner not in known]
@@ -253,7 +253,7 @@ def _too_short(recording: Recording) -> list[str]:
 
 def _many_starts(recording: Recording) -> list[str]:
     """One layer that started afresh so often that its states were hardly meant to."""
-    counts = Counter(track.name.partition("@")[0] for track in recording)
+    counts = Counter(track.name.partition("@")[0] for track in recording.values())
     return [
         f"{name} started afresh {count} times in this block, each time as a track of its own; if the "
         "state was meant to go on, give each call the state that the one before returned, and "

@@ -194,7 +194,7 @@ def _notes(track: Track) -> list[str]:
 def _misleading(recorder: Recorder) -> list[str]:
     """What makes the numbers other than they seem, or leaves some out: warned of, and in the report."""
     found = []
-    if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
+    if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording.values()):
         found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
     if len(recorder.recording):  # without a track they are why there is none
         hidden = recorder.out_of_reach()
@@ -238,13 +238,13 @@ def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
         state for source in recorder.marked for state in source.marks[0].states.values()
     ]
     tensors += tensors_of(recorder.linears)
-    for track in recording:
+    for track in recording.values():
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
         track.inputs_unknown = recorder.closed.given.unknown(track)
         track.notes += _notes(track)
     recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
     recording.notes += circumstances.without_dropout(recorder.model)
-    linear = {track.owner for track in recording if isinstance(track.source, LinearSource)}
+    linear = {track.owner for track in recording.values() if isinstance(track.source, LinearSource)}
     recording.notes += circumstances.beside_attention(recorder.model, linear)
     recording.notes += circumstances.left_out(recorder.own.unseen) if len(recording) else []
     _, perhaps = _unseen(recorder)

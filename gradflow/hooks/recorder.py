@@ -186,7 +186,7 @@ class Recorder:
         self._drop(lambda t: isinstance(t.source, TapSource) and t.source.words is UNROLLED)
 
     def _drop(self, concerned: Callable[[Track], bool]) -> None:
-        for track in [track for track in self.recording if concerned(track)]:
+        for track in [track for track in self.recording.values() if concerned(track)]:
             self.recording.drop(track)
 
     def saw_tap(
@@ -305,7 +305,7 @@ class Recorder:
     def drop_sources(self, sources: list[TapSource]) -> None:
         """Forget the loops over modules that turned out to be only part of a step."""
         self.own.ignore(sources)
-        self.drop_tracks([track for track in self.recording if track.source in sources])
+        self.drop_tracks([track for track in self.recording.values() if track.source in sources])
 
     def drop_cell(self, module: nn.Module) -> None:
         """Forget a module as a cell: the loop is inside it."""
@@ -420,12 +420,12 @@ class Recorder:
     @property
     def marked(self) -> list[TapSource]:
         """All loops that were tapped or run over a cell of the user's own."""
-        return [t.source for t in self.recording if isinstance(t.source, TapSource)]
+        return [t.source for t in self.recording.values() if isinstance(t.source, TapSource)]
 
     @property
     def linears(self) -> list[LinearSource]:
         """All linear recurrences."""
-        return [t.source for t in self.recording if isinstance(t.source, LinearSource)]
+        return [t.source for t in self.recording.values() if isinstance(t.source, LinearSource)]
 
     def unseen(self) -> tuple[Unseen, ...]:
         """Recurrences that are in no track, of those that are picked."""
@@ -483,7 +483,7 @@ class Recorder:
 
     def _let_tracks_go(self) -> None:
         afresh = self.closed.afresh.found()
-        for track in self.recording:
+        for track in self.recording.values():
             if isinstance(track.source, LoopSource) and track.owner in afresh:
                 track.afresh = afresh[track.owner][0]
             if isinstance(track.source, LoopSource):

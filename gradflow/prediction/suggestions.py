@@ -38,7 +38,7 @@ def with_predictions(
     read = readings(recording)
     ill = [
         layer
-        for layer in analysis
+        for layer in analysis.values()
         if layer.verdict in ("vanishing", "exploding")
         and layer.name in recording.tracks
         and recording[layer.name].batch == layer.sequences  # not several runs pooled

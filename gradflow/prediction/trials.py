@@ -103,7 +103,7 @@ def what_if(
     asked = _asked(forget_bias, scale_hh, truncate, clip)
     recording.require_tracks()
     share = QUICK * len(recording)
-    before = {t.name: measured(recording, t.name, share=share) for t in recording}
+    before = {t.name: measured(recording, t.name, share=share) for t in recording.values()}
     rows = [row for name, value in asked.items() for row in _TRIALS[name](recording, before, value)]
     return pd.DataFrame(rows, columns=TRIAL_COLUMNS).astype(dict.fromkeys(WHOLE_NUMBERS, "Int64"))
 

@@ -54,9 +54,9 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
     ([5, 3], 2, 1)
     """
     runs: dict[tuple[object, ...], list[list[Track]]] = {}
-    bases = Counter(_base(track) for track in recording)
-    joint = {track.loop for track in recording}
-    for track in recording:
+    bases = Counter(_base(track) for track in recording.values())
+    joint = {track.loop for track in recording.values()}
+    for track in recording.values():
         alone = bases[_base(track)] == 1 or track.name in joint
         kind = (track.name,) if alone else _kind(track)
         alike = runs.setdefault(kind, [])

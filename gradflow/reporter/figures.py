@@ -78,7 +78,7 @@ def _entries(x: Analysis | Sequence[Analysis], layer: str | None) -> list[Entry]
     entries = [
         _entry(one.title if named else "", picked)
         for one in many
-        for picked in ([one[layer]] if layer is not None else one)
+        for picked in ([one[layer]] if layer is not None else one.values())
     ]
     if not entries:
         advice = "record a model that has a recurrent layer"

@@ -59,10 +59,10 @@ def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
         pictures["overview", ""] = png(plot(analysis))
     for name, kind in KINDS.items():
         if kind is not None and kind.together:
-            if not kind.prepare(list(analysis)).note:
+            if not kind.prepare(list(analysis.values())).note:
                 pictures[name, ""] = png(plot(analysis, name))
         elif kind is not None:
-            for layer in analysis:
+            for layer in analysis.values():
                 if layer.part_of in analysis.layers and kind.of_gains:
                     continue  # they are those of its loop
                 # a picture with only words in its place is left out, and so is the detail of all

@@ -126,12 +126,12 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         dense=high > ROOM,
         top=rows[:TOP],
         others=rows[TOP:],
-        rows=[_row(layer, analysis) for layer in analysis],
+        rows=[_row(layer, analysis) for layer in analysis.values()],
         findings=findings,
         more_findings=other_findings(analysis),
         # one shown where there is room, the others folded: the first screen holds all findings
         opened=next((f for f in findings if predictions(analysis, f) and high < 1.2 * ROOM), None),
-        linear=[layer for layer in analysis if is_linear(layer)],
+        linear=[layer for layer in analysis.values() if is_linear(layer)],
         decay_words=decay_words,
         labels={name: LABEL_WORDS[name] for name in LABEL_WORDS if _shown(name, analysis)},
         outlooks=functools.partial(outlooks, analysis),
@@ -231,15 +231,15 @@ def _lines(text: str, letters: int) -> int:
 
 def _none_found(analysis: Analysis) -> str:
     """What to say where there is no finding."""
-    if all(layer.verdict == "stable" for layer in analysis):
+    if all(layer.verdict == "stable" for layer in analysis.values()):
         return "Nothing here needs a remedy."
-    if all(layer.verdict == "stable" or "no gains" in layer.labels for layer in analysis):
+    if all(layer.verdict == "stable" or "no gains" in layer.labels for layer in analysis.values()):
         return "Where gains are not known, no cause is looked for."
     return "No cause was found; the verdict says what would decide."
 
 
 def _shown(label: str, analysis: Analysis) -> bool:
-    return any(label in layer.labels for layer in analysis)
+    return any(label in layer.labels for layer in analysis.values())
 
 
 def _row(layer: LayerAnalysis, analysis: Analysis) -> Row:
@@ -358,7 +358,7 @@ def _message(analysis: Analysis, key: FigureKey) -> str:
     if kind is None:
         return ""
     if kind.together:
-        return str(kind.prepare(list(analysis)).message)
+        return str(kind.prepare(list(analysis.values())).message)
     return str(kind.prepare(analysis.layers[name]).message)
 
 

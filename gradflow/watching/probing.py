@@ -58,7 +58,7 @@ def measure(recording: Recording, preset: str) -> MeasuredUpdate:
     standings: dict[str, Standing] = {}
     wrong: dict[str, str] = {}
     analysis = analyze(recording) if preset == "full" else None
-    for track in recording:
+    for track in recording.values():
         try:
             found[track.name] = pulse(track)
             bad = broken(track)
@@ -85,7 +85,7 @@ def measure(recording: Recording, preset: str) -> MeasuredUpdate:
         raise RecordingError(notes[-1])
     return MeasuredUpdate(
         layers=found,
-        cells={track.name: track.cell for track in recording if track.name in found},
+        cells={track.name: track.cell for track in recording.values() if track.name in found},
         standings=standings,
         broken=wrong,
         notes=tuple(dict.fromkeys(notes)),
@@ -95,8 +95,8 @@ def measure(recording: Recording, preset: str) -> MeasuredUpdate:
 
 def _of_training(recording: Recording) -> Recording:
     """Without runs that no backward reached beside others of the same layer that one did."""
-    reached = {_base(track) for track in recording if track.backwards}
-    out = [t for t in recording if not t.backwards and _base(t) in reached]
+    reached = {_base(track) for track in recording.values() if track.backwards}
+    out = [t for t in recording.values() if not t.backwards and _base(t) in reached]
     for track in out:
         recording.drop(track)
     return recording
@@ -197,5 +197,5 @@ def all_gone(recording: Recording) -> bool:
     """
     return any(
         track.has_gradient and not all(bool(torch.isfinite(g.sum())) for g in track.grads.values())
-        for track in recording
+        for track in recording.values()
     )
