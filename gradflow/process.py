@@ -132,6 +132,43 @@ def random_numbers_kept(devices: Sequence[Any] | None = ()) -> Iterator[None]:
             np.random.set_state(arrays)  # noqa: NPY002
 
 
+@contextmanager
+def autocast(device: str, *, enabled: bool, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """torch.autocast, left also where Ctrl-C comes between two lines."""
+    before = _autocast_of(device)
+    try:
+        try:
+            with torch.autocast(device, enabled=enabled, dtype=dtype):
+                yield
+        finally:
+            _cast_as(device, *before)
+    finally:
+        _cast_as(device, *before)
+
+
+def _autocast_of(device: str) -> tuple[int, bool, bool, torch.dtype]:
+    """How many autocasts lie around each other, whether casts are kept, whether it is on, its dtype."""
+    torch.autocast_increment_nesting()
+    return (
+        torch.autocast_decrement_nesting(),
+        torch.is_autocast_cache_enabled(),
+        torch.is_autocast_enabled(device),
+        torch.get_autocast_dtype(device),
+    )
+
+
+def _cast_as(device: str, depth: int, kept: bool, enabled: bool, dtype: torch.dtype) -> None:
+    now = _autocast_of(device)
+    if now == (depth, kept, enabled, dtype):
+        return
+    for _ in range(now[0] - depth):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(kept)
+    torch.set_autocast_enabled(device, enabled)
+    torch.set_autocast_dtype(device, dtype)
+
+
 def _all_devices() -> list[int]:
     """The GPUs in use: without a list torch warns of forking many."""
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -56,7 +56,7 @@ def test_a_patch_that_stays_and_a_held_lock_would_be_seen(monkeypatch: pytest.Mo
         patch.setattr(gradflow.hooks.observe.OpenRecording, "put_back", lambda _: None)
         patch.setattr(gradflow.hooks.observe.OpenRecording, "close", lambda _: [])
         wrong = interrupted(trial, at, KeyboardInterrupt)
-    for observer in list(gradflow.hooks.patch._observers):
+    for observer in [*gradflow.hooks.patch._observers]:
         gradflow.hooks.patch.stop_listening(observer)
     assert any("torch's functions" in one for one in wrong)
     with monkeypatch.context() as patch:
@@ -95,7 +95,7 @@ def test_an_exception_of_another_thread_is_what_comes_out(monkeypatch: pytest.Mo
 
 
 def test_an_error_of_gradflows_own_is_not_taken_for_one_from_outside() -> None:
-    faults: list[Any] = [lambda: [][0], lambda: {}["a"], lambda: 1 / 0, lambda: None.a]  # type: ignore[attr-defined]
+    faults: list[Any] = [lambda: "a"[len("a")], lambda: {}["a"], lambda: 1 / 0, lambda: None.a]  # type: ignore[attr-defined]
     faults += [lambda: torch.ones(2) @ torch.ones(3), lambda: int("a"), lambda: next(iter([]))]
 
     def asserted() -> None:
@@ -137,7 +137,7 @@ def test_two_threads_record_one_model_at_once() -> None:
     sys.setswitchinterval(interval)
     for number in range(2):
         assert found[number].notes == alone[number].notes
-        for track in alone[number]:
+        for track in alone[number].values():
             beside = found[number][track.name]
             assert torch.equal(beside.grad_h, track.grad_h)
             assert beside.parity.status == track.parity.status, track.name

@@ -30,9 +30,9 @@ from gradflow.hooks.unreadable import is_looked_at
 
 Value = TypeVar("Value")
 Failed = Callable[[str], object]  # told why, in a few words
+_C: Any = torch._C  # of which torch's stubs leave out some
 busy: set[int] = set()  # threads in which gradflow itself computes, which is not recorded
 lenient: set[int] = set()  # threads whose training goes on even after a wrong argument
-CAST = ("cpu", "cuda")  # devices whose autocast gradflow may set
 LONGEST = 120  # characters of a cause that are quoted
 
 
@@ -95,16 +95,15 @@ class Unnoticed:
 
     def __init__(self) -> None:
         self._first = threading.get_ident() not in busy
-        self._functions = torch._C._get_torch_function_state()
+        self._functions = _C._get_torch_function_state()
         off = torch._C._len_torch_dispatch_stack() and not is_looked_at()
         self._modes = _get_current_dispatch_mode_stack() if off else []
         self._grad = torch.is_grad_enabled()
-        self._autocast = _autocast()
 
     def enter(self) -> None:
         """From here on."""
         busy.add(threading.get_ident())
-        torch._C._set_torch_function_state(torch._C._TorchFunctionState.ALL_DISABLED)
+        _C._set_torch_function_state(_C._TorchFunctionState.ALL_DISABLED)
         for _ in self._modes:
             _pop_mode()
 
@@ -112,36 +111,11 @@ class Unnoticed:
         """Up to here."""
         for mode in self._modes[torch._C._len_torch_dispatch_stack() :]:
             _push_mode(mode)
-        torch._C._set_torch_function_state(self._functions)
+        _C._set_torch_function_state(self._functions)
         if self._first:
             busy.discard(threading.get_ident())
-        # where even leaving no_grad or autocast was cut short
-        if torch.is_grad_enabled() is not self._grad:
+        if torch.is_grad_enabled() is not self._grad:  # where even leaving no_grad was cut short
             torch.set_grad_enabled(self._grad)
-        if _autocast() != self._autocast:
-            _set_autocast(*self._autocast)
-
-
-def _autocast() -> tuple[int, bool, list[tuple[str, bool, torch.dtype]]]:
-    """How many autocasts lie around each other, whether weights are kept, and what is on."""
-    torch.autocast_increment_nesting()
-    return (
-        torch.autocast_decrement_nesting(),
-        torch.is_autocast_cache_enabled(),
-        [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in CAST],
-    )
-
-
-def _set_autocast(depth: int, kept: bool, devices: list[tuple[str, bool, torch.dtype]]) -> None:
-    torch.clear_autocast_cache()
-    for _ in range(_autocast()[0] - depth):
-        torch.autocast_decrement_nesting()
-    for _ in range(depth - _autocast()[0]):
-        torch.autocast_increment_nesting()
-    torch.set_autocast_cache_enabled(kept)
-    for device, enabled, dtype in devices:
-        torch.set_autocast_enabled(device, enabled)
-        torch.set_autocast_dtype(device, dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,7 +107,9 @@ class Ran:
         for child in self._children.values():
             hooks = child._forward_pre_hooks
             for key, hook in [*hooks.items()]:
-                if isinstance(hook, functools.partial) and any(one is self.names for one in hook.args):
+                if isinstance(hook, functools.partial) and any(
+                    one is self.names for one in hook.args
+                ):
                     del hooks[key]
 
 

@@ -83,17 +83,8 @@ def record(
         raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))
     recording = Recording(type(model).__name__)
     failed: list[str] = []
-    recorder = guarded(
-        Point.OPENING,
-        failed.append,
-        Recorder,
-        model,
-        patterns,
-        lengths,
-        scaler,
-        jacobians,
-        recording,
-    )
+    given = (model, patterns, lengths, scaler, jacobians, recording)
+    recorder = guarded(Point.OPENING, failed.append, Recorder, *given)
     if recorder is None:
         recording.empty_reason = f"nothing was recorded: {failed[0]}"
         yield recording

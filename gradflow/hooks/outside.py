@@ -53,7 +53,8 @@ def _handlers() -> Iterator[CodeType]:
     """The code of all handlers of signals, of those that are written in Python."""
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
-        for part in (handler, getattr(handler, "func", None), getattr(handler, "__call__", None)):
-            code = getattr(part, "__code__", None)
-            if isinstance(code, CodeType):
-                yield code
+        function = getattr(handler, "func", handler)  # of a partial
+        called = function if hasattr(function, "__code__") else getattr(type(function), "__call__")  # noqa: B004, B009
+        code = getattr(called, "__code__", None)
+        if isinstance(code, CodeType):
+            yield code
