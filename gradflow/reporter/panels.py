@@ -15,6 +15,7 @@ from gradflow.reporter.charts.plot_lines import whole
 from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.picture import FAINT, INK, SOFT
 from gradflow.reporter.prepare import Heat, LagLine
+from gradflow.reporter.readout import Cells, Curves, Grid, tell
 from gradflow.reporter.scale import COLOURS, VERDICT_COLOURS, paint
 
 CURVE_FLOOR, CURVE_TOP = -8.0, 2.0
@@ -38,6 +39,7 @@ def draw_heat(ax: Axes, heat: Heat, *, label: bool = True) -> None:
     )
     ax.set_xlim(heat.steps - 0.5, -0.5)
     ax.set_ylim(heat.units + 0.5, 0.5)
+    tell(ax, _heat_grid(heat, (left, -0.5), (0.5, bottom)))
     if heat.beyond > 0.6 * columns:  # wide enough for words
         ax.text(
             heat.beyond / columns / 2, 0.5, BEYOND, transform=ax.transAxes, ha="center",
@@ -54,6 +56,36 @@ def draw_heat(ax: Axes, heat: Heat, *, label: bool = True) -> None:
     if label:
         words = "steps, the loss on the right" if heat.labels else "steps back from the loss"
         ax.set_xlabel(words, labelpad=2)
+
+
+def _heat_grid(heat: Heat, across: tuple[float, float], down: tuple[float, float]) -> Grid:
+    """The same for the pointer: what of the gradient reaches which unit, so many steps back."""
+    rows, columns = heat.values.shape
+    unit = "cell" if heat.state == "c" else "unit"
+    names = [", ".join(map(str, heat.numbers[row * heat.unit_pool : (row + 1) * heat.unit_pool]))
+             for row in range(rows)]  # fmt: skip
+    largest = "the largest of " * (heat.unit_pool * heat.step_pool > 1)
+    whose = f"{largest}{unit}{'s' * (heat.unit_pool > 1)} {{y}}, {{x}} back from the loss"
+    size = f"typical size of |∂L/∂{heat.state}| at the loss"
+    return Grid(
+        values=heat.values,
+        bad=heat.bad,
+        across=Cells(
+            np.array(across),
+            np.arange(columns)[::-1] * heat.step_pool,
+            more=heat.step_pool - 1,
+            noun="step",
+            labels=heat.labels[:: heat.step_pool][:columns][::-1] if heat.step_pool == 1 else (),
+        ),
+        down=Cells(np.array(down), np.arange(1, rows + 1), names=tuple(names)),
+        words={
+            "some": f"{whose}: {{value}} of the {size}",
+            "more": f"{whose}: {{value}} the {size}",
+            "zero": f"{whose}: exactly zero",
+            "none": f"{whose}: no such step, or the state was cut before the loss",
+            "bad": f"{whose}: NaN or Inf",
+        },
+    )
 
 
 def back_ticks(steps: int) -> list[int]:
@@ -86,6 +118,8 @@ def draw_lag(
     ax.axhline(0, color=FAINT, lw=0.7, zorder=1)
     ax.axhline(prepare.GONE_DECADES, color=FAINT, lw=0.7, ls=(0, (4, 3)), zorder=1)
     _draw_line(ax, line, VERDICT_COLOURS[layer.verdict], top)
+    quantiles = (("median", line.median), ("10 % quantile", line.low), ("90 % quantile", line.high))
+    tell(ax, Curves(line.lag, quantiles, log10=True, share=True))
     ax.xaxis.set_major_locator(whole(6))
     figure = ax.get_figure(root=True)
     inches = ax.get_window_extent().height / (figure.dpi if figure else 100)
@@ -135,6 +169,7 @@ def draw_slope(
     finite = np.where(np.isfinite(slope), slope, np.nan)
     lone = "." if np.isfinite(finite).sum() < 3 else None
     ax.plot(lag, finite, color=colour, lw=1.1, marker=lone)
+    tell(ax, Curves(lag, [("", finite)], log10=False))
     ax.set_xlim(0, max(reach, 1))
     ax.set_ylim(*limits)
     ax.set_ylabel("nats per step", labelpad=2)

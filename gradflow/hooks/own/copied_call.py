@@ -153,9 +153,9 @@ def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -
         output = leaves(_run(module, given, fresh)).get(path)
     except NotReadable:
         return axes[0]
-    if output is None or not output.requires_grad:
+    inputs = [] if output is None else [one for one in inputs if one.shape != output.shape]
+    if output is None or not output.requires_grad or not inputs:
         return axes[0]
-    inputs = [one for one in inputs if one.shape != output.shape]
     for axis in axes:
         if axis is None:
             continue

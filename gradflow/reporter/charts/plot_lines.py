@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from gradflow.limits import power
 from gradflow.reporter.numbers import number_words
 from gradflow.reporter.picture import FAINT
+from gradflow.reporter.readout import Curves, tell
 
 Dash = str | tuple[float, tuple[float, ...]]
 DASHED: Dash = (0, (4, 2))
@@ -60,13 +61,18 @@ def draw_log_lines(
     decades: float = 30,
     limits: tuple[float, float] | None = None,
     level: float | None = None,
+    share: bool = False,
+    names: tuple[str, ...] = (),
 ) -> None:
     """Lines over x on an axis of powers of ten; exact zeros are dots on its lower edge.
 
-    A ``level`` to compare them with is dashed, and always on the axis.
+    A ``level`` to compare them with is dashed, and always on the axis. Under the pointer ratios are
+    said as a ``share``, and ``names`` are what the places of x are called.
     """
     shown = [line for line in lines if not np.isnan(line.values).all()]
     zeros = any(np.isneginf(line.values).any() for line in shown)
+    told = [(line.name, line.values) for line in shown]
+    tell(ax, Curves(x, told, log10=True, share=share, names=names))
     levels = [] if level is None else [np.array([level])]
     low, high = limits or log_limits([*(line.values for line in shown), *levels], decades, zeros)
     if level is not None:

@@ -17,6 +17,7 @@ from gradflow.reporter.charts.plot_lines import DASHED, key, whole
 from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS
+from gradflow.reporter.readout import Curves, tell
 from gradflow.reporter.scale import GATE_COLOURS, SERIES, paint_gates
 
 
@@ -227,6 +228,9 @@ def _draw_limits(ax: Axes, chart: Saturation) -> None:
         lone = "o" if len(values) < 3 else None
         ax.plot(places, values, color=colour, ls=dash, lw=1.5, marker=lone, label=name)
     longest = max(len(values) for _, values in chart.limits)
+    padded = [(name, np.append(values, np.full(longest - len(values), np.nan)))
+              for name, values in chart.limits]  # fmt: skip
+    tell(ax, Curves(np.arange(1, longest + 1), padded, log10=False))
     ax.set_xlim(0.5, longest + 0.5)
     ax.set_ylim(-0.03, 1.03)
     ax.xaxis.set_major_locator(whole(8))
