@@ -30,7 +30,6 @@ from gradflow.hooks.unreadable import is_looked_at
 
 Value = TypeVar("Value")
 Failed = Callable[[str], object]  # told why, in a few words
-_C: Any = torch._C  # of which torch's stubs leave out some
 busy: set[int] = set()  # threads in which gradflow itself computes, which is not recorded
 lenient: set[int] = set()  # threads whose training goes on even after a wrong argument
 LONGEST = 120  # characters of a cause that are quoted
@@ -95,7 +94,7 @@ class Unnoticed:
 
     def __init__(self) -> None:
         self._first = threading.get_ident() not in busy
-        self._functions = _C._get_torch_function_state()
+        self._functions = torch._C._get_torch_function_state()  # type: ignore[attr-defined]
         off = torch._C._len_torch_dispatch_stack() and not is_looked_at()
         self._modes = _get_current_dispatch_mode_stack() if off else []
         self._grad = torch.is_grad_enabled()
@@ -103,7 +102,8 @@ class Unnoticed:
     def enter(self) -> None:
         """From here on."""
         busy.add(threading.get_ident())
-        _C._set_torch_function_state(_C._TorchFunctionState.ALL_DISABLED)
+        off = torch._C._TorchFunctionState.ALL_DISABLED  # type: ignore[attr-defined]
+        torch._C._set_torch_function_state(off)  # type: ignore[attr-defined]
         for _ in self._modes:
             _pop_mode()
 
@@ -111,7 +111,7 @@ class Unnoticed:
         """Up to here."""
         for mode in self._modes[torch._C._len_torch_dispatch_stack() :]:
             _push_mode(mode)
-        _C._set_torch_function_state(self._functions)
+        torch._C._set_torch_function_state(self._functions)  # type: ignore[attr-defined]
         if self._first:
             busy.discard(threading.get_ident())
         if torch.is_grad_enabled() is not self._grad:  # where even leaving no_grad was cut short

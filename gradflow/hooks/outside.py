@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from types import CodeType, TracebackType
 
 # instructions that neither fail nor call anything: what comes up there came from outside
-QUIET = {"NOP", "PUSH_NULL", "PRECALL", "LOAD_CONST", "LOAD_FAST", "POP_TOP", "COPY", "SWAP"}
-QUIET |= {"JUMP_FORWARD", "JUMP_BACKWARD", "RETURN_VALUE", "RETURN_CONST", "STORE_FAST"}
-ENTRY = "RESUME", 0  # of a function; a generator that goes on has another number there
+CANNOT_FAIL = (
+    "NOP PUSH_NULL PRECALL LOAD_CONST LOAD_FAST STORE_FAST POP_TOP COPY SWAP JUMP_FORWARD "
+    "JUMP_BACKWARD RETURN_VALUE RETURN_CONST"
+).split()
 
 
 def is_from_outside(error: BaseException) -> bool:
@@ -46,7 +47,8 @@ def _frames(traceback: TracebackType | None) -> Iterator[tuple[CodeType, int]]:
 
 def _is_quiet(code: CodeType, at: int) -> bool:
     name, number = dis.opname[code.co_code[at]], code.co_code[at + 1]
-    return name in QUIET or (name, number) == ENTRY
+    # the first of a function; a generator that goes on has another number there
+    return name in CANNOT_FAIL or (name, number) == ("RESUME", 0)
 
 
 def _handlers() -> Iterator[CodeType]:
