@@ -13,10 +13,21 @@ from collections.abc import Iterator
 from types import CodeType, TracebackType
 
 # instructions that neither fail nor call anything: what comes up there came from outside
-CANNOT_FAIL = (
-    "NOP PUSH_NULL PRECALL LOAD_CONST LOAD_FAST STORE_FAST POP_TOP COPY SWAP JUMP_FORWARD "
-    "JUMP_BACKWARD RETURN_VALUE RETURN_CONST"
-).split()
+CANNOT_FAIL = [
+    "NOP",
+    "PUSH_NULL",
+    "PRECALL",
+    "LOAD_CONST",
+    "LOAD_FAST",
+    "STORE_FAST",
+    "POP_TOP",
+    "COPY",
+    "SWAP",
+    "JUMP_FORWARD",
+    "JUMP_BACKWARD",
+    "RETURN_VALUE",
+    "RETURN_CONST",
+]
 
 
 def is_from_outside(error: BaseException) -> bool:
