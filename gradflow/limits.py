@@ -189,6 +189,7 @@ CONSTANT_SEED = _limit(1, "seed", "of the vector that tells whether steps never 
 THIN_SEED = _limit(24_301, "seed", "of probes of wide states: none with which somebody draws weights")
 
 # what is looked at, and followed, while a recording is open
+DEVICE_WIDEST = _limit(256, "states", "from which on the steps of a layer are computed on its accelerator")
 JACOBIAN_WIDEST = _limit(64, "states", "up to which step Jacobians are written out unasked")
 LINK_WIDEST = _limit(64, "states", "up to which a link that is not elementwise is written out")
 ENTRIES_WIDEST = _limit(64, "states", "up to which single entries that nobody reads are told apart")
@@ -243,6 +244,7 @@ WATCH_TOLD = _limit(2.0, "times", "by which an interval differs from the one tol
 WATCH_FAILURES = _limit(3, "probes", "in a row that fail, before the watching stops")
 WATCH_UNSEEN = _limit(20, "updates", "without a forward of the module, after which a sentence says so")
 WATCH_FRAMES = _limit(12, "frames", "above an optimizer's step, in which the GradScaler that calls it is")
+RANKS_SECONDS = _limit(600, "seconds", "that processes wait for each other to pool what they saw")
 WATCH_FIGURES = _limit(10, "probes", "between two figures that are handed on")
 PROBE_SOURCES = _limit(4, "windows", "of one lag and sequence for it, evenly spread")
 PROBE_STEPS = _limit(32, "steps", "by which a probe sees whether the steps still move")
@@ -272,6 +274,11 @@ THIN_BUDGETS = _limit(5, "times GAIN_SECONDS", "for a state through which only f
 THIN_SECONDS = _limit(30.0, "seconds", "predicted, beyond which nothing of such a state is measured")
 WIDE_WRITING = _limit(2.0, "seconds", "predicted, up to which matrices are written out after all")
 PROGRESS_SECONDS = _limit(2.0, "seconds", "before progress is shown")
+SHOWN_FAILURES = _limit(5, "checkpoints", "of a sweep that failed, told one by one at its end")
+SWEEP_WAITING = _limit(32, "tasks", "that an engine of unknown size has at a time")
+SWEEP_CHANGES = _limit(3, "times", "that a checkpoint may change while it is read, before it is given up")
+DASK_SECONDS = _limit(10, "seconds", "for the scheduler of a cluster to answer")
+PROGRESS_LINES = _limit(60.0, "seconds", "between two lines of progress in a pipe: issue of the sweep")
 ONE_THREAD = _limit(600, "states", "up to which one thread is faster, and far faster on a busy machine")
 
 # budgets of memory

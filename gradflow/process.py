@@ -8,19 +8,23 @@ one's own entry is put in and taken out, or one waits for the other.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
 from gradflow.limits import ONE_THREAD
+
+Given = ParamSpec("Given")
+Value = TypeVar("Value")
 
 
 def lock() -> Any:
@@ -76,6 +80,20 @@ def quiet() -> Iterator[None]:
         for filters in (found, now):
             if entry in filters:
                 filters.remove(entry)
+
+
+def without_modes(work: Callable[Given, Value]) -> Callable[Given, Value]:
+    """A function in which the user's modes are off: what it makes lies on the CPU.
+
+    `torch.set_default_device("cuda")` is such a mode.
+    """
+
+    @functools.wraps(work)
+    def alone(*args: Given.args, **kwargs: Given.kwargs) -> Value:
+        with torch._C.DisableTorchFunction():
+            return work(*args, **kwargs)
+
+    return alone
 
 
 @contextmanager

@@ -266,7 +266,7 @@ def test_a_fault_of_ours_is_told_and_the_training_goes_on(
     def fails(*_: object) -> None:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr("gradflow.watching.watched.measure", fails)
+    monkeypatch.setattr("gradflow.watching.watched.seen", fails)
     with pytest.warns(gradflow.GradflowWarning) as caught:
         watch = trained(tmp_path, [1.0] * 6)
     said = [str(one.message) for one in caught]

@@ -340,6 +340,11 @@ def called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     return run(node, grads)
 
 
+SHARED_OUT = (
+    "torch.distributed.tensor"  # the package of functions that computation on DTensors consists of
+)
+
+
 def check(node: Any) -> None:
     """See that a node can be called by itself.
 
@@ -352,7 +357,12 @@ def check(node: Any) -> None:
     if name == "CheckpointFunctionBackward":
         raise NotReadable("what a checkpoint recomputes")
     if isinstance(node, torch.autograd.function.BackwardCFunction):
-        raise NotReadable("an autograd.Function of your own")
+        own: Any = node
+        if own._forward_cls.__module__.startswith(SHARED_OUT):
+            raise NotReadable(
+                "a step whose weights are shared out among processes (tensor parallelism)"
+            )
+        raise NotReadable("an autograd.Function written in Python")
     if name == "CppFunction":  # called before the engine does, it can break later
         raise NotReadable(_foreign(node.name()))
     if runs_code(node):

@@ -17,7 +17,7 @@ from gradflow.hooks.call import Call
 from gradflow.hooks.closed.joint_source import JointSource
 from gradflow.hooks.linear.linear_source import LinearSource, Stretch
 from gradflow.hooks.loops.loop_source import LoopSource
-from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.tapped import TAP, Mark, TapSource
 from gradflow.hooks.unreadable import foreign_code
 from gradflow.limits import MANY_TRACKS
 from gradflow.recording import Recording, Track, Unseen
@@ -218,9 +218,11 @@ def found(recording: Recording) -> list[str]:
 def _too_short(recording: Recording) -> list[str]:
     """Tracks of one step, which exercise no recurrence."""
     once = [track for track in recording.values() if track.steps == 1]
-    tapped = [track.name for track in once if isinstance(track.source, TapSource)]
+    marked = [track for track in once if isinstance(track.source, TapSource)]
+    tapped = [track.name for track in marked if track.cell == TAP]
+    afresh = [track.name for track in marked if track.cell != TAP]
     known = {one.module for one in recording.unseen}  # the sentence on these says it
-    short = [t for t in once if t.name not in tapped and t.owner not in known]
+    short = [t for t in once if t not in marked and t.owner not in known]
     scanned = [track.name for track in short if isinstance(track.source, LinearSource)]
     short = [track for track in short if track.name not in scanned]
     cells = [track.name for track in short if _calls(track)[0].single]
@@ -230,6 +232,11 @@ def _too_short(recording: Recording) -> list[str]:
         sentences.append(
             f"{listed(tapped)} was tapped once, so no state came back and no recurrence is "
             "exercised; call tap inside the loop, once per step"
+        )
+    if afresh:
+        sentences.append(
+            f"{listed(afresh)} took nothing of its earlier state into any of its calls, so no recurrence is "
+            "exercised; give each call the state of the one before"
         )
     if scanned:
         sentences.append(

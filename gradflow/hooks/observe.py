@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gradflow._version import __version__
+from gradflow.distributed import AllProcesses, ApartError, can_be_sent
 from gradflow.errors import InputError, must_be, warn
 from gradflow.hooks import circumstances, mistakes
 from gradflow.hooks.ancestry import clean
@@ -23,7 +24,7 @@ from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening
 from gradflow.hooks.recorder import Recorder
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unreadable import BATCHED
-from gradflow.recording import Recording, Track
+from gradflow.recording import Recording, Track, of_all_processes
 
 
 @contextmanager
@@ -34,6 +35,7 @@ def record(
     lengths: Lengths = None,
     jacobians: bool | None = None,
     scaler: Any = None,
+    gather: bool = False,
 ) -> Iterator[Recording]:
     """Record every recurrent layer and cell of an unmodified model while the block runs.
 
@@ -54,6 +56,9 @@ def record(
             with False there are none.
             Stock layers have theirs in closed form and need no such request.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
+        gather: of a model that several processes train: at the end of the block each has the sequences
+            of all, and gradients of the mean of their losses; see `gradflow.distributed`. By default
+            each has its own.
 
     Returns:
         A context manager that gives the `Recording`: name -> `Track`, filled while the block runs.
@@ -70,17 +75,8 @@ def record(
     >>> [round(g, 4) for g in recording["l0"].grad_h.flatten().tolist()]   # 0.9 ** (T - t)
     [0.729, 0.81, 0.9, 1.0]
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            must_be("model", "a torch.nn.Module", type(model).__name__, "pass the model itself")
-        )
-    if jacobians is not None and not isinstance(jacobians, bool):
-        expected = "True, False or left out"
-        raise InputError(must_be("jacobians", expected, repr(jacobians), "leave it out"))
-    patterns = patterns_of(layers)
-    if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
-        kind = type(scaler).__name__
-        raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))
+    patterns = _checked(model, layers, jacobians, scaler)
+    processes = AllProcesses(gather)
     recording = Recording(type(model).__name__)
     failed: list[str] = []
     recorder = guarded(
@@ -99,14 +95,56 @@ def record(
         yield recording
         warn(recording.empty_reason, stacklevel=3)
         return
+    recorder.processes = processes.size
     block = OpenRecording(recorder)
     try:
         block.open()
         yield recording
     finally:
         sentences = block.close()
+    if processes.size > 1:
+        sentences += gathered(recording, processes)
     for sentence in sentences:
         warn(sentence, stacklevel=3)
+
+
+def _checked(model: object, layers: object, jacobians: object, scaler: Any) -> list[str] | None:
+    """The patterns of the layers to keep; arguments that are out of range are refused."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            must_be("model", "a torch.nn.Module", type(model).__name__, "pass the model itself")
+        )
+    if jacobians is not None and not isinstance(jacobians, bool):
+        expected = "True, False or left out"
+        raise InputError(must_be("jacobians", expected, repr(jacobians), "leave it out"))
+    if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+        kind = type(scaler).__name__
+        raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))
+    return patterns_of(layers)
+
+
+def gathered(recording: Recording, processes: AllProcesses) -> list[str]:
+    """Put the sequences of all processes into a recording; gives the sentences to warn of."""
+    mine, left = Recording(recording.model_name), []
+    for track in recording.values():
+        mine.add(track)
+    if not can_be_sent(mine):
+        for track in list(mine.values()):
+            if not can_be_sent(track):
+                mine.drop(track)
+                left.append(track.name)
+    sentences = [
+        f"{name} is of rank {processes.rank} alone: how its function makes its states cannot be sent to "
+        "another process"
+        for name in left
+    ]
+    try:
+        parts = processes.every("the end of a recording", mine)
+    except ApartError as error:
+        return [f"the recording is of rank {processes.rank} alone: {error}"]
+    of_all_processes(recording, parts)
+    recording.notes += sentences
+    return sentences
 
 
 class OpenRecording:
@@ -237,7 +275,10 @@ def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
         track.inputs_unknown = recorder.closed.given.unknown(track)
         track.notes += _notes(track)
-    recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
+    recording.notes += [
+        *circumstances.per_rank(recorder.model, recorder.processes),
+        *_misleading(recorder),
+    ]
     recording.notes += circumstances.without_dropout(recorder.model)
     linear = {track.owner for track in recording.values() if isinstance(track.source, LinearSource)}
     recording.notes += circumstances.beside_attention(recorder.model, linear)

@@ -69,6 +69,7 @@ class Recorder:
         self.lengths = GivenLengths(lengths)
         self.shown = ShownPadding(model)
         self.scaler = scaler
+        self.processes = 1  # whose losses are taken as one, their mean
         self.jacobians = jacobians
         self.training = model.training
         self.recording = Recording(type(model).__name__) if recording is None else recording
@@ -353,7 +354,11 @@ class Recorder:
             self.handles += call.listen(name, tensor, self.scale)
 
     def scale(self) -> float:
-        """What losses are multiplied by at this moment: the scaler's scale, or 1."""
+        """What the loss is multiplied by at this moment: by the scaler, and as one of a mean."""
+        return self.processes * self.scalers()
+
+    def scalers(self) -> float:
+        """The scaler's scale, or 1."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def _recomputed(self, call: Call) -> Call | None:

@@ -1,4 +1,4 @@
-"""The page: one HTML file that reads offline, escaped, without JavaScript, at most a megabyte.
+"""The page: one HTML file that reads offline, escaped, whole without JavaScript, at most a megabyte.
 
 Its order: a sentence per layer, the overview, what to try, the maps, the rest folded, provenance.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import jinja2
@@ -42,6 +44,8 @@ from gradflow.reporter.numbers import (
     rate_words,
     window_words,
 )
+from gradflow.reporter.picture import Drawn
+from gradflow.reporter.readout import as_json
 
 ROOM = 780  # pixels of the first screen that words may fill before they are set denser
 LONG_WORD = 40  # letters of a word from which on it may be broken
@@ -79,6 +83,7 @@ class Shown:
     message: str  # what it shows
     wide: int  # pixels as drawn, for the page to keep the place
     high: int
+    told: Markup  # its numbers for page.js
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,8 @@ class Outlook:
     verdict: str
 
 
-def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
-    """Build the page from an analysis and its pictures, PNG bytes by (kind, layer name).
+def page(analysis: Analysis, figures: Mapping[FigureKey, Drawn]) -> str:
+    """Build the page from an analysis and its pictures by (kind, layer name).
 
     The picture ``("overview", "top")`` heads the page, ``("overview", "narrow")`` stands for it on
     a narrow screen, ``("overview", "")`` is the overview of all layers where there are more. Pictures
@@ -162,6 +167,13 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["breaks"] = breaks
+    # the one script: the page allows no other, so that nothing slipped into it can run
+    script = resources.files("gradflow.reporter").joinpath("templates/page.js").read_text("utf-8")
+    digest = hashlib.sha256(script.encode()).digest()
+    environment.globals |= {
+        "script": Markup(script),
+        "script_hash": base64.b64encode(digest).decode("ascii"),
+    }
     return environment.get_template(name)
 
 
@@ -313,25 +325,27 @@ def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
 
 
 def embed(
-    analysis: Analysis, figures: Mapping[FigureKey, bytes], words: int
+    analysis: Analysis, figures: Mapping[FigureKey, Drawn], words: int
 ) -> tuple[dict[FigureKey, Shown], list[str]]:
     """The pictures that fit beside so many bytes of words, and the names of those that do not."""
     room = PAGE_BYTES - words - 1_000 * len(figures)  # what is said of each picture
     shown: dict[FigureKey, Shown] = {}
     left_out: list[FigureKey] = []
     for key in sorted(figures, key=functools.partial(_importance, analysis)):
-        png = figures[key]
-        size = 4 * -(-len(png) // 3)
+        png, web = figures[key].png, figures[key].web
+        narrow = figures.get(("overview", "narrow")) if key == ("overview", "top") else None
+        told = Markup("") if key == ("overview", "narrow") else as_json(figures[key], narrow)
+        size = 4 * -(-len(web) // 3) + len(told.encode())
         if size > room:
             left_out.append(key)
             continue
         room -= size
-        source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+        source = "data:image/webp;base64," + base64.b64encode(web).decode("ascii")
         wide, high = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
         kind = KINDS[key[0]]
         title = (kind and kind.title) or key[0].replace("-", " ")
         alt = alternative(analysis, key)
-        shown[key] = Shown(source, alt, title, _message(analysis, key), wide, high)
+        shown[key] = Shown(source, alt, title, _message(analysis, key), wide, high, told)
     return shown, _names(left_out)
 
 

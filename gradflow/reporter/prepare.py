@@ -27,6 +27,7 @@ class Heat:
     state: str
     values: np.ndarray  # (rows, columns) log10; NaN undefined, -inf exactly zero
     bad: np.ndarray  # (rows, columns) true where the gradient is NaN or Inf
+    numbers: tuple[int, ...]  # of the units from top to bottom, counted from 1
     units: int
     steps: int
     unit_pool: int  # units in a row of the picture; the largest is shown
@@ -91,6 +92,7 @@ def heat(layer: LayerAnalysis, state: str | None = None) -> Heat:
         state=state,
         values=values,
         bad=bad_blocks,
+        numbers=tuple((order + 1).tolist()),
         units=units,
         steps=steps,
         unit_pool=unit_pool,

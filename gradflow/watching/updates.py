@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from gradflow.distributed import local_part
 from gradflow.hooks.patch import untraced
 
 
@@ -129,13 +130,17 @@ class GradientMarks:
     """What a backward left in some parameters, by which it is seen whether an update followed."""
 
     def __init__(self, model: nn.Module) -> None:
-        found = [one for one in model.parameters() if one.grad is not None]
+        held = ((one, one.grad) for one in model.parameters())
+        # of a shard perhaps none
+        found = [one for one, grad in held if grad is not None and local_part(grad).numel()]
         self._marked: list[tuple[Tensor, int]] = [(one, one._version) for one in found[-1:]]
 
     @property
     def thrown_away(self) -> bool:
         """Whether the gradients are gone."""
-        return any(one.grad is None or not bool(one.grad.any()) for one, _ in self._marked)
+        return any(
+            one.grad is None or not bool(local_part(one.grad).any()) for one, _ in self._marked
+        )
 
     @property
     def moved(self) -> bool:

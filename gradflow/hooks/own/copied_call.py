@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from gradflow.hooks import patch
 from gradflow.hooks.axes import Axis
@@ -153,9 +155,9 @@ def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -
         output = leaves(_run(module, given, fresh)).get(path)
     except NotReadable:
         return axes[0]
-    if output is None or not output.requires_grad:
+    inputs = [] if output is None else [one for one in inputs if one.shape != output.shape]
+    if output is None or not output.requires_grad or not inputs:
         return axes[0]
-    inputs = [one for one in inputs if one.shape != output.shape]
     for axis in axes:
         if axis is None:
             continue
@@ -170,8 +172,16 @@ def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -
 
 def _is_watched() -> bool:
     """Whether a global hook or an active mode would see a module that is run."""
-    modes = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
-    return bool(modes) or any(vars(nn.modules.module)[hooks] for hooks in EVERYWHERE)
+    modes = [mode for mode in _get_current_function_mode_stack() if not _is_default_device(mode)]
+    return bool(modes or torch._C._len_torch_dispatch_stack()) or any(
+        vars(nn.modules.module)[hooks] for hooks in EVERYWHERE
+    )
+
+
+def _is_default_device(mode: object) -> bool:
+    return isinstance(
+        mode, DeviceContext
+    )  # of torch.set_default_device, or `with torch.device(...)`
 
 
 def _run(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> Any:
@@ -202,7 +212,8 @@ def _run_copy(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> A
         torch.autocast(device, dtype=dtype, enabled=enabled),
     ):
         torch.set_rng_state(given.rng)
-        return copied.forward(*args, **kwargs)
+        with torch._C._EnableTorchFunction():  # the default device, which `guarded` put off
+            return copied.forward(*args, **kwargs)
 
 
 def _shares(module: nn.Module, copied: nn.Module) -> bool:

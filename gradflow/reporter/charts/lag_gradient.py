@@ -167,7 +167,7 @@ def draw(axes: Sequence[Axes], chart: LagGradient) -> None:
             ax.axvline(window - 0.5, color=INK, lw=0.9, zorder=1)
         level = math.log10(LAG_TOLERANCE) if number == 1 else None
         shown = chart.lag[chart.lag <= chart.reach]
-        draw_log_lines(ax, shown, lines, decades=-SMALLEST_SHARE, level=level)
+        draw_log_lines(ax, shown, lines, decades=-SMALLEST_SHARE, level=level, share=True)
         ax.set_ylabel(name, labelpad=2)
         ax.set_xlim(-0.5, chart.reach + 0.5)
         ax.xaxis.set_major_locator(whole(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from gradflow.reporter.histories.figures import blocks_of, plot_histories
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.now import Now, now
 from gradflow.reporter.histories.page import drawn_layers, history_page, top_layers
-from gradflow.reporter.picture import png
+from gradflow.reporter.picture import VECTORS, Drawn, write_pictures
+from gradflow.reporter.readout import drawn
 
 SCHEMA = 1  # of summary.json of a history; raised when a reader would be misled
 HISTORY_FORMATS = ("html", "json", "csv", "png")
@@ -33,7 +35,7 @@ class ToWrite:
 
     history: History  # as it was given
     layers: list[Now]  # in the order in which they ran
-    pictures: dict[FigureKey, bytes]  # PNG
+    pictures: dict[FigureKey, Drawn]  # all of them
 
 
 def report_history(
@@ -48,7 +50,7 @@ def report_history(
     Args:
         history: as `gradflow.load` reads it.
         folder: where the files go; it is made.
-        formats: which of "html", "json", "csv" and "png".
+        formats: which of "html", "json", "csv" and "png", and "pdf" or "svg" where asked for.
         force: replace an earlier report.
 
     Returns:
@@ -59,10 +61,10 @@ def report_history(
         FileError: the folder exists, or cannot be written.
     """
     chosen = {formats} if isinstance(formats, str) else set(formats)
-    wrong = sorted(str(name) for name in chosen - {*HISTORY_FORMATS, "nc"})
+    wrong = sorted(str(name) for name in chosen - {*_WRITERS, "nc"})
     if wrong or not chosen:
-        expected = f"one or more of {', '.join(HISTORY_FORMATS)}"
-        advice = "leave it out for all of them"
+        expected = f"one or more of {', '.join(_WRITERS)}"
+        advice = f"leave it out for {', '.join(HISTORY_FORMATS)}"
         raise InputError(
             must_be("formats of a history", expected, ", ".join(wrong) or "none", advice)
         )
@@ -72,7 +74,8 @@ def report_history(
     check_folder(folder, force=force)
     with whole_folder(folder, force=force) as new:
         layers = [now(one) for one in courses([history])]
-        pictures = draw(history, layers) if {"html", "png"} & chosen else {}
+        wanted = {"html", "png", *VECTORS} & chosen
+        pictures = draw(history, layers, chosen) if wanted else {}
         shown = ToWrite(history, layers, pictures)
         for name, write in _WRITERS.items():
             if name in chosen:
@@ -81,17 +84,19 @@ def report_history(
     return {name.as_posix(): folder / name for name in names}
 
 
-def draw(history: History, layers: list[Now]) -> dict[FigureKey, bytes]:
-    """Every picture as PNG bytes: of the layers at the head of the page together, of others alone."""
+def draw(
+    history: History, layers: list[Now], formats: Iterable[str] = ("html",)
+) -> dict[FigureKey, Drawn]:
+    """Every picture: of the layers at the head of the page together, of others alone."""
     top = [one.course.layer for one in top_layers(layers)]
-    found = {}
+    found: dict[FigureKey, Drawn] = {}
     for kind in HISTORY_KINDS:
         for one in drawn_layers(layers):  # of a deep stack all would take minutes
             if _has(kind, one.course):
                 picture = plot_histories([history], kind, layer=one.course.layer)
-                found[kind, one.course.layer] = png(picture)
+                found[kind, one.course.layer] = drawn(picture, formats)
     if len(top) > 1:
-        found["waterfall", "top"] = png(plot_histories([history], layers=top))
+        found["waterfall", "top"] = drawn(plot_histories([history], layers=top), formats)
     return found
 
 
@@ -163,15 +168,15 @@ def _write_tables(shown: ToWrite, folder: Path) -> None:
         table.to_csv(folder / f"{kind}.csv", index=False, lineterminator="\n")
 
 
-def _write_figures(shown: ToWrite, folder: Path) -> None:
+def _write_figures(shown: ToWrite, folder: Path, *, kind: str = "png") -> None:
     from gradflow.reporter.files import file_names
 
-    place = folder / "figures"
-    place.mkdir()
     names = file_names([one.course.layer for one in shown.layers])
-    for (kind, layer), picture in shown.pictures.items():
-        stem = f"{names[layer]}-{kind}" if layer in names else kind
-        (place / f"{stem}.png").write_bytes(picture)
+    stems = {
+        f"{names[layer]}-{what}" if layer in names else what: picture
+        for (what, layer), picture in shown.pictures.items()
+    }
+    write_pictures(folder / "figures", stems, kind)
 
 
 _WRITERS: dict[str, Callable[[ToWrite, Path], None]] = {
@@ -179,4 +184,6 @@ _WRITERS: dict[str, Callable[[ToWrite, Path], None]] = {
     "json": _write_summary,
     "csv": _write_tables,
     "png": _write_figures,
+    "pdf": functools.partial(_write_figures, kind="pdf"),
+    "svg": functools.partial(_write_figures, kind="svg"),
 }

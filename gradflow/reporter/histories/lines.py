@@ -26,6 +26,7 @@ from gradflow.reporter.histories.course import Course
 from gradflow.reporter.histories.story import reach, title, updates
 from gradflow.reporter.numbers import number_words, percent_words, rate_words
 from gradflow.reporter.picture import FAINT, INK, SOFT
+from gradflow.reporter.readout import Curves, tell
 from gradflow.reporter.scale import DIRECT, SERIES, VERDICT_COLOURS
 
 PANEL_HIGH = 1.5  # inches of a panel
@@ -293,6 +294,9 @@ def _draw_panel(ax: Axes, chart: Lines, number: int, *, last: bool) -> None:
         ax.plot(step[panel.beyond], np.full(int(panel.beyond.sum()), panel.limits[1]), "^",
                 color=VERDICT_COLOURS["stable"], ms=3.5, clip_on=False, zorder=6, ls="")  # fmt: skip
     ax.set_ylim(*panel.limits)
+    lines = [(curve.name if len(panel.curves) > 1 else "", curve.values) for curve in panel.curves]
+    tell(ax, Curves(step, lines, log10=panel.powers or panel.steps,
+                    names=tuple(map(updates, step))))  # fmt: skip
     ax.set_ylabel(panel.what, labelpad=2)
     if panel.ticks:
         ax.set_yticks(panel.ticks)

@@ -1,4 +1,4 @@
-"""The page of a training: one HTML file that reads offline, escaped, without JavaScript, at most a megabyte.
+"""The page of a training: one HTML file that reads offline, escaped, whole without JavaScript.
 
 Its order: a sentence per layer, the waterfall, what was said during the training, rates, horizons, gates,
 norms and clipping, all numbers, how the run was watched.
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 
 from gradflow._version import __version__
 from gradflow.history import History, Note
@@ -21,6 +22,8 @@ from gradflow.reporter.histories.now import Now, worst_first
 from gradflow.reporter.histories.story import updates
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.page import provenance_rows, template
+from gradflow.reporter.picture import Drawn
+from gradflow.reporter.readout import as_json
 
 HEAD_LAYERS = 2  # layers whose waterfall heads the page; the others follow below
 DRAWN_LAYERS = 6  # layers that have pictures on the page
@@ -43,6 +46,7 @@ class Embedded:
     alt: str  # words that stand for it
     wide: int  # pixels as drawn
     high: int  # the same
+    told: Markup  # its numbers for page.js
 
 
 def top_layers(layers: Sequence[Now]) -> list[Now]:
@@ -58,9 +62,9 @@ def drawn_layers(layers: Sequence[Now]) -> list[Now]:
 
 
 def history_page(
-    history: History, layers: Sequence[Now], pictures: Mapping[tuple[str, str], bytes]
+    history: History, layers: Sequence[Now], pictures: Mapping[tuple[str, str], Drawn]
 ) -> str:
-    """Build the page from a history, its layers and its pictures, PNG by (kind, layer name).
+    """Build the page from a history, its layers and its pictures by (kind, layer name).
 
     Pictures that would take the page above a megabyte are left out, the least important first, and the
     page says so.
@@ -97,7 +101,7 @@ def history_page(
 
 
 def _embed(
-    layers: Sequence[Now], pictures: Mapping[tuple[str, str], bytes], words: int
+    layers: Sequence[Now], pictures: Mapping[tuple[str, str], Drawn], words: int
 ) -> tuple[dict[tuple[str, str], Embedded], list[str]]:
     """The pictures that fit beside so many bytes of words, and the names of those that do not."""
     room = PAGE_BYTES - words - 1_000 * len(pictures)
@@ -114,8 +118,9 @@ def _embed(
         inside = {("waterfall", one.course.layer) for one in top_layers(layers)}
         pictures = {key: picture for key, picture in pictures.items() if key not in inside}
     for key in sorted(pictures, key=importance):
-        picture = pictures[key]
-        size = 4 * -(-len(picture) // 3)
+        picture, web = pictures[key].png, pictures[key].web
+        told = as_json(pictures[key])
+        size = 4 * -(-len(web) // 3) + len(told.encode())
         if size > room:
             left_out.append(f"{key[1]} ({key[0]})")
             continue
@@ -123,10 +128,11 @@ def _embed(
         wide, high = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
         layer = said.get(key[1], " ".join(said[one.course.layer] for one in top_layers(layers)))
         shown[key] = Embedded(
-            source="data:image/png;base64," + base64.b64encode(picture).decode("ascii"),
+            source="data:image/webp;base64," + base64.b64encode(web).decode("ascii"),
             alt=f"{key[0]}: {layer}",
             wide=round(wide / 1.8),
             high=round(high / 1.8),
+            told=told,
         )
     return shown, left_out
 
