@@ -93,17 +93,24 @@ class Ran:
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[str, None] = {}
         delicate = (nn.MultiheadAttention, torch.jit.ScriptModule)
-        self._handles = []
-        if something_is_compiled() or any(isinstance(m, delicate) for m in model.modules()):
-            return
-        for name, child in model.named_children():
+        off = something_is_compiled() or any(isinstance(m, delicate) for m in model.modules())
+        self._children = {} if off else dict(model.named_children())
+
+    def open(self) -> None:
+        """Hook them; the hooks only write a name into a dict: a guard torch.compile could not read."""
+        for name, child in self._children.items():
             note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
-            self._handles.append(child.register_forward_pre_hook(note))
+            child.register_forward_pre_hook(note)
 
     def close(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
+        """Take the hooks away, known by the dict, so that none can be made and not be known."""
+        for child in self._children.values():
+            hooks = child._forward_pre_hooks
+            for key, hook in [*hooks.items()]:
+                if isinstance(hook, functools.partial) and any(
+                    one is self.names for one in hook.args
+                ):
+                    del hooks[key]
 
 
 def something_is_compiled() -> bool:

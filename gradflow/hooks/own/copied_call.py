@@ -26,7 +26,7 @@ from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.own.nested import Path, leaves, replaced
 from gradflow.hooks.own.returned import row_of, version_of
 from gradflow.hooks.saved_tensors import saved_tensors_are_hooked
-from gradflow.process import random_numbers_kept
+from gradflow.process import autocast, random_numbers_kept
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EVERYWHERE = tuple(f"_global{name}" for name in HOOKS)  # the same, of all modules
@@ -209,7 +209,7 @@ def _run_copy(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> A
         patch.paused(),
         random_numbers_kept(list(devices)),
         torch.enable_grad(),
-        torch.autocast(device, dtype=dtype, enabled=enabled),
+        autocast(device, dtype=dtype, enabled=enabled),
     ):
         torch.set_rng_state(given.rng)
         with torch._C._EnableTorchFunction():  # the default device, which `guarded` put off
