@@ -369,8 +369,8 @@ GLOSSARY: dict[str, str] = {
     f"{INTERVAL_WORDS} interval: −0.69 halves the gain at every step; not settled where so few steps do not "
     "show it: then read the gain",
     "window, half-life, horizon": "how many steps back from every loss step keep ∂L/∂W_hh within "
-    f"{TOLERANCE_WORDS}, all that training has to look back for this loss; steps until the largest gain of any "
-    f"direction halves; first distance at which it is below {GONE_WORDS}: gone in every direction",
+    f"{TOLERANCE_WORDS}, all that training has to look back for this loss; steps until the largest gain of "
+    f"any direction halves; first distance at which it is below {GONE_WORDS}: gone in every direction",
     "> 99, never": "not within the 99 steps that could be measured; never: nor would it go on to fall",
     "this loss's gradient is gone": "the same limit for the gradient of the last loss step alone, the "
     "picture on the left: it starts in the directions that the loss happens to read, so it may be gone "
