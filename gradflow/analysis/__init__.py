@@ -113,6 +113,7 @@ grad_input_norm     (step)                         median over sequences of â€–â
 ==================  =============================  =====================================================
 """
 
+from gradflow.analysis.attractor import entropy_rate, kaplan_yorke_dimension
 from gradflow.analysis.frames import FRAMES, HEADLINE, OPTIONAL
 from gradflow.analysis.reaches import WINDOW_OF
 from gradflow.analysis.results import (
@@ -142,5 +143,7 @@ __all__ = [
     "Prediction",
     "Rate",
     "checked_labels",
+    "entropy_rate",
+    "kaplan_yorke_dimension",
     "load",
 ]

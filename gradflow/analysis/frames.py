@@ -55,6 +55,8 @@ def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
             "horizon": layer.horizon,
             "searched": layer.searched,
             "channels": layer.channels,
+            "kaplan_yorke": layer.kaplan_yorke,
+            "entropy_rate": layer.entropy_rate,
             "parity": layer.parity.status,
             "parity_error": layer.parity.error,
             "sentence": layer.sentence,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import xarray as xr
 
+from gradflow.analysis.attractor import entropy_rate, kaplan_yorke_dimension
 from gradflow.analysis.reaches import loss_reach_of, window_of
 from gradflow.recording import Parity
 
@@ -216,6 +217,18 @@ class LayerAnalysis:
     def pace(self) -> float:
         """Nats per step that the gain over the span comes to."""
         return self.rate.value if math.isnan(self.gain.value) else self.gain.pace
+
+    @property
+    def kaplan_yorke(self) -> float:
+        """Dimension of the attractor by Kaplan and Yorke's formula, from `lyapunov`; NaN if not known."""
+        return (
+            math.nan if self.lyapunov is None else kaplan_yorke_dimension(self.lyapunov, self.size)
+        )
+
+    @property
+    def entropy_rate(self) -> float:
+        """Sum of the positive exponents of `lyapunov`, nats per step; NaN if not known."""
+        return math.nan if self.lyapunov is None else entropy_rate(self.lyapunov, self.size)
 
     @property
     def rate_told(self) -> bool:

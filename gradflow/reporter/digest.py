@@ -89,6 +89,8 @@ def _layer(layer: LayerAnalysis) -> dict[str, Any]:
         "loss_reach": {"value": layer.loss_reach, "never": layer.loss_reach == math.inf},
         **_reach(layer),
         "lyapunov": None if layer.lyapunov is None else layer.lyapunov.tolist(),
+        "kaplan_yorke": layer.kaplan_yorke,
+        "entropy_rate": layer.entropy_rate,
         "parity": asdict(layer.parity),
         "gradient_note": layer.gradient_note,
         "method": layer.method,
