@@ -27,7 +27,6 @@ from seam import (
     gain_words,
     half_life_words,
     lag_gradient,
-    lag_line,
     lyapunov,
     page,
     quantile,
@@ -381,7 +380,7 @@ def everything_said(run: Analysis, layer: LayerAnalysis) -> dict[str, str]:
     return {
         "sentence": layer.sentence,
         "title": layer.title,
-        "curve": lag_line(layer).words,
+        "overview": "\n".join(words.get_text() for words in gradflow.plot(run).texts),
         "triangle": triangle.prepare(layer).message,
         "lag gradient": lag_gradient.prepare(layer).message,
         "page": " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body) + labels).split()),
