@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from gradflow.analysis.attractor import entropy_rate, kaplan_yorke_dimension
+from gradflow.analysis.reaches import loss_reach_of, window_of
 from gradflow.recording import Parity
 
 FIRST = (  # findings on what the loss reads, which stand before those of all layers
@@ -245,6 +246,19 @@ class LayerAnalysis:
 
     def _repr_html_(self) -> str:
         return display_form("layer_html", self)
+
+    @property
+    def window(self) -> int | None:
+        """Steps back from every loss step that keep ∂L/∂W_hh within 5 %; None where not known."""
+        return window_of(self.data)
+
+    @property
+    def loss_reach(self) -> float:
+        """Steps before the last loss step at which its gradient is gone; inf: never, NaN: not known.
+
+        That of this loss alone, in the directions that it reads; `horizon` is that of any direction.
+        """
+        return loss_reach_of(self.data)
 
     @property
     def main_state(self) -> str:
