@@ -77,6 +77,7 @@ def plot(
     kind: str | None = None,
     *,
     layer: str | None = None,
+    by: str = "seed",
     ax: Axes | None = None,
 ) -> Figure:
     """Draw a recording, an analysis, the history of a training, or several of a kind on one scale.
@@ -89,9 +90,10 @@ def plot(
         x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them; a `History`, or
             a list of histories.
         kind: "overview", the default, or another of `gradflow.reporter.KINDS`, such as "gain-map" or
-            "states"; of a history "waterfall", the default, "rates", "horizons", "gates", "norms". The
-            README lists them, and so does the error on a kind that there is not.
+            "states"; of a history "waterfall", the default, "rates", "horizons", "gates", "norms", and of
+            a sweep "groups". The README lists them, and so does the error on a kind that there is not.
         layer: one layer by name; all by default.
+        by: of the kind "groups", what the runs of one group differ in, as their folders name it.
         ax: axes of your own for the main panel of one layer.
 
     Returns:
@@ -111,7 +113,7 @@ def plot(
         x = analyze(x)
     histories = _histories(x)
     if histories:
-        return reporter.plot_histories(histories, kind or "waterfall", layer=layer, ax=ax)
+        return reporter.plot_histories(histories, kind or "waterfall", layer=layer, by=by, ax=ax)
     of_batches = cast("Analysis | Sequence[Analysis]", x)
     return reporter.plot(of_batches, "overview" if kind is None else kind, layer=layer, ax=ax)
 

@@ -5,6 +5,7 @@ Everything else that a test uses is public: `gradflow` and the packages right be
 
 # ruff: noqa: F401
 
+from gradflow.analysis.intervals import welch
 from gradflow.analyzer.agreement import agreed, agreed_by_votes
 from gradflow.analyzer.blocks import Blocks
 from gradflow.analyzer.cellpath import log_diagonal_gains
