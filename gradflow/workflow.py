@@ -79,6 +79,8 @@ def plot(
     layer: str | None = None,
     by: str = "seed",
     ax: Axes | None = None,
+    limits: Sequence[float] | None = None,
+    captions: bool = True,
 ) -> Figure:
     """Draw a recording, an analysis, the history of a training, or several of a kind on one scale.
 
@@ -94,13 +96,17 @@ def plot(
             a sweep "groups". The README lists them, and so does the error on a kind that there is not.
         layer: one layer by name; all by default.
         by: of the kind "groups", what the runs of one group differ in, as their folders name it.
-        ax: axes of your own for the main panel of one layer.
+        ax: axes of your own for the main panel of one layer; its colour bar stands beside it.
+        limits: powers of ten at which the colours end instead, such as (-2, 2), to tell apart what is
+            alike on the fixed scale; the picture says so.
+        captions: whether it is explained below the panels how to read them.
 
     Returns:
         The figure, a `matplotlib.figure.Figure`.
 
     Raises:
-        InputError: the kind or the layer is unknown, or ``ax`` is given for more than one layer.
+        InputError: the kind or the layer is unknown, ``ax`` is given for more than one layer, or the
+            limits are wider than the fixed ones.
 
     >>> import torch, gradflow
     >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
@@ -113,9 +119,13 @@ def plot(
         x = analyze(x)
     histories = _histories(x)
     if histories:
-        return reporter.plot_histories(histories, kind or "waterfall", layer=layer, by=by, ax=ax)
+        chosen = "waterfall" if kind is None else kind
+        return reporter.plot_histories(
+            histories, chosen, layer=layer, by=by, ax=ax, limits=limits, captions=captions
+        )
     of_batches = cast("Analysis | Sequence[Analysis]", x)
-    return reporter.plot(of_batches, "overview" if kind is None else kind, layer=layer, ax=ax)
+    chosen = "overview" if kind is None else kind
+    return reporter.plot(of_batches, chosen, layer=layer, ax=ax, limits=limits, captions=captions)
 
 
 def _histories(x: Any) -> list[History]:

@@ -98,7 +98,7 @@ from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
 from gradflow.reporter.page import LABEL_WORDS, decay_words, embed, is_linear, page
 from gradflow.reporter.picture import FAINT, INK, SOFT, Drawn, Picture, _nearest, look, png
 from gradflow.reporter.prepare import span_share
-from gradflow.reporter.readout import error_words, quantised
+from gradflow.reporter.readout import drawn, error_words, quantised
 from gradflow.reporter.scale import (
     BAD,
     COLOURS,
@@ -106,6 +106,7 @@ from gradflow.reporter.scale import (
     UNDEFINED,
     VERDICT_COLOURS,
     ZERO,
+    narrowed,
     paint,
     palette,
 )

@@ -7,7 +7,7 @@ of two devices as a GPU does, and counts its kernels and how often the host wait
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +217,28 @@ def test_analyses_are_those_of_the_cpu(name: str) -> None:
         assert [f.name for f in mine.findings] == [f.name for f in theirs.findings]
         for variable in mine.data.data_vars:
             assert_alike(mine.data[variable].values, theirs.data[variable].values, str(variable))
+
+
+@pytest.fixture
+def as_default() -> Iterator[None]:
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("name", ["GRU", "own cell", "tap", "scan"])
+def test_the_default_device_may_be_an_accelerator(name: str, as_default: None) -> None:
+    """After torch.set_default_device("cuda") models and batches are made there."""
+    model, x = MODELS[name]().double(), torch.randn(STEPS, BATCH, INPUTS).double()
+    recording = recorded(model, x)
+    torch.set_default_device(None)
+    expected = gradflow.analyze(recorded(model.cpu(), x.cpu()))
+    torch.set_default_device(DEVICE)
+    found = gradflow.analyze(recording)
+    assert [layer.sentence for layer in found.values()] == [
+        layer.sentence for layer in expected.values()
+    ]
+    assert len(gradflow.what_if(recording, clip=1.0)) == len(found)
 
 
 def test_what_if_and_saving(tmp_path: Path) -> None:

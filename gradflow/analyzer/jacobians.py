@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradflow.errors import InputError, must_be
 from gradflow.limits import JACOBIAN_BYTES, JACOBIAN_CHUNK, VECTOR_SPEED
+from gradflow.process import without_modes
 from gradflow.recording import Operator, ThinOperator, Track, moved, where_computed
 
 
@@ -130,6 +131,7 @@ def state_size(track: Track) -> int:
     return sum(int(value.shape[-1]) for value in track.states.values())
 
 
+@without_modes
 def step_jacobians(track: Track) -> Tensor:
     """Dense step Jacobians of a track, A_t = ∂s_t/∂s_{t−1}, in processing order.
 

@@ -24,6 +24,8 @@ from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.limits import DIFFERENCE_ROUNDING
 from gradflow.recording import Backward, Forward, Operator, Parity, Source
 
+TAP = "tap"  # the cell of a loop that is tapped
+
 
 @dataclass(eq=False)
 class Mark:
@@ -88,7 +90,7 @@ class TapSource(HeardGradients):
     """All marks of one loop."""
 
     name: str = "loop"  # of the track
-    cell: str = "tap"
+    cell: str = TAP
     lengths: Tensor | None = None
     marks: list[Mark] = field(default_factory=list)
     layout: Layout = field(default_factory=Layout)
@@ -109,7 +111,7 @@ class TapSource(HeardGradients):
         """The words for its steps and states in sentences."""
         if self.own_words is not None:
             return self.own_words
-        return TAPPED if self.cell == "tap" else CALLED
+        return TAPPED if self.cell == TAP else CALLED
 
     # -- gradients that come by --------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from gradflow.distributed import can_be_sent
 from gradflow.errors import RecordingError
 from gradflow.history import LayerProbe, lag_grid
 from gradflow.limits import BAND_WORDS, GONE_WORDS
-from gradflow.process import fitting_threads
+from gradflow.process import fitting_threads, without_modes
 from gradflow.recording import Recording, Track, as_one, pooled
 
 Standing = Paced | LayerAnalysis  # what a rule is held against
@@ -106,6 +106,7 @@ def measure(recording: Recording, preset: str, span: int | None = None) -> Measu
     return joined([seen(recording, preset, lengths, 0, span)], span)
 
 
+@without_modes
 def seen(
     recording: Recording,
     preset: str,
