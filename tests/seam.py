@@ -64,7 +64,6 @@ from gradflow.loading.ages import lacking
 from gradflow.loading.probe import physical_memory
 from gradflow.loading.recurrent import from_model, from_tensors, non_finite
 from gradflow.loading.shells import _STOCK
-from gradflow.loading.training_step import step_in_name
 from gradflow.loading.words import reason
 from gradflow.reporter.charts import (
     blocks,
