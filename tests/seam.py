@@ -107,6 +107,7 @@ from gradflow.reporter.scale import (
     ZERO,
     narrowed,
     paint,
+    paint_gates,
     palette,
 )
 from gradflow.reporter.text import render
