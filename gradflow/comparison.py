@@ -12,7 +12,7 @@ import pandas as pd
 
 from gradflow import reporter
 from gradflow.analysis import HEADLINE, Analysis, LayerAnalysis
-from gradflow.analyzer.rates import quantile
+from gradflow.analysis.intervals import welch
 from gradflow.limits import RATE_ROUNDING, ROUND_TELLS
 
 RUN_COLUMNS = ["run", *HEADLINE]
@@ -83,7 +83,7 @@ def unpaired(runs: Mapping[str, Analysis]) -> list[str]:
         pairs = _pairs(before, after)
         for run, analysis, place in ((first, before, 0), (name, after, 1)):
             known = {pair[place].name for pair in pairs}
-            alone = [layer.name for layer in analysis if layer.name not in known]
+            alone = [layer.name for layer in analysis.values() if layer.name not in known]
             if alone:
                 verb = "is" if len(alone) == 1 else "are"
                 notes.append(f"{', '.join(alone)} {verb} in {run} only")
@@ -120,7 +120,7 @@ def circumstances(runs: Mapping[str, Analysis]) -> list[str]:
     (first, before), *others = runs.items()
     notes = []
     for name, after in others:
-        steps = [max((layer.steps for layer in run), default=0) for run in (before, after)]
+        steps = [max((layer.steps for layer in run.values()), default=0) for run in (before, after)]
         if steps[0] != steps[1]:
             notes.append(
                 f"{first} ran for {steps[0]} steps, {name} for {steps[1]}: rates of short sequences "
@@ -151,8 +151,8 @@ def _input(run: Analysis) -> str:
 
 def _pairs(before: Analysis, after: Analysis) -> list[tuple[LayerAnalysis, LayerAnalysis]]:
     if len(before) == len(after) and not set(before.layers) & set(after.layers):
-        return list(zip(before, after, strict=True))
-    return [(layer, after[layer.name]) for layer in before if layer.name in after.layers]
+        return list(zip(before.values(), after.values(), strict=True))
+    return [(layer, after[layer.name]) for layer in before.values() if layer.name in after.layers]
 
 
 def _change(
@@ -160,7 +160,7 @@ def _change(
 ) -> Change:
     by_gain = before.gain.steps == after.gain.steps > 0
     one, two = (layer.gain if by_gain else layer.rate for layer in (before, after))
-    low, high = _interval(_each(before, by_gain), _each(after, by_gain), among)
+    low, high = welch(_each(before, by_gain), _each(after, by_gain), among)
     difference = two.value - one.value
     if not by_gain:
         low, high = _widened(difference, low, high, before, after)
@@ -215,24 +215,6 @@ def _widened(
     return difference - half, difference + half
 
 
-def _interval(before: np.ndarray, after: np.ndarray, among: int = 1) -> tuple[float, float]:
-    """Welch's interval of mean(after) − mean(before), one of so many.
-
-    NaN with fewer than two sequences in one.
-    """
-    if min(len(before), len(after)) < 2:
-        return math.nan, math.nan
-    difference = float(after.mean() - before.mean())
-    errors = [float(values.var(ddof=1)) / len(values) for values in (before, after)]
-    if sum(errors) <= RATE_ROUNDING**2:
-        return difference, difference
-    freedom = sum(errors) ** 2 / sum(
-        error**2 / (len(values) - 1) for error, values in zip(errors, (before, after), strict=True)
-    )
-    half = quantile(freedom, among) * math.sqrt(sum(errors))
-    return difference - half, difference + half
-
-
 def _sentence(change: Change, before: LayerAnalysis, after: LayerAnalysis) -> str:
     """The change in words: verdicts, reach, and whether the difference counts."""
     name = change.layer if before.name == after.name else f"{before.name} → {after.name}"
@@ -242,7 +224,7 @@ def _sentence(change: Change, before: LayerAnalysis, after: LayerAnalysis) -> st
     gone = reporter.gone_words(before), reporter.gone_words(after)
     reach = f"{gone[0]} in both" if gone[0] == gone[1] else f"{gone[0]} → {gone[1]}"
     return (
-        f"{name}, {change.before} → {change.after}: {verdicts}; steps until gone: {reach}; "
+        f"{name}, {change.before} → {change.after}: {verdicts}; horizon in steps: {reach}; "
         f"{_verdict(change, after)}"
     )
 

@@ -84,7 +84,7 @@ class Condition:
         """A sentence for every layer for which the condition holds."""
         return [
             f"{layer.name}: {self.text}{self.measured(layer)}"
-            for layer in analysis
+            for layer in analysis.values()
             if self.holds(layer)
         ]
 
@@ -92,7 +92,7 @@ class Condition:
         """A sentence for every layer for which nobody can tell whether it holds."""
         return [
             f"{layer.name}: {self.text} is not tested: {why}"
-            for layer in analysis
+            for layer in analysis.values()
             if (why := self.untold(layer)) and not self.holds(layer)
         ]
 

@@ -68,7 +68,7 @@ with gradflow.record(cell) as in_a_loop:
 difference = (in_one["l0"].grad_h - in_a_loop["cell"].grad_h).norm(dim=-1)
 worst = float((difference / in_one["l0"].grad_h.norm(dim=-1)).max())
 print(f"∂L/∂h_t of the fused layer and of the loop differ at most by {worst:.0e} of their size")
-for layer in gradflow.diagnose(nn.GRU(8, 32, 2), x):
+for layer in gradflow.diagnose(nn.GRU(8, 32, 2), x).values():
     print(layer.sentence)
 
 # %% [markdown]

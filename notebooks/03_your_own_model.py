@@ -78,7 +78,10 @@ gradflow.plot(run, "layers")
 # without it there is a report to open as well):
 
 # %%
-print(*(layer.sentence for layer in gradflow.diagnose(model, torch.randn(5, 7, 10))), sep="\n")
+print(
+    *(layer.sentence for layer in gradflow.diagnose(model, torch.randn(5, 7, 10)).values()),
+    sep="\n",
+)
 with tempfile.TemporaryDirectory() as folder:
     torch.save(model.state_dict(), f"{folder}/model.pt")
     command = ["gradflow", "analyze", "model.pt", "--seq-len", "40", "-q"]

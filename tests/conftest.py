@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -54,3 +56,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """A browser on this machine, in which the pages are checked."""
+    for name in BROWSERS:
+        if found := shutil.which(name):
+            return found
+    words = f"the page is checked in a browser, and none of {', '.join(BROWSERS)} was found"
+    if os.environ.get("GRADFLOW_REQUIRE_BROWSER") == "1":
+        pytest.fail(f"{words}; install one, or unset GRADFLOW_REQUIRE_BROWSER")
+    pytest.skip(words)

@@ -70,7 +70,7 @@ class Patient:
             wrong.append(f"missed {', '.join(sorted(missed))}")
         if extra := visit.names - self.expected - self.may:
             wrong.append(f"found {', '.join(sorted(extra))}")
-        verdicts = {layer.verdict for layer in visit.analysis}
+        verdicts = {layer.verdict for layer in visit.analysis.values()}
         if self.healthy and verdicts != {"stable"}:
             wrong.append(f"verdict {', '.join(sorted(verdicts))}")
         return "; ".join(wrong)

@@ -108,7 +108,7 @@ def observe(module: nn.Module, steps: int, start: bool = False) -> gradflow.Reco
 
 def rate_of_network(module: nn.Module, steps: int, start: bool = False) -> Rate:
     """The largest exponent of its only layer."""
-    track = next(iter(observe(module, steps, start)))
+    track = next(iter(observe(module, steps, start).values()))
     cuts = torch.zeros(steps, 2, dtype=torch.bool)
     cuts[0] = not track.initial
     growth = log_growth(operator_of(track), track.lengths, 1, cuts=cuts)

@@ -5,6 +5,7 @@ Everything else that a test uses is public: `gradflow` and the packages right be
 
 # ruff: noqa: F401
 
+from gradflow.analysis.intervals import welch
 from gradflow.analyzer.agreement import agreed, agreed_by_votes
 from gradflow.analyzer.blocks import Blocks
 from gradflow.analyzer.cellpath import log_diagonal_gains
@@ -94,8 +95,9 @@ from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.notebook import SHOWN
 from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
 from gradflow.reporter.page import LABEL_WORDS, decay_words, embed, is_linear, page
-from gradflow.reporter.picture import FAINT, INK, SOFT, Picture, _nearest, look, png
+from gradflow.reporter.picture import FAINT, INK, SOFT, Drawn, Picture, _nearest, look, png
 from gradflow.reporter.prepare import span_share
+from gradflow.reporter.readout import drawn, error_words, quantised
 from gradflow.reporter.scale import (
     BAD,
     COLOURS,
@@ -103,9 +105,21 @@ from gradflow.reporter.scale import (
     UNDEFINED,
     VERDICT_COLOURS,
     ZERO,
+    narrowed,
     paint,
+    paint_gates,
     palette,
 )
 from gradflow.reporter.text import render
+from gradflow.sweeping.batches import pooled_batches
+from gradflow.sweeping.checkpoints import checkpoints
+from gradflow.sweeping.engines import Running
+from gradflow.sweeping.one_checkpoint import (
+    VERSIONS,
+    CheckpointTask,
+    Outcome,
+    measure_checkpoint,
+)
+from gradflow.sweeping.result_files import SweepFolder
 from gradflow.watching.alerts import read_rules
 from gradflow.watching.schedule import Schedule

@@ -272,7 +272,8 @@ SUPPORTED = [
     Supported(
         "training",
         "dropout between layers, several backwards, both kinds of checkpoint, an optimizer step inside, "
-        "`torch.compile` (layers), DistributedDataParallel (each rank's own gradients)",
+        "`torch.compile` (layers), DistributedDataParallel and FSDP2 (each rank's own gradients, or "
+        "`gather=True`)",
         trained,
     ),
     Supported(

@@ -61,12 +61,12 @@ def test_votes_are_those_of_whole_analyses_and_widen_the_same_interval() -> None
     cast = [votes(recording, span=None, seed=0) for recording in recordings]
     for one, analysis in zip(cast, whole, strict=True):
         assert one is not None
-        known = {layer.name: (layer.verdict, layer.gain, layer.rate) for layer in analysis}
+        known = {layer.name: (layer.verdict, layer.gain, layer.rate) for layer in analysis.values()}
         assert {name: (v.verdict, v.gain, v.rate) for name, v in one.items()} == known
     assert cast[0] is not None
     found, same = agreed_by_votes(whole[1], cast[:1], PROBES), agreed(whole, PROBES)
     assert found is not None
-    for layer in found:
+    for layer in found.values():
         other = same[layer.name]
         assert (layer.verdict, layer.gain, layer.rate, layer.findings, layer.sentence) == (
             other.verdict, other.gain, other.rate, other.findings, other.sentence

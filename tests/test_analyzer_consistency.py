@@ -35,7 +35,7 @@ def record(module: nn.Module, x: Tensor) -> Recording:
 
 
 def only(found: Analysis) -> LayerAnalysis:
-    (layer,) = found
+    (layer,) = found.values()
     return layer
 
 
@@ -98,7 +98,7 @@ def test_a_saved_run_comes_back_to_the_bit_with_its_types(
 ) -> None:
     found = analyze(record(kind(2, 3), torch.randn(12, 2, 2)), maps=2)
     loaded = gradflow.load(found.save(tmp_path / "run.nc"))
-    for old, new in zip(found, loaded, strict=True):
+    for old, new in zip(found.values(), loaded.values(), strict=True):
         assert list(old.data.variables) == list(new.data.variables)
         for name, values in old.data.variables.items():
             assert values.dtype == new.data[name].dtype, name
@@ -118,7 +118,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     one = analyze(recording)
     torch.set_num_threads(2)
     two = analyze(recording)
-    for first, second in zip(one, two, strict=True):
+    for first, second in zip(one.values(), two.values(), strict=True):
         assert first.data.identical(second.data)
 
 
@@ -247,7 +247,7 @@ def test_no_title_speaks_of_a_negative_number_of_decades() -> None:
     assert (
         found["l0_reverse"].title == "l0_reverse (GRU): all 3 units carry the gradient all 6 steps"
     )
-    assert not any("−" in layer.title for layer in found)
+    assert not any("−" in layer.title for layer in found.values())
 
 
 def test_an_infinite_input_that_gates_swallow_is_found() -> None:

@@ -122,7 +122,7 @@ def test_what_a_verdict_rests_on_is_over_one_number_of_steps(
 def layer_of(module: nn.Module, x: Tensor, **options: object) -> LayerAnalysis:
     with gradflow.record(module) as recording:
         module(x)[0][-1].pow(2).mean().backward()
-    return next(iter(gradflow.analyze(recording, **options)))  # type: ignore[arg-type]
+    return next(iter(gradflow.analyze(recording, **options).values()))  # type: ignore[arg-type]
 
 
 def crowded(kept: float) -> nn.RNN:
@@ -146,7 +146,7 @@ def test_one_direction_that_keeps_everything_is_stable(steps: int) -> None:
     stack = step_jacobians(recording["l0"])
     exact = np.mean([log_norm(stack[1:, b]) for b in range(8)])
     for seed in (0, 1):
-        layer = next(iter(gradflow.analyze(recording, seed=seed)))
+        layer = next(iter(gradflow.analyze(recording, seed=seed).values()))
         assert layer.verdict == "stable" and layer.gain.steps == steps - 1
         assert layer.gain.value == pytest.approx(exact, abs=1e-4)
         assert layer.lyapunov is not None and (np.diff(layer.lyapunov) <= 0).all()
@@ -175,7 +175,7 @@ def test_a_constant_step_gives_its_exponent_as_a_point(seed: int, batch: int) ->
         for x in torch.randn(40, batch, 3, dtype=F64):
             h = cell(x, h)
         h.pow(2).mean().backward()
-    layer = next(iter(gradflow.analyze(recording)))
+    layer = next(iter(gradflow.analyze(recording).values()))
     power = torch.linalg.matrix_power(cell.w.weight.detach(), 39)
     assert layer.rate.low == layer.rate.high == pytest.approx(-0.04, abs=1e-9)
     assert layer.gain.value == pytest.approx(
@@ -208,7 +208,7 @@ def test_a_state_cut_off_at_every_step_is_dead() -> None:
             h = cell(x, h.detach())
             total = total + h.sum()
         total.backward()
-    layer = next(iter(gradflow.analyze(recording)))
+    layer = next(iter(gradflow.analyze(recording).values()))
     assert layer.verdict == "dead" and "cut off from its past at every step" in layer.sentence
 
 
@@ -218,7 +218,7 @@ def test_short_sequences_do_not_blur_what_long_ones_show(lengths: list[int]) -> 
     with gradflow.record(gru) as recording:
         packed = pack_padded_sequence(x, torch.tensor(lengths))
         pad_packed_sequence(gru(packed)[0])[0].pow(2).sum().backward()
-    layer = next(iter(gradflow.analyze(recording)))
+    layer = next(iter(gradflow.analyze(recording).values()))
     short = int((layer.data["sequence_steps"] < layer.gain.steps).sum())
     assert layer.verdict == "vanishing"
     said = (
@@ -262,7 +262,27 @@ def test_a_rate_that_may_be_0_is_told_and_tells_no_half_life() -> None:
         for step in x:
             h = cell(step, h)
         h.pow(2).mean().backward()
-    layer = next(iter(gradflow.analyze(recording)))
+    layer = next(iter(gradflow.analyze(recording).values()))
     assert layer.rate_told and layer.rate.low < 0 < layer.rate.high < 0.005
     assert layer.verdict == "stable" and math.isnan(layer.half_life)
     assert "halves" not in layer.sentence and "half" not in layer.title
+
+
+@pytest.mark.parametrize("how", ["begins later", "is reset"])
+def test_a_sequence_that_begins_later_than_others_is_not_cut_off(how: str) -> None:
+    torch.manual_seed(0)
+    cell, x, h0 = (
+        nn.GRUCell(3, 4).double(),
+        torch.randn(8, 3, 3, dtype=F64),
+        torch.zeros(3, 4).double(),
+    )
+    mask = torch.ones(8, 3, 1, dtype=torch.bool)
+    mask[0 if how == "begins later" else 3, 1] = False  # of torch.where(mask, new, h0)
+    with gradflow.record(cell) as recording:
+        h = h0
+        for t in range(8):
+            h = torch.where(mask[t], cell(x[t], h), h if how == "begins later" else h0)
+        h.sum().backward()
+    (layer,) = gradflow.analyze(recording).values()
+    assert ("cut off from its past" in layer.sentence) == (how == "is reset")
+    assert ("cut" in [finding.name for finding in layer.findings]) == (how == "is reset")

@@ -107,7 +107,7 @@ def forgetting(bias: float, hidden: int = 4) -> nn.LSTM:
 
 
 def only(analysis: Analysis) -> LayerAnalysis:
-    (layer,) = analysis
+    (layer,) = analysis.values()
     return layer
 
 
@@ -133,9 +133,12 @@ def test_scalar_linear_layer() -> None:
     assert layer.horizon == 66
     assert layer.channels == 0
     assert layer.sentence == (
-        "l0 vanishes: the gradient halves every 6.58 steps and is gone after 66 of your 100 steps"
+        "l0 vanishes: the gradient halves every 6.58 steps and is gone in every direction after 66 "
+        "of your 100 steps; a window of 28 steps keeps ∂L/∂W_hh within 5 %"
     )
-    assert layer.title == "RNN: the gradient is gone 66 steps before the loss"
+    assert layer.title == (
+        "RNN: this loss's gradient is gone 66 steps before it; the layer's own best direction lasts 66"
+    )
     data = layer.data
     back = np.arange(100)
     assert data["log10_grad"].values[0, 0] == pytest.approx(back * math.log10(0.9), rel=1e-9)
@@ -258,7 +261,7 @@ def analyses() -> dict[str, Analysis]:
 
 def test_every_dataset_has_every_variable_with_its_dims(analyses: dict[str, Analysis]) -> None:
     for analysis in analyses.values():
-        for layer in analysis:
+        for layer in analysis.values():
             assert {name: array.dims for name, array in layer.data.items()} == DIMS
             assert all(array.dtype == np.float64 for array in layer.data.values())
             assert layer.data["norm"].values.tolist() == ["spectral", "rms", "loss"]
@@ -273,7 +276,7 @@ def test_saving_and_loading_gives_the_same_back(
         loaded = gradflow.load(analysis.save(tmp_path / f"{number}.nc"))
         assert loaded.provenance == analysis.provenance
         assert loaded.warnings == analysis.warnings
-        for layer, same in zip(analysis, loaded, strict=True):
+        for layer, same in zip(analysis.values(), loaded.values(), strict=True):
             assert layer.data.identical(same.data)
             for field in dataclasses.fields(layer):
                 if field.name != "data":
@@ -585,7 +588,7 @@ def test_provenance_keeps_the_models_dtype() -> None:
 def test_several_layers_are_named_in_their_titles() -> None:
     analysis = analyze(record(nn.LSTM(2, 8, num_layers=2), 60))
     for name in ("l0", "l1"):
-        assert analysis[name].title.startswith(f"{name} (LSTM): the gradient is gone ")
+        assert analysis[name].title.startswith(f"{name} (LSTM): this loss's gradient is gone ")
 
 
 # --------------------------------------------------------------------------------- the arguments
@@ -699,7 +702,7 @@ def test_progress_is_told() -> None:
 
 def cut_at(recording: Recording, step: int) -> Recording:
     """The same recording, its only track cut off from its past at one input step."""
-    (track,) = recording
+    (track,) = recording.values()
     cuts = track.cuts.clone()
     cuts[step] = True
     recording.add(dataclasses.replace(track, cuts=cuts))

@@ -58,7 +58,7 @@ def measured(track: Track) -> Contributed:
 )
 def test_the_triangle_holds_the_norms_of_single_loss_steps(case: Case) -> None:
     mapped = [2, 0]
-    for track in cases.seen(case).recording:
+    for track in cases.seen(case).recording.values():
         single = track.loss_steps(range(case.steps), mapped)
         assert single is not None
         found = triangle(track, mapped, False, PLENTY)
@@ -168,7 +168,7 @@ def test_a_window_is_one_from_which_on_the_error_stays_small() -> None:
     ids=str,
 )
 def test_norms_and_errors_are_those_of_the_matrices(case: Case) -> None:
-    for track in cases.seen(case).recording:
+    for track in cases.seen(case).recording.values():
         found, exact = measured(track), track.contributions()
         assert found.parameters == ("weight_hh", "weight_ih")
         if exact is None:
@@ -326,7 +326,7 @@ def test_the_same_numbers_in_an_analysis(tmp_path: Path) -> None:
     with gradflow.record(lstm) as recording:
         loss(lstm(torch.randn(10, 3, 2, dtype=F64))[0]).backward()
     analysis = gradflow.analyze(recording)
-    for layer in gradflow.load(analysis.save(tmp_path / "run.nc")):
+    for layer in gradflow.load(analysis.save(tmp_path / "run.nc")).values():
         found = measured(recording[layer.name])
         data = layer.data
         assert data["tolerance"].values.tolist() == [0.01, 0.05, 0.1]

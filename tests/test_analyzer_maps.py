@@ -142,7 +142,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_direction_equals_dense_products(case: cases.Case) -> None:
     analysis = analyze(cases.seen(case).recording, maps=2)
-    for layer in analysis:
+    for layer in analysis.values():
         track = cases.seen(case).recording[layer.name]
         jacobians = step_jacobians(track).nan_to_num()
         for b in layer.data["sequence"].values:
@@ -165,7 +165,7 @@ def test_loss_direction_of_a_loop_of_cells(kind: str, masked: bool) -> None:
     with gradflow.record(cell) as recording:
         found = loops.run(cell, x, between if masked else None)
         loops.loss_of(found).backward()
-    (track,) = recording
+    (track,) = recording.values()
     jacobians, vectors = step_jacobians(track), loss_vectors(track, [0, 1])
     assert vectors is not None
     gains = log_loss_gains(operator_of(track), vectors, range(6), range(6))

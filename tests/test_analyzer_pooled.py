@@ -63,12 +63,12 @@ def test_runs_are_one_track_of_as_many_sequences(kind: str) -> None:
     with gradflow.record(model) as recording:
         for x in xs:
             forward(model, x).pow(2).sum().backward()
-    names = dict.fromkeys(track.name.partition("@")[0] for track in recording)
+    names = dict.fromkeys(track.name.partition("@")[0] for track in recording.values())
     one, said = pooled(recording)
     assert list(one.tracks) == list(names)
     assert all("ran 4 times" in sentence and "pool=False" in sentence for sentence in said)
     for name in names:
-        runs = [track for track in recording if track.name.partition("@")[0] == name]
+        runs = [track for track in recording.values() if track.name.partition("@")[0] == name]
         track = one[name]
         assert track.lengths.tolist() == list(LENGTHS)
         for get in (
@@ -217,7 +217,7 @@ def test_runs_on_what_came_of_a_run_are_no_more_sequences(kind: str) -> None:
         for _ in range(3):
             forward(model, torch.randn(8, 1, HIDDEN).double(), 2).pow(2).sum().backward()
     layers = gradflow.analyze(recording)
-    assert [layer.sequences for layer in layers] == sequences
+    assert [layer.sequences for layer in layers.values()] == sequences
     told = [note for note in layers.warnings if "2 runs one upon the other" in note]
     assert len(told) == 1
     assert not any("the loss reaches" in note for note in layers.warnings)
@@ -275,3 +275,15 @@ def test_short_runs_are_said_to_be_at_most_so_long(lengths: tuple[int, ...], wor
             module(torch.randn(n, 1, INPUTS).double())[0].sum().backward()
     (note,) = [n for n in gradflow.analyze(recording).warnings if "steps only" in n]
     assert note.startswith(f"l0 ran for {words}")
+
+
+def test_a_padded_call_that_hands_its_state_on_is_told_to_pack() -> None:
+    gru, lengths = nn.GRU(3, 4), torch.tensor([6, 4])
+    with gradflow.record(gru, lengths=lengths) as recording:
+        state = None
+        for x in torch.randn(2, 6, 2, 3):
+            output, _ = gru(x, state)
+            state = output[lengths - 1, torch.arange(2)].unsqueeze(0)
+        state.sum().backward()
+    (note,) = [n for n in gradflow.analyze(recording).warnings if "one upon the other" in n]
+    assert "pack the batch (pack_padded_sequence) in place of lengths=" in note

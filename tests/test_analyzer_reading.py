@@ -152,7 +152,7 @@ def test_a_loss_behind_the_padding(told: bool, padding: float, batch_first: bool
     finding = first(analysis, "l1")
     assert f"{int((STEPS - LENGTHS).median())} steps of padding" in finding.message
     assert "bias" not in " ".join(
-        f.advice + f.code for layer in analysis for f in layer.findings if f is not finding
+        f.advice + f.code for layer in analysis.values() for f in layer.findings if f is not finding
     )
     names = {"output": module(x)[0], "lengths": LENGTHS, "torch": torch}
     exec(finding.code, names)  # noqa: S102

@@ -102,7 +102,7 @@ def analyzed(model: nn.Module, run: Callable[[], Tensor]) -> tuple[LayerAnalysis
     with warnings.catch_warnings(), gradflow.record(model) as recording:
         warnings.simplefilter("ignore", GradflowWarning)  # some runs of the pooled are not read
         run().pow(2).sum().backward()
-    (layer,) = gradflow.analyze(recording)
+    (layer,) = gradflow.analyze(recording).values()
     return layer, model
 
 

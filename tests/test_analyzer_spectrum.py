@@ -37,7 +37,7 @@ def observe(module: nn.Module, x: Tensor | nn.utils.rnn.PackedSequence) -> Recor
 
 
 def layer_of(module: nn.Module, x: Tensor | nn.utils.rnn.PackedSequence) -> LayerAnalysis:
-    return next(iter(gradflow.analyze(observe(module, x))))
+    return next(iter(gradflow.analyze(observe(module, x)).values()))
 
 
 # -------------------------------------------------------------------------------- known exponents
@@ -319,7 +319,7 @@ def test_sum_rule(name: str) -> None:
         torch.randn(40, 3, 2, dtype=F64), torch.tensor([40, 33, 11])
     )
     recording = observe(module, x)
-    for layer in gradflow.analyze(recording):
+    for layer in gradflow.analyze(recording).values():
         measured, exact = layer.data["sum_rule"].sel(side=["measured", "exact"]).values
         assert measured == pytest.approx(exact, rel=1e-9)
         assert layer.lyapunov is not None

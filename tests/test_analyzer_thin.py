@@ -36,7 +36,7 @@ def _thin(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(track: Track, span: int | None = None) -> LayerAnalysis:
     recording = Recording("model")
     recording.add(track)
-    (layer,) = gradflow.analyze(recording, span=span)
+    (layer,) = gradflow.analyze(recording, span=span).values()
     return layer
 
 

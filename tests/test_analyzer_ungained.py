@@ -42,7 +42,7 @@ def attended(reads: str = "last") -> gradflow.Recording:
 
 @pytest.fixture(scope="module")
 def layer() -> LayerAnalysis:
-    (found,) = gradflow.analyze(attended())
+    (found,) = gradflow.analyze(attended()).values()
     return found
 
 

@@ -32,7 +32,7 @@ def record(module: nn.Module, x: Tensor, hx: object = None) -> Recording:
 
 
 def layer_of(module: nn.Module, x: Tensor, **options: object) -> LayerAnalysis:
-    (layer,) = analyze(record(module, x), **options)
+    (layer,) = analyze(record(module, x), **options).values()
     return layer
 
 
@@ -99,7 +99,7 @@ def terms_by_autograd(track: Track, b: int, t: int) -> dict[str, Tensor]:
 )
 def test_paths_equal_autograd(case: cases.Case) -> None:
     recording = cases.seen(case).recording
-    for track in recording:
+    for track in recording.values():
         lengths = track.lengths.tolist()
         b = int(np.argmax(lengths))
         paths, gains = cell_paths(track, [b]), path_gains(track, [b])
@@ -117,7 +117,7 @@ def test_paths_equal_autograd(case: cases.Case) -> None:
 
 
 def test_a_wrong_path_would_be_seen() -> None:
-    (track,) = cases.seen(cases.Case("LSTM")).recording
+    (track,) = cases.seen(cases.Case("LSTM")).recording.values()
     wrong = terms_by_autograd(track, 0, 3)["total"]
     paths = cell_paths(track, [0])
     swapped = paths.recurrent[[1, 0, 2]]  # f's block where i's belongs
@@ -130,7 +130,7 @@ def test_paths_of_a_loop_over_a_cell() -> None:
     cell = loops.cell_of("LSTM")
     with gradflow.record(cell) as recording:
         loops.loss_of(loops.run(cell, normal(7, 2, 3))).backward()
-    (track,) = recording
+    (track,) = recording.values()
     gains = path_gains(track, [0, 1])
     norms = [
         torch.linalg.matrix_norm(terms_by_autograd(track, b, 4)["total"], 2).item() for b in (0, 1)
@@ -218,7 +218,7 @@ def test_factors_of_a_scalar_rnn_at_its_fixed_point(weight: float) -> None:
     for _ in range(500):
         h = math.tanh(weight * h)
     fixed = torch.full((1, 2, 1), h, dtype=torch.float64)
-    (layer,) = analyze(record(rnn, torch.zeros(30, 2, 1, dtype=torch.float64), fixed))
+    (layer,) = analyze(record(rnn, torch.zeros(30, 2, 1, dtype=torch.float64), fixed)).values()
     expected = [math.log(weight), math.log(1 - h * h)]
     assert layer.data["rate_factor"].values == pytest.approx(expected, rel=1e-9)
 
@@ -232,7 +232,7 @@ def test_the_factors_add_up_to_the_rate(nonlinearity: str) -> None:
     x = nn.utils.rnn.pack_padded_sequence(normal(40, 3, 2), lengths, enforce_sorted=False)
     with gradflow.record(rnn) as recording:
         rnn(x)[0].data.sum().backward()
-    for layer in analyze(recording):
+    for layer in analyze(recording).values():
         assert float(layer.data["rate_factor"].sum()) == pytest.approx(layer.rate.value, rel=1e-12)
         assert (layer.data["rate_factor"].sel(factor="activation") <= 0).all()
 
@@ -312,7 +312,7 @@ def test_time_scales_of_a_gru_are_those_of_its_update_gate() -> None:
 def test_gates_per_unit_leave_padding_out() -> None:
     case = cases.Case("GRU", packed="unsorted", proj=0)
     recording = cases.seen(case).recording
-    for track, layer in zip(recording, analyze(recording), strict=True):
+    for track, layer in zip(recording.values(), analyze(recording).values(), strict=True):
         for gate, values in track.gates.items():
             for t in range(track.steps):
                 expected = values[t][track.mask[t]].mean(0)
@@ -358,7 +358,7 @@ def test_segments_between_cuts() -> None:
             state = cell(torch.randn(2, 1), state)
             total = total + state[0].sum()
         total.backward()
-    (layer,) = analyze(recording)
+    (layer,) = analyze(recording).values()
     assert layer.data["segment_length"].values.tolist() == [35, 35, 30] * 2
     finding = named(layer, "cut")
     assert finding.message == (
@@ -510,7 +510,7 @@ def test_a_gate_that_shuts_once_is_one_wall() -> None:
     model = Worked()
     with gradflow.record(model) as recording:
         model(torch.rand(9, 3, 1)).sum().backward()
-    (layer,) = analyze(recording)
+    (layer,) = analyze(recording).values()
     assert layer.verdict == "dead"
     expected = [0.0] * 6 + [-math.inf] + [math.nan] * 2
     assert layer.data["step_growth"].values[1:] == pytest.approx(expected[1:], nan_ok=True)

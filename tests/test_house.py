@@ -13,7 +13,17 @@ import gradflow
 
 ROOT = Path(gradflow.__file__).parent
 STAGES = ("hooks", "analyzer", "reporter", "loading")
-NOUNS = ("recording", "analysis", "history", "cells", "errors", "limits", "process", "_version")
+NOUNS = (
+    "recording",
+    "analysis",
+    "history",
+    "cells",
+    "errors",
+    "limits",
+    "process",
+    "distributed",
+    "_version",
+)
 PLOTTING = ("matplotlib", "seaborn", "PIL")
 
 

@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from seam import MOST_INCHES, gain_map, layers, plot_lines, png, readable, texts, width
+from seam import MOST_INCHES, drawn, gain_map, layers, plot_lines, png, readable, texts, width
 from seam import charts_triangle as triangle
 from test_reporter_figures import overlapping
 from torch import nn
@@ -152,7 +152,7 @@ def test_a_layer_that_reads_fewer_steps_keeps_its_numbers() -> None:
     ).labelled(WORDS)
     first, second = plot(mixed, "gain-map").axes[:2]
     assert "France" not in written(first) and "France" in written(second)
-    assert layers.prepare(list(mixed)).labels == tuple(WORDS)
+    assert layers.prepare(list(mixed.values())).labels == tuple(WORDS)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,9 @@ def test_a_saved_run_keeps_its_labels(tmp_path: Path) -> None:
     run = labelled([*ODD, "\ud800"])
     run.save(tmp_path / "run.nc")
     again = gradflow.load(tmp_path / "run.nc")
-    assert [layer.step_labels for layer in again] == [layer.step_labels for layer in run]
+    assert [layer.step_labels for layer in again.values()] == [
+        layer.step_labels for layer in run.values()
+    ]
     assert list(again.frame("steps")["label"][: len(ODD)]) == ODD
     assert "label" not in synthetic.vanishing().frame("steps")
 
@@ -248,8 +250,8 @@ def run(*arguments: str) -> int | str | None:
 def test_analyze_and_report_keep_the_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = png(plot(labelled(["one"])))
-    monkeypatch.setattr(files, "draw", lambda _: {("overview", "top"): picture})
+    picture = drawn(plot(labelled(["one"])))
+    monkeypatch.setattr(files, "draw", lambda *_: {("overview", "top"): picture})
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     torch.save(nn.RNN(2, 4).state_dict(), "net.pt")

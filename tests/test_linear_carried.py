@@ -139,7 +139,7 @@ def test_sequences_that_start_anew_are_cut_alone() -> None:
 def test_a_state_that_was_changed_between_starts_a_track_of_its_own() -> None:
     recording, grad = carried(lambda state: state * 0.5)
     assert list(recording.tracks) == ["mixer", "mixer@2", "mixer@3"]
-    for number, track in enumerate(recording):
+    for number, track in enumerate(recording.values()):
         part = grad.flatten(2)[number * T : (number + 1) * T]
         torch.testing.assert_close(track.grad_h, part, rtol=1e-10, atol=0)
 

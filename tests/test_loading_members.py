@@ -242,7 +242,7 @@ def test_several_of_a_users_classes_ask_with_the_next_command(code) -> None:
         analyze_file(batch)
     batch = FileRequest(path, input=Path("batch.pt"), trust=True, member="1")
     analysis = analyze_file(batch)
-    assert [layer.name for layer in analysis] == ["cell"]
+    assert [layer.name for layer in analysis.values()] == ["cell"]
     path = saved([code.Encoder(), code.Encoder()], "none.pt")
     with pytest.raises(FileError, match=r"2 modules, none with stock.*--member 0 --trust --input"):
         open_model(path, trust=True)
@@ -256,7 +256,7 @@ def test_the_next_commands_name_the_member(code) -> None:
     analysis = analyze_file(FileRequest(path, member="dec", seq_len=4, batch=2))
     assert "--member a.dec --model" in analysis.provenance["snippet"].splitlines()[-1]
     both = analyze_file(FileRequest(path, seq_len=4, batch=2))
-    assert [layer.name for layer in both] == ["a.enc.l0", "a.dec.l0"]
+    assert [layer.name for layer in both.values()] == ["a.enc.l0", "a.dec.l0"]
     assert "were read side by side" in both.warnings[0]
 
 

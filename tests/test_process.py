@@ -263,7 +263,7 @@ def recorded(name: str, seed: int) -> dict[str, Any]:
             (out[0][-1] if isinstance(out, tuple) else out).square().sum().backward()
     run = gradflow.analyze(recording)
     picture = gradflow.plot(run)._repr_png_()  # type: ignore[attr-defined]
-    grads = [track.grad_h.tolist() for track in recording if track.grad_h is not None]
+    grads = [track.grad_h.tolist() for track in recording.values() if track.grad_h is not None]
     return {"frame": run.frame("layers").to_csv(), "grads": grads, "picture": picture}
 
 
@@ -315,7 +315,7 @@ def test_threads_that_do_not_wait_for_each_other_would_be_seen(
     tasks = 4 * TASKS[-2:]
     serial = 4 * [work(name, seed) for work, name, seed in TASKS[-2:]]
     with random_numbers_kept():
-        monkeypatch.setattr(process, "_random_lock", contextlib.nullcontext())
+        monkeypatch.setattr(process, "held", contextlib.nullcontext)
         assert any(goes_wrong(tasks, serial) for _ in range(20))
 
 

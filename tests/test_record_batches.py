@@ -143,7 +143,7 @@ def test_a_shrinking_batch_is_that_of_the_packed_layer(kind: str, way: str, fuse
     with gradflow.record(model) as recording:
         found = shrinking((as_fused if fused else as_cell)(model), x, way)
         (torch.stack(found) * reads).sum().backward()
-    (mine,) = recording
+    (mine,) = recording.values()
     check_equal(mine, theirs)
     assert mine.parity.status == "passed"
     lags = [track.contributions() for track in (mine, theirs)]
@@ -198,7 +198,7 @@ def test_a_packed_call_and_the_next_are_one_loop(
         output = pad_packed_sequence(module(packed_all)[0])[0]
         (output * weights[: len(output)]).sum().backward()
     assert len(recording) == layers
-    for mine, theirs in zip(recording, whole, strict=True):
+    for mine, theirs in zip(recording.values(), whole.values(), strict=True):
         check_equal(mine, theirs)
         assert mine.parity.status == "passed"
 
@@ -216,7 +216,7 @@ def test_a_sequence_that_joins_later_begins_at_the_first_step() -> None:
             state = cell(x[t, : len(state[0])], state)
             loss = loss + (state[0] * reads[t, : len(state[0])]).sum()
         loss.backward()
-    (mine,) = recording
+    (mine,) = recording.values()
     assert mine.lengths.tolist() == [6, 4]
     data = torch.stack([x[:, 0], torch.cat([x[2:, 1], x[:2, 1]])], 1)
     weights = torch.stack([reads[:, 0], torch.cat([reads[2:, 1], reads[:2, 1]])], 1)
@@ -269,7 +269,7 @@ def test_what_lies_between_goes_with_the_sequences(kind: str, how: str) -> None:
             ends |= {b: state[0][b] for b in range(n) if lengths[b] == t + 1}
         loss = sum(end.pow(2).sum() for end in ends.values())
         loss.backward(retain_graph=True)
-    (track,) = recording
+    (track,) = recording.values()
     assert track.lengths.tolist() == lengths
     assert track.cuts.sum() == 0
     for t, states in enumerate(kept):
@@ -293,7 +293,7 @@ def test_rows_that_are_mixed_or_repeated_begin_anew_or_are_refused() -> None:
         with gradflow.record(cell) as recording:
             h = cell(x[1], cell(x[0]))
             cell(x[2, :3], cell(x[1, :3], mix(h))).sum().backward()
-        assert [t.lengths.tolist() for t in recording] == [[2] * 4, [2] * 3]
+        assert [t.lengths.tolist() for t in recording.values()] == [[2] * 4, [2] * 3]
     with gradflow.record(cell) as recording:
         h = cell(x[0])
         cell(x[1], h[[0, 0, 1, 2]]).sum().backward()
@@ -314,7 +314,7 @@ def test_detached_rows_are_known_by_their_values(how: str) -> None:
             loss = loss + state[0].sum()
         if how != "no_grad":
             loss.backward()
-    (track,) = recording
+    (track,) = recording.values()
     # sequence 2 is dropped third, then 3; at the end stand 1 and 0
     assert track.lengths.tolist() == [4, 4, 2, 3]
     assert bool(track.cuts[1:][track.mask[1:]].all()) is (how != "no_grad")

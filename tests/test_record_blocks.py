@@ -72,7 +72,7 @@ def test_names_follow_pytorchs_suffixes_in_running_order() -> None:
     with gradflow.record(model) as recording:
         model(data()).sum().backward()
     assert list(recording.tracks) == NAMES
-    assert [track.name for track in recording] == NAMES
+    assert [track.name for track in recording.values()] == NAMES
     assert recording["rnn"].name == "rnn.l0"
     assert recording["encoder.lstm.l1"].name == "encoder.lstm.l1"  # exact before prefix
     assert recording["encoder.lstm.l1_reverse"].reverse
@@ -104,7 +104,7 @@ def test_repeated_calls_are_numbered() -> None:
             model(data()).sum().backward()
     firsts = [f"lstm.l{layer}{end}" for layer in (0, 1) for end in ("", "_reverse")]
     assert list(recording.tracks) == [f"{name}{run}" for run in ("", "@2", "@3") for name in firsts]
-    assert [track.backwards for track in recording] == [1] * 12
+    assert [track.backwards for track in recording.values()] == [1] * 12
     assert recording["lstm.l0@3"].name == "lstm.l0@3"
 
 
@@ -114,7 +114,7 @@ def test_a_module_registered_twice_is_one_module() -> None:
     with gradflow.record(model) as recording:
         (model["a"](data())[0].sum() + model["b"](data())[0].sum()).backward()
     assert list(recording.tracks) == ["a.l0", "a.l0@2"]
-    assert [track.parity.status for track in recording] == ["passed", "passed"]
+    assert [track.parity.status for track in recording.values()] == ["passed", "passed"]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_layers_picks_by_name_or_glob(layers: str | list[str], names: set[str]) 
     with gradflow.record(model, layers=layers) as picked:
         model(data()).sum().backward()
     assert set(picked.tracks) == names
-    for track in picked:
+    for track in picked.values():
         assert track.parity.status == "passed", track.name
         assert track.h.shape == recording[track.name].h.shape
 
@@ -156,7 +156,7 @@ def test_the_gradients_of_several_backwards_add_up() -> None:
         first = recording["l0"].grad_h.clone()
         assert recording["l0"].backwards == 1
         (2 * (h_n**2).sum()).backward()
-    for track, once in zip(recording, together, strict=True):
+    for track, once in zip(recording.values(), together.values(), strict=True):
         assert track.backwards == 2
         assert once.backwards == 1
         mask = track.mask
@@ -339,7 +339,7 @@ def test_a_weight_dropped_wrapper_that_calls_forward_with_plain_tensors() -> Non
     model, x = WeightDrop(), data()
     with gradflow.record(model) as recording:
         model(x)[0][-1].sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert track.name == "l0"  # `module.` is dropped
     used = track.weights["weight_hh"]
     assert used.count_nonzero() < used.numel()
@@ -430,7 +430,7 @@ def test_a_padded_batch_read_in_both_directions() -> None:
         model(x)[0].backward(seed)
     unrolled = oracles.unroll(model, x)
     found = oracles.pull_back(unrolled, (seed, None, None))
-    for track in recording:
+    for track in recording.values():
         compare.assert_steps_close(track.grad_h, found[track.name].h, track.mask, what="grad_h")
         assert track.parity.status == "passed"
         dense = oracles.dense_jacobians(unrolled.layers[track.name])
@@ -464,7 +464,7 @@ def test_states_carried_from_call_to_call_keep_the_numbers_of_one_long_call() ->
         _, state = model(x[:5])
         out, _ = model(x[5:], state)
         out[-1].sum().backward()
-    tracks = list(recording)
+    tracks = list(recording.values())
     assert sum(track.steps for track in tracks) == 8
     compare.assert_steps_close(
         torch.cat([track.grad_h for track in tracks]),
@@ -481,7 +481,7 @@ def test_packed_data_with_its_own_sorting() -> None:
     with gradflow.record(both) as recording:
         packed = pack_padded_sequence(x, torch.tensor([2, 6, 4]), enforce_sorted=False)
         second(first(packed)[0])[1].sum().backward()
-    assert [track.lengths.tolist() for track in recording] == [[2, 6, 4]] * 2
+    assert [track.lengths.tolist() for track in recording.values()] == [[2, 6, 4]] * 2
     assert torch.equal(recording["1.l0"].inputs.nan_to_num(), recording["0.l0"].h.nan_to_num())
 
 
@@ -592,7 +592,7 @@ def test_a_recording_that_is_dropped_goes_at_once(kind: str) -> None:
     try:
         with gradflow.record(model) as recording:
             run().sum().backward()
-        track = next(iter(recording))
+        track = next(iter(recording.values()))
         _ = (track.grads, track.last_grads, track.h, track.parity)
         held = {name: weakref.ref(thing) for name, thing in vars(track).items() if name == "source"}
         held |= {"recording": weakref.ref(recording), "h": weakref.ref(track.h)}

@@ -243,7 +243,7 @@ def test_stacked_cells_in_one_loop() -> None:
     compare.assert_steps_close(lower.grad_h, h, lower.mask, what="lstm1 h")
     compare.assert_steps_close(lower.grad_c, c, lower.mask, what="lstm1 c")
     compare.assert_steps_close(track.grad_h, upper, track.mask, what="gru2 h")
-    assert [t.parity.status for t in recording] == ["passed", "passed"]
+    assert [t.parity.status for t in recording.values()] == ["passed", "passed"]
     assert track.grad_h_direct[:-1].count_nonzero() == 0  # exact, not rounding
     from_above = track.delta @ model.gru2.weight_ih.detach()
     compare.assert_steps_close(lower.grad_h_direct, from_above, lower.mask, what="from above")
@@ -276,7 +276,7 @@ def test_a_shared_encoder_of_stacked_cells() -> None:
             total = torch.stack([row[place].grad for row in kept])
             found = track.grads["c" if place == 1 else "h"]
             compare.assert_steps_close(found, total, track.mask, what=track.name)
-    assert [track.parity.status for track in recording] == ["passed"] * 5
+    assert [track.parity.status for track in recording.values()] == ["passed"] * 5
 
 
 def test_two_loops_one_after_the_other_and_interleaved() -> None:
@@ -285,8 +285,8 @@ def test_two_loops_one_after_the_other_and_interleaved() -> None:
         one = loops.run(cell, x)
         two = loops.run(cell, x[:4] * 2)
         (loops.loss_of(one) + loops.loss_of(two)).backward(retain_graph=True)
-    assert [(t.name, t.steps) for t in recording] == [("cell", 7), ("cell@2", 4)]
-    for track, found in zip(recording, (one, two), strict=True):
+    assert [(t.name, t.steps) for t in recording.values()] == [("cell", 7), ("cell@2", 4)]
+    for track, found in zip(recording.values(), (one, two), strict=True):
         check_totals(track, found)
         check_direct(track, found)
         assert track.parity.status == "passed"
@@ -297,7 +297,7 @@ def test_two_loops_one_after_the_other_and_interleaved() -> None:
             kept_a.append(a)
             kept_b.append(b)
         (a * b).sum().backward()
-    assert [(t.name, t.steps) for t in recording] == [("cell", 7), ("cell@2", 7)]
+    assert [(t.name, t.steps) for t in recording.values()] == [("cell", 7), ("cell@2", 7)]
     assert torch.equal(recording["cell"].h, torch.stack(kept_a).detach())
     assert torch.equal(recording["cell@2"].h, torch.stack(kept_b).detach())
 
@@ -307,9 +307,9 @@ def test_the_same_input_twice_is_not_one_loop() -> None:
     with gradflow.record(cell) as recording:
         for _ in range(3):
             loops.loss_of(loops.run(cell, x)).backward()
-    assert [t.name for t in recording] == ["cell", "cell@2", "cell@3"]
-    assert [t.backwards for t in recording] == [1, 1, 1]
-    assert [t.parity.status for t in recording] == ["passed"] * 3
+    assert [t.name for t in recording.values()] == ["cell", "cell@2", "cell@3"]
+    assert [t.backwards for t in recording.values()] == [1, 1, 1]
+    assert [t.parity.status for t in recording.values()] == ["passed"] * 3
 
 
 def test_a_state_of_zeros_that_came_back_is_a_link_and_fresh_zeros_are_none() -> None:
@@ -319,11 +319,11 @@ def test_a_state_of_zeros_that_came_back_is_a_link_and_fresh_zeros_are_none() ->
         for x_t in x:
             h = cell(x_t, h)
         h.sum().backward()
-    assert [t.steps for t in recording] == [4]
+    assert [t.steps for t in recording.values()] == [4]
     with pytest.warns(GradflowWarning, match="called once"), gradflow.record(cell) as recording:
         cell(x[0]).sum().backward()
         loops.run(cell, x[:2]).returned[-1][0].sum().backward()
-    assert [t.steps for t in recording] == [1, 2]
+    assert [t.steps for t in recording.values()] == [1, 2]
 
 
 # ---------------------------------------------------------------------------- between two steps
@@ -426,7 +426,7 @@ def test_truncated_backpropagation(kind: str, how: str) -> None:
         loops.loss_of(found).backward(retain_graph=True)
         if how == "in place":
             loops.loss_of(plain).backward(retain_graph=True)
-    track = list(recording)[-1]
+    track = list(recording.values())[-1]
     want = torch.zeros(STEPS, BATCH, dtype=torch.bool)
     want[3] = want[6] = True
     assert torch.equal(track.cuts, want)
@@ -599,7 +599,7 @@ def test_a_loop_without_gradient_is_one_track(kind: str, mode: type) -> None:
     with pytest.warns(GradflowWarning, match=r"no_grad"):
         with gradflow.record(cell) as recording, mode():
             found = loops.run(cell, x, acting)
-    (track,) = recording
+    (track,) = recording.values()
     assert track.steps == STEPS
     assert not track.has_gradient
     want = torch.zeros(STEPS, BATCH, dtype=torch.bool)
@@ -618,7 +618,7 @@ def test_burn_in_without_gradient_is_cut_off() -> None:
             first = loops.run(cell, x[:3])
         second = loops.run(cell, x[3:], start=first.returned[-1])
         loops.loss_of(second).backward(retain_graph=True)
-    (track,) = recording
+    (track,) = recording.values()
     assert track.cuts.all(1).nonzero().flatten().tolist() == [3]
     assert track.grad_h[:3].count_nonzero() == 0
     want = second.grad("returned", 0)
@@ -716,7 +716,7 @@ def test_zoneout_and_changed_weights_are_noted() -> None:
             cell.weight_hh.mul_(2.0)
         start = (found.returned[-1][0].detach(),)
         loops.loss_of(loops.run(cell, x, start=start)).backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert any("zoneout" in note for note in track.notes)
     assert any("weights changed" in note for note in track.notes)
     assert track.grad_h_last is None

@@ -231,7 +231,7 @@ def test_what_has_no_gain_is_refused_in_its_words(case: tuple, batch: int, words
 def test_chunks_have_one_step_per_call() -> None:
     model = made(loops.Chunks)
     recording, states = recorded(model)
-    closed = [track for track in recording if track.cell == "loop"]
+    closed = [track for track in recording.values() if track.cell == "loop"]
     assert [track.steps for track in closed] == [loops.T]
     exact = torch.autograd.functional.jacobian(
         lambda row: advanced(
@@ -260,7 +260,7 @@ def test_the_last_loss_step_alone_is_that_of_a_loss_at_the_last_step(case: tuple
     assert last is not None
     for name, grad in alone[model.track].grads.items():
         assert same(last[name], grad), name
-    for track in every:  # of a chunk all steps are not known
+    for track in every.values():  # of a chunk all steps are not known
         if track.last_grads is not None or not isinstance(model, loops.Chunks):
             for name, grad in alone[track.name].grads.items():
                 assert same(track.last_grads[name], grad), (track.name, name)
@@ -406,7 +406,11 @@ def test_the_verdict_of_several_cells_is_said_once_and_what_each_does_alone_afte
         assert text.count(said) == 1 and text.index(said) < places[0] < places[1]
     assert [layer.name for layer in analysis.told] == ["loop"]
     assert {name for name in files if "gain-map" in name} == {"figures/loop-gain-map.png"}
-    assert [layer.part_of for layer in gradflow.load(files["run.nc"])] == ["loop", "loop", ""]
+    assert [layer.part_of for layer in gradflow.load(files["run.nc"]).values()] == [
+        "loop",
+        "loop",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("case", [JOINT["gru cell"], JOINT["upper cell feeds lower"]])
@@ -430,9 +434,9 @@ def test_every_run_of_a_closed_loop_has_its_own_joint_track() -> None:
     with gradflow.record(model) as recording:
         for _ in range(2):
             sum((value**2).sum() for value in model()[-1].values()).backward()
-    assert [t.loop for t in recording if t.loop] == ["loop", "loop", "loop@2", "loop@2"]
+    assert [t.loop for t in recording.values() if t.loop] == ["loop", "loop", "loop@2", "loop@2"]
     with pytest.raises(RecordingError, match="upper@2: it is a part of loop@2"):
         recording["upper@2"].operator()
     layers = gradflow.analyze(recording)
-    assert [layer.sequences for layer in layers] == [loops.B] * 6
+    assert [layer.sequences for layer in layers.values()] == [loops.B] * 6
     assert layers["upper@2"].rate == layers["loop@2"].rate

@@ -119,7 +119,7 @@ def check(model: nn.Module, initial: State, step: Step, steps: int) -> None:
         loss = sum((1.0 + n) * v.pow(2).sum() for n, v in enumerate(states[-1].values()))
         loss.backward()
     track = next(
-        (t for t in recording if t.cell == "loop"), recording[next(iter(recording.tracks))]
+        (t for t in recording.values() if t.cell == "loop"), recording[next(iter(recording.tracks))]
     )
     assert list(track.states) == list(initial)
     matrices = step_jacobians(track)

@@ -142,7 +142,7 @@ def seen(case: LoopCase) -> tuple[list[Track], list[Run], Stack]:
     runs = [found.keep() for found in twin(x)]
     twin.loss(runs).backward(retain_graph=True)
     assert list(recording.tracks) == [f"cells.{layer}" for layer in range(case.layers)]
-    return list(recording), runs, twin
+    return list(recording.values()), runs, twin
 
 
 def check(case: LoopCase) -> None:

@@ -93,8 +93,12 @@ def test_a_fault_at_any_point_is_a_note_and_changes_no_bit(
 
 
 def _of_tracks(recording: gradflow.Recording) -> list[str]:
-    gone = [track.why_no_gradient for track in recording if not track.has_gradient]
-    return [*gone, *(n for t in recording for n in t.notes), *(t.parity.reason for t in recording)]
+    gone = [track.why_no_gradient for track in recording.values() if not track.has_gradient]
+    return [
+        *gone,
+        *(n for t in recording.values() for n in t.notes),
+        *(t.parity.reason for t in recording.values()),
+    ]
 
 
 def test_what_a_fault_did_not_touch_is_what_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:

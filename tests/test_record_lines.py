@@ -85,8 +85,8 @@ def test_loops_of_which_none_is_part_of_another_are_tracks_of_their_own(
     model, x = make().double(), torch.randn(T, B, INPUTS, dtype=F64)
     found, tapped = recorded(model, x), recorded(model, x, gradflow.tap)
     assert list(found.tracks) == ["loop", "loop@2"] and not found.unseen
-    assert [track.depth for track in found] == ([1, 2] if make is Shared else [1, 1])
-    for mine, theirs in zip(found, tapped, strict=True):
+    assert [track.depth for track in found.values()] == ([1, 2] if make is Shared else [1, 1])
+    for mine, theirs in zip(found.values(), tapped.values(), strict=True):
         (own,) = mine.states
         assert torch.equal(mine.states[own], theirs.states["h"])
         assert torch.equal(mine.grads[own], theirs.grads["h"])
@@ -149,8 +149,8 @@ def test_pieces_of_a_truncated_loop_are_one_track_with_cuts(
     step: Any, cuts: set[int], backward: bool
 ) -> None:
     found = pieces(step, cuts, None, backward=backward)
-    (mine,) = found
-    (theirs,) = pieces(step, cuts, gradflow.tap, backward=backward)
+    (mine,) = found.values()
+    (theirs,) = pieces(step, cuts, gradflow.tap, backward=backward).values()
     assert not found.unseen
     assert {t for t in range(T) if bool(mine.cuts[t].all())} == cuts
     assert torch.equal(mine.cuts, theirs.cuts)
@@ -174,7 +174,7 @@ def test_a_layer_that_is_called_piece_by_piece_is_no_cell_of_few_steps() -> None
         for x in torch.randn(3, 4, B, INPUTS):
             ys, h = model(x, h.detach())
             (ys**2).sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert (track.steps, track.cuts[:, 0].nonzero().flatten().tolist()) == (12, [4, 8])
 
 
@@ -207,7 +207,7 @@ def test_the_nodes_of_a_tree_are_no_steps(make: Callable[[], Parts]) -> None:
     torch.manual_seed(2)
     model = make()
     with pytest.warns(GradflowWarning, match="its uses are the nodes of a tree"):
-        assert not list(recorded(model, torch.randn(16, B, INPUTS)))
+        assert not list(recorded(model, torch.randn(16, B, INPUTS)).values())
 
 
 class Odd(Parts):
@@ -222,4 +222,4 @@ class Odd(Parts):
 
 def test_a_step_that_is_unlike_the_others_is_not_hidden_in_longer_steps() -> None:
     with pytest.warns(GradflowWarning, match="not every step does the same"):
-        assert not list(recorded(Odd(), torch.randn(T, B, INPUTS)))
+        assert not list(recorded(Odd(), torch.randn(T, B, INPUTS)).values())

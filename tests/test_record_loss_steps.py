@@ -60,7 +60,7 @@ def oracle_steps(case: Case) -> list[dict[str, oracles.LayerGrads]]:
 
 def tracks(case: Case) -> list[tuple[Track, oracles.UnrolledLayer]]:
     layers = cases.oracle(case).layers
-    return [(track, layers[track.name]) for track in cases.seen(case).recording]
+    return [(track, layers[track.name]) for track in cases.seen(case).recording.values()]
 
 
 # ---------------------------------------------------------------------------- single loss steps
@@ -222,7 +222,7 @@ def test_truncated_gradients_are_those_of_detached_runs(kind: str, layers: int) 
     seeds = torch.randn(steps, case.batch, cases.HIDDEN, dtype=F64)
     with gradflow.record(setup.module) as recording:
         (setup.module(setup.x)[0] * seeds).sum().backward()
-    for track in recording:
+    for track in recording.values():
         found = track.contributions()
         assert found is not None
         sums: dict[str, Tensor] = {}
@@ -258,7 +258,7 @@ def test_the_users_own_lengths(ways: int, reads_padding: bool) -> None:
         kept = torch.ones(6, 2, 1, dtype=F64)
         kept[4:, 0] = float(reads_padding)
         (out * kept).pow(2).sum().backward()
-    for track in recording:
+    for track in recording.values():
         check_sum(track)
         found = track.contributions()
         assert found is not None
@@ -332,7 +332,7 @@ def test_lags_of_a_loop_are_those_of_one_call() -> None:
             outputs.append(out)
         assert state is not None
         cases.loss_of(setup, (torch.cat(outputs), *state)).backward()
-    for track in pieces:
+    for track in pieces.values():
         one, other = whole[track.name].contributions(), track.contributions()
         assert one is not None
         assert other is not None
@@ -356,7 +356,7 @@ def test_a_dropout_of_its_own_for_every_call() -> None:
             out, state = module(torch.randn(2, 3, 3, dtype=F64), state)
             loss = loss + out.pow(2).sum()
         loss.backward()
-    for track in recording:
+    for track in recording.values():
         assert track.parity.status == "passed"
         check_sum(track)
         found = track.contributions()

@@ -428,7 +428,7 @@ def test_interleaved_layers() -> None:
                 kept.append(state)
         h[1].sum().backward()
     assert list(recording.tracks) == ["0", "1"]
-    for track, kept in zip(recording, states, strict=True):
+    for track, kept in zip(recording.values(), states, strict=True):
         grads = torch.stack([or_zero(s) for s in kept])
         assert_steps_close(track.grad_h, grads, track.mask)
         gradflow.analyzer.step_jacobians(track)
@@ -483,7 +483,7 @@ def test_of_nested_cells_the_outer_is_kept_if_it_changes_the_states(
     names = {(True, True): ["stock", "cell"], (False, True): ["stock"],
              (True, False): ["cell"], (False, False): ["stock.cell"]}  # fmt: skip
     assert list(recording.tracks) == names[change, stock]
-    for track in recording:
+    for track in recording.values():
         assert track.steps == STEPS
         gradflow.analyzer.step_jacobians(track)
 
@@ -682,7 +682,7 @@ def test_a_loop_without_a_cell_is_a_track_of_the_module_that_loops(kind: str) ->
     with gradflow.record(net) as recording:
         for _ in range(2):
             net(torch.randn(BATCH, HIDDEN, dtype=F64)).sum().backward()
-    assert [(track.name, track.cell, track.steps) for track in recording] == [
+    assert [(track.name, track.cell, track.steps) for track in recording.values()] == [
         ("loop", "Net", 4),
         ("loop@2", "Net", 4),
     ]
@@ -1067,7 +1067,7 @@ def test_diagnose_finds_the_cell() -> None:
             return super().forward(x)[-1]
 
     analysis = gradflow.diagnose(Last(), torch.randn(20, BATCH, INPUTS))
-    assert [layer.name for layer in analysis] == ["low.cell", "high.cell"]
+    assert [layer.name for layer in analysis.values()] == ["low.cell", "high.cell"]
     assert analysis["low.cell"].title.startswith("low.cell (FromScratch): ")
 
 
@@ -1098,6 +1098,39 @@ def test_detached_states_that_are_whole_numbers_go_on_as_one_track(size: float, 
                 h = ways.get(how, Tensor.detach)(h)
         if how != "no_grad":
             loss.backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert track.lengths.tolist() == [STEPS] * BATCH
     assert bool(track.cuts[1:].all()) is (how != "no_grad")
+
+
+class NodesWithEmbeddings(nn.Module):
+    """A cell on a graph of 5 nodes that learns who is whose neighbour (AGCRN), batch first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3 + 4, 4)
+
+    def forward(self, x: Tensor, nodes: Tensor, h: Tensor | None = None) -> Tensor:
+        h = x.new_zeros(*x.shape[:2], 4) if h is None else h
+        near = torch.softmax(nodes @ nodes.T, dim=1)
+        return torch.tanh(self.mix(near @ torch.cat([x, h], 2)))
+
+
+def test_the_batch_is_what_goes_on_by_itself_and_not_the_nodes_of_a_graph() -> None:
+    torch.manual_seed(3)
+    cell, nodes = NodesWithEmbeddings().double(), torch.randn(5, 3, dtype=F64)
+    states: list[Tensor] = []
+    with gradflow.record(cell) as recording:
+        h = None
+        for x in torch.randn(6, 2, 5, 3, dtype=F64):
+            h = cell(x, nodes, h)
+            states.append(h)
+        seed = torch.randn(2, 5, 4, dtype=F64)
+        (seed * h).sum().backward(retain_graph=True)
+    (track,) = recording.values()
+    assert (track.name, track.batch, track.hidden) == ("cell", 2, 20)
+    pulled = seed.flatten(1)
+    for step in gradflow.analyzer.step_jacobians(track)[1:].flip(0):
+        pulled = torch.einsum("bij,bi->bj", step, pulled)
+    (truth,) = torch.autograd.grad((seed * states[-1]).sum(), states[0])
+    torch.testing.assert_close(pulled, truth.flatten(1), rtol=1e-12, atol=0)

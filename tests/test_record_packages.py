@@ -88,7 +88,7 @@ def test_liquid_networks_of_ncps(kind: str) -> None:
         return model(x, torch.zeros(2, 8, dtype=torch.float64))[0][:, -1]
 
     recording = record(model, run)
-    (track,) = recording
+    (track,) = recording.values()
     assert (track.name, track.cell, track.steps) == ("rnn_cell", f"{kind}Cell", 9)
     kept = returned_by(model.rnn_cell, run)
     (state,) = track.states
@@ -122,7 +122,7 @@ def test_a_spiking_lstm_of_snntorch() -> None:
         return mem
 
     recording = record(model, run)
-    (track,) = recording
+    (track,) = recording.values()
     assert (track.cell, track.steps, track.parity.status) == ("LSTM", 9, "passed")
     assert not track.cuts.any()
     check_totals(track, "c", returned_by(model.lstm_cell, run), place=1)
@@ -163,7 +163,7 @@ def test_a_leaky_neuron_of_snntorch() -> None:
             _, mem = neuron(model[0](x_t), mem)
         return mem
 
-    (track,) = record(model, run)
+    (track,) = record(model, run).values()
     assert (track.name, track.cell, track.steps) == ("1", "Leaky", 9)
     (state,) = track.states
     check_totals(track, state, returned_by(neuron, run), place=1)
@@ -180,7 +180,7 @@ def test_a_minimal_gru_read_step_by_step() -> None:
             _, h = model(x[:, t : t + 1], h, return_next_prev_hidden=True)
         return h
 
-    (track,) = record(model, run)
+    (track,) = record(model, run).values()
     assert (track.cell, track.steps) == ("minGRU", 9)
     (state,) = track.states
     kept = [(h.grad.flatten(1), h.flatten(1)) for _, h in returned_by(model, run)]
@@ -216,7 +216,7 @@ def test_a_tagger_with_a_conditional_random_field() -> None:
     recording = record(model, lambda: model(x, y, mask))
     ends = ("l0", "l0_reverse", "l1", "l1_reverse")
     assert list(recording.tracks) == [f"lstm.{end}" for end in ends]
-    for track in recording:
+    for track in recording.values():
         assert track.lengths.tolist() == [9, 4, 6]
         assert track.parity.status == "passed"
 
@@ -260,7 +260,7 @@ def test_a_recurrent_policy_learns_the_same_under_a_recording() -> None:
         "lstm_actor.l0",
         "lstm_critic.l0",
     }
-    reached = [track for track in recording if track.backwards]
+    reached = [track for track in recording.values() if track.backwards]
     assert len(reached) >= 4
     assert all(track.parity.status == "passed" for track in reached)
 

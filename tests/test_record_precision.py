@@ -174,7 +174,7 @@ def test_gradients_that_accumulate_over_chunks_of_a_loop() -> None:
         for x in batches:
             (model(x)[0][-1].sum() / 3).backward()
     assert list(recording.tracks) == ["l0", "l0@2", "l0@3"]
-    for track, x in zip(recording, batches, strict=True):
+    for track, x in zip(recording.values(), batches, strict=True):
         want = true_totals(model, x) / 3
         compare.assert_steps_close(track.grad_h, want, track.mask, what="grad_h")
         assert (track.backwards, track.parity.status) == (1, "passed")

@@ -52,7 +52,7 @@ def test_a_distributed_model_is_recorded_under_its_own_names() -> None:
         with gradflow.record(wrapped) as recording:
             wrapped(x).pow(2).sum().backward()
         assert list(recording.tracks) == ["rnn.l0", "rnn.l1", "cell"]
-        for track in recording:
+        for track in recording.values():
             assert torch.equal(track.grad_h, plain[track.name].grad_h)
             assert track.parity.status == "passed"
         for found, want in zip(model.parameters(), expected, strict=True):

@@ -162,7 +162,7 @@ def test_a_row_goes_on_with_what_it_depends_on_and_else_begins_or_is_cut(
             steps.append(state)
             loss = loss + (state[0] * torch.randn_like(state[0])).sum()
         loss.backward(retain_graph=True)
-    found = found_of(list(recording), steps)
+    found = found_of(list(recording.values()), steps)
     assert len(found) == sum(len(states[0]) for states in steps)
     assert any(row is None for each in plans[1:] for row in each)
     places = {place: key for key, place in found.items()}
@@ -193,7 +193,7 @@ def test_a_row_that_moved_and_was_masked_is_a_cut_of_its_own_sequence(kind: str)
             state = step(torch.randn(len(state[0]), WIDTH).double(), state)
             loss = loss + state[0].sum()
         loss.backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert track.lengths.tolist() == [4, 4, 2, 4]
     assert track.cuts.nonzero().tolist() == [[2, 1]]
 
@@ -218,7 +218,7 @@ def test_units_that_are_all_dead_while_the_batch_shrinks_are_no_new_sequence() -
             h = cell(x[t, : len(h)], h)
             loss = loss + h.sum()
         loss.backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert track.lengths.tolist() == [4, 4, 2]
     assert not track.cuts.any()
 
@@ -237,7 +237,7 @@ def test_buffers_that_swap_finished_sequences_are_not_called_dead(kind: str, way
             (h,) = step(torch.randn(BATCH, WIDTH).double(), (h,))
             loss = loss + h.sum()
         loss.backward()
-    (layer,) = gradflow.analyze(recording)
+    (layer,) = gradflow.analyze(recording).values()
     assert layer.verdict != "dead"
     track = recording[layer.name]
     cuts = [[6, 1], [12, 2], [18, 3]] if way == "where" else []
@@ -260,7 +260,7 @@ def test_nodes_that_rest_and_return_are_cut_off_from_no_other_node(way: str) -> 
                 memory = memory.clone()
                 memory[nodes] = new
         memory.pow(2).sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert not track.cuts.any()
     for b, length in enumerate(track.lengths.tolist()):
         seen = [made[tuple(track.h[t, b].tolist())] for t in range(length)]

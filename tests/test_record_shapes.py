@@ -121,7 +121,7 @@ def test_the_batch_is_the_axis_that_the_input_shares(name: str) -> None:
             kept.append(h)
             loss = loss + h.pow(2).sum()
         loss.backward(retain_graph=True)
-    (track,) = recording
+    (track,) = recording.values()
     batch = 1 if axis is None else shape[axis]
     assert (track.batch, track.hidden) == (batch, start.numel() // batch)
     assert not track.notes
@@ -199,7 +199,7 @@ def test_states_out_of_one_tensor_are_told_apart(how: str) -> None:
             q = model.b(p, q)
         q.pow(2).sum().backward()
     assert len(plain) == 2
-    for mine, theirs in zip(recording, plain, strict=True):
+    for mine, theirs in zip(recording.values(), plain.values(), strict=True):
         assert mine.has_direct
         assert not mine.notes
         for name in ("grad_h", "grad_h_direct", "grad_h_last"):
@@ -254,7 +254,7 @@ def test_a_shrinking_batch_is_one_loop(marked: str, how: str) -> None:
         kept, orders, ends = shrink(step, x, first, how)
         loss = sum(end.pow(2).sum() for end in ends.values()) + kept[2].sum()
         loss.backward(retain_graph=True)
-    (track,) = recording
+    (track,) = recording.values()
     more = int(marked == "tap")
     assert track.lengths.tolist() == [length + more for length in LENGTHS]
     assert not track.cuts.any()
@@ -282,7 +282,7 @@ def test_dropped_and_joined_episodes_of_a_cell() -> None:
         h = cell(x[2], torch.cat([h, torch.zeros(1, HIDDEN).double()]))
         h = cell(x[3, 1:], h[1:])
         h.sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert track.lengths.tolist() == [3, 4, 2]
     assert bool((track.grad_h[track.mask] != 0).any())
     assert torch.equal(track.h[1, 2], h[1].detach())
@@ -298,7 +298,7 @@ def test_detached_and_shrunk() -> None:
             h = cell(x[t, : len(order)], h.detach()[order])
             loss = loss + h.sum()
         loss.backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert track.lengths.tolist() in ([2, 4, 3], [3, 4, 2])
     assert bool(track.cuts[1:][track.mask[1:]].all())
 
@@ -312,7 +312,7 @@ def zoneout(shape: tuple[int, ...], cell: nn.Module, order: list[int] | None) ->
             h = 0.7 * new + 0.3 * h
             h = h if order is None else h[order]
         new.sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     return track
 
 

@@ -235,7 +235,7 @@ def test_every_number_is_that_of_one_long_call(case: Case) -> None:
     if case.carry != "attached":
         for begin, _ in case.bounds[1:]:
             cuts[begin] = True
-    for track in seen.recording:
+    for track in seen.recording.values():
         layers = [piece.layers[track.name] for piece in seen.pieces]
         assert torch.equal(track.cuts, cuts)
         assert track.mask.all()
@@ -392,8 +392,10 @@ def test_a_decoder_that_starts_from_an_encoder_and_reads_its_own_output() -> Non
         for _ in range(2):
             model(x).pow(2).sum().backward()
     names = ["encoder.l0", "decoder.l0", "encoder.l0@2", "decoder.l0@2"]
-    assert [(t.name, t.steps) for t in recording] == list(zip(names, (6, 5, 6, 5), strict=True))
-    assert [t.parity.status for t in recording] == ["passed"] * 4
+    assert [(t.name, t.steps) for t in recording.values()] == list(
+        zip(names, (6, 5, 6, 5), strict=True)
+    )
+    assert [t.parity.status for t in recording.values()] == ["passed"] * 4
     # h_n and the output are two tensors with one state: the total is more than a hook on h shows
     track, hooked = recording["decoder.l0"], torch.cat([h.grad for h in model.kept[:4]])
     assert not torch.equal(track.grad_h[:4], hooked)
@@ -422,7 +424,10 @@ def test_a_learned_initial_state_is_shared_by_two_loops() -> None:
             for x_t in x:
                 _, h = module(x_t[None], h)
             h.sum().backward()
-    assert [(t.name, t.steps, t.backwards) for t in recording] == [("l0", 6, 1), ("l0@2", 6, 1)]
+    assert [(t.name, t.steps, t.backwards) for t in recording.values()] == [
+        ("l0", 6, 1),
+        ("l0@2", 6, 1),
+    ]
     assert torch.equal(recording["l0@2"].h0, h0[0].detach())
 
 
@@ -437,7 +442,7 @@ def test_masks_between_two_calls() -> None:
                 state = tuple(s * mask for s in state)
             out, state = module(x_t[None], state)
         out.pow(2).sum().backward()
-    for track in recording:
+    for track in recording.values():
         assert track.parity.status == "passed"
         assert track.cuts.nonzero().tolist() == [[2, 2], [4, 1]]
         assert track.grad_h[1, 2].count_nonzero() == 0
@@ -459,7 +464,7 @@ def test_lengths_of_a_loop_over_single_steps(kind: type[nn.RNNBase]) -> None:
             outputs.append(output[0])
         (torch.stack(outputs) ** 2 * real).sum().backward()
     assert list(recording.tracks) == ["l0", "l1"]
-    for track, other in zip(recording, expected, strict=True):
+    for track, other in zip(recording.values(), expected.values(), strict=True):
         assert torch.equal(track.lengths, lengths)
         assert torch.equal(track.mask, other.mask)
         for name in ("h", "grad_h", "grad_h_direct", "grad_h_last", "delta", "inputs"):
@@ -499,8 +504,8 @@ def test_bidirectional_calls_are_never_stitched() -> None:
         _, state = module(x[:3])
         _, state = module(x[3:], state)
         state[0].sum().backward()
-    assert {t.name.partition("@")[2] for t in recording} == {"", "2"}
-    assert all(t.steps == 3 and t.parity.status == "passed" for t in recording)
+    assert {t.name.partition("@")[2] for t in recording.values()} == {"", "2"}
+    assert all(t.steps == 3 and t.parity.status == "passed" for t in recording.values())
 
 
 def test_one_step_at_a_time_without_gradient_is_one_track() -> None:
@@ -511,7 +516,7 @@ def test_one_step_at_a_time_without_gradient_is_one_track() -> None:
             state = None
             for x_t in x:
                 _, state = module(x_t[None], state)
-    (track,) = recording
+    (track,) = recording.values()
     assert (track.steps, track.batch) == (100, 1)
     assert not track.cuts.any()
     assert len(said) == 1
@@ -592,7 +597,7 @@ def test_an_optimizer_step_between_chunks() -> None:
         optimizer.step()
         two = loops.run(cell, x[3:], start=tuple(s.detach() for s in one.returned[-1]))
         loops.loss_of(two).backward(retain_graph=True)
-    (track,) = recording
+    (track,) = recording.values()
     found = Run(one.returned + two.returned, one.began + two.began, one.read + two.read)
     check_totals(track, found)
     check_direct(track, found)

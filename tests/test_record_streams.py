@@ -263,4 +263,4 @@ def test_ends_that_nothing_goes_on_with_are_let_go() -> None:
                 h = model[0](x_t, h)
             h.sum().backward()
     assert len(recording.tracks) == 12
-    assert all(track.steps == STEPS and track.backwards == 1 for track in recording)
+    assert all(track.steps == STEPS and track.backwards == 1 for track in recording.values())

@@ -55,7 +55,9 @@ def train(record_each: bool, record_all: bool, draw_one: bool = False) -> dict[s
                 loss.backward()
                 optimizer.step()
             if recording is not None and step == 2:
-                _ = [(t.grad_h, t.grad_h_last, t.h, t.parity) for t in recording]  # reading too
+                _ = [
+                    (t.grad_h, t.grad_h_last, t.h, t.parity) for t in recording.values()
+                ]  # reading too
             seen["outputs"].append(output.detach().clone())
             seen["losses"].append(loss.detach().clone())
             seen["grads"] += [p.grad.clone() for p in model.parameters()]
@@ -117,7 +119,7 @@ def train_behind(recorded: bool) -> dict[str, Any]:
             scaler.step(optimizer)
             scaler.update()
         if recording is not None:
-            assert [track.parity.status for track in recording] == ["passed"] * 3
+            assert [track.parity.status for track in recording.values()] == ["passed"] * 3
         seen["losses"].append(loss.detach().clone())
         seen["grads"] += [p.grad.clone() for p in trained]
         seen["rng"].append(torch.get_rng_state())
@@ -416,8 +418,8 @@ def test_recordings_in_two_threads_at_once() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [track.cell for track in recordings[0]] == ["LSTM"] * 3
-    assert [track.cell for track in recordings[1]] == ["GRU"] * 3
+    assert [track.cell for track in recordings[0].values()] == ["LSTM"] * 3
+    assert [track.cell for track in recordings[1].values()] == ["GRU"] * 3
     assert torch_is_as_found()
 
 

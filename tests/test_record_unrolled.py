@@ -29,7 +29,7 @@ def recorded(model: nn.Module, *given: Any) -> tuple[Recording, list[Tensor]]:
 
 
 def by_hand(recording: Recording) -> Track:
-    (track,) = [track for track in recording if not track.name.startswith("enc")]
+    (track,) = [track for track in recording.values() if not track.name.startswith("enc")]
     return track
 
 
@@ -95,13 +95,13 @@ def test_every_layer_of_a_stack_by_hand_is_a_track() -> None:
         torch.randn(9, 4, 3, dtype=F64),
     )
     recording, _ = recorded(model, x)
-    assert sorted(track.name for track in recording) == ["0", "1", "2"]
+    assert sorted(track.name for track in recording.values()) == ["0", "1", "2"]
     assert not recording.unseen
     for number, (_, layer) in enumerate(model.named_children()):
         given = model[:number](x)
         with gradflow.record(layer) as tapped:
             (model[number + 1 :](layer(given, gradflow.tap)) ** 2).sum().backward()
-        (track,) = [track for track in tapped if track.name == "loop"]
+        (track,) = [track for track in tapped.values() if track.name == "loop"]
         assert torch.equal(track.grads["h"], recording[str(number)].grads["h"])
 
 
@@ -109,7 +109,7 @@ def test_a_class_named_like_torchs_own_is_no_cell_of_torchs() -> None:
     torch.manual_seed(4)
     model = type("LSTM", (StackedByHand,), {})(3).double()
     recording, _ = recorded(model, torch.randn(9, 4, 3, dtype=F64))
-    (track,) = recording
+    (track,) = recording.values()
     assert track.cell.endswith(".LSTM")
     assert gradflow.analyze(recording)[track.name].sentence
 
@@ -178,7 +178,7 @@ def test_the_state_is_what_crosses_after_what_is_added(make: Any, name: str) -> 
     torch.manual_seed(3)
     model = make().double()
     recording, _ = recorded(model, torch.randn(12, 4, 3, dtype=F64))
-    (track,) = recording
+    (track,) = recording.values()
     assert (track.name, list(track.states)) == ("loop", [name])
     assert torch.equal(track.states[name], torch.stack([v.detach() for v in model.kept]))
     true = torch.stack([v.grad for v in model.kept if v.grad is not None])
@@ -397,5 +397,35 @@ def test_states_with_their_batch_in_the_middle_have_that_batch() -> None:
             h, m = s.unbind(0)
             s = torch.stack([torch.tanh(w(m) + u), 0.5 * (h + m)])
         s.sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert (track.batch, gradflow.analyze(recording)[track.name].verdict != "") == (3, True)
+
+
+class Private(nn.Module):
+    """A state that a cell keeps to itself, and a sum of what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = nn.Linear(H, H), torch.zeros(2, H, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = torch.tanh(self.w(self.v) + x)
+        return self.v
+
+
+class SummedUp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.neuron, self.head = Private(), nn.Linear(H, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(())
+        for u in x:
+            out = out + self.head(self.neuron(u))
+        return out
+
+
+def test_a_sum_of_outputs_gives_no_state_its_name() -> None:
+    recording, _ = recorded(SummedUp().double(), torch.randn(6, 2, H, dtype=F64))
+    (track,) = recording.values()
+    assert list(track.states) == ["h"]

@@ -86,7 +86,7 @@ def test_the_totals_and_the_product_are_those_of_autograd(
     model, x = make().double(), torch.randn(T, B, INPUTS, dtype=F64)
     with gradflow.record(model) as recording:
         model(x).pow(2).sum().backward(retain_graph=True)
-    (track,) = recording
+    (track,) = recording.values()
     assert track.steps == last - first
     assert bool(track.notes) == (track.steps < T)
     states, totals = model.rows(lambda s: flat(s.detach())), model.rows(lambda s: flat(s.grad))
@@ -142,7 +142,7 @@ def test_a_first_state_that_is_stretched_hides_no_sequence(
             mem.retain_grad()
             kept.append(mem)
         (mem**2).sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert track.lengths.tolist() == [steps] * batch
     states = torch.stack(kept).flatten(2)
     assert torch.equal(track.states["mem"], states)

@@ -113,7 +113,7 @@ def test_arguments_by_name() -> None:
         (out[-1].sum() + more.sum() + state.sum()).backward()
     assert list(recording.tracks) == ["rnn.l0", "rnn.l0@2", "cell"]
     assert recording["rnn.l0@2"].lengths.tolist() == [5, 3]
-    assert [track.parity.status for track in recording] == ["passed"] * 3
+    assert [track.parity.status for track in recording.values()] == ["passed"] * 3
 
 
 class Hypernetwork(nn.Module):
@@ -151,7 +151,7 @@ def test_a_loop_over_a_cell_function_with_computed_weights() -> None:
             h.retain_grad()
             kept.append(h)
         h.sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     assert track.name == "decoder"
     compare.assert_steps_close(track.grad_h, torch.stack([k.grad for k in kept]), track.mask)
     assert track.parity.status == "passed"
@@ -228,7 +228,7 @@ def test_parametrized_loops(stepwise: str, way: Callable[[nn.Module, str], objec
             state[0].retain_grad()
             kept.append(state[0])
         state[0].sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     totals = torch.stack([h.grad.reshape(2, 4) for h in kept])
     compare.assert_steps_close(track.grad_h, totals, track.mask, what="grad_h")
     assert track.parity.status == "passed"

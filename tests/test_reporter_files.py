@@ -39,7 +39,19 @@ def test_formats_choose_files(tmp_path: Path) -> None:
     assert set(report(synthetic.vanishing(), tmp_path / "b", formats="nc")) == {"run.nc"}
 
 
-@pytest.mark.parametrize(("formats", "got"), [(["pdf"], "pdf"), ([], "none"), (["png", 3], "3")])
+def test_figures_for_print(tmp_path: Path) -> None:
+    analysis, kinds = synthetic.vanishing(), ("png", "pdf", "svg")
+    made = [report(analysis, tmp_path / name, formats=kinds) for name in ("one", "two")]
+    by_kind = {kind: {Path(name).stem for name in made[0] if name.endswith(kind)} for kind in kinds}
+    assert by_kind["png"] == by_kind["pdf"] == by_kind["svg"] >= {"overview", "rnn.l0-gain-map"}
+    svg = made[0]["figures/rnn.l0-lag-curve.svg"].read_text("utf-8")
+    assert svg.startswith("<?xml") and "distance t′ − t in steps" in svg  # letters, not outlines
+    assert made[0]["figures/overview.pdf"].read_bytes().startswith(b"%PDF")
+    for name, path in made[0].items():
+        assert path.read_bytes() == made[1][name].read_bytes(), name
+
+
+@pytest.mark.parametrize(("formats", "got"), [(["jpg"], "jpg"), ([], "none"), (["png", 3], "3")])
 def test_an_unknown_format_is_refused(tmp_path: Path, formats: list[str], got: str) -> None:
     with pytest.raises(InputError, match=rf"formats must be one or more of html, .* got {got}"):
         report(synthetic.vanishing(), tmp_path / "a", formats=formats)

@@ -32,7 +32,7 @@ def test_nothing_is_wider_than_the_console(name: str, width: int) -> None:
 
 def test_at_80_columns_every_layer_is_one_line() -> None:
     text = rendered(synthetic.everything())
-    for layer in synthetic.everything():
+    for layer in synthetic.everything().values():
         (row,) = re.findall(rf"^{re.escape(layer.name)}  .*{layer.verdict} .*$", text, re.MULTILINE)
         assert layer.verdict in row
     assert "−0.980 ± 0.003   0.71      8   0 of 32" in text
@@ -43,7 +43,7 @@ def test_it_says_sentences_findings_and_warnings() -> None:
     analysis = synthetic.everything()
     raw = rendered(analysis)
     text = " ".join(raw.split())
-    for layer in analysis:
+    for layer in analysis.values():
         assert layer.sentence in text
     assert "1. relu.l0: the gradient loses 38.3 decades" in text
     assert "model.rnn.bias_ih_l0.data[32:64] += 1.0  # the forget gate's block" in raw
@@ -108,7 +108,7 @@ def test_verbose_says_what_the_numbers_rest_on() -> None:
     render(analysis, Console(file=file, width=80), verbose=True)
     text = " ".join(file.getvalue().split())
     assert "what the numbers rest on" in text
-    for layer in analysis:
+    for layer in analysis.values():
         assert f"parity of {layer.name} with the backward: {layer.parity.status}" in text
     for name in analysis.provenance:
         assert f"{name.replace('_', ' ')}: " in text or name in ("snippet", "next_command")

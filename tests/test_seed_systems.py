@@ -498,7 +498,7 @@ def test_row_14_both_layers_of_the_classifier() -> None:
     torch.manual_seed(0)
     run = gradflow.diagnose(Classifier(), torch.randn(5, 7, 10))
     assert list(run.layers) == ["lstm.l0", "lstm.l1"]
-    assert all((layer.steps, layer.sequences, layer.hidden) == (7, 5, 20) for layer in run)
+    assert all((layer.steps, layer.sequences, layer.hidden) == (7, 5, 20) for layer in run.values())
 
 
 def test_row_14_both_layers_from_its_file(tmp_path: Path) -> None:
@@ -531,8 +531,8 @@ def test_row_17_a_gru_fused_and_as_a_cell() -> None:
 def test_row_17_a_stacked_gru() -> None:
     torch.manual_seed(0)
     run = gradflow.diagnose(nn.GRU(8, 32, 2), torch.randn(60, 16, 8))
-    assert [(layer.cell, layer.verdict) for layer in run] == [("GRU", "vanishing")] * 2
-    assert all(layer.horizon is not None and 15 <= layer.horizon <= 21 for layer in run)
+    assert [(layer.cell, layer.verdict) for layer in run.values()] == [("GRU", "vanishing")] * 2
+    assert all(layer.horizon is not None and 15 <= layer.horizon <= 21 for layer in run.values())
 
 
 def rates_of(make: Callable[[], nn.RNNBase], scale: float) -> list[float]:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_supported(row: support.Supported) -> None:
     recording = row.run()
     assert len(recording)
-    for track in recording:
+    for track in recording.values():
         assert track.grads[track.main_state].isfinite().any()
         assert track.operator(torch.float64).length == track.steps
         if track.cell in CELLS:

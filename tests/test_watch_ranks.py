@@ -1,4 +1,7 @@
-"""Two processes that train one model: the first is measured, and both train as without a watch."""
+"""Two processes that train one model: both train as without a watch, and one or all are measured.
+
+The oracle of what is gathered is one process that saw all sequences.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
@@ -52,17 +56,178 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.skipif(not distributed.is_available(), reason="torch was built without it")
-def test_only_the_first_of_two_processes_is_measured_and_says_so(tmp_path: Path) -> None:
-    script = tmp_path / "trains.py"
-    script.write_text(TRAINS)
+GATHERS = """
+import copy, sys, warnings
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+import gradflow
+
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+distributed.init_process_group("gloo")
+rank, folder = distributed.get_rank(), sys.argv[1]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.step, self.head = nn.LSTM(2, 20, 2), nn.Linear(20 + 3, 3), nn.Linear(3, 1)
+
+    def forward(self, x):
+        h = x.new_zeros(x.shape[1], 3)
+        for y in self.rnn(x)[0]:
+            h = gradflow.tap(h=torch.tanh(self.step(torch.cat([y, h], 1))))
+        return self.head(h)
+
+
+def made(wrap):
+    torch.manual_seed(0)
+    net = Net()
+    if wrap == "fsdp":
+        fully_shard(net.rnn)
+        return fully_shard(net)
+    return DistributedDataParallel(net) if wrap == "ddp" else net
+
+
+def batches(wrap, count):
+    torch.manual_seed(1)
+    for _ in range(count):
+        x = torch.randn(8, 22, 2)
+        yield x if wrap == "one" else x[:, 11 * rank : 11 * rank + 11]
+
+
+def trained(wrap, where, steps=4, **asked):
+    net = made(wrap)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    watch = gradflow.watch(net, f"{folder}/{where}", every=2, budget=None, **asked)
+    done = 0
+    try:
+        for x in batches(wrap, steps):
+            net(x).square().mean().backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 0.001)
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+    except gradflow.StopTraining:
+        pass
+    watch.close()
+    weights = [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in net.parameters()]
+    return done, weights
+
+
+def recorded(wrap, **asked):
+    net = made(wrap)
+    with gradflow.record(net, **asked) as recording:
+        net(next(batches(wrap, 1))).square().mean().backward()
+    return recording
+
+
+def stops(event):
+    raise gradflow.StopTraining("enough")
+
+
+# what is measured
+if rank == 0:
+    trained("one", "one")
+    trained("one", "one-full", steps=1, preset="full")
+for wrap in ("ddp", "fsdp"):
+    trained(wrap, wrap, gather=True)
+trained("ddp", "ddp-full", steps=1, preset="full", gather=True)
+
+# a training is the same with and without
+plain, watched = trained("fsdp", "x", layers="none"), trained("fsdp", "fsdp-first")
+assert all(torch.equal(a, b) for a, b in zip(plain[1], watched[1], strict=True))
+
+# what one process decides holds for all
+done, _ = trained("ddp", "stopped", gather=True, on=["vanishing", stops] if rank == 0 else None)
+assert done == 0, done  # both, before the first update
+with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter("always")
+    done, _ = trained("ddp", "ddp", gather=True)
+assert done == 4 and "give another folder" in str(heard[0].message), heard
+
+# recordings
+want = recorded("one")
+for wrap in ("ddp", "fsdp"):
+    found = recorded(wrap, gather=True)
+    assert list(found.tracks) == list(want.tracks)
+    for track in want.values():
+        mine = found[track.name]
+        for name, grad in track.grads.items():
+            torch.testing.assert_close(mine.grads[name], grad, rtol=1e-10, atol=0)
+        assert mine.parity.status == track.parity.status
+    judged, expected = gradflow.analyze(found), gradflow.analyze(want)
+    for name in expected.layers:
+        one, other = judged[name], expected[name]
+        assert one.verdict == other.verdict and one.horizon == other.horizon
+        assert abs(one.rate.value - other.rate.value) < 1e-10
+        assert abs(one.rate.low - other.rate.low) < 1e-10
+    assert "of all 2 ranks" in found.notes[0], found.notes
+alone = recorded("fsdp")
+assert alone["rnn.l0"].batch == 11 and alone["rnn.l0"].parity.status == "passed"
+
+
+# tensor parallelism: the totals are there, what other processes do inside a step is not
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x, h):
+        return torch.tanh(self.down(torch.relu(self.up(torch.cat([x, h], 1)))))
+
+
+torch.manual_seed(0)
+cell, x = Shared(), torch.randn(6, 4, 2)
+plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+shared = parallelize_module(copy.deepcopy(cell), init_device_mesh("cpu", (2,)), plan)
+found = []
+for one in (cell, shared):
+    with gradflow.record(one) as recording:
+        h = x.new_zeros(4, 3)
+        for y in x:
+            h = one(y, h)
+        h.square().sum().backward()
+    found.append(recording)
+torch.testing.assert_close(found[1]["cell"].grads, found[0]["cell"].grads, rtol=1e-10, atol=0)
+assert "shared out among processes (tensor parallelism)" in str(gradflow.analyze(found[1]))
+distributed.destroy_process_group()
+"""
+
+
+def torchrun(script: str, folder: Path) -> None:
+    path = folder / "script.py"
+    path.write_text(script)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path]
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", path, folder]
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command)],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def unlike(one: History, other: History) -> list[str]:
+    """The numbers of two histories that differ by more than rounding."""
+    timed = {"time", "probe_seconds", "step_seconds"}
+    found = []
+    for name in set(one.data.data_vars) - timed:
+        mine, theirs = one.data[name].values, other.data[name].values
+        if mine.dtype.kind in "OUT":
+            same = (mine == theirs).all()
+        else:
+            same = np.allclose(mine, theirs, rtol=1e-6, atol=1e-12, equal_nan=True)
+        found += [] if same else [str(name)]
+    return found
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch was built without it")
+def test_only_the_first_of_two_processes_is_measured_and_says_so(tmp_path: Path) -> None:
+    torchrun(TRAINS, tmp_path)
     weights = [torch.load(path) for path in sorted(tmp_path.glob("*.pt"))]
     assert len(weights) == 4
     for other in weights[1:]:
@@ -72,3 +237,26 @@ def test_only_the_first_of_two_processes_is_measured_and_says_so(tmp_path: Path)
     assert history.steps.tolist() == [1, 3, 5] and history.layers == ("rnn.l0",)
     assert history["rnn.l0"]["sequences"].values.tolist() == [3, 3, 3]
     assert "of 2 processes that train together only rank 0 is measured" in history.notes[0].text
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch was built without it")
+def test_what_two_processes_gather_is_what_one_would_have_seen(tmp_path: Path) -> None:
+    torchrun(GATHERS, tmp_path)
+    one, full = gradflow.load(tmp_path / "one"), gradflow.load(tmp_path / "one-full")
+    assert isinstance(one, History) and isinstance(full, History)
+    assert one.layers == ("rnn.l0", "rnn.l1", "loop") and one.steps.tolist() == [1, 3]
+    assert one["rnn.l0"]["sequences"].values.tolist() == [22, 22]
+    assert (one.data["clipped"] == 1).all()
+    for wrap in ("ddp", "fsdp"):
+        gathered = gradflow.load(tmp_path / wrap)
+        assert isinstance(gathered, History)
+        assert unlike(one, gathered) == []
+        assert "all are measured" in gathered.notes[0].text
+    gathered = gradflow.load(tmp_path / "ddp-full")
+    assert isinstance(gathered, History) and unlike(full, gathered) == []
+    first = gradflow.load(tmp_path / "fsdp-first")
+    assert isinstance(first, History)
+    assert {"sequences", "level", "grad_norm_all"} <= set(unlike(one, first))  # it can fail
+    assert first["rnn.l0"]["sequences"].values.tolist() == [11, 11]
+    assert first.data["grad_norm_all"].isnull().all()
+    assert "gather=True puts the parts together" in first.notes[1].text

@@ -67,7 +67,7 @@ def assert_same(frame: pd.DataFrame, really: Recording) -> None:
     """The numbers after a remedy are those of the model that was really changed."""
     analysis = gradflow.analyze(really)
     assert list(frame["layer"]) == list(analysis.layers)
-    for row, layer in zip(frame.itertuples(), analysis, strict=True):
+    for row, layer in zip(frame.itertuples(), analysis.values(), strict=True):
         assert row.note == "" or "as it was recorded" in row.note
         for mine, theirs in (
             (row.rate_after, layer.rate.value),
@@ -109,7 +109,7 @@ def test_every_state_and_gate_is_that_of_the_changed_model(case: Case) -> None:
     recording = recorded(case)
     again = rerun(recording, {name: WeightChange(forget_bias=-0.7) for name in recording.tracks})
     really = recorded(case, more_bias(-0.7))
-    for track in again.recording:
+    for track in again.recording.values():
         other = really[track.name]
         for name, state in other.states.items():
             assert_steps_close(track.states[name], state, track.mask, what=name, bound=1e-13)
@@ -295,7 +295,17 @@ def test_truncation_cuts_off_growth() -> None:
     with gradflow.record(rnn) as recording:
         rnn(torch.ones(30, 2, 1))[0][-1].sum().backward()
     row = gradflow.what_if(recording, truncate=5).iloc[0]
-    assert row.verdict_before == row.verdict_after == "exploding"
+    assert (row.verdict_before, row.verdict_after) == ("exploding", "stable")
+    assert row.gain_after == pytest.approx(math.log(1.5) * 4)  # all that the window lets through
+    with gradflow.record(rnn) as really:
+        state = None
+        for x in torch.ones(30, 2, 1).split(5):
+            output, state = rnn(x, None if state is None else state.detach())
+        output[-1].sum().backward()
+    (layer,) = gradflow.analyze(really).values()
+    assert (layer.verdict, layer.gain.value) == (row.verdict_after, pytest.approx(row.gain_after))
+    one = gradflow.what_if(recording, truncate=1).iloc[0]
+    assert (one.verdict_after, one.gain_after) == ("dead", -math.inf)
     assert row.helps == pytest.approx(math.log10(1.5) * 24)  # of 29 steps, 5 are kept
     assert (row.horizon_after, row.half_life_after) == (5, 5.0)
 
@@ -442,7 +452,7 @@ def test_the_recording_stays_as_it_is(case: Case) -> None:
 
     def everything() -> list[Tensor]:
         found = []
-        for track in recording:
+        for track in recording.values():
             for part in (track.states, track.gates, track.grads, track.weights):
                 found += [value.clone() for value in part.values()]
             found += [track.cuts.clone(), track.mask.clone(), track.delta.clone()]
@@ -451,7 +461,7 @@ def test_the_recording_stays_as_it_is(case: Case) -> None:
     before, rng = everything(), torch.get_rng_state()
     words = (repr(recording), list(recording.notes), dict(recording.provenance))
     gradflow.what_if(recording, forget_bias=3.0, scale_hh=0.1, truncate=2, clip=0.1)
-    for track in recording:
+    for track in recording.values():
         track.read_anew()
     assert all(
         torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
@@ -531,7 +541,7 @@ def test_layers_that_need_it_are_changed_together_and_the_others_are_left() -> N
         model.weight_hh_l1.zero_()
         model.bias_ih_l1[6:12] = 12.0  # the upper layer remembers for ever
     run = diagnosed(model)
-    assert [layer.verdict for layer in run] == ["vanishing", "stable"]
+    assert [layer.verdict for layer in run.values()] == ["vanishing", "stable"]
     assert run["l0"].predictions and not run["l1"].predictions
     assert run["l0"].predictions[0].batch == "this batch"
 
@@ -562,6 +572,25 @@ def test_a_closed_loop_is_not_run_again_with_its_old_inputs() -> None:
         h.sum().backward()
     row = gradflow.what_if(recording, forget_bias=1.0).iloc[0]
     assert "closed loop" in row.note and math.isnan(row.rate_after)
+
+
+def test_parts_of_a_closed_loop_that_vanish_are_given_no_prediction() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.LSTMCell(2, 6), nn.GRUCell(6, 2)
+
+        def forward(self, y: Tensor) -> Tensor:
+            h, c, g = torch.zeros(4, 6), torch.zeros(4, 6), y
+            for _ in range(40):
+                h, c = self.one(g, (h, c))
+                g = self.two(h, g)
+            return g
+
+    run = gradflow.diagnose(Decoder(), torch.randn(4, 2))
+    parts = [layer for layer in run.values() if layer.part_of]
+    assert len(parts) == 2 and {layer.verdict for layer in parts} == {"vanishing"}
+    assert not any(layer.predictions for layer in parts)
 
 
 def test_a_stable_model_gets_none() -> None:
@@ -602,7 +631,7 @@ def test_weights_alone_are_told_under_which_probe(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(nn.LSTM(3, 6, 2).state_dict(), tmp_path / "model.pt")
     run = analyze_file(FileRequest(tmp_path / "model.pt", seq_len=40, batch=4))
-    for layer in run:
+    for layer in run.values():
         assert layer.verdict == "vanishing"
         first = layer.predictions[0]
         assert first.batch == "inputs N(0, 1), 2 layers changed together"

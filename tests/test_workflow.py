@@ -180,7 +180,7 @@ def test_a_run_is_read_back_exactly(tmp_path: object) -> None:
     run = gradflow.diagnose(nn.LSTM(3, 4, 2, bidirectional=True), torch.randn(15, 3, 3))
     again = gradflow.load(run.save(f"{tmp_path}/run.nc"))
     assert list(again.layers) == list(run.layers)
-    for layer, read in zip(run, again, strict=True):
+    for layer, read in zip(run.values(), again.values(), strict=True):
         assert read.data.identical(layer.data)
         assert repr(read.rate) == repr(layer.rate)
         assert (read.findings, read.sentence, read.labels) == (

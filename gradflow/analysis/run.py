@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,8 @@ class Analysis(ByName[LayerAnalysis]):
             return self.layers[matches[0]]
         raise InputError(f"there is no layer {name!r}; this analysis has {', '.join(self.layers)}")
 
-    def __iter__(self) -> Iterator[LayerAnalysis]:
-        return iter(self.layers.values())
-
     def _named(self) -> Mapping[str, LayerAnalysis]:
         return self.layers
-
-    def __len__(self) -> int:
-        return len(self.layers)
 
     def titled(self, title: str) -> Analysis:
         """The same analysis under another name.
@@ -90,7 +84,7 @@ class Analysis(ByName[LayerAnalysis]):
         >>> run["l0"].step_labels[1]
         'clouds'
         """
-        steps = max((layer.steps for layer in self), default=0)
+        steps = max((layer.steps for layer in self.values()), default=0)
         words = checked_labels(labels, steps)
         layers = {
             name: replace(layer, step_labels=words if layer.steps == steps else ())
@@ -131,7 +125,7 @@ class Analysis(ByName[LayerAnalysis]):
         >>> run.alone_of(run["l0"])
         []
         """
-        parts = [one for one in self if one is layer or one.part_of == layer.name]
+        parts = [one for one in self.values() if one is layer or one.part_of == layer.name]
         return [one.alone.sentence for one in parts if one.alone is not None]
 
     @property
@@ -148,7 +142,8 @@ class Analysis(ByName[LayerAnalysis]):
         """A tidy table, one row for each of the things that it is about, of all layers.
 
         Args:
-            kind: "layers" (verdict, rate in nats per step, half-life, horizon and span in steps),
+            kind: "layers" (verdict, rate in nats per step, half-life, horizon and span in steps,
+                Kaplan–Yorke dimension, entropy rate in nats per step),
                 "steps" (norms of states and gradients, gates), "lags" (ln gain against distance),
                 "units" (memory and time scales, saturation), "heads" (of a linear recurrence that
                 has some: verdict, gain, rate, first measured distance below 10⁻³) or "findings".
@@ -166,7 +161,7 @@ class Analysis(ByName[LayerAnalysis]):
         """
         if kind not in FRAMES:
             raise InputError(f"kind must be one of {', '.join(FRAMES)}, got {kind!r}")
-        return BUILDERS[kind](self.worst_first if kind == "findings" else self)
+        return BUILDERS[kind](self.worst_first if kind == "findings" else self.values())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything to one netCDF file, which `gradflow.load` reads back exactly.
@@ -199,8 +194,8 @@ class Analysis(ByName[LayerAnalysis]):
     def _headline(self) -> pd.DataFrame:
         """The columns of a verdict, for reading: what is never reached is said so."""
         return self.frame("layers")[HEADLINE].assign(
-            half_life=[_half_life(layer) for layer in self],
-            horizon=[_horizon(layer) for layer in self],
+            half_life=[_half_life(layer) for layer in self.values()],
+            horizon=[_horizon(layer) for layer in self.values()],
         )
 
     def _repr_html_(self) -> str:

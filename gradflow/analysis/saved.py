@@ -44,7 +44,7 @@ def save(analysis: Analysis, path: Path) -> Path:
     }
     tree = {"/": xr.Dataset(attrs={"gradflow": json.dumps(header)})}
     packed: dict[str, dict[str, Any]] = {}
-    for number, layer in enumerate(analysis):
+    for number, layer in enumerate(analysis.values()):
         packed[f"/layer{number}"] = {
             str(name): COMPRESSED for name, values in layer.data.items() if values.size >= LARGE
         }

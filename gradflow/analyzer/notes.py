@@ -18,7 +18,7 @@ from gradflow.recording import Recording, Track
 def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[str, ...]:
     """What was noted of the recording and its layers, each sentence once."""
     notes = list(recording.notes)
-    known = [track for track in recording if track.name in layers]
+    known = [track for track in recording.values() if track.name in layers]
     names = [track.name for track in known]
     lost: dict[str, list[str]] = {}
     for track in known:

@@ -10,8 +10,9 @@ Letters: T timesteps, B sequences, S the state's width, k lag.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from gradflow.analyzer.gains import (
     span_windows,
     stretches,
 )
-from gradflow.analyzer.jacobians import HostOperator, operator_of
+from gradflow.analyzer.jacobians import HostOperator, operator_of, state_size
 from gradflow.analyzer.keeping import (
     Keeping,
     counted_steps,
@@ -37,6 +38,7 @@ from gradflow.analyzer.keeping import (
 )
 from gradflow.analyzer.linear.measure import measure_linear
 from gradflow.analyzer.lyapunov import Growth, burn_in, log_growth
+from gradflow.analyzer.measuring import is_linear
 from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.settling import mean_steps
 from gradflow.analyzer.windows import Norms, Window, log_norms
@@ -57,7 +59,7 @@ from gradflow.limits import (
     SEED,
     WINDOW_ROWS,
 )
-from gradflow.recording import Track, chosen
+from gradflow.recording import Forward, Operator, Track, chosen
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,7 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     >>> found.verdict, round(found.rate.value, 4), round(found.half_life, 3), found.horizon
     ('vanishing', -0.1054, 6.579, 66)
     """
-    if span is None:
-        span = max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+    span = span or median_length(track.lengths)
     some = spread(track)
     operator = operator_of(some, _dtype(some))
     lengths, cuts = some.lengths.cpu(), cuts_of(some)
@@ -139,11 +140,12 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     return _paced(track, some, found, curve, half)
 
 
-def paced_linear(track: Track, *, seed: int = SEED) -> Paced:
+def paced_linear(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     """The same of a linear recurrence, whose state may be wide: as `analyze`, on a share of its budgets.
 
     Args:
         track: of a linear recurrence.
+        span: the distance of interest in steps; the median length of all sequences by default.
         seed: of the random start.
 
     Returns:
@@ -152,12 +154,17 @@ def paced_linear(track: Track, *, seed: int = SEED) -> Paced:
     Raises:
         RecordingError: its step maps are not known.
     """
-    span = max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+    span = span or median_length(track.lengths)
     some = spread(track)
     settings = Settings(span, None, 1, "auto", None, seed, PROBE_SHARE, lambda phase, done: None)
     found = measure_linear(some, settings, withheld=True)
     passed = channels(some, found.ranks.singular)
     return _paced(track, some, found, found.curve, half_life(found, ()), passed)
+
+
+def median_length(lengths: Tensor) -> int:
+    """The span where none is given: of (B,) lengths in steps."""
+    return max(1, round(float(lengths.cpu().double().quantile(0.5))))
 
 
 def _paced(
@@ -200,17 +207,79 @@ def _few(counted: np.ndarray) -> np.ndarray:
 
 def spread(track: Track) -> Track:
     """At most 16 of its sequences, evenly spread; fewer of a wide layer."""
-    width = sum(int(state.shape[-1]) for state in track.states.values())
+    places = spread_places(track.batch, state_size(track))
+    return track if len(places) == track.batch else chosen(track, places)
+
+
+def spread_places(batch: int, width: int) -> list[int]:
+    """Which of so many sequences a verdict rests on.
+
+    >>> spread_places(3, 8), spread_places(32, 8)[:4]
+    ([0, 1, 2], [0, 2, 4, 6])
+    """
     most = PROBE_SEQUENCES if width <= PROBE_WIDE else PROBE_FEWER
-    if track.batch <= most:
-        return track
-    places = np.unique(np.linspace(0, track.batch - 1, most).round().astype(int))
-    return chosen(track, places.tolist())
+    if batch <= most:
+        return list(range(batch))
+    return np.unique(np.linspace(0, batch - 1, most).round().astype(int)).tolist()
+
+
+def sent(track: Track, sequences: Sequence[int]) -> list[Track]:
+    """Some sequences of a layer as what `paced` reads of them, for another process.
+
+    Args:
+        track: one layer in one direction.
+        sequences: which.
+
+    Returns:
+        One track of all of them, or one of each where a verdict asks for single ones.
+
+    Raises:
+        RecordingError: its step Jacobians are not known.
+    """
+    if not sequences:
+        return []
+    linear = is_linear(track)
+    dtype = torch.float64 if linear else _dtype(track)
+    groups = [[one] for one in sequences] if linear else [list(sequences)]
+    return [_frozen(chosen(track, some), dtype) for some in groups]
+
+
+def _frozen(some: Track, dtype: torch.dtype) -> Track:
+    known = some.source.forward()
+    source = SentSource(
+        replace(known, gates={}, inputs=None),
+        some.operator(dtype, torch.arange(some.batch)),
+        some.source.alone() is not None,
+    )
+    given: Any = source  # which has no more than `paced` asks for
+    return replace(some, source=given, weights={}, notes=[], padding=None, _cache={})
+
+
+@dataclass(frozen=True, eq=False)
+class SentSource:
+    """What a verdict reads of a few sequences, without the recording that it comes from."""
+
+    states: Forward
+    steps: Operator  # of all of them
+    closed: bool  # whether the layer is part of a closed loop
+    version: int = 0
+
+    def forward(self) -> Forward:
+        """States and initial states."""
+        return self.states
+
+    def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
+        """The step Jacobians of all its sequences, which are asked for together."""
+        assert torch.equal(sequences.cpu(), torch.arange(self.steps.batch))
+        return self.steps
+
+    def alone(self) -> SentSource | None:
+        """Something where the layer is part of a closed loop."""
+        return self if self.closed else None
 
 
 def _dtype(track: Track) -> torch.dtype:
-    width = sum(int(state.shape[-1]) for state in track.states.values())
-    return torch.float64 if width <= EXACT_WIDTH else torch.float32
+    return torch.float64 if state_size(track) <= EXACT_WIDTH else torch.float32
 
 
 # -------------------------------------------------------------------------------- one direction

@@ -54,9 +54,9 @@ class Reading:
 def readings(recording: Recording) -> dict[str, Reading]:
     """The reading of every layer, by its name."""
     seen = _paddings(recording)
-    found = {track.name: _known(track, seen.get(track.name)) for track in recording}
+    found = {track.name: _known(track, seen.get(track.name)) for track in recording.values()}
     names = set(found)
-    for track in recording:
+    for track in recording.values():
         other = track.name.replace("_reverse", "")
         both = {other, _other_direction(other)} <= names
         above = next((n for n in _all_above(track, recording) if found[n].amiss), "")
@@ -192,7 +192,7 @@ def _paddings(recording: Recording) -> dict[str, Padding]:
     """
     if recording.lengths_given:
         return {}
-    tracks = {track.name: track for track in recording if _may_be_padded(track)}
+    tracks = {track.name: track for track in recording.values() if _may_be_padded(track)}
     found = {name: padding for name, track in tracks.items() if (padding := _own(track))}
     for name, track in tracks.items():  # in the order in which they ran: the lower ones first
         if name not in found:
@@ -296,4 +296,7 @@ def _all_above(track: Track, recording: Recording) -> list[str]:
 
 
 def _above(track: Track, recording: Recording) -> list[str]:
-    return [*track.above, *(other.name for other in recording if track.name in other.below)]
+    return [
+        *track.above,
+        *(other.name for other in recording.values() if track.name in other.below),
+    ]

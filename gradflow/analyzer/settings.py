@@ -49,7 +49,7 @@ def checked(
         raise InputError(
             must_be("method", "one of auto, exact, sketch", repr(method), "leave it out for auto")
         )
-    batch = min(track.batch for track in recording)
+    batch = min(track.batch for track in recording.values())
     chosen: tuple[int, ...] | None = None
     if sequences is not None:
         if isinstance(sequences, str) or not isinstance(sequences, Iterable):

@@ -32,7 +32,7 @@ def votes(recording: Recording, *, span: int | None, seed: int) -> dict[str, Vot
     recording, _ = pooled(recording)
     settings = checked(recording, span, None, 1, "auto", None, seed, None)
     found: dict[str, Vote] = {}
-    for track in recording:
+    for track in recording.values():
         if track.state_shape:
             return None
         try:

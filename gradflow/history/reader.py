@@ -22,8 +22,9 @@ from gradflow.history.lines import (
     note_from,
     packed_size,
     read_probe,
+    source_from,
 )
-from gradflow.history.probe import Note
+from gradflow.history.probe import Note, Source
 from gradflow.limits import ANNOUNCED, LINE_BYTES
 
 LINE_OF_PROBE = PROBE.encode()
@@ -38,13 +39,15 @@ class ProbeBlock:
     steps: list[int] = field(default_factory=list)  # the training step of each probe
     numbers: list[bytes] = field(default_factory=list)  # of the probes, unpacked, in a few pieces
     packed: list[bytes] = field(default_factory=list)  # of the last ones, not yet unpacked
+    sources: list[Source | None] = field(default_factory=list)  # of each probe; None of a training
 
-    def take(self, text: bytes) -> bool:
+    def take(self, text: bytes, source: Source | None = None) -> bool:
         """The line of a probe; whether it is whole."""
         found = read_probe(text)
         if found is None or len(found[1]) != self.size:
             return False
         self.steps.append(found[0])
+        self.sources.append(source)
         self.packed.append(found[1])
         return True
 
@@ -61,6 +64,7 @@ class ProbeBlock:
             first = len(self.steps) - len(packed)
             kept = [n for n, text in enumerate(packed) if _is_base64(text)]
             self.steps[first:] = [self.steps[first + n] for n in kept]
+            self.sources[first:] = [self.sources[first + n] for n in kept]
             self.numbers += [binascii.a2b_base64(packed[n]) for n in kept]
             damaged = len(packed) - len(kept)
         return damaged
@@ -70,6 +74,16 @@ class ProbeBlock:
         self.unpack()
         self.numbers = [b"".join(self.numbers)]
         return np.frombuffer(self.numbers[0], dtype=self.layout.dtype)
+
+    def only(self, run: str) -> ProbeBlock:
+        """Those of one run of a sweep."""
+        kept = [at for at, one in enumerate(self.sources) if one is not None and one.run == run]
+        return ProbeBlock(
+            self.layout,
+            steps=[self.steps[at] for at in kept],
+            numbers=[self.table()[kept].tobytes()],
+            sources=[self.sources[at] for at in kept],
+        )
 
 
 def _is_base64(text: bytes) -> bool:
@@ -99,6 +113,7 @@ class Reader:
         self.read = Read()
         self._offset = 0
         self._inode = 0
+        self._source: Source | None = None  # of the next probe
 
     def more(self) -> int:
         """Take in the lines that were completed since the last time; how many probes they hold."""
@@ -150,6 +165,8 @@ class Reader:
                 self.read.blocks.append(block)
             elif kind == "note":
                 self.read.notes.append(note_from(content))
+            elif kind == "source":
+                self._source = source_from(content)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             self._cut_off()
             return False
@@ -196,7 +213,8 @@ class Reader:
         self.read.headers.append(plain_value(content, 4))
 
     def _take_probe(self, text: bytes) -> bool:
-        if not self.read.blocks or not self.read.blocks[-1].take(text):
+        source, self._source = self._source, None
+        if not self.read.blocks or not self.read.blocks[-1].take(text, source):
             self._cut_off()
             return False
         self.read.ended = False
@@ -211,3 +229,14 @@ def file_of(path: Path) -> Path:
 def holds_history(path: Path) -> bool:
     """Whether there is a history at a path, a folder or its file."""
     return file_of(path).name == HISTORY_FILE and file_of(path).is_file()
+
+
+def is_swept(path: Path) -> bool:
+    """Whether there is the history of a sweep at a path."""
+    if not holds_history(path):
+        return False
+    with file_of(path).open("rb") as file:
+        try:
+            return bool(json.loads(file.readline()).get("swept"))
+        except (ValueError, AttributeError):
+            return False

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import nn
 
+from gradflow.distributed import world
 from gradflow.hooks import mistakes
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.unreadable import TRANSFORMED, WRAPPED
@@ -21,13 +21,17 @@ def perhaps_scaled(scale: float) -> str:
     )
 
 
-def per_rank(model: nn.Module) -> list[str]:
-    """What to know where several processes train one model."""
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return []
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+def per_rank(model: nn.Module, gathered: int) -> list[str]:
+    """What to know where several processes train one model, and so many of them are taken together."""
+    rank, size = world()
+    if gathered > 1:
+        return [
+            f"gradients are those of the mean of the losses of all {gathered} ranks, and sequences those "
+            "of all of them, in the order of their ranks"
+        ]
+    wrapped = any(
+        isinstance(m, nn.parallel.DistributedDataParallel) for m in nn.Module.modules(model)
+    )
     if size == 1 and not wrapped:
         return []
     return [
@@ -38,7 +42,7 @@ def per_rank(model: nn.Module) -> list[str]:
 
 def without_dropout(model: nn.Module) -> list[str]:
     """What to know where dropout, which training has, was off."""
-    rates = [getattr(m, name, 0) for m in model.modules() for name in ("p", "dropout")]
+    rates = [getattr(m, name, 0) for m in nn.Module.modules(model) for name in ("p", "dropout")]
     # the same names mean other things in other modules: only a share is a rate
     if model.training or not any(isinstance(rate, float) and 0 < rate < 1 for rate in rates):
         return []

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.cells import CELLS
+from gradflow.distributed import local_part
 from gradflow.hooks.call import Call
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.seen import SeenCall
@@ -94,10 +95,13 @@ def stamp_of(module: nn.Module) -> tuple[object, ...]:
     """A few entries of every parameter, what an optimizer's step changes; () where none can be read."""
     found: list[object] = []
     try:
-        for name, parameter in module.named_parameters():
-            flat = parameter.detach().reshape(-1)
+        for name, parameter in nn.Module.named_parameters(module):
+            flat = local_part(parameter.detach()).reshape(-1)
             some = flat[:: max(1, flat.numel() // SAMPLED)][: 2 * SAMPLED]
-            found.append((name, some.cpu().contiguous().view(torch.uint8).numpy().tobytes()))
+            held = copied(
+                some.cpu()
+            )  # numpy takes the storage: of a weight, FSDP2 could not free it
+            found.append((name, held.view(torch.uint8).numpy().tobytes()))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):  # without values, for one
         return ()
     return tuple(found)

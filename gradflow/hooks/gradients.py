@@ -26,7 +26,7 @@ def weight_norms(recording: Recording) -> WeightNorms:
     """
     squares: dict[int, float] = {}
     own = {}
-    for track in recording:
+    for track in recording.values():
         source = track.source
         if not isinstance(source, LoopSource) or source.uses is None:
             continue

@@ -27,6 +27,10 @@ class HeardGradients:
     batched: bool = field(default=False, kw_only=True)
     ran_backward: bool = field(default=False, kw_only=True)  # whether any ran in the block
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: what the loss is multiplied by is read no more."""
+        return vars(self) | {"scale": float}
+
     @property
     def version(self) -> int:
         """How many backwards reached the loop."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gradflow._version import __version__
+from gradflow.distributed import AllProcesses, ApartError, can_be_sent
 from gradflow.errors import InputError, must_be, warn
 from gradflow.hooks import circumstances, mistakes
 from gradflow.hooks.ancestry import clean
@@ -23,7 +24,7 @@ from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening
 from gradflow.hooks.recorder import Recorder
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unreadable import BATCHED
-from gradflow.recording import Recording, Track
+from gradflow.recording import Recording, Track, of_all_processes
 
 
 @contextmanager
@@ -34,6 +35,7 @@ def record(
     lengths: Lengths = None,
     jacobians: bool | None = None,
     scaler: Any = None,
+    gather: bool = False,
 ) -> Iterator[Recording]:
     """Record every recurrent layer and cell of an unmodified model while the block runs.
 
@@ -54,6 +56,9 @@ def record(
             with False there are none.
             Stock layers have theirs in closed form and need no such request.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
+        gather: of a model that several processes train: at the end of the block each has the sequences
+            of all, and gradients of the mean of their losses; see `gradflow.distributed`. By default
+            each has its own.
 
     Returns:
         A context manager that gives the `Recording`: name -> `Track`, filled while the block runs.
@@ -70,6 +75,35 @@ def record(
     >>> [round(g, 4) for g in recording["l0"].grad_h.flatten().tolist()]   # 0.9 ** (T - t)
     [0.729, 0.81, 0.9, 1.0]
     """
+    patterns = _checked(model, layers, jacobians, scaler)
+    processes = AllProcesses(gather)
+    recording = Recording(type(model).__name__)
+    failed: list[str] = []
+    given = (model, patterns, lengths, scaler, jacobians, recording)
+    recorder = guarded(Point.OPENING, failed.append, Recorder, *given)
+    if recorder is None:
+        recording.empty_reason = f"nothing was recorded: {failed[0]}"
+        yield recording
+        warn(recording.empty_reason, stacklevel=3)
+        return
+    recorder.processes = processes.size
+    block = OpenRecording(recorder)
+    try:
+        try:
+            block.open()
+            yield recording
+        finally:
+            sentences = block.close()
+    finally:  # where Ctrl-C came before that line
+        block.put_back()
+    if processes.size > 1:
+        sentences += gathered(recording, processes)
+    for sentence in sentences:
+        warn(sentence, stacklevel=3)
+
+
+def _checked(model: object, layers: object, jacobians: object, scaler: Any) -> list[str] | None:
+    """The patterns of the layers to keep; arguments that are out of range are refused."""
     if not isinstance(model, nn.Module):
         raise InputError(
             must_be("model", "a torch.nn.Module", type(model).__name__, "pass the model itself")
@@ -77,36 +111,34 @@ def record(
     if jacobians is not None and not isinstance(jacobians, bool):
         expected = "True, False or left out"
         raise InputError(must_be("jacobians", expected, repr(jacobians), "leave it out"))
-    patterns = patterns_of(layers)
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         kind = type(scaler).__name__
         raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))
-    recording = Recording(type(model).__name__)
-    failed: list[str] = []
-    recorder = guarded(
-        Point.OPENING,
-        failed.append,
-        Recorder,
-        model,
-        patterns,
-        lengths,
-        scaler,
-        jacobians,
-        recording,
-    )
-    if recorder is None:
-        recording.empty_reason = f"nothing was recorded: {failed[0]}"
-        yield recording
-        warn(recording.empty_reason, stacklevel=3)
-        return
-    block = OpenRecording(recorder)
+    return patterns_of(layers)
+
+
+def gathered(recording: Recording, processes: AllProcesses) -> list[str]:
+    """Put the sequences of all processes into a recording; gives the sentences to warn of."""
+    mine, left = Recording(recording.model_name), []
+    for track in recording.values():
+        mine.add(track)
+    if not can_be_sent(mine):
+        for track in list(mine.values()):
+            if not can_be_sent(track):
+                mine.drop(track)
+                left.append(track.name)
+    sentences = [
+        f"{name} is of rank {processes.rank} alone: how its function makes its states cannot be sent to "
+        "another process"
+        for name in left
+    ]
     try:
-        block.open()
-        yield recording
-    finally:
-        sentences = block.close()
-    for sentence in sentences:
-        warn(sentence, stacklevel=3)
+        parts = processes.every("the end of a recording", mine)
+    except ApartError as error:
+        return [f"the recording is of rank {processes.rank} alone: {error}"]
+    of_all_processes(recording, parts)
+    recording.notes += sentences
+    return sentences
 
 
 class OpenRecording:
@@ -115,33 +147,34 @@ class OpenRecording:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.marks: list[tuple[int, int] | None] | None = None
+        self._is_back = False  # all that was replaced
 
     def open(self) -> None:
         """Begin to watch; what cannot be watched is noted."""
         nothing_is_under_way()
         model, remark = self.recorder.model, self.recorder.withheld.remark
         self.marks = guarded(Point.OPENING, remark, mistakes.gradient_marks, model)
-        # its hooks only write a name into a dict: a guard around them torch.compile could not read
         self.recorder.ran = guarded(Point.OPENING, remark, mistakes.Ran, model)
         self.recorder.watching = guarded(Point.OPENING, remark, self._candidates)
         guarded(Point.OPENING, remark, listen, self.recorder)
-        if self.recorder.watching is not None:
-            guarded(Point.OPENING, remark, self.recorder.watching.open)
+        for opened in (self.recorder.ran, self.recorder.watching):
+            if opened is not None:
+                guarded(Point.OPENING, remark, opened.open)
 
     def _candidates(self) -> Watching:
         return Watching([] if mistakes.something_is_compiled() else self.recorder.own.modules)
 
     def close(self) -> list[str]:
         """Put everything back; gives the sentences to warn of."""
-        try:
-            self._put_back()
-        finally:  # where Ctrl-C came meanwhile, first everything is put back
-            self._put_back()
+        self.put_back()
         recorder, recording = self.recorder, self.recorder.recording
         names = [] if self.recorder.ran is None else list(self.recorder.ran.names)
         sentences: list[str] = []
         remark = recorder.withheld.remark
+        before = recording.empty_reason
         guarded(Point.CLOSING, remark, lambda: _describe(recorder, names, self._ran_backward()))
+        if recorder.withheld.sentences and recording.empty_reason == before:  # it could not be told
+            recording.empty_reason = recorder.withheld.sentences[0]
         guarded(Point.CLOSING, remark, lambda: sentences.extend(mistakes.found(recording)))
         guarded(Point.CLOSING, remark, lambda: sentences.extend(_misleading(recorder)))
         said = recorder.withheld.sentences
@@ -149,12 +182,16 @@ class OpenRecording:
         recorder.forget()
         return [*dict.fromkeys([*sentences, *said])]
 
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
+        """Put everything back, if that is still to be done."""
+        if self._is_back:
+            return
         remark = self.recorder.withheld.remark
         guarded(Point.CLOSING, remark, stop_listening, self.recorder)
         for opened in (self.recorder.watching, self.recorder, self.recorder.ran):
             if opened is not None:
                 guarded(Point.CLOSING, remark, opened.close)
+        self._is_back = True
 
     def _ran_backward(self) -> bool:
         recorder = self.recorder
@@ -189,7 +226,7 @@ def _notes(track: Track) -> list[str]:
 def _misleading(recorder: Recorder) -> list[str]:
     """What makes the numbers other than they seem, or leaves some out: warned of, and in the report."""
     found = []
-    if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording):
+    if recorder.scalers_scale is not None and any(t.backwards for t in recorder.recording.values()):
         found.append(circumstances.perhaps_scaled(recorder.scalers_scale()))
     if len(recorder.recording):  # without a track they are why there is none
         hidden = recorder.out_of_reach()
@@ -233,13 +270,16 @@ def _describe(recorder: Recorder, ran: list[str], ran_backward: bool) -> None:
         state for source in recorder.marked for state in source.marks[0].states.values()
     ]
     tensors += tensors_of(recorder.linears)
-    for track in recording:
+    for track in recording.values():
         track.source.ran_backward = ran_backward  # type: ignore[attr-defined]
         track.inputs_unknown = recorder.closed.given.unknown(track)
         track.notes += _notes(track)
-    recording.notes += [*circumstances.per_rank(recorder.model), *_misleading(recorder)]
+    recording.notes += [
+        *circumstances.per_rank(recorder.model, recorder.processes),
+        *_misleading(recorder),
+    ]
     recording.notes += circumstances.without_dropout(recorder.model)
-    linear = {track.owner for track in recording if isinstance(track.source, LinearSource)}
+    linear = {track.owner for track in recording.values() if isinstance(track.source, LinearSource)}
     recording.notes += circumstances.beside_attention(recorder.model, linear)
     recording.notes += circumstances.left_out(recorder.own.unseen) if len(recording) else []
     _, perhaps = _unseen(recorder)

@@ -69,6 +69,7 @@ class Recorder:
         self.lengths = GivenLengths(lengths)
         self.shown = ShownPadding(model)
         self.scaler = scaler
+        self.processes = 1  # whose losses are taken as one, their mean
         self.jacobians = jacobians
         self.training = model.training
         self.recording = Recording(type(model).__name__) if recording is None else recording
@@ -186,7 +187,7 @@ class Recorder:
         self._drop(lambda t: isinstance(t.source, TapSource) and t.source.words is UNROLLED)
 
     def _drop(self, concerned: Callable[[Track], bool]) -> None:
-        for track in [track for track in self.recording if concerned(track)]:
+        for track in [track for track in self.recording.values() if concerned(track)]:
             self.recording.drop(track)
 
     def saw_tap(
@@ -201,7 +202,7 @@ class Recorder:
 
     def modules(self) -> Iterable[nn.Module]:
         """All modules of the model."""
-        return self.model.modules()
+        return nn.Module.modules(self.model)
 
     def path_of(self, module: nn.Module) -> str | None:
         """Where a module is in the model; None where it is none of it."""
@@ -305,7 +306,7 @@ class Recorder:
     def drop_sources(self, sources: list[TapSource]) -> None:
         """Forget the loops over modules that turned out to be only part of a step."""
         self.own.ignore(sources)
-        self.drop_tracks([track for track in self.recording if track.source in sources])
+        self.drop_tracks([track for track in self.recording.values() if track.source in sources])
 
     def drop_cell(self, module: nn.Module) -> None:
         """Forget a module as a cell: the loop is inside it."""
@@ -353,7 +354,11 @@ class Recorder:
             self.handles += call.listen(name, tensor, self.scale)
 
     def scale(self) -> float:
-        """What losses are multiplied by at this moment: the scaler's scale, or 1."""
+        """What the loss is multiplied by at this moment: by the scaler, and as one of a mean."""
+        return self.processes * self.scalers()
+
+    def scalers(self) -> float:
+        """The scaler's scale, or 1."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def _recomputed(self, call: Call) -> Call | None:
@@ -420,12 +425,12 @@ class Recorder:
     @property
     def marked(self) -> list[TapSource]:
         """All loops that were tapped or run over a cell of the user's own."""
-        return [t.source for t in self.recording if isinstance(t.source, TapSource)]
+        return [t.source for t in self.recording.values() if isinstance(t.source, TapSource)]
 
     @property
     def linears(self) -> list[LinearSource]:
         """All linear recurrences."""
-        return [t.source for t in self.recording if isinstance(t.source, LinearSource)]
+        return [t.source for t in self.recording.values() if isinstance(t.source, LinearSource)]
 
     def unseen(self) -> tuple[Unseen, ...]:
         """Recurrences that are in no track, of those that are picked."""
@@ -483,7 +488,7 @@ class Recorder:
 
     def _let_tracks_go(self) -> None:
         afresh = self.closed.afresh.found()
-        for track in self.recording:
+        for track in self.recording.values():
             if isinstance(track.source, LoopSource) and track.owner in afresh:
                 track.afresh = afresh[track.owner][0]
             if isinstance(track.source, LoopSource):

@@ -77,8 +77,8 @@ def rerun(recording: Recording, changes: Mapping[str, WeightChange]) -> Rerun:
     made.notes = list(recording.notes)
     made.provenance = dict(recording.provenance)
     refused, notes = {}, {}
-    several = len({id(_chain(track)) for track in recording}) > 1
-    for track in recording:
+    several = len({id(_chain(track)) for track in recording.values()}) > 1
+    for track in recording.values():
         if track.name not in changes:
             continue
         reason = _cannot(track, changes[track.name])
@@ -87,7 +87,7 @@ def rerun(recording: Recording, changes: Mapping[str, WeightChange]) -> Rerun:
             if id(chain) not in known:
                 own = {
                     (source.layer, source.direction): changes[other.name]
-                    for other in recording
+                    for other in recording.values()
                     if other.name in changes
                     and isinstance(source := other.source, LoopSource)
                     and source.loop.chain is chain

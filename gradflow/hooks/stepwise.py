@@ -110,9 +110,8 @@ class StepRecorder(Recorder):
         if marks == gradient_marks(self.model):
             return  # torch.autograd.grad, or another model's
         self.counted += 1
-        scale = self.scale()
-        self.loss += value / scale
-        guarded(Point.GRADIENT, self.withheld.remark, self._reached, scale)
+        self.loss += value / self.scale()
+        guarded(Point.GRADIENT, self.withheld.remark, self._reached, self.scalers())
 
     def forget(self) -> None:
         """Hold on to nothing."""

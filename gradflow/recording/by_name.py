@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, KeysView, Mapping, ValuesView
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -22,10 +22,15 @@ class ByName(Generic[Value]):
         return [known for known in self._named() if known.startswith(name)]
 
     def __contains__(self, name: object) -> bool:
-        """Whether asking for this name gives one, or whether this is one of the values."""
-        if isinstance(name, str):
-            return len(self._matches(name)) == 1
-        return any(value is name for value in self._named().values())
+        """Whether asking for this name gives one."""
+        return isinstance(name, str) and len(self._matches(name)) == 1
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, as of a dict."""
+        return iter(self._named())
+
+    def __len__(self) -> int:
+        return len(self._named())
 
     def keys(self) -> KeysView[str]:
         """The names, as of a dict.

@@ -8,7 +8,7 @@ more of it than one. Letters: T steps of the longest run, B sequences of all run
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradflow.cells.linear import LinearSteps, side_by_side
 from gradflow.errors import RecordingError
 from gradflow.recording.recording import Recording
 from gradflow.recording.source import (
@@ -54,9 +55,9 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
     ([5, 3], 2, 1)
     """
     runs: dict[tuple[object, ...], list[list[Track]]] = {}
-    bases = Counter(_base(track) for track in recording)
-    joint = {track.loop for track in recording}
-    for track in recording:
+    bases = Counter(_base(track) for track in recording.values())
+    joint = {track.loop for track in recording.values()}
+    for track in recording.values():
         alone = bases[_base(track)] == 1 or track.name in joint
         kind = (track.name,) if alone else _kind(track)
         alike = runs.setdefault(kind, [])
@@ -67,7 +68,7 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
             known.append(track)
     groups = [run for alike in runs.values() for run in alike]
     several = [run for run in groups if len(run) > 1]
-    said = [_words(run) for run in several] + _applied_words(groups)
+    said = [_words(run) for run in several] + _applied_words(groups, recording)
     said += [_changed_words(alike) for alike in runs.values() if len(alike) > 1]
     if not several:
         return recording, list(dict.fromkeys(filter(None, said)))
@@ -76,8 +77,37 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
     made.unseen, made.empty_reason = recording.unseen, recording.empty_reason
     made.paddings, made.lengths_given = recording.paddings, recording.lengths_given
     for run in groups:
-        made.add(run[0] if len(run) == 1 else _as_one(run))
+        made.add(as_one(run))
     return made, list(dict.fromkeys(filter(None, said)))
+
+
+def of_all_processes(recording: Recording, parts: Sequence[Recording]) -> None:
+    """Every track of a recording with the sequences of all processes, in the order of their ranks.
+
+    Args:
+        recording: that of one process, whose tracks are replaced.
+        parts: those of all, this one among them.
+    """
+    names = dict.fromkeys(name for part in parts for name in part.tracks)
+    for name in names:
+        run = [part.tracks[name] for part in parts if name in part.tracks]
+        unlike = [track for track in run if _shape(track) != _shape(run[0])]
+        if unlike:
+            if name in recording.tracks:
+                recording.drop(recording.tracks[name])
+            recording.notes.append(
+                f"{name} is left out: it is {run[0].cell} of width {run[0].hidden} in one process, "
+                f"{unlike[0].cell} of width {unlike[0].hidden} in another"
+            )
+        elif len(parts) > 1:
+            recording.add(as_one(run))
+            reason = f"it ran in {len(run)} of the {len(parts)} processes"
+            recording.notes += [f"{name}: {reason}"] if len(run) < len(parts) else []
+
+
+def _shape(track: Track) -> tuple[object, ...]:
+    widths = tuple((name, state.shape[2]) for name, state in track.states.items())
+    return track.cell, track.reverse, widths
 
 
 def _base(track: Track) -> str:
@@ -128,8 +158,8 @@ def _changed_words(alike: list[list[Track]]) -> str:
     )
 
 
-def _applied_words(groups: list[list[Track]]) -> list[str]:
-    """On layers that ran on their own output: those runs are no more sequences."""
+def _applied_words(groups: list[list[Track]], recording: Recording) -> list[str]:
+    """On layers that ran on what came of their own runs: those are no more sequences."""
     deepest: dict[str, int] = {}
     for run in groups:
         base = _base(run[0])
@@ -137,15 +167,27 @@ def _applied_words(groups: list[list[Track]]) -> list[str]:
     alike: dict[int, list[str]] = {}
     for name, depth in deepest.items():
         alike.setdefault(depth, []).append(name)
+    padded = (
+        "; if it is the state that goes on from run to run, pack the batch (pack_padded_sequence) in place "
+        "of lengths=: then they are one track"
+    )
     return [
-        f"{', '.join(names)}: applied to what came of its own output, {depth} runs one upon the other; "
-        "each of these is a layer of its own in this report, and no more sequences of one"
+        f"{', '.join(names)}: {depth} runs one upon the other, each on what came of the one before; each of "
+        "these is a layer of its own in this report, and no more sequences of one"
+        + (padded if recording.lengths_given else "")
         for depth, names in alike.items()
         if depth > 1
     ]
 
 
-def _as_one(run: list[Track]) -> Track:
+def as_one(run: list[Track]) -> Track:
+    """One track of the sequences of several; the track itself where there is one.
+
+    Args:
+        run: of the same layer, with the same weights.
+    """
+    if len(run) == 1:
+        return run[0]
     first, steps = run[0], max(track.steps for track in run)
     device = first.mask.device
 
@@ -341,6 +383,10 @@ class PooledSource:
         parts = [
             (track.source.operator(dtype, mine), at) for track, mine, at in self._chosen(sequences)
         ]
+        known = [one for one, _ in parts if isinstance(one, LinearSteps)]
+        in_order = torch.equal(torch.cat([at for _, at in parts]), torch.arange(len(sequences)))
+        if len(known) == len(parts) and in_order and {one.length for one in known} == {self._steps}:
+            return side_by_side(known, time=False)
         made = Side if not any(isinstance(one, ThinOperator) for one, _ in parts) else ThinSide
         return made(parts, self._steps, len(sequences))
 
@@ -363,8 +409,11 @@ class PooledSource:
         """Why there is no gradient here, and what to do."""
         return self.runs[0].source.why_no_gradient()
 
-    def alone(self) -> None:
-        """Runs in closed loops are not pooled."""
+    def alone(self) -> PooledSource | None:
+        """The layer with its inputs held fixed, if it is part of a closed loop in all processes."""
+        each = [track.alone for track in self.runs]
+        known = [track for track in each if track is not None]
+        return PooledSource(known) if len(known) == len(each) else None
 
 
 @dataclass

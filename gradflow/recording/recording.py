@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from html import escape
 
@@ -89,14 +89,8 @@ class Recording(ByName[Track]):
             raise RecordingError(f"{name!r} fits several tracks; give one of {', '.join(matches)}")
         raise RecordingError(f"there is no track {name!r}; this recording has {known}")
 
-    def __iter__(self) -> Iterator[Track]:
-        return iter(self._tracks.values())
-
     def _named(self) -> Mapping[str, Track]:
         return self._tracks
-
-    def __len__(self) -> int:
-        return len(self._tracks)
 
     def require_tracks(self) -> None:
         """Raise the sentence that says why there is nothing, if there is nothing.

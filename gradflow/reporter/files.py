@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -15,9 +16,10 @@ from gradflow.reporter.figures import plot, plot_narrow
 from gradflow.reporter.folders import check_folder, whole_folder
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.page import TOP, FigureKey, page
-from gradflow.reporter.picture import png
+from gradflow.reporter.picture import VECTORS, Drawn, write_pictures
+from gradflow.reporter.readout import drawn
 
-FORMATS = ("html", "json", "csv", "png", "nc")
+FORMATS = ("html", "json", "csv", "png", "nc")  # written unless others are asked for
 
 
 def report(
@@ -42,35 +44,39 @@ def report(
     folder = Path(folder)
     check_folder(folder, force=force)
     with whole_folder(folder, force=force) as new:
-        pictures = draw(analysis) if {"html", "png"} & chosen else {}
-        for name in FORMATS:
+        pictures = draw(analysis, chosen) if {"html", "png", *VECTORS} & chosen else {}
+        for name, write in _WRITERS.items():
             if name in chosen:
-                _WRITERS[name](analysis, new, pictures)
+                write(analysis, new, pictures)
         names = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
     return {name.as_posix(): folder / name for name in names}
 
 
-def draw(analysis: Analysis) -> dict[FigureKey, bytes]:
-    """Every picture of an analysis as PNG bytes, by (kind, layer name)."""
+def draw(analysis: Analysis, formats: Iterable[str] = ("html",)) -> dict[FigureKey, Drawn]:
+    """Every picture of an analysis, by (kind, layer name); as PDF or SVG too where asked for."""
+    shown = functools.partial(drawn, formats=formats)
     worst = [layer.name for layer in analysis.told]
     top = _part(analysis, worst[:TOP])
-    pictures = {("overview", "top"): png(plot(top)), ("overview", "narrow"): png(plot_narrow(top))}
+    pictures = {
+        ("overview", "top"): shown(plot(top)),
+        ("overview", "narrow"): shown(plot_narrow(top)),
+    }
     if len(analysis) > len(top):
-        pictures["overview", ""] = png(plot(analysis))
+        pictures["overview", ""] = shown(plot(analysis))
     for name, kind in KINDS.items():
         if kind is not None and kind.together:
-            if not kind.prepare(list(analysis)).note:
-                pictures[name, ""] = png(plot(analysis, name))
+            if not kind.prepare(list(analysis.values())).note:
+                pictures[name, ""] = shown(plot(analysis, name))
         elif kind is not None:
-            for layer in analysis:
+            for layer in analysis.values():
                 if layer.part_of in analysis.layers and kind.of_gains:
                     continue  # they are those of its loop
                 # a picture with only words in its place is left out, and so is the detail of all
                 # but the worst layers of a deep stack, which would take minutes and megabytes
-                shown = {layer.name, layer.part_of} & set(worst[:TOP])
-                wanted = shown and not kind.prepare(layer).note
+                near = {layer.name, layer.part_of} & set(worst[:TOP])
+                wanted = near and not kind.prepare(layer).note
                 if kind.always or wanted:
-                    pictures[name, layer.name] = png(plot(_part(analysis, [layer.name]), name))
+                    pictures[name, layer.name] = shown(plot(_part(analysis, [layer.name]), name))
     return pictures
 
 
@@ -83,46 +89,49 @@ def _part(analysis: Analysis, names: list[str]) -> Analysis:
 # ------------------------------------------------------------------------------------- the writers
 
 
-def _write_page(analysis: Analysis, folder: Path, pictures: dict[FigureKey, bytes]) -> None:
+def _write_page(analysis: Analysis, folder: Path, pictures: dict[FigureKey, Drawn]) -> None:
     text = page(analysis, pictures)
     (folder / "report.html").write_text(text, encoding="utf-8", newline="\n")
 
 
-def _write_summary(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) -> None:
+def _write_summary(analysis: Analysis, folder: Path, _: dict[FigureKey, Drawn]) -> None:
     text = json.dumps(summary(analysis), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
-def _write_tables(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) -> None:
+def _write_tables(analysis: Analysis, folder: Path, _: dict[FigureKey, Drawn]) -> None:
     for kind in FRAMES:
         table = analysis.frame(kind)
         if kind not in OPTIONAL or len(table):
             table.to_csv(folder / f"{kind}.csv", index=False, lineterminator="\n")
 
 
-def _write_figures(analysis: Analysis, folder: Path, pictures: dict[FigureKey, bytes]) -> None:
-    place = folder / "figures"
-    place.mkdir()
+def _write_figures(
+    analysis: Analysis, folder: Path, pictures: dict[FigureKey, Drawn], *, kind: str = "png"
+) -> None:
     names = file_names(list(analysis.layers))
     # the overview of all layers; that of the worst only where there are more
     whole = ("overview", "") if ("overview", "") in pictures else ("overview", "top")
-    (place / "overview.png").write_bytes(pictures[whole])
-    for (kind, name), picture in pictures.items():
+    stems = {"overview": pictures[whole]}
+    for (what, name), picture in pictures.items():
         if name in names:
-            (place / f"{names[name]}-{kind}.png").write_bytes(picture)
-        elif kind != "overview":  # of all layers together
-            (place / f"{kind}.png").write_bytes(picture)
+            stems[f"{names[name]}-{what}"] = picture
+        elif what != "overview":  # of all layers together
+            stems[what] = picture
+    write_pictures(folder / "figures", stems, kind)
 
 
-def _write_run(analysis: Analysis, folder: Path, _: dict[FigureKey, bytes]) -> None:
+def _write_run(analysis: Analysis, folder: Path, _: dict[FigureKey, Drawn]) -> None:
     analysis.save(folder / "run.nc")
 
 
-_WRITERS: dict[str, Callable[[Analysis, Path, dict[FigureKey, bytes]], None]] = {
+_WRITERS: dict[str, Callable[[Analysis, Path, dict[FigureKey, Drawn]], None]] = {
     "html": _write_page,
     "json": _write_summary,
     "csv": _write_tables,
     "png": _write_figures,
+    "pdf": functools.partial(_write_figures, kind="pdf"),
+    "svg": functools.partial(_write_figures, kind="svg"),
     "nc": _write_run,
 }
 
@@ -151,9 +160,9 @@ def file_names(names: list[str]) -> dict[str, str]:
 
 def _chosen(formats: Iterable[str]) -> set[str]:
     chosen = {formats} if isinstance(formats, str) else set(formats)
-    wrong = sorted(str(name) for name in chosen - set(FORMATS))
+    wrong = sorted(str(name) for name in chosen - set(_WRITERS))
     if wrong or not chosen:
-        advice = "leave it out for all of them"
-        expected = f"one or more of {', '.join(FORMATS)}"
+        advice = f"leave it out for {', '.join(FORMATS)}"
+        expected = f"one or more of {', '.join(_WRITERS)}"
         raise InputError(must_be("formats", expected, ", ".join(wrong) or "none", advice))
     return chosen

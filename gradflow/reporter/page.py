@@ -1,4 +1,4 @@
-"""The page: one HTML file that reads offline, escaped, without JavaScript, at most a megabyte.
+"""The page: one HTML file that reads offline, escaped, whole without JavaScript, at most a megabyte.
 
 Its order: a sentence per layer, the overview, what to try, the maps, the rest folded, provenance.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import jinja2
@@ -40,7 +42,10 @@ from gradflow.reporter.numbers import (
     number_words,
     percent_words,
     rate_words,
+    window_words,
 )
+from gradflow.reporter.picture import Drawn
+from gradflow.reporter.readout import as_json
 
 ROOM = 780  # pixels of the first screen that words may fill before they are set denser
 LONG_WORD = 40  # letters of a word from which on it may be broken
@@ -78,6 +83,7 @@ class Shown:
     message: str  # what it shows
     wide: int  # pixels as drawn, for the page to keep the place
     high: int
+    told: Markup  # its numbers for page.js
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class Row:
     gain: str
     rate: str
     half_life: str
+    window: str
     gone: str
     channels: str
 
@@ -109,8 +116,8 @@ class Outlook:
     verdict: str
 
 
-def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
-    """Build the page from an analysis and its pictures, PNG bytes by (kind, layer name).
+def page(analysis: Analysis, figures: Mapping[FigureKey, Drawn]) -> str:
+    """Build the page from an analysis and its pictures by (kind, layer name).
 
     The picture ``("overview", "top")`` heads the page, ``("overview", "narrow")`` stands for it on
     a narrow screen, ``("overview", "")`` is the overview of all layers where there are more. Pictures
@@ -126,12 +133,12 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, bytes]) -> str:
         dense=high > ROOM,
         top=rows[:TOP],
         others=rows[TOP:],
-        rows=[_row(layer, analysis) for layer in analysis],
+        rows=[_row(layer, analysis) for layer in analysis.values()],
         findings=findings,
         more_findings=other_findings(analysis),
         # one shown where there is room, the others folded: the first screen holds all findings
         opened=next((f for f in findings if predictions(analysis, f) and high < 1.2 * ROOM), None),
-        linear=[layer for layer in analysis if is_linear(layer)],
+        linear=[layer for layer in analysis.values() if is_linear(layer)],
         decay_words=decay_words,
         labels={name: LABEL_WORDS[name] for name in LABEL_WORDS if _shown(name, analysis)},
         outlooks=functools.partial(outlooks, analysis),
@@ -160,6 +167,13 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["breaks"] = breaks
+    # the one script: the page allows no other, so that nothing slipped into it can run
+    script = resources.files("gradflow.reporter").joinpath("templates/page.js").read_text("utf-8")
+    digest = hashlib.sha256(script.encode()).digest()
+    environment.globals |= {
+        "script": Markup(script),
+        "script_hash": base64.b64encode(digest).decode("ascii"),
+    }
     return environment.get_template(name)
 
 
@@ -231,15 +245,15 @@ def _lines(text: str, letters: int) -> int:
 
 def _none_found(analysis: Analysis) -> str:
     """What to say where there is no finding."""
-    if all(layer.verdict == "stable" for layer in analysis):
+    if all(layer.verdict == "stable" for layer in analysis.values()):
         return "Nothing here needs a remedy."
-    if all(layer.verdict == "stable" or "no gains" in layer.labels for layer in analysis):
+    if all(layer.verdict == "stable" or "no gains" in layer.labels for layer in analysis.values()):
         return "Where gains are not known, no cause is looked for."
     return "No cause was found; the verdict says what would decide."
 
 
 def _shown(label: str, analysis: Analysis) -> bool:
-    return any(label in layer.labels for layer in analysis)
+    return any(label in layer.labels for layer in analysis.values())
 
 
 def _row(layer: LayerAnalysis, analysis: Analysis) -> Row:
@@ -254,6 +268,7 @@ def _row(layer: LayerAnalysis, analysis: Analysis) -> Row:
         gain=gain_words(layer),
         rate=rate_words(layer.rate),
         half_life=half_life_words(layer),
+        window=window_words(layer),
         gone=gone_words(layer),
         channels=channel_words(layer),
     )
@@ -298,33 +313,39 @@ def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
     of_span = f"{reach} of {layer.span} steps"
     if short:
         whole = layer.horizon is None and layer.searched >= layer.span - 1
-        least = "≥ " if layer.horizon is None else ""
-        return f"reaches all {layer.span} steps" if whole else f"reaches {least}{of_span}"
+        if whole:
+            return f"some direction reaches all {layer.span} steps"
+        most = (
+            "some direction reaches ≥" if layer.horizon is None else "no direction reaches beyond"
+        )
+        return f"{most} {of_span}"
     if layer.horizon is None:
-        return f"above {GONE_WORDS} at every distance measured, up to {of_span}"
-    return f"below {GONE_WORDS} after {of_span}"
+        return f"some direction above {GONE_WORDS} at every distance measured, up to {of_span}"
+    return f"every direction below {GONE_WORDS} after {of_span}"
 
 
 def embed(
-    analysis: Analysis, figures: Mapping[FigureKey, bytes], words: int
+    analysis: Analysis, figures: Mapping[FigureKey, Drawn], words: int
 ) -> tuple[dict[FigureKey, Shown], list[str]]:
     """The pictures that fit beside so many bytes of words, and the names of those that do not."""
     room = PAGE_BYTES - words - 1_000 * len(figures)  # what is said of each picture
     shown: dict[FigureKey, Shown] = {}
     left_out: list[FigureKey] = []
     for key in sorted(figures, key=functools.partial(_importance, analysis)):
-        png = figures[key]
-        size = 4 * -(-len(png) // 3)
+        png, web = figures[key].png, figures[key].web
+        narrow = figures.get(("overview", "narrow")) if key == ("overview", "top") else None
+        told = Markup("") if key == ("overview", "narrow") else as_json(figures[key], narrow)
+        size = 4 * -(-len(web) // 3) + len(told.encode())
         if size > room:
             left_out.append(key)
             continue
         room -= size
-        source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+        source = "data:image/webp;base64," + base64.b64encode(web).decode("ascii")
         wide, high = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
         kind = KINDS[key[0]]
         title = (kind and kind.title) or key[0].replace("-", " ")
         alt = alternative(analysis, key)
-        shown[key] = Shown(source, alt, title, _message(analysis, key), wide, high)
+        shown[key] = Shown(source, alt, title, _message(analysis, key), wide, high, told)
     return shown, _names(left_out)
 
 
@@ -358,7 +379,7 @@ def _message(analysis: Analysis, key: FigureKey) -> str:
     if kind is None:
         return ""
     if kind.together:
-        return str(kind.prepare(list(analysis)).message)
+        return str(kind.prepare(list(analysis.values())).message)
     return str(kind.prepare(analysis.layers[name]).message)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib.style
@@ -17,9 +19,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from gradflow.process import lock
-from gradflow.reporter.fonts import installed, legible
+from gradflow.reporter.fonts import families, legible
 from gradflow.reporter.scale import palette
 
+VECTORS = ("pdf", "svg")  # kinds of files that a picture is written as, but for PNG
 INK, SOFT, FAINT = "#222222", "#595959", "#9a9a9a"
 
 _LOOK = {
@@ -29,7 +32,6 @@ _LOOK = {
     "lines.solid_capstyle": "round",
     "patch.edgecolor": "w",
     "patch.force_edgecolor": True,
-    "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.labelsize": 8.5,
     "axes.linewidth": 0.8,
@@ -47,6 +49,10 @@ _LOOK = {
     "legend.fontsize": 8,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
+    # letters stay letters, and the same figure gives the same bytes
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gradflow",
 }
 
 
@@ -57,9 +63,9 @@ _drawing = (
 
 @contextmanager
 def look() -> Iterator[None]:
-    """matplotlib's defaults and gradflow's fonts, while drawing only; the user's style comes back."""
+    """matplotlib's defaults and the user's fonts, while drawing only; the user's style comes back."""
     with _drawing:
-        style = _LOOK | {"font.sans-serif": list(installed())}
+        style = _LOOK | {"font.family": list(families())}
         with matplotlib.style.context(["default", style]):
             yield
 
@@ -70,6 +76,8 @@ class Picture(Figure):
     def __init__(self, width: float, height: float) -> None:
         super().__init__(figsize=(width, height), dpi=100)
         FigureCanvasAgg(self)
+        # panels and what each says under the pointer: see `gradflow.reporter.readout`
+        self.readouts: list[tuple[Axes, Any]] = []
 
     def _repr_png_(self) -> bytes:
         return png(self)
@@ -129,6 +137,40 @@ class Picture(Figure):
             words = words[: -max(1, len(words) // 20)].rstrip()
             text.set_text(words + " …")
         return text
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture ready to be written or put on a page."""
+
+    png: bytes  # its pixels
+    web: bytes  # the same for a page, as WebP
+    told: Mapping[str, list[dict[str, Any]]]  # what it says under the pointer
+    vectors: Mapping[str, bytes]  # "pdf", "svg" -> the same picture, where asked for
+
+
+def write_pictures(place: Path, pictures: Mapping[str, Drawn], kind: str) -> None:
+    """Write pictures by the stem of their names into a folder, as "png", "pdf" or "svg"."""
+    place.mkdir(exist_ok=True)
+    for stem, picture in pictures.items():
+        data = picture.png if kind == "png" else picture.vectors[kind]
+        (place / f"{stem}.{kind}").write_bytes(data)
+
+
+def webp(png: bytes) -> bytes:
+    """The very same pixels in a quarter fewer bytes, for a page, which has little room."""
+    packed = io.BytesIO()
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image.save(packed, "WEBP", lossless=True, quality=50, method=2)
+    return packed.getvalue()
+
+
+def vector(figure: Figure, kind: str) -> bytes:
+    """A figure as PDF or SVG, its letters as text; the same figure gives the same bytes."""
+    packed, named = io.BytesIO(), {"pdf": "CreationDate", "svg": "Date"}
+    with look():
+        figure.savefig(packed, format=kind, metadata={named[kind]: None})
+    return packed.getvalue()
 
 
 def png(figure: Figure, dpi: int = 180) -> bytes:

@@ -22,6 +22,7 @@ from gradflow.reporter.numbers import (
     gone_words,
     half_life_words,
     rate_words,
+    window_words,
 )
 from gradflow.reporter.page import provenance_rows
 
@@ -56,7 +57,8 @@ COLUMNS = (
     Column("gain over\nthe span", gain_words, from_width=88),
     Column("rate ± 95 %\nper step", lambda layer: rate_words(layer.rate), may_fold=True),
     Column("half-\nlife", half_life_words, from_width=70),
-    Column("gone\nafter", gone_words),
+    Column("window\nfor 5 %", window_words, from_width=80),
+    Column("horizon\nsteps", gone_words),
     Column("channels", channel_words, from_width=50),
 )
 
@@ -166,7 +168,7 @@ def _columns(console: Console, first: str = "") -> Table:
 def _add_rows(table: Table, analysis: Analysis, console: Console, run: str = "") -> None:
     """A row per layer, under the name of the run where there are several."""
     columns = _shown(console)
-    for layer in analysis:
+    for layer in analysis.values():
         cells = [Text(column.value(layer)) for column in columns]
         cells[[column.heading for column in columns].index("verdict")].style = STYLES[layer.verdict]
         if run:
@@ -196,7 +198,7 @@ def _basis(console: Console, analysis: Analysis) -> None:
     """Provenance and parity, as at the end of the page."""
     print_words(console, Text(""))
     print_words(console, Text("what the numbers rest on", style="bold"))
-    for layer in analysis:
+    for layer in analysis.values():
         error = "" if layer.parity.error is None else f", relative error {layer.parity.error:.1e}"
         reason = f": {layer.parity.reason}" if layer.parity.reason else ""
         said = f"parity of {layer.name} with the backward: {layer.parity.status}{error}{reason}"

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import analyze
 from gradflow.analyzer.closed import judged
 from gradflow.analyzer.evidence import counted, number
 from gradflow.analyzer.jacobians import state_size
-from gradflow.analyzer.paced import Paced, paced, paced_linear
-from gradflow.analyzer.pulse import broken, pulse
+from gradflow.analyzer.measuring import is_linear
+from gradflow.analyzer.paced import (
+    Paced,
+    median_length,
+    paced,
+    paced_linear,
+    sent,
+    spread_places,
+)
+from gradflow.analyzer.pulse import LayerSums, broken, layer_sums, pulse_of
 from gradflow.analyzer.read_states import read_part
+from gradflow.distributed import can_be_sent
 from gradflow.errors import RecordingError
-from gradflow.history import LayerProbe
+from gradflow.history import LayerProbe, lag_grid
 from gradflow.limits import BAND_WORDS, GONE_WORDS
-from gradflow.process import fitting_threads
-from gradflow.recording import Recording, Track, pooled
+from gradflow.process import fitting_threads, without_modes
+from gradflow.recording import Recording, Track, as_one, pooled
 
 Standing = Paced | LayerAnalysis  # what a rule is held against
 
@@ -37,66 +47,180 @@ class MeasuredUpdate:
     analysis: Analysis | None = None  # preset full
 
 
-def measure(recording: Recording, preset: str) -> MeasuredUpdate:
-    """Measure all layers of one update.
+@dataclass(frozen=True)
+class SeenLayer:
+    """What one process saw of a layer in one update, and hands on to the one that writes."""
+
+    cell: str  # kind of cell
+    sums: LayerSums  # what its pulse is made from
+    wrong: str = ""  # where a NaN or Inf sits, in words
+    wrong_step: int = 0  # the time step, counted from 1
+    judged: tuple[Track, ...] = ()  # what a verdict rests on, one behind the other as sequences
+
+
+@dataclass(frozen=True)
+class SeenUpdate:
+    """What one process saw of one update."""
+
+    layers: dict[str, SeenLayer]  # layer name -> what it saw
+    lengths: dict[str, Tensor]  # layer name -> (B,) real steps, of all processes
+    notes: tuple[str, ...]  # on what limits the numbers
+    analysis: Analysis | None = None  # preset full
+
+
+def ready(recording: Recording) -> Recording:
+    """The recording of an update with the runs of one layer as one.
+
+    Raises:
+        RecordingError: nothing was recorded.
+    """
+    recording.require_tracks()
+    return pooled(_of_training(recording))[0]
+
+
+def layer_lengths(recording: Recording) -> dict[str, Tensor]:
+    """Layer name -> (B,) real steps."""
+    return {track.name: track.lengths.cpu() for track in recording.values()}
+
+
+def lengths_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """Layer name -> (B,) real steps of it in each process, none where it did not run."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    none = torch.zeros(0, dtype=torch.long)
+    return {name: [part.get(name, none) for part in parts] for name in names}
+
+
+def measure(recording: Recording, preset: str, span: int | None = None) -> MeasuredUpdate:
+    """Measure all layers of one update of one process.
 
     Args:
         recording: of one update, closed.
         preset: "pulse", "rate" or "full".
-
-    Returns:
-        The numbers; a layer whose states cannot be read is left out with a note.
+        span: the distance of interest in steps; by default the median length of the sequences.
 
     Raises:
         RecordingError: nothing was recorded, or nothing can be read.
     """
-    recording.require_tracks()
-    recording = _of_training(recording)
-    recording, _ = pooled(recording)
+    recording = ready(recording)
+    lengths = lengths_of([layer_lengths(recording)])
+    return joined([seen(recording, preset, lengths, 0, span)], span)
+
+
+@without_modes
+def seen(
+    recording: Recording,
+    preset: str,
+    lengths: dict[str, list[Tensor]],
+    rank: int,
+    span: int | None = None,
+) -> SeenUpdate:
+    """What this process saw of an update.
+
+    Args:
+        recording: its own, ready.
+        preset: "pulse", "rate" or "full".
+        lengths: of all processes.
+        rank: its place among them.
+        span: the distance of interest in steps; by default the median length.
+
+    Raises:
+        RecordingError: of no layer anything can be read.
+    """
     notes = list(recording.notes)
-    found: dict[str, LayerProbe] = {}
-    standings: dict[str, Standing] = {}
-    wrong: dict[str, str] = {}
-    analysis = analyze(recording) if preset == "full" else None
-    for track in recording:
+    found: dict[str, SeenLayer] = {}
+    analysis = analyze(recording, span=span) if preset == "full" else None
+    for track in recording.values():
         try:
-            found[track.name] = pulse(track)
-            bad = broken(track)
-            if analysis is not None and track.name in analysis.layers:
-                standings[track.name] = analysis[track.name]
-            elif preset == "rate":
+            lags = lag_grid(int(max(int(one.max()) for one in lengths[track.name] if len(one))))
+            sums, bad = layer_sums(track, lags), broken(track)
+            part: tuple[Track, ...] = ()
+            if preset == "rate":
                 with fitting_threads(state_size(track)):
-                    standing = _standing(recording, track, notes)
-                if standing is not None:
-                    standings[track.name] = standing
+                    part = _judged(recording, track, lengths[track.name], rank, notes)
         except RecordingError as error:
             notes.append(
                 f"{track.name} is not in this probe: {str(error).removeprefix(f'{track.name}: ')}"
             )
             continue
+        one = SeenLayer(track.cell, sums, judged=part)
         if bad is not None:
             place, kind = bad
-            wrong[track.name] = f"{track.name}: the {kind} is {place.value} at {place.where}"
-        values = {"nonfinite": float(bad is not None)}
-        if bad is not None:
-            values["nonfinite_at"] = float(bad[0].step + 1)
-        found[track.name] = _with(found[track.name], values, standings.get(track.name))
+            words = f"{track.name}: the {kind} is {place.value} at {place.where}"
+            words += f" on rank {rank}" if len(lengths[track.name]) > 1 else ""
+            one = replace(one, wrong=words, wrong_step=place.step + 1)
+        found[track.name] = one
     if not found:
         raise RecordingError(notes[-1])
+    whole = {name: torch.cat(some) for name, some in lengths.items()}
+    return SeenUpdate(found, whole, tuple(notes), analysis)
+
+
+def _judged(
+    recording: Recording, track: Track, lengths: list[Tensor], rank: int, notes: list[str]
+) -> tuple[Track, ...]:
+    """What a verdict rests on, where the layer's step Jacobians are known; of several processes, what
+    one of them brings to it."""
+    try:
+        part = read_part(judged(recording, track)[1]).judged
+        if len(lengths) == 1:
+            return (part,)
+        before = sum(map(len, lengths[:rank]))
+        every = spread_places(sum(map(len, lengths)), state_size(part))
+        runs = tuple(sent(part, [b - before for b in every if 0 <= b - before < part.batch]))
+        if not can_be_sent(runs):
+            notes.append(
+                f"{track.name}: its verdict is of other processes' sequences than those of rank {rank}, "
+                "whose steps cannot be sent"
+            )
+        return runs if can_be_sent(runs) else ()
+    except RecordingError as error:
+        notes.append(str(error))
+        return ()
+
+
+def joined(parts: Sequence[SeenUpdate], span: int | None = None) -> MeasuredUpdate:
+    """The numbers of one update from what each process saw of it.
+
+    Args:
+        parts: of each, in the order of their ranks.
+        span: the distance of interest in steps; by default the median length.
+    """
+    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    names = dict.fromkeys(name for part in parts for name in part.layers)
+    found: dict[str, LayerProbe] = {}
+    standings: dict[str, Standing] = {}
+    wrong: dict[str, str] = {}
+    cells: dict[str, str] = {}
+    for name in names:
+        each = [part.layers[name] for part in parts if name in part.layers]
+        lengths = parts[0].lengths[name]
+        probe = pulse_of([one.sums for one in each], lag_grid(int(lengths.max())))
+        bad = [one for one in each if one.wrong]
+        values = {"nonfinite": float(bool(bad))}
+        if bad:
+            wrong[name], values["nonfinite_at"] = bad[0].wrong, float(bad[0].wrong_step)
+        analysis = parts[0].analysis
+        if analysis is not None and name in analysis.layers:
+            standings[name] = analysis[name]
+        elif any(one.judged for one in each):
+            runs, over = [run for one in each for run in one.judged], span or median_length(lengths)
+            standing = _standing(name, runs, over, notes)
+            standings |= {} if standing is None else {name: standing}
+        found[name], cells[name] = _with(probe, values, standings.get(name)), each[0].cell
     return MeasuredUpdate(
         layers=found,
-        cells={track.name: track.cell for track in recording if track.name in found},
+        cells=cells,
         standings=standings,
         broken=wrong,
         notes=tuple(dict.fromkeys(notes)),
-        analysis=analysis,
+        analysis=parts[0].analysis,
     )
 
 
 def _of_training(recording: Recording) -> Recording:
     """Without runs that no backward reached beside others of the same layer that one did."""
-    reached = {_base(track) for track in recording if track.backwards}
-    out = [t for t in recording if not t.backwards and _base(t) in reached]
+    reached = {_base(track) for track in recording.values() if track.backwards}
+    out = [t for t in recording.values() if not t.backwards and _base(t) in reached]
     for track in out:
         recording.drop(track)
     return recording
@@ -106,13 +230,14 @@ def _base(track: Track) -> str:
     return track.name.partition("@")[0]
 
 
-def _standing(recording: Recording, track: Track, notes: list[str]) -> Paced | None:
+def _standing(name: str, runs: list[Track], span: int, notes: list[str]) -> Paced | None:
     """A layer's verdict, where it has a recurrence whose step Jacobians are known."""
     try:
-        _, loop = judged(recording, track)
-        part = read_part(loop).judged
-        found = paced_linear(part) if track.state_shape else paced(part)
-        return replace(found, name=track.name)
+        with fitting_threads(state_size(runs[0])):
+            part = as_one(runs)
+            linear = part.state_shape and is_linear(part)
+            found = paced_linear(part, span=span) if linear else paced(part, span=span)
+        return replace(found, name=name)
     except RecordingError as error:
         notes.append(str(error))
         return None
@@ -169,7 +294,7 @@ def _gone(found: Paced) -> str:
         return (
             f" and is still above {GONE_WORDS} after the {counted(found.searched, 'step')} measured"
         )
-    return f" and is gone after {counted(found.horizon, 'step')}"
+    return f" and is gone in every direction after {counted(found.horizon, 'step')}"
 
 
 def _open(found: Paced) -> str:
@@ -197,5 +322,5 @@ def all_gone(recording: Recording) -> bool:
     """
     return any(
         track.has_gradient and not all(bool(torch.isfinite(g.sum())) for g in track.grads.values())
-        for track in recording
+        for track in recording.values()
     )

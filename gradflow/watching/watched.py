@@ -17,17 +17,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradflow._version import __version__
+from gradflow.distributed import AllProcesses, ApartError, is_shared_out, world
 from gradflow.errors import FileError, GradflowError, InputError, StopTraining, warn
 from gradflow.history import History, Note, Probe, Writer
 from gradflow.history.tags import Target
 from gradflow.hooks.guard import Point, briefly, guarded, lenient
 from gradflow.hooks.lengths import Lengths
+from gradflow.hooks.observe import gathered
 from gradflow.hooks.stepwise import Stepwise
 from gradflow.limits import CLIPPED, WATCH_FAILURES, WATCH_FIGURES, WATCH_FRAMES, WATCH_UNSEEN
+from gradflow.recording import Recording
 from gradflow.watching.alerts import Alerts, Event, notes_of, read_rules
 from gradflow.watching.asked import WatchArguments, checked
 from gradflow.watching.gradnorms import GradNorms
-from gradflow.watching.probing import MeasuredUpdate, all_gone, measure
+from gradflow.watching.probing import (
+    MeasuredUpdate,
+    all_gone,
+    joined,
+    layer_lengths,
+    lengths_of,
+    ready,
+    seen,
+)
 from gradflow.watching.schedule import Schedule
 from gradflow.watching.targets import scalars_of, targets_of
 from gradflow.watching.updates import GradientMarks, Hooks, ModelOptimizer, scaler_above, trains
@@ -50,6 +61,7 @@ def watch(
     on: Any = None,
     resume: bool = False,
     force: bool = False,
+    gather: bool = False,
 ) -> Watch:
     """Measure some of a model's training steps from now on, and write them into a folder.
 
@@ -78,6 +90,8 @@ def watch(
             the training.
         resume: go on behind the history that is there.
         force: throw that away.
+        gather: of a model that several processes train: measure the sequences of all, and the mean of
+            their losses; see `gradflow.distributed`. By default only the first process is measured.
 
     Returns:
         A `Watch`, which need not be kept; ``watch.history`` is what was measured so far.
@@ -102,7 +116,8 @@ def watch(
     made = Watch()
     try:
         asked = checked(model, folder, optimizer, every, budget, preset, layers, lengths, scaler)
-        made._begin(model, asked, read_rules(on), targets_of(to), resume=resume, force=force)
+        begun = read_rules(on), targets_of(to), AllProcesses(gather)
+        made._begin(model, asked, *begun, resume=resume, force=force)
     except GradflowError as error:
         warn(f"{error}; this training is not watched", stacklevel=2)
     return made
@@ -138,6 +153,7 @@ class Watch:
         asked: WatchArguments,
         alerts: Alerts,
         targets: list[Target],
+        processes: AllProcesses,
         *,
         resume: bool,
         force: bool,
@@ -150,7 +166,7 @@ class Watch:
                 "that watch first"
             )
         self._asked, self._alerts, self._targets = asked, alerts, targets
-        self._rank = _rank()
+        self._processes = processes
         header = {
             "title": type(model).__name__,
             "preset": asked.preset,
@@ -159,13 +175,12 @@ class Watch:
             "gradflow": __version__,
             "torch": str(torch.__version__),
             "started": time.time(),
+            "processes": processes.size,
         }
-        if self._rank:  # another process writes
+        rank, size = world()
+        if rank and processes.size == 1:  # another process writes
             return
-        self._writer = Writer(asked.folder, resume=resume, force=force, **header)
-        for old in asked.folder.glob("step-*.nc") if force else ():  # of the history thrown away
-            old.unlink()
-        self._folder, self._done = asked.folder, self._writer.last_step
+        self._open_file(resume=resume, force=force, first=rank == 0, header=header)
         self._model, self._process = weakref.ref(model), os.getpid()
         self._schedule = Schedule(asked.every, asked.budget)
         self._owner = ModelOptimizer(model, asked.optimizer)
@@ -182,11 +197,36 @@ class Watch:
         self._on = True
         _watched[model] = self
         self._finalizer = weakref.finalize(self, _ended, self._writer, targets)
+        if self._writer is None:
+            return
         if self._done:
             words = f"the run goes on behind step {self._done}"
             self._note(Note(self._done, "resumed", words))
-        for words in _rank_words():
+        for words in _words_on_processes(model, size, processes):
             self._note(Note(self._done, "warning", words))
+
+    def _open_file(self, *, resume: bool, force: bool, first: bool, header: dict[str, Any]) -> None:
+        """Of several processes the first opens it, and all learn where it stands or why it cannot."""
+        asked, why = self._asked, ""
+        self._writer: Writer | None = None
+        if first:
+            try:
+                self._writer = Writer(asked.folder, resume=resume, force=force, **header)
+                self._folder, self._done = asked.folder, self._writer.last_step
+                for old in (
+                    asked.folder.glob("step-*.nc") if force else ()
+                ):  # of what is thrown away
+                    old.unlink()
+            except GradflowError as error:
+                why = str(error)
+        try:
+            self._done, why = self._processes.every("the beginning", (self._done, why))[0]
+        except ApartError:
+            if self._writer is not None:
+                self._writer.close()
+            raise
+        if why:
+            raise FileError(why)
 
     # -- what the hooks call ------------------------------------------------------------------
 
@@ -270,7 +310,7 @@ class Watch:
     # -- one probe ----------------------------------------------------------------------------
 
     def _open_probe(self, module: nn.Module) -> None:
-        if not self._schedule.is_due(self._done + 1):
+        if not self._is_due(self._done + 1):
             return
         asked = self._asked
         self._began = time.perf_counter()
@@ -291,7 +331,25 @@ class Watch:
         )
         if opened is not None:
             self._open = opened
+            opened.recorder.processes = self._processes.size
             opened.open()
+
+    def _is_due(self, step: int) -> bool:
+        """Whether this step is probed; of several processes the first decides for all."""
+        due = self._schedule.is_due(step) if self._processes.first else False
+        agreed = self._together(("due", step), (due, self._schedule.due))
+        if agreed is None:
+            return False
+        due, self._schedule.due = agreed[0]
+        return due
+
+    def _together(self, where: tuple[str, int], brought: Any) -> list[Any] | None:
+        """What all processes bring; None where they did not come together, which ends the watching."""
+        try:
+            return self._processes.every(where, brought)
+        except ApartError as error:
+            self._stop(str(error))
+            return None
 
     def _reached(self, scale: float) -> None:
         """A backward brought something to the model's parameters."""
@@ -336,42 +394,111 @@ class Watch:
             return
         arrived = time.perf_counter()
         lenient.add(threading.get_ident())
-        made = guarded(Point.PROBE, self._failed, self._measured, opened, optimizer, updated)
+        made = self._measured(opened, optimizer, updated)
         lenient.discard(threading.get_ident())
-        step = self._done + 1
-        if made is None and not self._on:
+        if not self._on:
             return
+        step, ends = self._done + 1, None
+        if self._processes.first:
+            ends = self._take(made, step, arrived)
+        self._agree(step, ends)
+        self._timed = math.nan
+
+    def _take(
+        self, made: tuple[Probe, MeasuredUpdate] | None, step: int, arrived: float
+    ) -> StopTraining | None:
+        """Write a probe down and tell of it, in the process that does; what ends the training, if any."""
+        now = time.perf_counter()
         if made is None:
-            self._schedule.lost(step, time.perf_counter() - self._began)
+            self._schedule.lost(step, now - self._began)
             self._schedule.due = step + self._asked.every
             self._failures += 1
             if self._failures >= WATCH_FAILURES:
                 self._stop(f"{WATCH_FAILURES} probes in a row failed")
-            return
+            return None
         self._failures = 0
         probe, measured = made
         events = self._alerts.after(step, measured)
-        now = time.perf_counter()
         cost = self._schedule.probed(step, now - self._began, arrived - self._began)
         self._write(self._whole(probe, measured, events, cost), measured)
-        self._tell(probe, events)
-        self._timed = math.nan
+        try:
+            self._tell(probe, events)
+        except StopTraining as error:
+            return error
+        return None
+
+    def _agree(self, step: int, ends: StopTraining | None) -> None:
+        """All processes go on, or stop, as the one that writes says."""
+        said = self._together(("told", step), (self._on, self._schedule.due, ends))
+        if ends is None and said is not None:
+            on, self._schedule.due, ends = said[0]
+            if not on and self._on:
+                self._leave()
+        if ends is not None:
+            raise ends
 
     def _measured(
         self, opened: Stepwise, optimizer: Optimizer | None, updated: bool
     ) -> tuple[Probe, MeasuredUpdate] | None:
-        """All numbers of the update."""
+        """All numbers of the update; of several processes in the first one alone."""
+        failed: list[str] = []
         with torch.no_grad():
-            sentences = opened.close()
-            if optimizer is not None:
-                self._after_norms(optimizer)
-            self._new_warnings(sentences)
-            opened.recording.notes = []
-            if not len(opened.recording):
+            known = guarded(Point.PROBE, failed.append, self._ready, opened, optimizer)
+            steps = None if known is None else layer_lengths(known)
+            parts = self._together(("lengths", self._done + 1), steps)
+            if parts is None:
+                return None
+            if not any(parts) and None not in parts:
                 self._stop(opened.recording.empty_reason)
                 return None
-            measured = measure(opened.recording, self._asked.preset)
-        before, after = self._before, self._after
+            mine, rank, preset = None, self._processes.rank, self._asked.preset
+            if preset == "full":  # the recording is that of all processes already
+                parts, rank = parts[:1], 0
+            if (
+                known is not None
+                and None not in parts
+                and (preset != "full" or self._processes.first)
+            ):
+                lengths = lengths_of(parts)
+                mine = guarded(Point.PROBE, failed.append, seen, known, preset, lengths, rank)
+            brought = (mine, self._before, self._after, self._told_loss(opened), failed)
+            try:
+                every = self._processes.at_first(("seen", self._done + 1), brought)
+            except ApartError as error:
+                self._stop(str(error))
+                return None
+        if every is None:
+            return None
+        why = next((one[4][0] for one in every if one[4]), "")
+        if why:
+            self._failed(why)
+            return None
+        return guarded(Point.PROBE, self._failed, self._joined, every, optimizer, updated)
+
+    def _ready(self, opened: Stepwise, optimizer: Optimizer | None) -> Recording:
+        """The recording of this process, with full that of all."""
+        sentences = opened.close()
+        if optimizer is not None:
+            self._after_norms(optimizer)
+        if self._asked.preset == "full" and self._processes.size > 1:
+            sentences += gathered(opened.recording, self._processes)
+        self._new_warnings(sentences)
+        opened.recording.notes = []
+        return ready(opened.recording) if len(opened.recording) else opened.recording
+
+    def _told_loss(self, opened: Stepwise) -> float:
+        """What this process brings to the loss."""
+        if self._loss is None:
+            return opened.loss / self._late
+        return _as_number(self._loss) / self._processes.size
+
+    def _joined(
+        self, every: list[Any], optimizer: Optimizer | None, updated: bool
+    ) -> tuple[Probe, MeasuredUpdate]:
+        """The numbers of the update from what each process brought."""
+        parts = [one[0] for one in every if one[0] is not None]
+        measured = joined(parts)
+        before, after = (_of_whole([one[place] for one in every]) for place in (1, 2))
         layers, decades = dict(measured.layers), math.log10(self._late)
         if before is not None and self._late != 1:
             before = before.divided(self._late)
@@ -382,9 +509,8 @@ class Watch:
             if before is not None and after is not None:
                 layer.values["grad_norm"] = before.of_layer(name)
                 layer.values["grad_norm_clipped"] = after.of_layer(name)
-        loss = opened.loss / self._late if self._loss is None else _as_number(self._loss)
         values = {
-            "loss": loss,
+            "loss": sum(one[3] for one in every),
             "grad_norm_all": math.nan if before is None else before.all,
             "grad_norm_all_clipped": math.nan if after is None else after.all,
             "clipped": _clipped(before, after),
@@ -417,6 +543,8 @@ class Watch:
         return Probe(probe.step, probe.values, probe.layers, probe.learning_rates, tuple(notes))
 
     def _write(self, probe: Probe, measured: MeasuredUpdate) -> None:
+        if self._writer is None:
+            return
         try:
             self._writer.probe(probe, measured.cells)
             if measured.analysis is not None and self._folder is not None:
@@ -425,6 +553,8 @@ class Watch:
             self._stop(f"the history could not be written ({briefly(error)})")
 
     def _note(self, note: Note) -> None:
+        if self._writer is None:
+            return
         try:
             self._writer.note(note)
         except OSError as error:
@@ -585,9 +715,10 @@ class Watch:
         return f"Watch into {self._folder}, {state}, {self._done} updates so far"
 
 
-def _ended(writer: Writer, targets: list[Target]) -> None:
+def _ended(writer: Writer | None, targets: list[Target]) -> None:
     """The watching is over, by `close` or with the process."""
-    writer.close()
+    if writer is not None:
+        writer.close()
     for target in targets:
         close = getattr(target, "close", None)
         if callable(close):
@@ -610,21 +741,31 @@ def _clipped(before: GradNorms | None, after: GradNorms | None) -> float:
     return float(after.all < (1 - CLIPPED) * before.all)
 
 
-def _rank() -> int:
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return 0
-    return distributed.get_rank()
+def _of_whole(parts: list[GradNorms | None]) -> GradNorms | None:
+    """Norms of whole parameters, where all processes that hold parts of them have brought theirs."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or not known:
+        return None
+    return GradNorms.together(known) if len(known) == world()[1] else known[0]
 
 
-def _rank_words() -> list[str]:
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return []
-    size = distributed.get_world_size()
+def _words_on_processes(model: nn.Module, size: int, processes: AllProcesses) -> list[str]:
+    """What to know of the numbers of several processes that train one model."""
     if size == 1:
         return []
-    return [
+    if processes.size > 1:
+        return [
+            f"of {size} processes that train together all are measured: sequences are those of all of "
+            "them, the loss and its gradients are those of the mean of their losses"
+        ]
+    found = [
         f"of {size} processes that train together only rank 0 is measured: totals are of its own "
-        "sequences, norms of parameter gradients of what the ranks make of them together"
+        "sequences, norms of parameter gradients of what the ranks make of them together; "
+        "gather=True measures all"
     ]
+    if any(map(is_shared_out, nn.Module.parameters(model))):
+        found.append(
+            "norms of parameter gradients are not known: each process holds a part of every parameter "
+            "(fully_shard), and only rank 0 is measured; gather=True puts the parts together"
+        )
+    return found

@@ -24,7 +24,7 @@ COMMAND = Path(__file__).parent.parent / "benchmark.py"
 def own_bytes(recording: gradflow.Recording) -> int:
     """Bytes of its tracks' states, gates, inputs and gradients."""
     own: dict[int, int] = {}
-    for track in recording:
+    for track in recording.values():
         tensors = [*track.states.values(), *track.grads.values(), *track.gates.values()]
         for tensor in [*tensors, track.delta, track.inputs]:
             own[tensor.data_ptr()] = tensor.numel() * tensor.element_size()

@@ -338,7 +338,7 @@ def test_a_kernel_is_known_by_its_signature(cell: str, monkeypatch: pytest.Monke
         results = layer()
         every = [x for x in (results if isinstance(results, tuple) else [results]) if x is not None]
         sum((x * torch.randn_like(x)).sum() for x in every).backward()  # type: ignore[union-attr]
-    (track,) = recording
+    (track,) = recording.values()
     assert track.cell == cell
     (states,) = KEPT
     mask = torch.ones(T, B, dtype=torch.bool)
@@ -395,7 +395,7 @@ def test_a_function_that_does_something_else_is_refused(monkeypatch: pytest.Monk
     layer = Layer(module, "chunk_gla", _qkv() | {"g": _logs(DK)})
     with gradflow.record(layer) as recording:
         layer()[0].sum().backward()
-    (track,) = recording
+    (track,) = recording.values()
     with pytest.raises(RecordingError, match="run again from what it was given it differs"):
         _ = track.grad_h
 

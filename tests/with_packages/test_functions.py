@@ -122,7 +122,7 @@ def test_a_recording_has_the_totals_of_what_is_read_and_of_the_last_state(case: 
     of_loop_too = (r * y).sum() + (0.0 if final is None else (q * states[-1]).sum())
     wanted = torch.autograd.grad(of_loop_too, states, allow_unused=True)
     totals = [torch.zeros_like(states[0]) if g is None else g for g in wanted]
-    (track,) = recording
+    (track,) = recording.values()
     assert track.grad_h is not None
     mask = torch.ones(track.grad_h.shape[:2], dtype=torch.bool)
     bound = FLOAT32_BOUND if case.single else None
@@ -159,7 +159,7 @@ def test_a_state_that_is_carried_on(case: Case, detached: bool) -> None:
         ((r * first).sum() + (s * second).sum()).backward()
     every = [*states, *more]
     totals = torch.autograd.grad((r * y).sum() + (s * later).sum(), every)
-    (track,) = recording
+    (track,) = recording.values()
     assert bool(track.cuts[len(states)].all()) == detached
     assert any("no gradient comes back to it" in note for note in track.notes) == detached
     assert track.grad_h is not None

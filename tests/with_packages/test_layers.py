@@ -92,8 +92,8 @@ def test_a_recording_changes_no_bit(name: str) -> None:
     assert torch.equal(y, plain)
     found = [p.grad for p in layer.parameters() if p.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert {track.name: track.cell for track in recording} == names
-    for track in recording:
+    assert {track.name: track.cell for track in recording.values()} == names
+    for track in recording.values():
         assert track.grad_h is not None
         assert torch.isfinite(track.grad_h).all()
 
@@ -228,8 +228,8 @@ def test_the_mlstm_of_xlstm_large_is_observed_through_its_partial_function() -> 
     with gradflow.record(model) as recording:
         model(input_ids=ids, use_cache=False).logits.pow(2).mean().backward()
     names = [f"backbone.blocks.{n}.mlstm_layer.mlstm_backend" for n in (0, 1)]
-    assert [track.name for track in recording] == names
-    assert {track.cell for track in recording} == {"mLSTM"}
-    for track in recording:
+    assert [track.name for track in recording.values()] == names
+    assert {track.cell for track in recording.values()} == {"mLSTM"}
+    for track in recording.values():
         assert track.grad_h is not None  # held against what the kernel returned, on the way
         assert torch.isfinite(track.grad_h).all()

@@ -54,7 +54,7 @@ def test_a_recording_changes_no_bit(name: str) -> None:
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert len(recording)
-    for track in recording:
+    for track in recording.values():
         assert track.grad_h is not None
         assert torch.isfinite(track.grad_h).all()
         assert (track.grad_h != 0).any()
@@ -135,7 +135,7 @@ def test_totals_are_those_of_the_explicit_loop(name: str, monkeypatch: pytest.Mo
     every = put_loops_in(model, monkeypatch)
     loss_of(model, ids).backward()
     assert len(every) == len(recording)
-    for track, states in zip(recording, every, strict=True):
+    for track, states in zip(recording.values(), every, strict=True):
         # RWKV reads a state one step later, its last one never
         grads = [torch.zeros_like(s) if s.grad is None else s.grad for s in states]
         totals = torch.stack([grad.flatten(1) for grad in grads])
@@ -155,7 +155,7 @@ def test_half_precision_is_read_in_float32(name: str, autocast: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = loss_of(model, ids)
         loss.backward()
-    for track in recording:
+    for track in recording.values():
         assert track.grad_h is not None
         assert track.grad_h.dtype == torch.float32
         assert torch.isfinite(track.grad_h).all()
@@ -169,14 +169,14 @@ def test_an_attention_mask_tells_the_real_steps() -> None:
         model(
             input_ids=ids, attention_mask=mask, labels=ids * mask - 100 * (1 - mask)
         ).loss.backward()
-    for track in recording:
+    for track in recording.values():
         assert track.lengths.tolist() == [12, 9, 5]
         assert track.grad_h is not None
         assert torch.isnan(track.grad_h[5:, 2]).all()
         assert torch.isfinite(track.grad_h[:5, 2]).all()
     with gradflow.record(model) as recording:
         model(input_ids=ids, attention_mask=mask.flip(1), labels=ids).loss.backward()
-    assert all("0 before or within" in " ".join(track.notes) for track in recording)
+    assert all("0 before or within" in " ".join(track.notes) for track in recording.values())
 
 
 def test_attention_beside_the_recurrences_is_told() -> None:

@@ -8,7 +8,8 @@ for what a track is given, which is in input time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,13 @@ class Stretch:
     grads: dict[str, Tensor] = field(default_factory=dict)  # "output", "final", "states"
     _made: LinearSteps | None = field(default=None, repr=False)
     _states: Tensor | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: the steps as they were made, and gradients at their states."""
+        made = replace(self.made, read=None, read_back=None)
+        grads = {"states": self.direct()} if self.grads else {}
+        unused = dict.fromkeys(("make", "returned", "states_back", "final_back"))
+        return vars(self) | {"_made": made, "grads": grads} | unused
 
     @property
     def made(self) -> LinearSteps:

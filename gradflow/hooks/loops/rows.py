@@ -147,7 +147,7 @@ def _is_none_of(new: Tensor, old: Tensor) -> bool:
 
 
 def _as_bytes(rows: Tensor) -> list[bytes]:
-    held = rows.detach().cpu().contiguous()
+    held = rows.detach().cpu().clone(memory_format=torch.contiguous_format)
     return [row.view(torch.uint8).numpy().tobytes() for row in held]
 
 

@@ -14,6 +14,7 @@ from gradflow.reporter.charts.chart import LN10, Chart, absent, measured, runnin
 from gradflow.reporter.charts.plot_lines import DASHED, DOTTED, Line, draw_log_lines, key, whole
 from gradflow.reporter.numbers import count_words, percent_words, ratio_words
 from gradflow.reporter.picture import FAINT
+from gradflow.reporter.readout import Curves, tell
 from gradflow.reporter.scale import SERIES
 
 DASHES = ("-", DASHED, DOTTED, (0, (4, 1.5, 1, 1.5)))
@@ -129,7 +130,7 @@ def draw(axes: Sequence[Axes], blocks: BlockChart) -> None:
     ]
     ax = axes[0]
     ax.axhline(0, color=FAINT, lw=0.7, zorder=0)
-    draw_log_lines(ax, blocks.lag, lines, decades=12)
+    draw_log_lines(ax, blocks.lag, lines, decades=12, share=True)
     ax.set_ylabel("gain", labelpad=2)
     key(ax, min(6, len(lines)))
     drawn = [ax]
@@ -140,6 +141,7 @@ def draw(axes: Sequence[Axes], blocks: BlockChart) -> None:
         finite = np.where(np.isfinite(blocks.cell_path), blocks.cell_path, np.nan)
         lone = "." if np.isfinite(finite).sum() < 3 else None
         below.plot(blocks.lag, finite, color=SERIES[0], lw=1.4, marker=lone)
+        tell(below, Curves(blocks.lag, [("", finite)], log10=False))
         below.axhline(1, color=FAINT, lw=0.7, zorder=0)
         top = float(np.fmax.reduce(finite))
         below.set_ylim(0, 1.12 * max(1.0, min(top, 5.0)))

@@ -16,6 +16,7 @@ from gradflow.reporter.charts.plot_lines import draw_contour
 from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.numbers import percent_words
 from gradflow.reporter.prepare import MAP_CELLS, measured_distances, pooled
+from gradflow.reporter.readout import Cells, Grid, tell
 from gradflow.reporter.scale import UNDEFINED, paint
 
 
@@ -26,6 +27,8 @@ class GainMap(Chart):
     values: np.ndarray  # (targets, sources) log10; NaN where t' < t
     rows: tuple[float, float]  # the target steps at the upper and lower edge, counted from 1
     columns: tuple[float, float]  # the source steps at the left and right edge, counted from 1
+    targets: Cells  # the same cell by cell
+    sources: Cells  # from left to right
     last: float  # where the sequence ends; the last row and column may reach beyond it
     sequence: int  # index in the user's batch
     contour: bool  # whether some gains are gone and some are not
@@ -62,6 +65,8 @@ def prepare(layer: LayerAnalysis) -> GainMap:
         values=shown,
         rows=down.edges,
         columns=across.edges,
+        targets=down.cells(targets, _labels(layer)),
+        sources=across.cells(sources, _labels(layer)),
         last=length + 0.5,
         sequence=sequence,
         contour=contour,
@@ -79,6 +84,12 @@ class _Axis:
     pool: int
     edges: tuple[float, float]
 
+    def cells(self, steps: np.ndarray, labels: tuple[str, ...]) -> Cells:
+        """What each cell stands for."""
+        first = steps[:: self.pool]
+        own = tuple(labels[step - 1] for step in first) if labels and self.pool == 1 else ()
+        return Cells(np.array(self.edges), first, (self.pool - 1) * self.stride, labels=own)
+
 
 def _axis(steps: np.ndarray) -> _Axis:
     stride = int(steps[1] - steps[0]) if len(steps) > 1 else 1
@@ -91,6 +102,7 @@ def _axis(steps: np.ndarray) -> _Axis:
 def _empty(note: str) -> GainMap:
     return GainMap(
         note=note, values=np.empty((0, 0)), rows=(0, 0), columns=(0, 0), last=0, sequence=-1,
+        targets=Cells(np.empty(0), np.empty(0)), sources=Cells(np.empty(0), np.empty(0)),
         contour=False, unknown=False, reverse=False,
     )  # fmt: skip
 
@@ -152,6 +164,7 @@ def draw(axes: Sequence[Axes], gain: GainMap) -> None:
     extent = (*gain.columns, *gain.rows[::-1])
     ax.imshow(paint(gain.values), extent=extent, interpolation="nearest", aspect="equal")
     ax.set(xlim=(0.5, gain.last), ylim=(gain.last, 0.5), facecolor=UNDEFINED)
+    tell(ax, _grid(gain))
     if gain.contour:
         draw_contour(ax, gain.values, gain.columns, gain.rows, GONE_DECADES)
     for axis in (ax.xaxis, ax.yaxis):
@@ -159,3 +172,24 @@ def draw(axes: Sequence[Axes], gain: GainMap) -> None:
     order = " (processing order)" if gain.reverse else ""
     ax.set_xlabel(f"source step t{order}", labelpad=2)
     ax.set_ylabel("target step t′", labelpad=2)
+
+
+def _grid(gain: GainMap) -> Grid:
+    """The same for the pointer."""
+    most = "at most: " * (gain.targets.more + gain.sources.more > 0)
+    unknown = ", or the pair was cut apart or not measured" * gain.unknown
+    return Grid(
+        values=gain.values,
+        bad=None,
+        across=gain.sources,
+        down=gain.targets,
+        words={
+            "same": "step {y} and itself: {value}",
+            "some": f"{most}step {{y}} still feels up to {{value}} of step {{x}}, {{apart}} earlier",
+            "less": f"{most}step {{y}} feels no more than {{value}} of step {{x}}, {{apart}} earlier",
+            "more": f"{most}step {{y}} feels step {{x}}, {{apart}} earlier, magnified up to {{value}}",
+            "zero": "step {y} feels nothing of step {x}, {apart} earlier: exactly zero",
+            "none": f"step {{x}} is not before step {{y}}{unknown}",
+        },
+        row=True,
+    )

@@ -14,6 +14,7 @@ from gradflow.reporter.charts.chart import Chart, measured, own_cell
 from gradflow.reporter.charts.plot_lines import DASHED, DOTTED, key
 from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.numbers import number_words, percent_words
+from gradflow.reporter.readout import Curves, tell
 from gradflow.reporter.scale import SERIES
 
 DASHES = ("-", DASHED, DOTTED, (0, (4, 1.5, 1, 1.5)))
@@ -86,6 +87,7 @@ def draw(axes: Sequence[Axes], gates: Gates) -> None:
             lone = "." if (~np.isnan(line)).sum() < 3 else None
             ax.plot(gates.step, line, lw=1.4, label=gate, color=SERIES[place % len(SERIES)],
                     ls=DASHES[place % len(DASHES)], marker=lone)  # fmt: skip
+        tell(ax, Curves(gates.step, list(zip(gates.names, values, strict=True)), log10=False))
         ax.set_ylabel(name, labelpad=2)
         ax.set_xlim(0.5, len(gates.step) + 0.5)
         ax.set_ylim(min(0.0, float(np.nanmin([0, *values.ravel()]))) - 0.03, 1.03)

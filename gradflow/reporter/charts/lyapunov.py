@@ -16,6 +16,7 @@ from gradflow.reporter.charts.chart import LN10, Chart, absent, measured
 from gradflow.reporter.charts.plot_lines import whole
 from gradflow.reporter.numbers import gain_words, number_words, rate_words
 from gradflow.reporter.picture import FAINT
+from gradflow.reporter.readout import Curves, tell
 from gradflow.reporter.scale import VERDICT_COLOURS
 
 
@@ -102,6 +103,19 @@ def _reading(layer: LayerAnalysis, over: int, *, sure: bool, traced: bool) -> st
         words += (
             f" All exponents add up to {number_words(got)}; ln|det| says {number_words(exact)}."
         )
+    return words + _attractor(layer)
+
+
+def _attractor(layer: LayerAnalysis) -> str:
+    """What all exponents together say, where some direction grows."""
+    entropy, dimension = layer.entropy_rate, layer.kaplan_yorke
+    if not (layer.rate_told and entropy > 0):
+        return ""
+    words = (
+        f" Entropy rate: at most {number_words(entropy)} nats per step, the sum of those above 0."
+    )
+    if math.isfinite(dimension):
+        words += f" Kaplan–Yorke dimension: {number_words(dimension)} of {layer.size}."
     return words
 
 
@@ -115,6 +129,8 @@ def draw(axes: Sequence[Axes], chart: Lyapunov) -> None:
     ax.vlines(chart.index, chart.low, chart.high, color=colour, lw=1.2, alpha=0.5)
     size = 4.5 if len(chart.index) <= 40 else 2.5
     ax.plot(chart.index[finite], chart.mean[finite], "o", color=colour, ms=size)
+    ends = (("exponent", chart.mean), ("95 % from", chart.low), ("to", chart.high))
+    tell(ax, Curves(chart.index, ends, log10=False))
     ax.set_xlim(0.4, max(len(chart.index), 1) + 0.6)
     ax.xaxis.set_major_locator(whole(8))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=5))

@@ -91,7 +91,7 @@ def draw(axes: Sequence[Axes], paths: Paths) -> None:
         colour, dash = (INK, "-") if name == TOTAL else next(looks)
         label = "all together" if name == TOTAL else name
         lines.append(Line(values, label, colour, 0.9 if name == TOTAL else 1.6, dash))
-    draw_log_lines(ax, paths.step, lines, decades=8)
+    draw_log_lines(ax, paths.step, lines, decades=8, share=True)
     ax.set_xlim(0.5, paths.last + 0.5)
     label_steps(ax.xaxis, paths.labels, paths.step[: len(paths.labels)])
     ax.set_xlabel("step", labelpad=2)

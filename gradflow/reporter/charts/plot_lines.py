@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from gradflow.limits import power
 from gradflow.reporter.numbers import number_words
 from gradflow.reporter.picture import FAINT
+from gradflow.reporter.readout import Curves, tell
 
 Dash = str | tuple[float, tuple[float, ...]]
 DASHED: Dash = (0, (4, 2))
@@ -60,13 +61,18 @@ def draw_log_lines(
     decades: float = 30,
     limits: tuple[float, float] | None = None,
     level: float | None = None,
+    share: bool = False,
+    names: tuple[str, ...] = (),
 ) -> None:
     """Lines over x on an axis of powers of ten; exact zeros are dots on its lower edge.
 
-    A ``level`` to compare them with is dashed, and always on the axis.
+    A ``level`` to compare them with is dashed, and always on the axis. Under the pointer ratios are
+    said as a ``share``, and ``names`` are what the places of x are called.
     """
     shown = [line for line in lines if not np.isnan(line.values).all()]
     zeros = any(np.isneginf(line.values).any() for line in shown)
+    told = [(line.name, line.values) for line in shown]
+    tell(ax, Curves(x, told, log10=True, share=share, names=names))
     levels = [] if level is None else [np.array([level])]
     low, high = limits or log_limits([*(line.values for line in shown), *levels], decades, zeros)
     if level is not None:
@@ -76,9 +82,12 @@ def draw_log_lines(
         ax.plot(x, finite, color=line.colour, lw=line.width, ls=line.dash, label=line.name)
         beside = [np.concatenate([finite[1:], [np.nan]]), np.concatenate([[np.nan], finite[:-1]])]
         alone = np.isfinite(finite) & np.isnan(beside[0]) & np.isnan(beside[1])
-        ax.plot(x[alone], finite[alone], "o", color=line.colour, ms=4, clip_on=False)
         zero = np.isneginf(line.values)
-        ax.plot(x[zero], np.full(zero.sum(), low), ".", color=line.colour, ms=4, clip_on=False)
+        # nothing at all would lie in the corner of the figure, and a layout engine makes room for it
+        if alone.any():
+            ax.plot(x[alone], finite[alone], "o", color=line.colour, ms=4, clip_on=False)
+        if zero.any():
+            ax.plot(x[zero], np.full(zero.sum(), low), ".", color=line.colour, ms=4, clip_on=False)
     ax.set_ylim(low, high)
     tall = _inches(ax)
     above = low + (max(0.04, 0.17 / tall) * (high - low) if zeros else 0)  # room for the label 0

@@ -93,7 +93,8 @@ def draw(axes: Sequence[Axes], rank: Rank) -> None:
     ]
     zeros = bool(np.isneginf(values).any())
     bottom, top = -0.35 if zeros else -0.08, float(np.log10(max(rank.size, 2))) + 0.08
-    draw_log_lines(ax, lag, lines, limits=(bottom, top))
+    names = tuple(f"{distance:g}" for distance in rank.lag.tolist())
+    draw_log_lines(ax, lag, lines, limits=(bottom, top), names=names)
     places, words = count_ticks(0, top)
     ax.set_yticks([bottom, *places] if zeros else places, ["0", *words] if zeros else words)
     ax.axhline(np.log10(max(rank.size, 1)), color=FAINT, lw=0.7, zorder=0)

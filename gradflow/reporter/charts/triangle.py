@@ -13,12 +13,13 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.limits import GONE_DECADES, GONE_WORDS
+from gradflow.limits import GONE_DECADES
 from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient
 from gradflow.reporter.charts.plot_lines import draw_contour
 from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.numbers import count_words
 from gradflow.reporter.prepare import MAP_CELLS, pooled
+from gradflow.reporter.readout import Cells, Grid, tell
 from gradflow.reporter.scale import paint
 
 
@@ -29,6 +30,8 @@ class TriangleChart(Chart):
     values: np.ndarray  # (rows, columns): loss step down, step across; NaN undefined, −inf zero
     rows: tuple[float, float]  # the loss steps at the upper and lower edge, counted from 1
     columns: tuple[float, float]  # the steps at the left and right edge, counted from 1
+    losses: Cells  # the rows one by one
+    earlier: Cells  # the columns one by one
     reach: np.ndarray  # (R,) per loss step, steps back until gone; inf if never
     contour: bool  # whether some entries are gone and some are not
 
@@ -68,6 +71,20 @@ def prepare(layer: LayerAnalysis) -> TriangleChart:
         values=shown,
         rows=(top, top + shown.shape[0] * down * stride),
         columns=(0.5, 0.5 + shown.shape[1] * across),
+        losses=Cells(
+            np.array((top, top + shown.shape[0] * down * stride)),
+            at[::down] + 1,
+            int((down - 1) * stride),
+            labels=tuple(layer.step_labels[step] for step in at)
+            if layer.step_labels and down == 1
+            else (),
+        ),
+        earlier=Cells(
+            np.array((0.5, 0.5 + shown.shape[1] * across)),
+            np.arange(1, values.shape[1] + 1)[::across],
+            across - 1,
+            labels=layer.step_labels if across == 1 else (),
+        ),
         reach=reach,
         contour=bool(known.min() < GONE_DECADES < known.max() and min(shown.shape) > 2),
         labels=layer.step_labels,
@@ -77,8 +94,9 @@ def prepare(layer: LayerAnalysis) -> TriangleChart:
 def _empty(note: str) -> TriangleChart:
     nothing = np.empty((0, 0))
     return TriangleChart(
-        note=note, values=nothing, rows=(0, 0), columns=(0, 0), reach=np.empty(0), contour=False
-    )
+        note=note, values=nothing, rows=(0, 0), columns=(0, 0), reach=np.empty(0), contour=False,
+        losses=Cells(nothing, nothing), earlier=Cells(nothing, nothing),
+    )  # fmt: skip
 
 
 def _past(row: np.ndarray, step: int, reverse: bool) -> np.ndarray:
@@ -104,7 +122,10 @@ def _message(reach: np.ndarray, depths: Sequence[int], steps: int) -> str:
         every = "every" if still == len(deep) else f"{still} of {len(deep)}"
         late = "late loss step" if every == "every" else "late loss steps"
         return f"{every} {late} is still felt at the far end".replace("steps is", "steps are")
-    return f"a loss step is felt {count_words(int(middle), 'step')} back, then below {GONE_WORDS} (median)"
+    return (
+        f"one loss step's gradient is gone {count_words(int(middle), 'step')} before it (median of "
+        f"{len(deep)} loss steps of one sequence)"
+    )
 
 
 def draw(axes: Sequence[Axes], triangle: TriangleChart) -> None:
@@ -113,9 +134,31 @@ def draw(axes: Sequence[Axes], triangle: TriangleChart) -> None:
     extent = (*triangle.columns, *triangle.rows[::-1])
     ax.imshow(paint(triangle.values), extent=extent, interpolation="nearest", aspect="auto")
     ax.set_ylim(triangle.rows[1], max(0.5, triangle.rows[0]))  # there is no step 0
+    tell(ax, _grid(triangle))
     if triangle.contour:
         draw_contour(ax, triangle.values, triangle.columns, triangle.rows, GONE_DECADES)
     for axis in (ax.xaxis, ax.yaxis):
         label_steps(axis, triangle.labels, range(1, len(triangle.labels) + 1), 5)
     ax.set_xlabel("step t", labelpad=2)
     ax.set_ylabel("loss step t′", labelpad=2)
+
+
+def _grid(triangle: TriangleChart) -> Grid:
+    """The same for the pointer."""
+    most = "the most among " * (triangle.losses.more + triangle.earlier.more > 0)
+    at = "of the gradient of the loss at step {y}"
+    return Grid(
+        values=triangle.values,
+        bad=None,
+        across=triangle.earlier,
+        down=triangle.losses,
+        words={
+            "same": f"{most}step {{x}}: {{value}} {at}, the loss step itself",
+            "some": f"{most}step {{x}} still gets {{value}} {at}, {{apart}} away",
+            "less": f"{most}step {{x}} gets {{value}} {at}, {{apart}} away",
+            "more": f"{most}step {{x}} gets {{value}} the gradient of the loss at step {{y}}, {{apart}} away",
+            "zero": f"step {{x}} gets nothing {at}, {{apart}} away: exactly zero",
+            "none": "no loss at step {y}, or it does not come after step {x}",
+        },
+        row=True,
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gradflow.limits import GONE_WORDS
-from gradflow.reporter import panels
-from gradflow.reporter.histories import lines, waterfall
+from gradflow.reporter.histories import groups, lines, waterfall
 from gradflow.reporter.histories.across import unwritten
-from gradflow.reporter.kinds import Kind, Scale
+from gradflow.reporter.kinds import Kind, Scale, ratios
 from gradflow.reporter.overview import special_colours
 
 STRIP_NAMES = 0.95  # inches for the names of the strips
@@ -42,12 +42,16 @@ HISTORY_KINDS: dict[str, Kind] = {
         gap=waterfall.gap,
         left=STRIP_NAMES,
         above=0.05,
-        scale=Scale(lambda ax, short: panels.draw_scale(ax, "as at the loss", short=short),
-                    _waterfall_specials),
+        scale=Scale(ratios("as at the loss"), _waterfall_specials),
     ),
     "rates": _curves("growth of ln gain per step, in nats", lines.prepare_rates),
     "horizons": _curves(
         f"how far back the gain and the gradient stay above {GONE_WORDS}", lines.prepare_horizons
+    ),
+    "groups": replace(
+        _curves("rate and steps reached of every run of a sweep, and of groups of them", groups.prepare),
+        together=True,
+        above=0.22,
     ),
     "gates": _curves("where the gates stand", lines.prepare_gates),
     "norms": _curves("size of the gradient of the parameters", lines.prepare_norms),

@@ -22,8 +22,9 @@ from gradflow.reporter.histories.across import (
     strips_of,
 )
 from gradflow.reporter.histories.course import Course
-from gradflow.reporter.histories.story import stretches, title
+from gradflow.reporter.histories.story import stretches, title, updates
 from gradflow.reporter.picture import INK
+from gradflow.reporter.readout import Cells, Grid, tell
 from gradflow.reporter.scale import paint
 
 DOTS_DOWN, DOTS_ACROSS = 128, 720  # of the picture, at most: what a page shows as single dots
@@ -40,6 +41,7 @@ class Waterfall(Along):
     bad: np.ndarray  # (rows, columns) true where the gradient was NaN or Inf
     top: bool  # whether its loss is drawn above it
     pool: int  # probes of a column; their median is shown
+    told: Grid  # the same numbers, one for each probe or pool of probes and distance
 
 
 def prepare(course: Course, shared: Shared, *, first: bool = True) -> Waterfall:
@@ -48,7 +50,9 @@ def prepare(course: Course, shared: Shared, *, first: bool = True) -> Waterfall:
     note = ""
     if not (measured | course.bad).any():
         note = "The gradient of the last loss step was not measured at any probe."
-    image, bad, pool = _image(course, shared)
+    grid = _grid(course, shared)
+    image, bad = _image(grid, shared)
+    pool = max(1, math.ceil(len(course.step) / DOTS_ACROSS))
     top = first and bool(np.isfinite(course.numbers["loss"]).any())
     return Waterfall(
         message=title(course),
@@ -61,6 +65,7 @@ def prepare(course: Course, shared: Shared, *, first: bool = True) -> Waterfall:
         bad=bad,
         top=top,
         pool=pool,
+        told=grid,
     )
 
 
@@ -69,26 +74,53 @@ def depth(lag: np.ndarray | float) -> np.ndarray:
     return np.log1p(np.asarray(lag, dtype=float))
 
 
-def _image(course: Course, shared: Shared) -> tuple[np.ndarray, np.ndarray, int]:
-    """The profile on an even grid: rows by the logarithm of the lag, columns by the training step."""
+def _grid(course: Course, shared: Shared) -> Grid:
+    """The profile as it was measured: distances down, probes across."""
     known = np.flatnonzero(~np.isnan(course.profile).all(axis=0))
     lag = course.lag[known] if len(known) else np.zeros(1)
     profile = course.profile[:, known] if len(known) else np.full((len(course.step), 1), np.nan)
     bad = course.bad[:, None] & np.isnan(profile)
     pool = max(1, math.ceil(len(course.step) / DOTS_ACROSS))
     profile, bad, edge = _pooled(profile, bad, edges(course.step), pool)
+    # a row of the picture shows the measured distance that lies nearest, in the logarithm
+    middle = (depth(lag)[1:] + depth(lag)[:-1]) / 2
+    end = min(float(depth(shared.lags + 0.5)), float(depth(float(lag[-1]) * 1.07 + 0.5)))
+    first, last = course.step[::pool], np.append(course.step[pool - 1 :: pool], course.step[-1])
+    names = [updates(one) if pool == 1 else f"{updates(one)} to {updates(other)}"
+             for one, other in zip(first, last, strict=False)]  # fmt: skip
+    when = f"update{'s' * (pool > 1)} {{x}}, {{y}} back from the loss"
+    median = ", median" * (pool > 1)
+    return Grid(
+        values=profile.T,
+        bad=bad.T,
+        across=Cells(edge, first, names=tuple(names)),
+        down=Cells(np.array([0.0, *middle, end]), lag, noun="step"),
+        words={
+            "some": f"{when}: {{value}} of the gradient's size at the loss{median}",
+            "more": f"{when}: {{value}} the gradient's size at the loss{median}",
+            "zero": f"{when}: exactly zero",
+            "none": f"{when}: no such step, or not measured",
+            "bad": f"{when}: NaN or Inf",
+        },
+    )
+
+
+def _image(grid: Grid, shared: Shared) -> tuple[np.ndarray, np.ndarray]:
+    """The profile on an even grid: rows by the logarithm of the lag, columns by the training step."""
+    profile, bad, edge, lag = grid.values.T, grid.bad, grid.across.edges, grid.down.first
     across = np.linspace(*shared.steps, DOTS_ACROSS, endpoint=False)
     across = across + (shared.steps[1] - shared.steps[0]) / DOTS_ACROSS / 2
     column = np.searchsorted(edge, across, side="right") - 1
     inside = (column >= 0) & (column < len(profile))
     down = np.expm1((np.arange(DOTS_DOWN) + 0.5) / DOTS_DOWN * depth(shared.lags + 0.5))
-    # the measured lag that lies nearest, in the logarithm
     row = np.abs(depth(lag)[None, :] - depth(down)[:, None]).argmin(axis=1)
     image = profile[np.clip(column, 0, len(profile) - 1)][:, row].T
-    broken = bad[np.clip(column, 0, len(profile) - 1)][:, row].T & inside[None, :]
+    broken = np.zeros_like(image, dtype=bool)
+    if bad is not None:
+        broken = bad.T[np.clip(column, 0, len(profile) - 1)][:, row].T & inside[None, :]
     beyond = down > float(lag[-1]) * 1.07 + 0.5
     image = np.where(inside[None, :] & ~beyond[:, None], image, np.nan)
-    return image, np.asarray(broken), pool
+    return image, broken
 
 
 def _pooled(
@@ -182,6 +214,7 @@ def _draw_image(ax: Axes, chart: Waterfall) -> None:
         extent=(*chart.shared.steps, bottom, 0.0),
     )
     ax.set_ylim(bottom, 0.0)
+    tell(ax, chart.told)
     ticks = lag_ticks(chart.shared.lags)
     ax.set_yticks(depth(np.array(ticks)), ["loss" if tick == 0 else f"{tick:,}" for tick in ticks])
     ax.set_ylabel("steps back from the loss", labelpad=2)
