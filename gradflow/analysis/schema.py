@@ -62,7 +62,6 @@ WORD_DIMS = (
 )
 NEEDED_WORDS = {"norm": {"spectral", "rms", "loss"}, "kind": {"total", "direct", "last"}}
 NAMES = ("name", "title", "cell", "layer", "layers", "part_of", "module")  # fields that are names
-REALS = ("tolerance",)  # coordinates that are no whole numbers
 T = TypeVar("T")
 
 
@@ -107,12 +106,12 @@ def _checked_labels(name: str, values: xr.DataArray) -> np.ndarray:
         if len(set(words)) != len(labels) or not known <= set(words):
             raise ValueError(f"{name} has labels that no run has")
         return np.array(words, dtype=str)
-    if labels.dtype.kind not in ("f" if name in REALS else "iu"):
+    if labels.dtype.kind not in ("f" if name == "tolerance" else "iu"):
         raise ValueError(f"{name} has labels that no run has")
     rising = bool((np.diff(labels) > 0).all()) and (not labels.size or labels[0] >= 0)
     if not rising or (labels.size and labels[-1] > 10**9):
         raise ValueError(f"{name} has labels out of order")
-    return labels if name in REALS else labels.astype(np.int64)
+    return labels if name == "tolerance" else labels.astype(np.int64)
 
 
 def built(kind: type[T], header: object, **own: Any) -> T:

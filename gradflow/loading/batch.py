@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from gradflow.errors import FileError, GradflowError, InputError, must_be, one_sentence, printable
 from gradflow.limits import ANNOUNCED
-from gradflow.loading.contents import asked_by
+from gradflow.loading.contents import asked_by, checked
 from gradflow.loading.file_kinds import READ_ERRORS, about_dangling
-from gradflow.loading.plain import checked
 from gradflow.loading.state_dicts import is_recurrent
 from gradflow.loading.words import article, reason, some
 from gradflow.process import quiet

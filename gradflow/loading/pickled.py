@@ -79,7 +79,7 @@ class _Made:
         self.by = by
 
 
-_DICT, _SET, _PLAIN = _Made("builtins.dict"), _Made("builtins.set"), None
+_DICT, _SET = _Made("builtins.dict"), _Made("builtins.set")
 
 
 def scan(data: Any, start: int, asked: Asked) -> int:
@@ -205,10 +205,10 @@ _FIXED: dict[int, tuple[int, Any]] = {
     0x4B: (1, lambda data, at: data[at]),  # BININT1
     0x4D: (2, lambda data, at: struct.unpack_from("<H", data, at)[0]),  # BININT2
     0x4A: (4, lambda data, at: struct.unpack_from("<i", data, at)[0]),  # BININT
-    0x47: (8, lambda data, at: _PLAIN),  # BINFLOAT
-    0x4E: (0, lambda data, at: _PLAIN),  # NONE
-    0x88: (0, lambda data, at: _PLAIN),  # NEWTRUE
-    0x89: (0, lambda data, at: _PLAIN),  # NEWFALSE
+    0x47: (8, lambda data, at: None),  # BINFLOAT
+    0x4E: (0, lambda data, at: None),  # NONE
+    0x88: (0, lambda data, at: None),  # NEWTRUE
+    0x89: (0, lambda data, at: None),  # NEWFALSE
     0x29: (0, lambda data, at: _Tuple([])),  # EMPTY_TUPLE
     0x5D: (0, lambda data, at: _List([])),  # EMPTY_LIST
     0x7D: (0, lambda data, at: _DICT),  # EMPTY_DICT
@@ -298,7 +298,7 @@ def _built(made: Any, state: Any, asked: Asked) -> None:
     module = isinstance(made, _Made) and made.by.startswith("torch.nn.modules.")
     fine = (
         isinstance(state, _Tuple)
-        or state is _PLAIN
+        or state is None
         or (isinstance(state, _Made) and _is_mapping(state.by))
     )
     if isinstance(state, _Tuple):

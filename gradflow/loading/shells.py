@@ -263,7 +263,17 @@ def _arguments(kind: type[nn.Module], shell: Shell) -> dict[str, object]:
             inspect.Parameter.VAR_KEYWORD,
         ):
             raise ValueError(f"it does not say its {name}")
-    for name in _WINDOWS:
+    # by these, which no weight bears out, a layer puts out more than it is given
+    windows = (
+        "padding",
+        "output_padding",
+        "output_size",
+        "stride",
+        "dilation",
+        "kernel_size",
+        "size",
+    )
+    for name in windows:
         sizes = arguments.get(name)
         for size in sizes if isinstance(sizes, tuple | list) else (sizes,):
             if isinstance(size, int) and abs(size) > WINDOW:
@@ -293,8 +303,6 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-# arguments that no weight bears out, and by which a layer puts out more than it is given
-_WINDOWS = ("padding", "output_padding", "output_size", "stride", "dilation", "kernel_size", "size")
 _CONTAINERS: tuple[type[nn.Module], ...] = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # fmt: off
 _STOCK: dict[str, type[nn.Module]] = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (
