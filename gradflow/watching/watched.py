@@ -43,6 +43,10 @@ from gradflow.watching.schedule import Schedule
 from gradflow.watching.targets import scalars_of, targets_of
 from gradflow.watching.updates import GradientMarks, Hooks, ModelOptimizer, scaler_above, trains
 
+_NO_NORMS = (
+    "norms of the parameter gradients of {layer} are not given: which weights its steps use is not known; "
+    "those of all parameters hold them"
+)
 _watched: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
 
@@ -506,6 +510,8 @@ class Watch:
             for level in ("level", "level_h"):
                 if level in layer.values:
                     layer.values[level] -= decades
+            if before is not None and not before.knows(name):
+                self._new_warnings([_NO_NORMS.format(layer=name)])
             if before is not None and after is not None:
                 layer.values["grad_norm"] = before.of_layer(name)
                 layer.values["grad_norm_clipped"] = after.of_layer(name)
