@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gradflow.prediction import what_if
     from gradflow.recording import Recording, Track
     from gradflow.runs import load
+    from gradflow.sweeping import sweep
     from gradflow.watching import Watch, watch
     from gradflow.workflow import diagnose, plot, report
 
@@ -46,6 +47,7 @@ _HOMES = {
     "record": "gradflow.hooks",
     "report": "gradflow.workflow",
     "scan": "gradflow.hooks",
+    "sweep": "gradflow.sweeping",
     "tap": "gradflow.hooks",
     "watch": "gradflow.watching",
     "what_if": "gradflow.prediction",
@@ -72,6 +74,7 @@ __all__ = [
     "record",
     "report",
     "scan",
+    "sweep",
     "tap",
     "watch",
     "what_if",

@@ -365,6 +365,95 @@ def watch(runs: Sequence[Path]) -> None:
         raise SystemExit(INTERRUPTED) from None
 
 
+def _shard(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int]:
+    """Read "2/8", which of how many."""
+    if text is None:
+        return 1, 1
+    number, slash, count = text.partition("/")
+    whole = slash and number.isdigit() and count.isdigit()
+    if whole and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    expected = "i/n with 1 <= i <= n"
+    advice = "in a job array of 8 write for example --shard $SLURM_ARRAY_TASK_ID/8"
+    raise InputError(must_be("--shard", expected, repr(text), advice))
+
+
+SWEPT = _all(
+    SPEC, MEMBER,
+    click.option("--input", metavar="FILES",
+                 help="A batch, or a folder or quoted pattern of several: intervals are over batches then."),
+    TARGET, LOSS, OUTPUT, SPAN, MODE, SEQ_LEN, BATCH, SEED,
+    click.option("--preset", type=click.Choice(["pulse", "rate", "full"]), default="rate", show_default=True,
+                 help="What is measured: gradients only, verdict and rate, or all that analyze measures."),
+    click.option("--jobs", metavar="N", type=click.IntRange(min=1), help="Processes; one a core by default."),
+    click.option("--dask", metavar="ADDRESS", help="A dask scheduler, tcp://host:8786, or local."),
+    click.option("--shard", metavar="I/N", callback=_shard,
+                 help="Measure the I-th of N parts; join with --gather."),
+    click.option("--gather", metavar="DIR", type=click.Path(path_type=Path),
+                 help="Join what shards wrote into DIR; takes no paths."),
+    FOLDER,
+    click.option("--resume", is_flag=True, help="Go on with what is in the folder."),
+    FORCE,
+    click.option("--by", metavar="LABEL", default="seed", show_default=True,
+                 help="What runs of one group differ in, as their folders name it."),
+    AS_JSON, QUIET, VERBOSE, FAIL_ON, TRUST,
+)  # fmt: skip
+
+
+@gradflow.command(short_help="Measure many checkpoints: which seeds suffer, and since when.")
+@click.argument("paths", metavar="PATHS...", nargs=-1)
+@SWEPT
+def sweep(
+    paths: Sequence[str],
+    gather: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    fail_on: str | None,
+    by: str,
+    folder: Path | None,
+    **options: Any,
+) -> None:
+    """Measure all checkpoints of PATHS: when did it start, which seeds suffer, does width help?
+
+    PATHS are files, folders, or patterns in quotes, ** for any folder. The folder of a checkpoint is its
+    run, and a row is one checkpoint. Results are kept one by one: a sweep that was ended goes on with
+    --resume, and one that is repeated computes nothing. Shards are jobs of an array, wherever they run.
+    Without --input the weights alone are tried.
+
+    \b
+    gradflow sweep 'runs/**/*.pt' --model 'my_code:Net(10, 20)' --input batch.pt -o reports/sweep
+    gradflow sweep 'runs/**/*.pt' -o reports/sweep --resume --jobs 8
+    gradflow sweep 'runs/**/*.pt' -o sweeps/a --shard 1/2
+    gradflow sweep 'runs/**/*.pt' -o sweeps/a --shard 2/2
+    gradflow sweep --gather sweeps/a
+    """
+    conditions = parse_conditions(fail_on)
+    from gradflow import reporter
+    from gradflow.sweeping import gather as gathered
+    from gradflow.sweeping import run_sweep, sweep_request
+
+    if gather is not None:
+        if paths or folder is not None:
+            given = "-o" if not paths else repr(paths[0])
+            raise InputError(
+                f"--gather DIR joins what is in DIR, got {given} as well; leave it out"
+            )
+        history, place, whole = gathered(gather), gather, True
+    else:
+        if folder is None and options["shard"] != (1, 1):
+            raise InputError("--shard needs one folder that all shards share; give it as -o DIR")
+        again = options["resume"] or options["force"]
+        usual = Path("reports") / "sweep"
+        folder = folder or (usual if again else reporter.free_folder(usual))
+        request = sweep_request(paths, folder, **options)
+        with Progress(lines=True) as progress:
+            history = run_sweep(request, progress)
+        place, whole = folder, request.shard == (1, 1)
+    _show_sweep(history, place, by, as_json=as_json, quiet=quiet, verbose=verbose, whole=whole)
+    _end_sweep(history, fail_on, conditions)
+
+
 # ------------------------------------------------------------------------------------- helpers
 
 
@@ -433,6 +522,48 @@ def _show_history(
     reporter.render_history(history, verbose=verbose, quiet=quiet)
     if not quiet:
         click.echo(f"\npage: {folder / 'report.html'}")
+
+
+def _show_sweep(
+    history: History,
+    folder: Path,
+    by: str,
+    *,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    whole: bool,
+) -> None:
+    """Write the page of a sweep, print where it stands, and what to do next."""
+    from gradflow import reporter
+
+    if whole:
+        reporter.report_history(history, folder / "report", force=True)
+    if as_json:
+        click.echo(json.dumps(reporter.history_summary(history), allow_nan=False, indent=2))
+        return
+    reporter.render_history(history, verbose=verbose, quiet=quiet)
+    if not quiet and whole:
+        click.echo(f"\npage: {folder / 'report' / 'report.html'}")
+    if not quiet and not whole:
+        click.echo(f"\nnext, when all shards have ended: gradflow sweep --gather {folder}")
+
+
+def _end_sweep(history: History, fail_on: str | None, conditions: Sequence[Any]) -> None:
+    """The count of failures last; exit code 1 with --fail-on where there are some, or a condition holds."""
+    from gradflow.limits import SHOWN_FAILURES
+    from gradflow.sweeping import held_in
+
+    failed = [one for one in history.sources if one is not None and one.failed]
+    held = held_in(history, conditions)
+    for text in held:
+        click.echo(f"--fail-on: {text}", err=True)
+    for row in failed[:SHOWN_FAILURES]:
+        click.echo(f"failed: {row.checkpoint}: {row.failed}", err=True)
+    if failed:
+        click.echo(f"{len(failed)} of {len(history)} checkpoints failed", err=True)
+    if fail_on is not None and (failed or held):
+        raise SystemExit(CONDITION_HOLDS)
 
 
 def _refuse_conditions(fail_on: str | None) -> None:

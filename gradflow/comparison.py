@@ -242,7 +242,7 @@ def _sentence(change: Change, before: LayerAnalysis, after: LayerAnalysis) -> st
     gone = reporter.gone_words(before), reporter.gone_words(after)
     reach = f"{gone[0]} in both" if gone[0] == gone[1] else f"{gone[0]} → {gone[1]}"
     return (
-        f"{name}, {change.before} → {change.after}: {verdicts}; steps until gone: {reach}; "
+        f"{name}, {change.before} → {change.after}: {verdicts}; horizon in steps: {reach}; "
         f"{_verdict(change, after)}"
     )
 

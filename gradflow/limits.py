@@ -189,6 +189,7 @@ CONSTANT_SEED = _limit(1, "seed", "of the vector that tells whether steps never 
 THIN_SEED = _limit(24_301, "seed", "of probes of wide states: none with which somebody draws weights")
 
 # what is looked at, and followed, while a recording is open
+DEVICE_WIDEST = _limit(256, "states", "from which on the steps of a layer are computed on its accelerator")
 JACOBIAN_WIDEST = _limit(64, "states", "up to which step Jacobians are written out unasked")
 LINK_WIDEST = _limit(64, "states", "up to which a link that is not elementwise is written out")
 ENTRIES_WIDEST = _limit(64, "states", "up to which single entries that nobody reads are told apart")
@@ -273,6 +274,11 @@ THIN_BUDGETS = _limit(5, "times GAIN_SECONDS", "for a state through which only f
 THIN_SECONDS = _limit(30.0, "seconds", "predicted, beyond which nothing of such a state is measured")
 WIDE_WRITING = _limit(2.0, "seconds", "predicted, up to which matrices are written out after all")
 PROGRESS_SECONDS = _limit(2.0, "seconds", "before progress is shown")
+SHOWN_FAILURES = _limit(5, "checkpoints", "of a sweep that failed, told one by one at its end")
+SWEEP_WAITING = _limit(32, "tasks", "that an engine of unknown size has at a time")
+SWEEP_CHANGES = _limit(3, "times", "that a checkpoint may change while it is read, before it is given up")
+DASK_SECONDS = _limit(10, "seconds", "for the scheduler of a cluster to answer")
+PROGRESS_LINES = _limit(60.0, "seconds", "between two lines of progress in a pipe: issue of the sweep")
 ONE_THREAD = _limit(600, "states", "up to which one thread is faster, and far faster on a busy machine")
 
 # budgets of memory
@@ -342,6 +348,7 @@ VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
 BAND_WORDS = "one decade" if BAND == 1 else f"{BAND:g} decades"
 GONE_WORDS = power(GONE_DECADES)
 GREW_WORDS = f"{1 / GONE:g}"
+TOLERANCE_WORDS = f"{LAG_TOLERANCE * 100:g} %"
 CARRIED_WORDS = "a tenth" if CARRIED == 0.1 else f"{CARRIED:g}"
 CLOSED_WORDS = f"closed (< {GATE_CLOSED:g})"
 OPEN_WORDS = f"open (> {GATE_OPEN:g})"
@@ -361,12 +368,16 @@ GLOSSARY: dict[str, str] = {
     "rate": "growth of ln gain per step in nats in the long run, the largest Lyapunov exponent, with its "
     f"{INTERVAL_WORDS} interval: −0.69 halves the gain at every step; not settled where so few steps do not "
     "show it: then read the gain",
-    "half-life, horizon": "steps until the gain halves; first distance at which it is below "
-    f"{GONE_WORDS}: gone after so many steps",
+    "window, half-life, horizon": "how many steps back from every loss step keep ∂L/∂W_hh within "
+    f"{TOLERANCE_WORDS}, all that training has to look back for this loss; steps until the largest gain of "
+    f"any direction halves; first distance at which it is below {GONE_WORDS}: gone in every direction",
     "> 99, never": "not within the 99 steps that could be measured; never: nor would it go on to fall",
-    "gone … before the loss": "the same limit for the gradient of this very loss, the picture on the left; "
-    "it starts in the directions the loss happens to read, so it may be gone sooner, or later, than the "
-    "gain of the best direction",
+    "this loss's gradient is gone": "the same limit for the gradient of the last loss step alone, the "
+    "picture on the left: it starts in the directions that the loss happens to read, so it may be gone "
+    "sooner than the layer's own best direction (the horizon, a median over all steps); and layers above "
+    "hand it down at every step, so it may be gone later",
+    "one loss step's gradient": "the same for each loss step of one sequence, the triangle: the median of "
+    "those with half of the sequence before them",
     "channels": f"how many directions still pass {GONE_WORDS} over the whole span; a stable layer with 1 of "
     "64 is fragile",
     "span": "the distance of interest: the median sequence length, or what was given as span=",

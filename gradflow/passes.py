@@ -27,6 +27,7 @@ class LossSettings:
     loss_name: str | None = None
     output: str | None = None  # which part of a tuple or dict
     guard: bool = False  # quote errors of the user's code instead of letting them through
+    told: Callable[[Tensor], None] | None = None  # called with the loss after its backward
 
 
 def recorded_pass(model: nn.Module, batch: loading.Batch, settings: LossSettings) -> Recording:
@@ -42,9 +43,31 @@ def recorded_pass(model: nn.Module, batch: loading.Batch, settings: LossSettings
         if value.requires_grad:
             with _user_code(settings.guard, "the backward pass", "the same loss must train"):
                 value.backward()
+        if settings.told is not None:
+            settings.told(value.detach())
     # only now: what was recorded is described when the block ends
     recording.provenance |= {"input": _shapes(batch.inputs), "loss": words}
     recording.provenance = with_notes(recording.provenance, batch.notes)
+    return recording
+
+
+def probed_pass(module: loading.RecurrentModule, probe: loading.Probe) -> Recording:
+    """Record the module alone, under the path it has in the whole model."""
+    model: nn.Module = module.module
+    for part in reversed(module.path_parts):
+        outer = nn.Module()
+        outer.add_module(part, model)
+        model = outer
+    with left_as_found(model), record(model) as recording:
+        output = module.module(probe.inputs)[0]
+        loading.probe_loss(
+            output, probe.r, module.module.batch_first, module.bidirectional
+        ).backward()
+    if module.from_cell:  # it was run as a layer; its track has the cell's own path
+        (track,) = recording.values()
+        recording.drop(track)
+        track.name = module.name or "cell"
+        recording.add(track)
     return recording
 
 
@@ -162,7 +185,10 @@ def _user_code(guard: bool, what: str, advice: str) -> Iterator[None]:
 @contextmanager
 def left_as_found(model: nn.Module, inputs: Sequence[Any] = ()) -> Iterator[None]:
     """Put back gradients, buffers and random state."""
-    tensors = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf)]
+    tensors = [
+        *nn.Module.parameters(model),
+        *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf),
+    ]
     grads = [(tensor, tensor.grad) for tensor in tensors]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     for tensor, _ in grads:

@@ -8,19 +8,23 @@ one's own entry is put in and taken out, or one waits for the other.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
 from gradflow.limits import ONE_THREAD
+
+Given = ParamSpec("Given")
+Value = TypeVar("Value")
 
 
 def lock() -> Any:
@@ -28,6 +32,30 @@ def lock() -> Any:
     made = threading.RLock()
     os.register_at_fork(after_in_child=made._at_fork_reinit)  # type: ignore[attr-defined]
     return made
+
+
+@contextmanager
+def held(lock: Any) -> Iterator[None]:
+    """The lock is held inside, and free afterwards also where Ctrl-C came between two lines.
+
+    Plain `with lock` keeps it for ever where an exception is raised behind its block and before its end.
+    """
+    if lock._is_owned():
+        yield
+        return
+    try:
+        try:
+            lock.acquire()
+            yield
+        finally:
+            _release(lock)
+    finally:
+        _release(lock)
+
+
+def _release(lock: Any) -> None:
+    if lock._is_owned():
+        lock.release()
 
 
 _random_lock, _thread_lock, _output_lock = lock(), lock(), lock()
@@ -68,14 +96,35 @@ def quiet() -> Iterator[None]:
     """
     entry: Any = _Filter(("ignore", _OfThisThread(), Warning, None, 0))
     found: Any = warnings.filters
-    found.insert(0, entry)
     try:
-        yield
-    finally:
-        now: Any = warnings.filters  # another list while other code is catching warnings
-        for filters in (found, now):
-            if entry in filters:
-                filters.remove(entry)
+        try:
+            found.insert(0, entry)
+            yield
+        finally:
+            _take_out(entry, found)
+    finally:  # where Ctrl-C came meanwhile
+        _take_out(entry, found)
+
+
+def _take_out(entry: Any, found: Any) -> None:
+    now: Any = warnings.filters  # another list while other code is catching warnings
+    for filters in (found, now):
+        if entry in filters:
+            filters.remove(entry)
+
+
+def without_modes(work: Callable[Given, Value]) -> Callable[Given, Value]:
+    """A function in which the user's modes are off: what it makes lies on the CPU.
+
+    `torch.set_default_device("cuda")` is such a mode.
+    """
+
+    @functools.wraps(work)
+    def alone(*args: Given.args, **kwargs: Given.kwargs) -> Value:
+        with torch._C.DisableTorchFunction():
+            return work(*args, **kwargs)
+
+    return alone
 
 
 @contextmanager
@@ -87,15 +136,55 @@ def random_numbers_kept(devices: Sequence[Any] | None = ()) -> Iterator[None]:
     Args:
         devices: GPUs whose numbers are kept too; all where None.
     """
-    with _random_lock:
+    with held(_random_lock):
         plain = random.getstate()
         arrays = np.random.get_state(legacy=False)  # noqa: NPY002  the user's model may draw there
         try:
-            with torch.random.fork_rng(_all_devices() if devices is None else list(devices)):
+            try:
+                with torch.random.fork_rng(_all_devices() if devices is None else list(devices)):
+                    yield
+            finally:
+                random.setstate(plain)
+        finally:
+            random.setstate(plain)  # again, where Ctrl-C came meanwhile
+            np.random.set_state(arrays)  # noqa: NPY002
+
+
+@contextmanager
+def autocast(device: str, *, enabled: bool, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """torch.autocast, left also where Ctrl-C comes between two lines."""
+    before = _autocast_of(device)
+    try:
+        try:
+            with torch.autocast(device, enabled=enabled, dtype=dtype):
                 yield
         finally:
-            random.setstate(plain)
-            np.random.set_state(arrays)  # noqa: NPY002
+            _cast_as(device, *before)
+    finally:
+        _cast_as(device, *before)
+
+
+def _autocast_of(device: str) -> tuple[int, bool, bool, torch.dtype]:
+    """How many autocasts lie around each other, whether casts are kept, whether it is on, its dtype."""
+    torch.autocast_increment_nesting()
+    return (
+        torch.autocast_decrement_nesting(),
+        torch.is_autocast_cache_enabled(),
+        torch.is_autocast_enabled(device),
+        torch.get_autocast_dtype(device),
+    )
+
+
+def _cast_as(device: str, depth: int, kept: bool, enabled: bool, dtype: torch.dtype) -> None:
+    now = _autocast_of(device)
+    if now == (depth, kept, enabled, dtype):
+        return
+    for _ in range(now[0] - depth):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(kept)
+    torch.set_autocast_enabled(device, enabled)
+    torch.set_autocast_dtype(device, dtype)
 
 
 def _all_devices() -> list[int]:
@@ -110,13 +199,13 @@ _printing: list[tuple[Any, Any]] = []
 @contextmanager
 def printed_to_stderr() -> Iterator[None]:
     """What is printed inside, in any thread, goes to standard error."""
-    with _output_lock:
+    with held(_output_lock):
         _printing.append(_printing[0] if _printing else (sys.stdout, sys.stderr))
         sys.stdout = _printing[0][1]
     try:
         yield
     finally:
-        with _output_lock:
+        with held(_output_lock):
             found, ours = _printing.pop()
             if not _printing and sys.stdout is ours:  # else other code replaced it: that stays
                 sys.stdout = found
@@ -129,7 +218,7 @@ def fitting_threads(size: int) -> Iterator[None]:
     torch keeps a number of threads for each thread, and one that new threads take over; setting the
     first sets the second too, which is set back at once.
     """
-    with _thread_lock:  # else a new thread may take over what another one sets
+    with held(_thread_lock):  # else a new thread may take over what another one sets
         before = torch.get_num_threads()
     if size > ONE_THREAD or before == 1:
         yield
@@ -151,7 +240,7 @@ def _set_threads_here(number: int) -> None:
         set_here.wait()
         torch.set_num_threads(others)
 
-    with _thread_lock:
+    with held(_thread_lock):
         thread = threading.Thread(target=put_back)
         thread.start()
         try:

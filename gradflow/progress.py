@@ -6,13 +6,18 @@ import sys
 import time
 from typing import Any
 
-from gradflow.limits import PROGRESS_SECONDS
+from gradflow.limits import PROGRESS_LINES, PROGRESS_SECONDS
 
 
 class Progress:
-    """A line on stderr once something has taken two seconds; call it with (what, share done)."""
+    """A line on stderr once something has taken two seconds; call it with (what, share done).
 
-    def __init__(self) -> None:
+    Args:
+        lines: where stderr is no terminal, print a line every minute.
+    """
+
+    def __init__(self, lines: bool = False) -> None:
+        self._lines, self._printed = lines, time.monotonic()
         self._started = time.monotonic()
         self._display: Any = None
         self._task: Any = None
@@ -26,6 +31,11 @@ class Progress:
 
     def __call__(self, what: str, done: float) -> None:
         """Show what is being done and which share of it is done."""
+        if self._lines and not sys.stderr.isatty():
+            if time.monotonic() - self._printed >= PROGRESS_LINES:
+                self._printed = time.monotonic()
+                print(f"{self.clock()} {what}", file=sys.stderr, flush=True)  # noqa: T201
+            return
         if self._display is None:
             if time.monotonic() - self._started < PROGRESS_SECONDS or not sys.stderr.isatty():
                 return

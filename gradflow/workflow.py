@@ -19,7 +19,7 @@ from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
 from gradflow.history import History
 from gradflow.hooks import record
-from gradflow.passes import LossSettings, left_as_found, recorded_pass, with_notes
+from gradflow.passes import LossSettings, probed_pass, recorded_pass, with_notes
 from gradflow.prediction import with_predictions
 from gradflow.process import random_numbers_kept
 from gradflow.recording import Recording
@@ -78,6 +78,8 @@ def plot(
     *,
     layer: str | None = None,
     ax: Axes | None = None,
+    limits: Sequence[float] | None = None,
+    captions: bool = True,
 ) -> Figure:
     """Draw a recording, an analysis, the history of a training, or several of a kind on one scale.
 
@@ -92,13 +94,17 @@ def plot(
             "states"; of a history "waterfall", the default, "rates", "horizons", "gates", "norms". The
             README lists them, and so does the error on a kind that there is not.
         layer: one layer by name; all by default.
-        ax: axes of your own for the main panel of one layer.
+        ax: axes of your own for the main panel of one layer; its colour bar stands beside it.
+        limits: powers of ten at which the colours end instead, such as (-2, 2), to tell apart what is
+            alike on the fixed scale; the picture says so.
+        captions: whether it is explained below the panels how to read them.
 
     Returns:
         The figure, a `matplotlib.figure.Figure`.
 
     Raises:
-        InputError: the kind or the layer is unknown, or ``ax`` is given for more than one layer.
+        InputError: the kind or the layer is unknown, ``ax`` is given for more than one layer, or the
+            limits are wider than the fixed ones.
 
     >>> import torch, gradflow
     >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
@@ -111,9 +117,13 @@ def plot(
         x = analyze(x)
     histories = _histories(x)
     if histories:
-        return reporter.plot_histories(histories, kind or "waterfall", layer=layer, ax=ax)
+        chosen = "waterfall" if kind is None else kind
+        return reporter.plot_histories(
+            histories, chosen, layer=layer, ax=ax, limits=limits, captions=captions
+        )
     of_batches = cast("Analysis | Sequence[Analysis]", x)
-    return reporter.plot(of_batches, "overview" if kind is None else kind, layer=layer, ax=ax)
+    chosen = "overview" if kind is None else kind
+    return reporter.plot(of_batches, chosen, layer=layer, ax=ax, limits=limits, captions=captions)
 
 
 def _histories(x: Any) -> list[History]:
@@ -342,7 +352,7 @@ def _from_weights(
         recordings, cast = list[Recording](), list[dict[str, Vote] | None]()
         probes = loading.probes(module, request.probe_steps, request.probe_batch, request.seed)
         for number, probe in enumerate(probes):
-            recording = _run_probe(module, probe)
+            recording = probed_pass(module, probe)
             step = _part(
                 progress, number, len(probes), f"{module.name or module.kind} under {probe.name}"
             )
@@ -385,26 +395,6 @@ def _vote_in_full(recording: Recording, request: FileRequest) -> Analysis:
     """The analysis of a probe that is not shown: it needs its findings, not its maps."""
     stride = max(1, request.probe_steps)
     return analyze(recording, span=request.span, stride=stride, seed=request.seed)
-
-
-def _run_probe(module: loading.RecurrentModule, probe: loading.Probe) -> Recording:
-    """Record the module alone, under the path it has in the whole model."""
-    model: nn.Module = module.module
-    for part in reversed(module.path_parts):
-        outer = nn.Module()
-        outer.add_module(part, model)
-        model = outer
-    with left_as_found(model), record(model) as recording:
-        output = module.module(probe.inputs)[0]
-        loading.probe_loss(
-            output, probe.r, module.module.batch_first, module.bidirectional
-        ).backward()
-    if module.from_cell:  # it was run as a layer; its track has the cell's own path
-        (track,) = recording.values()
-        recording.drop(track)
-        track.name = module.name or "cell"
-        recording.add(track)
-    return recording
 
 
 def _part(progress: Progress | None, number: int, count: int, words: str) -> Progress | None:

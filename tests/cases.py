@@ -183,7 +183,7 @@ def loss_of(setup: Setup, returned: Returned) -> Tensor:
     loss = output.new_zeros(())
     for part in parts:
         generator = torch.Generator().manual_seed(77)
-        weight = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.dtype)
+        weight = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part)
         loss = loss + (weight * part).sum() + 0.5 * (part**2).sum()
     return loss
 

@@ -63,6 +63,7 @@ from gradflow.loading.ages import lacking
 from gradflow.loading.probe import physical_memory
 from gradflow.loading.recurrent import from_model, from_tensors, non_finite
 from gradflow.loading.shells import _STOCK
+from gradflow.loading.training_step import step_in_name
 from gradflow.loading.words import reason
 from gradflow.reporter.charts import (
     blocks,
@@ -96,7 +97,7 @@ from gradflow.reporter.numbers import gain_words, half_life_words, rate_words
 from gradflow.reporter.page import LABEL_WORDS, decay_words, embed, is_linear, page
 from gradflow.reporter.picture import FAINT, INK, SOFT, Drawn, Picture, _nearest, look, png
 from gradflow.reporter.prepare import span_share
-from gradflow.reporter.readout import error_words, quantised
+from gradflow.reporter.readout import drawn, error_words, quantised
 from gradflow.reporter.scale import (
     BAD,
     COLOURS,
@@ -104,9 +105,21 @@ from gradflow.reporter.scale import (
     UNDEFINED,
     VERDICT_COLOURS,
     ZERO,
+    narrowed,
     paint,
+    paint_gates,
     palette,
 )
 from gradflow.reporter.text import render
+from gradflow.sweeping.batches import pooled_batches
+from gradflow.sweeping.checkpoints import checkpoints
+from gradflow.sweeping.engines import Running
+from gradflow.sweeping.one_checkpoint import (
+    VERSIONS,
+    CheckpointTask,
+    Outcome,
+    measure_checkpoint,
+)
+from gradflow.sweeping.result_files import SweepFolder
 from gradflow.watching.alerts import read_rules
 from gradflow.watching.schedule import Schedule

@@ -266,3 +266,23 @@ def test_a_rate_that_may_be_0_is_told_and_tells_no_half_life() -> None:
     assert layer.rate_told and layer.rate.low < 0 < layer.rate.high < 0.005
     assert layer.verdict == "stable" and math.isnan(layer.half_life)
     assert "halves" not in layer.sentence and "half" not in layer.title
+
+
+@pytest.mark.parametrize("how", ["begins later", "is reset"])
+def test_a_sequence_that_begins_later_than_others_is_not_cut_off(how: str) -> None:
+    torch.manual_seed(0)
+    cell, x, h0 = (
+        nn.GRUCell(3, 4).double(),
+        torch.randn(8, 3, 3, dtype=F64),
+        torch.zeros(3, 4).double(),
+    )
+    mask = torch.ones(8, 3, 1, dtype=torch.bool)
+    mask[0 if how == "begins later" else 3, 1] = False  # of torch.where(mask, new, h0)
+    with gradflow.record(cell) as recording:
+        h = h0
+        for t in range(8):
+            h = torch.where(mask[t], cell(x[t], h), h if how == "begins later" else h0)
+        h.sum().backward()
+    (layer,) = gradflow.analyze(recording).values()
+    assert ("cut off from its past" in layer.sentence) == (how == "is reset")
+    assert ("cut" in [finding.name for finding in layer.findings]) == (how == "is reset")

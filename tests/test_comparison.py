@@ -63,7 +63,7 @@ def test_a_change_that_counts_and_one_that_does_not() -> None:
         and "95 % interval [+" in counts.sentence
     )
     assert same.larger is False and "does not differ" in same.sentence
-    assert f"steps until gone: {run(0.0)['l0'].horizon} in both" in same.sentence
+    assert f"horizon in steps: {run(0.0)['l0'].horizon} in both" in same.sentence
     assert (
         headline([counts, same])
         == "Differences beyond chance (95 % interval for all at once): 1 of 2."

@@ -8,6 +8,7 @@ import doctest
 import inspect
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -350,6 +351,9 @@ def test_the_examples_of_the_help_run_as_they_stand(
     for name in ("model", "rnn", "lstm", "before", "after"):
         torch.save({f"rnn.{k}": v for k, v in nn.RNN(10, 20).state_dict().items()}, f"{name}.pt")
     torch.save({"input": torch.randn(9, 3, 10), "target": torch.randn(9, 3, 20)}, "batch.pt")
+    for seed in (0, 1):
+        (tmp_path / "runs" / f"seed={seed}").mkdir(parents=True)
+        shutil.copy("model.pt", tmp_path / "runs" / f"seed={seed}" / "step-7.pt")
     for name in ("a", "b"):
         histories.write(tmp_path / "runs" / name, 6)
     needed = [f"gradflow analyze {name}.pt --seq-len 12 -q" for name in ("rnn", "lstm")]

@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from seam import MOST_INCHES, gain_map, layers, plot_lines, png, readable, texts, width
+from seam import MOST_INCHES, drawn, gain_map, layers, plot_lines, png, readable, texts, width
 from seam import charts_triangle as triangle
 from test_reporter_figures import overlapping
 from torch import nn
@@ -250,8 +250,8 @@ def run(*arguments: str) -> int | str | None:
 def test_analyze_and_report_keep_the_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = png(plot(labelled(["one"])))
-    monkeypatch.setattr(files, "draw", lambda _: {("overview", "top"): picture})
+    picture = drawn(plot(labelled(["one"])))
+    monkeypatch.setattr(files, "draw", lambda *_: {("overview", "top"): picture})
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     torch.save(nn.RNN(2, 4).state_dict(), "net.pt")

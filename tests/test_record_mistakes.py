@@ -256,3 +256,68 @@ def test_layers_that_are_no_names(layers: object) -> None:
     with pytest.raises(InputError, match=r"layers must be .*got"):
         with gradflow.record(nn.LSTM(3, 4), layers=layers):  # type: ignore[arg-type]
             pass
+
+
+class Queue(nn.Module):
+    """A memory as long as a chunk, first in, first out: of the old one nothing is kept."""
+
+    def forward(self, memory: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([memory[:, new.shape[1] :], new], dim=1)
+
+
+def test_a_memory_that_keeps_nothing_was_not_tapped() -> None:
+    model, memory, total = nn.ModuleList([nn.Linear(3, 3), Queue()]), torch.zeros(2, 4, 3), 0.0
+    with pytest.warns(GradflowWarning, match="took nothing of its earlier state") as said:
+        with gradflow.record(model):
+            for new in torch.randn(5, 2, 4, 3):
+                memory = model[1](memory, model[0](new))
+                total = total + memory.sum()
+            total.backward()
+    assert not any("tapped" in str(one.message) for one in said)
+
+
+class OfTokens(nn.Module):
+    """As many memory slots as sequences, and nothing that is differentiable comes in at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.embed = nn.Parameter(torch.randn(2, 4)), nn.Embedding(5, 4)
+
+    def forward(self, tokens: Tensor, memory: Tensor | None = None) -> Tensor:
+        if memory is None:
+            memory = self.start.expand(len(tokens), -1, -1)
+        return torch.tanh(memory + self.embed(tokens).mean(1, keepdim=True))
+
+
+def test_a_first_call_without_differentiable_inputs_is_followed() -> None:
+    model, memory = OfTokens(), None
+    with gradflow.record(model) as recording:
+        for tokens in torch.randint(0, 5, (4, 2, 3)):
+            memory = model(tokens, memory)
+        memory.sum().backward()
+    (track,) = recording.values()
+    assert (track.steps, track.batch) == (4, 2)
+
+
+class Families(nn.Module):
+    """Like rockpool's modules: its own meaning of parameters() and modules()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+    def parameters(self, family: str = "") -> dict[str, object]:  # type: ignore[override]
+        return {name: weight for name, weight in self._parameters.items() if family in name}
+
+    def modules(self) -> dict[str, object]:  # type: ignore[override]
+        return dict(self._modules)
+
+
+def test_a_model_with_parameters_of_its_own_meaning_is_recorded() -> None:
+    model = Families()
+    with gradflow.record(model) as recording:
+        model(x()).sum().backward()
+    assert recording["rnn.l0"].parity.status == "passed"

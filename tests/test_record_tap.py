@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -761,7 +762,7 @@ def test_an_autograd_function_of_the_users_own() -> None:
         h.sum().backward()
     assert bool((recording["loop"].grad_h != 0).all())
     assert re.search(
-        r"an autograd\.Function of your own between two taps", without_gains(recording)
+        r"an autograd\.Function written in Python between two taps", without_gains(recording)
     )
 
 
@@ -839,6 +840,31 @@ def test_a_loop_without_an_h(tmp_path: Path) -> None:
 def test_bad_states(states: States, message: str) -> None:
     with pytest.raises(InputError, match=message), gradflow.record(nn.Module()):
         gradflow.tap(**states)
+
+
+class Pair(NamedTuple):
+    v: Tensor
+    i: Tensor
+
+
+@pytest.mark.parametrize(
+    "make", [list, tuple, lambda pair: Pair(*pair), lambda p: {"v": p[0], "i": p[1]}]
+)
+def test_states_in_a_container_are_marked_one_by_one(make: Callable[[Any], Any]) -> None:
+    w = nn.Linear(3, 3)
+    with gradflow.record(w) as recording:
+        state = make([torch.ones(2, 3), torch.zeros(2, 3)])
+        for _ in range(4):
+            v, i = state.values() if isinstance(state, dict) else state
+            given = make([w(v), i + v])
+            state = gradflow.tap(state=given)
+            assert state is given
+        total = sum(one.sum() for one in (state.values() if isinstance(state, dict) else state))
+        total.backward()
+    (track,) = recording.values()
+    named = {"state_v", "state_i"} if isinstance(state, dict | Pair) else {"state_0", "state_1"}
+    assert set(track.states) == named
+    assert track.steps == 4
 
 
 def test_no_state_at_all() -> None:

@@ -399,3 +399,33 @@ def test_states_with_their_batch_in_the_middle_have_that_batch() -> None:
         s.sum().backward()
     (track,) = recording.values()
     assert (track.batch, gradflow.analyze(recording)[track.name].verdict != "") == (3, True)
+
+
+class Private(nn.Module):
+    """A state that a cell keeps to itself, and a sum of what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = nn.Linear(H, H), torch.zeros(2, H, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = torch.tanh(self.w(self.v) + x)
+        return self.v
+
+
+class SummedUp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.neuron, self.head = Private(), nn.Linear(H, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(())
+        for u in x:
+            out = out + self.head(self.neuron(u))
+        return out
+
+
+def test_a_sum_of_outputs_gives_no_state_its_name() -> None:
+    recording, _ = recorded(SummedUp().double(), torch.randn(6, 2, H, dtype=F64))
+    (track,) = recording.values()
+    assert list(track.states) == ["h"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import seaborn
 import synthetic
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from seam import Picture, look, png
+from matplotlib.text import Text
+from seam import Picture, look, narrowed, paint, png
 
 from gradflow.errors import InputError
 from gradflow.reporter import KINDS, plot
@@ -88,7 +91,7 @@ def test_names_with_dollars_are_words_and_not_mathematics() -> None:
 def test_a_long_name_loses_its_beginning_and_what_is_said_of_it_stays_whole() -> None:
     name = "encoder." * 12 + "reader.l0_reverse"
     layer = synthetic.layer(
-        name, title=f"{name} (RNN): the gradient is gone 8 steps before the loss"
+        name, title=f"{name} (RNN): this loss's gradient is gone 8 steps before it"
     )
     for kind in ("overview", "gain-map", "triangle", "lag-curve"):
         figure = plot(synthetic.analysis(layer), kind)
@@ -136,8 +139,8 @@ def test_several_analyses_share_one_scale() -> None:
     _, first, _, second, _ = figure.axes
     assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
     words = [text.get_text() for text in figure.texts]
-    assert "RNN net — RNN: the gradient is gone 8 steps before the loss" in words
-    assert "gone after 8 steps" in words and "never below 10⁻³" in words
+    assert "RNN net — RNN: this loss's gradient is gone 8 steps before it" in words
+    assert "no direction left after 8 steps" in words and "never below 10⁻³" in words
 
 
 def test_the_left_panel_is_three_times_as_wide() -> None:
@@ -175,7 +178,81 @@ def test_axes_of_the_users_own_are_drawn_into(kind: str) -> None:
     figure = Figure()
     ax = figure.add_subplot()
     assert plot(synthetic.carrying(), kind, ax=ax) is figure
-    assert ax.get_title(loc="left") and figure.axes == [ax]
+    assert ax.get_title(loc="left")
+    coloured = kind == "overview" or (KINDS[kind].scale is not None and bool(ax.images))
+    assert len(figure.axes) == 1 + coloured  # its colour bar stands beside it
+    if coloured:
+        words = [text.get_text() for text in figure.axes[1].get_yticklabels()]
+        assert words[0] in ("≤ 10⁻⁶ gone", "0 closed") and words[-1] in ("≥ 10⁶", "open 1")
+
+
+@pytest.mark.parametrize("layout", ["constrained", None])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "layers"])
+def test_a_title_fits_the_axes_it_is_given(kind: str, layout: str | None) -> None:
+    figure = Figure(figsize=(7, 5), layout=layout)
+    long = "encoder.temporal_backbone.recurrent.lstm.l0"
+    run = synthetic.analysis(synthetic.layer(long, "LSTM", title=f"{long}: the gradient is gone"))
+    ax, beside = figure.subplots(2, 2)[0]
+    plot(run, kind, ax=ax)
+    FigureCanvasAgg(figure).draw()
+    title = ax._left_title  # type: ignore[attr-defined]
+    box = title.get_window_extent()
+    assert box.x1 <= beside.bbox.x0 and box.y1 <= figure.bbox.y1
+    assert ax.bbox.height > 60  # a layout engine finds room for the panel
+    assert "l0" in title.get_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize("kind", ["overview", "gain-map", "states"])
+def test_colours_are_narrowed_on_request_and_the_picture_says_so(kind: str) -> None:
+    run = synthetic.analysis(synthetic.layer("rnn.l0", "LSTM", -0.02))
+    said = "colours narrowed to 10⁻² … 10² on request"
+    figures = [plot(run, kind), plot(run, kind, limits=(-2, 2)), plot(run, kind)]
+    words = [" ".join(text.get_text() for text in figure.texts) for figure in figures]
+    assert said in words[1] and said not in words[0] + words[2]
+    images = [figure.axes[0].images[0].get_array() for figure in figures]
+    assert (images[0] == images[2]).all() and (images[0] != images[1]).any()
+    bar = next(ax for ax in figures[1].axes if "≤ 10⁻²" in map(str, _tick_words(ax)))
+    assert _tick_words(bar)[-1] == "≥ 10²"
+
+
+def test_narrowed_colours_keep_what_1_looks_like() -> None:
+    values = np.array([[0.0, -3.0, 1.0, -1.5]])
+    with narrowed((-3, 1)):
+        zero, low, high, half = paint(values)[0].tolist()
+    fixed = paint(np.array([[0.0, -6.0, 6.0, -3.0]]))[0].tolist()
+    assert [zero, low, high, half] == fixed
+
+
+@pytest.mark.parametrize("limits", [(0, 2), (-7, 2), (2, -2), (1,), "ab", (-1, float("nan"))])
+def test_limits_that_are_none_are_refused(limits: Any) -> None:
+    with pytest.raises(InputError, match=r"limits must be two powers of ten, from -6 to below 0"):
+        plot(synthetic.vanishing(), limits=limits)
+
+
+def _tick_words(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.get_xticklabels()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_are_left_out_on_request(kind: str) -> None:
+    run = synthetic.analysis(synthetic.layer("rnn.l0", "LSTM", -0.3), synthetic.layer("rnn.l1"))
+    figures = [plot(run, kind, captions=captions) for captions in (True, False)]
+    told, bare = ({text.get_text() for text in figure.texts} for figure in figures)
+    high, low = (figure.get_size_inches()[1] for figure in figures)
+    assert (bare < told and low < high) or kind == "heads"  # which these have none of
+
+
+def test_the_readers_font_is_used() -> None:
+    def fonts(figure: Figure) -> set[str]:
+        return {text.get_fontname() for text in figure.findobj(Text) if text.get_text()}
+
+    run = synthetic.vanishing()
+    with matplotlib.rc_context({"font.family": "serif", "font.serif": ["STIXGeneral"]}):
+        mine = plot(run)
+    with matplotlib.rc_context({"font.sans-serif": ["no such font", "DejaVu Sans Mono"]}):
+        mono = plot(run, "gain-map")
+    assert (fonts(mine), fonts(mono)) == ({"STIXGeneral"}, {"DejaVu Sans Mono"})
+    assert fonts(plot(run)) == {"DejaVu Sans"}
 
 
 def test_axes_take_one_layer_only() -> None:

@@ -59,8 +59,8 @@ def trained(
 
 def test_a_change_of_verdict_that_lasts_three_probes_is_warned_of_once(tmp_path: Path) -> None:
     words = (
-        r"step 6: rnn.l0 vanishes: its gain falls by 8.73 decades over 29 steps and is gone after 10 "
-        r"steps; it was stable before"
+        r"step 6: rnn.l0 vanishes: its gain falls by 8.73 decades over 29 steps and is gone in every "
+        r"direction after 10 steps; it was stable before"
     )
     with pytest.warns(gradflow.GradflowWarning, match=words) as caught:
         watch = trained(

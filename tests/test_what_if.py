@@ -295,7 +295,17 @@ def test_truncation_cuts_off_growth() -> None:
     with gradflow.record(rnn) as recording:
         rnn(torch.ones(30, 2, 1))[0][-1].sum().backward()
     row = gradflow.what_if(recording, truncate=5).iloc[0]
-    assert row.verdict_before == row.verdict_after == "exploding"
+    assert (row.verdict_before, row.verdict_after) == ("exploding", "stable")
+    assert row.gain_after == pytest.approx(math.log(1.5) * 4)  # all that the window lets through
+    with gradflow.record(rnn) as really:
+        state = None
+        for x in torch.ones(30, 2, 1).split(5):
+            output, state = rnn(x, None if state is None else state.detach())
+        output[-1].sum().backward()
+    (layer,) = gradflow.analyze(really).values()
+    assert (layer.verdict, layer.gain.value) == (row.verdict_after, pytest.approx(row.gain_after))
+    one = gradflow.what_if(recording, truncate=1).iloc[0]
+    assert (one.verdict_after, one.gain_after) == ("dead", -math.inf)
     assert row.helps == pytest.approx(math.log10(1.5) * 24)  # of 29 steps, 5 are kept
     assert (row.horizon_after, row.half_life_after) == (5, 5.0)
 

@@ -39,10 +39,11 @@ from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.unmeasured import without_gains
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.limits import LAG_SECONDS, SHORT, TRIANGLE_SECONDS
-from gradflow.process import fitting_threads
+from gradflow.process import fitting_threads, without_modes
 from gradflow.recording import Recording, Track, pooled
 
 
+@without_modes
 def analyze(
     recording: Recording,
     *,

@@ -20,7 +20,7 @@ from gradflow.analyzer.plan import exact_seconds
 from gradflow.analyzer.rates import decays_as_power
 from gradflow.analyzer.read_states import read_part
 from gradflow.analyzer.sweep import SPEED
-from gradflow.process import fitting_threads
+from gradflow.process import fitting_threads, without_modes
 from gradflow.recording import Track
 
 
@@ -38,6 +38,7 @@ class Brief:
     channels: int | None
 
 
+@without_modes
 def brief(
     track: Track,
     *,

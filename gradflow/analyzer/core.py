@@ -116,7 +116,8 @@ def measure(
     """How much every sequence keeps over the span and how fast, and the maps of a few."""
     known = voted(track, settings, watch)
     mapped = mapped_sequences(track, known.sequence_gains, known.finite, settings)
-    return mapped_core(known, mapped, *_maps(track, mapped, known.span, withheld, settings))
+    over = min(known.span, known.gain.steps or known.span)  # channels over what the verdict judges
+    return mapped_core(known, mapped, *_maps(track, mapped, over, withheld, settings))
 
 
 def mapped_core(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gradflow.errors import InputError, must_be
 from gradflow.limits import JACOBIAN_BYTES, JACOBIAN_CHUNK, VECTOR_SPEED
-from gradflow.recording import Operator, ThinOperator, Track
+from gradflow.process import without_modes
+from gradflow.recording import Operator, ThinOperator, Track, moved, where_computed
 
 
 class DenseOperator:
@@ -118,8 +119,11 @@ def operator_of(
     """The step Jacobians of some sequences, up to the last real step of the longest of them."""
     chosen = torch.arange(track.batch) if sequences is None else torch.as_tensor(sequences)
     length = int(track.lengths.cpu()[chosen].max())
-    device = track.mask.device
-    return HostOperator(track.operator(dtype, chosen), length, device)
+    found, device = track.operator(dtype, chosen), track.mask.device
+    if not isinstance(found, ThinOperator):
+        device = where_computed(found.size, device)
+        found = moved(found, device)
+    return HostOperator(found, length, device)
 
 
 def state_size(track: Track) -> int:
@@ -127,6 +131,7 @@ def state_size(track: Track) -> int:
     return sum(int(value.shape[-1]) for value in track.states.values())
 
 
+@without_modes
 def step_jacobians(track: Track) -> Tensor:
     """Dense step Jacobians of a track, A_t = ∂s_t/∂s_{t−1}, in processing order.
 

@@ -27,6 +27,7 @@ OF_LAYER: dict[str, str] = {
     "searched": "lags over which the horizon was looked for; where it was not reached it lies beyond",
     "channels": "directions that survive the span; preset full only",
     "sequences_rated": "sequences that gain, rate and verdict rest on",
+    "batches": "batches that gain and rate are means over; above 1 they are the unit of the intervals",
     "sequences": "sequences of the update, those of all its forward passes together",
     "steps": "T of the longest sequence",
     "level": "log10 of the rms entry of ∂L/∂s of the main state at the loss step: what `profile` is over",

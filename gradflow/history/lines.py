@@ -16,6 +16,7 @@ probe      ``step`` and ``numbers``, in base64 the arrays ``values`` (name,), ``
            (group,), ``layers`` (layer, name), all float64, ``gates`` (layer, gate, name) and
            ``lags`` (layer, name, lag), float32, one behind the other, little-endian
 note       a sentence on a training step
+source     the checkpoint that the next probe is of, in a sweep
 end        the writer was closed
 =========  ===================================================================================
 """
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER, OF_STEP, VERDICT
-from gradflow.history.probe import Note, Probe
+from gradflow.history.probe import Note, Probe, Source
 from gradflow.limits import VERDICTS
 
 HISTORY_SCHEMA = 1  # of the file; raised when a reader would be misled
@@ -115,6 +116,11 @@ def note_line(note: Note) -> str:
     return line("note", **asdict(note))
 
 
+def source_line(source: Source) -> str:
+    """The line of a source."""
+    return line("source", **asdict(source))
+
+
 PROBE = '{"kind": "probe", "step": '  # how the line of a probe begins
 NUMBERS = ', "numbers": "'  # what stands between step and numbers
 CLOSE = '"}'  # how it ends
@@ -139,7 +145,12 @@ def probe_line(probe: Probe, layout: ProbeLayout) -> str:
         for number, field in enumerate(layout.of_lag):
             numbers["lags"][place, number, at] = getattr(layer, field)
     packed = base64.b64encode(numbers.tobytes()).decode()
-    return f"{PROBE}{probe.step}{NUMBERS}{packed}{CLOSE}\n"
+    return packed_line(probe.step, packed)
+
+
+def packed_line(step: int, packed: str) -> str:
+    """The line of a probe whose numbers are packed already."""
+    return f"{PROBE}{step}{NUMBERS}{packed}{CLOSE}\n"
 
 
 def _code(verdict: str) -> float:

@@ -1,4 +1,7 @@
-"""What one probe measured: a `Probe` of a training step holds a `LayerProbe` of each layer."""
+"""What one probe measured: a `Probe` of a training step holds a `LayerProbe` of each layer.
+
+In a sweep a probe is of one checkpoint: its `Source` says which.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,16 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a row of a sweep is from: one checkpoint of one run."""
+
+    checkpoint: str  # its path as it was found, or the name that a model was given
+    run: str  # its folder, below the one that all have in common: a seed, a run; "" where there is one
+    step_from: str = ""  # where its training step stands, in words
+    failed: str = ""  # why it could not be measured, one sentence; "" where it was
+
+
+@dataclass(frozen=True)
 class Probe:
     """All that one probe measured."""
 
@@ -41,3 +54,4 @@ class Probe:
     layers: dict[str, LayerProbe]  # layer name -> its numbers
     learning_rates: tuple[float, ...] = ()  # one of each parameter group
     notes: tuple[Note, ...] = ()  # what was said at it
+    source: Source | None = None  # of a sweep

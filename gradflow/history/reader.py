@@ -21,7 +21,7 @@ from gradflow.history.lines import (
     packed_size,
     read_probe,
 )
-from gradflow.history.probe import Note
+from gradflow.history.probe import Note, Source
 
 LINE_OF_PROBE = PROBE.encode()
 PIECE_READ = 2**22  # bytes that are read at a time: the same memory is used again
@@ -35,13 +35,15 @@ class ProbeBlock:
     steps: list[int] = field(default_factory=list)  # the training step of each probe
     numbers: list[bytes] = field(default_factory=list)  # of the probes, unpacked, in a few pieces
     packed: list[bytes] = field(default_factory=list)  # of the last ones, not yet unpacked
+    sources: list[Source | None] = field(default_factory=list)  # of each probe; None of a training
 
-    def take(self, text: bytes) -> bool:
+    def take(self, text: bytes, source: Source | None = None) -> bool:
         """The line of a probe; whether it is whole."""
         found = read_probe(text)
         if found is None or len(found[1]) != self.size:
             return False
         self.steps.append(found[0])
+        self.sources.append(source)
         self.packed.append(found[1])
         return True
 
@@ -59,6 +61,16 @@ class ProbeBlock:
         self.unpack()
         self.numbers = [b"".join(self.numbers)]
         return np.frombuffer(self.numbers[0], dtype=self.layout.dtype)
+
+    def only(self, run: str) -> ProbeBlock:
+        """Those of one run of a sweep."""
+        kept = [at for at, one in enumerate(self.sources) if one is not None and one.run == run]
+        return ProbeBlock(
+            self.layout,
+            steps=[self.steps[at] for at in kept],
+            numbers=[self.table()[kept].tobytes()],
+            sources=[self.sources[at] for at in kept],
+        )
 
 
 @dataclass
@@ -80,6 +92,7 @@ class Reader:
         self.read = Read()
         self._offset = 0
         self._inode = 0
+        self._source: Source | None = None  # of the next probe
 
     def more(self) -> int:
         """Take in the lines that were completed since the last time; how many probes they hold."""
@@ -130,6 +143,8 @@ class Reader:
             self.read.blocks.append(ProbeBlock(layout_from(content)))
         elif kind == "note":
             self.read.notes.append(Note(**content))
+        elif kind == "source":
+            self._source = Source(**content)
         self.read.ended = kind == "end"
         return False
 
@@ -150,7 +165,8 @@ class Reader:
         self.read.headers.append(content)
 
     def _take_probe(self, text: bytes) -> bool:
-        if not self.read.blocks or not self.read.blocks[-1].take(text):
+        source, self._source = self._source, None
+        if not self.read.blocks or not self.read.blocks[-1].take(text, source):
             self._cut_off(text)
             return False
         self.read.ended = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import xarray as xr
 from gradflow.errors import InputError, must_be
 from gradflow.history import table
 from gradflow.history.lines import layout_of, probe_line
-from gradflow.history.probe import Note, Probe
+from gradflow.history.probe import Note, Probe, Source
 from gradflow.history.reader import ProbeBlock, Read, Reader
 
 LAYERS_SHOWN = 12  # layers of a repr that fits a screen
@@ -79,9 +80,14 @@ class History:
             if not read.blocks or not read.blocks[-1].layout.holds(layout):
                 joined = read.blocks[-1].layout.joined(layout) if read.blocks else layout
                 read.blocks.append(ProbeBlock(joined))
-            read.blocks[-1].take(probe_line(probe, read.blocks[-1].layout).strip().encode())
+            text = probe_line(probe, read.blocks[-1].layout).strip().encode()
+            read.blocks[-1].take(text, probe.source)
             read.notes += probe.notes
         return cls(read)
+
+    def detached(self) -> History:
+        """The same without its file, which may go: `refresh` finds nothing more."""
+        return History(self._read)
 
     def refresh(self) -> int:
         """Read what was written to the file meanwhile.
@@ -125,6 +131,28 @@ class History:
     def damaged(self) -> int:
         """How many lines of the file were cut off, by a kill or a full disk."""
         return self._read.damaged
+
+    @property
+    def sources(self) -> tuple[Source | None, ...]:
+        """Of every probe the checkpoint that it is of, in a sweep; None in a training."""
+        return tuple(source for block in self._read.blocks for source in block.sources)
+
+    @property
+    def runs(self) -> dict[str, History]:
+        """The runs of a sweep, by name, each as a history of its own; a training is one run.
+
+        >>> from gradflow.history import History, Probe, Source
+        >>> probes = [Probe(9, {"loss": n / 2}, {}, source=Source(f"{n}.pt", f"{n}")) for n in (1, 3)]
+        >>> {name: run.data["loss"].item() for name, run in History.of("LSTM", probes).runs.items()}
+        {'1': 0.5, '3': 1.5}
+        """
+        names = dict.fromkeys(source.run for source in self.sources if source is not None)
+        return {name: self._only(name) for name in names} or {"": self}
+
+    def _only(self, run: str) -> History:
+        """One run of a sweep."""
+        blocks = [one for block in self._read.blocks if (one := block.only(run)).steps]
+        return History(replace(self._read, blocks=blocks, notes=[]))
 
     @property
     def layers(self) -> tuple[str, ...]:

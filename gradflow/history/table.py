@@ -12,6 +12,7 @@ import xarray as xr
 from gradflow.errors import InputError, must_be
 from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER, OF_STEP, VERDICT
 from gradflow.history.lines import ProbeLayout
+from gradflow.history.probe import Source
 from gradflow.history.reader import Read
 from gradflow.limits import VERDICTS
 
@@ -54,7 +55,8 @@ def dataset(read: Read) -> xr.Dataset:
     variables["learning_rate"] = (("step", "group"), whole["learning_rates"])
     return xr.Dataset(
         variables,
-        coords={
+        coords=_of_sweep([source for block in blocks for source in block.sources])
+        | {
             "step": np.array([step for block in blocks for step in block.steps], dtype=np.int64),
             "layer": np.array(layers, dtype=str),
             "gate": np.array(gates, dtype=str),
@@ -63,6 +65,16 @@ def dataset(read: Read) -> xr.Dataset:
         },
         attrs={"title": str(read.headers[-1].get("title", "")) if read.headers else ""},
     )
+
+
+def _of_sweep(sources: Sequence[Source | None]) -> dict[str, Any]:
+    """What is said of every probe of a sweep; nothing of a training."""
+    if not any(sources):
+        return {}
+    return {
+        name: ("step", np.array([getattr(source, name, "") for source in sources], dtype=str))
+        for name in ("run", "checkpoint", "step_from", "failed")
+    }
 
 
 def _joined(

@@ -17,6 +17,7 @@ from gradflow.history.lines import (
     line,
     note_line,
     probe_line,
+    source_line,
 )
 from gradflow.history.probe import Note, Probe
 from gradflow.history.reader import Reader
@@ -107,6 +108,7 @@ class Writer:
         if self._layout is None or not self._layout.holds(layout):
             self._layout = layout if self._layout is None else self._layout.joined(layout)
             text = layout_line(self._layout)
+        text += "" if probe.source is None else source_line(probe.source)
         text += probe_line(probe, self._layout) + "".join(map(note_line, probe.notes))
         self._append(text)
         os.fsync(self._file)

@@ -20,6 +20,7 @@ from torch import Tensor
 from gradflow.hooks.guard import briefly
 from gradflow.hooks.saved_tensors import runs_code, saved_tensors_are_hooked
 from gradflow.limits import BETWEEN_NODES, LINK_DEPTH, LINK_NODES, STEP_NODES
+from gradflow.process import autocast
 
 Edge = tuple[Any, int]  # a node of the graph and which of its outputs
 LEAF = 2**63  # numbers of nodes from here on are those of leaves, which no operation made
@@ -54,7 +55,7 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
     """Inside, operations are in the dtypes of what they are given."""
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return autocast(device, enabled=False)
 
 
 class NotReadable(Exception):
@@ -362,7 +363,7 @@ def check(node: Any) -> None:
             raise NotReadable(
                 "a step whose weights are shared out among processes (tensor parallelism)"
             )
-        raise NotReadable("an autograd.Function of your own")
+        raise NotReadable("an autograd.Function written in Python")
     if name == "CppFunction":  # called before the engine does, it can break later
         raise NotReadable(_foreign(node.name()))
     if runs_code(node):

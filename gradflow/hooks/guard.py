@@ -3,8 +3,8 @@
 Every point at which the user's code calls into gradflow while a recording is open is a `Point`, and
 all that gradflow does there is called by `guarded`. Within it the user's function modes, dispatch modes
 and tensor subclasses are off. Two kinds of errors are passed on: an `InputError`, by which the user learns
-of a wrong argument (not while a training is watched: it goes on), and what is no `Exception` (Ctrl-C, an
-exit). In any case `failed` is called, so that
+of a wrong argument (not while a training is watched: it goes on), and what did not come of gradflow's
+work (Ctrl-C, an exit, the time limit of a signal's handler). In any case `failed` is called, so that
 what is incomplete can be left out.
 """
 
@@ -18,9 +18,14 @@ from enum import Enum
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from gradflow.errors import InputError
+from gradflow.hooks.outside import is_from_outside
 from gradflow.hooks.unreadable import is_looked_at
 
 Value = TypeVar("Value")
@@ -61,17 +66,17 @@ def guarded(
     alone = Unnoticed()
     try:
         try:
-            alone.enter()
-            return _do(point, work, *args, **kwargs)
-        finally:
             try:
+                alone.enter()
+                return _do(point, work, *args, **kwargs)
+            finally:
                 alone.leave()
-            finally:  # where Ctrl-C came meanwhile, first everything is put back
-                alone.leave()
+        finally:  # where Ctrl-C came meanwhile, first everything is put back
+            alone.leave()
     except BaseException as error:
         failed(f"{point.value} ({briefly(error)})")
         strict = isinstance(error, InputError) and threading.get_ident() not in lenient
-        if strict or not isinstance(error, Exception):
+        if strict or not isinstance(error, Exception) or is_from_outside(error):
             raise
         return None
 
@@ -88,32 +93,32 @@ class Unnoticed:
     """
 
     def __init__(self) -> None:
-        self._opened: list[Any] = []
         self._first = threading.get_ident() not in busy
+        self._functions = torch._C._get_torch_function_state()  # type: ignore[attr-defined]
+        off = torch._C._len_torch_dispatch_stack() and not is_looked_at()
+        self._modes = _get_current_dispatch_mode_stack() if off else []
         self._grad = torch.is_grad_enabled()
 
     def enter(self) -> None:
         """From here on."""
         busy.add(threading.get_ident())
-        self._open(torch._C.DisableTorchFunction())
-        if torch._C._len_torch_dispatch_stack() and not is_looked_at():
-            self._open(_disable_current_modes())
-
-    def _open(self, context: Any) -> None:
-        context.__enter__()
-        self._opened.append(context)
+        off = torch._C._TorchFunctionState.ALL_DISABLED  # type: ignore[attr-defined]
+        torch._C._set_torch_function_state(off)  # type: ignore[attr-defined]
+        for _ in self._modes:
+            _pop_mode()
 
     def leave(self) -> None:
         """Up to here."""
-        while self._opened:
-            self._opened.pop().__exit__(None, None, None)
+        for mode in self._modes[torch._C._len_torch_dispatch_stack() :]:
+            _push_mode(mode)
+        torch._C._set_torch_function_state(self._functions)  # type: ignore[attr-defined]
         if self._first:
             busy.discard(threading.get_ident())
         if torch.is_grad_enabled() is not self._grad:  # where even leaving no_grad was cut short
             torch.set_grad_enabled(self._grad)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hook:
     """A guarded hook that changes nothing of what it is given."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradflow.cells import CELLS
 from gradflow.hooks.call import Call
-from gradflow.process import random_numbers_kept
+from gradflow.process import autocast, random_numbers_kept
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def autocast_of(call: Call) -> Iterator[None]:
     device, enabled, dtype = call.autocast
     with contextlib.ExitStack() as stack:
         if enabled or torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=enabled, dtype=dtype))
+            stack.enter_context(autocast(device, enabled=enabled, dtype=dtype))
         yield
 
 

@@ -17,7 +17,7 @@ from gradflow.hooks.call import Call
 from gradflow.hooks.closed.joint_source import JointSource
 from gradflow.hooks.linear.linear_source import LinearSource, Stretch
 from gradflow.hooks.loops.loop_source import LoopSource
-from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.tapped import TAP, Mark, TapSource
 from gradflow.hooks.unreadable import foreign_code
 from gradflow.limits import MANY_TRACKS
 from gradflow.recording import Recording, Track, Unseen
@@ -79,7 +79,7 @@ def gradient_marks(model: nn.Module) -> list[tuple[int, int] | None]:
     """What changes when any backward adds to a parameter's ``.grad``."""
     return [
         None if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
-        for parameter in model.parameters()
+        for parameter in nn.Module.parameters(model)
     ]
 
 
@@ -93,17 +93,26 @@ class Ran:
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[str, None] = {}
         delicate = (nn.MultiheadAttention, torch.jit.ScriptModule)
-        self._handles = []
-        if something_is_compiled() or any(isinstance(m, delicate) for m in model.modules()):
-            return
-        for name, child in model.named_children():
+        off = something_is_compiled() or any(
+            isinstance(m, delicate) for m in nn.Module.modules(model)
+        )
+        self._children = {} if off else dict(model.named_children())
+
+    def open(self) -> None:
+        """Hook them; the hooks only write a name into a dict: a guard torch.compile could not read."""
+        for name, child in self._children.items():
             note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
-            self._handles.append(child.register_forward_pre_hook(note))
+            child.register_forward_pre_hook(note)
 
     def close(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
+        """Take the hooks away, known by the dict, so that none can be made and not be known."""
+        for child in self._children.values():
+            hooks = child._forward_pre_hooks
+            for key, hook in [*hooks.items()]:
+                if isinstance(hook, functools.partial) and any(
+                    one is self.names for one in hook.args
+                ):
+                    del hooks[key]
 
 
 def something_is_compiled() -> bool:
@@ -173,7 +182,7 @@ def why_no_track(
             f"no recurrent layer ran: {names} was not called inside the block{hidden}{did}; run the "
             f"{'uncompiled ' if graph else ''}model's forward pass inside `with gradflow.record(model):`"
         )
-    foreign = foreign_code([*model.modules()])
+    foreign = foreign_code([*nn.Module.modules(model)])
     if foreign:
         return f"no recurrent layer ran: {foreign}"
     compiled = (
@@ -182,7 +191,7 @@ def why_no_track(
         if something_is_compiled()
         else ""
     )
-    kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+    kinds = sorted({type(m).__name__ for m in nn.Module.modules(model) if not list(m.children())})
     return (
         f"no recurrent layer ran: {type(model).__name__} consists of {', '.join(kinds)}, none of them "
         f"{', '.join(layer_names())} or one of their cells{did}{compiled}; give the model that holds the "
@@ -218,9 +227,11 @@ def found(recording: Recording) -> list[str]:
 def _too_short(recording: Recording) -> list[str]:
     """Tracks of one step, which exercise no recurrence."""
     once = [track for track in recording.values() if track.steps == 1]
-    tapped = [track.name for track in once if isinstance(track.source, TapSource)]
+    marked = [track for track in once if isinstance(track.source, TapSource)]
+    tapped = [track.name for track in marked if track.cell == TAP]
+    afresh = [track.name for track in marked if track.cell != TAP]
     known = {one.module for one in recording.unseen}  # the sentence on these says it
-    short = [t for t in once if t.name not in tapped and t.owner not in known]
+    short = [t for t in once if t not in marked and t.owner not in known]
     scanned = [track.name for track in short if isinstance(track.source, LinearSource)]
     short = [track for track in short if track.name not in scanned]
     cells = [track.name for track in short if _calls(track)[0].single]
@@ -230,6 +241,11 @@ def _too_short(recording: Recording) -> list[str]:
         sentences.append(
             f"{listed(tapped)} was tapped once, so no state came back and no recurrence is "
             "exercised; call tap inside the loop, once per step"
+        )
+    if afresh:
+        sentences.append(
+            f"{listed(afresh)} took nothing of its earlier state into any of its calls, so no recurrence is "
+            "exercised; give each call the state of the one before"
         )
     if scanned:
         sentences.append(

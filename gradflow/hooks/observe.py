@@ -79,17 +79,8 @@ def record(
     processes = AllProcesses(gather)
     recording = Recording(type(model).__name__)
     failed: list[str] = []
-    recorder = guarded(
-        Point.OPENING,
-        failed.append,
-        Recorder,
-        model,
-        patterns,
-        lengths,
-        scaler,
-        jacobians,
-        recording,
-    )
+    given = (model, patterns, lengths, scaler, jacobians, recording)
+    recorder = guarded(Point.OPENING, failed.append, Recorder, *given)
     if recorder is None:
         recording.empty_reason = f"nothing was recorded: {failed[0]}"
         yield recording
@@ -98,10 +89,13 @@ def record(
     recorder.processes = processes.size
     block = OpenRecording(recorder)
     try:
-        block.open()
-        yield recording
-    finally:
-        sentences = block.close()
+        try:
+            block.open()
+            yield recording
+        finally:
+            sentences = block.close()
+    finally:  # where Ctrl-C came before that line
+        block.put_back()
     if processes.size > 1:
         sentences += gathered(recording, processes)
     for sentence in sentences:
@@ -153,33 +147,34 @@ class OpenRecording:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.marks: list[tuple[int, int] | None] | None = None
+        self._is_back = False  # all that was replaced
 
     def open(self) -> None:
         """Begin to watch; what cannot be watched is noted."""
         nothing_is_under_way()
         model, remark = self.recorder.model, self.recorder.withheld.remark
         self.marks = guarded(Point.OPENING, remark, mistakes.gradient_marks, model)
-        # its hooks only write a name into a dict: a guard around them torch.compile could not read
         self.recorder.ran = guarded(Point.OPENING, remark, mistakes.Ran, model)
         self.recorder.watching = guarded(Point.OPENING, remark, self._candidates)
         guarded(Point.OPENING, remark, listen, self.recorder)
-        if self.recorder.watching is not None:
-            guarded(Point.OPENING, remark, self.recorder.watching.open)
+        for opened in (self.recorder.ran, self.recorder.watching):
+            if opened is not None:
+                guarded(Point.OPENING, remark, opened.open)
 
     def _candidates(self) -> Watching:
         return Watching([] if mistakes.something_is_compiled() else self.recorder.own.modules)
 
     def close(self) -> list[str]:
         """Put everything back; gives the sentences to warn of."""
-        try:
-            self._put_back()
-        finally:  # where Ctrl-C came meanwhile, first everything is put back
-            self._put_back()
+        self.put_back()
         recorder, recording = self.recorder, self.recorder.recording
         names = [] if self.recorder.ran is None else list(self.recorder.ran.names)
         sentences: list[str] = []
         remark = recorder.withheld.remark
+        before = recording.empty_reason
         guarded(Point.CLOSING, remark, lambda: _describe(recorder, names, self._ran_backward()))
+        if recorder.withheld.sentences and recording.empty_reason == before:  # it could not be told
+            recording.empty_reason = recorder.withheld.sentences[0]
         guarded(Point.CLOSING, remark, lambda: sentences.extend(mistakes.found(recording)))
         guarded(Point.CLOSING, remark, lambda: sentences.extend(_misleading(recorder)))
         said = recorder.withheld.sentences
@@ -187,12 +182,16 @@ class OpenRecording:
         recorder.forget()
         return [*dict.fromkeys([*sentences, *said])]
 
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
+        """Put everything back, if that is still to be done."""
+        if self._is_back:
+            return
         remark = self.recorder.withheld.remark
         guarded(Point.CLOSING, remark, stop_listening, self.recorder)
         for opened in (self.recorder.watching, self.recorder, self.recorder.ran):
             if opened is not None:
                 guarded(Point.CLOSING, remark, opened.close)
+        self._is_back = True
 
     def _ran_backward(self) -> bool:
         recorder = self.recorder

@@ -7,6 +7,7 @@ sum over all calls that used the weight: ∂L/∂W_ih = Σ δ_t x_tᵀ, ∂L/∂
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.guard import Hook, Point
+from gradflow.hooks.patch import is_of_another_recording
 from gradflow.hooks.unreadable import is_batched, why_hidden
 from gradflow.limits import PARITY_FLOAT32, PARITY_FLOAT64, PARITY_HALF
 from gradflow.recording import Parity
@@ -47,12 +48,13 @@ class WeightUses:
     """Which weights the calls of a recording used, and the gradients those weights received."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._thread = threading.get_ident()
         self._keys: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._grads: dict[int, Tensor] = {}
         self._frozen: set[int] = set()
         self._lost: dict[int, str] = {}  # weights of which some gradient was not read -> why
         self._bounds: dict[int, float] = {}
-        self._handles: list[RemovableHandle] = []
+        self._hooks: set[Hook] = set()  # on weights
         self._users: list[LoopUser] = []
         names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._tied = {known for known, count in names.items() if count > 1}
@@ -76,14 +78,15 @@ class WeightUses:
         if weight.requires_grad:
             lose = functools.partial(self._lost.__setitem__, key)
             add = Hook(Point.WEIGHT, lose, self._adder(key, scale))
-            self._handles.append(weight.register_hook(add))
+            self._hooks.add(add)
+            weight.register_hook(add)
         else:
             self._frozen.add(key)
         return key
 
     def _adder(self, key: int, scale: Callable[[], float]) -> Callable[[Tensor], None]:
         def add(grad: Tensor) -> None:
-            if is_batched(grad) or why_hidden():
+            if is_batched(grad) or why_hidden() or is_of_another_recording(self._thread):
                 return
             grad = grad.detach() / scale()
             self._grads[key] = self._grads[key] + grad if key in self._grads else grad
@@ -100,9 +103,11 @@ class WeightUses:
 
     def close(self) -> None:
         """Stop listening."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for reference, _ in self._keys.values():
+            hooks = getattr(reference(), "_backward_hooks", None) or {}
+            for place, hook in [*hooks.items()]:
+                if isinstance(hook, Hook) and hook in self._hooks:
+                    del hooks[place]
         self._keys.clear()
 
     def caught(self, users: Sequence[WeightUser]) -> dict[int, Tensor]:

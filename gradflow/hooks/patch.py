@@ -35,6 +35,7 @@ from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.replaced import Replaced, at_fork, lock, put_back, replace
 from gradflow.hooks.seen import Listener, Telling
 from gradflow.hooks.unreadable import is_batched, is_wrapped, why_hidden
+from gradflow.process import held
 
 
 class Observer(Listener, Protocol):
@@ -77,7 +78,7 @@ def nothing_is_under_way() -> None:
 
 def listen(observer: Observer) -> None:
     """Tell the observer of every recurrent call of its thread."""
-    with lock:
+    with held(lock):
         _keep([*_observers, observer])
         if len(_observers) == 1:
             _install()
@@ -86,7 +87,7 @@ def listen(observer: Observer) -> None:
 
 def stop_listening(observer: Observer) -> None:
     """Tell it no more, and put everything back where it was the last."""
-    with lock:
+    with held(lock):
         _keep([known for known in _observers if known is not observer])
         if not _observers:
             _restore()
@@ -109,6 +110,12 @@ def observers_here() -> list[Observer]:
     if thread in _paused or thread in busy:
         return []
     return [observer for observer in _observers if observer.thread == thread]
+
+
+def is_of_another_recording(thread: int) -> bool:
+    """Whether what runs now is a step that another recording's thread runs, not this one's."""
+    here = threading.get_ident()
+    return here != thread and any(observer.thread == here for observer in _observers)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from gradflow.hooks.graph import NotReadable
 from gradflow.limits import MOST_KEPT, TAPE_BYTES, TAPE_ROUNDING
-from gradflow.process import quiet
+from gradflow.process import autocast, quiet
 
 # operations that hand on the very numbers; as themselves they would cut the gradient
 SAME_VALUES = ("aten.detach.default", "aten.alias.default")
@@ -239,7 +239,7 @@ class Tape:
         """Jᵀ of every vector of (B, m, N), (B, m, N')."""
         if self.result is None:
             return block.new_zeros(*block.shape[:2], self.width)
-        with torch.no_grad(), torch.autocast(block.device.type, enabled=False):
+        with torch.no_grad(), autocast(block.device.type, enabled=False):
             return self._side_by_side("pull", self.run, block)
 
     def transposed(self) -> tuple[Tensor, Tensor] | None:
@@ -253,7 +253,7 @@ class Tape:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(self.like.device.type, enabled=False),
+            autocast(self.like.device.type, enabled=False),
         ):
             given = self.like.clone().requires_grad_()
             found = self.run(given)
@@ -271,7 +271,7 @@ class Tape:
             )
             return pushed
 
-        with torch.autocast(block.device.type, enabled=False):
+        with autocast(block.device.type, enabled=False):
             return self._side_by_side("push", one, block)
 
     def _side_by_side(self, way: str, run: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.limits import DIFFERENCE_ROUNDING
 from gradflow.recording import Backward, Forward, Operator, Parity, Source
 
+TAP = "tap"  # the cell of a loop that is tapped
+
 
 @dataclass(eq=False)
 class Mark:
@@ -88,7 +90,7 @@ class TapSource(HeardGradients):
     """All marks of one loop."""
 
     name: str = "loop"  # of the track
-    cell: str = "tap"
+    cell: str = TAP
     lengths: Tensor | None = None
     marks: list[Mark] = field(default_factory=list)
     layout: Layout = field(default_factory=Layout)
@@ -109,7 +111,7 @@ class TapSource(HeardGradients):
         """The words for its steps and states in sentences."""
         if self.own_words is not None:
             return self.own_words
-        return TAPPED if self.cell == "tap" else CALLED
+        return TAPPED if self.cell == TAP else CALLED
 
     # -- gradients that come by --------------------------------------------------------------
 
@@ -342,6 +344,7 @@ class TapSource(HeardGradients):
             raise RecordingError(f"{self.name}: its step Jacobians are not known: {reason}")
         device = self.marks[0].cut.device
         chosen = sequences.to(device)
+        batch = len(sequences) if _is_all(sequences, len(sequences)) else -1
         real = self.real
         first = self.marks[0]
         size = sum(state.shape[1] for state in first.states.values())
@@ -357,7 +360,8 @@ class TapSource(HeardGradients):
                 matrices.append(eye)
                 continue
             assert isinstance(mark.jacobian, Tensor)
-            matrix = mark.jacobian if _is_all(chosen, len(mark.cut)) else mark.jacobian[chosen]
+            whole = batch == len(mark.cut)
+            matrix = mark.jacobian if whole else mark.jacobian[chosen]
             if real is not None:
                 padded = t >= real.to(device)[chosen]
                 matrix = matrix.masked_fill(padded.view(-1, 1, 1), 0.0)

@@ -16,6 +16,7 @@ from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Between
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.marks import LastMark, MarkOwner, Marks
+from gradflow.hooks.own.nested import leaves
 from gradflow.hooks.saved_tensors import saved_by, saved_tensors_are_hooked
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unreadable import WRAPPED, is_wrapped, why_hidden
@@ -24,7 +25,7 @@ from gradflow.hooks.unrolled.pieces import holds
 ADVICE = "call it as h, c = gradflow.tap(h=h, c=c) inside the loop, once per step"
 
 
-def tap(name: str = "loop", /, **states: Tensor) -> Any:
+def tap(name: str = "loop", /, **states: Any) -> Any:
     """Mark the states of a hand-written loop, once per step; they are returned as they are.
 
     Outside a recording nothing happens. Inside one, the taps of one name form the track `name`:
@@ -37,10 +38,11 @@ def tap(name: str = "loop", /, **states: Tensor) -> Any:
 
     Args:
         name: of the track.
-        states: tensors (B, width), or (width,) without a batch, by the names they shall have.
+        states: tensors (B, width), or (width,) without a batch, by the names they shall have; lists,
+            tuples and dicts of such tensors, whose states are named after their places: ``h_0``.
 
     Returns:
-        The tensor, or a tuple of the tensors in the order given.
+        What was given, or a tuple of it in the order given.
 
     Raises:
         InputError: no state, a state that is no tensor, or, in a recording, other shapes.
@@ -61,7 +63,7 @@ def tap(name: str = "loop", /, **states: Tensor) -> Any:
     return _untold(name, **states)
 
 
-def _untold(name: str = "loop", /, **states: Tensor) -> Any:
+def _untold(name: str = "loop", /, **states: Any) -> Any:
     """The same without a recording, and for torch.compile, whose graphs stay what they are."""
     values = tuple(states.values())
     if not values:
@@ -73,7 +75,7 @@ patch.traced_as(_untold, tap)
 
 
 @patch.untraced
-def _tell(name: str, states: dict[str, Tensor]) -> None:
+def _tell(name: str, states: dict[str, Any]) -> None:
     # a checkpoint that computes again: the tensors of its first run are those already marked
     if torch._C._current_graph_task_id() != -1:
         return
@@ -82,8 +84,20 @@ def _tell(name: str, states: dict[str, Tensor]) -> None:
         guarded(Point.TAP, missed, _show, observer, name, states)
 
 
-def _show(observer: patch.Observer, name: str, states: dict[str, Tensor]) -> None:
-    hidden = why_hidden()
+def _one_by_one(given: dict[str, Any]) -> dict[str, Any]:
+    """The tensors that were given, those in containers by key and place."""
+    states: dict[str, Any] = {}
+    for key, value in given.items():
+        for path, tensor in (leaves(value) or {(): value}).items():
+            name = "_".join([key, *(str(part) for part in path)])
+            while name in states or (path and name in given):
+                name += "_"
+            states[name] = tensor
+    return states
+
+
+def _show(observer: patch.Observer, name: str, given: dict[str, Any]) -> None:
+    hidden, states = why_hidden(), _one_by_one(given)
     if any(isinstance(state, Tensor) and is_wrapped(state) for state in states.values()):
         hidden = hidden or WRAPPED
     if hidden:

@@ -30,6 +30,7 @@ from gradflow.limits import (
     WIDE_SPEED,
     WIDE_WRITING,
 )
+from gradflow.process import autocast
 from gradflow.recording import Operator
 
 MOVED = (
@@ -239,7 +240,7 @@ def tape_of(
         beside.extend(more)
         return row
 
-    with torch.autocast(now.like.device.type, enabled=False):
+    with autocast(now.like.device.type, enabled=False):
         tape = Tape.of(linear, probe_of(now.like), constants)
     complete(tape.like, beside)
     return tape
@@ -280,7 +281,7 @@ def wide_within(place: Place, constants: Constants) -> TapedStep | None:
             total = total + made.gathered(between.pull(place.seeds(seed, [name])))[0]
         return total
 
-    with torch.autocast(place.like.device.type, enabled=False):
+    with autocast(place.like.device.type, enabled=False):
         return TapedStep(Tape.of(linear, probe_of(place.like), constants))
 
 

@@ -1,26 +1,31 @@
 """Loading: from files to models, batches, losses and probes. Nothing in a file runs unasked."""
 
-from gradflow.loading.batch import Batch, fit_batch, read_batch
+from gradflow.loading.batch import SUFFIXES, Batch, as_batch, fit_batch, read_batch
 from gradflow.loading.description import Description, describe, save_snippet
 from gradflow.loading.labels import read_labels
 from gradflow.loading.losses import Loss, choose_output, make_loss, output_lengths, time_axis
-from gradflow.loading.model_spec import build_loss
+from gradflow.loading.model_spec import build_loss, source_of
 from gradflow.loading.opened import Opened, no_model_to_run, open_model
 from gradflow.loading.pretrained import is_pretrained, open_pretrained, read_tokens
 from gradflow.loading.probe import Probe, probe_loss, probes
-from gradflow.loading.recurrent import RecurrentModule
+from gradflow.loading.recurrent import RecurrentModule, from_model
+from gradflow.loading.training_step import TrainingStep, run_folder, step_in_name
 
 __all__ = [
+    "SUFFIXES",
     "Batch",
     "Description",
     "Loss",
     "Opened",
     "Probe",
     "RecurrentModule",
+    "TrainingStep",
+    "as_batch",
     "build_loss",
     "choose_output",
     "describe",
     "fit_batch",
+    "from_model",
     "is_pretrained",
     "make_loss",
     "no_model_to_run",
@@ -32,6 +37,9 @@ __all__ = [
     "read_batch",
     "read_labels",
     "read_tokens",
+    "run_folder",
     "save_snippet",
+    "source_of",
+    "step_in_name",
     "time_axis",
 ]

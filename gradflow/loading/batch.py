@@ -63,6 +63,24 @@ def read_batch(
         raise type(error)(printable(error)) from error
 
 
+def as_batch(value: object, label: str = "batch") -> Batch:
+    """A batch of what a file would hold: an array, a pair (x, y), or a mapping.
+
+    Args:
+        value: what was given.
+        label: what it is called in an error.
+
+    Raises:
+        InputError: it is no batch.
+
+    >>> as_batch((np.ones((7, 2, 3)), np.ones(2))).target.shape
+    torch.Size([2])
+    """
+    batch = _as_batch(value, label)
+    _check(batch, label)
+    return batch
+
+
 def _batch_of(path: Path, target_path: str | os.PathLike[str] | None) -> Batch:
     batch = _as_batch(_read(path), str(path))
     if target_path is not None:

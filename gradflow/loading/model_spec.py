@@ -117,6 +117,27 @@ def build(text: str) -> nn.Module:
     return model
 
 
+def source_of(text: str, option: str = "--model") -> Path | None:
+    """The file of the module that a specification names; None where it has none, or is not found.
+
+    Args:
+        text: as typed after the option.
+        option: "--model" or "--loss".
+
+    >>> source_of("gradflow.demo:AddingModel('LSTM')").name
+    '__init__.py'
+    """
+    spec = parse_spec(text, option)
+    if spec.module.endswith(".py"):
+        return Path(spec.module)
+    with current_folder_importable():
+        try:
+            found = importlib.util.find_spec(spec.module)
+        except (ImportError, ValueError, AttributeError):
+            return None
+    return None if found is None or found.origin is None else Path(found.origin)
+
+
 def build_loss(text: str) -> Callable[..., Tensor]:
     """Import the loss that ``--loss`` names: a function of (output, target), or a class of it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from gradflow.loading.members import Member, named_list, pick
 from gradflow.loading.recurrent import RecurrentModule, from_model, from_tensors, recurrent_layers
 from gradflow.loading.shells import Rebuilder, Shell
 from gradflow.loading.state_dicts import fold, renamed, shapes_of
+from gradflow.loading.training_step import TrainingStep, step_in
 from gradflow.loading.words import RESAVE, analyze_command, printable, reason, some
 
 BATCH_KEYS = ("input", "target", "lengths")  # of a file given to --input
@@ -43,11 +44,12 @@ class Opened:
     others: tuple[Member, ...] = ()  # those not read
     said: tuple[str, ...] = ()  # sentences that a reader must see
     aged: str = ""  # why the model cannot run in this torch, or ""
+    trained: TrainingStep | None = None  # how far its training was, where the file says so
 
 
 def open_model(
     path: str | os.PathLike[str],
-    spec: str | None = None,
+    spec: str | Callable[[], nn.Module] | None = None,
     trust: bool = False,
     member: str | None = None,
 ) -> Opened:
@@ -55,7 +57,8 @@ def open_model(
 
     Reads a state_dict, a training checkpoint, a Lightning checkpoint, safetensors and a pickle of
     stock torch.nn modules, which is rebuilt from its tensors so that nothing in it runs. ``spec``
-    names the user's class, ``"pkg.mod:Net(10, 20)"``, and the weights are loaded into it.
+    names the user's class, ``"pkg.mod:Net(10, 20)"``, or makes the model, and the weights are loaded
+    into it.
     ``trust`` opens any pickle and may run code from the file. ``member`` picks one of several
     modules or state_dicts in a list, tuple or dict, by the keys or indices that lead to it:
     ``"decoder"``, ``"0"``, ``"models.encoder"``; else the one with recurrent weights is read, or,
@@ -126,11 +129,14 @@ def no_model_to_run(opened: Opened, batch: Path | None) -> str:
 
 
 def open_any(
-    path: str | os.PathLike[str], spec: str | None, trust: bool, member: str | None = None
+    path: str | os.PathLike[str],
+    spec: str | Callable[[], nn.Module] | None,
+    trust: bool,
+    member: str | None = None,
 ) -> Opened:
     """Like `open_model`, but a file without recurrent weights is described, not refused."""
     path = Path(path)
-    if spec is not None:
+    if isinstance(spec, str):
         specs.parse_spec(spec)  # a typing mistake is said before a large file is read
     try:
         opened = _open(path, spec, trust, member)
@@ -145,7 +151,9 @@ def open_any(
     )
 
 
-def _open(path: Path, spec: str | None, trust: bool, member: str | None) -> Opened:
+def _open(
+    path: Path, spec: str | Callable[[], nn.Module] | None, trust: bool, member: str | None
+) -> Opened:
     contents = read(path, trust)
     value = contents.value
     try:
@@ -170,12 +178,13 @@ def _open(path: Path, spec: str | None, trust: bool, member: str | None) -> Open
         recurrent=(),
         notes=found.notes,
         trusted=trust,
-        spec=spec,
+        spec=spec if isinstance(spec, str) else None,
         shapes=shapes_of(tensors),
         member=member,
         members=found.members,
         others=found.others,
         said=found.said,
+        trained=step_in(contents.value),
     )
     if spec is not None:
         return _into_class(opened, found, spec)
@@ -186,9 +195,10 @@ def _open(path: Path, spec: str | None, trust: bool, member: str | None) -> Open
     return replace(opened, recurrent=recurrent, notes=(*found.notes, *notes))
 
 
-def _into_class(opened: Opened, found: Found, spec: str) -> Opened:
+def _into_class(opened: Opened, found: Found, made_by: str | Callable[[], nn.Module]) -> Opened:
     """Build the user's class and load into it the members whose weights fit."""
-    model = specs.build(spec)
+    model = specs.build(made_by) if isinstance(made_by, str) else made_by()
+    spec = made_by if isinstance(made_by, str) else type(model).__name__
     every = [*found.members, *found.others]
     children = dict(model.named_children())
     parts = [part for part in every if part.name in children]

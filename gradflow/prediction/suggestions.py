@@ -114,7 +114,7 @@ def _predicted(
     outcome = after.verdict if after.verdict != before.verdict else f"still {after.verdict}"
     parts = [f"{number(before.decades)} → {number(after.gain.decades)} decades over the span"]
     if before.horizon != after.horizon:
-        parts.append(f"gone after {_gone(before)} → {_gone(after)} steps")
+        parts.append(f"gone in every direction after {_gone(before)} → {_gone(after)} steps")
     if before.channels != after.channels and after.channels is not None:
         parts.append(f"{before.channels} → {after.channels} of {before.size} channels")
     words = _words(before.cell, remedy, value)

@@ -7,6 +7,7 @@ sequences in the user's order; steps past a sequence's length hold NaN.
 """
 
 from gradflow.recording.chosen import chosen
+from gradflow.recording.devices import moved, where_computed
 from gradflow.recording.padding import Padding, padding_of
 from gradflow.recording.pooled import as_one, of_all_processes, pooled
 from gradflow.recording.recording import Recording, matches_any
@@ -39,7 +40,9 @@ __all__ = [
     "as_one",
     "chosen",
     "matches_any",
+    "moved",
     "of_all_processes",
     "padding_of",
     "pooled",
+    "where_computed",
 ]

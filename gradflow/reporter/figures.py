@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.errors import InputError, must_be
 from gradflow.reporter import panels, prepare
+from gradflow.reporter.charts import states
 from gradflow.reporter.charts.step_labels import writable
-from gradflow.reporter.fonts import legible
-from gradflow.reporter.kinds import KINDS, Kind
-from gradflow.reporter.layout import PanelBlock, draw_blocks, title
+from gradflow.reporter.kinds import KINDS, OVERVIEW_SCALE, Kind
+from gradflow.reporter.layout import PanelBlock, bare, draw_blocks, finish_axes, title
 from gradflow.reporter.overview import NARROW, Entry, draw_overview
 from gradflow.reporter.picture import look
+from gradflow.reporter.scale import narrowed
 
 
 def plot(
@@ -25,6 +26,8 @@ def plot(
     *,
     layer: str | None = None,
     ax: Axes | None = None,
+    limits: Sequence[float] | None = None,
+    captions: bool = True,
 ) -> Figure:
     """Draw an analysis, or several on one scale; the figure is unknown to pyplot.
 
@@ -34,13 +37,16 @@ def plot(
         x: one analysis, or a list of them.
         kind: one of `KINDS`.
         layer: one layer by name; all by default.
-        ax: axes of your own for the kind's main panel of one layer.
+        ax: axes of your own for the kind's main panel of one layer; it has its colour bar beside it.
+        limits: powers of ten at which the colours end instead, (-2, 2) say; the picture says so.
+        captions: whether what is seen is explained below the panels.
 
     Returns:
         The figure; with ``ax`` the one that they are part of.
 
     Raises:
-        InputError: the kind or the layer is unknown, or ``ax`` is given for more than one layer.
+        InputError: the kind or the layer is unknown, ``ax`` is given for more than one layer, or the
+            limits are wider than the fixed ones.
 
     >>> import torch, gradflow
     >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
@@ -51,13 +57,14 @@ def plot(
         advice = "the overview is the one to look at first"
         raise InputError(must_be("kind", f"one of {', '.join(KINDS)}", repr(kind), advice))
     entries = _entries(x, layer)
-    with look():
+    with narrowed(limits), look():
         if ax is not None:
             return _draw_into(ax, kind, entries)
         drawn = KINDS[kind]
-        return (
-            draw_overview(entries) if drawn is None else draw_blocks(drawn, _blocks(drawn, entries))
-        )
+        if drawn is None:
+            return draw_overview(entries, captioned=captions)
+        blocks = _blocks(drawn, entries)
+        return draw_blocks(drawn, blocks if captions else [bare(block) for block in blocks])
 
 
 def plot_narrow(analysis: Analysis) -> Figure:
@@ -120,19 +127,14 @@ def _draw_into(ax: Axes, kind: str, entries: list[Entry]) -> Figure:
         advice = "give layer= as well, or leave ax out"
         raise InputError(must_be("ax", "given for one layer", f"{len(entries)} ({names})", advice))
     if drawn is None:
-        panels.draw_heat(ax, prepare.heat(entries[0].layer))
-        headline = entries[0].title
+        heat = prepare.heat(entries[0].layer)
+        panels.draw_heat(ax, heat)
+        shown = states.States(heats=(heat,), note=heat.note)
+        return finish_axes(ax, OVERVIEW_SCALE, shown, (entries[0].title, entries[0].layer.name))
+    block = _blocks(drawn, entries)[0]
+    if block.chart.note:
+        panels.say(ax, block.chart.note)
     else:
-        block = _blocks(drawn, entries)[0]
-        if block.chart.note:
-            panels.say(ax, block.chart.note)
-        else:
-            drawn.draw([ax], block.chart)
-        headline = title(block) or drawn.what
-    ax.set_title(legible(headline), loc="left", parse_math=False)
-    figure = ax.get_figure(root=True)
-    if figure is None:
-        raise InputError(
-            must_be("ax", "part of a figure", "axes without one", "add it to a figure")
-        )
-    return figure
+        drawn.draw([ax], block.chart)
+    headline = title(block) or drawn.what
+    return finish_axes(ax, drawn.scale, block.chart, (headline, block.name))

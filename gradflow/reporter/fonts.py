@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import matplotlib
 from matplotlib.font_manager import FontProperties, fontManager, get_font
 
 # the first one comes with matplotlib; the others draw what it lacks, where they are installed
@@ -23,11 +25,24 @@ def installed() -> tuple[str, ...]:
     return tuple(family for family in FAMILIES if family in known)
 
 
+def families() -> tuple[str, ...]:
+    """The reader's own choice in matplotlib's rcParams, where it differs from the default; then ours."""
+    chosen: dict[str, Any] = dict(matplotlib.rcParams.items())
+    default: dict[str, Any] = dict(matplotlib.rcParamsDefault.items())
+    named: list[str] = []
+    for family in chosen["font.family"]:
+        named += chosen.get(f"font.{family}", [family])  # "serif", "sans-serif" stand for a list
+    same = all(chosen[key] == default[key] for key in ("font.family", "font.sans-serif"))
+    known = set(fontManager.get_font_names())
+    own = () if same else (family for family in named if family in known)
+    return tuple(dict.fromkeys((*own, *installed())))
+
+
 @functools.cache
-def _drawable(letter: str) -> bool:
+def _drawable(letter: str, families: tuple[str, ...]) -> bool:
     return any(
         get_font(fontManager.findfont(FontProperties(family=family))).get_char_index(ord(letter))
-        for family in installed()
+        for family in families
     )
 
 
@@ -37,17 +52,26 @@ def legible(text: str) -> str:
     >>> legible("∂L/∂h\\n$x$"), legible(chr(0xE000))
     ('∂L/∂h\\n$x$', '□')
     """
-    return "".join(letter if ord(letter) < LATIN or _drawable(letter) else BOX for letter in text)
+    if all(ord(letter) < LATIN for letter in text):
+        return text
+    found = families()
+    return "".join(
+        letter if ord(letter) < LATIN or _drawable(letter, found) else BOX for letter in text
+    )
 
 
-@functools.lru_cache(maxsize=4096)
 def inches(text: str, points: float) -> float:
     """How wide a legible text on one line is drawn.
 
     >>> inches("WWW", 7) > 2 * inches("iii", 7) > 0
     True
     """
-    files = [fontManager.findfont(FontProperties(family=family)) for family in installed()]
+    return _inches(text, points, families())
+
+
+@functools.lru_cache(maxsize=4096)
+def _inches(text: str, points: float, families: tuple[str, ...]) -> float:
+    files = [fontManager.findfont(FontProperties(family=family)) for family in families]
     font = get_font(files)
     font.set_size(10 * points, 72)  # so large that letters are not rounded to whole pixels
     font.set_text(text)

@@ -37,7 +37,7 @@ from gradflow.reporter.overview import special_colours
 class Scale:
     """The colour bar below a picture, and the colours outside it that occur."""
 
-    draw: Callable[[Axes, bool], None]  # into axes; whether they are short
+    bar: Callable[[], panels.ColourBar]  # as the colours are now
     specials: Callable[[Sequence[Any]], dict[str, str]]  # of these charts: colour -> meaning
     used: Callable[[Any], bool] = lambda chart: True  # whether a chart has colours at all
 
@@ -70,9 +70,9 @@ class Kind:
     of_gains: bool = False  # it shows gains alone: a part of a closed loop has that of the loop
 
 
-def _ratios(middle: str) -> Callable[[Axes, bool], None]:
-    """The fixed scale of gradients and gains; what its pale yellow means."""
-    return lambda ax, short: panels.draw_scale(ax, middle, short=short)
+def ratios(middle: str) -> Callable[[], panels.ColourBar]:
+    """The scale of gradients and gains; what its pale yellow means."""
+    return lambda: panels.ratio_bar(middle)
 
 
 def _plain(values: Sequence[np.ndarray], undefined: str) -> dict[str, str]:
@@ -82,6 +82,9 @@ def _plain(values: Sequence[np.ndarray], undefined: str) -> dict[str, str]:
 def _heats(charts: Sequence[states.States]) -> dict[str, str]:
     heats = [heat for chart in charts for heat in chart.heats if not heat.note]
     return special_colours([(heat.values, heat.bad) for heat in heats])
+
+
+OVERVIEW_SCALE = Scale(ratios("as at the loss"), _heats)
 
 
 def _gate_specials(charts: Sequence[saturation.Saturation]) -> dict[str, str]:
@@ -124,7 +127,7 @@ KINDS: dict[str, Kind | None] = {
         heights=lambda chart: (3.3,),
         width=3.3,
         scale=Scale(
-            _ratios("1: unchanged"),
+            ratios("1: unchanged"),
             _map_specials,
         ),
         columns=2,
@@ -161,7 +164,7 @@ KINDS: dict[str, Kind | None] = {
         heights=lambda chart: (3.3,),
         width=3.3,
         scale=Scale(
-            _ratios("as at t′"),
+            ratios("as at t′"),
             lambda charts: _plain([chart.values for chart in charts], "no loss, or t after t′"),
         ),
         columns=2,
@@ -181,7 +184,7 @@ KINDS: dict[str, Kind | None] = {
         draw=states.draw,
         below=_below,
         heights=lambda chart: (1.5,) * len(chart.heats),
-        scale=Scale(_ratios("as at the loss"), _heats),
+        scale=Scale(ratios("as at the loss"), _heats),
         stepped=True,
         title="gradient at every unit",
         always=True,
@@ -195,7 +198,7 @@ KINDS: dict[str, Kind | None] = {
         width=6.6,
         gap=lambda chart, panel: 0.56 + _below(chart),
         scale=Scale(
-            _ratios("as at the top"),
+            ratios("as at the top"),
             lambda charts: _plain(
                 [values for chart in charts for values in (chart.at_state, chart.passed)],
                 "not measured",
@@ -255,7 +258,7 @@ KINDS: dict[str, Kind | None] = {
         heights=_saturation_heights,
         gap=lambda chart, panel: 0.26 if panel < len(chart.gates) else 0.72 + _below(chart),
         below=lambda chart: 0.0 if chart.limits else _below(chart),
-        scale=Scale(saturation.draw_bar, _gate_specials, lambda chart: bool(chart.gates)),
+        scale=Scale(saturation.colour_bar, _gate_specials, lambda chart: bool(chart.gates)),
         stepped=True,
     ),
     "heads": Kind(
@@ -263,7 +266,7 @@ KINDS: dict[str, Kind | None] = {
         prepare=heads.prepare,
         draw=heads.draw,
         heights=lambda chart: (min(3.4, max(0.9, 0.17 * len(chart.heads))),),
-        scale=Scale(_ratios("1: unchanged"), lambda charts: _plain([c.values for c in charts], "")),
+        scale=Scale(ratios("1: unchanged"), lambda charts: _plain([c.values for c in charts], "")),
         title="heads against distance",
         of_gains=True,
     ),

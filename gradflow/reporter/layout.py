@@ -6,12 +6,17 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from gradflow.errors import InputError, must_be
 from gradflow.reporter import panels
 from gradflow.reporter.charts.chart import Chart
-from gradflow.reporter.kinds import Kind
-from gradflow.reporter.overview import UNWRITTEN, footer, footer_height
+from gradflow.reporter.fonts import legible
+from gradflow.reporter.kinds import Kind, Scale
+from gradflow.reporter.overview import SMALLEST, UNWRITTEN, footer, footer_height
 from gradflow.reporter.picture import INK, SOFT, Picture
 
 
@@ -28,6 +33,11 @@ class PanelBlock:
         """How to read it, and why its steps have numbers where they were given labels."""
         over_steps = self.unwritten and not self.chart.note
         return f"{self.chart.reading} {UNWRITTEN}" if over_steps else self.chart.reading
+
+
+def bare(block: PanelBlock) -> PanelBlock:
+    """The same without a caption."""
+    return replace(block, chart=replace(block.chart, reading=""), unwritten=False)
 
 
 def title(block: PanelBlock) -> str:
@@ -59,22 +69,81 @@ def draw_blocks(kind: Kind, blocks: Sequence[PanelBlock]) -> Figure:
         tops.append(tops[-1] + max(tall[start : start + columns]))
     charts = [block.chart for block in blocks if not block.chart.note]
     scale = kind.scale if kind.scale and any(map(kind.scale.used, charts)) else None
-    specials = scale.specials(charts) if scale else {}
-    figure.set_size_inches(columns * step, tops[-1] + (footer_height(specials) if scale else 0))
+    specials, bar = (scale.specials(charts), scale.bar()) if scale else ({}, None)
+    foot = 0 if bar is None else footer_height(specials, bar)
+    figure.set_size_inches(columns * step, tops[-1] + foot)
     for number, block in enumerate(blocks):
         left, top = number % columns * step, tops[number // columns]
         _draw_head(figure, kind, block, titles[number], left, top)
         place = top + LINE * lines + BELOW + kind.above
         bottom = _draw_panels(figure, kind, block.chart, left + kind.left, place)
-        if not block.chart.note:
+        if captions[number] and not block.chart.note:
             figure.words(
                 left + 0.3, bottom + 0.4 + kind.below(block.chart), "\n".join(captions[number]),
                 fontsize=8, color=SOFT, linespacing=1.3,
             )  # fmt: skip
-    if scale:
+    if bar is not None:
         wide = min(columns * step - kind.left - RIGHT, 5.6)
-        footer(figure, specials, kind.left, tops[-1], wide, scale.draw)
+        footer(figure, specials, kind.left, tops[-1], wide, bar)
     return figure
+
+
+def finish_axes(ax: Axes, scale: Scale | None, chart: Chart, block: tuple[str, str]) -> Figure:
+    """Headline and colour bar for axes of a reader's own; ``block`` is the headline and the name in it."""
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        advice = "add it to a figure"
+        raise InputError(must_be("ax", "part of a figure", "axes without one", advice))
+    if scale and not chart.note and scale.used(chart):
+        panels.stand_beside(ax, scale.bar(), scale.specials([chart]))
+    if ax.get_legend() is not None:  # above the axes is the headline
+        ax.legend(loc="best", fontsize=7, frameon=True, framealpha=0.85, borderpad=0.3)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)  # the room that it leaves is the headline's
+    headline, name = block
+    said = ax.set_title("", loc="left", parse_math=False)
+    room = figure.bbox.height - ax.bbox.y1 - 6  # pixels; a layout engine makes it
+    size, most = float(said.get_fontsize()), 3
+    while True:
+        if engine is None:
+            most = min(3, max(1, int(room / (1.25 * size * figure.dpi / 72))))
+        lines = wrapped(said, (legible(headline), legible(name)), ax.bbox.width, most)
+        if not lines[-1].endswith(" …") or size <= SMALLEST:
+            break
+        size = max(SMALLEST, size - 1)
+        said.set_fontsize(size)
+    said.set_text("\n".join(lines))
+    return figure
+
+
+def wrapped(text: Text, said: tuple[str, str], width: float, most: int) -> list[str]:
+    """Words on as many lines as they need in a width in pixels; what does not fit ends in an ellipsis.
+
+    The second of what is ``said`` is a name in them: too long for a line it loses its beginning, since
+    names differ at the end.
+    """
+    words, name = said
+    figure = text.get_figure(root=True)
+    renderer = RendererAgg(1, 1, figure.dpi if figure else 100)
+
+    def fits(line: str) -> bool:
+        text.set_text(line)
+        return bool(text.get_window_extent(renderer).width <= width)
+
+    kept = name
+    while not fits(kept) and len(kept) > 4:
+        kept = "…" + kept[2:]
+    lines = [""]
+    for word in (words.replace(name, kept, 1) if name else words).split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if fits(longer) or not lines[-1] else [lines[-1], word]
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1] + " …"
+    while not fits(last) and " " in last[:-2]:
+        last = last[:-2].rpartition(" ")[0] + " …"
+    return [*lines[: most - 1], last]
 
 
 def _height(kind: Kind, block: PanelBlock, lines: int) -> float:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -85,8 +84,10 @@ class Entry:
         return f"{self.group} — {self.layer.name}" if self.group else self.layer.name
 
 
-def draw_overview(entries: Sequence[Entry], layout: RowWidths = WIDE) -> Figure:
-    """The overview figure of these layers."""
+def draw_overview(
+    entries: Sequence[Entry], layout: RowWidths = WIDE, *, captioned: bool = True
+) -> Figure:
+    """The overview figure of these layers; without its captions where there is text around it."""
     heats = [prepare.heat(entry.layer) for entry in entries]
     lines = [prepare.lag_line(entry.layer) for entry in entries]
     reach = curve_reach(lines, [entry.layer for entry in entries])
@@ -105,11 +106,12 @@ def draw_overview(entries: Sequence[Entry], layout: RowWidths = WIDE) -> Figure:
             place += WORDS + LOW + TICKS + (LABEL if number in labelled else 0)
     words = [
         line
-        for caption in captions(entries, heats, layout)
+        for caption in (captions(entries, heats, layout) if captioned else [])
         for line in ([caption] if layout.beside else textwrap.wrap(caption, 64))
     ]
-    legend = place + (0.04 if layout.beside else footer_height(specials) + 0.06)
-    foot = place + footer_height(specials) + (0 if layout.beside else 0.5)
+    bar = panels.ratio_bar("as at the loss")
+    legend = place + (0.04 if layout.beside else footer_height(specials, bar) + 0.06)
+    foot = place + footer_height(specials, bar) + (0 if layout.beside else 0.5)
     figure.set_size_inches(layout.width, foot + LINE * len(words))
     for number, (entry, heat, line) in enumerate(zip(entries, heats, lines, strict=True)):
         label, top_of_row = number in labelled, places[number]
@@ -126,7 +128,7 @@ def draw_overview(entries: Sequence[Entry], layout: RowWidths = WIDE) -> Figure:
         right.yaxis.set_label_position("right")
         right.set_ylabel("" if line.note else "gain", labelpad=4)
         panels.draw_lag(right, line, entry.layer, reach, top, label=label)
-    footer(figure, specials, LEFT, place + 0.04, layout.heat, _bar)
+    footer(figure, specials, LEFT, place + 0.04, layout.heat, bar)
     _legend(figure, layout, legend)
     for number, caption in enumerate(words):
         said = figure.words(LEFT, foot + LINE * (number - 0.2), caption, fontsize=8, color=SOFT)
@@ -280,23 +282,22 @@ def footer(
     left: float,
     top: float,
     width: float,
-    draw: Callable[[Axes, bool], None],
+    bar: panels.ColourBar,
 ) -> None:
-    """The colour bar in words, and the colours outside it that occur."""
-    draw(figure.inches(left, top, width, 0.11), width < 5)
+    """The colour bar in words, what of it is unusual, and the colours outside it that occur."""
+    panels.draw_scale(figure.inches(left, top, width, 0.11), bar, short=width < 5)
+    if bar.note:
+        said = figure.words(left, top + 0.355 + 0.17 * bool(specials), bar.note, fontsize=8)
+        figure.fit(said, figure.get_size_inches()[0] - left - 0.1, SMALLEST - 1)
     for colour, words in specials.items():
         ax = figure.inches(left, top + 0.37, 0.11, 0.11)
         ax.set(xticks=[], yticks=[], facecolor=colour)
         left += 0.46 + figure.width_of(figure.words(left + 0.16, top + 0.355, words, fontsize=8))
 
 
-def _bar(ax: Axes, short: bool) -> None:
-    panels.draw_scale(ax, "as at the loss", short=short)
-
-
-def footer_height(specials: Mapping[str, str]) -> float:
-    """Inches below the rows: the colour bar, and a line for colours outside it."""
-    return 0.62 if specials else 0.5
+def footer_height(specials: Mapping[str, str], bar: panels.ColourBar) -> float:
+    """Inches below the rows: the colour bar, and a line for colours outside it, and for its note."""
+    return (0.62 if specials else 0.5) + 0.17 * bool(bar.note)
 
 
 def special_colours(

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
 from gradflow.analysis import LayerAnalysis
@@ -13,13 +19,25 @@ from gradflow.limits import power
 from gradflow.reporter import prepare
 from gradflow.reporter.charts.plot_lines import whole
 from gradflow.reporter.charts.step_labels import label_steps
+from gradflow.reporter.fonts import inches, legible
+from gradflow.reporter.numbers import ratio_words
 from gradflow.reporter.picture import FAINT, INK, SOFT
 from gradflow.reporter.prepare import Heat, LagLine
 from gradflow.reporter.readout import Cells, Curves, Grid, tell
-from gradflow.reporter.scale import COLOURS, VERDICT_COLOURS, paint
+from gradflow.reporter.scale import (
+    BAD,
+    COLOURS,
+    FIXED,
+    UNDEFINED,
+    VERDICT_COLOURS,
+    ZERO,
+    ends,
+    paint,
+)
 
 CURVE_FLOOR, CURVE_TOP = -8.0, 2.0
 SHADE = "#ededed"
+NAMED = {UNDEFINED: "grey", ZERO: "black", BAD: "magenta"}  # colours outside the scale
 BEYOND = "no earlier step: the layer starts, or its state was cut, at the right"
 
 
@@ -178,19 +196,64 @@ def draw_slope(
     ax.xaxis.set_major_locator(whole(6))
 
 
-def draw_scale(ax: Axes, middle: str, *, short: bool = False) -> None:
-    """The colour bar, in words; ``middle`` says what the pale yellow means."""
-    colours = COLOURS(np.arange(COLOURS.N))[None, :, :3]
-    ax.imshow(colours, aspect="auto", extent=(-6, 6, 0, 1), interpolation="nearest")
+@dataclass(frozen=True)
+class ColourBar:
+    """What colours mean."""
+
+    colours: ListedColormap  # from one end to the other, evenly
+    words: Mapping[float, str]  # place from 0 to 1 -> what it says, where there is room
+    short: Mapping[float, str]  # the same where there is little
+    note: str = ""  # what is not as in other pictures
+
+
+def ratio_bar(middle: str) -> ColourBar:
+    """The scale of gradients and gains; ``middle`` says what the pale yellow means."""
+    low, high = ends()
+    if (low, high) == FIXED:
+        words = {
+            0.0: "≤ 10⁻⁶ vanished",
+            0.25: "10⁻³",
+            0.5: middle,
+            0.75: "10³",
+            1.0: "exploded ≥ 10⁶",
+        }
+        return ColourBar(COLOURS, words, {0.0: "≤ 10⁻⁶ gone", 0.5: middle, 1.0: "≥ 10⁶"})
+    least, most = (power(int(end)) if end == int(end) else ratio_words(end) for end in (low, high))
+    words = {0.0: f"≤ {least}", 0.5: middle, 1.0: f"≥ {most}"}
+    said = f"colours narrowed to {least} … {most} on request"
+    return ColourBar(COLOURS, words, words, said)
+
+
+def draw_scale(ax: Axes, bar: ColourBar, *, short: bool = False) -> None:
+    """The colour bar, in words."""
+    colours = bar.colours(np.arange(bar.colours.N))[None, :, :3]
+    ax.imshow(colours, aspect="auto", extent=(0, 1, 0, 1), interpolation="nearest")
     ax.set_yticks([])
-    marks = {-6: "≤ 10⁻⁶ vanished", -3: "10⁻³", 0: middle, 3: "10³", 6: "exploded ≥ 10⁶"}
-    if short:
-        marks = {-6: "≤ 10⁻⁶ gone", 0: middle, 6: "≥ 10⁶"}
+    marks = bar.short if short else bar.words
     ax.set_xticks(list(marks), list(marks.values()))
     first, *_, last = ax.get_xticklabels()
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
     ax.tick_params(axis="x", length=2.5, pad=2)
+
+
+def stand_beside(ax: Axes, bar: ColourBar, specials: Mapping[str, str]) -> None:
+    """The colour bar beside axes of a reader's own, which give it some of their room."""
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        return
+    # as much room as its words take
+    size = 0.85 * FontProperties(size=rcParams["font.size"]).get_size_in_points()
+    words = 0.3 + max(inches(legible(word), size) for word in bar.short.values())
+    share = min(0.6, words * figure.dpi / ax.bbox.width)
+    mapped = ScalarMappable(cmap=bar.colours)
+    beside = figure.colorbar(mapped, ax=ax, fraction=share, aspect=30, pad=0.03)
+    beside.outline.set_linewidth(0.5)
+    beside.set_ticks(list(bar.short), labels=[legible(word) for word in bar.short.values()])
+    beside.ax.tick_params(labelsize=size)
+    named = [f"{NAMED[colour]}: {words}" for colour, words in specials.items()]
+    beside.ax.tick_params(length=2.5, pad=2)
+    beside.set_label("\n".join([*filter(None, [bar.note]), *named]), fontsize=7, parse_math=False)
 
 
 def say(ax: Axes, words: str, *, width: int = 74) -> None:

@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from gradflow.process import lock
-from gradflow.reporter.fonts import installed, legible
+from gradflow.reporter.fonts import families, legible
 from gradflow.reporter.scale import palette
 
 VECTORS = ("pdf", "svg")  # kinds of files that a picture is written as, but for PNG
@@ -32,7 +32,6 @@ _LOOK = {
     "lines.solid_capstyle": "round",
     "patch.edgecolor": "w",
     "patch.force_edgecolor": True,
-    "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.labelsize": 8.5,
     "axes.linewidth": 0.8,
@@ -64,9 +63,9 @@ _drawing = (
 
 @contextmanager
 def look() -> Iterator[None]:
-    """matplotlib's defaults and gradflow's fonts, while drawing only; the user's style comes back."""
+    """matplotlib's defaults and the user's fonts, while drawing only; the user's style comes back."""
     with _drawing:
-        style = _LOOK | {"font.sans-serif": list(installed())}
+        style = _LOOK | {"font.family": list(families())}
         with matplotlib.style.context(["default", style]):
             yield
 

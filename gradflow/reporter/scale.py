@@ -6,8 +6,14 @@ zero black, NaN or Inf magenta. Pictures of two models can therefore be laid sid
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
+
+from gradflow.errors import InputError, must_be
 
 DECADES = 6  # the scale ends at 10⁻⁶ and 10⁶
 STEPS = 10  # colours per decade
@@ -26,6 +32,38 @@ _GATE_RAMP = LinearSegmentedColormap.from_list(
     "gates", ("#06302c", "#1d7f74", "#9ad6c8", "#f1faf6"), N=GATE_STEPS + 1
 )(np.linspace(0, 1, GATE_STEPS + 1))[:, :3]  # (colours, 3)
 GATE_COLOURS = ListedColormap(_GATE_RAMP, name="gates")
+
+Limits = tuple[float, float]  # powers of ten at both ends of the scale
+FIXED: Limits = (-float(DECADES), float(DECADES))
+_limits: ContextVar[Limits] = ContextVar("limits", default=FIXED)
+
+
+@contextmanager
+def narrowed(limits: Sequence[float] | None) -> Iterator[None]:
+    """Colours that end at other powers of ten, where they are asked for; 1 keeps its pale yellow."""
+    held = _limits.set(FIXED if limits is None else _checked(limits))
+    try:
+        yield
+    finally:
+        _limits.reset(held)
+
+
+def ends() -> Limits:
+    """The powers of ten at which the colours end now."""
+    return _limits.get()
+
+
+def _checked(limits: Sequence[float]) -> Limits:
+    try:
+        low, high = map(float, limits)
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not -DECADES <= low < 0 < high <= DECADES:
+        expected = f"two powers of ten, from {-DECADES} to below 0 and from above 0 to {DECADES}"
+        advice = "limits=(-2, 2) gives all colours to 10⁻² … 10²"
+        raise InputError(must_be("limits", expected, repr(limits), advice))
+    return low, high
+
 
 VERDICT_COLOURS = {
     "vanishing": "#1f5699",
@@ -51,7 +89,9 @@ def paint(log10: np.ndarray, bad: np.ndarray | None = None) -> np.ndarray:
     >>> paint(np.array([[-np.inf, np.nan]])).tolist()
     [[[0, 0, 0], [201, 201, 201]]]
     """
-    place = np.nan_to_num(log10, nan=0.0, neginf=-DECADES, posinf=DECADES)
+    low, high = ends()
+    place = np.nan_to_num(log10, nan=0.0, neginf=low, posinf=high)
+    place = np.where(place < 0, place * (DECADES / -low), place * (DECADES / high))
     place = np.clip(np.rint((place + DECADES) * STEPS), 0, 2 * DECADES * STEPS).astype(int)
     rgb = np.rint(COLOURS(place)[..., :3] * 255).astype(np.uint8)
     rgb[np.isnan(log10)] = _bytes(UNDEFINED)

@@ -31,7 +31,7 @@ class GradNorms:
             str, int
         ] = {}  # names of those shared out -> processes with the same part
         names, norms = [], []
-        for name, parameter in model.named_parameters():
+        for name, parameter in nn.Module.named_parameters(model):
             if parameter.grad is not None:
                 names.append(clean(name))
                 norms.append(_norm(local_part(parameter.grad)))

@@ -29,7 +29,7 @@ from gradflow.distributed import can_be_sent
 from gradflow.errors import RecordingError
 from gradflow.history import LayerProbe, lag_grid
 from gradflow.limits import BAND_WORDS, GONE_WORDS
-from gradflow.process import fitting_threads
+from gradflow.process import fitting_threads, without_modes
 from gradflow.recording import Recording, Track, as_one, pooled
 
 Standing = Paced | LayerAnalysis  # what a rule is held against
@@ -90,8 +90,29 @@ def lengths_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
     return {name: [part.get(name, none) for part in parts] for name in names}
 
 
+def measure(recording: Recording, preset: str, span: int | None = None) -> MeasuredUpdate:
+    """Measure all layers of one update of one process.
+
+    Args:
+        recording: of one update, closed.
+        preset: "pulse", "rate" or "full".
+        span: the distance of interest in steps; by default the median length of the sequences.
+
+    Raises:
+        RecordingError: nothing was recorded, or nothing can be read.
+    """
+    recording = ready(recording)
+    lengths = lengths_of([layer_lengths(recording)])
+    return joined([seen(recording, preset, lengths, 0, span)], span)
+
+
+@without_modes
 def seen(
-    recording: Recording, preset: str, lengths: dict[str, list[Tensor]], rank: int
+    recording: Recording,
+    preset: str,
+    lengths: dict[str, list[Tensor]],
+    rank: int,
+    span: int | None = None,
 ) -> SeenUpdate:
     """What this process saw of an update.
 
@@ -100,13 +121,14 @@ def seen(
         preset: "pulse", "rate" or "full".
         lengths: of all processes.
         rank: its place among them.
+        span: the distance of interest in steps; by default the median length.
 
     Raises:
         RecordingError: of no layer anything can be read.
     """
     notes = list(recording.notes)
     found: dict[str, SeenLayer] = {}
-    analysis = analyze(recording) if preset == "full" else None
+    analysis = analyze(recording, span=span) if preset == "full" else None
     for track in recording.values():
         try:
             lags = lag_grid(int(max(int(one.max()) for one in lengths[track.name] if len(one))))
@@ -156,11 +178,12 @@ def _judged(
         return ()
 
 
-def joined(parts: Sequence[SeenUpdate]) -> MeasuredUpdate:
+def joined(parts: Sequence[SeenUpdate], span: int | None = None) -> MeasuredUpdate:
     """The numbers of one update from what each process saw of it.
 
     Args:
         parts: of each, in the order of their ranks.
+        span: the distance of interest in steps; by default the median length.
     """
     notes = list(dict.fromkeys(note for part in parts for note in part.notes))
     names = dict.fromkeys(name for part in parts for name in part.layers)
@@ -180,7 +203,8 @@ def joined(parts: Sequence[SeenUpdate]) -> MeasuredUpdate:
         if analysis is not None and name in analysis.layers:
             standings[name] = analysis[name]
         elif any(one.judged for one in each):
-            standing = _standing(name, [run for one in each for run in one.judged], lengths, notes)
+            runs, over = [run for one in each for run in one.judged], span or median_length(lengths)
+            standing = _standing(name, runs, over, notes)
             standings |= {} if standing is None else {name: standing}
         found[name], cells[name] = _with(probe, values, standings.get(name)), each[0].cell
     return MeasuredUpdate(
@@ -206,11 +230,11 @@ def _base(track: Track) -> str:
     return track.name.partition("@")[0]
 
 
-def _standing(name: str, runs: list[Track], lengths: Tensor, notes: list[str]) -> Paced | None:
+def _standing(name: str, runs: list[Track], span: int, notes: list[str]) -> Paced | None:
     """A layer's verdict, where it has a recurrence whose step Jacobians are known."""
     try:
         with fitting_threads(state_size(runs[0])):
-            part, span = as_one(runs), median_length(lengths)
+            part = as_one(runs)
             linear = part.state_shape and is_linear(part)
             found = paced_linear(part, span=span) if linear else paced(part, span=span)
         return replace(found, name=name)
@@ -270,7 +294,7 @@ def _gone(found: Paced) -> str:
         return (
             f" and is still above {GONE_WORDS} after the {counted(found.searched, 'step')} measured"
         )
-    return f" and is gone after {counted(found.horizon, 'step')}"
+    return f" and is gone in every direction after {counted(found.horizon, 'step')}"
 
 
 def _open(found: Paced) -> str:

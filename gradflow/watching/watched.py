@@ -769,7 +769,7 @@ def _words_on_processes(model: nn.Module, size: int, processes: AllProcesses) ->
         "sequences, norms of parameter gradients of what the ranks make of them together; "
         "gather=True measures all"
     ]
-    if any(map(is_shared_out, model.parameters())):
+    if any(map(is_shared_out, nn.Module.parameters(model))):
         found.append(
             "norms of parameter gradients are not known: each process holds a part of every parameter "
             "(fully_shard), and only rank 0 is measured; gather=True puts the parts together"

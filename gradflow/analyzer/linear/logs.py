@@ -11,7 +11,7 @@ for maxima, entries that are below another's in a whole block are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradflow.cells.linear import HEAD_AXES, LinearSteps
 from gradflow.limits import PAIR_BLOCK, PAIR_COLUMNS, PAIR_TILE, PAIR_WIDTH
-from gradflow.recording import Track
+from gradflow.recording import Track, moved
 
 Block = Callable[[Tensor, Tensor], Tensor]  # rows (p, D) of targets, (n, D) of sources -> (n, p)
 TINY = 1e-30  # a scaled sum below it may have lost terms to underflow, also in float32
@@ -106,6 +106,14 @@ class Logs:
         return _pairs(self, sources, lambda up, down: _summed(up, down, dtype), logs)
 
 
+def linear_steps(track: Track, sequences: Sequence[int] | None = None) -> LinearSteps:
+    """A_t of some sequences in float64, on the CPU."""
+    chosen = torch.arange(track.batch) if sequences is None else torch.as_tensor(sequences)
+    found = track.operator(torch.float64, chosen)
+    assert isinstance(found, LinearSteps)
+    return moved(found, torch.device("cpu"))
+
+
 @dataclass
 class LogsOf:
     """Logs of the sequences of a track; the last one that was asked for is kept."""
@@ -117,9 +125,7 @@ class LogsOf:
         """Of sequence b, all of its steps."""
         if self.last is None or self.last[0] != b:
             self.last = None  # before another takes its room
-            steps = self.track.operator(torch.float64, torch.tensor([b]))
-            assert isinstance(steps, LinearSteps)
-            self.last = (b, logs_of(steps))
+            self.last = (b, logs_of(linear_steps(self.track, [b])))
         return self.last[1]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.direction import log_loss_gains
-from gradflow.analyzer.linear.logs import Logs, LogsOf
+from gradflow.analyzer.linear.logs import Logs, LogsOf, linear_steps
 from gradflow.analyzer.linear.ranked import on_key_axis
 from gradflow.analyzer.order import cuts_before, in_processing_order
 from gradflow.analyzer.plan import Maps, every_step, exact_seconds
@@ -59,8 +59,7 @@ def linear_maps(
     track: Track, logs: LogsOf, mapped: Sequence[int], settings: Settings, withheld: bool
 ) -> LinearMaps:
     """ln gain from every chosen source to every later step of the mapped sequences."""
-    first = track.operator(sequences=torch.tensor([mapped[0]]))
-    assert isinstance(first, LinearSteps)
+    first = linear_steps(track, [mapped[0]])
     plan = _planned(track, first, mapped, settings)
     sources = np.arange(0, track.steps, plan.stride)
     shape = (len(mapped), len(sources), track.steps)
@@ -77,8 +76,7 @@ def linear_maps(
         if first.left is None:
             found = one.elementwise(logs(b))
         else:
-            whole = track.operator(torch.float64, torch.tensor([b]))
-            assert isinstance(whole, LinearSteps)
+            whole = linear_steps(track, [b])
             found = one.ranked(whole)
         for name, values in found.items():
             values[torch.from_numpy(crossed)] = torch.nan

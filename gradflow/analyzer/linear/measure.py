@@ -42,7 +42,7 @@ from gradflow.analyzer.keeping import (
     settling_by_halves,
 )
 from gradflow.analyzer.linear.facts import Decays, Heads, LinearFacts
-from gradflow.analyzer.linear.logs import Logs, LogsOf, logs_of
+from gradflow.analyzer.linear.logs import Logs, LogsOf, linear_steps, logs_of
 from gradflow.analyzer.linear.maps import LinearMaps, linear_maps
 from gradflow.analyzer.linear.ranked import erasing, head_norms, on_key_axis
 from gradflow.analyzer.linear.ranks import linear_ranks
@@ -52,7 +52,7 @@ from gradflow.analyzer.rates import judge
 from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.settling import parted, settled
 from gradflow.analyzer.windows import Norms, Window
-from gradflow.cells.linear import HEAD_AXES, LinearSteps
+from gradflow.cells.linear import HEAD_AXES
 from gradflow.limits import (
     CONSTANT_ALIKE,
     DECAY_AT_FLOOR,
@@ -90,8 +90,7 @@ def measure_linear(track: Track, settings: Settings, *, withheld: bool) -> Core:
     crossed = crossing(len(cuts), lengths, cuts)
     counted = counted_steps(lengths, cuts) & crossed  # A into the first state acts on no state seen
     over = common_steps(crossed, span)
-    first = track.operator(sequences=torch.tensor([0]))
-    assert isinstance(first, LinearSteps)
+    first = linear_steps(track, [0])
     heads = track.state_shape[0] if len(track.state_shape) == HEAD_AXES else 1
     rank_one = first.left is not None
     each = 16 * WINDOW_ROWS * math.prod(track.state_shape[:2]) * track.batch if rank_one else 1
@@ -246,8 +245,7 @@ def _ranked(
     """Products on the key axis, heads beside each other."""
     heads, width, _ = track.state_shape
     batch, length = track.batch, len(counted)
-    every = track.operator()
-    assert isinstance(every, LinearSteps)
+    every = linear_steps(track)
     keys = on_key_axis(every)
     parts = parted(counted, 1)
     spectral, frobenius = head_norms(keys, windows + parts, heads)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gradflow.analyzer.linear.logs import Logs, LogsOf
+from gradflow.analyzer.linear.logs import Logs, LogsOf, linear_steps
 from gradflow.analyzer.linear.ranked import on_key_axis
 from gradflow.analyzer.ranks import Ranks, dyadic, effective_rank, longest_stretch, medians, starts
 from gradflow.analyzer.settings import Settings
@@ -35,12 +35,10 @@ def linear_ranks(
         return Ranks(np.full((len(mapped), size), np.nan), 0, nothing, nothing, nothing)
     lags = dyadic(reach)
     found, singular = [], []
-    first_of = track.operator(sequences=torch.tensor([mapped[0]]))
-    assert isinstance(first_of, LinearSteps)
+    first_of = linear_steps(track, [mapped[0]])
     keys = None
     if first_of.left is not None:
-        every = track.operator(torch.float64)
-        assert isinstance(every, LinearSteps)
+        every = linear_steps(track)
         keys = on_key_axis(every)
     for b, (first, last) in zip(mapped, stretches, strict=True):
         most = CHANNEL_WORK / settings.layers / len(mapped)

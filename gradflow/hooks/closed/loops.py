@@ -225,13 +225,32 @@ def _written_out(steps: Operator, part: Part, device: torch.device) -> Tensor:
     return found
 
 
+@dataclass(frozen=True)
 class OwnOperator:
     """The closed loop of one layer: dense step Jacobians, but for the first step, from s_0 to s_1."""
 
-    def __init__(self, loop: Operator, alone: Operator) -> None:
-        self.loop, self.alone = loop, alone
-        self.length, self.batch, self.size = loop.length, loop.batch, loop.size
-        self.dtype = loop.dtype
+    loop: Operator
+    alone: Operator  # of the first step
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.loop.length
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.loop.batch
+
+    @property
+    def size(self) -> int:
+        """S."""
+        return self.loop.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its blocks."""
+        return self.loop.dtype
 
     def push(self, t: int, block: Tensor) -> Tensor:
         """Map every row v of block (B, m, S) to A_t v."""
@@ -242,6 +261,7 @@ class OwnOperator:
         return (self.loop if t else self.alone).pull(t, block)
 
 
+@dataclass(frozen=True)
 class OwnThin(OwnOperator):
     """The same of a wide layer, through which few vectors at a time can be sent."""
 

@@ -39,10 +39,8 @@ from gradflow.hooks.graph import NotReadable
 from gradflow.hooks.loops.links import End
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.marks import TrackOwner, begun, grown
-from gradflow.hooks.tapped import Mark, TapSource
+from gradflow.hooks.tapped import TAP, Mark, TapSource
 from gradflow.recording import Recording, Track
-
-TAP = "tap"  # the cell of a loop that is tapped
 
 
 class ClosedOwner(TrackOwner, Protocol):

@@ -11,8 +11,16 @@ from torch import Tensor
 from gradflow.cells import Scan
 from gradflow.hooks.loops.arrivals import Arrivals
 from gradflow.hooks.loops.loop import Loop
-from gradflow.hooks.loops.loss_steps import Sheet, by_lag, by_time, gathered, sheets, taken
-from gradflow.recording import Contributions, Outer
+from gradflow.hooks.loops.loss_steps import (
+    Sheet,
+    by_lag,
+    by_time,
+    gathered,
+    placed,
+    sheets,
+    taken,
+)
+from gradflow.recording import Contributions, Outer, moved
 
 
 class Lags:
@@ -27,7 +35,7 @@ class Lags:
     def stack(self) -> list[Sheet]:
         """The layers from the top of the stack down to this one, in float64."""
         with torch.no_grad():
-            return sheets(self.loop, self.place, self.found, torch.float64, self.sequences)
+            return placed(sheets(self.loop, self.place, self.found, torch.float64, self.sequences))
 
     @property
     def work(self) -> int:
@@ -60,7 +68,8 @@ class Lags:
             else:
                 passed = by_time(self.stack, len(self.sequences))
                 scan = gathered([each[-1] for _, each in passed])
-        return _outer(scan, self.stack[-1].before, self.stack[-1].x)
+        lowest = self.stack[-1]
+        return _outer(moved(scan, lowest.x.device), lowest.before, lowest.x)
 
     def contributions(self) -> Contributions:
         """For a `Track`; nothing is computed before it is asked for."""

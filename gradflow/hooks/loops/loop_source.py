@@ -15,10 +15,10 @@ from gradflow.hooks.layersource import LayerSource, alone, by_loss_step
 from gradflow.hooks.loops.arrivals import Arrivals, arrivals, arrivals_at_top, reached
 from gradflow.hooks.loops.lags import Lags
 from gradflow.hooks.loops.loop import Loop, trimmed
-from gradflow.hooks.loops.loss_steps import Sheet, by_time, gathered, sheets
+from gradflow.hooks.loops.loss_steps import Sheet, by_time, gathered, placed, sheets
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.unreadable import ONLY_BATCHED
-from gradflow.recording import Backward, Contributions, Forward, Operator, Parity, Source
+from gradflow.recording import Backward, Contributions, Forward, Operator, Parity, Source, moved
 
 SEVERITY = ("not applicable", "passed", "failed")
 
@@ -219,8 +219,11 @@ class LoopSource:
             stack = self._sheets(dtype, sequences)
             if stack is None:
                 return None
+            here = stack[0].arrived.device
+            stack = placed(stack)
+            loss_steps = loss_steps.to(stack[0].arrived.device)
             passed = [scans[-1] for _, scans in by_time(stack, len(sequences), loss_steps)]
-            return alone(gathered(passed), shaped)
+            return alone(moved(gathered(passed), here), shaped)
 
     def partial(self) -> dict[str, Tensor] | None:
         """State-partial gradients; None without a backward.

@@ -21,6 +21,7 @@ from gradflow.hooks.loops.groups import Group
 from gradflow.hooks.loops.linearised import linearised, timed
 from gradflow.hooks.loops.linked import pulled
 from gradflow.hooks.loops.loop import Loop, merged
+from gradflow.recording import moved, where_computed
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,11 @@ def _links(
     for first, factor in factors.items():
         into[first] = factor
     return cut.flatten(), into.flatten(0, 1)
+
+
+def placed(stack: list[Sheet]) -> list[Sheet]:
+    """The layers where their single steps are computed: narrow ones on the CPU."""
+    return moved(stack, where_computed(stack[0].arrived.shape[1], stack[0].arrived.device))
 
 
 def taken(array: Tensor, places: Tensor) -> Tensor:

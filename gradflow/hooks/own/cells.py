@@ -66,7 +66,7 @@ class OwnCells:
         self.owner = owner
         self.marks = Marks(owner)
         self.steps = OwnSteps(self.marks)
-        self.modules = [m for m in model.modules() if may_be(m)]
+        self.modules = [m for m in nn.Module.modules(model) if may_be(m)]
         self._cells = {id(m): Candidate(m, paths[id(m)], parameters_of(m)) for m in self.modules}
         self._under_way: list[UnderWay] = []
         self.seen = False  # also where no track was wanted
@@ -340,9 +340,13 @@ class OwnCells:
         if not self.owner.wants_track(cell.path):
             cell.ignored = True
             return None
-        self._hide_inner(call)
         loop = self.steps.begin(cell, first, states, dict(zip(names, places, strict=True)))
-        return loop if self.steps.goes_on(loop, call.given, returned) else None
+        if not self.steps.goes_on(loop, call.given, returned):
+            cell.tracks.remove(loop.end.track)
+            self.owner.drop_tracks([loop.end.track])
+            return None
+        self._hide_inner(call)
+        return loop
 
     @staticmethod
     def _axes(given: Given, shape: torch.Size) -> list[Axis]:

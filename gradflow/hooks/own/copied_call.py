@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from gradflow.hooks import patch
 from gradflow.hooks.axes import Axis
@@ -24,7 +26,7 @@ from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.own.nested import Path, leaves, replaced
 from gradflow.hooks.own.returned import row_of, version_of
 from gradflow.hooks.saved_tensors import saved_tensors_are_hooked
-from gradflow.process import random_numbers_kept
+from gradflow.process import autocast, random_numbers_kept
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EVERYWHERE = tuple(f"_global{name}" for name in HOOKS)  # the same, of all modules
@@ -153,9 +155,9 @@ def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -
         output = leaves(_run(module, given, fresh)).get(path)
     except NotReadable:
         return axes[0]
-    if output is None or not output.requires_grad:
+    inputs = [] if output is None else [one for one in inputs if one.shape != output.shape]
+    if output is None or not output.requires_grad or not inputs:
         return axes[0]
-    inputs = [one for one in inputs if one.shape != output.shape]
     for axis in axes:
         if axis is None:
             continue
@@ -170,8 +172,16 @@ def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -
 
 def _is_watched() -> bool:
     """Whether a global hook or an active mode would see a module that is run."""
-    modes = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
-    return bool(modes) or any(vars(nn.modules.module)[hooks] for hooks in EVERYWHERE)
+    modes = [mode for mode in _get_current_function_mode_stack() if not _is_default_device(mode)]
+    return bool(modes or torch._C._len_torch_dispatch_stack()) or any(
+        vars(nn.modules.module)[hooks] for hooks in EVERYWHERE
+    )
+
+
+def _is_default_device(mode: object) -> bool:
+    return isinstance(
+        mode, DeviceContext
+    )  # of torch.set_default_device, or `with torch.device(...)`
 
 
 def _run(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> Any:
@@ -192,24 +202,25 @@ def _run_copy(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> A
     copied = copy.deepcopy(module)
     if _shares(module, copied):
         raise TypeError("its copy shares parts with it")
-    for part in copied.modules():
+    for part in nn.Module.modules(copied):
         for hooks in HOOKS:
             vars(part)[hooks].clear()
     with (
         patch.paused(),
         random_numbers_kept(list(devices)),
         torch.enable_grad(),
-        torch.autocast(device, dtype=dtype, enabled=enabled),
+        autocast(device, dtype=dtype, enabled=enabled),
     ):
         torch.set_rng_state(given.rng)
-        return copied.forward(*args, **kwargs)
+        with torch._C._EnableTorchFunction():  # the default device, which `guarded` put off
+            return copied.forward(*args, **kwargs)
 
 
 def _shares(module: nn.Module, copied: nn.Module) -> bool:
     """Whether what a copy does can be seen in the module: in a part, a weight, a list or a dict."""
-    mine = {id(part) for part in module.modules()}
-    mine |= {id(value) for part in module.modules() for value in _kept_by(part)}
-    theirs = list(copied.modules())
+    mine = {id(part) for part in nn.Module.modules(module)}
+    mine |= {id(value) for part in nn.Module.modules(module) for value in _kept_by(part)}
+    theirs = list(nn.Module.modules(copied))
     return any(id(value) in mine for value in [*theirs, *(v for m in theirs for v in _kept_by(m))])
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.patch import observers_here, run_as_it_is, traced_as, untraced
 from gradflow.hooks.replaced import Replaced, lock, put_back, replace
+from gradflow.process import held
 
 TORCH_NN = "torch.nn."
 
@@ -50,7 +51,7 @@ class Watching:
 
     def open(self) -> None:
         """Begin to watch."""
-        with lock:
+        with held(lock):
             for key, owner in self._owners.items():
                 _users.setdefault(key, set()).add(self)
                 if key in _replaced:
@@ -60,7 +61,7 @@ class Watching:
 
     def close(self) -> None:
         """Put back every forward that no recording watches any more."""
-        with lock:
+        with held(lock):
             for key in self._owners:
                 _users.get(key, set()).discard(self)
                 if _users.get(key):

@@ -239,6 +239,7 @@ class _Step:
     reads: frozenset[str]
     uses: bool  # whether the weights are in it
     alias: str = ""  # another variable whose value it takes over
+    adds_to: str = ""  # a variable that it only adds to: its old value meets no weight
 
 
 def _described(file: str, loop: Loop, attributes: set[str]) -> SourceLoop:
@@ -251,7 +252,7 @@ def _described(file: str, loop: Loop, attributes: set[str]) -> SourceLoop:
             if name not in written and name in later and name not in carried:
                 carried.append(name)
         written |= set(step.writes)
-    reach: set[str] = {name for step in steps if step.uses for name in step.reads}
+    reach: set[str] = {name for step in steps if step.uses for name in step.reads - {step.adds_to}}
     for _ in steps:  # what goes into what the weights are used on
         reach |= {n for step in steps if reach & set(step.writes) for n in step.reads}
     states = [name for name in carried if name in reach]
@@ -317,7 +318,7 @@ def _assignments(statement: Any, attributes: set[str]) -> Iterator[_Step]:
         read |= set(writes_all)
     uses = _mentions(statement, attributes, own=False)
     alias = _alias(statement.value) if not isinstance(statement, ast.AugAssign) else ""
-    yield _Step(tuple(writes_all), frozenset(read), uses, alias)
+    yield _Step(tuple(writes_all), frozenset(read), uses, alias, _sum_in(statement))
 
 
 def _one_by_one(targets: list[ast.expr], value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
@@ -328,6 +329,23 @@ def _one_by_one(targets: list[ast.expr], value: ast.expr) -> list[tuple[ast.expr
     return (
         list(zip(left.elts, value.elts, strict=True)) if len(left.elts) == len(value.elts) else []
     )
+
+
+def _sum_in(statement: Any) -> str:
+    """x of x += y and of x = x + y, where y has no x in it."""
+    target = statement.target if not isinstance(statement, ast.Assign) else statement.targets[0]
+    name, value = _name(target), statement.value
+    if isinstance(statement, ast.AugAssign):
+        others = [value] if isinstance(statement.op, ast.Add) else []
+    else:
+        sides = [value.left, value.right] if _is_sum(value) else []
+        others = [side for side in sides if _name(side) != name]
+        others = others if len(others) == 1 else []
+    return name or "" if others and name not in _reads(others[0]) else ""
+
+
+def _is_sum(value: ast.AST) -> bool:
+    return isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add)
 
 
 def _alias(value: ast.AST) -> str:

@@ -82,9 +82,12 @@ def draw_log_lines(
         ax.plot(x, finite, color=line.colour, lw=line.width, ls=line.dash, label=line.name)
         beside = [np.concatenate([finite[1:], [np.nan]]), np.concatenate([[np.nan], finite[:-1]])]
         alone = np.isfinite(finite) & np.isnan(beside[0]) & np.isnan(beside[1])
-        ax.plot(x[alone], finite[alone], "o", color=line.colour, ms=4, clip_on=False)
         zero = np.isneginf(line.values)
-        ax.plot(x[zero], np.full(zero.sum(), low), ".", color=line.colour, ms=4, clip_on=False)
+        # nothing at all would lie in the corner of the figure, and a layout engine makes room for it
+        if alone.any():
+            ax.plot(x[alone], finite[alone], "o", color=line.colour, ms=4, clip_on=False)
+        if zero.any():
+            ax.plot(x[zero], np.full(zero.sum(), low), ".", color=line.colour, ms=4, clip_on=False)
     ax.set_ylim(low, high)
     tall = _inches(ax)
     above = low + (max(0.04, 0.17 / tall) * (high - low) if zeros else 0)  # room for the label 0

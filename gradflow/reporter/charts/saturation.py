@@ -16,6 +16,7 @@ from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
 from gradflow.reporter.charts.plot_lines import DASHED, key, whole
 from gradflow.reporter.charts.step_labels import label_steps
 from gradflow.reporter.numbers import count_words, percent_words
+from gradflow.reporter.panels import ColourBar
 from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS
 from gradflow.reporter.readout import Curves, tell
 from gradflow.reporter.scale import GATE_COLOURS, SERIES, paint_gates
@@ -239,14 +240,7 @@ def _draw_limits(ax: Axes, chart: Saturation) -> None:
     key(ax, 3)
 
 
-def draw_bar(ax: Axes, short: bool) -> None:
-    """The colour bar of the gates, in words."""
-    colours = GATE_COLOURS(np.arange(GATE_COLOURS.N))[None, :, :3]
-    ax.imshow(colours, aspect="auto", extent=(0, 1, 0, 1), interpolation="nearest")
-    ax.set_yticks([])
-    words = {0: "0 closed", 0.5: "0.5", 1: "open 1"}
-    ax.set_xticks(list(words), list(words.values()))
-    first, *_, last = ax.get_xticklabels()
-    first.set_horizontalalignment("left")
-    last.set_horizontalalignment("right")
-    ax.tick_params(axis="x", length=2.5, pad=2)
+def colour_bar() -> ColourBar:
+    """The colours of the gates, in words."""
+    words = {0.0: "0 closed", 0.5: "0.5", 1.0: "open 1"}
+    return ColourBar(GATE_COLOURS, words, words)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from matplotlib.axis import Axis
 
 from gradflow.reporter.charts.plot_lines import whole
-from gradflow.reporter.fonts import BOX, inches, legible
+from gradflow.reporter.fonts import BOX, families, inches, legible
 
 SIZE = 7.0  # points
 LABEL_LINE = 0.125  # inches between two lines of labels
@@ -40,13 +40,17 @@ def _cut(seen: str) -> str:
     return seen[: fits - 1].rstrip() + "…"
 
 
-@functools.lru_cache(maxsize=64)
 def texts(labels: tuple[str, ...]) -> tuple[str, ...]:
     """What is written for labels; where they are too long, without a beginning that all share.
 
     >>> texts(("2024-03-01 05:00:00 UTC", "2024-03-01 06:00:00 UTC"))[0]
     '…05:00:00 UTC'
     """
+    return _texts(labels, families())
+
+
+@functools.lru_cache(maxsize=64)
+def _texts(labels: tuple[str, ...], _: tuple[str, ...]) -> tuple[str, ...]:
     seen = [_seen(label) for label in labels]
     if len(set(seen)) > 1 and max(inches(one, SIZE) for one in seen) > MOST_INCHES:
         first, last = min(seen), max(seen)

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from gradflow.errors import InputError, must_be
 from gradflow.history import History
 from gradflow.reporter import panels
-from gradflow.reporter.fonts import legible
 from gradflow.reporter.histories.across import colour_words, shared_by
 from gradflow.reporter.histories.course import Course, courses
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
-from gradflow.reporter.layout import PanelBlock, draw_blocks, title
+from gradflow.reporter.layout import PanelBlock, bare, draw_blocks, finish_axes, title
 from gradflow.reporter.picture import look
+from gradflow.reporter.scale import narrowed
 
 
 def plot_histories(
@@ -27,6 +27,8 @@ def plot_histories(
     layers: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
     ax: Axes | None = None,
+    limits: Sequence[float] | None = None,
+    captions: bool = True,
 ) -> Figure:
     """Draw one or several histories on one scale.
 
@@ -36,7 +38,9 @@ def plot_histories(
         layer: one layer by name; all by default.
         layers: or some by name.
         names: what each history is called; by default its model's name.
-        ax: axes of your own for the main panel of one layer.
+        ax: axes of your own for the main panel of one layer; it has its colour bar beside it.
+        limits: powers of ten at which the colours end instead; the picture says so.
+        captions: whether what is seen is explained below the panels.
 
     Returns:
         The figure; with ``ax`` the one that they are part of.
@@ -58,8 +62,9 @@ def plot_histories(
     shown = courses(histories, layer, names)
     if layers is not None:
         shown = [one for one in shown if one.layer in layers]
-    with look():
+    with narrowed(limits), look():
         blocks = blocks_of(kind, shown)
+        blocks = blocks if captions else [bare(block) for block in blocks]
         if ax is not None:
             return _draw_into(ax, kind, blocks, shown)
         return draw_blocks(HISTORY_KINDS[kind], blocks)
@@ -99,10 +104,4 @@ def _draw_into(
         panels.say(ax, block.chart.note)
     else:
         HISTORY_KINDS[kind].draw([ax], block.chart)
-    ax.set_title(legible(title(block)), loc="left", parse_math=False)
-    figure = ax.get_figure(root=True)
-    if figure is None:
-        raise InputError(
-            must_be("ax", "part of a figure", "axes without one", "add it to a figure")
-        )
-    return figure
+    return finish_axes(ax, HISTORY_KINDS[kind].scale, block.chart, (title(block), block.name))

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gradflow.limits import GONE_WORDS
-from gradflow.reporter import panels
 from gradflow.reporter.histories import lines, waterfall
 from gradflow.reporter.histories.across import unwritten
-from gradflow.reporter.kinds import Kind, Scale
+from gradflow.reporter.kinds import Kind, Scale, ratios
 from gradflow.reporter.overview import special_colours
 
 STRIP_NAMES = 0.95  # inches for the names of the strips
@@ -42,8 +41,7 @@ HISTORY_KINDS: dict[str, Kind] = {
         gap=waterfall.gap,
         left=STRIP_NAMES,
         above=0.05,
-        scale=Scale(lambda ax, short: panels.draw_scale(ax, "as at the loss", short=short),
-                    _waterfall_specials),
+        scale=Scale(ratios("as at the loss"), _waterfall_specials),
     ),
     "rates": _curves("growth of ln gain per step, in nats", lines.prepare_rates),
     "horizons": _curves(

@@ -34,7 +34,7 @@ NOW_COLUMNS = (
     NowColumn("verdict", lambda one: one.verdict or "none", words=True),
     NowColumn("rate ± 95 %\nper step", lambda one: one.rate),
     NowColumn("half-\nlife", lambda one: one.half_life, from_width=70),
-    NowColumn("gone\nafter", lambda one: one.horizon),
+    NowColumn("horizon\nsteps", lambda one: one.horizon),
 )
 
 

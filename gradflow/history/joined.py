@@ -1,0 +1,161 @@
+"""A history of rows that were measured apart: each stands alone in a text or file, and all become one file.
+
+A row is the history of one probe: the same lines, with the training step 0 where it is not known yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gradflow.errors import FileError
+from gradflow.history.lines import (
+    HISTORY_FILE,
+    HISTORY_SCHEMA,
+    PROBE,
+    ProbeLayout,
+    layout_line,
+    layout_of,
+    line,
+    note_line,
+    packed_line,
+    probe_line,
+    read_probe,
+    source_line,
+)
+from gradflow.history.probe import Note, Probe, Source
+from gradflow.history.reader import Reader
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a sweep, as it stands in the joined file."""
+
+    step: int  # the training step
+    source: Source  # where it is from
+    text: Path | None  # the file of its numbers; None where it could not be measured
+
+
+def row_text(probe: Probe, cells: dict[str, str], **header: Any) -> str:
+    """The history of one probe as a text of its own.
+
+    Args:
+        probe: what was measured.
+        cells: layer name -> kind of cell.
+        header: what else is known of it.
+
+    Returns:
+        Lines, each with its end.
+    """
+    layout = layout_of(probe, cells)
+    text = line("header", schema=HISTORY_SCHEMA, **header) + layout_line(layout)
+    return text + probe_line(probe, layout) + "".join(map(note_line, probe.notes)) + line("end")
+
+
+def failure_text(**header: Any) -> str:
+    """The same of what could not be measured: a header, and no probe.
+
+    Args:
+        header: why, and what else is known of it.
+    """
+    return line("header", schema=HISTORY_SCHEMA, **header) + line("end")
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What a row's file says besides its numbers."""
+
+    header: dict[str, Any]  # as it was written
+    cells: dict[str, str]  # layer name -> kind of cell; none where it holds no probe
+
+
+def row_facts(path: Path) -> RowFacts | None:
+    """What a row's file says besides its numbers.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        None where the file is cut off or none of a row.
+    """
+    reader = Reader(path)
+    try:
+        reader.more()
+    except FileError:
+        return None
+    read = reader.read
+    if not read.ended or not read.headers:
+        return None
+    cells = {name: cell for block in read.blocks
+             for name, cell in zip(block.layout.layers, block.layout.cells, strict=True)}  # fmt: skip
+    return RowFacts(read.headers[-1], cells)
+
+
+def join_rows(
+    folder: Path, rows: Iterable[Row], notes: Iterable[Note], *, ended: bool, **header: Any
+) -> Path:
+    """Write rows as one history, one after the other, in the memory of one.
+
+    Args:
+        folder: where the file goes; it takes the place of an earlier one when all is written.
+        rows: in the order of the file.
+        notes: said of the whole.
+        ended: whether all rows are there.
+        header: how they were measured.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        OSError: it cannot be written.
+        FileError: the file of a row cannot be read.
+    """
+    path, new = folder / HISTORY_FILE, folder / f".{HISTORY_FILE}.new"
+    said: set[str] = set()
+    with new.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(line("header", schema=HISTORY_SCHEMA, **header))
+        file.writelines(map(note_line, notes))
+        layout: ProbeLayout | None = None
+        for row in rows:
+            for text, found in _lines_of(row, layout, said):
+                file.write(text)
+                layout = found
+        if ended:
+            file.write(line("end"))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    return path
+
+
+def _lines_of(
+    row: Row, layout: ProbeLayout | None, said: set[str]
+) -> Iterable[tuple[str, ProbeLayout]]:
+    """The lines of one row, each with the layout that holds from there on; no sentence a second time."""
+    if row.text is None:
+        empty = layout if layout is not None else layout_of(Probe(0, {}, {}), {})
+        if layout is None:
+            yield layout_line(empty), empty
+        yield source_line(row.source) + probe_line(Probe(row.step, {}, {}), empty), empty
+        return
+    reader = Reader(row.text)
+    reader.more()
+    (block,) = reader.read.blocks
+    if block.layout != layout:
+        yield layout_line(block.layout), block.layout
+    yield source_line(row.source) + packed_line(row.step, _packed(row.text)), block.layout
+    for note in reader.read.notes:
+        if note.text not in said:
+            said.add(note.text)
+            yield note_line(replace(note, step=0)), block.layout
+
+
+def _packed(path: Path) -> str:
+    """The numbers of a row as they stand in its file."""
+    for text in path.read_bytes().splitlines():
+        if text.startswith(PROBE.encode()) and (found := read_probe(text)) is not None:
+            return found[1].decode()
+    raise ValueError(f"{path} holds no numbers")

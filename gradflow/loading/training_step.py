@@ -1,0 +1,93 @@
+"""How far a training was when a checkpoint was saved: in the file, or in its name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from torch import Tensor
+
+STEP_KEYS = ("step", "global_step", "iteration", "epoch")  # of a checkpoint, the first one counts
+_NAMED = ("global_step", "step", "iteration", "iter", "epoch")  # the same in its name
+_FOLDER = re.compile(r"(checkpoint|ckpt|global_?step|step|iter|epoch)[-_=]?\d+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A training step, and where it stands."""
+
+    number: int  # of updates, or of epochs
+    found: str  # "global_step in the checkpoint"
+
+
+def step_in(value: object) -> TrainingStep | None:
+    """The training step that a checkpoint holds.
+
+    Args:
+        value: what the file held.
+
+    >>> step_in({"epoch": 3, "global_step": 900, "state_dict": {}})
+    TrainingStep(number=900, found='global_step in the checkpoint')
+    """
+    if not isinstance(value, Mapping):
+        return None
+    for key in STEP_KEYS:
+        number = _whole(value.get(key))
+        if number is not None:
+            return TrainingStep(number, f"{key} in the checkpoint")
+    return None
+
+
+def _whole(value: object) -> int | None:
+    """A count, however it was saved."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "meta":
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if math.isfinite(value) and value >= 0 and value == int(value) else None
+
+
+def step_in_name(path: PurePath) -> TrainingStep | None:
+    """The training step that the name of a file holds, or of its folder where that is one step's.
+
+    Args:
+        path: of the file.
+
+    >>> step_in_name(PurePath("seed-3/epoch=2-step=400.ckpt"))
+    TrainingStep(number=400, found='digits of the name')
+    >>> step_in_name(PurePath("a/checkpoint-500/model.safetensors")).number
+    500
+    >>> step_in_name(PurePath("seed-3/last.pt")) is None
+    True
+    """
+    digits = _digits(path.stem)
+    if digits is None and _FOLDER.fullmatch(path.parent.name):
+        digits = _digits(path.parent.name)
+    return None if digits is None else TrainingStep(digits, "digits of the name")
+
+
+def _digits(name: str) -> int | None:
+    for word in _NAMED:
+        found = re.search(rf"(?<![a-z]){word}[=_-]?(\d{{1,15}})", name, re.IGNORECASE)
+        if found:
+            return int(found[1])
+    rest = re.sub(r"seed[=_-]?\d+", "", name, flags=re.IGNORECASE)
+    every = re.findall(r"\d{1,15}", rest)
+    return int(every[-1]) if every else None
+
+
+def run_folder(path: PurePath) -> PurePath:
+    """The folder of the run that a checkpoint belongs to: not the one that holds this step alone.
+
+    Args:
+        path: of the file.
+
+    >>> run_folder(PurePath("a/checkpoint-500/model.safetensors")).as_posix()
+    'a'
+    """
+    folder = path.parent
+    alone = _digits(path.stem) is None and _FOLDER.fullmatch(folder.name)
+    return folder.parent if alone else folder

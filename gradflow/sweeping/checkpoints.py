@@ -1,0 +1,135 @@
+"""Which checkpoints a sweep is of: files or models, each with its run and the training step of its name."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+
+from torch import nn
+
+from gradflow.errors import FileError, InputError, must_be
+from gradflow.loading import TrainingStep, run_folder, step_in_name
+
+MODEL_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl")  # looked for in a folder
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint of a sweep."""
+
+    name: str  # its path as it was found, or the name of a model that was given
+    run: str  # its folder below the one that all have in common, with the seed of its name
+    named: TrainingStep | None  # the training step that its name says
+    path: Path | None = None  # of a file
+    model: nn.Module | None = None  # or the model itself
+
+
+def checkpoints(given: object) -> list[Checkpoint]:
+    """All that a sweep is asked to measure, in the order of their names, those of one run together.
+
+    Args:
+        given: a path, a pattern such as 'runs/**/*.pt', a folder, or a list of them; a model, a list of
+            models, or a mapping of names such as "seed=0/step-100" to models.
+
+    Returns:
+        At least one.
+
+    Raises:
+        FileError: no file matches.
+        InputError: something else was given.
+    """
+    if isinstance(given, nn.Module):
+        given = [given]
+    if isinstance(given, Mapping):
+        return _of_models({str(name): model for name, model in given.items()})
+    some = [given] if isinstance(given, str | os.PathLike) else given
+    if not isinstance(some, Iterable):
+        raise _neither(given)
+    every = list(some)
+    if every and all(isinstance(one, nn.Module) for one in every):
+        return _of_models({str(number): model for number, model in enumerate(every)})
+    if not every or not all(isinstance(one, str | os.PathLike) for one in every):
+        raise _neither(given)
+    found = sorted({path for one in every for path in _files(os.fspath(one))}, key=_natural)
+    return _in_runs([Checkpoint(str(path), "", step_in_name(path), path=path) for path in found])
+
+
+def _neither(given: object) -> InputError:
+    kind = type(given).__name__
+    advice = "write for example gradflow.sweep('runs/**/*.pt')"
+    expected = "paths of checkpoints, or models, at least one"
+    got = f"an empty {kind}" if isinstance(given, list | tuple | set) and not given else kind
+    return InputError(must_be("what is swept", expected, got, advice))
+
+
+def _of_models(models: Mapping[str, object]) -> list[Checkpoint]:
+    if not models or not all(isinstance(model, nn.Module) for model in models.values()):
+        raise _neither(models)
+    found = [
+        Checkpoint(name, "", step_in_name(PurePath(name)), model=model)  # type: ignore[arg-type]
+        for name, model in models.items()
+    ]
+    return _in_runs(found)
+
+
+def files_of(pattern: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files that a path, a pattern or a folder stands for, in the order of their names.
+
+    Args:
+        pattern: as it was typed.
+        suffixes: of the files that are meant in a folder.
+
+    Returns:
+        Paths; none where nothing matches. A path without a file is given as it is.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        every = [one for one in path.rglob("*") if one.suffix.lower() in suffixes]
+    elif path.exists() or not glob.has_magic(pattern):
+        return [path]
+    else:
+        every = [Path(one) for one in glob.glob(pattern, recursive=True)]
+    return sorted((one for one in every if one.is_file()), key=_natural)
+
+
+def _files(pattern: str) -> list[Path]:
+    found = files_of(pattern, MODEL_FILES)
+    if not found or (len(found) == 1 and not found[0].exists()):
+        advice = (
+            "check the path; a pattern such as 'runs/**/*.pt' must be quoted, and ** is any folder"
+        )
+        raise FileError(f"no file matches {pattern!r}; {advice}")
+    return found
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """Numbers in a name by their size: step-9 before step-10."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _in_runs(found: list[Checkpoint]) -> list[Checkpoint]:
+    """The same with the run of each: what of the folders differs, and a seed in a file's name."""
+    folders = [run_folder(PurePath(one.name)).parts for one in found]
+    every = set(folders)
+    shared = 0
+    while len(every) > 1 and len({parts[: shared + 1] for parts in every}) == 1:
+        shared += 1
+    shared = max(map(len, every)) if len(every) == 1 else shared
+    while (
+        len(every) > 1
+        and all(len(parts) > shared for parts in every)
+        and len({parts[-1] for parts in every}) == 1
+    ):  # "checkpoints" at the end of each says nothing
+        folders = [parts[:-1] for parts in folders]
+        every = set(folders)
+    runs = ["/".join(parts[shared:]) for parts in folders]
+    seeds = [re.search(r"seed[=_-]?\d+", PurePath(one.name).stem, re.IGNORECASE) for one in found]
+    named = ["/".join(filter(None, [run, seed[0] if seed else ""]))
+             for run, seed in zip(runs, seeds, strict=True)]  # fmt: skip
+    made = [replace(one, run=run) for one, run in zip(found, named, strict=True)]
+    return sorted(made, key=lambda one: _natural(Path(one.run)))

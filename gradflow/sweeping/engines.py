@@ -1,0 +1,340 @@
+"""What runs the tasks of a sweep: any `concurrent.futures.Executor`, a process pool by default.
+
+A pool of our own is made anew when one of its processes is killed, and the tasks that were in flight run
+again, one at a time, so that it is seen which of them ends its process. On a cluster that is the scheduler's
+affair: dask runs the tasks of a lost worker again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from typing import Any, Protocol
+
+from gradflow.errors import GradflowError, InputError, must_be
+from gradflow.limits import DASK_SECONDS, SWEEP_WAITING
+from gradflow.sweeping.one_checkpoint import (
+    VERSIONS,
+    CheckpointTask,
+    Outcome,
+    measure_checkpoint,
+    other_versions,
+)
+
+ASK_VERSIONS = "(__import__('gradflow').__version__, str(__import__('torch').__version__))"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # of a worker: one
+WORKER_KILLED = (
+    "the process that measured it was killed, most likely for want of memory; give fewer --jobs, or a "
+    "smaller batch"
+)
+
+
+class Engine(Protocol):
+    """Runs tasks, so many at a time."""
+
+    width: int  # tasks that it has at a time
+
+    def submit(self, task: CheckpointTask) -> Future[Outcome]: ...
+
+    def renewed(self) -> bool:
+        """Made anew after a process of it was killed; false where that is not its own affair."""
+        ...
+
+
+class InProcess:
+    """This process, one task after the other."""
+
+    width = 1
+
+    def submit(self, task: CheckpointTask) -> Future[Outcome]:
+        """Measure at once."""
+        future: Future[Outcome] = Future()
+        try:
+            future.set_result(measure_checkpoint(task))
+        except Exception as error:  # noqa: BLE001  as of any other executor: it is raised from the future
+            future.set_exception(error)
+        return future
+
+    def renewed(self) -> bool:
+        """There is nothing to make anew."""
+        return False
+
+
+class SpawnedPool:
+    """Processes of this machine, each with one thread."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs, self.width = jobs, jobs + 1  # one waits, so that no process does
+        self._pool = self._new()
+
+    def _new(self) -> ProcessPoolExecutor:
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self.jobs, mp_context=spawn, initializer=_begin)
+
+    def submit(self, task: CheckpointTask) -> Future[Outcome]:
+        """Hand a task to the next free process."""
+        return self._pool.submit(measure_checkpoint, task)
+
+    def renewed(self) -> bool:
+        """A pool is broken for good once a process of it is killed."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = self._new()
+        try:
+            self._pool.submit(int).result()
+        except BrokenExecutor:
+            raise InputError(
+                "no process of the sweep could begin; what it printed stands above. In a script "
+                "gradflow.sweep must stand below if __name__ == '__main__':, as each process imports it"
+            ) from None
+        return True
+
+    def end(self, *, now: bool) -> None:
+        """End the processes; ``now`` in the middle of what they do."""
+        processes = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=not now, cancel_futures=True)
+        for process in processes if now else []:
+            process.terminate()
+
+
+class OfCaller:
+    """An executor of the caller's, or a cluster's."""
+
+    def __init__(self, executor: Executor, width: int | None = None) -> None:
+        known = getattr(executor, "_max_workers", None)
+        self.executor = executor
+        self.width = width or (2 * known if isinstance(known, int) else SWEEP_WAITING)
+
+    def submit(self, task: CheckpointTask) -> Future[Outcome]:
+        """Hand it on."""
+        return self.executor.submit(measure_checkpoint, task)
+
+    def renewed(self) -> bool:
+        """Only its owner could."""
+        return False
+
+
+def _begin() -> None:
+    """A process of the pool begins: Ctrl-C is its parent's affair, and it ends when that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes that are started inside have one thread for their linear algebra."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ |= dict.fromkeys(THREADS, "1")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def spawned(jobs: int) -> Iterator[Engine]:
+    """A pool of so many processes, for a while.
+
+    Args:
+        jobs: how many.
+
+    Raises:
+        InputError: this is a process that a sweep started, importing the caller's script.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise InputError(
+            "gradflow.sweep was called while a process that it started imported your script; put the "
+            "call below if __name__ == '__main__':, or give an executor"
+        )
+    with _one_thread_each():
+        pool = SpawnedPool(jobs)
+        try:
+            yield pool
+        except BaseException:
+            pool.end(now=True)
+            raise
+        pool.end(now=False)
+
+
+@contextmanager
+def of_caller(executor: object) -> Iterator[Engine]:
+    """An executor of the caller's, which is not shut down.
+
+    Args:
+        executor: of `concurrent.futures`, of dask, MPI or submitit.
+
+    Raises:
+        InputError: it is none, or its workers have other versions.
+    """
+    if not callable(getattr(executor, "submit", None)):
+        kind = type(executor).__name__
+        advice = "give ProcessPoolExecutor(), Client(...).get_executor(), or leave it out"
+        raise InputError(must_be("executor", "a concurrent.futures.Executor", kind, advice))
+    found: Any = executor
+    _same_versions([_asked(lambda: found.submit(eval, ASK_VERSIONS).result())])
+    yield OfCaller(found)
+
+
+@contextmanager
+def dask(address: str, jobs: int) -> Iterator[Engine]:
+    """A dask cluster, for a while.
+
+    Args:
+        address: of its scheduler, or "local" for one of this machine.
+        jobs: workers of a local one.
+
+    Raises:
+        InputError: dask is not installed, the cluster cannot be reached, has no worker, or its workers
+            have other versions.
+    """
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError:
+        raise InputError("--dask needs dask; type: pip install 'gradflow-rnn[cluster]'") from None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_one_thread_each())
+        try:
+            if address == "local":
+                cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
+                address = stack.enter_context(cluster)
+            client = stack.enter_context(Client(address, timeout=DASK_SECONDS))
+        except (OSError, TimeoutError, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"the dask cluster at {address} cannot be reached ({reason}); start it with dask scheduler "
+                "and dask worker, check the address, or give --dask local"
+            ) from None
+        workers = len(client.ncores())
+        if not workers:
+            raise InputError(
+                f"the dask cluster at {address} has no worker; start one: dask worker {address}"
+            )
+        _same_versions(_asked(lambda: list(client.run(eval, ASK_VERSIONS).values())))
+        yield OfCaller(client.get_executor(pure=False), 2 * sum(client.ncores().values()))
+
+
+def _asked(ask: Callable[[], Any]) -> Any:
+    """What workers answer; a worker without gradflow or torch does not."""
+    try:
+        return ask()
+    except ImportError as error:
+        there = str(error).removeprefix("No module named ").strip("'")
+        raise InputError(
+            f"the workers must have gradflow {VERSIONS[0]} and torch {VERSIONS[1]} as this process has, "
+            f"got workers without {there}; install the same on all"
+        ) from None
+
+
+def _same_versions(found: list[Any]) -> None:
+    for one in found:
+        if tuple(one) != VERSIONS:
+            raise InputError(other_versions(tuple(one), VERSIONS))
+
+
+# -------------------------------------------------------------------------------- running tasks
+
+
+# with a task, its outcome, and whether that is for good; what it returns is to run once more
+Done = Callable[[CheckpointTask, Outcome, bool], CheckpointTask | None]
+
+
+@dataclass
+class Running:
+    """Tasks on their way through an engine."""
+
+    engine: Engine  # what runs them
+    done: Done  # called with each outcome
+    tick: Callable[[], None]  # called about every second
+    again: deque[CheckpointTask] = field(default_factory=deque)  # to run once more
+
+    def run(self, tasks: Iterable[CheckpointTask]) -> None:
+        """Run all tasks, a few at a time, and hand on each outcome as it comes.
+
+        Args:
+            tasks: taken one by one, as they are needed.
+
+        Raises:
+            GradflowError: a worker has another version, or the engine takes no more tasks.
+        """
+        coming, flying = iter(tasks), dict[Future[Outcome], CheckpointTask]()
+        while True:
+            while len(flying) < self.engine.width and (task := self._next(coming)) is not None:
+                flying[self._submitted(task)] = task
+            if not flying:
+                return
+            lost = self._finished(flying)
+            if lost:  # which of all that were in flight ended the process?
+                lost += flying.values()
+                flying.clear()
+                self._renew()
+                for task in lost:
+                    if self._finished({self._submitted(task): task}):
+                        self._renew()
+                        self.done(task, Outcome(failed=WORKER_KILLED), False)
+
+    def _next(self, coming: Iterator[CheckpointTask]) -> CheckpointTask | None:
+        return self.again.popleft() if self.again else next(coming, None)
+
+    def _submitted(self, task: CheckpointTask) -> Future[Outcome]:
+        try:
+            return self.engine.submit(task)
+        except BrokenExecutor as error:
+            future: Future[Outcome] = Future()
+            future.set_exception(error)
+            return future
+
+    def _renew(self) -> None:
+        if not self.engine.renewed():
+            raise InputError(
+                "the workers of the executor were killed, and it takes no more tasks; make it anew, and go "
+                "on with resume=True"
+            )
+
+    def _finished(self, flying: dict[Future[Outcome], CheckpointTask]) -> list[CheckpointTask]:
+        """Wait for one or more of them; those whose process was killed."""
+        finished: set[Future[Outcome]] = set()
+        while not finished:
+            finished, _ = wait(flying, timeout=1.0, return_when=FIRST_COMPLETED)
+            self.tick()
+        lost = []
+        for future in finished:
+            task = flying.pop(future)
+            try:
+                repeat = self.done(task, future.result(), True)
+            except BrokenExecutor:
+                lost.append(task)
+                continue
+            except GradflowError:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever it is, it is the row of one checkpoint
+                said = " ".join(str(error).split())
+                repeat = self.done(task, Outcome(failed=f"{type(error).__name__}: {said}"), False)
+            if repeat is not None:
+                self.again.append(repeat)
+        return lost

@@ -1,0 +1,276 @@
+"""One checkpoint measured: what a worker of a sweep does, in whichever process it runs.
+
+Everything that is sent to it and comes back can be pickled. It runs on one thread, so that the numbers are
+the same whichever engine runs it, and as many workers as cores do not stand in each other's way.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradflow import loading
+from gradflow._version import __version__
+from gradflow.errors import FileError, GradflowError, InputError, collected_warnings
+from gradflow.history import LayerProbe, Note, Probe, row_text
+from gradflow.loading import TrainingStep
+from gradflow.passes import LossSettings, probed_pass, recorded_pass
+from gradflow.process import fitting_threads, printed_to_stderr, random_numbers_kept
+from gradflow.sweeping.batches import agreed, pooled_batches
+from gradflow.watching.gradnorms import GradNorms
+from gradflow.watching.probing import MeasuredUpdate, measure
+
+VERSIONS = (__version__, str(torch.__version__))  # that every worker must have
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What is the same for all checkpoints of a sweep."""
+
+    spec: str | Callable[[], nn.Module] | nn.Module | None = None  # whose weights the files hold
+    member: str | None = None  # one of several models in a file
+    batches: tuple[Path | loading.Batch, ...] = ()  # what the model runs on; none: probes
+    target: Path | None = None  # the targets of a batch in a file of their own
+    loss: str | Callable[..., Tensor] | None = None  # by name, or the user's own
+    output: str | None = None  # which part of the model's output
+    span: int | None = None  # the distance of interest
+    train: bool | None = None  # the mode the model runs in; None: evaluation
+    probe_steps: int = 100  # T of a probe
+    probe_batch: int = 16  # B of a probe
+    seed: int = 0  # of whatever is drawn
+    trust: bool = False  # open a full pickle
+    preset: str = "rate"  # what is measured of a layer, as in `gradflow.watch`
+
+
+FileState = tuple[int, int, int]  # inode, bytes and nanoseconds of the last change
+
+
+def state_of(path: Path) -> FileState:
+    """By what it is seen that a file changed.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: it is gone.
+    """
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class CheckpointTask:
+    """What a worker is told to measure."""
+
+    name: str  # of the checkpoint
+    path: Path | None  # its file
+    state: FileState | None  # of the file when its content was read for the key
+    model: nn.Module | None  # or the model itself
+    settings: SweepSettings  # of the sweep
+    key: str  # of its content
+    versions: tuple[str, str] = VERSIONS  # of gradflow and torch where the sweep began
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker gives back."""
+
+    text: str = ""  # the row; "" where there is none
+    failed: str = ""  # why not, one sentence
+    changed: bool = False  # the file changed while it was read: try again
+    trained: TrainingStep | None = None  # as the file says, where there is no row
+
+
+def measure_checkpoint(task: CheckpointTask) -> Outcome:
+    """Measure one checkpoint.
+
+    Args:
+        task: which, and how.
+
+    Returns:
+        Its row, or why there is none.
+
+    Raises:
+        InputError: this worker has another version of gradflow or torch.
+    """
+    if task.versions != VERSIONS:
+        raise InputError(other_versions(VERSIONS, task.versions))
+    opened = None
+    try:
+        with fitting_threads(0), printed_to_stderr(), collected_warnings() as sentences:
+            opened = _opened(task)
+            if task.path is not None and state_of(task.path) != task.state:
+                return Outcome(changed=True)
+            probe, cells = _measured(opened, task.settings, sentences)
+    except GradflowError as error:
+        if task.path is not None and _changed(task):
+            return Outcome(changed=True)
+        return Outcome(failed=str(error), trained=opened.trained if opened else None)
+    header = {
+        "name": task.name,
+        "title": opened.title,
+        "trained": None if opened.trained is None else vars(opened.trained),
+        "widths": _widths(opened),
+        "gradflow": VERSIONS[0],
+        "torch": VERSIONS[1],
+    }
+    return Outcome(text=row_text(probe, cells, **header))
+
+
+def other_versions(there: tuple[str, str], here: tuple[str, str]) -> str:
+    """The sentence for a worker with other versions.
+
+    Args:
+        there: gradflow and torch of the worker.
+        here: the same of this process.
+    """
+    return (
+        f"the workers must have gradflow {here[0]} and torch {here[1]} as this process has, got gradflow "
+        f"{there[0]} and torch {there[1]}; install the same on all, or the numbers could differ"
+    )
+
+
+def _changed(task: CheckpointTask) -> bool:
+    try:
+        return task.path is not None and state_of(task.path) != task.state
+    except OSError:
+        return False  # gone: the error of reading it says so
+
+
+def _opened(task: CheckpointTask) -> loading.Opened:
+    """The model of a checkpoint."""
+    settings = task.settings
+    if task.model is not None:
+        kind = type(task.model).__name__
+        recurrent = loading.from_model(task.model)
+        return loading.Opened(Path(task.name), "a model", kind, task.model, recurrent)
+    assert task.path is not None
+    spec = settings.spec
+    if isinstance(spec, nn.Module):
+        spec = functools.partial(_copied, spec)
+    try:
+        return loading.open_model(task.path, spec, settings.trust, settings.member)
+    except OSError as error:
+        raise FileError(f"cannot read {task.path}: {error.strerror or error}") from error
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model)
+
+
+def _widths(opened: loading.Opened) -> list[int]:
+    """Widths of the recurrent layers: what tells two architectures of the same names apart."""
+    return [layer.width for layer in opened.recurrent]
+
+
+def _measured(
+    opened: loading.Opened, settings: SweepSettings, sentences: list[str]
+) -> tuple[Probe, dict[str, str]]:
+    """All numbers of one checkpoint, and the kinds of its cells."""
+    if settings.batches:
+        values, updates = _on_batches(opened, settings)
+        found, layers, said = updates[0], *pooled_batches([one.layers for one in updates])
+    else:
+        values = {}
+        found, layers, said = _on_probes(opened, settings)
+    notes = [*opened.said, *sentences, *said, *found.notes]
+    cells = {name: cell for name, cell in found.cells.items() if name in layers}
+    told = tuple(Note(0, "warning", text) for text in dict.fromkeys(notes))
+    return Probe(0, values, layers, notes=told), cells
+
+
+def _on_batches(
+    opened: loading.Opened, settings: SweepSettings
+) -> tuple[dict[str, float], list[MeasuredUpdate]]:
+    """The model run on every batch, one after the other."""
+    if opened.aged:
+        raise FileError(opened.aged)
+    first = settings.batches[0]
+    if opened.model is None:
+        raise InputError(
+            loading.no_model_to_run(opened, first if isinstance(first, Path) else None)
+        )
+    if settings.train is not None:
+        opened.model.train(settings.train)
+    span, updates, values = settings.span, list[MeasuredUpdate](), list[dict[str, float]]()
+    for _ in range(2):
+        measured = [_on_batch(opened.model, one, settings, span) for one in settings.batches]
+        values, updates = [one[0] for one in measured], [one[1] for one in measured]
+        over = _gain_steps(updates)
+        if len(over) < 2:
+            break
+        span = min(over)  # of batches of several lengths: what all of them have
+    names = dict.fromkeys(name for one in values for name in one)
+    return {name: _mean([one[name] for one in values]) for name in names}, updates
+
+
+def _gain_steps(updates: list[MeasuredUpdate]) -> set[int]:
+    steps = [one.values.get("gain_steps", math.nan) for up in updates for one in up.layers.values()]
+    return {int(one) for one in steps if math.isfinite(one) and one > 0}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _on_batch(
+    model: nn.Module, given: Path | loading.Batch, settings: SweepSettings, span: int | None
+) -> tuple[dict[str, float], MeasuredUpdate]:
+    batch = loading.read_batch(given, settings.target) if isinstance(given, Path) else given
+    batch = loading.fit_batch(batch, model)
+    norms: list[GradNorms] = []
+    values: dict[str, float] = {"forwards": 1.0, "updated": 0.0}
+
+    def told(loss: Tensor) -> None:
+        norms.append(GradNorms(model, 1.0))
+        values.update(loss=float(loss), grad_norm_all=norms[0].all)
+
+    with random_numbers_kept(devices=None):
+        torch.manual_seed(settings.seed)
+        recording = recorded_pass(model, batch, _loss_settings(settings, told))
+    found = measure(recording, settings.preset, span)
+    for name, layer in found.layers.items():
+        layer.values["grad_norm"] = norms[0].of_layer(name) if norms else math.nan
+    return values, found
+
+
+def _loss_settings(settings: SweepSettings, told: Callable[[Tensor], None]) -> LossSettings:
+    """The loss: one of gradflow's by its name, or one of the user's own."""
+    loss: Any = settings.loss
+    if callable(loss):
+        return LossSettings(loss=loss, output=settings.output, guard=True, told=told)
+    if loss is None or ":" not in loss:
+        return LossSettings(loss_name=loss, output=settings.output, guard=True, told=told)
+    own = loading.build_loss(loss)
+    return LossSettings(loss=own, reads_part=True, output=settings.output, guard=True, told=told)
+
+
+def _on_probes(
+    opened: loading.Opened, settings: SweepSettings
+) -> tuple[MeasuredUpdate, dict[str, LayerProbe], list[str]]:
+    """Every recurrent module alone under several probes; a verdict stands where all agree."""
+    if not opened.recurrent:
+        raise InputError(
+            f"{opened.title} holds no recurrent layer whose weights could be probed; give a batch to "
+            "run it on: --input batch.pt"
+        )
+    layers: dict[str, LayerProbe] = {}
+    cells: dict[str, str] = {}
+    said: list[str] = []
+    for module in opened.recurrent:
+        under = loading.probes(module, settings.probe_steps, settings.probe_batch, settings.seed)
+        found = [measure(probed_pass(module, one), settings.preset, settings.span) for one in under]
+        joined, doubts = agreed([one.layers for one in found], [one.name for one in under])
+        layers |= joined
+        cells |= found[-1].cells
+        said += [*module.doubts, *doubts, *found[-1].notes]
+    return MeasuredUpdate(layers, cells, {}, {}), layers, said

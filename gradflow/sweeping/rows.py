@@ -1,0 +1,162 @@
+"""From results to the rows of one history: their order, their runs, and what is to be said of them all."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gradflow.history import Note, Row, Source, join_rows, row_facts
+from gradflow.sweeping.result_files import Entry
+
+UNNUMBERED = "place in the order of names"  # the training step of a checkpoint that says none
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A checkpoint with what its result says of it."""
+
+    entry: Entry  # as it was listed
+    path: Path | None  # of its result; None where there is none
+    title: str  # of its model; "" where that is not known
+    kind: str  # its architecture in words; "" where that is not known
+    step: int | None  # the training step
+    step_from: str  # where that stands
+    failed: str  # why there are no numbers
+
+
+def joined(
+    folder: Path,
+    entries: Sequence[Entry],
+    path_of: Callable[[str], Path],
+    asked: dict[str, Any],
+    absent: Sequence[str] = (),
+) -> Path:
+    """Write the history of a sweep.
+
+    Args:
+        folder: where it goes.
+        entries: all checkpoints, those of one run together.
+        path_of: where the result of a key is.
+        asked: how the sweep was asked for.
+        absent: shards that have not begun.
+
+    Returns:
+        The path of its file.
+    """
+    known = [_known(one, path_of) for one in entries]
+    missing = [one for one in known if one.path is None and not one.failed]
+    known = [one for one in known if one.path is not None or one.failed]
+    known, said = _by_architecture(_numbered(known))
+    rows = [
+        Row(
+            one.step or 0,
+            Source(one.entry.name, one.entry.run, one.step_from, one.failed),
+            one.path,
+        )
+        for one in sorted(known, key=lambda one: (_natural(one.entry.run), one.step or 0))
+    ]
+    titles = dict.fromkeys(one.title for one in known if one.title)
+    notes = [Note(0, "sweep", text) for text in [*_about_steps(known), *said]]
+    if missing or absent:
+        notes.append(Note(0, "warning", _about_missing(len(missing), absent)))
+    notes += [Note(row.step, "failed", row.source.failed) for row in rows if row.source.failed]
+    header = {name: value for name, value in asked.items() if name != "kind"}
+    return join_rows(
+        folder,
+        rows,
+        notes,
+        ended=not (missing or absent),
+        title=next(iter(titles)) if len(titles) == 1 else f"sweep of {len(known)} checkpoints",
+        swept=True,
+        checkpoints=len(known),
+        failed=sum(bool(one.failed) for one in known),
+        **header,
+    )
+
+
+def _known(entry: Entry, path_of: Callable[[str], Path]) -> _Known:
+    """What the result of a checkpoint says of it."""
+    path = path_of(entry.key) if entry.key else None
+    facts = None if path is None or not path.is_file() else row_facts(path)
+    step, step_from = entry.step, entry.step_from
+    failed = entry.failed
+    if facts is None:
+        return _Known(entry, None, "", "", step, step_from, failed)
+    if facts.header.get("trained"):
+        step, step_from = facts.header["trained"]["number"], facts.header["trained"]["found"]
+    failed = failed or str(facts.header.get("failed", ""))
+    widths = facts.header.get("widths", [])
+    cells = list(dict.fromkeys(facts.cells.values()))
+    kind = " ".join([*cells, ", ".join(map(str, widths))]).strip() if facts.cells else ""
+    kind = f"{kind} ({len(facts.cells)} layers)" if len(facts.cells) > 1 else kind
+    shown = None if failed else path
+    title = str(facts.header.get("title", ""))
+    return _Known(entry, shown, title, kind, step, step_from, failed)
+
+
+def _numbered(known: Sequence[_Known]) -> list[_Known]:
+    """Checkpoints that say no training step, counted within their run."""
+    counts: Counter[str] = Counter()
+    found = []
+    for one in known:
+        counts[one.entry.run] += 1
+        if one.step is None:
+            one = replace(one, step=counts[one.entry.run], step_from=UNNUMBERED)
+        found.append(one)
+    return found
+
+
+def _by_architecture(known: Sequence[_Known]) -> tuple[list[_Known], list[str]]:
+    """Runs that hold several architectures, each a run of its own; and sentences on them."""
+    kinds: dict[str, dict[str, int]] = {}
+    for one in known:
+        if one.kind:
+            of_run = kinds.setdefault(one.entry.run, {})
+            of_run[one.kind] = of_run.get(one.kind, 0) + 1
+    every = dict.fromkeys(kind for of_run in kinds.values() for kind in of_run)
+    said = []
+    if len(every) > 1:
+        said.append(f"the checkpoints have {len(every)} architectures: {'; '.join(every)}")
+    mixed = {run: list(of_run) for run, of_run in kinds.items() if len(of_run) > 1}
+    if mixed:
+        names = ", ".join(run or "the folder" for run in mixed)
+        said.append(f"{names} holds several of them: each is shown as a run of its own")
+    found = []
+    for one in known:
+        if one.entry.run in mixed:
+            kind = one.kind or mixed[one.entry.run][0]
+            run = f"{one.entry.run} ({kind})".strip()
+            one = replace(one, entry=replace(one.entry, run=run))
+        found.append(one)
+    return found, said
+
+
+def _about_steps(known: Sequence[_Known]) -> list[str]:
+    """Where the training steps stand, and where that differs within a run."""
+    where = Counter(one.step_from for one in known)
+    parts = [f"{words} ({count})" if len(where) > 1 else words for words, count in where.items()]
+    said = [f"training steps are from: {'; '.join(parts)}"] if parts else []
+    by_run: dict[str, set[str]] = {}
+    for one in known:
+        by_run.setdefault(one.entry.run, set()).add(one.step_from)
+    several = [run or "the run" for run, found in by_run.items() if len(found) > 1]
+    if several:
+        said.append(
+            f"{', '.join(several)}: these steps are of several kinds, so that their order may be wrong"
+        )
+    return said
+
+
+def _about_missing(missing: int, absent: Sequence[str]) -> str:
+    parts = [f"{missing} checkpoints have no result yet"] if missing else []
+    parts += [f"shard {', '.join(absent)} has not begun"] if absent else []
+    return f"{' and '.join(parts)}: this is the part of the sweep that is there"
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]

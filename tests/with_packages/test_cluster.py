@@ -1,0 +1,122 @@
+"""A sweep on a real dask cluster: the same rows, also where a worker is killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoints as made
+
+import gradflow
+from gradflow import cli
+from gradflow.errors import InputError
+from gradflow.history import HISTORY_FILE
+
+distributed = pytest.importorskip("distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # dask's own, as its workers come and go
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight seeds × eight steps, a batch, and the sweep of them in this process."""
+    folder = tmp_path_factory.mktemp("adding")
+    made.write_runs(folder / "runs")
+    made.write_batch(folder / "batch.pt")
+    with ThreadPoolExecutor(1) as executor:
+        gradflow.sweep(
+            folder / "runs", model=made.SPEC, batch=folder / "batch.pt", executor=executor,
+            folder=folder / "whole",
+        )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """A cluster of two processes."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+def test_a_worker_is_killed_in_the_middle(runs: Path, client: object) -> None:
+    """Its tasks run again: nothing is lost, nothing is there twice."""
+    place = runs / "cluster"
+    pids = list(client.run(os.getpid).values())  # type: ignore[attr-defined]
+    killed: list[int] = []
+
+    def kill() -> None:
+        while len(list((place / "results").glob("*.jsonl"))) < 10:
+            time.sleep(0.005)
+        os.kill(pids[0], signal.SIGKILL)
+        killed.append(pids[0])
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    gradflow.sweep(
+        runs / "runs", model=made.SPEC, batch=runs / "batch.pt", folder=place,
+        executor=client.get_executor(pure=False),  # type: ignore[attr-defined]
+    )  # fmt: skip
+    killer.join(10)
+    assert killed and killed[0] not in client.run(os.getpid).values()  # type: ignore[attr-defined]
+    assert len(list((place / "results").glob("*.jsonl"))) == 64
+    assert (place / HISTORY_FILE).read_bytes() == (runs / "whole" / HISTORY_FILE).read_bytes()
+
+
+def test_a_cluster_by_its_address(runs: Path, client: object) -> None:
+    address = client.scheduler.address  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(
+            ["sweep", str(runs / "runs/seed=1"), "--model", made.SPEC, "--input", str(runs / "batch.pt"),
+             "--dask", address, "-o", str(runs / "address"), "-q"]
+        )  # fmt: skip
+    assert not stop.value.code
+    assert len(gradflow.load(runs / "address")) == 8
+
+
+def test_a_cluster_with_other_versions_is_said(
+    runs: Path, client: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradflow.sweeping import engines
+
+    monkeypatch.setattr(engines, "VERSIONS", ("9.9", "9.9"))
+    with (
+        pytest.raises(
+            InputError, match=r"must have gradflow 9.9 and torch 9.9 as this process has, got"
+        ),
+        engines.dask(client.scheduler.address, 1),  # type: ignore[attr-defined]
+    ):
+        pass
+
+
+def test_a_cluster_that_cannot_be_reached(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradflow.sweeping import engines
+
+    monkeypatch.setattr(engines, "DASK_SECONDS", 1)
+    for address in ("tcp://127.0.0.1:9", "nonsense"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(
+                ["sweep", str(runs / "runs/seed=1"), "-o", str(runs / "none"), "--dask", address]
+            )
+        assert stop.value.code == 2
+        said = capsys.readouterr().err.strip()
+        assert said.startswith(f"Error: the dask cluster at {address} cannot be reached")
+        assert len(said.splitlines()) == 1
