@@ -12,7 +12,7 @@ import pandas as pd
 
 from gradflow import reporter
 from gradflow.analysis import HEADLINE, Analysis, LayerAnalysis
-from gradflow.analyzer.rates import quantile
+from gradflow.analysis.intervals import welch
 from gradflow.limits import RATE_ROUNDING, ROUND_TELLS
 
 RUN_COLUMNS = ["run", *HEADLINE]
@@ -160,7 +160,7 @@ def _change(
 ) -> Change:
     by_gain = before.gain.steps == after.gain.steps > 0
     one, two = (layer.gain if by_gain else layer.rate for layer in (before, after))
-    low, high = _interval(_each(before, by_gain), _each(after, by_gain), among)
+    low, high = welch(_each(before, by_gain), _each(after, by_gain), among)
     difference = two.value - one.value
     if not by_gain:
         low, high = _widened(difference, low, high, before, after)
@@ -212,24 +212,6 @@ def _widened(
         if "rate_settling" in layer.data
     ]
     half = math.hypot((high - low) / 2, *unsettled)
-    return difference - half, difference + half
-
-
-def _interval(before: np.ndarray, after: np.ndarray, among: int = 1) -> tuple[float, float]:
-    """Welch's interval of mean(after) − mean(before), one of so many.
-
-    NaN with fewer than two sequences in one.
-    """
-    if min(len(before), len(after)) < 2:
-        return math.nan, math.nan
-    difference = float(after.mean() - before.mean())
-    errors = [float(values.var(ddof=1)) / len(values) for values in (before, after)]
-    if sum(errors) <= RATE_ROUNDING**2:
-        return difference, difference
-    freedom = sum(errors) ** 2 / sum(
-        error**2 / (len(values) - 1) for error, values in zip(errors, (before, after), strict=True)
-    )
-    half = quantile(freedom, among) * math.sqrt(sum(errors))
     return difference - half, difference + half
 
 
