@@ -161,8 +161,12 @@ def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -
     for axis in axes:
         if axis is None:
             continue
+        # an input of another length there (embeddings of nodes) has no row for each sequence
+        told = [one for one in inputs if len(one) == output.shape[axis]]
+        if not told:
+            continue
         grads = torch.autograd.grad(
-            output.select(axis, 0).sum(), inputs, retain_graph=True, allow_unused=True
+            output.select(axis, 0).sum(), told, retain_graph=True, allow_unused=True
         )
         rows = [(grad != 0).flatten(1).any(1) for grad in grads if grad is not None]
         if rows and all(bool(row[0]) and not bool(row[1:].any()) for row in rows):
