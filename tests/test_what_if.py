@@ -574,6 +574,25 @@ def test_a_closed_loop_is_not_run_again_with_its_old_inputs() -> None:
     assert "closed loop" in row.note and math.isnan(row.rate_after)
 
 
+def test_parts_of_a_closed_loop_that_vanish_are_given_no_prediction() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.LSTMCell(2, 6), nn.GRUCell(6, 2)
+
+        def forward(self, y: Tensor) -> Tensor:
+            h, c, g = torch.zeros(4, 6), torch.zeros(4, 6), y
+            for _ in range(40):
+                h, c = self.one(g, (h, c))
+                g = self.two(h, g)
+            return g
+
+    run = gradflow.diagnose(Decoder(), torch.randn(4, 2))
+    parts = [layer for layer in run.values() if layer.part_of]
+    assert len(parts) == 2 and {layer.verdict for layer in parts} == {"vanishing"}
+    assert not any(layer.predictions for layer in parts)
+
+
 def test_a_stable_model_gets_none() -> None:
     model = nn.RNN(3, 6).double()
     nn.init.orthogonal_(model.weight_hh_l0)

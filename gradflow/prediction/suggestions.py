@@ -41,6 +41,7 @@ def with_predictions(
         for layer in analysis.values()
         if layer.verdict in ("vanishing", "exploding")
         and layer.name in recording.tracks
+        and not layer.part_of  # of a closed loop: alone it is not what ran
         and recording[layer.name].batch == layer.sequences  # not several runs pooled
         and not read[layer.name].amiss
         and _can_be_set(recording[layer.name], _first_trial(layer)[0])
