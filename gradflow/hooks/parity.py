@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,10 @@ class WeightUses:
         self._tied_keys: set[int] = set()
         self._own, self._own_keys = set(names), set[int]()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: what was caught, not what caught it."""
+        return vars(self) | {"_hooks": set(), "_keys": {}}
+
     def key(self, weight: Tensor, scale: Callable[[], float]) -> int:
         """A number for this weight tensor; from now on its gradients are added up."""
         known = self._keys.get(id(weight))
@@ -109,6 +113,7 @@ class WeightUses:
                 if isinstance(hook, Hook) and hook in self._hooks:
                     del hooks[place]
         self._keys.clear()
+        self._hooks.clear()  # a recording is sent to other processes without them
 
     def caught(self, users: Sequence[WeightUser]) -> dict[int, Tensor]:
         """Key -> gradient of every weight these layers used, each weight once."""
