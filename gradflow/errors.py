@@ -148,7 +148,7 @@ def one_sentence(text: object, *typed: str, most: int = SENTENCE_LETTERS) -> str
 
     >>> said = one_sentence("it holds " + "k" * 10**6 + "\n; save it again")
     >>> len(said), said[-20:]
-    (300, 'kkk…; save it again')
+    (300, 'kkkk…; save it again')
     """
     said = str(text)
     for word in {printable(word) for word in typed if len(word) > 30}:
