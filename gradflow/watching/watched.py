@@ -506,6 +506,8 @@ class Watch:
             for level in ("level", "level_h"):
                 if level in layer.values:
                     layer.values[level] -= decades
+            if before is not None and not before.knows(name):
+                self._new_warnings([_without_norms(name)])
             if before is not None and after is not None:
                 layer.values["grad_norm"] = before.of_layer(name)
                 layer.values["grad_norm_clipped"] = after.of_layer(name)
@@ -747,6 +749,13 @@ def _of_whole(parts: list[GradNorms | None]) -> GradNorms | None:
     if len(known) < len(parts) or not known:
         return None
     return GradNorms.together(known) if len(known) == world()[1] else known[0]
+
+
+def _without_norms(layer: str) -> str:
+    return (
+        f"norms of the parameter gradients of {layer} are not given: which weights its steps use is not "
+        "known; those of all parameters hold them"
+    )
 
 
 def _words_on_processes(model: nn.Module, size: int, processes: AllProcesses) -> list[str]:
