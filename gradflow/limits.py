@@ -380,7 +380,8 @@ GLOSSARY: dict[str, str] = {
     "those with half of the sequence before them",
     "channels": f"how many directions still pass {GONE_WORDS} over the whole span; a stable layer with 1 of "
     "64 is fragile",
-    "span": "the distance of interest: the median sequence length, or what was given as span=",
+    "span": "the distance of interest: the median sequence length, the typical stretch between cuts where a "
+    "state is cut, or what was given as span=",
     "prediction": "what a remedy would do at once: the batch was run again with the weights changed, in all "
     "layers that need it, and measured again; nothing was trained, and training may end elsewhere",
     "total and direct": "the total gradient at a state counts every path to the loss; the direct part "

@@ -396,6 +396,7 @@ PATTERNS = {
     r"in every direction after (\d+) ": lambda layer: layer.horizon,
     **NAMED,
     r"of your (\d+) steps": lambda layer: layer.span,
+    r"of the (\d+) steps? of a typical stretch": lambda layer: layer.span,
     r"10⁻³ after the (\d+) steps? measured": lambda layer: layer.searched,
     r"loses (\S+) decades": lambda layer: -layer.decades,
     r"grows by (\S+) decades": lambda layer: layer.decades,

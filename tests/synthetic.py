@@ -419,7 +419,7 @@ def crowded() -> Analysis:
         path, name = f"model.{owner}{number}", f"{owner}{number}.l0"
         chrono = finding(
             name,
-            "forget-gates-closed",
+            "forget-gates-leak",
             message="forget gates average 0.05: cells keep their memory for 0.326 steps, of your 100",
             where="gate f, 61% of its values closed, below 0.05",
             code=f"{path}.bias_hh_l0.data[:64] = 0.0\n{path}.bias_ih_l0.data[32:64].uniform_(1, 99)"

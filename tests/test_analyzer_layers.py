@@ -457,7 +457,7 @@ def test_vanishing_lstm_names_its_forget_gates() -> None:
     recording = record(nn.LSTM(2, 8), 100, 8)
     layer = only(analyze(recording))
     names = [finding.name for finding in layer.findings]
-    assert names == ["vanishing", "forget-gates-closed"]
+    assert names == ["vanishing", "forget-gates-leak"]
     vanishing, forget = layer.findings
     assert vanishing.code == "model.bias_ih_l0.data[8:16] += 1.0"
     assert vanishing.severity == pytest.approx(layer.rate.value * 100 / math.log(10))

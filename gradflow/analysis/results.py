@@ -80,7 +80,7 @@ class Finding:
     ('vanishing', -14.7505, -15.1)
     """
 
-    name: str  # stable, e.g. "vanishing", "forget-gates-closed"
+    name: str  # stable, e.g. "vanishing", "forget-gates-leak"
     layer: str  # its name
     message: str  # one sentence with numbers
     where: str = ""  # steps, units or sequences

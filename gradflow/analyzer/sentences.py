@@ -9,7 +9,7 @@ import numpy as np
 
 from gradflow.analysis.reaches import loss_reach_of, window_of
 from gradflow.analyzer.causes.reading import headline, opening
-from gradflow.analyzer.cuts import cut_steps
+from gradflow.analyzer.cuts import cut_steps, in_some_sequences, typical_segment
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.loss import carriers, rms_over_units
 from gradflow.limits import BAND_WORDS, GONE_WORDS, TOLERANCE_WORDS, VERDICTS
@@ -86,9 +86,12 @@ def _cut(e: Evidence) -> str:
         return ""
     longest = int(e.data["segment_length"].max())
     where = f"at step {steps[0] + 1}" if len(steps) == 1 else f"at {len(steps)} steps"
+    typical = typical_segment(e.track)
+    lengths = f"{_steps(typical)} as a rule, at most" if 0 < typical < longest else "up to"
+    kind = "in some sequences at a time, " if in_some_sequences(e.track) else ""
     return (
-        f"; it is cut off from its past {where}, which no gradient crosses, in stretches of up to "
-        f"{_steps(longest)}"
+        f"; it is cut off from its past {kind}{where}, which no gradient crosses, in stretches of "
+        f"{lengths} {_steps(longest)}"
     )
 
 
@@ -109,10 +112,17 @@ def _vanishing(e: Evidence) -> str:
     if gone is None:
         end = f"and is still above {GONE_WORDS} after the {counted(e.curve.searched, 'step')} measured"
     elif gone < e.span:
-        end = f"and is gone in every direction after {gone} of your {counted(e.span, 'step')}"
+        end = f"and is gone in every direction after {gone} of {_span(e)}"
     else:
         end = f"and is gone in every direction after {counted(gone, 'step')}"
     return f"vanishes: {_halving(e)} {end}"
+
+
+def _span(e: Evidence) -> str:
+    """The span in words: a stretch between cuts is nobody's wish."""
+    if e.span == typical_segment(e.track):
+        return f"the {_steps(e.span)} of a typical stretch"
+    return f"your {_steps(e.span)}"
 
 
 def _halving(e: Evidence) -> str:
