@@ -582,7 +582,8 @@ def _end_sweep(history: History, fail_on: str | None, conditions: Sequence[Any])
     for text in held:
         click.echo(f"--fail-on: {text}", err=True)
     for row in failed[:SHOWN_FAILURES]:
-        click.echo(f"failed: {row.checkpoint}: {row.failed}", err=True)
+        named = row.failed.startswith(row.checkpoint)
+        click.echo(f"failed: {'' if named else f'{row.checkpoint}: '}{row.failed}", err=True)
     if failed:
         click.echo(f"{len(failed)} of {len(history)} checkpoints failed", err=True)
     if fail_on is not None and (failed or held):
