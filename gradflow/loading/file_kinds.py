@@ -8,6 +8,7 @@ import pickle
 import shlex
 import stat
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,6 +20,8 @@ from gradflow.loading.words import RESAVE, analyze_command, reason, some
 READ_ERRORS = (
     pickle.UnpicklingError,
     struct.error,
+    SyntaxError,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
     ArithmeticError,
