@@ -70,6 +70,10 @@ FAIL_ON = click.option(
 )  # fmt: skip
 
 
+BY = click.option(
+    "--by", metavar="LABEL", default="seed", show_default=True,
+    help="Of a sweep: what runs of one group differ in, as their folders name it.",
+)  # fmt: skip
 INPUT = click.option(
     "--input", "input", metavar="FILE", type=click.Path(path_type=Path),
     help="A batch: .npy, .npz, .pt or .safetensors.",
@@ -282,6 +286,7 @@ def report(
 @RUNNING
 @FOLDER
 @FORCE
+@BY
 @TRUST
 @click.pass_context
 def compare(
@@ -289,19 +294,23 @@ def compare(
     runs: Sequence[Path],
     folder: Path | None,
     force: bool,
+    by: str,
     **options: Any,
 ) -> None:
     """Show RUNs on one scale, and say what changed and whether it is more than chance.
 
     A RUN is a folder written by gradflow, its run.nc, or a model file, which is analyzed first;
     the options are for model files. Every run is compared with the first. Folders of trainings that
-    gradflow.watch followed are compared with each other.
+    gradflow.watch followed are compared with each other. Of sweeps, one is enough, the groups of runs are
+    compared, with the seed, or what --by names, as the unit of the intervals.
 
     \b
     gradflow compare reports/rnn reports/lstm
     gradflow compare before.pt after.pt --model 'my_code:Net(10, 20)' --input batch.pt
     """
-    if len(runs) < 2:
+    from gradflow.history import is_swept
+
+    if len(runs) < 2 and not (runs and is_swept(runs[0])):
         first = shlex.quote(str(runs[0])) if runs else "reports/before"
         raise InputError(
             f"compare needs at least two runs, got {len(runs)}; type for example: "
@@ -330,8 +339,11 @@ def compare(
             f"compare needs runs of one kind, got the history of a training, {trainings[0]}, beside the "
             "analysis of a batch; compare trainings with trainings"
         )
-    made = compare_histories if trainings else compare_runs
-    click.echo(f"\n{made(found, folder, force=force)}")
+    if trainings:
+        said = compare_histories(found, folder, force=force, by=by)
+    else:
+        said = compare_runs(found, folder, force=force)
+    click.echo(f"\n{said}")
     last = shlex.quote(str(runs[-1]))
     again = f"report {last}" if is_run(runs[-1]) else f"analyze {last}{typed}"
     click.echo(f"next: gradflow {again}")
@@ -394,8 +406,7 @@ SWEPT = _all(
     FOLDER,
     click.option("--resume", is_flag=True, help="Go on with what is in the folder."),
     FORCE,
-    click.option("--by", metavar="LABEL", default="seed", show_default=True,
-                 help="What runs of one group differ in, as their folders name it."),
+    BY,
     AS_JSON, QUIET, VERBOSE, FAIL_ON, TRUST,
 )  # fmt: skip
 
@@ -471,7 +482,10 @@ def _typed(context: click.Context) -> str:
     words = []
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]
-        if parameter.name in ("runs", "folder", "force") or value in (None, parameter.default):
+        if parameter.name in ("runs", "folder", "force", "by") or value in (
+            None,
+            parameter.default,
+        ):
             continue
         if value is False:
             words += parameter.secondary_opts
@@ -537,12 +551,14 @@ def _show_sweep(
     """Write the page of a sweep, print where it stands, and what to do next."""
     from gradflow import reporter
 
-    if whole:
-        reporter.report_history(history, folder / "report", force=True)
-    if as_json:
-        click.echo(json.dumps(reporter.history_summary(history), allow_nan=False, indent=2))
+    if not history.layers:  # all failed, which is said below
         return
-    reporter.render_history(history, verbose=verbose, quiet=quiet)
+    if whole:
+        reporter.report_history(history, folder / "report", force=True, by=by)
+    if as_json:
+        click.echo(json.dumps(reporter.history_summary(history, by), allow_nan=False, indent=2))
+        return
+    reporter.render_history(history, verbose=verbose, quiet=quiet, by=by)
     if not quiet and whole:
         click.echo(f"\npage: {folder / 'report' / 'report.html'}")
     if not quiet and not whole:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from gradflow import reporter
 from gradflow.analysis import HEADLINE, Analysis, LayerAnalysis
-from gradflow.analyzer.rates import quantile
+from gradflow.analysis.intervals import welch
 from gradflow.limits import RATE_ROUNDING, ROUND_TELLS
 
 RUN_COLUMNS = ["run", *HEADLINE]
@@ -160,7 +160,7 @@ def _change(
 ) -> Change:
     by_gain = before.gain.steps == after.gain.steps > 0
     one, two = (layer.gain if by_gain else layer.rate for layer in (before, after))
-    low, high = _interval(_each(before, by_gain), _each(after, by_gain), among)
+    low, high = welch(_each(before, by_gain), _each(after, by_gain), among)
     difference = two.value - one.value
     if not by_gain:
         low, high = _widened(difference, low, high, before, after)
@@ -215,24 +215,6 @@ def _widened(
     return difference - half, difference + half
 
 
-def _interval(before: np.ndarray, after: np.ndarray, among: int = 1) -> tuple[float, float]:
-    """Welch's interval of mean(after) − mean(before), one of so many.
-
-    NaN with fewer than two sequences in one.
-    """
-    if min(len(before), len(after)) < 2:
-        return math.nan, math.nan
-    difference = float(after.mean() - before.mean())
-    errors = [float(values.var(ddof=1)) / len(values) for values in (before, after)]
-    if sum(errors) <= RATE_ROUNDING**2:
-        return difference, difference
-    freedom = sum(errors) ** 2 / sum(
-        error**2 / (len(values) - 1) for error, values in zip(errors, (before, after), strict=True)
-    )
-    half = quantile(freedom, among) * math.sqrt(sum(errors))
-    return difference - half, difference + half
-
-
 def _sentence(change: Change, before: LayerAnalysis, after: LayerAnalysis) -> str:
     """The change in words: verdicts, reach, and whether the difference counts."""
     name = change.layer if before.name == after.name else f"{before.name} → {after.name}"
@@ -242,7 +224,7 @@ def _sentence(change: Change, before: LayerAnalysis, after: LayerAnalysis) -> st
     gone = reporter.gone_words(before), reporter.gone_words(after)
     reach = f"{gone[0]} in both" if gone[0] == gone[1] else f"{gone[0]} → {gone[1]}"
     return (
-        f"{name}, {change.before} → {change.after}: {verdicts}; steps until gone: {reach}; "
+        f"{name}, {change.before} → {change.after}: {verdicts}; horizon in steps: {reach}; "
         f"{_verdict(change, after)}"
     )
 

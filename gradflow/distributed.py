@@ -22,13 +22,10 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from gradflow.errors import GradflowError, InputError, RecordingError, must_be
 from gradflow.limits import RANKS_SECONDS
-
-distributed = torch.distributed
 
 
 class ApartError(GradflowError):

@@ -348,6 +348,7 @@ VERDICTS = ("vanishing", "exploding", "stable", "dead", "inconclusive")
 BAND_WORDS = "one decade" if BAND == 1 else f"{BAND:g} decades"
 GONE_WORDS = power(GONE_DECADES)
 GREW_WORDS = f"{1 / GONE:g}"
+TOLERANCE_WORDS = f"{LAG_TOLERANCE * 100:g} %"
 CARRIED_WORDS = "a tenth" if CARRIED == 0.1 else f"{CARRIED:g}"
 CLOSED_WORDS = f"closed (< {GATE_CLOSED:g})"
 OPEN_WORDS = f"open (> {GATE_OPEN:g})"
@@ -367,15 +368,20 @@ GLOSSARY: dict[str, str] = {
     "rate": "growth of ln gain per step in nats in the long run, the largest Lyapunov exponent, with its "
     f"{INTERVAL_WORDS} interval: −0.69 halves the gain at every step; not settled where so few steps do not "
     "show it: then read the gain",
-    "half-life, horizon": "steps until the gain halves; first distance at which it is below "
-    f"{GONE_WORDS}: gone after so many steps",
+    "window, half-life, horizon": "how many steps back from every loss step keep ∂L/∂W_hh within "
+    f"{TOLERANCE_WORDS}, all that training has to look back for this loss; steps until the largest gain of "
+    f"any direction halves; first distance at which it is below {GONE_WORDS}: gone in every direction",
     "> 99, never": "not within the 99 steps that could be measured; never: nor would it go on to fall",
-    "gone … before the loss": "the same limit for the gradient of this very loss, the picture on the left; "
-    "it starts in the directions the loss happens to read, so it may be gone sooner, or later, than the "
-    "gain of the best direction",
+    "this loss's gradient is gone": "the same limit for the gradient of the last loss step alone, the "
+    "picture on the left: it starts in the directions that the loss happens to read, so it may be gone "
+    "sooner than the layer's own best direction (the horizon, a median over all steps); and layers above "
+    "hand it down at every step, so it may be gone later",
+    "one loss step's gradient": "the same for each loss step of one sequence, the triangle: the median of "
+    "those with half of the sequence before them",
     "channels": f"how many directions still pass {GONE_WORDS} over the whole span; a stable layer with 1 of "
     "64 is fragile",
-    "span": "the distance of interest: the median sequence length, or what was given as span=",
+    "span": "the distance of interest: the median sequence length, the typical stretch between cuts where a "
+    "state is cut, or what was given as span=",
     "prediction": "what a remedy would do at once: the batch was run again with the weights changed, in all "
     "layers that need it, and measured again; nothing was trained, and training may end elsewhere",
     "total and direct": "the total gradient at a state counts every path to the loss; the direct part "

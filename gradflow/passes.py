@@ -185,7 +185,10 @@ def _user_code(guard: bool, what: str, advice: str) -> Iterator[None]:
 @contextmanager
 def left_as_found(model: nn.Module, inputs: Sequence[Any] = ()) -> Iterator[None]:
     """Put back gradients, buffers and random state."""
-    tensors = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf)]
+    tensors = [
+        *nn.Module.parameters(model),
+        *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf),
+    ]
     grads = [(tensor, tensor.grad) for tensor in tensors]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     for tensor, _ in grads:

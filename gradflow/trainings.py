@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from gradflow import reporter
+from gradflow.analysis.intervals import welch
 from gradflow.errors import InputError, must_be
 from gradflow.history import History
-from gradflow.reporter import Course, course, far_words, number_words, reach, updates
+from gradflow.reporter import Course, GroupRow, course, far_words, number_words, reach, updates
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,124 @@ def alone(runs: Mapping[str, History]) -> list[str]:
     return notes
 
 
-def compare_histories(runs: Mapping[str, History], folder: Path, *, force: bool = False) -> str:
+@dataclass(frozen=True)
+class GroupDifference:
+    """One layer in two groups of runs; intervals are Welch's, over the runs: a seed is the unit."""
+
+    layer: str  # its name
+    by: str  # what the runs of one group differ in
+    before: str  # the first group
+    after: str  # the other
+    runs_before: int  # how many it has
+    runs_after: int  # the same of the other
+    rate_difference: float  # after − before, nats per step
+    rate_low: float  # of that; NaN where it is not known
+    rate_high: float  # upper end
+    reach_ratio: float  # steps reached, after ÷ before
+    reach_low: float  # of that
+    reach_high: float  # upper end
+    among: int  # how many intervals there are: each is so wide that all hold
+    larger: bool | None  # whether either is beyond chance; None where that is not known
+    sentence: str  # all that in words
+
+
+def group_differences(rows: Sequence[GroupRow]) -> list[GroupDifference]:
+    """What differs between the first group and each other one, layer by layer, paired by name.
+
+    Args:
+        rows: of groups; of two or more layers those of each in the same order.
+
+    >>> from gradflow.history import History, LayerProbe, Probe, Source
+    >>> probes = [Probe(1, {}, {"l0": LayerProbe({"rate": (n + 1) * -0.1, "horizon": 9.0, "searched": 50.0})},
+    ...                 source=Source("a.pt", f"{cell}/seed={seed}"))
+    ...           for n, cell in enumerate(("rnn", "lstm")) for seed in (0, 1)]
+    >>> from gradflow.reporter import rows_of
+    >>> (one,) = group_differences(rows_of(History.of("Net", probes)))
+    >>> one.before, one.after, round(one.rate_difference, 3)
+    ('rnn', 'lstm', -0.1)
+    """
+    firsts: dict[str, GroupRow] = {}
+    pairs = []
+    for row in rows:
+        first = firsts.setdefault(row.group.layer, row)
+        pairs += [] if first is row else [(first, row)]
+    return [_between(first, row, 2 * len(pairs)) for first, row in pairs]
+
+
+def _between(first: GroupRow, other: GroupRow, among: int) -> GroupDifference:
+    means = [[values.mean() if len(values) else math.nan for values in (row.rates, row.reaches)]
+             for row in (first, other)]  # fmt: skip
+    rate, reach = welch(first.rates, other.rates, among), welch(first.reaches, other.reaches, among)
+    beyond = [not low <= 0 <= high for low, high in (rate, reach) if not math.isnan(low)]
+    made = GroupDifference(
+        layer=first.group.layer,
+        by=first.group.by,
+        before=first.group.name,
+        after=other.group.name,
+        runs_before=len(first.group.runs),
+        runs_after=len(other.group.runs),
+        rate_difference=float(means[1][0] - means[0][0]),
+        rate_low=rate[0],
+        rate_high=rate[1],
+        reach_ratio=float(10 ** (means[1][1] - means[0][1])),
+        reach_low=10 ** reach[0],
+        reach_high=10 ** reach[1],
+        among=among,
+        larger=any(beyond) if beyond else None,
+        sentence="",
+    )
+    return replace(made, sentence=_group_sentence(made, first, other))
+
+
+def _group_sentence(one: GroupDifference, first: GroupRow, other: GroupRow) -> str:
+    verdicts = f"{first.verdict_words} → {other.verdict_words}"
+    said = f"{one.layer}, {first.group.said} → {other.group.said}: {verdicts}"
+    interval = f"95 % interval over {one.by}s for all {one.among} at once"
+    if math.isfinite(one.rate_difference):
+        way = "rises" if one.rate_difference > 0 else "falls"
+        said += f"; the rate {way} by {number_words(abs(one.rate_difference))} per step"
+        if not math.isnan(one.rate_low):
+            said += f", {interval} [{one.rate_low:+.3g}, {one.rate_high:+.3g}]".replace("-", "−")
+    if math.isfinite(one.reach_ratio):
+        said += f"; {number_words(one.reach_ratio)} times the steps reached"
+        if not math.isnan(one.reach_low):
+            said += f", {interval} [{number_words(one.reach_low)}, {number_words(one.reach_high)}]"
+    if one.larger is None:
+        return f"{said}; without an interval: it takes two {one.by}s or more in each"
+    return f"{said}: {'more' if one.larger else 'no more'} than {one.by}s differ by chance"
+
+
+def compare_groups(
+    runs: Mapping[str, History], folder: Path, *, force: bool = False, by: str = "seed"
+) -> str:
+    """Compare the groups of one or several sweeps; write the same files; return what to print."""
+    for name, history in runs.items():
+        if not history.layers:
+            raise InputError(must_be(name, "a sweep with a layer", "none", "see its notes"))
+    shown = reporter.courses(list(runs.values()), names=list(runs) if len(runs) > 1 else None)
+    rows = [reporter.row_of(group) for group in reporter.groups_of(shown, by)]
+    found = group_differences(rows)
+    if not found:
+        raise InputError(
+            f"there is one group of runs, {rows[0].group.said}, and nothing to compare it with; give "
+            "another sweep, or --by another label of the folders"
+        )
+    with reporter.whole_folder(folder, force=force) as work:
+        figure = reporter.draw_courses("groups", shown, by=by)
+        (work / "comparison.png").write_bytes(reporter.png(figure))
+        table = pd.DataFrame([row.numbers for row in rows])
+        table.to_csv(work / "comparison.csv", index=False)
+        pd.DataFrame([asdict(one) for one in found]).to_csv(work / "changes.csv", index=False)
+    reporter.render_groups(rows, [one.sentence for one in found])
+    return f"picture: {folder / 'comparison.png'}"
+
+
+def compare_histories(
+    runs: Mapping[str, History], folder: Path, *, force: bool = False, by: str = "seed"
+) -> str:
     """Compare trainings; write comparison.png, comparison.csv, changes.csv; return what to print."""
+    if any(history.swept for history in runs.values()):
+        return compare_groups(runs, folder, force=force, by=by)
     for name, history in runs.items():
         if not len(history) or not history.layers:
             raise InputError(

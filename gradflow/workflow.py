@@ -77,6 +77,7 @@ def plot(
     kind: str | None = None,
     *,
     layer: str | None = None,
+    by: str = "seed",
     ax: Axes | None = None,
     limits: Sequence[float] | None = None,
     captions: bool = True,
@@ -91,9 +92,10 @@ def plot(
         x: a `Recording`, which is analyzed first, an `Analysis`, or a list of them; a `History`, or
             a list of histories.
         kind: "overview", the default, or another of `gradflow.reporter.KINDS`, such as "gain-map" or
-            "states"; of a history "waterfall", the default, "rates", "horizons", "gates", "norms". The
-            README lists them, and so does the error on a kind that there is not.
+            "states"; of a history "waterfall", the default, "rates", "horizons", "gates", "norms", and of
+            a sweep "groups". The README lists them, and so does the error on a kind that there is not.
         layer: one layer by name; all by default.
+        by: of the kind "groups", what the runs of one group differ in, as their folders name it.
         ax: axes of your own for the main panel of one layer; its colour bar stands beside it.
         limits: powers of ten at which the colours end instead, such as (-2, 2), to tell apart what is
             alike on the fixed scale; the picture says so.
@@ -119,7 +121,7 @@ def plot(
     if histories:
         chosen = "waterfall" if kind is None else kind
         return reporter.plot_histories(
-            histories, chosen, layer=layer, ax=ax, limits=limits, captions=captions
+            histories, chosen, layer=layer, by=by, ax=ax, limits=limits, captions=captions
         )
     of_batches = cast("Analysis | Sequence[Analysis]", x)
     chosen = "overview" if kind is None else kind

@@ -9,6 +9,8 @@ figure, findings, tables) is held against it.
 
 from __future__ import annotations
 
+import html
+import io
 import math
 import re
 import sys
@@ -18,8 +20,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from rich.console import Console
 from seam import charts_lag_curve as lag_curve
-from seam import gain_words, half_life_words, lyapunov, quantile, rate_words, span_share
+from seam import charts_triangle as triangle
+from seam import (
+    gain_words,
+    half_life_words,
+    lag_gradient,
+    lyapunov,
+    page,
+    quantile,
+    rate_words,
+    render,
+    span_share,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -305,13 +319,84 @@ def _rate(layer: LayerAnalysis, seen: Map) -> Iterator[str]:
         yield "a rate that has settled is said not to have"
 
 
+def _each_loss(layer: LayerAnalysis) -> float:
+    """Median over the loss steps with half of the sequence behind them, from the triangle's array."""
+    found = layer.data["log10_triangle"].sel(state=layer.main_state).isel(sequence=0)
+    reach = []
+    for row, step in zip(found.values, found["loss_step"].values.astype(int), strict=True):
+        past = row[step:] if layer.reverse else row[step::-1]
+        past = past[: int(np.argmax(np.isnan(past)))] if np.isnan(past).any() else past
+        if np.isfinite(row[step]) and len(past) >= max(2, layer.steps / 2):
+            below = np.flatnonzero(past - row[step] < -3)
+            reach.append(float(below[0]) if len(below) else math.inf)
+    return sorted(reach)[(len(reach) - 1) // 2]
+
+
+def _seen_back(layer: LayerAnalysis) -> float:
+    """Steps back from the last loss step, itself among them, at which its gradient is known and not gone."""
+    profile = layer.data["log10_grad"].sel(state=layer.main_state).values
+    return int((~np.isnan(profile)).any(0).sum()) if math.isinf(layer.loss_reach) else math.nan
+
+
+NAMED = {  # how many steps back: whatever says so, in sentence, title, picture, page or terminal
+    r"window of (\d+) steps? keeps ∂L/∂W_hh": lambda layer: layer.window,
+    r"gone in every direction after (\d+)": lambda layer: layer.horizon,
+    r"own best direction lasts (\d+)": lambda layer: layer.horizon,
+    r"no direction left after (\d+)": lambda layer: layer.horizon,
+    r"no direction survives (\d+)": lambda layer: layer.horizon,
+    r"no direction reaches beyond (\d+)": lambda layer: layer.horizon,
+    r"some direction reaches all (\d+)": lambda layer: (
+        layer.span if layer.horizon is None else None
+    ),
+    r"some direction reaches ≥ (\d+)": lambda layer: layer.searched,
+    r"this loss's gradient reaches back all (\d+)": _seen_back,
+    r"every direction below 10⁻³ after (\d+)": lambda layer: layer.horizon,
+    r"this loss's gradient is gone (\d+) steps?": lambda layer: layer.loss_reach,
+    r"one loss step's gradient is gone (\d+) steps?": _each_loss,
+}
+UNNAMED = r"(?:gone|felt|lasts|left after|window of|reach(?:es)?)\D{0,30}\b\d+"
+
+
+def unnamed(layer: LayerAnalysis, texts: dict[str, str]) -> Iterator[str]:
+    """Steps back without a name, or under a name that has another number elsewhere."""
+    for where, text in texts.items():
+        for pattern, value in NAMED.items():
+            for number in re.findall(pattern, text):
+                if float(number) != value(layer):
+                    yield f"{where}: {pattern!r} is {number}, where it is {value(layer)}"
+            text = re.sub(pattern, "", text)
+        for said in re.findall(UNNAMED, text):
+            yield f"{where}: {said!r} has no name"
+
+
+def everything_said(run: Analysis, layer: LayerAnalysis) -> dict[str, str]:
+    """What sentence, title, pictures, page and terminal say of the only layer of a run."""
+    screen = Console(width=200, file=io.StringIO(), record=True, color_system=None)
+    render(run, screen, verbose=True)
+    shown = page(run, {})
+    body = re.sub(r"<dl id=.words.*?</dl>", "", shown, flags=re.S)
+    body = re.sub(r"<style.*?</style>|<script.*?</script>", "", body, flags=re.S)
+    labels = " ".join(re.findall(r'aria-label="([^"]*)"', body))
+    return {
+        "sentence": layer.sentence,
+        "title": layer.title,
+        "overview": "\n".join(words.get_text() for words in gradflow.plot(run).texts),
+        "triangle": triangle.prepare(layer).message,
+        "lag gradient": lag_gradient.prepare(layer).message,
+        "page": " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body) + labels).split()),
+        "terminal": screen.export_text(),
+    }
+
+
 PATTERNS = {
     r"halves every (\S+) steps?": lambda layer: layer.half_life,
     r"has halved after (\S+) steps": lambda layer: layer.half_life,
     r"shrinks (\S+)-fold at every step": lambda layer: math.exp(-layer.rate.value),
     r"tenfold every (\S+) steps?": lambda layer: DECADE / layer.rate.value,
-    r"gone after (\d+) ": lambda layer: layer.horizon,
+    r"in every direction after (\d+) ": lambda layer: layer.horizon,
+    **NAMED,
     r"of your (\d+) steps": lambda layer: layer.span,
+    r"of the (\d+) steps? of a typical stretch": lambda layer: layer.span,
     r"10⁻³ after the (\d+) steps? measured": lambda layer: layer.searched,
     r"loses (\S+) decades": lambda layer: -layer.decades,
     r"grows by (\S+) decades": lambda layer: layer.decades,
@@ -425,7 +510,10 @@ def disagreements(seed: int) -> list[str]:
     return [
         f"{made.words}, {layer.name}: {said}"
         for layer in analysis.values()
-        for said in contradictions(layer, slow_map(made.recording[layer.name]))
+        for said in [
+            *contradictions(layer, slow_map(made.recording[layer.name])),
+            *unnamed(layer, everything_said(analysis, layer)),
+        ]
     ]
 
 

@@ -406,14 +406,14 @@ SICK = [
     sick(
         "default LSTM",
         lambda: run(nn.LSTM(INPUTS, HIDDEN)),
-        "vanishing forget-gates-closed",
+        "vanishing forget-gates-leak",
     ),
     sick(
         "closed forget gates",
         lambda: run(keeping(nn.LSTM(INPUTS, HIDDEN), -3.0)),
-        "vanishing forget-gates-closed",
+        "vanishing forget-gates-leak",
     ),
-    sick("shut input gates", shut_gates, "vanishing forget-gates-closed saturated-gates"),
+    sick("shut input gates", shut_gates, "vanishing forget-gates-leak saturated-gates"),
     sick("default GRU", lambda: run(nn.GRU(INPUTS, HIDDEN)), "vanishing update-gates-overwrite"),
     sick(
         "overwriting GRU",
@@ -423,7 +423,7 @@ SICK = [
     sick(
         "default stack, two directions",
         lambda: run(nn.LSTM(INPUTS, HIDDEN, num_layers=2, bidirectional=True), loss=every),
-        "vanishing forget-gates-closed",
+        "vanishing forget-gates-leak",
     ),
     sick(
         "last step of two directions",
@@ -487,6 +487,11 @@ SICK = [
         "cut vanishing update-gates-overwrite",
     ),
     sick("lost between layers", silent_layer, "lost-between-layers"),
+    sick(
+        "lost in depth",
+        lambda: run(nn.LSTM(INPUTS, HIDDEN, 7)),
+        "vanishing forget-gates-leak lost-in-depth",
+    ),
     sick("one step", lambda: run(nn.LSTM(INPUTS, HIDDEN), noise(steps=1)), "no-recurrence"),
     sick(
         "a cell called once",

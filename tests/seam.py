@@ -5,6 +5,7 @@ Everything else that a test uses is public: `gradflow` and the packages right be
 
 # ruff: noqa: F401
 
+from gradflow.analysis.intervals import welch
 from gradflow.analyzer.agreement import agreed, agreed_by_votes
 from gradflow.analyzer.blocks import Blocks
 from gradflow.analyzer.cellpath import log_diagonal_gains
@@ -63,7 +64,6 @@ from gradflow.loading.ages import lacking
 from gradflow.loading.probe import physical_memory
 from gradflow.loading.recurrent import from_model, from_tensors, non_finite
 from gradflow.loading.shells import _STOCK
-from gradflow.loading.training_step import step_in_name
 from gradflow.loading.words import reason
 from gradflow.reporter.charts import (
     blocks,
@@ -107,6 +107,7 @@ from gradflow.reporter.scale import (
     ZERO,
     narrowed,
     paint,
+    paint_gates,
     palette,
 )
 from gradflow.reporter.text import render

@@ -245,8 +245,8 @@ def prediction(amount: int = 1, **changes: Any) -> Prediction:
         channels=3,
         helps=29.1 * amount,
         batch="this batch",
-        message=f"{words}: still vanishing, rate −0.98 → −{0.31 / amount:.3g} per step, gone after "
-        f"8 → {22 * amount} steps, 0 → 3 of 32 channels",
+        message=f"{words}: still vanishing, rate −0.98 → −{0.31 / amount:.3g} per step, gone in every "
+        f"direction after 8 → {22 * amount} steps, 0 → 3 of 32 channels",
     )
     return replace(made, **changes)
 
@@ -272,7 +272,7 @@ def layer(
     elif horizon is None:
         title = f"{kind}: the gradient reaches back all {steps} steps"
     else:
-        title = f"{kind}: the gradient is gone {horizon} steps before the loss"
+        title = f"{kind}: this loss's gradient is gone {horizon} steps before it"
     made = LayerAnalysis(
         name=name,
         cell=cell,
@@ -419,7 +419,7 @@ def crowded() -> Analysis:
         path, name = f"model.{owner}{number}", f"{owner}{number}.l0"
         chrono = finding(
             name,
-            "forget-gates-closed",
+            "forget-gates-leak",
             message="forget gates average 0.05: cells keep their memory for 0.326 steps, of your 100",
             where="gate f, 61% of its values closed, below 0.05",
             code=f"{path}.bias_hh_l0.data[:64] = 0.0\n{path}.bias_ih_l0.data[32:64].uniform_(1, 99)"
@@ -430,8 +430,8 @@ def crowded() -> Analysis:
                 name, "LSTM", predictions=tried, findings=(finding(name), chrono),
                 labels=("range-limited",),
                 sentence=f"{name} vanishes: the gradient shrinks 2.66-fold at every step and is gone "
-                "after 8 of your 100 steps",
-                title=f"{name} (LSTM): the gradient is gone 8 steps before the loss",
+                "in every direction after 8 of your 100 steps",
+                title=f"{name} (LSTM): this loss's gradient is gone 8 steps before it",
             )
         )  # fmt: skip
     return analysis(

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
+import systems
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from seam import burn_in
 from torch import Tensor, nn
 
 import gradflow
-from gradflow.analyzer import lyapunov_spectrum, step_jacobians
+from gradflow.analyzer import (
+    entropy_rate,
+    kaplan_yorke_dimension,
+    lyapunov_spectrum,
+    step_jacobians,
+)
 from gradflow.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +55,69 @@ def test_maps_of_the_interval(jacobians: Tensor, expected: list[float], bound: f
 def test_cat_map() -> None:
     cat = torch.tensor([[2.0, 1.0], [1.0, 1.0]]).double().expand(200, 1, 2, 2)
     assert lyapunov_spectrum(cat)[0].tolist() == pytest.approx([0.9624237, -0.9624237], abs=1e-7)
+
+
+@pytest.mark.parametrize(("system", "start", "dimension", "entropy", "bound"), [
+    (systems.cat, (0.1, 0.2), 2.0, 0.9624237, 1e-6),
+    (systems.henon, (0.1, 0.1), 1.2583, 0.41922, 4e-3),  # Sprott 2003
+])  # fmt: skip
+def test_dimension_and_entropy_of_known_maps(
+    system: Any, start: tuple[float, float], dimension: float, entropy: float, bound: float
+) -> None:
+    state, jacobians = np.array([start]), []
+    for _ in range(20_000):
+        state, jacobian = system(state)
+        jacobians.append(jacobian[0])
+    spectrum = lyapunov_spectrum(torch.from_numpy(np.stack(jacobians))[:, None])[0]
+    assert kaplan_yorke_dimension(spectrum) == pytest.approx(dimension, abs=bound)
+    assert entropy_rate(spectrum) == pytest.approx(entropy, abs=bound)
+
+
+def slow_dimension(exponents: list[float]) -> float:
+    """The line through the sums of the leading exponents, followed to where it crosses 0."""
+    ordered, total = sorted(exponents, reverse=True), 0.0
+    for count, exponent in enumerate(ordered):
+        if total + exponent < 0:
+            return count + total / -exponent
+        total += exponent
+    return float(len(ordered))
+
+
+@given(st.lists(st.floats(-3, 3).filter(lambda one: abs(one) > 1e-6), min_size=1, max_size=8))
+def test_dimension_and_entropy_by_the_slow_way(exponents: list[float]) -> None:
+    assert kaplan_yorke_dimension(exponents) == pytest.approx(slow_dimension(exponents), rel=1e-9)
+    assert entropy_rate(exponents) == pytest.approx(sum(max(0.0, one) for one in exponents))
+    mixed = exponents[::-1]
+    assert kaplan_yorke_dimension(mixed) == kaplan_yorke_dimension(exponents)
+
+
+def test_too_few_exponents_have_no_dimension() -> None:
+    leading = [0.5, 0.1, -0.2]
+    assert math.isnan(kaplan_yorke_dimension(leading, size=10))
+    assert entropy_rate(leading, size=10) == pytest.approx(0.6)
+    assert math.isnan(entropy_rate(leading[:2], size=10))
+    assert kaplan_yorke_dimension([*leading, -0.8], size=10) == pytest.approx(3 + 0.4 / 0.8)
+    assert kaplan_yorke_dimension([0.3, -math.inf]) == 1 and kaplan_yorke_dimension([-0.3]) == 0
+    assert math.isnan(kaplan_yorke_dimension([0.3, math.nan])) and math.isnan(entropy_rate([]))
+
+
+@pytest.mark.parametrize("number_of", [kaplan_yorke_dimension, entropy_rate])
+def test_several_spectra_at_once_are_refused(number_of: Any) -> None:
+    with pytest.raises(InputError, match=r"exponents must be one spectrum, \(k,\), got \(4, 2\)"):
+        number_of(torch.zeros(4, 2))
+
+
+def test_a_chaotic_network_has_both() -> None:
+    torch.manual_seed(0)
+    rnn = nn.RNN(1, 40, bias=False).double()
+    nn.init.normal_(rnn.weight_hh_l0, 0, 3 / 40**0.5)
+    run = gradflow.diagnose(rnn, 0.1 * torch.randn(200, 4, 1, dtype=torch.float64))
+    layer = run["l0"]
+    assert layer.lyapunov is not None and len(layer.lyapunov) == 40
+    assert layer.kaplan_yorke == pytest.approx(slow_dimension(layer.lyapunov.tolist()))
+    row = run.frame("layers").iloc[0]
+    assert (row["kaplan_yorke"], row["entropy_rate"]) == (layer.kaplan_yorke, layer.entropy_rate)
+    assert layer.entropy_rate > 0 and 1 < layer.kaplan_yorke < 40
 
 
 def test_diagonal_comes_sorted() -> None:

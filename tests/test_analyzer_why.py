@@ -363,7 +363,8 @@ def test_segments_between_cuts() -> None:
     finding = named(layer, "cut")
     assert finding.message == (
         "the state is cut off from its past at steps 36, 71: no gradient crosses there; segments of "
-        "35, 35, 30 steps, your span is 100"
+        "35, 35, 30 steps, of sequences of 100; in all sequences at once, as where the state is detached "
+        "or reset"
     )
     assert (finding.value, finding.threshold, finding.severity) == (35.0, 100.0, -math.inf)
     assert finding.advice.startswith(
@@ -527,7 +528,7 @@ def test_gates_that_a_few_steps_shut_are_walls_not_a_short_memory() -> None:
     x = torch.zeros(40, 3, 1, dtype=torch.float64)
     x[[14, 30]] = 1.0
     layer = layer_of(lstm, x)
-    assert {"walls", "forget-gates-closed"} & {f.name for f in layer.findings} == {"walls"}
+    assert {"walls", "forget-gates-leak"} & {f.name for f in layer.findings} == {"walls"}
     wall = named(layer, "walls")
     lost = -2 * math.log(1 / (1 + math.exp(10)))
     assert wall.where == "steps 15, 31"

@@ -94,9 +94,7 @@ def test_the_verdict_names_its_gate_and_a_remedy_that_was_tried(cell: MinGRUCell
     assert layer.verdict == "vanishing"
     assert found["vanishing"].advice.startswith("raise the keep gate's bias by 1")
     assert found["vanishing"].code == f"model.bias_ih.data[:{HIDDEN}] += 1.0"
-    assert (
-        found["keep-gates-closed"].code == f"model.bias_ih.data[:{HIDDEN}].uniform_(1, 39).log_()"
-    )
+    assert found["keep-gates-leak"].code == f"model.bias_ih.data[:{HIDDEN}].uniform_(1, 39).log_()"
 
 
 def test_it_takes_one_short_file() -> None:

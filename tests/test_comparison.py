@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from seam import welch
 from torch import nn
 
 import gradflow
 from gradflow import completion
 from gradflow.cli import _code
 from gradflow.cli import gradflow as command
-from gradflow.comparison import _interval, changes, circumstances, headline, names_of, unpaired
+from gradflow.comparison import changes, circumstances, headline, names_of, unpaired
 from gradflow.loading import losses
 
 
@@ -29,7 +30,7 @@ def test_the_interval_of_a_difference_covers_as_it_says() -> None:
     covered = 0
     for _ in range(4000):
         before, after = random.normal(0, 1, 6), random.normal(0.3, 3, 11)
-        low, high = _interval(before, after)
+        low, high = welch(before, after)
         covered += low <= 0.3 <= high
     assert 0.93 < covered / 4000 < 0.97
 
@@ -37,11 +38,11 @@ def test_the_interval_of_a_difference_covers_as_it_says() -> None:
 def test_the_interval_is_welchs() -> None:
     before, after = np.array([1.0, 2.0, 4.0]), np.array([2.0, 7.0, 3.0, 9.0])
     found = stats.ttest_ind(after, before, equal_var=False).confidence_interval(0.95)
-    assert _interval(before, after) == pytest.approx((found.low, found.high), rel=1e-9)
+    assert welch(before, after) == pytest.approx((found.low, found.high), rel=1e-9)
 
 
 def test_one_sequence_gives_no_interval() -> None:
-    assert all(math.isnan(bound) for bound in _interval(np.array([1.0]), np.array([1.0, 2.0])))
+    assert all(math.isnan(bound) for bound in welch(np.array([1.0]), np.array([1.0, 2.0])))
 
 
 def run(bias: float, layers: int = 1, batch: int = 8, seed: int = 0) -> gradflow.Analysis:
@@ -63,7 +64,7 @@ def test_a_change_that_counts_and_one_that_does_not() -> None:
         and "95 % interval [+" in counts.sentence
     )
     assert same.larger is False and "does not differ" in same.sentence
-    assert f"steps until gone: {run(0.0)['l0'].horizon} in both" in same.sentence
+    assert f"horizon in steps: {run(0.0)['l0'].horizon} in both" in same.sentence
     assert (
         headline([counts, same])
         == "Differences beyond chance (95 % interval for all at once): 1 of 2."
@@ -98,7 +99,7 @@ def shares_beyond_chance(among: int, draws: int = 1500) -> tuple[float, float]:
     beyond = np.zeros((draws, len(gains)), dtype=bool)
     for draw in range(draws):
         batches = random.permutation(gains.shape[1])[:16].reshape(2, 8)
-        ends = [_interval(each[batches[0]], each[batches[1]], among) for each in gains]
+        ends = [welch(each[batches[0]], each[batches[1]], among) for each in gains]
         beyond[draw] = [low > 0 or high < 0 for low, high in ends]
     return float(beyond.mean()), float(beyond.any(1).mean())
 

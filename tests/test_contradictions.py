@@ -39,7 +39,9 @@ WRONG: dict[str, tuple[str, Callable[[LayerAnalysis], LayerAnalysis]]] = {
     "sentence": ("sentence", lambda layer: replace(layer, sentence="l0 is stable: all is well")),
     "a number in it": (
         "sentence",
-        lambda layer: replace(layer, sentence="l0 vanishes and is gone after 99 steps"),
+        lambda layer: replace(
+            layer, sentence="l0 vanishes and is gone in every direction after 99 steps"
+        ),
     ),
     "title": (
         "sentence",

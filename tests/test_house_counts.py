@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "longest chain of imports": 32,
     "files": 322,
-    "lines": 55_500,
+    "lines": 56_500,
     "median lines of a function": 7,
     "longest function": 80,
     "module constants outside limits.py": 485,

@@ -271,14 +271,14 @@ def test_on_a_narrow_screen_all_numbers_are_cards(
     for width, cards in ((400, True), (1280, False)):
         tab = chromium.new_page(viewport={"width": width, "height": 800})
         tab.goto((files / "run.html").as_uri())
-        cell = tab.locator(".numbers td[data-of='gone after, steps']")
+        cell = tab.locator(".numbers td[data-of='horizon, steps']")
         assert cell.is_visible() == cards  # in the table they are folded
         if cards:
             assert cell.inner_text() == str(layer.horizon)
             label = "one => getComputedStyle(one, '::before').content"
-            assert cell.evaluate(label) == '"gone after, steps"'
+            assert cell.evaluate(label) == '"horizon, steps"'
             boxes = [one.bounding_box() for one in tab.locator(".numbers td").all()]
-            assert len(boxes) == 11 and all(box["x"] + box["width"] <= width for box in boxes)
+            assert len(boxes) == 12 and all(box["x"] + box["width"] <= width for box in boxes)
             tops = [box["y"] for box in boxes]
             assert tops == sorted(set(tops))  # one below the other
         tab.close()

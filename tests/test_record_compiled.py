@@ -255,3 +255,32 @@ def test_a_scan_in_a_compiled_graph_is_traced_as_nothing() -> None:
     assert torch.equal(plain, found)
     assert (graphs.made, graphs.ran) == (1, 2)
     assert len(recording) == 0
+
+
+class OwnCell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.mix(torch.cat([x, h], 1)))
+
+
+class LoopOverOwn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = OwnCell()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[1], 4)
+        for x_t in x:
+            h = self.cell(x_t, h)
+        return h
+
+
+def test_a_cell_has_its_name_while_something_else_is_compiled() -> None:
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    with gradflow.record(nn.ModuleDict({"net": (net := LoopOverOwn())})) as recording:
+        net(torch.randn(6, 2, 3)).sum().backward()
+    assert {name: track.cell for name, track in recording.items()} == {"net.cell": "OwnCell"}
+    torch._dynamo.reset()

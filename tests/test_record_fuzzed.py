@@ -161,7 +161,7 @@ def test_a_random_model_is_not_disturbed(seed: int) -> None:
     assert plain.pop("heard") == seen.pop("heard")
     assert plain.keys() == seen.keys()
     assert [name for name in plain if not torch.equal(plain[name], seen[name])] == []
-    said = [*recording.notes, *(note for track in recording for note in track.notes)]
+    said = [*recording.notes, *(note for track in recording.values() for note in track.notes)]
     assert not [note for note in said if "could not be" in note and "Error:" in note]
     try:
         gradflow.analyze(recording)

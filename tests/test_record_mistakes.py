@@ -297,3 +297,27 @@ def test_a_first_call_without_differentiable_inputs_is_followed() -> None:
         memory.sum().backward()
     (track,) = recording.values()
     assert (track.steps, track.batch) == (4, 2)
+
+
+class Families(nn.Module):
+    """Like rockpool's modules: its own meaning of parameters() and modules()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+    def parameters(self, family: str = "") -> dict[str, object]:  # type: ignore[override]
+        return {name: weight for name, weight in self._parameters.items() if family in name}
+
+    def modules(self) -> dict[str, object]:  # type: ignore[override]
+        return dict(self._modules)
+
+
+def test_a_model_with_parameters_of_its_own_meaning_is_recorded() -> None:
+    model = Families()
+    with gradflow.record(model) as recording:
+        model(x()).sum().backward()
+    assert recording["rnn.l0"].parity.status == "passed"

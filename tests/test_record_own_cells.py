@@ -1101,3 +1101,36 @@ def test_detached_states_that_are_whole_numbers_go_on_as_one_track(size: float, 
     (track,) = recording.values()
     assert track.lengths.tolist() == [STEPS] * BATCH
     assert bool(track.cuts[1:].all()) is (how != "no_grad")
+
+
+class NodesWithEmbeddings(nn.Module):
+    """A cell on a graph of 5 nodes that learns who is whose neighbour (AGCRN), batch first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3 + 4, 4)
+
+    def forward(self, x: Tensor, nodes: Tensor, h: Tensor | None = None) -> Tensor:
+        h = x.new_zeros(*x.shape[:2], 4) if h is None else h
+        near = torch.softmax(nodes @ nodes.T, dim=1)
+        return torch.tanh(self.mix(near @ torch.cat([x, h], 2)))
+
+
+def test_the_batch_is_what_goes_on_by_itself_and_not_the_nodes_of_a_graph() -> None:
+    torch.manual_seed(3)
+    cell, nodes = NodesWithEmbeddings().double(), torch.randn(5, 3, dtype=F64)
+    states: list[Tensor] = []
+    with gradflow.record(cell) as recording:
+        h = None
+        for x in torch.randn(6, 2, 5, 3, dtype=F64):
+            h = cell(x, nodes, h)
+            states.append(h)
+        seed = torch.randn(2, 5, 4, dtype=F64)
+        (seed * h).sum().backward(retain_graph=True)
+    (track,) = recording.values()
+    assert (track.name, track.batch, track.hidden) == ("cell", 2, 20)
+    pulled = seed.flatten(1)
+    for step in gradflow.analyzer.step_jacobians(track)[1:].flip(0):
+        pulled = torch.einsum("bij,bi->bj", step, pulled)
+    (truth,) = torch.autograd.grad((seed * states[-1]).sum(), states[0])
+    torch.testing.assert_close(pulled, truth.flatten(1), rtol=1e-12, atol=0)

@@ -53,7 +53,9 @@ def test_a_row_of_the_triangle_is_divided_by_its_own_loss_step() -> None:
     np.testing.assert_allclose(np.diag(made.values), 0, atol=1e-12)
     assert made.values[70, 50] == pytest.approx(20 * rate, rel=1e-12)
     assert np.isnan(made.values[np.triu_indices(100, 1)]).all()
-    assert made.message == "a loss step is felt 50 steps back, then below 10⁻³ (median)"
+    assert made.message == (
+        "one loss step's gradient is gone 50 steps before it (median of 51 loss steps of one sequence)"
+    )
     assert made.reach[80] == 50 and math.isinf(made.reach[10]) and made.contour
 
 
@@ -87,7 +89,7 @@ def test_shares_of_the_parameter_gradient_and_the_window() -> None:
     assert (10**made.share).sum(axis=1) == pytest.approx([1, 1])
     assert made.windows == (4.0,) and made.reach == 10
     assert made.message == (
-        "half of ∂L/∂W_hh comes from the loss step itself; a window of 4 keeps it within 5 %"
+        "half of ∂L/∂W_hh comes from the loss step itself; a window of 4 steps keeps ∂L/∂W_hh within 5 %"
     )
     assert "0.6 steps back" in made.reading and "cancel to 80 %" in made.reading
 

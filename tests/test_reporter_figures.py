@@ -91,7 +91,7 @@ def test_names_with_dollars_are_words_and_not_mathematics() -> None:
 def test_a_long_name_loses_its_beginning_and_what_is_said_of_it_stays_whole() -> None:
     name = "encoder." * 12 + "reader.l0_reverse"
     layer = synthetic.layer(
-        name, title=f"{name} (RNN): the gradient is gone 8 steps before the loss"
+        name, title=f"{name} (RNN): this loss's gradient is gone 8 steps before it"
     )
     for kind in ("overview", "gain-map", "triangle", "lag-curve"):
         figure = plot(synthetic.analysis(layer), kind)
@@ -139,8 +139,8 @@ def test_several_analyses_share_one_scale() -> None:
     _, first, _, second, _ = figure.axes
     assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
     words = [text.get_text() for text in figure.texts]
-    assert "RNN net — RNN: the gradient is gone 8 steps before the loss" in words
-    assert "gone after 8 steps" in words and "never below 10⁻³" in words
+    assert "RNN net — RNN: this loss's gradient is gone 8 steps before it" in words
+    assert "no direction left after 8 steps" in words and "never below 10⁻³" in words
 
 
 def test_the_left_panel_is_three_times_as_wide() -> None:

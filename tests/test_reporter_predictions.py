@@ -38,7 +38,7 @@ def printed(analysis: Analysis) -> str:
 def test_the_page_holds_new_numbers_beside_the_present_ones() -> None:
     analysis = with_predictions(predicted())
     text = words(page(analysis, {}))
-    said = "rate half-life gone after channels verdict now −0.980 ± 0.003 0.71 8 0 of 32 vanishing"
+    said = "rate half-life horizon channels verdict now −0.980 ± 0.003 0.71 8 0 of 32 vanishing"
     after = "forget bias + 1 −0.31 ± 0.02 2.2 22 3 of 32 vanishing"
     assert f"{HEADING} {said} {after}" in text
     first = text.index("model.rnn.bias_ih_l0.data[32:64] += 1.0")

@@ -113,7 +113,7 @@ def test_without_a_gradient_the_row_says_why() -> None:
 
 def test_gone_after_and_its_dot_lie_on_the_line() -> None:
     line = prepare.lag_line(synthetic.vanishing()["rnn.l0"])
-    assert line.words == "gone after 8 steps"
+    assert line.words == "no direction left after 8 steps"
     assert line.dot == pytest.approx((math.log(1e3) / 0.98, -3.0), rel=1e-12)
 
 

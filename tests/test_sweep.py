@@ -28,13 +28,13 @@ from seam import (
     checkpoints,
     measure_checkpoint,
     pooled_batches,
-    step_in_name,
 )
 
 import gradflow
 from gradflow import cli
 from gradflow.errors import FileError, GradflowError, InputError
 from gradflow.history import HISTORY_FILE, History, LayerProbe
+from gradflow.loading import step_in_name
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def test_a_line_per_layer_and_its_waterfall() -> None:
         found[0] == "a: Net, update 5,901, loss 0.11, clipping acted, ended"
         or "running" in found[0]
     )
-    assert found[1].startswith("rnn.l0  vanishing  rate −0.20 ± 0.01  gone after 36  halves in 3.5")
+    assert found[1].startswith("rnn.l0  vanishing  rate −0.20 ± 0.01  horizon 36  halves in 3.5")
     assert found[2].startswith(" loss " + "█" * 60)
     assert len(found) == 2 + 2 * (1 + max(FALL_LINES))
 

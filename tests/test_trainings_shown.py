@@ -287,7 +287,7 @@ def test_the_files_are_those_that_were_asked_for(report: Path, tmp_path: Path) -
     some = gradflow.report(histories.history(4), tmp_path / "some", formats=["json"])
     assert list(some) == ["summary.json"]
     with pytest.raises(InputError, match="formats of a history must be one or more of html, json"):
-        gradflow.report(histories.history(4), tmp_path / "other", formats=["pdf"])
+        gradflow.report(histories.history(4), tmp_path / "other", formats=["docx"])
     assert not (tmp_path / "other").exists()
 
 

@@ -59,8 +59,8 @@ def trained(
 
 def test_a_change_of_verdict_that_lasts_three_probes_is_warned_of_once(tmp_path: Path) -> None:
     words = (
-        r"step 6: rnn.l0 vanishes: its gain falls by 8.73 decades over 29 steps and is gone after 10 "
-        r"steps; it was stable before"
+        r"step 6: rnn.l0 vanishes: its gain falls by 8.73 decades over 29 steps and is gone in every "
+        r"direction after 10 steps; it was stable before"
     )
     with pytest.warns(gradflow.GradflowWarning, match=words) as caught:
         watch = trained(
@@ -166,6 +166,7 @@ WRONG = {
     "on": ({"on": "vanished"}, "on must be verdicts .* or limits on"),
     "on number": ({"on": 3}, "on must be rules such as"),
     "to": ({"to": 3}, r"to must be a callable \(step, scalars, figures\)"),
+    "gather": ({"gather": 3}, "gather must be True or False, got 3"),
     "both": ({"resume": True, "force": True}, "resume and force must be not both true"),
 }
 
@@ -176,6 +177,51 @@ def test_a_wrong_argument_is_a_sentence_and_the_training_goes_on(name: str, tmp_
     with pytest.warns(gradflow.GradflowWarning, match=f"{words}.*; this training is not watched"):
         watch = trained(tmp_path, [1.0, 1.0], **asked)
     assert len(watch.history) == 0 and "nothing is watched" in repr(watch)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_a_scripted_model_is_refused_and_one_inside_ends_the_watching(tmp_path: Path) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0][-1]
+
+    scripted = torch.jit.script(Last())
+    with pytest.warns(gradflow.GradflowWarning, match="model must be a module whose layers run in"):
+        gradflow.watch(scripted, tmp_path / "a")
+    inside = nn.Sequential(scripted)
+    optimizer = torch.optim.SGD(inside.parameters())
+    gradflow.watch(inside, tmp_path / "b", every=1)
+    with pytest.warns(
+        gradflow.GradflowWarning, match=r"ends at step 1: .*what torch\.jit scripted"
+    ):
+        stepped(inside, optimizer, lambda: inside(torch.ones(5, 2, 2)), 3)
+
+
+def test_norms_of_a_loop_of_unknown_weights_are_missing_with_a_reason(tmp_path: Path) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.zeros_like(x[0])
+            for one in x:
+                h = gradflow.tap(h=torch.tanh(self.step(one + h)))
+            return h
+
+    net = Loop()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    watch = gradflow.watch(net, tmp_path / "a", every=1, budget=None)
+    stepped(net, optimizer, lambda: net(torch.ones(5, 2, 3)), 2)
+    watch.close()
+    data = watch.history.data
+    assert data["grad_norm"].isnull().all() and (data["grad_norm_all"] > 0).all()
+    (note,) = watch.history.notes
+    assert "norms of the parameter gradients of loop are not given: which weights" in note.text
 
 
 def test_a_folder_with_a_history_is_not_written_into(tmp_path: Path) -> None:

@@ -295,7 +295,17 @@ def test_truncation_cuts_off_growth() -> None:
     with gradflow.record(rnn) as recording:
         rnn(torch.ones(30, 2, 1))[0][-1].sum().backward()
     row = gradflow.what_if(recording, truncate=5).iloc[0]
-    assert row.verdict_before == row.verdict_after == "exploding"
+    assert (row.verdict_before, row.verdict_after) == ("exploding", "stable")
+    assert row.gain_after == pytest.approx(math.log(1.5) * 4)  # all that the window lets through
+    with gradflow.record(rnn) as really:
+        state = None
+        for x in torch.ones(30, 2, 1).split(5):
+            output, state = rnn(x, None if state is None else state.detach())
+        output[-1].sum().backward()
+    (layer,) = gradflow.analyze(really).values()
+    assert (layer.verdict, layer.gain.value) == (row.verdict_after, pytest.approx(row.gain_after))
+    one = gradflow.what_if(recording, truncate=1).iloc[0]
+    assert (one.verdict_after, one.gain_after) == ("dead", -math.inf)
     assert row.helps == pytest.approx(math.log10(1.5) * 24)  # of 29 steps, 5 are kept
     assert (row.horizon_after, row.half_life_after) == (5, 5.0)
 
@@ -562,6 +572,25 @@ def test_a_closed_loop_is_not_run_again_with_its_old_inputs() -> None:
         h.sum().backward()
     row = gradflow.what_if(recording, forget_bias=1.0).iloc[0]
     assert "closed loop" in row.note and math.isnan(row.rate_after)
+
+
+def test_parts_of_a_closed_loop_that_vanish_are_given_no_prediction() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.LSTMCell(2, 6), nn.GRUCell(6, 2)
+
+        def forward(self, y: Tensor) -> Tensor:
+            h, c, g = torch.zeros(4, 6), torch.zeros(4, 6), y
+            for _ in range(40):
+                h, c = self.one(g, (h, c))
+                g = self.two(h, g)
+            return g
+
+    run = gradflow.diagnose(Decoder(), torch.randn(4, 2))
+    parts = [layer for layer in run.values() if layer.part_of]
+    assert len(parts) == 2 and {layer.verdict for layer in parts} == {"vanishing"}
+    assert not any(layer.predictions for layer in parts)
 
 
 def test_a_stable_model_gets_none() -> None:

@@ -73,6 +73,9 @@ cancellation        (parameter)                    ‖Σ C_k‖_F / Σ ‖C_k‖
 gradient_depth      (parameter)                    Σ k ‖C_k‖_F / Σ ‖C_k‖_F, in steps
 truncation_window   (parameter, tolerance)         fewest steps K from which on the truncated gradient
                                                    stays within 1, 5, 10 % of the full one, K = k + 1
+loss_reach          ()                             steps before the last loss step at which its own
+                                                   gradient, rms over units of the main state, is below
+                                                   10⁻³ of its level there; inf if never
 gate_mean           (gate, step)                   mean activation of each gate
 gate_closed/_open   (gate, step)                   share of units and sequences < 0.05 / > 0.95
 state_norm          (state, step)                  median over sequences of ‖s_t‖₂/√width
@@ -110,7 +113,9 @@ grad_input_norm     (step)                         median over sequences of ‖�
 ==================  =============================  =====================================================
 """
 
+from gradflow.analysis.attractor import entropy_rate, kaplan_yorke_dimension
 from gradflow.analysis.frames import FRAMES, HEADLINE, OPTIONAL
+from gradflow.analysis.reaches import WINDOW_OF
 from gradflow.analysis.results import (
     UNMEASURED,
     Alone,
@@ -129,6 +134,7 @@ __all__ = [
     "OPTIONAL",
     "SCHEMA",
     "UNMEASURED",
+    "WINDOW_OF",
     "Alone",
     "Analysis",
     "Finding",
@@ -137,5 +143,7 @@ __all__ = [
     "Prediction",
     "Rate",
     "checked_labels",
+    "entropy_rate",
+    "kaplan_yorke_dimension",
     "load",
 ]

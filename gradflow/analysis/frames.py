@@ -50,9 +50,13 @@ def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
             "rate_high": layer.rate.high,
             "decades_over_span": layer.decades_over_span,
             "half_life": layer.half_life,
+            "window": layer.window,
+            "loss_reach": layer.loss_reach,
             "horizon": layer.horizon,
             "searched": layer.searched,
             "channels": layer.channels,
+            "kaplan_yorke": layer.kaplan_yorke,
+            "entropy_rate": layer.entropy_rate,
             "parity": layer.parity.status,
             "parity_error": layer.parity.error,
             "sentence": layer.sentence,
@@ -60,7 +64,11 @@ def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
         for layer in layers
     ]
     frame = pd.DataFrame(rows)
-    return frame.astype({"horizon": "Int64", "channels": "Int64"}) if rows else frame
+    return (
+        frame.astype({"window": "Int64", "horizon": "Int64", "channels": "Int64"})
+        if rows
+        else frame
+    )
 
 
 def _steps_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:

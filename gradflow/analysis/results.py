@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import xarray as xr
 
+from gradflow.analysis.attractor import entropy_rate, kaplan_yorke_dimension
+from gradflow.analysis.reaches import loss_reach_of, window_of
 from gradflow.recording import Parity
 
 FIRST = (  # findings on what the loss reads, which stand before those of all layers
@@ -78,7 +80,7 @@ class Finding:
     ('vanishing', -14.7505, -15.1)
     """
 
-    name: str  # stable, e.g. "vanishing", "forget-gates-closed"
+    name: str  # stable, e.g. "vanishing", "forget-gates-leak"
     layer: str  # its name
     message: str  # one sentence with numbers
     where: str = ""  # steps, units or sequences
@@ -217,6 +219,18 @@ class LayerAnalysis:
         return self.rate.value if math.isnan(self.gain.value) else self.gain.pace
 
     @property
+    def kaplan_yorke(self) -> float:
+        """Dimension of the attractor by Kaplan and Yorke's formula, from `lyapunov`; NaN if not known."""
+        return (
+            math.nan if self.lyapunov is None else kaplan_yorke_dimension(self.lyapunov, self.size)
+        )
+
+    @property
+    def entropy_rate(self) -> float:
+        """Sum of the positive exponents of `lyapunov`, nats per step; NaN if not known."""
+        return math.nan if self.lyapunov is None else entropy_rate(self.lyapunov, self.size)
+
+    @property
     def rate_told(self) -> bool:
         """Whether there is a rate that has settled."""
         return math.isfinite(self.rate.value) and "not settled" not in self.labels
@@ -232,6 +246,19 @@ class LayerAnalysis:
 
     def _repr_html_(self) -> str:
         return display_form("layer_html", self)
+
+    @property
+    def window(self) -> int | None:
+        """Steps back from every loss step that keep ∂L/∂W_hh within 5 %; None where not known."""
+        return window_of(self.data)
+
+    @property
+    def loss_reach(self) -> float:
+        """Steps before the last loss step at which its gradient is gone; inf: never, NaN: not known.
+
+        That of this loss alone, in the directions that it reads; `horizon` is that of any direction.
+        """
+        return loss_reach_of(self.data)
 
     @property
     def main_state(self) -> str:

@@ -142,7 +142,8 @@ class Analysis(ByName[LayerAnalysis]):
         """A tidy table, one row for each of the things that it is about, of all layers.
 
         Args:
-            kind: "layers" (verdict, rate in nats per step, half-life, horizon and span in steps),
+            kind: "layers" (verdict, rate in nats per step, half-life, horizon and span in steps,
+                Kaplan–Yorke dimension, entropy rate in nats per step),
                 "steps" (norms of states and gradients, gates), "lags" (ln gain against distance),
                 "units" (memory and time scales, saturation), "heads" (of a linear recurrence that
                 has some: verdict, gain, rate, first measured distance below 10⁻³) or "findings".

@@ -27,7 +27,7 @@ from gradflow.analyzer.certificates import SIDES, sum_rule
 from gradflow.analyzer.flow import input_gradient_norms
 from gradflow.analyzer.leading import FACTORS, step_growth
 from gradflow.analyzer.linear.facts import DECAY_FACTS, decay_facts
-from gradflow.analyzer.loss import GRADIENTS, grad_norms
+from gradflow.analyzer.loss import GRADIENTS, grad_norms, loss_reach
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.order import segment_lengths
 from gradflow.analyzer.paths import PATHS, path_gains
@@ -151,6 +151,7 @@ def _gradients(m: Measured) -> Variables:
             "unit_order": (("state", "unit"), profile.unit_order),
             "memory_steps": (("state", "unit"), profile.memory_steps),
             "grad_norm": (("kind", "state", "step"), grad_norms(m.track, m.withheld)),
+            "loss_reach": ((), loss_reach(profile, list(m.track.states).index(m.track.main_state))),
         },
         {
             "back": np.arange(m.track.steps),

@@ -86,8 +86,8 @@ def _alone_words(found: Brief) -> str:
     if math.isinf(found.gain.value):
         changes = f"would let nothing through {counted(found.gain.steps, 'step')}"
     if found.horizon is None:
-        return f"{changes}, and not be gone within {counted(found.searched, 'step')}"
-    return f"{changes}, and be gone after {counted(found.horizon, 'step')}"
+        return f"{changes}, and not be gone in every direction within {counted(found.searched, 'step')}"
+    return f"{changes}, and be gone in every direction after {counted(found.horizon, 'step')}"
 
 
 def told_once(recording: Recording, layers: dict[str, LayerAnalysis]) -> dict[str, LayerAnalysis]:

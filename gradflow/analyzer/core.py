@@ -15,6 +15,7 @@ import torch
 from gradflow.analysis import UNMEASURED, Gain, Rate
 from gradflow.analyzer import plan
 from gradflow.analyzer.curve import LagCurve, lag_curve
+from gradflow.analyzer.cuts import typical_length, typical_segment
 from gradflow.analyzer.gains import SpanGains
 from gradflow.analyzer.jacobians import operator_of, state_size, vector_seconds
 from gradflow.analyzer.keeping import (
@@ -133,8 +134,8 @@ def mapped_core(
 
 
 def span_of(track: Track, settings: Settings) -> int:
-    """The distance of interest in steps: as asked for, or the median length."""
-    return settings.span or max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+    """The distance of interest in steps: as asked for, or the typical stretch between cuts, or length."""
+    return settings.span or typical_segment(track) or typical_length(track)
 
 
 def finite_sequences(track: Track) -> np.ndarray:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.order import cuts_before, in_processing_order, input_time
+from gradflow.analyzer.order import (
+    cuts_before,
+    in_processing_order,
+    input_time,
+    segment_lengths,
+)
 from gradflow.recording import Track
 
 
@@ -16,11 +22,39 @@ def cut_steps(track: Track) -> list[int]:
     first, which is no cut of the user's and is said in a note. Neither is one where a sequence of a
     padded batch begins later than others, see `begins_late`.
     """
+    steps = sorted(set(input_time(track)[_cuts(track)].tolist()))
+    return [] if track.cell == "tap" and steps == [1] else steps
+
+
+def _cuts(track: Track) -> Tensor:
+    """(T, B) true at the user's cuts, in processing order."""
     inside = cuts_before(track).diff(dim=0, prepend=torch.zeros(1, track.batch).int()) > 0
     inside &= torch.arange(track.steps)[:, None] < track.lengths.cpu()
-    inside &= ~begins_late(track, inside)
-    steps = sorted(set(input_time(track)[inside].tolist()))
-    return [] if track.cell == "tap" and steps == [1] else steps
+    return inside & ~begins_late(track, inside)
+
+
+def in_some_sequences(track: Track) -> bool:
+    """Whether a cut takes some of the sequences that go on there and not all, as a done mask does."""
+    cut = _cuts(track).sum(1)
+    going_on = (torch.arange(track.steps)[:, None] < track.lengths.cpu()).sum(1)
+    return bool(((cut > 0) & (cut < going_on)).any())
+
+
+def typical_length(track: Track) -> int:
+    """The median of the sequences' lengths, in steps."""
+    return max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+
+
+def typical_segment(track: Track) -> int:
+    """Half of all steps lie in stretches between cuts at least so long; 0 where nothing is cut.
+
+    0 also where every step is cut off: then there is no stretch to look back over.
+    """
+    if not cut_steps(track):
+        return 0
+    lengths = np.sort([length for some in segment_lengths(track) for length in some])[::-1]
+    typical = int(lengths[np.searchsorted(np.cumsum(lengths), lengths.sum() / 2)])
+    return typical if typical > 1 else 0
 
 
 def begins_late(track: Track, inside: Tensor) -> Tensor:

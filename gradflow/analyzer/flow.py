@@ -54,6 +54,8 @@ def with_flow(
     what of it arrives at this layer's output, as root sums of squares over the steps.
     """
     found = {name: _lost_above(recording[name], layers) for name in layers}
+    if not any(found.values()):
+        found = {name: _lost_in_depth(recording, name, layers) for name in layers}
     return {
         name: layer if found[name] is None else _with(layer, found[name])
         for name, layer in layers.items()
@@ -91,6 +93,43 @@ def _lost_above(track: Track, layers: Mapping[str, LayerAnalysis]) -> Finding | 
         "weights, stop the gradient there; add a residual connection around it",
         source="He et al. 2016",
         code="y = y + x  # y the upper layer's output, x its input, of the same width",
+    )
+
+
+def _lost_in_depth(
+    recording: Recording, name: str, layers: Mapping[str, LayerAnalysis]
+) -> Finding | None:
+    """What is left at the lowest layer of a stack where no single step down loses that much."""
+    if any(name in track.above for track in recording.values()):
+        return None  # not the lowest
+    way: list[tuple[str, ...]] = []
+    above = recording[name].above
+    while above:
+        if not all(one in layers for one in above):
+            return None
+        way.append(above)
+        above = recording[above[0]].above
+    if len(way) < 2:
+        return None
+    arrives = _size(layers[name], "direct")
+    sent = math.hypot(*(_size(layers[one], "total") for one in way[-1]))
+    if not sent > 0 or not math.isfinite(sent) or not 0 < arrives < GONE * sent:
+        return None
+    share, top = arrives / sent, " and ".join(way[-1])
+    decades = math.log10(share)
+    return Finding(
+        name="lost-in-depth",
+        layer=name,
+        message=f"on the way from {top} down to {name} the gradient loses {number(-decades)} decades, "
+        f"{number(-decades / len(way))} at each of {len(way)} layers",
+        where=f"between {top} and {name}",
+        value=share,
+        threshold=GONE,
+        basis=f"gone below {GONE_WORDS}, as for the horizon",
+        severity=decades,
+        advice="one remedy for the whole stack: a residual connection around every layer, or fewer layers",
+        source="He et al. 2016",
+        code="y = y + x  # y a layer's output, x its input, of the same width; in every layer",
     )
 
 

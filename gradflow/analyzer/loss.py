@@ -192,6 +192,17 @@ def steps_until_gone(log10_grad: np.ndarray) -> int | None:
     return int(gone[0]) + 1 if len(gone) else None
 
 
+def loss_reach(seen: Profile, state: int) -> float:
+    """`steps_until_gone` of the last loss step's gradient; inf if never, NaN where it is not known."""
+    level = seen.log10_grad[state]
+    if seen.whole or arrives_elsewhere(seen) or not np.isfinite(level).any():
+        return math.nan
+    if np.isnan(level[:, 1:]).all():
+        return math.nan  # the loss reads the first step alone, or a cut lies right before it
+    gone = steps_until_gone(level)
+    return math.inf if gone is None else float(gone)
+
+
 def rms_over_units(log10_grad: np.ndarray) -> np.ndarray:
     """log10 of the rms over units of a profile (unit, back), (back,)."""
     known = log10_grad[~np.isnan(log10_grad).all(1)]

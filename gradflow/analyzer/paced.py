@@ -394,8 +394,9 @@ def _gains_at(
 ) -> list[float]:
     """The median over sequences and windows of ln ‖P‖₂ over each of these lags."""
     windows: list[Window] = []
+    several = operator.size > EXACT_WIDTH and operator.batch >= PROBE_FEWER
     for part, lag in enumerate(lags):
-        if operator.size > PROBE_WIDE:  # the last ones: few steps are gone through
+        if several or operator.size > PROBE_WIDE:  # the last ones: few steps are gone through
             ends = {b: last for b, first, last in stretches(crossed) if last - first >= lag}
             own = [Window(b, last - lag, last) for b, last in ends.items()]
         else:

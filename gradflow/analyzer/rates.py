@@ -10,13 +10,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from gradflow.analysis import Gain, Rate
+from gradflow.analysis.intervals import mean_interval, quantile
 from gradflow.limits import (
     BAND_WORDS,
     BATCH_MEANS,
-    CONFIDENCE,
     CORRELATION_TIMES,
     COUNTED_SHARE,
     DEAD_SHARE,
@@ -65,29 +64,7 @@ def rate_over_sequences(rates: np.ndarray) -> Rate:
     dead = np.isneginf(known)
     if dead.mean() >= DEAD_SHARE:
         return Rate(-math.inf, -math.inf, -math.inf)
-    return _interval(known[~dead])
-
-
-def quantile(freedom: float, among: int = 1) -> float:
-    """How many standard errors a 95 % interval reaches, by Student's t.
-
-    Of so many intervals all hold what they are of 95 times in 100 (Bonferroni).
-
-    >>> round(quantile(9), 3), round(quantile(9, among=5), 3)
-    (2.262, 3.25)
-    """
-    return float(stdtrit(freedom, 1 - (1 - CONFIDENCE) / (2 * among)))
-
-
-def _interval(values: np.ndarray) -> Rate:
-    mean = float(np.mean(values))
-    if len(values) > 1 and float(np.ptp(values)) <= RATE_ROUNDING:
-        return Rate(mean, mean, mean)  # identical sequences: a point, not an error
-    if len(values) < 2:
-        return Rate(mean, math.nan, math.nan)
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    half = quantile(len(values) - 1) * error
-    return Rate(mean, mean - half, mean + half)
+    return mean_interval(known[~dead])
 
 
 def rate_of_one(growth: np.ndarray) -> Rate:
@@ -111,7 +88,7 @@ def rate_of_one(growth: np.ndarray) -> Rate:
         return Rate(mean, math.nan, math.nan)
     length = len(growth) // BATCH_MEANS
     means = growth[len(growth) - length * BATCH_MEANS :].reshape(BATCH_MEANS, length).mean(1)
-    spread = _interval(means)
+    spread = mean_interval(means)
     return Rate(mean, spread.low + mean - spread.value, spread.high + mean - spread.value)
 
 

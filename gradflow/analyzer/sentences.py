@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from gradflow.analysis.reaches import loss_reach_of, window_of
 from gradflow.analyzer.causes.reading import headline, opening
-from gradflow.analyzer.cuts import cut_steps
+from gradflow.analyzer.cuts import cut_steps, in_some_sequences, typical_segment
 from gradflow.analyzer.evidence import Evidence, counted, number
-from gradflow.analyzer.loss import carriers, rms_over_units, steps_until_gone
-from gradflow.limits import BAND_WORDS, GONE_WORDS, VERDICTS
+from gradflow.analyzer.loss import carriers, rms_over_units
+from gradflow.limits import BAND_WORDS, GONE_WORDS, TOLERANCE_WORDS, VERDICTS
 
 # ------------------------------------------------------------------------------------- sentence
 
@@ -19,12 +20,24 @@ from gradflow.limits import BAND_WORDS, GONE_WORDS, VERDICTS
 def sentence(evidence: Evidence) -> str:
     """The verdict on a layer in words with its numbers."""
     said = _SENTENCES[evidence.verdict.name](evidence)
-    said += _in_the_long_run(evidence, said) + _cut(evidence) + _too_short(evidence)
+    said += (
+        _window(evidence) + _in_the_long_run(evidence, said) + _cut(evidence) + _too_short(evidence)
+    )
     said += _heads(evidence)
     first = opening(evidence)
     if first and evidence.labels[:1] != ("no recurrence",):
         return f"{evidence.track.name} {first}; the layer itself {said}"
     return f"{evidence.track.name} {said}"
+
+
+def _window(e: Evidence) -> str:
+    """The steps back that training needs, if what the loss reads is in order."""
+    window = window_of(e.data)
+    if window is None or e.reading.amiss or math.isnan(e.gain.value) or e.verdict.name == "dead":
+        return ""
+    if window >= int(e.track.lengths.max()):
+        return f"; only the whole sequence keeps ∂L/∂W_hh within {TOLERANCE_WORDS}"
+    return f"; a window of {_steps(window)} keeps ∂L/∂W_hh within {TOLERANCE_WORDS}"
 
 
 def _heads(e: Evidence) -> str:
@@ -73,9 +86,12 @@ def _cut(e: Evidence) -> str:
         return ""
     longest = int(e.data["segment_length"].max())
     where = f"at step {steps[0] + 1}" if len(steps) == 1 else f"at {len(steps)} steps"
+    typical = typical_segment(e.track)
+    lengths = f"{_steps(typical)} as a rule, at most" if 0 < typical < longest else "up to"
+    kind = "in some sequences at a time, " if in_some_sequences(e.track) else ""
     return (
-        f"; it is cut off from its past {where}, which no gradient crosses, in stretches of up to "
-        f"{_steps(longest)}"
+        f"; it is cut off from its past {kind}{where}, which no gradient crosses, in stretches of "
+        f"{lengths} {_steps(longest)}"
     )
 
 
@@ -96,10 +112,17 @@ def _vanishing(e: Evidence) -> str:
     if gone is None:
         end = f"and is still above {GONE_WORDS} after the {counted(e.curve.searched, 'step')} measured"
     elif gone < e.span:
-        end = f"and is gone after {gone} of your {counted(e.span, 'step')}"
+        end = f"and is gone in every direction after {gone} of {_span(e)}"
     else:
-        end = f"and is gone after {counted(gone, 'step')}"
+        end = f"and is gone in every direction after {counted(gone, 'step')}"
     return f"vanishes: {_halving(e)} {end}"
+
+
+def _span(e: Evidence) -> str:
+    """The span in words: a stretch between cuts is nobody's wish."""
+    if e.span == typical_segment(e.track):
+        return f"the {_steps(e.span)} of a typical stretch"
+    return f"your {_steps(e.span)}"
 
 
 def _halving(e: Evidence) -> str:
@@ -229,12 +252,14 @@ def _headline(e: Evidence) -> str:
 
 def _by_loss(e: Evidence, profile: np.ndarray) -> str:
     unit = "cell" if e.main_state == "c" else "unit"
-    gone = steps_until_gone(profile)
-    if gone is not None:
-        where = f"gone {counted(gone, 'step')} before the loss"
+    gone = loss_reach_of(e.data)
+    if math.isfinite(gone):
+        where = f"this loss's gradient is gone {counted(int(gone), 'step')} before it"
         if e.verdict.name == "stable":  # not for want of the layer
-            return f"this loss's gradient is {where}, though the layer could carry it"
-        return f"the gradient is {where}"
+            return f"{where}, though the layer could carry it"
+        if e.curve.horizon is None:
+            return where
+        return f"{where}; the layer's own best direction lasts {e.curve.horizon}"
     level = rms_over_units(profile)
     known = np.flatnonzero(~np.isnan(level))
     back = int(known[-1])
@@ -266,7 +291,7 @@ def _grown(decades: float, back: int) -> str:
 def _carried(carrying: int, units: int, unit: str, steps: int) -> str:
     way = f"all {counted(steps, 'step')}"
     if carrying == 0:
-        return f"the gradient reaches back {way}, though no single {unit} carries it throughout"
+        return f"this loss's gradient reaches back {way}, though no single {unit} carries it throughout"
     if carrying == units:
         every = f"its only {unit} carries" if units == 1 else f"all {units} {unit}s carry"
         return f"{every} the gradient {way}"

@@ -40,7 +40,7 @@ class Keeper:
     opposite: str = ""  # the gate whose bias is drawn opposite
     overwritten: float | None = None  # its mean below which a state is mostly new after two steps
     # words of the finding on a layer whose gates alone shorten the memory, and of their picture
-    fault: str = "closed"
+    fault: str = "leak"
     keeps: str = "units keep their state"
     shut: str = ""
     so_that: str = ""

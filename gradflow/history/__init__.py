@@ -20,7 +20,7 @@ from gradflow.history.joined import Row, failure_text, join_rows, row_facts, row
 from gradflow.history.lags import lag_grid
 from gradflow.history.lines import HISTORY_FILE
 from gradflow.history.probe import LayerProbe, Note, Probe, Source
-from gradflow.history.reader import holds_history
+from gradflow.history.reader import holds_history, is_swept
 from gradflow.history.series import History
 from gradflow.history.writer import Writer
 
@@ -39,6 +39,7 @@ __all__ = [
     "Writer",
     "failure_text",
     "holds_history",
+    "is_swept",
     "join_rows",
     "lag_grid",
     "row_facts",

@@ -37,7 +37,8 @@ OF_LAYER: dict[str, str] = {
     "cuts": "steps, over all sequences, at which no previous state arrives",
     "nonfinite": "1 where a state or a gradient is NaN or Inf (a note says where), else 0",
     "nonfinite_at": "the first time step that is, counted from 1; of gradients the last",
-    "grad_norm": "‖∂L/∂W‖₂ over the layer's own parameters, before clipping",
+    "grad_norm": "‖∂L/∂W‖₂ over the layer's own parameters, before clipping; NaN of loops "
+                 "whose weights are not known",
     "grad_norm_clipped": "the same as the optimizer read it",
 }
 

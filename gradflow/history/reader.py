@@ -181,3 +181,14 @@ def file_of(path: Path) -> Path:
 def holds_history(path: Path) -> bool:
     """Whether there is a history at a path, a folder or its file."""
     return file_of(path).name == HISTORY_FILE and file_of(path).is_file()
+
+
+def is_swept(path: Path) -> bool:
+    """Whether there is the history of a sweep at a path."""
+    if not holds_history(path):
+        return False
+    with file_of(path).open("rb") as file:
+        try:
+            return bool(json.loads(file.readline()).get("swept"))
+        except (ValueError, AttributeError):
+            return False

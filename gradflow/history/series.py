@@ -138,6 +138,11 @@ class History:
         return tuple(source for block in self._read.blocks for source in block.sources)
 
     @property
+    def swept(self) -> bool:
+        """Whether its rows are of saved checkpoints, not of a training."""
+        return any(self.sources)
+
+    @property
     def runs(self) -> dict[str, History]:
         """The runs of a sweep, by name, each as a history of its own; a training is one run.
 

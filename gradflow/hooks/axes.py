@@ -33,6 +33,8 @@ def batch_axes(shape: torch.Size, inputs: Iterable[torch.Size]) -> list[Axis]:
     ([1], [0])
     >>> batch_axes(size([2, 2, 6]), [size([2, 3])]), batch_axes(size([2, 6]), [size([3])])
     ([0, 1], [None])
+    >>> batch_axes(size([2, 5, 6]), [size([2, 5, 3]), size([5, 4])])  # nodes, which have embeddings
+    [1, 0]
     """
     known = [given for given in inputs if len(given)]
     known = [given for given in known if given.numel() > 1 or len(given) > 1] or known
@@ -42,15 +44,15 @@ def batch_axes(shape: torch.Size, inputs: Iterable[torch.Size]) -> list[Axis]:
         alone = all(len(given) == 1 for given in known) and shape[0] not in {g[0] for g in known}
         return [None] if alone and shape[0] > 1 else [0]
     usual = usual_axis(shape)
+    found: dict[Axis, None] = {}
     for given in sorted(known, key=lambda given: len(given) >= len(shape)):
         if len(given) >= 3 and given[0] == 1 and given[1] == shape[1] > 1:
-            return [1]  # one step, time first
-        found: list[Axis] = [axis for axis in range(len(shape) - 1) if shape[axis] == given[0]]
-        if usual in found and shape[0] == 1:
+            return [*(found or [1])]  # one step, time first
+        shared: list[Axis] = [axis for axis in range(len(shape) - 1) if shape[axis] == given[0]]
+        if not found and usual in shared and shape[0] == 1:
             return [usual]
-        if found:
-            return found
-    return [usual]
+        found.update(dict.fromkeys(shared))
+    return [*(found or [usual])]
 
 
 def is_stretched(one: torch.Size, shape: torch.Size) -> bool:

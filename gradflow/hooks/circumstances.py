@@ -29,7 +29,9 @@ def per_rank(model: nn.Module, gathered: int) -> list[str]:
             f"gradients are those of the mean of the losses of all {gathered} ranks, and sequences those "
             "of all of them, in the order of their ranks"
         ]
-    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    wrapped = any(
+        isinstance(m, nn.parallel.DistributedDataParallel) for m in nn.Module.modules(model)
+    )
     if size == 1 and not wrapped:
         return []
     return [
@@ -40,7 +42,7 @@ def per_rank(model: nn.Module, gathered: int) -> list[str]:
 
 def without_dropout(model: nn.Module) -> list[str]:
     """What to know where dropout, which training has, was off."""
-    rates = [getattr(m, name, 0) for m in model.modules() for name in ("p", "dropout")]
+    rates = [getattr(m, name, 0) for m in nn.Module.modules(model) for name in ("p", "dropout")]
     # the same names mean other things in other modules: only a share is a rate
     if model.training or not any(isinstance(rate, float) and 0 < rate < 1 for rate in rates):
         return []

@@ -95,7 +95,7 @@ def stamp_of(module: nn.Module) -> tuple[object, ...]:
     """A few entries of every parameter, what an optimizer's step changes; () where none can be read."""
     found: list[object] = []
     try:
-        for name, parameter in module.named_parameters():
+        for name, parameter in nn.Module.named_parameters(module):
             flat = local_part(parameter.detach()).reshape(-1)
             some = flat[:: max(1, flat.numel() // SAMPLED)][: 2 * SAMPLED]
             held = copied(

@@ -341,11 +341,6 @@ def called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     return run(node, grads)
 
 
-SHARED_OUT = (
-    "torch.distributed.tensor"  # the package of functions that computation on DTensors consists of
-)
-
-
 def check(node: Any) -> None:
     """See that a node can be called by itself.
 
@@ -359,7 +354,7 @@ def check(node: Any) -> None:
         raise NotReadable("what a checkpoint recomputes")
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         own: Any = node
-        if own._forward_cls.__module__.startswith(SHARED_OUT):
+        if own._forward_cls.__module__.startswith("torch.distributed.tensor"):
             raise NotReadable(
                 "a step whose weights are shared out among processes (tensor parallelism)"
             )

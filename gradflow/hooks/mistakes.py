@@ -79,7 +79,7 @@ def gradient_marks(model: nn.Module) -> list[tuple[int, int] | None]:
     """What changes when any backward adds to a parameter's ``.grad``."""
     return [
         None if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
-        for parameter in model.parameters()
+        for parameter in nn.Module.parameters(model)
     ]
 
 
@@ -93,7 +93,9 @@ class Ran:
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[str, None] = {}
         delicate = (nn.MultiheadAttention, torch.jit.ScriptModule)
-        off = something_is_compiled() or any(isinstance(m, delicate) for m in model.modules())
+        off = something_is_compiled() or any(
+            isinstance(m, delicate) for m in nn.Module.modules(model)
+        )
         self._children = {} if off else dict(model.named_children())
 
     def open(self) -> None:
@@ -180,7 +182,7 @@ def why_no_track(
             f"no recurrent layer ran: {names} was not called inside the block{hidden}{did}; run the "
             f"{'uncompiled ' if graph else ''}model's forward pass inside `with gradflow.record(model):`"
         )
-    foreign = foreign_code([*model.modules()])
+    foreign = foreign_code([*nn.Module.modules(model)])
     if foreign:
         return f"no recurrent layer ran: {foreign}"
     compiled = (
@@ -189,7 +191,7 @@ def why_no_track(
         if something_is_compiled()
         else ""
     )
-    kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+    kinds = sorted({type(m).__name__ for m in nn.Module.modules(model) if not list(m.children())})
     return (
         f"no recurrent layer ran: {type(model).__name__} consists of {', '.join(kinds)}, none of them "
         f"{', '.join(layer_names())} or one of their cells{did}{compiled}; give the model that holds the "

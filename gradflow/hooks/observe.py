@@ -171,7 +171,10 @@ class OpenRecording:
         names = [] if self.recorder.ran is None else list(self.recorder.ran.names)
         sentences: list[str] = []
         remark = recorder.withheld.remark
+        before = recording.empty_reason
         guarded(Point.CLOSING, remark, lambda: _describe(recorder, names, self._ran_backward()))
+        if recorder.withheld.sentences and recording.empty_reason == before:  # it could not be told
+            recording.empty_reason = recorder.withheld.sentences[0]
         guarded(Point.CLOSING, remark, lambda: sentences.extend(mistakes.found(recording)))
         guarded(Point.CLOSING, remark, lambda: sentences.extend(_misleading(recorder)))
         said = recorder.withheld.sentences

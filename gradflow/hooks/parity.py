@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,10 @@ class WeightUses:
         self._tied = {known for known, count in names.items() if count > 1}
         self._tied_keys: set[int] = set()
         self._own, self._own_keys = set(names), set[int]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: what was caught, not what caught it."""
+        return vars(self) | {"_hooks": set(), "_keys": {}}
 
     def key(self, weight: Tensor, scale: Callable[[], float]) -> int:
         """A number for this weight tensor; from now on its gradients are added up."""

@@ -202,7 +202,7 @@ class Recorder:
 
     def modules(self) -> Iterable[nn.Module]:
         """All modules of the model."""
-        return self.model.modules()
+        return nn.Module.modules(self.model)
 
     def path_of(self, module: nn.Module) -> str | None:
         """Where a module is in the model; None where it is none of it."""

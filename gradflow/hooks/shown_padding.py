@@ -42,7 +42,9 @@ class ShownPadding:
     """What one model shows of the padding of its batches."""
 
     def __init__(self, model: nn.Module) -> None:
-        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        embeddings = [
+            m for m in nn.Module.modules(model) if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+        ]
         self.tokens = {m.padding_idx for m in embeddings if m.padding_idx is not None}
         self._calls = 0
         # number of a node -> the tracks that it is made of

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradflow.integrations.writers import writer_for
+from gradflow.integrations.writers import trackio_run, writer_for
 from gradflow.watching import Watch, watch
 
 try:
@@ -93,7 +93,7 @@ def _targets(args: Any) -> list[Any]:
 _READY: dict[str, Callable[[Any], bool]] = {
     "wandb": lambda wandb: wandb.run is not None,
     "mlflow": lambda mlflow: mlflow.active_run() is not None,
-    "trackio": lambda trackio: True,
+    "trackio": lambda trackio: trackio_run(trackio) is not None,
 }
 
 

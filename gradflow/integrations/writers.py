@@ -198,10 +198,10 @@ def key_of(tag: str) -> str:
 
 
 class ToTrackio:
-    """Into a trackio run.
+    """Into a trackio run, at the training step; the run's own count of steps stays as it is.
 
     Args:
-        run: what ``trackio.init`` gave, or the module, whose present run is meant.
+        run: what ``trackio.init`` gave.
     """
 
     def __init__(self, run: Any) -> None:
@@ -214,7 +214,10 @@ class ToTrackio:
             import trackio
 
             rows |= {tag: trackio.Image(pixels(draw())) for tag, draw in figures.items()}
+        counted = getattr(self.run, "_next_step", None)  # what the training logs goes on from there
         self.run.log(rows, step=step)
+        if counted is not None:
+            self.run._next_step = counted
 
 
 def _tensorboard(x: Any, run: Any) -> Target:
@@ -246,7 +249,15 @@ def _mlflow(x: Any, run: Any) -> Target:
 
 
 def _trackio(x: Any, run: Any) -> Target:
-    return ToTrackio(x)
+    found = trackio_run(x) if isinstance(x, types.ModuleType) else x
+    if found is None:
+        raise InputError(must_be("to", "a trackio run", "none", "call trackio.init() first"))
+    return ToTrackio(found)
+
+
+def trackio_run(trackio: Any) -> Any:
+    """The present run of the module trackio; None where there is none."""
+    return trackio.context_vars.current_run.get()
 
 
 _WRITERS: dict[str, Callable[[Any, Any], Target]] = {

@@ -41,6 +41,7 @@ def with_predictions(
         for layer in analysis.values()
         if layer.verdict in ("vanishing", "exploding")
         and layer.name in recording.tracks
+        and not layer.part_of  # of a closed loop: alone it is not what ran
         and recording[layer.name].batch == layer.sequences  # not several runs pooled
         and not read[layer.name].amiss
         and _can_be_set(recording[layer.name], _first_trial(layer)[0])
@@ -114,7 +115,7 @@ def _predicted(
     outcome = after.verdict if after.verdict != before.verdict else f"still {after.verdict}"
     parts = [f"{number(before.decades)} → {number(after.gain.decades)} decades over the span"]
     if before.horizon != after.horizon:
-        parts.append(f"gone after {_gone(before)} → {_gone(after)} steps")
+        parts.append(f"gone in every direction after {_gone(before)} → {_gone(after)} steps")
     if before.channels != after.channels and after.channels is not None:
         parts.append(f"{before.channels} → {after.channels} of {before.size} channels")
     words = _words(before.cell, remedy, value)

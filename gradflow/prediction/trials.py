@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradflow.analysis import LayerAnalysis, Rate
+from gradflow.analysis import Gain, LayerAnalysis, Rate
 from gradflow.analyzer import analyze
 from gradflow.analyzer.brief import Brief
 from gradflow.analyzer.evidence import number
@@ -62,8 +62,8 @@ def what_if(
             share of the old state that is kept, so δ > 0 keeps more of it.
         scale_hh: what every recurrent weight matrix W_hh is multiplied by (Pascanu et al. 2013).
         truncate: K, how many steps each loss step's gradient may cover: gains at lags of K and more
-            are lost. The rate is not changed. Truncation in chunks (a detach every K steps) keeps
-            at most as much.
+            are lost, so gain and verdict afterwards are those over K − 1 steps. The rate is not
+            changed. Truncation in chunks (a detach every K steps) keeps at most as much.
         clip: θ, the norm to which the gradient of all recorded recurrent layers' weights together is
             shortened if it is longer, g ← g · min(1, θ/‖g‖₂) (Pascanu et al. 2013). Weights of other
             modules are not seen; in training their gradients count too. Clipping shortens a step
@@ -212,9 +212,20 @@ def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Ro
         )
         if keep > known.searched:  # no gain lies that far back
             after = known
+        elif keep <= known.gain.steps:
+            after = _within(recording, name, after, keep - 1, QUICK * len(before))
         growing = max(0.0, known.gain.pace) if known.gain.steps else 0.0
         cut = growing * max(0, known.gain.steps - keep) / math.log(10)
         yield (row | _after(known, after) | {"helps": cut, "truncation_error": error, "note": note})
+
+
+def _within(recording: Recording, name: str, after: Brief, steps: int, share: int) -> Brief:
+    """The numbers with gain and verdict over so many steps: beyond them nothing is left."""
+    if not steps:
+        nothing = Gain(-math.inf, -math.inf, -math.inf, 1)
+        return replace(after, gain=nothing, verdict="dead")
+    kept = measured(recording, name, steps, share)
+    return after if isinstance(kept, str) else replace(after, gain=kept.gain, verdict=kept.verdict)
 
 
 def _truncation_error(layer: LayerAnalysis, keep: int) -> tuple[float, str]:

@@ -4,13 +4,14 @@ from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.figures import plot
 from gradflow.reporter.files import FORMATS, report
 from gradflow.reporter.folders import check_folder, free_folder, whole_folder
-from gradflow.reporter.histories.course import Course, course
-from gradflow.reporter.histories.figures import plot_histories
+from gradflow.reporter.histories.course import Course, course, courses
+from gradflow.reporter.histories.figures import draw_courses, plot_histories
 from gradflow.reporter.histories.files import HISTORY_FORMATS, history_summary, report_history
+from gradflow.reporter.histories.groups import GroupRow, groups_of, row_of, rows_of
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.live import Followed, follow
 from gradflow.reporter.histories.story import far_words, reach, sentence, updates
-from gradflow.reporter.histories.text import render_histories, render_history
+from gradflow.reporter.histories.text import render_groups, render_histories, render_history
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import gone_words, number_words
 from gradflow.reporter.picture import png
@@ -23,12 +24,16 @@ __all__ = [
     "KINDS",
     "Course",
     "Followed",
+    "GroupRow",
     "check_folder",
     "course",
+    "courses",
+    "draw_courses",
     "far_words",
     "follow",
     "free_folder",
     "gone_words",
+    "groups_of",
     "history_summary",
     "number_words",
     "plot",
@@ -37,11 +42,14 @@ __all__ = [
     "reach",
     "render",
     "render_comparison",
+    "render_groups",
     "render_histories",
     "render_history",
     "render_sentences",
     "report",
     "report_history",
+    "row_of",
+    "rows_of",
     "sentence",
     "summary",
     "top_findings",

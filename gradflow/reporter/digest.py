@@ -7,7 +7,17 @@ from dataclasses import asdict
 from typing import Any
 
 from gradflow._version import __version__
-from gradflow.analysis import SCHEMA, Analysis, Finding, Gain, LayerAnalysis, Prediction, Rate
+from gradflow.analysis import (
+    SCHEMA,
+    WINDOW_OF,
+    Analysis,
+    Finding,
+    Gain,
+    LayerAnalysis,
+    Prediction,
+    Rate,
+)
+from gradflow.limits import LAG_TOLERANCE
 
 SHOWN = 3  # findings a reader sees first
 PREDICTED = ("vanishing", "exploding")  # findings below which predictions are said
@@ -75,8 +85,12 @@ def _layer(layer: LayerAnalysis) -> dict[str, Any]:
         "gain": _gain(layer.gain),
         "rate": _rate(layer.rate),
         "decades_over_span": layer.decades_over_span,
+        "window": {"value": layer.window, "of": WINDOW_OF, "tolerance": LAG_TOLERANCE},
+        "loss_reach": {"value": layer.loss_reach, "never": layer.loss_reach == math.inf},
         **_reach(layer),
         "lyapunov": None if layer.lyapunov is None else layer.lyapunov.tolist(),
+        "kaplan_yorke": layer.kaplan_yorke,
+        "entropy_rate": layer.entropy_rate,
         "parity": asdict(layer.parity),
         "gradient_note": layer.gradient_note,
         "method": layer.method,

@@ -17,7 +17,7 @@ MARKS = ("run.nc", "summary.json", "report.html", "layers.csv", "changes.csv")
 # what one may hold: a folder with anything else in it is never replaced
 OURS = {"report.html", "summary.json", "run.nc", "figures", *(f"{kind}.csv" for kind in FRAMES)}
 OURS |= {"comparison.png", "comparison.csv", "changes.csv"}
-OURS |= {f"{kind}.csv" for kind in ("gates", "notes")}  # of a history
+OURS |= {f"{kind}.csv" for kind in ("gates", "notes", "groups")}  # of a history
 
 
 def free_folder(base: str | Path) -> Path:

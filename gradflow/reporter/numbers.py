@@ -95,6 +95,11 @@ def gone_words(layer: LayerAnalysis | Prediction) -> str:
     return steps_words(layer.horizon)
 
 
+def window_words(layer: LayerAnalysis) -> str:
+    """Steps back that keep the gradient of the recurrent weights within 5 %."""
+    return "unknown" if layer.window is None else str(layer.window)
+
+
 def number_words(value: float) -> str:
     """A number with two digits, as a power of ten where it is far from 1.
 

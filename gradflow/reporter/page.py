@@ -42,6 +42,7 @@ from gradflow.reporter.numbers import (
     number_words,
     percent_words,
     rate_words,
+    window_words,
 )
 from gradflow.reporter.picture import Drawn
 from gradflow.reporter.readout import as_json
@@ -98,6 +99,7 @@ class Row:
     gain: str
     rate: str
     half_life: str
+    window: str
     gone: str
     channels: str
 
@@ -266,6 +268,7 @@ def _row(layer: LayerAnalysis, analysis: Analysis) -> Row:
         gain=gain_words(layer),
         rate=rate_words(layer.rate),
         half_life=half_life_words(layer),
+        window=window_words(layer),
         gone=gone_words(layer),
         channels=channel_words(layer),
     )
@@ -310,11 +313,15 @@ def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:
     of_span = f"{reach} of {layer.span} steps"
     if short:
         whole = layer.horizon is None and layer.searched >= layer.span - 1
-        least = "≥ " if layer.horizon is None else ""
-        return f"reaches all {layer.span} steps" if whole else f"reaches {least}{of_span}"
+        if whole:
+            return f"some direction reaches all {layer.span} steps"
+        most = (
+            "some direction reaches ≥" if layer.horizon is None else "no direction reaches beyond"
+        )
+        return f"{most} {of_span}"
     if layer.horizon is None:
-        return f"above {GONE_WORDS} at every distance measured, up to {of_span}"
-    return f"below {GONE_WORDS} after {of_span}"
+        return f"some direction above {GONE_WORDS} at every distance measured, up to {of_span}"
+    return f"every direction below {GONE_WORDS} after {of_span}"
 
 
 def embed(

@@ -50,7 +50,7 @@ class LagLine:
     fit: np.ndarray  # (K,)
     slope: np.ndarray  # (K,) local slope, nats per step
     dot: tuple[float, float] | None  # where it is gone, or has grown a thousandfold
-    words: str  # "gone after 7 steps"
+    words: str  # "no direction left after 7 steps"
     zero_from: int | None  # first lag at which half of the gains are exactly zero
     note: str  # words that stand in place of the curve, or ""
 
@@ -227,7 +227,7 @@ def _reading(
     grown = np.flatnonzero(median >= GREW_DECADES)
     if layer.horizon is not None:
         exactly = zero_from == layer.horizon
-        words = f"{'exactly 0' if exactly else 'gone'} after {_steps(layer.horizon)}"
+        words = f"{'exactly 0' if exactly else 'no direction left'} after {_steps(layer.horizon)}"
         return (_crossing(lag, median, layer.horizon, GONE_DECADES), GONE_DECADES), words
     if len(grown):
         at = int(lag[grown[0]])

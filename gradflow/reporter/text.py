@@ -22,6 +22,7 @@ from gradflow.reporter.numbers import (
     gone_words,
     half_life_words,
     rate_words,
+    window_words,
 )
 from gradflow.reporter.page import provenance_rows
 
@@ -56,7 +57,8 @@ COLUMNS = (
     Column("gain over\nthe span", gain_words, from_width=88),
     Column("rate ± 95 %\nper step", lambda layer: rate_words(layer.rate), may_fold=True),
     Column("half-\nlife", half_life_words, from_width=70),
-    Column("gone\nafter", gone_words),
+    Column("window\nfor 5 %", window_words, from_width=80),
+    Column("horizon\nsteps", gone_words),
     Column("channels", channel_words, from_width=50),
 )
 

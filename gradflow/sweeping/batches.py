@@ -17,10 +17,16 @@ from gradflow.analyzer.agreement import DEPENDS
 from gradflow.analyzer.rates import judge, rate_over_sequences
 from gradflow.history import LayerProbe
 
-MOST = ("steps", "nonfinite")  # of all batches
-SUMMED = ("sequences", "sequences_rated", "cuts")
-LEAST = ("searched", "nonfinite_at", "rate_settled", "channels", "gain_steps")
-MIDDLE = ("half_life", "span")  # infinite ones among them
+# how a number of all batches is made; of those not named it is the mean
+POOLED: dict[str, str] = {
+    **dict.fromkeys(("steps", "nonfinite"), "largest"),
+    **dict.fromkeys(("sequences", "sequences_rated", "cuts"), "sum"),
+    **dict.fromkeys(
+        ("searched", "nonfinite_at", "rate_settled", "channels", "gain_steps"), "smallest"
+    ),
+    **dict.fromkeys(("half_life", "span"), "middle"),  # infinite ones among them
+    **dict.fromkeys(("level", "level_h"), "rms"),
+}
 
 
 def pooled_batches(
@@ -87,15 +93,16 @@ def _one(name: str, values: np.ndarray) -> float:
     known = np.sort(values[~np.isnan(values)])
     if not len(known):
         return math.nan
-    if name in MOST:
+    way = POOLED.get(name, "mean")
+    if way == "largest":
         return float(known[-1])
-    if name in LEAST:
+    if way == "smallest":
         return float(known[0])
-    if name in SUMMED:
+    if way == "sum":
         return float(known.sum())
-    if name in MIDDLE:
+    if way == "middle":
         return float(known[(len(known) - 1) // 2]) if len(known) == len(values) else math.nan
-    if name in ("level", "level_h"):
+    if way == "rms":
         return float(_rms([np.array([one]) for one in known])[0])
     return float(np.mean(known))
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from gradflow.errors import InputError, must_be
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.observe import patterns_of
+from gradflow.hooks.unreadable import foreign_code
 
 PRESETS = ("pulse", "rate", "full")
 
@@ -50,6 +52,9 @@ def checked(
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise InputError(must_be("model", "a torch.nn.Module", kind, "pass the model itself"))
+    if isinstance(model, torch.jit.ScriptModule):
+        expected = "a module whose layers run in Python"
+        raise InputError(must_be("model", expected, type(model).__name__, foreign_code([model])))
     if not isinstance(folder, str | Path):
         kind = type(folder).__name__
         raise InputError(must_be("folder", "a path", kind, "give one such as 'runs/a'"))

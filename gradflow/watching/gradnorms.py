@@ -31,7 +31,7 @@ class GradNorms:
             str, int
         ] = {}  # names of those shared out -> processes with the same part
         names, norms = [], []
-        for name, parameter in model.named_parameters():
+        for name, parameter in nn.Module.named_parameters(model):
             if parameter.grad is not None:
                 names.append(clean(name))
                 norms.append(_norm(local_part(parameter.grad)))
@@ -79,6 +79,17 @@ class GradNorms:
             layer: "rnn.l0_reverse" has the parameters "rnn.weight_hh_l0_reverse", …; a cell those
                 of its module.
         """
+        return self._total(self._names_of(layer))
+
+    def knows(self, layer: str) -> bool:
+        """Whether some parameters are those of this layer.
+
+        Args:
+            layer: its track's name.
+        """
+        return bool(self._names_of(layer))
+
+    def _names_of(self, layer: str) -> list[str]:
         path, _, last = layer.partition("@")[0].rpartition(".")
         own = [
             name
@@ -89,7 +100,7 @@ class GradNorms:
         inside = [name for name in self._norms if name.startswith(f"{whole}.")]
         if layer == "cell":
             inside = [name for name in self._norms if "." not in name]
-        return self._total(own or inside)
+        return own or inside
 
     def _total(self, names: Iterable[str]) -> float:
         some = list(names)

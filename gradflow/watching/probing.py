@@ -294,7 +294,7 @@ def _gone(found: Paced) -> str:
         return (
             f" and is still above {GONE_WORDS} after the {counted(found.searched, 'step')} measured"
         )
-    return f" and is gone after {counted(found.horizon, 'step')}"
+    return f" and is gone in every direction after {counted(found.horizon, 'step')}"
 
 
 def _open(found: Paced) -> str:

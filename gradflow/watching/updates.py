@@ -118,7 +118,9 @@ class ModelOptimizer:
         if first is not None or optimizer in self._others:
             return False
         model = self._model()
-        mine = set() if model is None else {id(parameter) for parameter in model.parameters()}
+        mine = (
+            set() if model is None else {id(parameter) for parameter in nn.Module.parameters(model)}
+        )
         if any(id(one) in mine for group in optimizer.param_groups for one in group["params"]):
             self._first = weakref.ref(optimizer)
             return True
@@ -130,7 +132,7 @@ class GradientMarks:
     """What a backward left in some parameters, by which it is seen whether an update followed."""
 
     def __init__(self, model: nn.Module) -> None:
-        held = ((one, one.grad) for one in model.parameters())
+        held = ((one, one.grad) for one in nn.Module.parameters(model))
         # of a shard perhaps none
         found = [one for one, grad in held if grad is not None and local_part(grad).numel()]
         self._marked: list[tuple[Tensor, int]] = [(one, one._version) for one in found[-1:]]

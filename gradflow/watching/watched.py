@@ -506,6 +506,8 @@ class Watch:
             for level in ("level", "level_h"):
                 if level in layer.values:
                     layer.values[level] -= decades
+            if before is not None and not before.knows(name):
+                self._new_warnings([_without_norms(name)])
             if before is not None and after is not None:
                 layer.values["grad_norm"] = before.of_layer(name)
                 layer.values["grad_norm_clipped"] = after.of_layer(name)
@@ -749,6 +751,13 @@ def _of_whole(parts: list[GradNorms | None]) -> GradNorms | None:
     return GradNorms.together(known) if len(known) == world()[1] else known[0]
 
 
+def _without_norms(layer: str) -> str:
+    return (
+        f"norms of the parameter gradients of {layer} are not given: which weights its steps use is not "
+        "known; those of all parameters hold them"
+    )
+
+
 def _words_on_processes(model: nn.Module, size: int, processes: AllProcesses) -> list[str]:
     """What to know of the numbers of several processes that train one model."""
     if size == 1:
@@ -763,7 +772,7 @@ def _words_on_processes(model: nn.Module, size: int, processes: AllProcesses) ->
         "sequences, norms of parameter gradients of what the ranks make of them together; "
         "gather=True measures all"
     ]
-    if any(map(is_shared_out, model.parameters())):
+    if any(map(is_shared_out, nn.Module.parameters(model))):
         found.append(
             "norms of parameter gradients are not known: each process holds a part of every parameter "
             "(fully_shard), and only rank 0 is measured; gather=True puts the parts together"

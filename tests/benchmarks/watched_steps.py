@@ -93,7 +93,8 @@ def against_plain(shape: WatchedShape, preset: str, every: int, count: int, pair
     folder = Path(tempfile.mkdtemp())
     try:
         watched = Training(shape).watched(folder / "run", preset, every)
-        ratio = in_pairs(watched.steps(count), Training(shape).steps(count), pairs=pairs)
+        plain, warm_up = Training(shape), pairs > 1
+        ratio = in_pairs(watched.steps(count), plain.steps(count), pairs=pairs, warm_up=warm_up)
         watched.watch.close()
     finally:
         shutil.rmtree(folder)
@@ -104,7 +105,7 @@ def measure(*, quick: bool = False) -> Iterator[Row]:
     """Probes of every shape, the grid of one, and the steps in between."""
     for shape in [TINY] if quick else SHAPES:
         for preset in PRESETS:
-            pairs = 2 if quick or preset == "full" else 7
+            pairs = 1 if preset == "full" else 2 if quick else 7  # a whole analysis takes long
             ratio = against_plain(shape, preset, 1, 1, pairs)
             probe = replace(ratio, median=ratio.median - 1, low=ratio.low - 1, high=ratio.high - 1)
             goal = {"most": 3.0} if (shape, preset) == (STATED, "rate") else {}
@@ -117,7 +118,8 @@ def measure(*, quick: bool = False) -> Iterator[Row]:
     shape = TINY if quick else BASE
     for preset in PRESETS:
         for every in (1, 2) if quick else INTERVALS:
-            ratio = against_plain(shape, preset, every, every, 2 if quick or every > 16 else 5)
+            pairs = 1 if preset == "full" else 2 if quick or every > 16 else 5
+            ratio = against_plain(shape, preset, every, every, pairs)
             what = f"training probed every {every} steps, preset {preset}, against the same without"
             yield ratio_row("watching", what, ratio, asdict(shape) | {"interval": every})
 

@@ -46,7 +46,9 @@ def batches(count: int = 6, size: int = 4) -> tuple[Tensor, Tensor]:
     )
 
 
-def by_hand(steps: int, accumulate: int, clip: float) -> dict[str, list[float]]:
+def by_hand(
+    steps: int, accumulate: int, clip: float, half: torch.dtype | None
+) -> dict[str, list[float]]:
     """The same training in a plain loop: loss and norm of the gradient of each update, before clipping."""
     torch.manual_seed(1)
     model = Net()
@@ -58,7 +60,8 @@ def by_hand(steps: int, accumulate: int, clip: float) -> dict[str, list[float]]:
         optimizer.zero_grad()
         total = 0.0
         for _ in range(accumulate):
-            loss = nn.functional.mse_loss(model(x[place]), y[place]) / accumulate
+            with torch.autocast("cpu", dtype=half, enabled=half is not None):
+                loss = nn.functional.mse_loss(model(x[place]), y[place]) / accumulate
             loss.backward()
             total += loss.item()
             place += 1
@@ -71,14 +74,20 @@ def by_hand(steps: int, accumulate: int, clip: float) -> dict[str, list[float]]:
     return found
 
 
-def hold(history: gradflow.History, steps: int, accumulate: int, clip: float) -> None:
-    """What was measured is what the plain loop gives."""
-    known = by_hand(steps, accumulate, clip)
-    data = history.data
+def hold(
+    history: gradflow.History,
+    steps: int,
+    accumulate: int,
+    clip: float,
+    half: torch.dtype | None = None,
+) -> None:
+    """What was measured is what the plain loop gives; in half precision nearly."""
+    known = by_hand(steps, accumulate, clip, half)
+    data, more = history.data, 1.0 if half is None else 100.0
     assert history.steps.tolist() == list(range(1, steps + 1))
-    np.testing.assert_allclose(data["loss"], known["loss"], rtol=1e-5)
-    np.testing.assert_allclose(data["grad_norm_all"], known["grad_norm_all"], rtol=1e-4)
-    np.testing.assert_allclose(data["grad_norm_all_clipped"], known["after"], rtol=1e-4)
+    np.testing.assert_allclose(data["loss"], known["loss"], rtol=1e-5 * more)
+    np.testing.assert_allclose(data["grad_norm_all"], known["grad_norm_all"], rtol=1e-4 * more)
+    np.testing.assert_allclose(data["grad_norm_all_clipped"], known["after"], rtol=1e-4 * more)
     acted = [
         a < (1 - 1e-3) * b for a, b in zip(known["after"], known["grad_norm_all"], strict=True)
     ]
@@ -166,6 +175,50 @@ def test_lightning(name: str, calls_itself: bool, accumulate: int, tmp_path: Pat
     assert history.layers == ("net.rnn.l0",)
     assert history.ended
     hold(history, 6 // accumulate, accumulate, 0.2)
+
+
+@pytest.mark.parametrize("name", LIGHTNING)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "scaled"])
+def test_lightning_in_mixed_precision(
+    name: str, accumulate: int, half: torch.dtype, tmp_path: Path
+) -> None:
+    pytest.importorskip(name)
+    from gradflow.integrations.lightning import GradientFlowMonitor
+
+    monitor = GradientFlowMonitor(tmp_path / "run", budget=None)
+    asked: dict[str, Any] = {"precision": "bf16-mixed"}
+    if half is torch.float16:  # on a CPU Lightning has no scaler of its own
+        plugins = importlib.import_module(f"{name}.plugins")
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        asked = {"plugins": [plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+    trainer(
+        name,
+        tmp_path,
+        callbacks=[monitor],
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.2,
+        **asked,
+    ).fit(module(name, calls_itself=True), loader())
+    history = gradflow.load(tmp_path / "run")
+    assert isinstance(history, gradflow.History)
+    hold(history, 6 // accumulate, accumulate, 0.2, half)
+    assert (history.data["scale"] == (1024.0 if half is torch.float16 else 1.0)).all()
+    plain = monitor_levels(name, accumulate, tmp_path)
+    np.testing.assert_allclose(history["net.rnn.l0"]["level"], plain, atol=0.05)  # of decades
+
+
+def monitor_levels(name: str, accumulate: int, folder: Path) -> Any:
+    """log10 of ∂L/∂h at the loss step of the same training in single precision."""
+    from gradflow.integrations.lightning import GradientFlowMonitor
+
+    asked: dict[str, Any] = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.2}
+    monitor = GradientFlowMonitor(folder / "plain", budget=None)
+    trainer(name, folder, callbacks=[monitor], **asked).fit(
+        module(name, calls_itself=True), loader()
+    )
+    assert monitor.watch is not None
+    return monitor.watch.history["net.rnn.l0"]["level"]
 
 
 def test_lightning_with_manual_optimization(tmp_path: Path) -> None:

@@ -169,3 +169,24 @@ def test_what_is_no_writer_is_refused() -> None:
     expected = r"to must be a callable \(step, scalars, figures\), a TensorBoard SummaryWriter"
     with pytest.raises(gradflow.GradflowError, match=expected):
         writer_for(3)
+
+
+def test_trackio_on_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is imported
+    trackio = pytest.importorskip("trackio")
+    storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+    with pytest.raises(gradflow.GradflowError, match=r"call trackio\.init\(\) first"):
+        writer_for(trackio)
+    run = trackio.init(project="gradflow", name="a", embed=False, auto_log_cpu=False)
+    trackio.log({"loss": 1.0})
+    assert writer_for(trackio).run is run  # type: ignore[attr-defined]
+    write(writer_for(run))
+    trackio.log({"loss": 2.0})
+    trackio.finish()
+    logs = storage.get_logs("gradflow", "a")
+    for tag, value in SHOWN.items():
+        found = [(one["step"], one[tag]) for one in logs if tag in one]
+        assert found == [(n, value + n) for n in STEPS]
+    assert [one["step"] for one in logs if "loss" in one] == [0, 1]  # the training's own count
+    (image,) = [one["gradflow/waterfall"] for one in logs if "gradflow/waterfall" in one]
+    assert image["_type"] == "trackio.image"

@@ -9,7 +9,12 @@ import numpy as np
 
 from gradflow.analysis import Finding
 from gradflow.analyzer.causes.remedies import CLIP_CODE
-from gradflow.analyzer.cuts import cut_steps
+from gradflow.analyzer.cuts import (
+    cut_steps,
+    in_some_sequences,
+    typical_length,
+    typical_segment,
+)
 from gradflow.analyzer.evidence import Evidence, counted, module, number
 from gradflow.analyzer.finite import (
     Bad,
@@ -150,25 +155,39 @@ def cut(e: Evidence) -> Iterator[Finding]:
     shown = ", ".join(str(t + 1) for t in steps[:5]) + (", …" if len(steps) > 5 else "")
     noun = "step" if len(steps) == 1 else "steps"
     longest = int(e.data["segment_length"].max())
-    short = longest < e.span
+    whole = max(e.span, typical_length(e.track))
+    episodes = in_some_sequences(e.track)
+    short = longest < whole and not episodes
     yield Finding(
         name="cut",
         layer=e.track.name,
         message=f"the state is cut off from its past at {noun} {shown}: no gradient crosses there; "
-        f"{_segments(e)}, your span is {e.span}",
+        f"{_segments(e)}, of sequences of {whole}; {_how(e, episodes)}",
         where=f"{noun} {shown}",
         value=float(longest),
-        threshold=float(e.span),
-        basis="the longest stretch against the span",
+        threshold=float(whole),
+        basis="the longest stretch against span and sequence",
         severity=-math.inf if short else None,
-        advice="nothing where an episode or a document ends there; if the task reaches across, carry "
+        advice="nothing where an episode ends there: what is learned reaches back to its start at most, "
+        f"typically {counted(typical_segment(e.track) or 1, 'step')}, however long the rollout"
+        if episodes
+        else "nothing where an episode or a document ends there; if the task reaches across, carry "
         "the state without detach(), or use a longer window",
         source="Williams & Peng 1990",
-        code=f"windows = x.split({e.span}{', dim=1' if e.track.batch_first else ''})"
+        code=f"windows = x.split({whole}{', dim=1' if e.track.batch_first else ''})"
         "  # one backward per window"
         if short
         else "",
     )
+
+
+def _how(e: Evidence, episodes: bool) -> str:
+    """What kind of cut it is, as far as its place in the batch tells."""
+    if e.track.batch == 1:
+        return "it was detached, reset or masked with zeros there"
+    if episodes:
+        return "in some sequences at a time, as where done masks reset the state"
+    return "in all sequences at once, as where the state is detached or reset"
 
 
 def _segments(e: Evidence) -> str:

@@ -98,7 +98,7 @@ def may_be(module: nn.Module) -> bool:
     """
     if forwards.holder(module) is None:
         return False
-    has_weights = next(module.parameters(), None) is not None
+    has_weights = next(nn.Module.parameters(module), None) is not None
     return has_weights or (type(module) is not nn.Sequential and len(parameters_of(module)) > 1)
 
 

@@ -66,7 +66,7 @@ class OwnCells:
         self.owner = owner
         self.marks = Marks(owner)
         self.steps = OwnSteps(self.marks)
-        self.modules = [m for m in model.modules() if may_be(m)]
+        self.modules = [m for m in nn.Module.modules(model) if may_be(m)]
         self._cells = {id(m): Candidate(m, paths[id(m)], parameters_of(m)) for m in self.modules}
         self._under_way: list[UnderWay] = []
         self.seen = False  # also where no track was wanted

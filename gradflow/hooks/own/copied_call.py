@@ -161,8 +161,12 @@ def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -
     for axis in axes:
         if axis is None:
             continue
+        # an input of another length there (embeddings of nodes) has no row for each sequence
+        told = [one for one in inputs if len(one) == output.shape[axis]]
+        if not told:
+            continue
         grads = torch.autograd.grad(
-            output.select(axis, 0).sum(), inputs, retain_graph=True, allow_unused=True
+            output.select(axis, 0).sum(), told, retain_graph=True, allow_unused=True
         )
         rows = [(grad != 0).flatten(1).any(1) for grad in grads if grad is not None]
         if rows and all(bool(row[0]) and not bool(row[1:].any()) for row in rows):
@@ -202,7 +206,7 @@ def _run_copy(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> A
     copied = copy.deepcopy(module)
     if _shares(module, copied):
         raise TypeError("its copy shares parts with it")
-    for part in copied.modules():
+    for part in nn.Module.modules(copied):
         for hooks in HOOKS:
             vars(part)[hooks].clear()
     with (
@@ -218,9 +222,9 @@ def _run_copy(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> A
 
 def _shares(module: nn.Module, copied: nn.Module) -> bool:
     """Whether what a copy does can be seen in the module: in a part, a weight, a list or a dict."""
-    mine = {id(part) for part in module.modules()}
-    mine |= {id(value) for part in module.modules() for value in _kept_by(part)}
-    theirs = list(copied.modules())
+    mine = {id(part) for part in nn.Module.modules(module)}
+    mine |= {id(value) for part in nn.Module.modules(module) for value in _kept_by(part)}
+    theirs = list(nn.Module.modules(copied))
     return any(id(value) in mine for value in [*theirs, *(v for m in theirs for v in _kept_by(m))])
 
 

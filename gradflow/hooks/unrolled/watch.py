@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.graph import Edge, edge_of
 from gradflow.hooks.marks import MarkOwner, Marks, newest
+from gradflow.hooks.mistakes import something_is_compiled
 from gradflow.hooks.own.candidates import cell_name
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unreadable import foreign_code, has_no_numbers
@@ -193,14 +194,15 @@ class Watch:
             form = sources.FLAT if isinstance(error, NoRows) else sources.PLAIN
             self._note(found, [] if computed else names, path, loop, (str(error), form))
             return
-        name = path or "loop"
+        whose = self._cell_of(names, path) if something_is_compiled() else path
+        name = whose or "loop"
         if self.owner.wants_track(name):
             code = tuple(sorted(names))
             open_ones = self.pieces.get(code, ()) if steps.begins else ()
             before = next((p for p in open_ones if p.goes_on(steps.edges[0])), None)
             known = self._called(steps) or _names(loop, len(steps.edges[0]))
             known = known if before is None else list(before.end.place.parts)
-            cell = cell_name(self.modules[path])
+            cell = cell_name(self.modules[whose])
             numbers = {n._sequence_nr() for edges in steps.edges for n, _ in edges}
             self.taken |= numbers
             if before is not None:  # no cell, then: a whole piece ran at every call of it
@@ -307,9 +309,7 @@ class Watch:
 
     def place_of(self, names: list[str]) -> tuple[str, sources.SourceLoop | None]:
         """The path of the module whose code loops over these weights, and the loop, if it is found."""
-        holders = [name.split(".")[:-1] for name in names]
-        levels = zip(*holders, strict=False)
-        common = [n[0] for n in takewhile(lambda level: len(set(level)) == 1, levels)]
+        common = _common(names)
         paths = [".".join(common[:depth]) for depth in range(len(common), -1, -1)]
         users = [path for path in paths if self._is_users(path)]
         used = {path: {_below(name, path) for name in names} for path in users}
@@ -326,6 +326,16 @@ class Watch:
             common = common[:-1]
         return ".".join(common), None
 
+    def _cell_of(self, names: list[str], path: str) -> str:
+        """The outermost module of the user's inside the one that loops that holds all these weights.
+
+        Where no cells are looked for it is the cell; the module that loops if there is none.
+        """
+        common = _common(names)
+        below = range(path.count(".") + 2 if path else 1, len(common) + 1)
+        inner = (".".join(common[:depth]) for depth in below)
+        return next((one for one in inner if self._is_users(one)), path)
+
     def _holders(self, names: list[str]) -> set[str]:
         """The paths of the modules that hold these weights, and of all that hold those."""
         parts = [name.split(".")[:-1] for name in names]
@@ -335,6 +345,12 @@ class Watch:
     def _is_users(self, path: str) -> bool:
         module = self.modules.get(path)
         return module is not None and not type(module).__module__.startswith(sources.TORCH_CODE)
+
+
+def _common(names: list[str]) -> list[str]:
+    """The path, in parts, of the module that holds all these weights."""
+    levels = zip(*[name.split(".")[:-1] for name in names], strict=False)
+    return [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
 
 
 def _below(name: str, path: str) -> str:

@@ -65,15 +65,17 @@ def _message(layer: LayerAnalysis, gains: np.ndarray) -> str:
     reach = [int(lags[places[0]]) if len(places) else None for places in gone]
     shortest = min((one for one in reach if one is not None), default=None)
     if shortest is None:
-        return f"{words}; none is gone within {count_words(int(lags[-1]), 'step')}"
+        return (
+            f"{words}; none is gone in every direction within {count_words(int(lags[-1]), 'step')}"
+        )
     if any(one is None for one in reach):
         kept = sum(one is None for one in reach)
         return (
             f"{words}; {kept} of them not gone within {count_words(int(lags[-1]), 'step')}, the "
-            f"shortest gone after {count_words(shortest, 'step')}"
+            f"shortest gone in every direction after {count_words(shortest, 'step')}"
         )
     longest = max(one for one in reach if one is not None)
-    return f"{words}; gone after {shortest} to {count_words(longest, 'step')}"
+    return f"{words}; gone in every direction after {shortest} to {count_words(longest, 'step')}"
 
 
 def draw(axes: Sequence[Axes], chart: Heads) -> None:

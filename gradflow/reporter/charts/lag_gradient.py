@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.cells import kinds
-from gradflow.limits import LAG_TOLERANCE, SMALLEST_SHARE
+from gradflow.limits import LAG_TOLERANCE, SMALLEST_SHARE, TOLERANCE_WORDS
 from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient, own_cell
 from gradflow.reporter.charts.plot_lines import DASHED, Line, draw_log_lines, key, whole
 from gradflow.reporter.numbers import count_words, number_words, percent_words
@@ -120,12 +120,13 @@ def _message(name: str, parts: np.ndarray, window: float, layer: LayerAnalysis) 
     last = "the loss step itself" if steps == 1 else f"the last {steps} steps"
     if steps > 10 and 2 * steps > np.count_nonzero(parts > 0):
         last = f"{steps - 1} or more steps back"  # far steps carry it, which "the last" would hide
-    said = f"half of ∂L/∂{WEIGHT_NAMES.get(name, name)} comes from {last}"
+    gradient = f"∂L/∂{WEIGHT_NAMES.get(name, name)}"
+    said = f"half of {gradient} comes from {last}"
     if math.isnan(window):
         return said
     if window >= layer.steps:
-        return f"{said}; only the whole sequence keeps it within 5 %"
-    return f"{said}; a window of {int(window)} keeps it within 5 %"
+        return f"{said}; only the whole sequence keeps {gradient} within {TOLERANCE_WORDS}"
+    return f"{said}; a window of {count_words(int(window), 'step')} keeps {gradient} within {TOLERANCE_WORDS}"
 
 
 def _reading(layer: LayerAnalysis, name: str) -> str:

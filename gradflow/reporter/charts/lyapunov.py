@@ -103,6 +103,19 @@ def _reading(layer: LayerAnalysis, over: int, *, sure: bool, traced: bool) -> st
         words += (
             f" All exponents add up to {number_words(got)}; ln|det| says {number_words(exact)}."
         )
+    return words + _attractor(layer)
+
+
+def _attractor(layer: LayerAnalysis) -> str:
+    """What all exponents together say, where some direction grows."""
+    entropy, dimension = layer.entropy_rate, layer.kaplan_yorke
+    if not (layer.rate_told and entropy > 0):
+        return ""
+    words = (
+        f" Entropy rate: at most {number_words(entropy)} nats per step, the sum of those above 0."
+    )
+    if math.isfinite(dimension):
+        words += f" Kaplan–Yorke dimension: {number_words(dimension)} of {layer.size}."
     return words
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.limits import GONE_DECADES, GONE_WORDS
+from gradflow.limits import GONE_DECADES
 from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient
 from gradflow.reporter.charts.plot_lines import draw_contour
 from gradflow.reporter.charts.step_labels import label_steps
@@ -122,7 +122,10 @@ def _message(reach: np.ndarray, depths: Sequence[int], steps: int) -> str:
         every = "every" if still == len(deep) else f"{still} of {len(deep)}"
         late = "late loss step" if every == "every" else "late loss steps"
         return f"{every} {late} is still felt at the far end".replace("steps is", "steps are")
-    return f"a loss step is felt {count_words(int(middle), 'step')} back, then below {GONE_WORDS} (median)"
+    return (
+        f"one loss step's gradient is gone {count_words(int(middle), 'step')} before it (median of "
+        f"{len(deep)} loss steps of one sequence)"
+    )
 
 
 def draw(axes: Sequence[Axes], triangle: TriangleChart) -> None:

@@ -112,13 +112,15 @@ def course(history: History, layer: str, run: str = "", data: xr.Dataset | None 
 def courses(
     histories: Sequence[History], layer: str | None = None, names: Sequence[str] | None = None
 ) -> list[Course]:
-    """Every layer of every history, those of one history in the order in which they ran."""
+    """Every layer of every history and run of it, those of one run in the order in which they ran."""
     names = names or run_names([history.title for history in histories])
-    return [
-        course(history, one, name)
-        for history, name in zip(histories, names, strict=True)
-        for one in ([_named(history, layer)] if layer is not None else history.layers)
-    ]
+    found = []
+    for history, name in zip(histories, names, strict=True):
+        wanted = None if layer is None else _named(history, layer)
+        for run, one in history.runs.items():
+            words = "/".join(filter(None, [name, run]))
+            found += [course(one, known, words) for known in one.layers if wanted in (None, known)]
+    return found
 
 
 def run_names(titles: Sequence[str]) -> list[str]:

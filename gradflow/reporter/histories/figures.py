@@ -13,6 +13,7 @@ from gradflow.history import History
 from gradflow.reporter import panels
 from gradflow.reporter.histories.across import colour_words, shared_by
 from gradflow.reporter.histories.course import Course, courses
+from gradflow.reporter.histories.groups import RunGroup, groups_of
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.layout import PanelBlock, bare, draw_blocks, finish_axes, title
 from gradflow.reporter.picture import look
@@ -26,6 +27,7 @@ def plot_histories(
     layer: str | None = None,
     layers: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    by: str = "seed",
     ax: Axes | None = None,
     limits: Sequence[float] | None = None,
     captions: bool = True,
@@ -38,6 +40,7 @@ def plot_histories(
         layer: one layer by name; all by default.
         layers: or some by name.
         names: what each history is called; by default its model's name.
+        by: of "groups", what the runs of one group differ in, as their folders name it.
         ax: axes of your own for the main panel of one layer; it has its colour bar beside it.
         limits: powers of ten at which the colours end instead; the picture says so.
         captions: whether what is seen is explained below the panels.
@@ -62,17 +65,38 @@ def plot_histories(
     shown = courses(histories, layer, names)
     if layers is not None:
         shown = [one for one in shown if one.layer in layers]
+    return draw_courses(kind, shown, by=by, ax=ax, limits=limits, captions=captions)
+
+
+def draw_courses(
+    kind: str,
+    shown: Sequence[Course],
+    *,
+    by: str = "seed",
+    ax: Axes | None = None,
+    limits: Sequence[float] | None = None,
+    captions: bool = True,
+) -> Figure:
+    """Draw some layers of some runs on one scale; see `plot_histories`."""
     with narrowed(limits), look():
-        blocks = blocks_of(kind, shown)
+        blocks = blocks_of(kind, shown, by)
         blocks = blocks if captions else [bare(block) for block in blocks]
         if ax is not None:
             return _draw_into(ax, kind, blocks, shown)
         return draw_blocks(HISTORY_KINDS[kind], blocks)
 
 
-def blocks_of(kind: str, shown: Sequence[Course]) -> list[PanelBlock]:
+def blocks_of(kind: str, shown: Sequence[Course], by: str = "seed") -> list[PanelBlock]:
     """A block of panels for each layer, on axes in common; the first of each run has its loss."""
     shared = shared_by(shown)
+    if HISTORY_KINDS[kind].together:
+        layers: dict[str, list[RunGroup]] = {}
+        for group in groups_of(shown, by):
+            layers.setdefault(group.layer, []).append(group)
+        return [
+            PanelBlock(layer, HISTORY_KINDS[kind].prepare(some, shared), unwritten=False)
+            for layer, some in layers.items()
+        ]
     charts = [
         HISTORY_KINDS[kind].prepare(
             one, shared, first=place == 0 or shown[place - 1].run != one.run

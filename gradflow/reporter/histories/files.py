@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from gradflow._version import __version__
 from gradflow.errors import InputError, must_be
 from gradflow.history import History
 from gradflow.reporter.digest import strict
 from gradflow.reporter.folders import check_folder, whole_folder
 from gradflow.reporter.histories.course import Course, courses
-from gradflow.reporter.histories.figures import blocks_of, plot_histories
+from gradflow.reporter.histories.figures import blocks_of, draw_courses
+from gradflow.reporter.histories.groups import GroupRow, rows_of
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.now import Now, now
 from gradflow.reporter.histories.page import drawn_layers, history_page, top_layers
@@ -35,6 +38,7 @@ class ToWrite:
 
     history: History  # as it was given
     layers: list[Now]  # in the order in which they ran
+    groups: list[GroupRow]  # of a sweep, the one that reaches least first
     pictures: dict[FigureKey, Drawn]  # all of them
 
 
@@ -44,6 +48,7 @@ def report_history(
     *,
     formats: Iterable[str] = HISTORY_FORMATS,
     force: bool = False,
+    by: str = "seed",
 ) -> dict[str, Path]:
     """Write page, summary, tables and pictures of a training into a folder.
 
@@ -52,6 +57,7 @@ def report_history(
         folder: where the files go; it is made.
         formats: which of "html", "json", "csv" and "png", and "pdf" or "svg" where asked for.
         force: replace an earlier report.
+        by: of a sweep, what the runs of one group differ in.
 
     Returns:
         Name in the folder -> path of every file.
@@ -75,8 +81,8 @@ def report_history(
     with whole_folder(folder, force=force) as new:
         layers = [now(one) for one in courses([history])]
         wanted = {"html", "png", *VECTORS} & chosen
-        pictures = draw(history, layers, chosen) if wanted else {}
-        shown = ToWrite(history, layers, pictures)
+        pictures = draw(history, layers, chosen, by) if wanted else {}
+        shown = ToWrite(history, layers, rows_of(history, by) if history.swept else [], pictures)
         for name, write in _WRITERS.items():
             if name in chosen:
                 write(shown, new)
@@ -85,18 +91,20 @@ def report_history(
 
 
 def draw(
-    history: History, layers: list[Now], formats: Iterable[str] = ("html",)
+    history: History, layers: list[Now], formats: Iterable[str] = ("html",), by: str = "seed"
 ) -> dict[FigureKey, Drawn]:
     """Every picture: of the layers at the head of the page together, of others alone."""
-    top = [one.course.layer for one in top_layers(layers)]
+    top = [one.course for one in top_layers(layers)]
     found: dict[FigureKey, Drawn] = {}
-    for kind in HISTORY_KINDS:
+    if len(history.runs) > 1:
+        every = [one.course for one in layers]
+        found["groups", "top"] = drawn(draw_courses("groups", every, by=by), formats)
+    for kind in [name for name, one in HISTORY_KINDS.items() if not one.together]:
         for one in drawn_layers(layers):  # of a deep stack all would take minutes
             if _has(kind, one.course):
-                picture = plot_histories([history], kind, layer=one.course.layer)
-                found[kind, one.course.layer] = drawn(picture, formats)
+                found[kind, one.course.name] = drawn(draw_courses(kind, [one.course]), formats)
     if len(top) > 1:
-        found["waterfall", "top"] = drawn(plot_histories([history], layers=top), formats)
+        found["waterfall", "top"] = drawn(draw_courses("waterfall", top), formats)
     return found
 
 
@@ -105,7 +113,7 @@ def _has(kind: str, course: Course) -> bool:
     return not blocks_of(kind, [course])[0].chart.note
 
 
-def history_summary(history: History) -> dict[str, Any]:
+def history_summary(history: History, by: str = "seed") -> dict[str, Any]:
     """Everything a script wants to know of a training, ready for strict JSON.
 
     A half-life or horizon that is never reached is ``{"value": null, "never": true}``.
@@ -120,8 +128,9 @@ def history_summary(history: History) -> dict[str, Any]:
         "first_step": int(data["step"].values.min()) if len(history) else None,
         "last_step": int(data["step"].values.max()) if len(history) else None,
         "ended": history.ended,
-        "verdicts": {one.course.layer: one.verdict for one in map(now, courses([history]))},
+        "verdicts": {one.course.name: one.verdict for one in map(now, courses([history]))},
         "layers": [_layer(now(one)) for one in courses([history])],
+        "groups": [row.numbers for row in rows_of(history, by)] if history.swept else [],
         "notes": [vars(note) for note in history.notes],
         "header": history.header,
     }
@@ -136,6 +145,7 @@ def _layer(one: Now) -> dict[str, Any]:
     }
     return {
         "name": one.course.layer,
+        "run": one.course.run,
         "cell": one.course.cell,
         "verdict": one.verdict,
         "sentence": one.sentence,
@@ -152,12 +162,12 @@ def _layer(one: Now) -> dict[str, Any]:
 
 
 def _write_page(shown: ToWrite, folder: Path) -> None:
-    text = history_page(shown.history, shown.layers, shown.pictures)
+    text = history_page(shown.history, shown.layers, shown.pictures, shown.groups)
     (folder / "report.html").write_text(text, encoding="utf-8", newline="\n")
 
 
 def _write_summary(shown: ToWrite, folder: Path) -> None:
-    made = history_summary(shown.history)
+    made = history_summary(shown.history, shown.groups[0].group.by if shown.groups else "seed")
     text = json.dumps(made, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8", newline="\n")
 
@@ -166,12 +176,15 @@ def _write_tables(shown: ToWrite, folder: Path) -> None:
     for kind in TABLES:
         table = shown.history.frame(kind)
         table.to_csv(folder / f"{kind}.csv", index=False, lineterminator="\n")
+    if shown.groups:
+        table = pd.DataFrame([row.numbers for row in shown.groups])
+        table.to_csv(folder / "groups.csv", index=False, lineterminator="\n")
 
 
 def _write_figures(shown: ToWrite, folder: Path, *, kind: str = "png") -> None:
     from gradflow.reporter.files import file_names
 
-    names = file_names([one.course.layer for one in shown.layers])
+    names = file_names([one.course.name for one in shown.layers])
     stems = {
         f"{names[layer]}-{what}" if layer in names else what: picture
         for (what, layer), picture in shown.pictures.items()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gradflow.limits import GONE_WORDS
-from gradflow.reporter.histories import lines, waterfall
+from gradflow.reporter.histories import groups, lines, waterfall
 from gradflow.reporter.histories.across import unwritten
 from gradflow.reporter.kinds import Kind, Scale, ratios
 from gradflow.reporter.overview import special_colours
@@ -46,6 +47,11 @@ HISTORY_KINDS: dict[str, Kind] = {
     "rates": _curves("growth of ln gain per step, in nats", lines.prepare_rates),
     "horizons": _curves(
         f"how far back the gain and the gradient stay above {GONE_WORDS}", lines.prepare_horizons
+    ),
+    "groups": replace(
+        _curves("rate and steps reached of every run of a sweep, and of groups of them", groups.prepare),
+        together=True,
+        above=0.22,
     ),
     "gates": _curves("where the gates stand", lines.prepare_gates),
     "norms": _curves("size of the gradient of the parameters", lines.prepare_norms),

@@ -42,6 +42,8 @@ class Curve:
     dash: Dash = "-"  # of the line
     low: np.ndarray | None = None  # (N,) lower end of its band
     high: np.ndarray | None = None  # (N,) upper end
+    step: np.ndarray | None = None  # (N,) training steps of its own; None: those of the picture
+    faint: bool = False  # one of many, beside their mean
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Lines(Along):
     """Panels of curves below the strips."""
 
     panels: tuple[Panel, ...]  # from top to bottom
+    changes: bool = True  # whether changes of the verdict are marked
 
 
 def heights(chart: Lines) -> tuple[float, ...]:
@@ -80,7 +83,9 @@ def gap(chart: Lines, panel: int) -> float:
 
 def _keyed(chart: Lines, panel: int) -> bool:
     """Whether a panel has a key of its own: not where the one above it has the same."""
-    names = [[curve.name for curve in one.curves] for one in chart.panels[: panel + 1]]
+    names = [
+        [curve.name for curve in one.curves if curve.name] for one in chart.panels[: panel + 1]
+    ]
     return len(names[-1]) > 1 and names[-1] not in names[:-1]
 
 
@@ -276,25 +281,30 @@ def draw(axes: Sequence[Axes], chart: Lines) -> None:
 
 def _draw_panel(ax: Axes, chart: Lines, number: int, *, last: bool) -> None:
     panel = chart.panels[number]
-    step = chart.course.step
     for level, words in panel.levels:
         ax.axhline(level, color=FAINT, lw=0.8, ls=DASHED, zorder=1)
         if words:
             ax.annotate(words, (1, level), (-3, -2), xycoords=("axes fraction", "data"),
                         textcoords="offset points", ha="right", va="top", fontsize=7, color=SOFT)  # fmt: skip
-    lone = "." if len(step) < 3 else None
     for curve in panel.curves:
+        step = chart.course.step if curve.step is None else curve.step
+        lone = "." if len(step) < 3 else None
         if curve.low is not None and curve.high is not None:
             ax.fill_between(
                 step, curve.low, curve.high, color=curve.colour, alpha=0.2, lw=0, zorder=2
             )
-        ax.plot(step, curve.values, color=curve.colour, ls=curve.dash, lw=1.3, label=curve.name,
-                marker=lone, zorder=3)  # fmt: skip
+        ax.plot(step, curve.values, color=curve.colour, ls=curve.dash, marker=lone, zorder=3,
+                lw=0.6 if curve.faint else 1.3, alpha=0.5 if curve.faint else 1.0,
+                label=curve.name or None)  # fmt: skip
+    step = chart.course.step
     if panel.beyond is not None and panel.beyond.any():
         ax.plot(step[panel.beyond], np.full(int(panel.beyond.sum()), panel.limits[1]), "^",
                 color=VERDICT_COLOURS["stable"], ms=3.5, clip_on=False, zorder=6, ls="")  # fmt: skip
     ax.set_ylim(*panel.limits)
-    lines = [(curve.name if len(panel.curves) > 1 else "", curve.values) for curve in panel.curves]
+    told = [curve for curve in panel.curves if not curve.faint]
+    step = step if told[0].step is None else told[0].step
+    lines = [(curve.name if len(told) > 1 else "", curve.values) for curve in told
+             if len(curve.values) == len(step)]  # fmt: skip
     tell(ax, Curves(step, lines, log10=panel.powers or panel.steps,
                     names=tuple(map(updates, step))))  # fmt: skip
     ax.set_ylabel(panel.what, labelpad=2)
@@ -307,7 +317,8 @@ def _draw_panel(ax: Axes, chart: Lines, number: int, *, last: bool) -> None:
         ax.set_yticks(places, said)
     else:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=max(2, int(panel.high / 0.3))))
-    change_lines(ax, chart.course)
+    if chart.changes:
+        change_lines(ax, chart.course)
     step_axis(ax, chart.shared, label=last)
     if _keyed(chart, number):
-        key(ax, len(panel.curves))
+        key(ax, sum(bool(curve.name) for curve in panel.curves))

@@ -109,9 +109,9 @@ def line_of(one: Now) -> str:
     if one.rate != "none":
         said.append(f"rate {one.rate}")
     if one.horizon != "none":
-        said.append(f"gone after {one.horizon}")
+        said.append(f"horizon {one.horizon}")
     elif np.isfinite(one.course.gone[-1]):
-        said.append(f"gradient gone after {one.course.gone[-1]:.0f}")
+        said.append(f"this loss's gradient gone after {one.course.gone[-1]:.0f}")
     if one.course.bad.any():
         said.append("NaN or Inf")
     return " ".join(said) + ";"
@@ -200,7 +200,7 @@ def _words(one: Now, console: Console, width: int) -> Text:
         one.verdict or "no verdict",
         sparkline(one.course, console, 20 if width >= 70 else 8),
     )
-    gone = {"none": "", "never": "never gone"}.get(one.horizon, f"gone after {one.horizon}")
+    gone = {"none": "", "never": "never gone"}.get(one.horizon, f"horizon {one.horizon}")
     rate = "" if one.rate in ("none", "not settled") else f"rate {one.rate}"
     half = "" if one.half_life in ("none", "never") or not rate else f"halves in {one.half_life}"
     said = [part for part in (one.course.layer, verdict, rate, gone, half) if part]

@@ -81,5 +81,10 @@ def horizon_words(horizon: float, searched: float) -> str:
 
 
 def worst_first(layers: list[Now]) -> list[Now]:
-    """Dead and exploding ones first, stable ones last, else in the order in which they ran."""
-    return sorted(layers, key=lambda one: WORST.index(one.verdict))
+    """Dead and exploding ones first, stable ones last, else in the order in which they ran.
+
+    Of several runs the one that reaches least comes first.
+    """
+    return sorted(
+        layers, key=lambda one: (WORST.index(one.verdict), one.share * bool(one.course.run))
+    )

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from gradflow._version import __version__
 from gradflow.history import History, Note
 from gradflow.limits import GONE_WORDS, PAGE_BYTES
+from gradflow.reporter.histories.groups import GroupRow
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.now import Now, worst_first
 from gradflow.reporter.histories.story import updates
@@ -62,7 +63,10 @@ def drawn_layers(layers: Sequence[Now]) -> list[Now]:
 
 
 def history_page(
-    history: History, layers: Sequence[Now], pictures: Mapping[tuple[str, str], Drawn]
+    history: History,
+    layers: Sequence[Now],
+    pictures: Mapping[tuple[str, str], Drawn],
+    groups: Sequence[GroupRow] = (),
 ) -> str:
     """Build the page from a history, its layers and its pictures by (kind, layer name).
 
@@ -74,6 +78,7 @@ def history_page(
     changes = [note for note in notes if note.about == "verdict"]
     head = (alerts or changes)[-SAID:]
     ordered = worst_first(list(layers))
+    heads = [("groups", "top"), ("waterfall", "top"), ("waterfall", layers[0].course.name)]
     render = functools.partial(
         template("history.html").render,
         title=history.title or "model",
@@ -84,13 +89,14 @@ def history_page(
         others=ordered[3:],
         layers=list(layers),
         undrawn=max(0, len(layers) - DRAWN_LAYERS),
-        first=("waterfall", "top")
-        if ("waterfall", "top") in pictures
-        else ("waterfall", layers[0].course.layer),
-        head=[_note(note) for note in head],
-        notes=[_note(note) for note in notes[-NOTES:]],
+        groups=groups,
+        swept=history.swept,
+        first=next(key for key in heads if key in pictures or key == heads[-1]),
+        second=("waterfall", "top") if ("groups", "top") in pictures else None,
+        head=[_note(note, history.swept) for note in head],
+        notes=[_note(note, history.swept) for note in notes[-NOTES:]],
         unsaid=max(0, len(notes) - NOTES),
-        kinds=[(kind, TITLES[kind]) for kind in HISTORY_KINDS],
+        kinds=list(TITLES.items()),
         gone=GONE_WORDS,
         facts=_facts(history),
         version=__version__,
@@ -105,8 +111,8 @@ def _embed(
 ) -> tuple[dict[tuple[str, str], Embedded], list[str]]:
     """The pictures that fit beside so many bytes of words, and the names of those that do not."""
     room = PAGE_BYTES - words - 1_000 * len(pictures)
-    said = {one.course.layer: one.sentence for one in layers}
-    order = [one.course.layer for one in worst_first(list(layers))]
+    said = {one.course.name: one.sentence for one in layers}
+    order = [one.course.name for one in worst_first(list(layers))]
     shown: dict[tuple[str, str], Embedded] = {}
     left_out = []
 
@@ -115,7 +121,7 @@ def _embed(
         return (-1, 0) if layer == "top" else (order.index(layer), list(HISTORY_KINDS).index(kind))
 
     if ("waterfall", "top") in pictures:  # those in it are not shown once more
-        inside = {("waterfall", one.course.layer) for one in top_layers(layers)}
+        inside = {("waterfall", one.course.name) for one in top_layers(layers)}
         pictures = {key: picture for key, picture in pictures.items() if key not in inside}
     for key in sorted(pictures, key=importance):
         picture, web = pictures[key].png, pictures[key].web
@@ -126,7 +132,7 @@ def _embed(
             continue
         room -= size
         wide, high = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
-        layer = said.get(key[1], " ".join(said[one.course.layer] for one in top_layers(layers)))
+        layer = said.get(key[1], " ".join(said[one.course.name] for one in top_layers(layers)))
         shown[key] = Embedded(
             source="data:image/webp;base64," + base64.b64encode(web).decode("ascii"),
             alt=f"{key[0]}: {layer}",
@@ -137,15 +143,20 @@ def _embed(
     return shown, left_out
 
 
-def _note(note: Note) -> tuple[str, str, str]:
+def _note(note: Note, swept: bool) -> tuple[str, str, str]:
     """When, of what, and the sentence."""
-    when = f"update {updates(note.step)}" if note.step else "at the start"
+    start = note.about if swept else "at the start"
+    when = f"update {updates(note.step)}" if note.step else start
     return when, note.about, note.text
 
 
 def extent_words(history: History) -> str:
     """How many probes there are, and of which updates."""
     steps = history.steps
+    if history.swept:
+        found = count_words(len(steps), "checkpoint")
+        runs = f" of {count_words(len(history.runs), 'run')}" if len(history.runs) > 1 else ""
+        return f"{found}{runs}, updates {updates(steps.min())} to {updates(steps.max())}"
     if len(steps) == 1:
         return f"1 probe, at update {updates(steps[0])}"
     return f"{len(steps):,} probes, updates {updates(steps.min())} to {updates(steps.max())}"
@@ -154,7 +165,15 @@ def extent_words(history: History) -> str:
 def _warnings(history: History) -> list[str]:
     """What to know before the rest."""
     found = []
-    if not history.ended:
+    if history.swept:
+        lost = sum(bool(source.failed) for source in history.sources if source is not None)
+        if lost:
+            found.append(
+                f"{count_words(lost, 'checkpoint')} could not be measured: see what was said."
+            )
+        if not history.ended:
+            found.append("This sweep is not whole: the page shows what there is so far.")
+    elif not history.ended:
         found.append(
             "This training is not over, or its process was ended: the page shows what there is so far."
         )
@@ -170,7 +189,7 @@ def _facts(history: History) -> list[tuple[str, str]]:
     data = history.data
     probe, plain = data["probe_seconds"].values, data["step_seconds"].values
     gaps = np.diff(history.steps)
-    if len(gaps):
+    if len(gaps) and not history.swept:
         rows.append(("steps between probes", f"{gaps.min()} to {gaps.max()}"))
     if np.isfinite(probe).any() and np.isfinite(plain).any():
         ratio = float(np.nanmedian(probe)) / max(1e-12, float(np.nanmedian(plain)))

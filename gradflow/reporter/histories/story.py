@@ -103,7 +103,7 @@ def reach(course: Course) -> Reach | None:
     known = np.flatnonzero(~np.isnan(whole))
     if not len(known):
         return None
-    steps = np.fmin(whole, _all(course))
+    steps = np.fmin(whole, farthest(course))
     steps = steps if len(known) < 2 * LASTING else smooth(steps, LASTING)
     first, last = int(known[0]), int(known[-1])
     low, high = steps[first], np.nanmax(steps)
@@ -114,7 +114,7 @@ def reach(course: Course) -> Reach | None:
     return Reach(first, best, last, learned, lost, steps)
 
 
-def _all(course: Course) -> np.ndarray:
+def farthest(course: Course) -> np.ndarray:
     """(N,) as many steps as there are to reach at each probe."""
     known = ~np.isnan(course.profile)
     lags = np.where(known, course.lag[None, :], 0)
@@ -149,7 +149,7 @@ def _top(way: Reach) -> int:
 
 def far_words(course: Course, place: int, steps: float) -> str:
     """So many steps of what there is to reach at one probe, in words."""
-    everything = _all(course)[place]
+    everything = farthest(course)[place]
     if steps >= everything > 0:
         return f"all {count_words(int(everything), 'step')}"
     beyond = math.isnan(course.numbers["horizon"][place]) and course.has_gains

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from gradflow.history import History
 from gradflow.reporter.histories.course import course, courses
+from gradflow.reporter.histories.groups import GroupRow, rows_of
 from gradflow.reporter.histories.now import Now, now, worst_first
 from gradflow.reporter.histories.page import extent_words
 from gradflow.reporter.text import STYLES, console_of, empty_table, encoded, print_words
@@ -34,12 +35,17 @@ NOW_COLUMNS = (
     NowColumn("verdict", lambda one: one.verdict or "none", words=True),
     NowColumn("rate ± 95 %\nper step", lambda one: one.rate),
     NowColumn("half-\nlife", lambda one: one.half_life, from_width=70),
-    NowColumn("gone\nafter", lambda one: one.horizon),
+    NowColumn("horizon\nsteps", lambda one: one.horizon),
 )
 
 
 def render_history(
-    history: History, console: Console | None = None, *, verbose: bool = False, quiet: bool = False
+    history: History,
+    console: Console | None = None,
+    *,
+    verbose: bool = False,
+    quiet: bool = False,
+    by: str = "seed",
 ) -> None:
     """Print the last probe of every layer and what happened to it; ``verbose`` with all that was said.
 
@@ -55,14 +61,16 @@ def render_history(
     head = f"gradflow: {history.title}, {extent_words(history)}"
     print_words(console, Text(head, style="bold"))
     print_words(console, Text(""))
-    console.print(now_table(layers, console))
+    several = len(history.runs) > 1
+    console.print(
+        group_table(rows_of(history, by), console) if several else now_table(layers, console)
+    )
     print_words(console, Text(""))
     for one in ordered if verbose else ordered[:SENTENCES]:
         print_words(console, Text(one.sentence), hang=2)
     if len(ordered) > SENTENCES and not verbose:
-        print_words(
-            console, Text(f"{len(ordered) - SENTENCES} more in the table above.", style="dim")
-        )
+        where = "with -v, and on the page" if several else "in the table above"
+        print_words(console, Text(f"{len(ordered) - SENTENCES} more {where}.", style="dim"))
     shown = history.notes if verbose else [n for n in history.notes if n.about == "nonfinite"][-3:]
     if shown:
         print_words(console, Text(""))
@@ -84,6 +92,36 @@ def render_histories(
     print_words(console, Text(""))
     for sentence in sentences:
         print_words(console, Text(sentence), hang=2)
+
+
+def render_groups(
+    rows: Sequence[GroupRow], sentences: Sequence[str], console: Console | None = None
+) -> None:
+    """Print the groups of sweeps in one table, and what differs between them."""
+    console = console or console_of()
+    console.print(group_table(rows, console))
+    print_words(console, Text(""))
+    for sentence in sentences:
+        print_words(console, Text(sentence), hang=2)
+
+
+def group_table(rows: Sequence[GroupRow], console: Console) -> Table:
+    """A row per group of runs, the one that reaches least first."""
+    table = empty_table(console)
+    for heading in ("group", "layer", "verdict", "rate ± 95 %\nper step", "steps reached\n[95 %]"):
+        table.add_column(encoded(Text(heading), console), overflow="fold")
+    for row in rows:
+        cells = [
+            row.group.said,
+            row.group.layer,
+            row.verdict_words,
+            row.rate_words,
+            row.reach_words,
+        ]
+        texts = [Text(cell) for cell in cells]
+        texts[2].style = STYLES.get(row.verdict, "")
+        table.add_row(*(encoded(text, console) for text in texts))
+    return table
 
 
 def now_table(layers: list[Now], console: Console) -> Table:

@@ -238,14 +238,15 @@
   function picture(figure) {
     const told = JSON.parse(figure.querySelector("script").textContent);
     const image = figure.querySelector("picture"), source = figure.querySelector("source");
+    const name = figure.querySelector("img").alt.split(":")[0];  // "gain-map of rnn.l0"
     const plate = make("div", "plate"), narrow = matchMedia(source ? source.media : "not all");
     image.replaceWith(plate);
     plate.append(image);
-    const hots = told.panels.map(panel => {
+    const hots = told.panels.map((panel, n) => {
       const hot = make("div", "hot");
       hot.tabIndex = 0;
       hot.setAttribute("role", "application");
-      hot.setAttribute("aria-label", "numbers of the picture: read them with the arrow keys");
+      hot.setAttribute("aria-label", `${name}, panel ${n + 1}: read its numbers with the arrow keys`);
       answer(hot, panel.cells === undefined ? curves(panel) : grid(panel));
       return hot;
     });
