@@ -458,8 +458,14 @@ def sweep(
         usual = Path("reports") / "sweep"
         folder = folder or (usual if again else reporter.free_folder(usual))
         request = sweep_request(paths, folder, **options)
-        with Progress(lines=True) as progress:
-            history = run_sweep(request, progress)
+        try:
+            with Progress(lines=True) as progress:
+                history = run_sweep(request, progress)
+        except KeyboardInterrupt:
+            click.echo(
+                f"interrupted; what was measured is in {folder}: go on with --resume", err=True
+            )
+            raise SystemExit(INTERRUPTED) from None
         place, whole = folder, request.shard == (1, 1)
     _show_sweep(history, place, by, as_json=as_json, quiet=quiet, verbose=verbose, whole=whole)
     _end_sweep(history, fail_on, conditions)
