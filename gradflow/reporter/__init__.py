@@ -1,5 +1,10 @@
 """Pictures, page, terminal table and files: everything that shows an `Analysis` or a `History`."""
 
+from gradflow.reporter.comparing import (
+    comparison_html,
+    comparison_page,
+    comparison_summary,
+)
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.figures import plot
 from gradflow.reporter.files import FORMATS, report
@@ -16,6 +21,7 @@ from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import gone_words, number_words
 from gradflow.reporter.picture import png
 from gradflow.reporter.text import render, render_comparison, render_sentences
+from gradflow.reporter.trend import draw_trend
 
 __all__ = [
     "FORMATS",
@@ -26,9 +32,13 @@ __all__ = [
     "Followed",
     "GroupRow",
     "check_folder",
+    "comparison_html",
+    "comparison_page",
+    "comparison_summary",
     "course",
     "courses",
     "draw_courses",
+    "draw_trend",
     "far_words",
     "follow",
     "free_folder",
