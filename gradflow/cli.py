@@ -468,8 +468,14 @@ def sweep(
         usual = Path("reports") / "sweep"
         folder = folder or (usual if again else reporter.free_folder(usual))
         request = sweep_request(paths, folder, **options)
-        with Progress(lines=True) as progress:
-            history = run_sweep(request, progress)
+        try:
+            with Progress(lines=True) as progress:
+                history = run_sweep(request, progress)
+        except KeyboardInterrupt:
+            click.echo(
+                f"interrupted; what was measured is in {folder}: go on with --resume", err=True
+            )
+            raise SystemExit(INTERRUPTED) from None
         place, whole = folder, request.shard == (1, 1)
     _show_sweep(history, place, by, as_json=as_json, quiet=quiet, verbose=verbose, whole=whole)
     _end_sweep(history, fail_on, conditions)
@@ -585,7 +591,8 @@ def _end_sweep(history: History, fail_on: str | None, conditions: Sequence[Any])
     for text in held:
         click.echo(f"--fail-on: {text}", err=True)
     for row in failed[:SHOWN_FAILURES]:
-        click.echo(f"failed: {row.checkpoint}: {row.failed}", err=True)
+        named = row.failed.startswith(row.checkpoint)
+        click.echo(f"failed: {'' if named else f'{row.checkpoint}: '}{row.failed}", err=True)
     if failed:
         click.echo(f"{len(failed)} of {len(history)} checkpoints failed", err=True)
     if fail_on is not None and (failed or held):

@@ -230,6 +230,25 @@ def fitting_threads(size: int) -> Iterator[None]:
         _set_threads_here(before)
 
 
+@contextmanager
+def so_many_threads(number: int) -> Iterator[None]:
+    """This thread has so many for its sums, as the one has that it works for.
+
+    Args:
+        number: of threads.
+    """
+    with _thread_lock:
+        before = torch.get_num_threads()
+    if number == before:
+        yield
+        return
+    _set_threads_here(number)
+    try:
+        yield
+    finally:
+        _set_threads_here(before)
+
+
 def _set_threads_here(number: int) -> None:
     """How many threads this thread may use; what new ones get stays what it was."""
     read, set_here = threading.Event(), threading.Event()

@@ -150,3 +150,76 @@ def test_a_finding_is_there_where_it_is_true_and_its_code_mends_it(way: str, rea
         if "weight_hh" in name or "around.weight" in name or name == "1.weight"
     ]
     assert any(bool((weight.grad != 0).any()) for weight in recurrent)
+
+
+# ------------------------------------------------------- lines that change the call, not what is read
+
+
+def run_line(layer: LayerAnalysis, name: str, **names: Any) -> dict[str, Any]:
+    """What a user has after the first line of the code of the only finding of this name."""
+    (found,) = of_reading(layer)
+    assert found.name == name
+    exec(found.code.split("\n")[0], names)  # noqa: S102  (as a user would)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [(-1, "reads-one-sequence"), (slice(-2, None), "reads-few-sequences")],
+    ids=["one", "few"],
+)
+def test_the_line_that_lets_batch_and_time_change_places_mends_it(read: Any, name: str) -> None:
+    torch.manual_seed(0)
+    gru, x = nn.GRU(INPUTS, HIDDEN), torch.randn(BATCH, STEPS, INPUTS)  # batch first
+    layer, _ = analyzed(gru, lambda: gru(x)[0][:, read])
+    run_line(layer, name, model=gru)
+    gru.zero_grad()
+    layer, _ = analyzed(gru, lambda: gru(x)[0][:, read])
+    assert gru.batch_first
+    assert not of_reading(layer)
+    assert bool((gru.weight_hh_l0.grad != 0).any())
+
+
+@pytest.mark.parametrize("kind", ["fused", "cell"])
+def test_the_line_for_a_layer_that_nobody_reads_gives_it_a_gradient(kind: str) -> None:
+    torch.manual_seed(0)
+    layers = {"fused": nn.GRU(INPUTS, HIDDEN), "cell": nn.GRUCell(INPUTS, HIDDEN)}
+    model = nn.ModuleDict({"rnn": layers[kind], "head": nn.Linear(HIDDEN, 1)})
+    x = torch.randn(STEPS, BATCH, INPUTS)
+
+    def given(line: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        if kind == "fused":
+            return model["head"](line(x, x)[-1])
+        return model["head"](looped(line, x)[-1])
+
+    def detached(x_t: Tensor, h: Tensor) -> Tensor:
+        return (model["rnn"](x_t)[0] if kind == "fused" else model["rnn"](x_t, h)).detach()
+
+    layer, _ = analyzed(model, lambda: given(detached))
+
+    def mended(x_t: Tensor, h: Tensor) -> Tensor:
+        found = run_line(layer, "unread", model=model, x=x_t, x_t=x_t, h=h)
+        return found["output" if kind == "fused" else "h"]
+
+    model.zero_grad()
+    after, _ = analyzed(model, lambda: given(mended))
+    assert not of_reading(after)
+    weights = dict(model["rnn"].named_parameters())
+    recurrent = weights["weight_hh_l0" if kind == "fused" else "weight_hh"]
+    assert bool((recurrent.grad != 0).any())
+
+
+def test_the_line_for_runs_that_the_loss_leaves_out_lets_it_read_all() -> None:
+    torch.manual_seed(0)
+    gru, x = nn.GRU(INPUTS, HIDDEN), torch.randn(BATCH, STEPS, 1, INPUTS)
+
+    def losses() -> list[Tensor]:
+        return [gru(one)[0][-1].pow(2).sum() for one in x]
+
+    layer, _ = analyzed(gru, lambda: losses()[0])
+    gru.zero_grad()
+    after, _ = analyzed(
+        gru, lambda: run_line(layer, "reads-few-sequences", losses=losses())["loss"]
+    )
+    assert not of_reading(after)
+    assert bool((gru.weight_hh_l0.grad != 0).any())

@@ -91,3 +91,12 @@ def test_a_report_is_written_and_read_back(tmp_path: Path) -> None:
     assert "gets no verdict, since its gains are not known" in page
     again = gradflow.load(tmp_path / "out")
     assert again["cell"].labels == run["cell"].labels
+
+
+def test_the_page_of_a_layer_without_gains_folds_no_empty_picture(tmp_path: Path) -> None:
+    paths = gradflow.report(gradflow.analyze(attended()), tmp_path / "run")
+    page = paths["report.html"].read_text(encoding="utf-8")
+    summaries = [fold.split("</summary>")[0] for fold in page.split("<summary>")[1:]]
+    assert not any("lag curve" in summary for summary in summaries)
+    assert any("gradient at every unit" in summary for summary in summaries)
+    assert paths["figures/cell-lag-curve.png"].exists()

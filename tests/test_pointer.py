@@ -198,9 +198,9 @@ def test_a_curve_is_read_where_it_is(visit: Visit, one_layer: gradflow.Analysis)
     limit = one_layer["l0"].horizon * 4
     words = visit.at(panel, 3 / min(39, max(limit, 10)), 0.5)
     data = one_layer["l0"].data
-    assert words.startswith("distance t′ − t in steps: 3 — median ")
+    assert words.startswith("distance t′ − t in steps: 3 — gain, median: ")
     for name, variable in (("median", "median"), ("10 % quantile", "low")):
-        found = re.search(f"{name} ([^;]*)", words)
+        found = re.search(f"{name}: ([^;]*)", words)
         assert found
         exact = float(data[f"lag_{variable}"].values[3]) / math.log(10)
         assert abs(told(found[1]) - exact) < 0.004  # three digits
@@ -219,6 +219,23 @@ def test_the_keyboard_reads_as_well(visit: Visit, one_layer: gradflow.Analysis) 
     assert "step 39 " in words and agrees(words, map_of(one_layer["l0"])[38, 28])
     visit.tab.keyboard.press("Escape")
     assert not tip.is_visible()
+
+
+@pytest.mark.parametrize("page_of", ["run.html", "training/report.html"])
+def test_every_panel_of_every_picture_speaks(visit: Visit, files: Path, page_of: str) -> None:
+    visit.tab.goto((files / page_of).as_uri())
+    visit.tab.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
+    visit.tab.keyboard.press("Tab")
+    panels = visit.tab.locator(".hot").all()
+    assert len(panels) >= 10
+    for panel in panels:
+        panel.focus()
+        for key in ("ArrowLeft", "ArrowRight", "Shift+ArrowRight", "ArrowDown"):
+            visit.tab.keyboard.press(key)
+            words = visit.tab.locator(".tip").inner_text()
+            assert len(words) > 5 and not re.search(r"undefined|NaN(?! or Inf)|[{}]|null", words), (
+                words
+            )
 
 
 def test_tab_goes_from_panel_to_panel(visit: Visit) -> None:

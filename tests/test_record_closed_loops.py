@@ -440,3 +440,30 @@ def test_every_run_of_a_closed_loop_has_its_own_joint_track() -> None:
     layers = gradflow.analyze(recording)
     assert [layer.sequences for layer in layers.values()] == [loops.B] * 6
     assert layers["upper@2"].rate == layers["loop@2"].rate
+
+
+class LstmOfOnes(nn.Module):
+    """A cell of one's own; what follows it changes its h before the next call, and not its c."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 16), nn.Linear(4, 16)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        i, f, g, o = (self.a(x) + self.b(state[0])).chunk(4, 1)
+        c = state[1] * f.sigmoid() + i.sigmoid() * g.tanh()
+        return c.tanh() * o.sigmoid(), c
+
+
+def test_what_is_not_known_at_the_first_step_of_a_joint_loop_is_said() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"cell": LstmOfOnes(), "after": nn.Linear(4, 4)})
+    with gradflow.record(model) as recording:
+        h = c = torch.zeros(2, 4)
+        for x in torch.randn(7, 2, 3):
+            h, c = model["cell"](x, (h, c))
+            h = torch.tanh(model["after"](h))
+        h.sum().backward()
+    (note,) = recording["loop"].notes
+    assert "at its first step they are not known" in note
+    assert not bool(recording["loop"].grads["carried"][0].any())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from gradflow import cli
 from gradflow.errors import FileError, GradflowError, InputError
 from gradflow.history import HISTORY_FILE, History, LayerProbe
 from gradflow.loading import step_in_name
+from gradflow.progress import Progress
+from gradflow.sweeping import run_sweep, sweep_request
 
 
 @pytest.fixture(scope="module")
@@ -358,11 +362,39 @@ def test_options_that_cannot_be_meant(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    import re
-
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) == 2
     assert re.search(words, capsys.readouterr().err)
+
+
+def test_ctrl_c_says_what_is_kept(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradflow.sweeping.run_sweep", interrupted)
+    assert run(str(runs / "runs/seed=0"), "-o", str(tmp_path / "a")) == 130
+    said = f"interrupted; what was measured is in {tmp_path / 'a'}: go on with --resume\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_line_every_minute_in_a_pipe(
+    runs: Path,
+    serial: Executor,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gradflow.progress.PROGRESS_LINES", 0.0)
+    request = sweep_request(
+        [str(runs / "runs/seed=0")], None, input=str(runs / "batch.pt"), spec=made.SPEC
+    )
+    with Progress(lines=True) as progress:
+        run_sweep(replace(request, executor=serial), progress)
+    lines = capsys.readouterr().err.splitlines()
+    told = re.compile(r"0:00:\d\d (\d) of 8 checkpoints(, \S+ a minute, about \d+ (s|min) left)?")
+    assert [int(found[1]) for line in lines if (found := told.fullmatch(line))][-1] == 8
+    assert any("a minute, about" in line for line in lines)
 
 
 # ---------------------------------------------------------------------------------------- engines

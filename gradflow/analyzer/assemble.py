@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ from gradflow.analyzer.reading import Reading, readings
 from gradflow.analyzer.sentences import sentence, title
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
+from gradflow.analyzer.spread import away, result_of, started
 from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.unmeasured import without_gains
 from gradflow.errors import InputError, RecordingError, must_be
@@ -55,6 +58,7 @@ def analyze(
     seed: int = 0,
     progress: Progress | None = None,
     pool: bool = True,
+    executor: Executor | None = None,
 ) -> Analysis:
     """Measure how far back every layer's gradient flows, and say why it stops.
 
@@ -76,6 +80,8 @@ def analyze(
         pool: whether runs of one layer from starts of their own (one sentence at a time, episode
             after episode) are one layer of as many sequences; False keeps them apart, as the
             recording has them.
+        executor: any `concurrent.futures.Executor`, for layers side by side; numbers are the same bit
+            for bit. Other processes get copies of the states; where a layer cannot be sent, threads do.
 
     Returns:
         An `Analysis`, layer name -> `LayerAnalysis`: gain in nats over the span, rate in nats per
@@ -106,7 +112,7 @@ def analyze(
     recording.require_tracks()
     recording, said = pooled(recording) if pool else (recording, [])
     settings = checked(recording, span, sequences, maps, method, stride, seed, progress)
-    layers, refused = _layers(recording, settings)
+    layers, refused = _layers(recording, settings, executor)
     return Analysis(
         title=recording.model_name,
         layers=layers,
@@ -116,12 +122,17 @@ def analyze(
     )
 
 
-def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAnalysis], list[str]]:
+def _layers(
+    recording: Recording, settings: Settings, executor: Executor | None
+) -> tuple[dict[str, LayerAnalysis], list[str]]:
     """All layers whose states can be read, and a sentence on each whose states cannot."""
     layers: dict[str, LayerAnalysis] = {}
     refused: dict[str, RecordingError] = {}
     unread: list[str] = []
     read = readings(recording)
+    told = settings.progress
+    settings = settings if executor is None else away(settings)
+    coming: list[tuple[str, Future[LayerAnalysis], tuple[Any, ...]]] = []
     for track in recording.values():
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
@@ -131,12 +142,18 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
                 else:
                     part = read_part(loop)
                 shown = part.shown if shown is loop else shown
-                made = _layer(shown, part.judged, read[track.name], settings)
-                layers[track.name] = with_alone(track, made, settings)
             if part.unread and part.words not in unread:
                 unread.append(part.words)
+            parts = track, shown, part.judged, read[track.name], settings
+            coming.append((track.name, started(executor, _whole_layer, *parts), parts))
         except RecordingError as error:  # its replay is not to be had
             refused[track.name] = error
+    for name, future, parts in coming:
+        try:
+            layers[name] = result_of(future, name, parts)
+            told(name, 1.0)
+        except RecordingError as error:
+            refused[name] = error
     if not layers:
         raise next(iter(refused.values()))
     said = [
@@ -148,6 +165,14 @@ def _layers(recording: Recording, settings: Settings) -> tuple[dict[str, LayerAn
 
 
 # ------------------------------------------------------------------------------------- one layer
+
+
+def _whole_layer(
+    track: Track, shown: Track, loop: Track, read: Reading, settings: Settings
+) -> LayerAnalysis:
+    """One layer with what it does alone, where it is part of a closed loop."""
+    with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
+        return with_alone(track, _layer(shown, loop, read, settings), settings)
 
 
 def _layer(track: Track, loop: Track, read: Reading, settings: Settings) -> LayerAnalysis:

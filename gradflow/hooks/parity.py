@@ -113,6 +113,7 @@ class WeightUses:
                 if isinstance(hook, Hook) and hook in self._hooks:
                     del hooks[place]
         self._keys.clear()
+        self._hooks.clear()  # a recording is sent to other processes without them
 
     def caught(self, users: Sequence[WeightUser]) -> dict[int, Tensor]:
         """Key -> gradient of every weight these layers used, each weight once."""

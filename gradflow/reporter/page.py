@@ -331,7 +331,8 @@ def embed(
     room = PAGE_BYTES - words - 1_000 * len(figures)  # what is said of each picture
     shown: dict[FigureKey, Shown] = {}
     left_out: list[FigureKey] = []
-    for key in sorted(figures, key=functools.partial(_importance, analysis)):
+    told_of = [key for key in figures if not _is_empty_fold(analysis, key)]
+    for key in sorted(told_of, key=functools.partial(_importance, analysis)):
         png, web = figures[key].png, figures[key].web
         narrow = figures.get(("overview", "narrow")) if key == ("overview", "top") else None
         told = Markup("") if key == ("overview", "narrow") else as_json(figures[key], narrow)
@@ -347,6 +348,14 @@ def embed(
         alt = alternative(analysis, key)
         shown[key] = Shown(source, alt, title, _message(analysis, key), wide, high, told)
     return shown, _names(left_out)
+
+
+def _is_empty_fold(analysis: Analysis, key: FigureKey) -> bool:
+    """Whether a reader would unfold a picture of gains only to read that there are none."""
+    kind, layer = KINDS[key[0]], analysis.layers.get(key[1])
+    if kind is None or layer is None or "no gains" not in layer.labels:
+        return False
+    return kind.folded and kind.of_gains
 
 
 def _names(keys: Sequence[FigureKey]) -> list[str]:

@@ -172,15 +172,15 @@ def _cells(cells: Cells) -> dict[str, Any]:
 def _curves(ax: Axes, said: Curves) -> dict[str, Any]:
     every = max(1, math.ceil(len(said.x) / CURVE_POINTS))
     lines = [(name, np.asarray(values, float)[::every]) for name, values in said.lines]
-    names = [name for name, _ in lines]
     return {
         "across": _across_words(ax),
+        "of": ax.get_ylabel().replace("\n", " "),
         "at": _rounded(said.x[::every], 5),
         "log10": said.log10,
         "share": said.share,
         "lines": [
             {
-                "name": name if len(names) > 1 else name or ax.get_ylabel().replace("\n", " "),
+                "name": name,
                 "values": [_number(value, said.log10) for value in values.tolist()],
             }
             for name, values in lines

@@ -122,11 +122,26 @@ class OfCaller:
 
     def submit(self, task: CheckpointTask) -> Future[Outcome]:
         """Hand it on."""
-        return self.executor.submit(measure_checkpoint, task)
+        job: Any = self.executor.submit(measure_checkpoint, task)
+        return job if isinstance(job, Future) else _future_of(job)
 
     def renewed(self) -> bool:
         """Only its owner could."""
         return False
+
+
+def _future_of(job: Any) -> Future[Outcome]:
+    """Of a job that is none but has a ``result()``, as submitit's."""
+    future: Future[Outcome] = Future()
+
+    def wait_for_it() -> None:
+        try:
+            future.set_result(job.result())
+        except Exception as error:  # noqa: BLE001  as of any other executor: it is raised from the future
+            future.set_exception(error)
+
+    threading.Thread(target=wait_for_it, daemon=True).start()
+    return future
 
 
 def _begin() -> None:

@@ -135,7 +135,7 @@ class SweepRequest:
 
 def sweep_request(
     paths: Sequence[str],
-    folder: Path,
+    folder: Path | None,
     *,
     input: str | None = None,
     seq_len: int | None = None,
@@ -152,7 +152,7 @@ def sweep_request(
 
     Args:
         paths: of checkpoints, or patterns.
-        folder: for the results.
+        folder: for the results; None: they are not kept.
         input: of the batches.
         seq_len: T of a probe.
         batch: B of a probe.

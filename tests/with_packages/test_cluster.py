@@ -105,6 +105,20 @@ def test_a_cluster_with_other_versions_is_said(
         pass
 
 
+def test_submitit_by_the_same_door(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its jobs are no futures; here they are processes of this machine."""
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    files = [runs / "runs/seed=1/0.pt", runs / "runs/seed=1/35.pt"]
+    executor = submitit.AutoExecutor(tmp_path / "logs", cluster="local")
+    found = gradflow.sweep(files, model=made.SPEC, batch=runs / "batch.pt", executor=executor)
+    whole = gradflow.load(runs / "whole").runs["seed=1"].data.isel(step=[0, -1])
+    assert (found.data["rate"].values == whole["rate"].values).all()
+    assert (found.data["profile"].values == whole["profile"].values).all()
+
+
 def test_a_cluster_that_cannot_be_reached(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

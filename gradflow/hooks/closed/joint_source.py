@@ -239,8 +239,28 @@ class JointSource(TapSource):
             held += f"; one step of it is one call, of up to {max(sizes)} steps of the layer"
         if self.extras:
             held += f"; {', '.join(self.extras)}: returned by no recurrent layer, values not seen"
+            if self._begins_without_extras():
+                held += (
+                    "; at its first step they are not known, and what goes through them from there is in "
+                    "neither gradients nor gains"
+                )
         reason = self.why_no_operator()
         return [held] + ([f"its step Jacobians are not known: {reason}"] if reason else [])
+
+    def _begins_without_extras(self) -> bool:
+        """Whether the second step depends on none of the extras, as no later one does."""
+        steps = [mark.jacobian for mark in self.marks[1:]]
+        if len(steps) < 2 or not all(isinstance(step, Tensor) for step in steps):
+            return False
+        widths = {name: state.shape[1] for name, state in self.marks[0].states.items()}
+        every = [name in self.extras for name, width in widths.items() for _ in range(width)]
+        columns = torch.tensor(every)
+        reached = [
+            bool(step[..., columns.to(step.device)].any())
+            for step in steps
+            if isinstance(step, Tensor) and step.shape[-1] == len(every)
+        ]
+        return len(reached) > 1 and not reached[0] and all(reached[1:])
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything here."""

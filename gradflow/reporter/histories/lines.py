@@ -279,6 +279,13 @@ def draw(axes: Sequence[Axes], chart: Lines) -> None:
         _draw_panel(ax, chart, number, last=number == len(below) - 1)
 
 
+def _told(curve: Curve, *, alone: bool) -> list[tuple[str, np.ndarray]]:
+    """A curve and the ends of its band, as the pointer names them."""
+    name = "" if alone and curve.low is None else curve.name.partition(",")[0]
+    ends = (("its band from", curve.low), ("to", curve.high))
+    return [(name, curve.values), *((end, values) for end, values in ends if values is not None)]
+
+
 def _draw_panel(ax: Axes, chart: Lines, number: int, *, last: bool) -> None:
     panel = chart.panels[number]
     for level, words in panel.levels:
@@ -303,8 +310,8 @@ def _draw_panel(ax: Axes, chart: Lines, number: int, *, last: bool) -> None:
     ax.set_ylim(*panel.limits)
     told = [curve for curve in panel.curves if not curve.faint]
     step = step if told[0].step is None else told[0].step
-    lines = [(curve.name if len(told) > 1 else "", curve.values) for curve in told
-             if len(curve.values) == len(step)]  # fmt: skip
+    lines = [line for curve in told if len(curve.values) == len(step)
+             for line in _told(curve, alone=len(told) == 1)]  # fmt: skip
     tell(ax, Curves(step, lines, log10=panel.powers or panel.steps,
                     names=tuple(map(updates, step))))  # fmt: skip
     ax.set_ylabel(panel.what, labelpad=2)

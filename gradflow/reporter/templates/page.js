@@ -138,7 +138,8 @@
       },
       say(column) {
         const where = panel.names ? panel.names[column] : plain(panel.at[column], 6);
-        const said = panel.lines.map(line => [line.name, worded(line.values[column])].filter(Boolean).join(" "));
+        const said = panel.lines.map((line, n) =>
+          [n ? "" : panel.of, line.name].filter(Boolean).join(", ") + ": " + worded(line.values[column]));
         return [[panel.across, where].filter(Boolean).join(": ") + " — " + said.join("; "), ""];
       },
       box: (column, _, place) => [panel.at[column], place.y[0], panel.at[column], place.y[1]],

@@ -1,0 +1,74 @@
+"""Layers analyzed side by side by an executor: the same analysis, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradflow
+from gradflow.analysis import Analysis
+from gradflow.errors import InputError
+
+
+def recorded(model: nn.Module, x: Tensor) -> gradflow.Recording:
+    """One step of a model."""
+    with gradflow.record(model) as recording:
+        model(x)[0].square().sum().backward()
+    return recording
+
+
+def assert_same(one: Analysis, other: Analysis) -> None:
+    """Every array and every word."""
+    assert list(one.layers) == list(other.layers)
+    assert one.warnings == other.warnings and one.provenance == other.provenance
+    for name, layer in one.layers.items():
+        assert layer.data.identical(other[name].data), name
+        assert (layer.sentence, layer.verdict) == (other[name].sentence, other[name].verdict)
+        assert layer.findings == other[name].findings
+
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {
+    "threads": lambda: ThreadPoolExecutor(2),
+    "processes": lambda: ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")),
+}
+
+
+@pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+def test_it_is_the_serial_analysis_bit_for_bit(kind: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(25, 5, 3, dtype=torch.float64)
+    models = [nn.LSTM(3, 9, 3).double(), nn.GRU(3, 40, 2, bidirectional=True).double()]
+    with EXECUTORS[kind]() as executor:
+        for model in models:
+            recording = recorded(model, x)
+            serial = gradflow.analyze(recording, maps=2)
+            assert_same(serial, gradflow.analyze(recording, maps=2, executor=executor))
+    with pytest.raises(AssertionError):
+        assert_same(serial, gradflow.analyze(recording, maps=1))
+
+
+def test_what_is_no_executor_or_cannot_be_sent_is_said() -> None:
+    recording = recorded(nn.LSTM(3, 4), torch.randn(9, 2, 3))
+    with pytest.raises(
+        InputError, match=r"executor must be a concurrent\.futures\.Executor, got int"
+    ):
+        gradflow.analyze(recording, executor=3)  # type: ignore[arg-type]
+    (track,) = recording.values()
+    track.__dict__["own"] = lambda: None  # what pickle cannot take
+
+    class Pickling(Executor):
+        def submit(self, function, /, *arguments, **names):  # type: ignore[no-untyped-def]
+            future: Future[object] = Future()
+            with pytest.raises(AttributeError) as caught:
+                pickle.dumps(arguments)
+            future.set_exception(caught.value)
+            return future
+
+    with pytest.raises(InputError, match=r"l0 cannot be sent there .*give a ThreadPoolExecutor"):
+        gradflow.analyze(recording, executor=Pickling())
