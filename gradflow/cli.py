@@ -20,7 +20,8 @@ import click
 from gradflow import completion
 from gradflow._version import __version__
 from gradflow.conditions import parse_conditions
-from gradflow.errors import GradflowError, InputError, must_be
+from gradflow.errors import GradflowError, InputError, must_be, one_sentence
+from gradflow.limits import SENTENCE_LETTERS, TRUSTED_LETTERS
 from gradflow.progress import Progress
 
 if TYPE_CHECKING:
@@ -656,11 +657,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     with _signals():
-        code = _code(lambda: gradflow.main(arguments, standalone_mode=False, prog_name="gradflow"))
+        typed = sys.argv[1:] if arguments is None else list(arguments)
+        code = _code(
+            lambda: gradflow.main(typed, standalone_mode=False, prog_name="gradflow"), typed
+        )
     sys.exit(code)
 
 
-def _code(run: Callable[[], Any]) -> int:
+def _code(run: Callable[[], Any], typed: Sequence[str] = ()) -> int:
     try:
         run()
     except SystemExit as stop:
@@ -671,7 +675,11 @@ def _code(run: Callable[[], Any]) -> int:
         error.show()
         return BAD_INPUT
     except GradflowError as error:
-        click.echo(f"Error: {error}", err=True)
+        own = any(word.startswith(("--trust", "--model")) for word in typed)
+        most = TRUSTED_LETTERS if own else SENTENCE_LETTERS
+        # of an error of the user's own code, several lines are one
+        said = one_sentence(" ".join(str(error).split("\n")), *typed, most=most)
+        click.echo(f"Error: {said}", err=True)
         return BAD_INPUT
     except BrokenPipeError:
         _hush()  # the reader of a pipe has gone

@@ -10,6 +10,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from gradflow.limits import NAME_LETTERS, SENTENCE_LETTERS, TEXT_LETTERS
 
 
 class GradflowError(Exception):
@@ -89,6 +92,77 @@ def collected_warnings() -> Iterator[list[str]]:
         yield sentences
     finally:
         _collecting.sentences = before
+
+
+def printable(text: object) -> str:
+    r"""The text on one line: line ends and control characters are escaped as in ``repr``.
+
+    >>> printable("a\nb.weight")
+    'a\\nb.weight'
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+
+
+def plain_name(name: str) -> str:
+    r"""A name from a file as it may be printed, kept and written anywhere; most names are that already.
+
+    >>> plain_name("rnn.weight_hh_l0"), plain_name("a\nb"), len(plain_name("k" * 10**6))
+    ('rnn.weight_hh_l0', 'a\\nb', 200)
+    """
+    if name.isprintable() and len(name) <= NAME_LETTERS:
+        return name
+    half = NAME_LETTERS // 2
+    if len(name) > NAME_LETTERS:  # before the rest, of which it may have a megabyte
+        name = f"{name[:NAME_LETTERS]}…{name[-NAME_LETTERS:]}"
+    shown = printable(name)
+    return shown if len(shown) <= NAME_LETTERS else f"{shown[: half - 1]}…{shown[-half:]}"
+
+
+def plain_text(value: str) -> str:
+    """A text from a file, line by line as it may be printed; ValueError for more than a page bears."""
+    if len(value) > TEXT_LETTERS:
+        raise ValueError("a text that no run has")
+    return "\n".join(map(printable, value.split("\n")))
+
+
+def plain_value(value: Any, depth: int = 3) -> Any:
+    """Text, numbers, and lists and mappings of them, as JSON holds them; TypeError for anything deeper."""
+    if isinstance(value, str):
+        return plain_text(value)
+    if isinstance(value, list) and depth:
+        return [plain_value(inner, depth - 1) for inner in value]
+    if isinstance(value, dict) and depth:
+        return {plain_name(key): plain_value(inner, depth - 1) for key, inner in value.items()}
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise TypeError("lists in lists in lists")
+
+
+def one_sentence(text: object, *typed: str, most: int = SENTENCE_LETTERS) -> str:
+    r"""What is said of a file, on one line of at most `SENTENCE_LETTERS`; what to do stays whole.
+
+    Args:
+        text: a sentence that may hold names from the file, of any length and with any letters.
+        typed: what the user typed; however long it is, it is counted as 30 letters.
+        most: letters, where it is not a file's word that makes the sentence long.
+
+    >>> said = one_sentence("it holds " + "k" * 10**6 + "\n; save it again")
+    >>> len(said), said[-20:]
+    (300, 'kkkk…; save it again')
+    """
+    said = str(text)
+    for word in {printable(word) for word in typed if len(word) > 30}:
+        most += said.count(word) * (len(word) - 30)
+    if len(said) > 4 * most:  # a megabyte of it need not be escaped
+        said = f"{said[: 2 * most]}…{said[-2 * most :]}"
+    said = printable(said)
+    if len(said) <= most:
+        return said
+    held, _, advice = said.rpartition("; ")
+    if not held or len(advice) > most - 70:  # no room for what is wrong
+        held, advice = said, ""
+    end = f"…; {advice}" if advice else "…"
+    return held[: most - len(end)] + end
 
 
 def must_be(what: str, expected: str, actual: object, advice: str) -> str:

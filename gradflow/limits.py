@@ -260,6 +260,18 @@ MOST_CONTAINERS = _limit(2_000, "containers", "of a file, which may claim any nu
 CONTAINER_DEPTH = _limit(5, "containers", "in containers, in which a state_dict is looked for")
 SHELL_MODULES = _limit(20_000, "modules", "of a pickled model")
 SHELL_DEPTH = _limit(100, "modules", "within each other in it")
+WINDOW = _limit(4_096, "entries", "of a pickled layer's kernel, stride or padding, in one direction")
+MOST_CLASSES = _limit(1_000, "classes", "that a pickle may name")
+TUPLE_DEPTH = _limit(100, "tuples", "within each other in a key of a pickle")
+HASHED_ENTRIES = _limit(10**6, "entries", "of a pickle's keys that are hashed, beyond its bytes")
+NAME_LETTERS = _limit(200, "letters", "of a name in a file; a longer one loses its middle")
+LINE_BYTES = _limit(2**26, "bytes", "of a line of a history; a probe of 1,000 layers has 4 MB")
+GROUPS = _limit(1_000, "groups", "of parameters that a history has learning rates of")
+TEXT_LETTERS = _limit(10_000, "letters", "of a text in a saved run or history")
+SENTENCE_LETTERS = _limit(300, "letters", "of a sentence that refuses, its paths as 30 each")
+ANNOUNCED = _limit(2**28, "bytes", "that a compressed batch, or views of few numbers, may stand for")
+UNPACKED_TIMES = _limit(8, "times", "its own bytes that an archive of weights may unpack to, and a MiB")
+TRUSTED_LETTERS = _limit(1_000, "letters", "of one on what a class of --model or a file of --trust lacks")
 LISTED_MODULES = _limit(20, "modules", "listed of a file")
 
 # budgets of time

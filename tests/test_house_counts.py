@@ -13,11 +13,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "longest chain of imports": 32,
-    "files": 322,
-    "lines": 56_500,
+    "files": 324,
+    "lines": 57_500,
     "median lines of a function": 7,
     "longest function": 80,
-    "module constants outside limits.py": 485,
+    "module constants outside limits.py": 497,
     "constants of two values": 20,
     "classes of two meanings": 8,
     "file names used twice": 28,

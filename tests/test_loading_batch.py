@@ -173,7 +173,9 @@ def test_the_bytes_decide_not_the_suffix(tmp_path: Path) -> None:
 def test_a_reason_is_words_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "b.pt"
     path.write_bytes(b"hello there")  # as a pickle: look up entry 101, which nothing has stored
-    with pytest.raises(FileError, match=r"what its name says \(one part of it refers to") as caught:
+    with pytest.raises(
+        FileError, match=r"damaged file of torch.save \(one part of it refers to"
+    ) as caught:
         read_batch(path)
     assert "101" not in str(caught.value)
     assert reason(RuntimeError(101)) == reason(OSError()) == ""

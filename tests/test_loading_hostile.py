@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 
 import gradflow
 from gradflow.errors import GradflowError
-from gradflow.loading import open_model, read_batch
+from gradflow.loading import describe, open_model, read_batch
 
 
 @pytest.fixture
@@ -68,6 +69,120 @@ def test_a_nested_tensor_among_weights_is_named(nested: torch.Tensor, tmp_path: 
     assert "nested (tensors of several shapes in one)" in refused(
         lambda: open_model(tmp_path / "x.pt")
     )
+
+
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x01tQ"
+ROWS = b"J\0\xca\x9a\x3b"  # 10**9
+EXPANDED = (  # a tensor of 10**9 rows, of one number
+    b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00" + ROWS + b"\x85K\x00\x85\x89"
+    b"ccollections\nOrderedDict\n)RtR"
+)  # fmt: skip
+DOUBLED = b"K\x01q\x01" + b"h\x01h\x01\x86q\x01" * 60  # a tuple of 2**60 entries, in 400 bytes
+HEX = b"c_codecs\nencode\nq\x02X\x01\0\0\0aq\x01" + b"h\x02h\x01X\x03\0\0\0hex\x86Rq\x01" * 40
+PICKLES = {
+    "a set of the rows of an expanded tensor": b"c__builtin__\nset\n" + EXPANDED + b"\x85R",
+    "the rows of one as arguments": b"cmy.pkg\nNet\n" + EXPANDED + b"R",
+    "the numbers of one in another type": b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n("
+    + EXPANDED + b"ctorch\nfloat64\nX\x03\0\0\0cpu\x89tR",
+    "a key that is hashed 2**60 times": b"}" + DOUBLED + b"K\x02s",
+    "a set of such keys": b"c__builtin__\nset\n]" + DOUBLED + b"a\x85R",
+    "text that is doubled 40 times": HEX,
+    "2,000 names": b"".join(b"cpkg\nC%d\n0" % n for n in range(2000)).replace(b"0c", b"c")[:-1],
+    "a tensor without numbers behind it": b"ctorch._utils\n_rebuild_wrapper_subclass\n(ctorch\nTensor\ntR",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("read", [open_model, read_batch], ids=["model", "batch"])
+@pytest.mark.parametrize("program", PICKLES.values(), ids=PICKLES)
+def test_a_pickle_that_would_take_for_ever_is_not_opened(
+    read: Callable[[Path], object], program: bytes, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + program + b".")
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/data/0", bytes(4))
+    assert "so it was not opened" in refused(lambda: read(tmp_path / "x.pt"))
+
+
+def test_the_pickle_that_is_judged_is_the_one_that_is_opened(tmp_path: Path) -> None:
+    """Of two of one name, readers of zip archives take the first, or the last."""
+    asked = (
+        b"\x80\x02c__builtin__\nbytearray\n\x8a\x06"
+        + (5 * 10**12).to_bytes(6, "little")
+        + b"\x85R."
+    )
+    said = []
+    for first, second in ((asked, b"\x80\x02}."), (b"\x80\x02}.", asked)):
+        with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the name is there twice
+            archive.writestr("archive/version", "3\n")
+            archive.writestr("archive/data.pkl", first)
+            archive.writestr("archive/data.pkl", second)
+        said.append("asks for 5,000,000,000,000" in refused(lambda: open_model(tmp_path / "x.pt")))
+    assert sorted(said) == [False, True]  # the other one is an empty mapping
+
+
+def test_views_of_one_number_are_no_gigabytes(tmp_path: Path) -> None:
+    for value in (torch.ones(1).expand(10**9), torch.ones(3, 1).expand(3, 10**8)):
+        torch.save({"emb.weight": value, **torch.nn.LSTM(3, 5).state_dict()}, tmp_path / "x.pt")
+        assert "more entries than the file holds" in refused(lambda: open_model(tmp_path / "x.pt"))
+        torch.save({"input": torch.ones(6, 2, 3), "mask": [value]}, tmp_path / "b.pt")
+        assert "more entries than the file holds" in refused(lambda: read_batch(tmp_path / "b.pt"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_arrays_that_announce_gigabytes_are_not_read(packed: bool, tmp_path: Path) -> None:
+    header = (
+        repr({"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)}).encode() + b"\n"
+    )
+    array = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
+    (tmp_path / "x.npy").write_bytes(array)
+    assert "announces 4,000,000,000,000 bytes" in refused(lambda: read_batch(tmp_path / "x.npy"))
+    method = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as archive:
+        archive.writestr("input.npy", array if not packed else bytes(3 * 10**8))
+    assert "it announces" in refused(lambda: read_batch(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [
+        (torch.nn.AdaptiveAvgPool1d(3), {"output_size": 10**9}),
+        (torch.nn.ZeroPad1d(1), {"padding": (0, 10**9)}),
+        (torch.nn.Embedding(5, 3), {"padding_idx": 10**9}),
+        (torch.nn.GroupNorm(1, 3), {"num_groups": 0}),
+        (torch.nn.Conv1d(3, 3, 1), {"stride": (10**30,)}),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_attributes_of_pickled_layers_are_in_their_range(
+    module: torch.nn.Module, changes: dict[str, object], tmp_path: Path
+) -> None:
+    vars(module).update(changes)
+    torch.save(torch.nn.Sequential(module, torch.nn.LSTM(3, 5)), tmp_path / "x.pt")
+    assert "does not fit its own weights" in refused(lambda: open_model(tmp_path / "x.pt"))
+
+
+def test_a_name_of_a_megabyte_loses_its_middle_everywhere(tmp_path: Path) -> None:
+    key = "\x1b[31m" + "k" * 10**6
+    state = {f"{key}.{name}": value for name, value in torch.nn.GRU(3, 5).state_dict().items()}
+    torch.save(state | {7: torch.ones(3), (1, 2): torch.ones(3)}, tmp_path / "x.pt")
+    (found,) = open_model(tmp_path / "x.pt").recurrent
+    assert found.name.isprintable() and len(found.name) <= 200
+    assert all(
+        line.isprintable() and len(line) < 500 for line in describe(tmp_path / "x.pt").lines()
+    )
+
+
+def test_the_time_of_an_inspection_grows_with_the_layers_and_no_faster(tmp_path: Path) -> None:
+    layer, took = torch.nn.LSTM(1, 1).state_dict(), []
+    for count in (1_000, 4_000):
+        state = {f"l.{n}.{key}": value for n in range(count) for key, value in layer.items()}
+        torch.save(state, tmp_path / "x.pt")
+        began = time.process_time()
+        assert len(describe(tmp_path / "x.pt").recurrent) == count
+        took.append(time.process_time() - began)
+    assert took[1] < 8 * took[0]  # four times as many; where every layer looks at all others, 16
 
 
 def edited(group: str, **changes: object) -> Callable[[h5py.File], None]:

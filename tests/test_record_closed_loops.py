@@ -448,22 +448,53 @@ class LstmOfOnes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(3, 16), nn.Linear(4, 16)
+        self.kept: list[Tensor] | None = None  # what crosses besides c: the gate that makes h
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         i, f, g, o = (self.a(x) + self.b(state[0])).chunk(4, 1)
+        if self.kept is not None:
+            o.retain_grad()
+            self.kept.append(o)
         c = state[1] * f.sigmoid() + i.sigmoid() * g.tanh()
         return c.tanh() * o.sigmoid(), c
 
 
-def test_what_is_not_known_at_the_first_step_of_a_joint_loop_is_said() -> None:
+def changed_between() -> tuple[Recording, list[Tensor]]:
+    """The recording of such a loop, and ∂L/∂o of every step by autograd."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"cell": LstmOfOnes(), "after": nn.Linear(4, 4)})
-    with gradflow.record(model) as recording:
-        h = c = torch.zeros(2, 4)
-        for x in torch.randn(7, 2, 3):
-            h, c = model["cell"](x, (h, c))
-            h = torch.tanh(model["after"](h))
+    cell, after, x = LstmOfOnes().double(), nn.Linear(4, 4).double(), torch.randn(7, 2, 3).double()
+    model = nn.ModuleDict({"cell": cell, "after": after})
+
+    def run() -> None:
+        h = c = torch.zeros(2, 4).double()
+        for x_t in x:
+            h, c = cell(x_t, (h, c))
+            h = torch.tanh(after(h))
         h.sum().backward()
+
+    with gradflow.record(model) as recording:
+        run()
+    cell.kept = []
+    run()
+    return recording, [o.grad for o in cell.kept if o.grad is not None]
+
+
+def test_what_crosses_is_known_from_the_first_step() -> None:
+    recording, expected = changed_between()
+    (note,) = recording["loop"].notes
+    assert "at its first step" not in note
+    found = recording["loop"].grads["carried"]
+    assert bool(found[0].abs().min() > 0)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found * (1 + 1e-8), torch.stack(expected), rtol=1e-12, atol=0)
+
+
+def test_what_is_not_known_at_the_first_step_of_a_joint_loop_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gradflow.hooks.closed.joint_steps.crossing_any", lambda *_: set())
+    recording, _ = changed_between()
     (note,) = recording["loop"].notes
     assert "at its first step they are not known" in note
     assert not bool(recording["loop"].grads["carried"][0].any())

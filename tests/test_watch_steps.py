@@ -123,19 +123,27 @@ def test_several_forwards_before_one_backward_are_one_probe(tmp_path: Path) -> N
     assert history["rnn.l0"]["sequences"].values.tolist() == [5, 5]
 
 
-def test_a_pass_of_another_loss_is_thrown_away_with_its_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["before the forward", "before the backward"])
+def test_a_pass_of_another_loss_is_thrown_away_with_its_gradients(
+    late: bool, tmp_path: Path
+) -> None:
     """A discriminator: the generator's loss goes through it, and its step is not the watched one's."""
     torch.manual_seed(0)
     generator, critic = nn.Linear(2, 2), Net()
     critics = torch.optim.SGD(critic.parameters(), 0.1)
     generators = torch.optim.SGD(generator.parameters(), 0.1)
     watch = gradflow.watch(critic, tmp_path, every=1, budget=None, preset="pulse")
-    losses = []
+    losses, norms = [], []
     for number in range(3):
-        critics.zero_grad()
+        if not late:
+            critics.zero_grad()
         real, fake = batch(4, number), generator(batch(4, number + 9))
         loss = critic(fake.detach()).mean() - critic(real).mean()
+        if late:
+            critics.zero_grad()
         loss.backward()
+        grads = [p.grad.norm() for p in critic.parameters() if p.grad is not None]
+        norms.append(float(torch.stack(grads).norm()))
         losses.append(loss.item())
         critics.step()
         generators.zero_grad()
@@ -145,6 +153,7 @@ def test_a_pass_of_another_loss_is_thrown_away_with_its_gradients(tmp_path: Path
     data = watch.history.data
     assert data["step"].values.tolist() == [1, 2, 3]
     np.testing.assert_allclose(data["loss"].values, losses, rtol=1e-6)
+    np.testing.assert_allclose(data["grad_norm_all"].values, norms, rtol=1e-5)
     assert watch.history["rnn.l0"]["sequences"].values.tolist() == [8, 8, 8]
 
 

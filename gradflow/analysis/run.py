@@ -236,9 +236,9 @@ def load(path: str | os.PathLike[str]) -> Analysis:
     """Read a run back: a ``run.nc`` file, or a report folder that holds one; see `gradflow.load`."""
     header, layers = saved.read(path)
     return Analysis(
-        title=header["title"],
+        title=header.title,
         layers={layer.name: layer for layer in layers},
-        warnings=tuple(header["warnings"]),
-        provenance=header["provenance"],
-        unseen=tuple(Unseen.of(one) for one in header.get("unseen", ())),
+        warnings=header.warnings,
+        provenance=header.provenance,
+        unseen=header.unseen,
     )

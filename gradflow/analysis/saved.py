@@ -6,46 +6,29 @@ import difflib
 import json
 import os
 import shlex
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import h5py
 import xarray as xr
 
-from gradflow.analysis.results import (
-    UNMEASURED,
-    Alone,
-    Finding,
-    Gain,
-    LayerAnalysis,
-    Prediction,
-    Rate,
-)
-from gradflow.errors import FileError, InputError
-from gradflow.limits import VERDICTS
-from gradflow.recording import Parity
+from gradflow.analysis.results import UNMEASURED, LayerAnalysis
+from gradflow.analysis.schema import built, checked_data
+from gradflow.errors import FileError, InputError, one_sentence
+from gradflow.limits import ANNOUNCED, UNPACKED_TIMES, VERDICTS
+from gradflow.recording import Unseen
 
 if TYPE_CHECKING:
     from gradflow.analysis.run import Analysis
 
 SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be misled
-# without these no picture of a layer can be drawn; older runs may lack others
-ESSENTIAL = ("log_gain", "lag_median", "sequence_rate", "log10_grad", "unit_order", "grad_norm")
 COMPRESSED = {
     "zlib": True,
     "complevel": 1,
     "shuffle": True,
 }  # of large arrays in a file; loses nothing
 LARGE = 1000  # entries
-HEADER = {"title": str, "warnings": list, "provenance": dict, "layers": list}
-PLAIN_TYPES = {"str": str, "int": int, "float": (int, float), "tuple[str, ...]": list}
-LAYER = {  # the fields of `LayerAnalysis` whose types are plain
-    name: PLAIN_TYPES[str(field.type)]
-    for name, field in LayerAnalysis.__dataclass_fields__.items()
-    if field.type in ("str", "int", "float") or name == "labels"
-}
 # fields of a layer that are written in a way of their own
 APART = ("data", "lyapunov", "rate", "gain", "parity", "findings", "predictions", "alone")
 
@@ -89,7 +72,7 @@ def _layer_header(layer: LayerAnalysis) -> dict[str, Any]:
     return header
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[LayerAnalysis]]:
+def read(path: str | os.PathLike[str]) -> tuple[Header, list[LayerAnalysis]]:
     """The header of a saved run, and its layers."""
     if not isinstance(path, str | os.PathLike):
         kind = type(path).__name__
@@ -103,27 +86,59 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[LayerAnalys
             f"there is no run at {file}; give a folder written by gradflow, or its run.nc{such}"
         )
     try:
-        with xr.open_datatree(file, engine="h5netcdf") as tree:
-            tree.load()
-            header = json.loads(tree.attrs["gradflow"])
-            if header["schema"] != SCHEMA:
-                raise FileError(_other_schema(file, header["schema"]))
-            _check_types(header, HEADER)
-            groups = [tree[f"/layer{number}"] for number in range(len(header["layers"]))]
-            layers = [_layer_from(group.to_dataset()) for group in groups]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, RuntimeError) as error:
-        raise FileError(_unreadable(file)) from error
+        header = _header_of(_opened(file, "/"), file)
+        layers = [_layer_from(_opened(file, f"/layer{n}")) for n in range(len(header.layers))]
+    except DAMAGES as error:
+        raise FileError(one_sentence(_unreadable(file), str(path))) from error
+    names = tuple(layer.name for layer in layers)
+    if not names or names != header.layers or len(set(names)) < len(names):
+        raise FileError(one_sentence(_unreadable(file), str(path)))
     return header, layers
 
 
-def _check_types(header: dict[str, Any], kinds: Mapping[str, Any]) -> None:
-    """A header that was edited may hold other types than gradflow writes: TypeError names the field."""
-    for name, kind in kinds.items():
-        value = header[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise TypeError(name)
-        if isinstance(value, list) and not all(isinstance(part, str) for part in value):
-            raise TypeError(name)
+# what h5netcdf, xarray and json raise on a damaged or edited file
+DAMAGES = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    MemoryError,
+)
+
+
+def _opened(file: Path, group: str) -> xr.Dataset:
+    """One group of a file, in memory; numbers as they stand there, whatever attributes say of them."""
+    with h5py.File(
+        file, "r"
+    ) as opened:  # what h5netcdf fails on in its __init__, its __del__ prints
+        opened.attrs.get("_nc3_strict")
+    with xr.open_dataset(
+        file, group=group, engine="h5netcdf", mask_and_scale=False, decode_times=False
+    ) as data:
+        # A compressed array that announces gigabytes takes a few bytes
+        if data.nbytes > max(ANNOUNCED, UNPACKED_TIMES * file.stat().st_size):
+            raise ValueError("it announces more numbers than such a file holds")
+        return data.load()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of the whole run."""
+
+    title: str  # the model's name
+    warnings: tuple[str, ...]  # as of an `Analysis`
+    provenance: dict[str, Any]  # likewise
+    layers: tuple[str, ...]  # names, in the order of the groups
+    unseen: tuple[Unseen, ...] = ()  # likewise; older runs do not have it
+
+
+def _header_of(data: xr.Dataset, file: Path) -> Header:
+    header = json.loads(data.attrs["gradflow"])
+    if header["schema"] != SCHEMA:
+        raise FileError(one_sentence(_other_schema(file, header["schema"]), str(file)))
+    return built(Header, header)
 
 
 def _near_runs(path: Path) -> list[Path]:
@@ -165,41 +180,15 @@ def _unreadable(file: Path) -> str:
 
 def _layer_from(data: xr.Dataset) -> LayerAnalysis:
     header = json.loads(data.attrs.pop("gradflow"))
-    data[list(ESSENTIAL)]  # KeyError where one is missing
     arrays = header.pop("arrays", {})  # older runs do not list them
     if any(list(data[name].shape) != shape for name, shape in arrays.items()):
         raise ValueError("an array of another shape than it was saved with")
-    _check_types(header, LAYER)
-    if header["verdict"] not in VERDICTS or header["steps"] < 1 or header["sequences"] < 1:
+    header.setdefault("gain", asdict(UNMEASURED))  # which older runs do not have either
+    layer = built(LayerAnalysis, header, data=data)
+    judged = [layer.verdict, *(prediction.verdict for prediction in layer.predictions)]
+    sizes = (layer.steps, layer.sequences, layer.hidden, layer.size, layer.span)
+    if not set(judged) <= set(VERDICTS) or min(sizes) < 1 or layer.searched < 0:
         raise ValueError("a verdict or a number that no run has")
-    lyapunov = header.pop("lyapunov")
-    return LayerAnalysis(
-        **header
-        | {
-            "labels": tuple(header["labels"]),
-            "step_labels": tuple(header.get("step_labels", ())),
-            "rate": Rate(**header["rate"]),
-            "gain": _gain_from(header),
-            "parity": Parity(**header["parity"]),
-            "findings": tuple(Finding(**finding) for finding in header["findings"]),
-            "predictions": tuple(_prediction_from(p) for p in header.get("predictions", ())),
-            "lyapunov": None if lyapunov is None else np.asarray(lyapunov, dtype=float),
-            "alone": _alone_from(header.get("alone")),
-            "data": data,
-        }
-    )
-
-
-def _alone_from(header: dict[str, Any] | None) -> Alone | None:
-    if header is None:
-        return None
-    return Alone(**header | {"rate": Rate(**header["rate"]), "gain": _gain_from(header)})
-
-
-def _prediction_from(header: dict[str, Any]) -> Prediction:
-    return Prediction(**header | {"rate": Rate(**header["rate"]), "gain": _gain_from(header)})
-
-
-def _gain_from(header: dict[str, Any]) -> Gain:
-    """Older runs do not have it."""
-    return Gain(**header["gain"]) if "gain" in header else UNMEASURED
+    if layer.step_labels and len(layer.step_labels) != layer.steps:
+        raise ValueError("labels of other steps")
+    return replace(layer, data=checked_data(data, layer.steps, layer.sequences))

@@ -30,9 +30,10 @@ from typing import Any
 
 import numpy as np
 
+from gradflow.errors import plain_name, plain_text
 from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER, OF_STEP, VERDICT
 from gradflow.history.probe import Note, Probe, Source
-from gradflow.limits import VERDICTS
+from gradflow.limits import GROUPS, VERDICTS
 
 HISTORY_SCHEMA = 1  # of the file; raised when a reader would be misled
 HISTORY_FILE = "history.jsonl"  # its name in the folder of a run
@@ -167,7 +168,7 @@ def read_probe(text: bytes) -> tuple[int, bytes] | None:
     if not text.startswith(start) or not text.endswith(close) or end < 0:
         return None
     step, at = text[len(start) : end], end + len(between)
-    if not step.isdigit() or text[end:at] != between:
+    if not step.isdigit() or len(step) > 18 or text[end:at] != between:
         return None
     return int(step), text[at : -len(close)]
 
@@ -178,7 +179,35 @@ def packed_size(layout: ProbeLayout) -> int:
 
 
 def layout_from(content: dict[str, Any]) -> ProbeLayout:
-    """A layout as a line holds it."""
-    known = {name: content[name] for name in ProbeLayout.__dataclass_fields__}
-    groups = int(known.pop("groups"))
-    return ProbeLayout(groups=groups, **{name: tuple(value) for name, value in known.items()})
+    """A layout as a line holds it; ValueError, TypeError or KeyError where it is none."""
+    groups, lags = content["groups"], content["lags"]
+    if type(groups) is not int or not 0 <= groups <= GROUPS:
+        raise ValueError("groups")
+    if not all(type(lag) is int and 0 <= lag < 2**31 for lag in lags) or lags != sorted(set(lags)):
+        raise ValueError("lags")
+    names = {
+        field: tuple(plain_name(name) for name in content[field])  # AttributeError: no text
+        for field in ProbeLayout.__dataclass_fields__
+        if field not in ("groups", "lags")
+    }
+    layers, gates = names["layers"], names["gates"]
+    if len(set(layers)) < len(layers) or len(set(gates)) < len(gates):
+        raise ValueError("two of one name")
+    if len(names["cells"]) != len(layers):
+        raise ValueError("cells")
+    return ProbeLayout(groups=groups, lags=tuple(lags), **names)
+
+
+def note_from(content: dict[str, Any]) -> Note:
+    """A note as a line holds it; ValueError, TypeError or KeyError where it is none."""
+    step, texts = content["step"], [content["about"], content["text"], content.get("layer", "")]
+    if type(step) is not int or not 0 <= step < 2**63 or not all(type(t) is str for t in texts):
+        raise TypeError("a note of other types")
+    return Note(step, plain_text(texts[0]), plain_text(texts[1]), plain_name(texts[2]))
+
+
+def source_from(content: dict[str, Any]) -> Source:
+    """What a probe of a sweep is of, as a line holds it; TypeError or ValueError where it is none."""
+    if not all(type(text) is str for text in content.values()):
+        raise TypeError("a source of other types")
+    return Source(**{name: plain_text(text) for name, text in content.items()})

@@ -11,17 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from gradflow.errors import FileError
+from gradflow.errors import FileError, one_sentence, plain_value
+from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER
 from gradflow.history.lines import (
     HISTORY_FILE,
     HISTORY_SCHEMA,
     PROBE,
     ProbeLayout,
     layout_from,
+    note_from,
     packed_size,
     read_probe,
+    source_from,
 )
 from gradflow.history.probe import Note, Source
+from gradflow.limits import ANNOUNCED, LINE_BYTES
 
 LINE_OF_PROBE = PROBE.encode()
 PIECE_READ = 2**22  # bytes that are read at a time: the same memory is used again
@@ -50,11 +54,20 @@ class ProbeBlock:
     def __post_init__(self) -> None:
         self.size = packed_size(self.layout)
 
-    def unpack(self) -> None:
-        """Take the numbers of the last lines out of their text."""
-        if self.packed:
-            self.numbers.append(binascii.a2b_base64(b"".join(self.packed)))
-            self.packed.clear()
+    def unpack(self) -> int:
+        """Take the numbers of the last lines out of their text; how many lines were none and are left out."""
+        packed, damaged = self.packed, 0
+        self.packed = []
+        try:
+            self.numbers.append(binascii.a2b_base64(b"".join(packed), strict_mode=True))
+        except binascii.Error:
+            first = len(self.steps) - len(packed)
+            kept = [n for n, text in enumerate(packed) if _is_base64(text)]
+            self.steps[first:] = [self.steps[first + n] for n in kept]
+            self.sources[first:] = [self.sources[first + n] for n in kept]
+            self.numbers += [binascii.a2b_base64(packed[n]) for n in kept]
+            damaged = len(packed) - len(kept)
+        return damaged
 
     def table(self) -> np.ndarray:
         """The numbers of every probe, (probe,) of the layout's dtype."""
@@ -71,6 +84,14 @@ class ProbeBlock:
             numbers=[self.table()[kept].tobytes()],
             sources=[self.sources[at] for at in kept],
         )
+
+
+def _is_base64(text: bytes) -> bool:
+    try:
+        binascii.a2b_base64(text, strict_mode=True)
+    except binascii.Error:
+        return False
+    return True
 
 
 @dataclass
@@ -106,9 +127,13 @@ class Reader:
                     complete = whole.rfind(b"\n") + 1
                     rest = whole[complete:]
                     self._offset += complete
+                    if len(rest) > (
+                        LINE_BYTES if self.read.headers or complete else PIECE_READ // 2
+                    ):
+                        raise FileError(self._not_a_history())
                     found += sum(self._take(text) for text in whole[:complete].splitlines())
-                    for block in self.read.blocks[-1:]:
-                        block.unpack()
+                    found -= self._unpack()
+                    self._check_extent(self._offset)
         except OSError as error:
             raise FileError(
                 f"cannot read {self.path}: {error.strerror or error}; give the folder of a run that "
@@ -132,42 +157,65 @@ class Reader:
         try:
             content = json.loads(text)
             kind = content.pop("kind")
-        except (ValueError, LookupError, TypeError, AttributeError):
-            self._cut_off(text)
+            if kind == "header":
+                self._take_header(content)
+            elif kind == "layout":
+                block = ProbeBlock(layout_from(content))
+                self._unpack()
+                self.read.blocks.append(block)
+            elif kind == "note":
+                self.read.notes.append(note_from(content))
+            elif kind == "source":
+                self._source = source_from(content)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            self._cut_off()
             return False
-        if kind == "header":
-            self._take_header(content)
-        elif kind == "layout":
-            for block in self.read.blocks[-1:]:
-                block.unpack()
-            self.read.blocks.append(ProbeBlock(layout_from(content)))
-        elif kind == "note":
-            self.read.notes.append(Note(**content))
-        elif kind == "source":
-            self._source = Source(**content)
         self.read.ended = kind == "end"
         return False
 
-    def _cut_off(self, text: bytes) -> None:
+    def _unpack(self) -> int:
+        """Of the last probes; how many were none."""
+        damaged = sum(block.unpack() for block in self.read.blocks[-1:])
+        self.read.damaged += damaged
+        return damaged
+
+    def _check_extent(self, size: int) -> None:
+        """Probes that each have layers of their own would make a table of far more than the file holds."""
+        blocks = [block for block in self.read.blocks if block.steps]
+        if len(blocks) < 2:
+            return
+        layers = len({name for block in blocks for name in block.layout.layers})
+        lags = len({lag for block in blocks for lag in block.layout.lags})
+        gates = len({name for block in blocks for name in block.layout.gates})
+        numbers = 8 * len(OF_LAYER) + 4 * len(OF_GATE) * gates + 4 * len(OF_LAG) * lags
+        if sum(len(block.steps) for block in blocks) * layers * numbers > 8 * size + ANNOUNCED:
+            raise FileError(self._not_a_history())
+
+    def _not_a_history(self) -> str:
+        return one_sentence(
+            f"{self.path} is not the history of a run; give the folder of a run that gradflow.watch "
+            "writes",
+            str(self.path),
+        )
+
+    def _cut_off(self) -> None:
         if not self.read.headers:
-            raise FileError(
-                f"{self.path} is not the history of a run; give the folder of a run that "
-                "gradflow.watch writes"
-            )
+            raise FileError(self._not_a_history())
         self.read.damaged += 1
 
     def _take_header(self, content: dict[str, Any]) -> None:
         if content.get("schema") != HISTORY_SCHEMA:
-            raise FileError(
+            said = (
                 f"{self.path} was written with schema {content.get('schema')}, this gradflow reads "
                 f"{HISTORY_SCHEMA}; update gradflow, or watch into another folder"
             )
-        self.read.headers.append(content)
+            raise FileError(one_sentence(said, str(self.path)))
+        self.read.headers.append(plain_value(content, 4))
 
     def _take_probe(self, text: bytes) -> bool:
         source, self._source = self._source, None
         if not self.read.blocks or not self.read.blocks[-1].take(text, source):
-            self._cut_off(text)
+            self._cut_off()
             return False
         self.read.ended = False
         return True

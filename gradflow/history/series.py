@@ -162,7 +162,7 @@ class History:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers, in the order in which they ran."""
-        names = (name for block in self._read.blocks for name in block.layout.layers)
+        names = (name for block in self._read.blocks if block.steps for name in block.layout.layers)
         return tuple(dict.fromkeys(names))
 
     @property
@@ -171,6 +171,7 @@ class History:
         return {
             name: cell
             for block in self._read.blocks
+            if block.steps  # a kill may leave a layout without its probe
             for name, cell in zip(block.layout.layers, block.layout.cells, strict=True)
         }
 

@@ -39,7 +39,8 @@ def dataset(read: Read) -> xr.Dataset:
     }
     numbers = [block.table() for block in blocks]
     whole = {name: _joined(name, some, numbers, layouts) for name, some in axes.items()}
-    codes = np.nan_to_num(whole["layers"][:, :, 0], nan=len(VERDICTS))
+    codes = whole["layers"][:, :, 0]
+    codes = np.where((codes >= 0) & (codes < len(VERDICTS)), codes, len(VERDICTS))  # NaN: none
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         VERDICT: (("step", "layer"), VERDICT_WORDS[codes.astype(int)])
     }

@@ -31,6 +31,12 @@ class HeardGradients:
         """What another process needs: what the loss is multiplied by is read no more."""
         return vars(self) | {"scale": float}
 
+    def forget(self) -> None:
+        """What backwards brought so far counts no more."""
+        self.graph_tasks.clear()
+        for one in self._kept():
+            one.grads.clear()
+
     @property
     def version(self) -> int:
         """How many backwards reached the loop."""

@@ -97,6 +97,10 @@ class WeightUses:
 
         return add
 
+    def forget(self) -> None:
+        """What backwards brought so far counts no more."""
+        self._grads.clear()
+
     def foreign(self, keys: Mapping[str, int]) -> frozenset[str]:
         """Of weight name -> key, the names of those that are no parameters of the model."""
         return frozenset(name for name, key in keys.items() if key not in self._own_keys)

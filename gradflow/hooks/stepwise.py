@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.mistakes import gradient_marks
 from gradflow.hooks.observe import OpenRecording
 from gradflow.hooks.recorder import Recorder
-from gradflow.recording import Recording
+from gradflow.recording import Recording, Track
 
 AMBIGUOUS = "several GradScalers were used in one update: gradients are perhaps scaled"
 
@@ -86,6 +87,8 @@ class StepRecorder(Recorder):
         self._given = scaler is not None
         self._reached = reached
         self._before: tuple[float, Any] = math.nan, None  # of the backward under way
+        self._zeroed: list[Track] = []  # that a backward reached whose gradients were zeroed
+        self.thrown_away: Callable[[], bool] = _never  # whether what the last one left was zeroed
 
     def saw_scaler(self, scaler: Any) -> None:
         """Divide out the scale of the one scaler that is used."""
@@ -98,6 +101,8 @@ class StepRecorder(Recorder):
     def before_backward(self, roots: tuple[Any, ...], create_graph: bool) -> None:
         """Note what it begins from."""
         if torch._C._current_graph_task_id() == -1:
+            if self.counted and self.thrown_away():
+                self._forget_gradients()
             self._before = _number(roots), gradient_marks(self.model)
         super().before_backward(roots, create_graph)
 
@@ -113,10 +118,46 @@ class StepRecorder(Recorder):
         self.loss += value / self.scale()
         guarded(Point.GRADIENT, self.withheld.remark, self._reached, self.scalers())
 
+    def _forget_gradients(self) -> None:
+        """What backwards so far have brought was zeroed, and is no part of the update."""
+        self.loss, self.counted = 0.0, 0
+        self._zeroed += [track for track in self.recording.values() if track.backwards]
+        self.uses.forget()
+        for call in self.calls:
+            for brought in (call.grads, call.entering, call.graph_tasks):
+                brought.clear()
+        joint = [loop.source for loop in self.closed.loops]
+        for source in (*self.marked, *self.linears, *joint):
+            source.forget()
+
+    def close(self) -> None:
+        """Stop listening; runs of which all that a backward brought was zeroed are none of the update."""
+        super().close()
+        gone = [track for track in self._zeroed if track.name in self.recording]
+        gone = [track for track in gone if not track.backwards]
+        self._zeroed.clear()
+        if not gone:
+            return
+        bases = {track.name.partition("@")[0] for track in gone}
+        kept = [track for track in self.recording.values() if track not in gone]
+        for track in self.recording.tracks.values():
+            self.recording.drop(track)
+        count, names = Counter[str](), {}
+        for track in kept:
+            base = track.name.partition("@")[0]
+            count[base] += 1
+            if base in bases:
+                names[track.name] = base if count[base] == 1 else f"{base}@{count[base]}"
+        for track in kept:
+            track.name = names.get(track.name, track.name)
+            track.above = tuple(names.get(name, name) for name in track.above)
+            track.below = tuple(names.get(name, name) for name in track.below)
+            self.recording.add(track)
+
     def forget(self) -> None:
         """Hold on to nothing."""
         super().forget()
-        self._reached = _nothing
+        self._reached, self.thrown_away = _nothing, _never
 
 
 def _number(roots: tuple[Any, ...]) -> float:
@@ -128,3 +169,8 @@ def _number(roots: tuple[Any, ...]) -> float:
 
 def _nothing(scale: float) -> None:
     """What is called in place of what was forgotten."""
+
+
+def _never() -> bool:
+    """Nothing is known to be zeroed."""
+    return False

@@ -6,14 +6,15 @@ further keys are keyword arguments of the model. Nothing in it runs: no object a
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gradflow.errors import FileError, InputError, must_be
-from gradflow.loading.contents import asked_by, refuse_huge
+from gradflow.errors import FileError, GradflowError, InputError, must_be, one_sentence, printable
+from gradflow.limits import ANNOUNCED
+from gradflow.loading.contents import asked_by, checked
 from gradflow.loading.file_kinds import READ_ERRORS, about_dangling
 from gradflow.loading.state_dicts import is_recurrent
-from gradflow.loading.words import article, printable, reason, some
+from gradflow.loading.words import article, reason, some
 from gradflow.process import quiet
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
@@ -60,7 +62,8 @@ def read_batch(
     try:
         return _batch_of(Path(input_path), target_path)
     except (FileError, InputError) as error:  # one line, whatever the keys in the file are
-        raise type(error)(printable(error)) from error
+        typed = [str(one) for one in (input_path, target_path) if one is not None]
+        raise type(error)(one_sentence(error, *typed)) from error
 
 
 def as_batch(value: object, label: str = "batch") -> Batch:
@@ -106,14 +109,17 @@ def _read(path: Path) -> object:
         raise FileError(f"the batch {path} {what}; check the path, or {SAVE}")
     try:
         with quiet():
-            return _readers()[_content(path) or path.suffix.lower()](path)
+            found = _READERS[_content(path) or path.suffix.lower()](path)
+        return checked(found, str(path), SAVE, dense=True)
+    except GradflowError:
+        raise
     except PermissionError as error:
         raise FileError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     except (pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, *READ_ERRORS) as error:
         if "Object arrays" in str(error):
             held = "object arrays, which can run code when opened; convert it to numbers"
             raise FileError(f"{path} holds {held} and {SAVE}") from error
-        if "allow_pickle" in str(error):  # numpy takes whatever is no array for a pickle
+        if "magic string" in str(error):
             raise FileError(f"{path} is no file of numpy's; {SAVE}") from error
         if isinstance(error, pickle.UnpicklingError):
             held = (
@@ -149,34 +155,55 @@ def _content(path: Path) -> str:
     return ""
 
 
-def _readers() -> dict[str, Any]:
-    def archive(path: Path) -> dict[str, object]:
-        # Opened here, since numpy leaves its own handle open where an archive is damaged
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise ValueError("one array, not an archive of arrays")
-            return {name: arrays[name] for name in arrays.files}
+def _array(file: IO[bytes], size: int) -> np.ndarray:
+    """One array of numpy's from a file of this size, whose header may announce any other."""
+    version = np.lib.format.read_magic(file)
+    read_header = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read_header(file)
+    announced, held = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if not dtype.hasobject and (announced > held or min(shape, default=0) < 0):
+        raise ValueError(f"it announces {announced:,} bytes of numbers and holds {held:,}")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
-    def array(path: Path) -> object:
-        with path.open("rb") as file:
-            found = np.load(file, allow_pickle=False)
-            if isinstance(found, np.lib.npyio.NpzFile):
-                raise ValueError("an archive of arrays, not one array")
-            return found
 
-    def torch_file(path: Path) -> object:
-        kind = "torch" if zipfile.is_zipfile(path) else "legacy"
-        refuse_huge(path, asked_by(path, kind), SAVE)
-        with path.open("rb") as file:  # of a path torch.load would trust the suffix
-            return torch.load(file, map_location="cpu", weights_only=True)
+def _npy(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        return _array(file, path.stat().st_size)
 
-    return {
-        ".npy": array,
-        ".npz": archive,
-        ".pt": torch_file,
-        ".pth": torch_file,
-        ".safetensors": lambda path: load_file(path, device="cpu"),
-    }
+
+def _npz(path: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        announced = sum(info.file_size for info in members)
+        if announced > max(ANNOUNCED, path.stat().st_size):
+            raise ValueError(f"it announces {announced:,} bytes of numbers")
+        arrays = {}
+        for info in members:
+            with archive.open(info) as file:
+                arrays[info.filename.removesuffix(".npy")] = _array(file, info.file_size)
+        return arrays
+
+
+def _torch(path: Path) -> object:
+    with path.open("rb") as file:
+        archive = file.read(2) == b"PK"
+    asked_by(path, "torch" if archive else "legacy", SAVE)
+    with path.open("rb") as file:  # of a path torch.load would trust the suffix
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+_READERS: dict[str, Callable[[Path], object]] = {
+    ".npy": _npy,
+    ".npz": _npz,
+    ".pt": _torch,
+    ".pth": _torch,
+    ".safetensors": lambda path: load_file(path, device="cpu"),
+}
 
 
 def _as_batch(value: object, label: str) -> Batch:
@@ -245,14 +272,7 @@ def _as_target(value: object, label: str) -> Tensor:
 
 
 def _tensor(value: object, label: str) -> Tensor:
-    if isinstance(value, Tensor):
-        plain = value.layout == torch.strided and not (value.is_quantized or value.is_nested)
-        if not plain or value.device.type == "meta":
-            got = "a nested tensor" if value.is_nested else value.layout
-            raise InputError(must_be(label, "an ordinary dense tensor", got, SAVE))
-        tensor = value.detach()
-    else:
-        tensor = _from_numpy(value, label)
+    tensor = value.detach() if isinstance(value, Tensor) else _from_numpy(value, label)
     if tensor.is_complex():
         raise InputError(
             must_be(label, "real numbers", tensor.dtype, "give real and imaginary parts")

@@ -1,5 +1,6 @@
 """Model files as plain objects, read without running what is in them.
 
+`read` is the door: behind it nobody sees a tensor, a name or a number that was not `checked`.
 Nothing here runs code from the file unless ``trust`` is given: archives of torch.save are loaded
 with ``weights_only=True`` inside a scoped allow-list of inert entries (`gradflow.loading.shells`).
 """
@@ -7,27 +8,29 @@ with ``weights_only=True`` inside a scoped allow-list of inert entries (`gradflo
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 import pickletools
-import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 from torch.serialization import safe_globals
 
-from gradflow.errors import FileError, UserCodeError
+from gradflow.errors import FileError, InputError, UserCodeError, must_be, plain_name
+from gradflow.limits import ANNOUNCED, UNPACKED_TIMES
 from gradflow.loading.ages import about_opening, is_of_age, older_layers_open
 from gradflow.loading.file_kinds import READ_ERRORS, sniff
 from gradflow.loading.imports import current_folder_importable
-from gradflow.loading.shells import allow_list, is_forbidden
-from gradflow.loading.words import RESAVE, analyze_command, reason, some
+from gradflow.loading.pickled import Asked, Suspicious, scan
+from gradflow.loading.shells import Shell, allow_list, is_forbidden
+from gradflow.loading.words import RESAVE, RESAVE_OR_TRUST, analyze_command, reason, some
 from gradflow.process import lock, printed_to_stderr, quiet
 
 
@@ -46,19 +49,17 @@ def read(path: Path, trust: bool = False) -> Contents:
     """
     kind = sniff(path)
     if kind in READERS:
-        return Contents(kind, READERS[kind](path))
+        return Contents(kind, checked(READERS[kind](path), str(path), RESAVE))
     if trust:
         return Contents(kind, _read_trusted(path, kind))
-    asked = asked_by(path, kind)
-    refuse_huge(path, asked)
-    names = tuple(asked.names)
     if kind == "pickle":
         raise FileError(
             f"{path} holds a Python pickle that torch.save did not write"
-            f"{_naming(names)}, and opening one can run any code; {RESAVE}, or, only if you trust "
-            f"the file's author: {analyze_command(path, '--trust')}"
+            f"{_naming(_named_by(path))}, and opening one can run any code; {RESAVE_OR_TRUST} "
+            f"{analyze_command(path, '--trust')}"
         )
-    return Contents(kind, _read_weights_only(path, kind, names))
+    names = tuple(asked_by(path, kind).names)
+    return Contents(kind, checked(_read_weights_only(path, kind, names), str(path), RESAVE))
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -92,15 +93,15 @@ def _read_weights_only(path: Path, kind: str, names: tuple[str, ...]) -> object:
         if forbidden:
             raise FileError(
                 f"{path} asks to call {some(forbidden)} when it is opened, which weights never "
-                f"need, so it was not opened; {RESAVE}, or, only if you trust the file's author: "
+                f"need, so it was not opened; {RESAVE_OR_TRUST} "
                 f"{analyze_command(path, '--trust')}"
             ) from error
         if isinstance(error, pickle.UnpicklingError):
             # The older format keeps modules in a way that torch's safe reader does not read.
             older = " (in torch.save's format from before 1.6)" if kind == "legacy" else ""
             raise FileError(
-                f"{path} holds objects{older} that cannot be opened without running code from the "
-                f"file{_naming(names)}; {RESAVE}, or, only if you trust the file's author: "
+                f"{path} holds objects{older}{_naming(names)} that cannot be opened without running "
+                f"code from the file; {RESAVE_OR_TRUST} "
                 f"{analyze_command(path, '--trust')}"
             ) from error
         raise FileError(
@@ -141,70 +142,189 @@ def _unpickled(path: Path, kind: str) -> object:
         return torch.load(file, map_location="cpu", weights_only=False)
 
 
-@dataclass
-class Asked:
-    """What a pickle asks for when it is opened."""
+def asked_by(path: Path, kind: str, todo: str = RESAVE) -> Asked:
+    """What the pickles of a file of torch.save ask for; nothing is imported, made or run.
 
-    names: dict[str, None] = field(default_factory=dict)  # that it would import
-    largest: int = 0  # whole number in it
-
-
-def asked_by(path: Path, kind: str) -> Asked:
-    """What a pickle would import and how large its numbers are, by its opcodes; nothing is imported."""
-    asked = Asked()
+    todo is what to do instead, for the error. Raises FileError where they ask for what weights never need.
+    """
+    size = path.stat().st_size
+    asked = Asked(size)
     try:
-        with quiet():  # strange escapes in a damaged file
-            _scan_file(path, kind, asked)
-    except READ_ERRORS:
-        pass  # a damaged file: the reader itself will say so
+        if kind == "torch":
+            scan(_pickle_in(path), 0, asked)
+        elif kind == "legacy":
+            with (
+                path.open("rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            ):
+                at = 0
+                for _ in range(
+                    5
+                ):  # magic number, protocol, system, the object, names of its storages
+                    at = scan(data, at, asked)
+            if asked.numbers > size:
+                raise Suspicious(f"asks for memory for {asked.numbers:,} numbers")
+    except Suspicious as error:
+        raise FileError(
+            f"{path} {error} when it is opened, and holds {size:,}, so it was not opened; {todo}"
+            if "asks for" in str(error)
+            else f"{path} {error} when it is opened, so it was not opened; {todo}"
+        ) from error
+    except READ_ERRORS as error:
+        raise FileError(
+            f"{path} is a damaged file of torch.save{reason(error)}; copy or download it again, or {todo}"
+        ) from error
     return asked
 
 
-def refuse_huge(path: Path, asked: Asked, todo: str = RESAVE) -> None:
-    """Raise FileError where a pickle asks for a bytearray of more bytes than the file has.
-
-    torch's own safe reader allows it. todo is what to do instead, for the error.
-    """
-    if "builtins.bytearray" in asked.names and asked.largest > path.stat().st_size:
-        raise FileError(
-            f"{path} asks for {asked.largest:,} bytes of memory when it is opened, and holds "
-            f"{path.stat().st_size:,}, so it was not opened; {todo}"
-        )
+def _pickle_in(path: Path) -> bytes:
+    """The pickle of an archive, by the reader that torch.load uses: others may read other bytes."""
+    with path.open("rb") as file:
+        reader = torch._C.PyTorchFileReader(file)
+        claimed = sum(map(reader.get_record_size, reader.get_all_records()))
+        if claimed > UNPACKED_TIMES * path.stat().st_size + 2**20:
+            raise Suspicious(f"asks for {claimed:,} bytes of memory")
+        return bytes(reader.get_record("data.pkl"))
 
 
-def _scan_file(path: Path, kind: str, asked: Asked) -> None:
-    if kind == "torch":
-        with zipfile.ZipFile(path) as archive:
-            member = next(n for n in archive.namelist() if n.split("/")[-1] == "data.pkl")
-            _scan_pickle(io.BytesIO(archive.read(member)), asked)
-    else:
-        with path.open("rb") as file:
-            # torch.save's older format: magic number, protocol, system, then the object
-            for _ in range(4 if kind == "legacy" else 1):
-                _scan_pickle(file, asked)
-
-
-def _scan_pickle(file: IO[bytes], asked: Asked) -> None:
+def _named_by(path: Path) -> tuple[str, ...]:
+    """What a pickle that torch.save did not write would import, as far as its first MiB tells."""
+    names: dict[str, None] = {}
     strings: list[str] = []
-    protocol = 0
-    for opcode, argument, _ in pickletools.genops(file):
-        if isinstance(argument, int) and opcode.name != "PROTO":
-            asked.largest = max(asked.largest, argument)
-        if opcode.name == "PROTO" and isinstance(argument, int):
-            protocol = argument
-        elif opcode.name in ("GLOBAL", "INST"):
-            module, _, name = str(argument).partition(" ")
-            if protocol < 3:  # Python 2's names, as the unpicklers read them
-                module, name = NAME_MAPPING.get((module, name), (module, name))
-                module = IMPORT_MAPPING.get(module, module)
-            asked.names[f"{module}.{name}"] = None
-        elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-            asked.names[f"{strings[-2]}.{strings[-1]}"] = None
-        elif isinstance(argument, str):
-            strings = [*strings[-1:], argument]
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(2**20))
+    try:
+        with quiet():  # strange escapes in a damaged file
+            for opcode, argument, _ in pickletools.genops(head):
+                if opcode.name in ("GLOBAL", "INST"):
+                    names[str(argument).replace(" ", ".")] = None
+                elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
+                    names[f"{strings[-2]}.{strings[-1]}"] = None
+                elif isinstance(argument, str):
+                    strings = [*strings[-1:], argument]
+    except READ_ERRORS:
+        pass  # it is refused in any case
+    return tuple(names)
 
 
 def _naming(names: tuple[str, ...]) -> str:
     plain = ("collections.", "torch._utils.", "torch.storage.", "builtins.")
     own = [name for name in names if not name.startswith(plain) and "Storage" not in name]
     return f" (it names {some(own)})" if own else ""
+
+
+# ---------------------------------------------------------- what it made of a file
+
+_FREE = (str, bytes, bytearray, int, float, bool, complex, type(None))  # hold nothing
+
+
+def checked(value: object, label: str, todo: str, *, dense: bool = False) -> object:
+    """Walk what a file held, each object once, and leave only what nobody behind has to doubt.
+
+    Names in mappings are text on one line and at most `NAME_LETTERS` long, or plain numbers. Tensors are
+    torch's own, on the CPU or without numbers, carry no hooks and no attributes of the file's, are not
+    nested, and together stand for no more numbers than the file holds, give or take a few small views.
+    The containers are changed in place; they belong to nobody else yet.
+
+    Args:
+        value: as torch's or safetensors' reader made it.
+        label: the file, for the error.
+        todo: what to do instead, for the error.
+        dense: refuse sparse, quantized and meta tensors too, as in a batch.
+
+    Raises:
+        FileError: a tensor is of a kind that is not read; of a batch, InputError.
+    """
+    sizes = Claims()
+    waiting: list[tuple[str, object]] = [("", value)]
+    seen = {id(value)}
+    while waiting:
+        name, item = waiting.pop()
+        if isinstance(item, Tensor):
+            wrong = _strip(item, dense) or sizes.beyond(item)
+            if wrong:
+                where = f"{name} in {label}" if name else label
+                said = must_be(where, "an ordinary dense tensor", wrong, todo)
+                raise InputError(said) if dense else FileError(said)
+            continue
+        for key, inner in _entries(item):
+            if not isinstance(inner, _FREE) and id(inner) not in seen:
+                seen.add(id(inner))
+                waiting.append((key or name, inner))
+    return value
+
+
+class Claims:
+    """How many bytes all tensors stand for, and how many there are."""
+
+    def __init__(self) -> None:
+        self.stored: dict[int, int] = {}  # start of a storage -> its bytes
+        self.held = 0  # bytes of all storages
+        self.claimed = 0  # bytes of all tensors
+
+    def beyond(self, tensor: Tensor) -> str:
+        """Count one more; says so where they stand for far more than there is."""
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            return ""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.stored:
+            self.stored[storage.data_ptr()] = storage.nbytes()
+            self.held += storage.nbytes()
+        self.claimed += tensor.numel() * tensor.element_size()
+        # A layer that is used in several places is in the file once, and under several names
+        if self.claimed <= 8 * self.held + ANNOUNCED:
+            return ""
+        return f"one of shape {tuple(tensor.shape)}, more entries than the file holds"
+
+
+def _strip(tensor: Tensor, dense: bool) -> str:
+    """What is wrong with a tensor's kind, or ""; hooks and attributes that the file gave it go."""
+    if type(tensor) not in (Tensor, Parameter):
+        return f"one of the class {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "a nested tensor, one that is nested (tensors of several shapes in one)"
+    if tensor.device.type not in ("cpu", "meta"):
+        return f"one on the device {tensor.device.type}"
+    if dense and tensor.is_quantized:
+        return "a quantized one"
+    if dense and tensor.layout != torch.strided:
+        return f"a sparse one ({tensor.layout})"
+    if dense and tensor.device.type == "meta":
+        return "one without numbers (a meta tensor)"
+    tensor._backward_hooks = None
+    vars(tensor).clear()
+    return ""
+
+
+def _entries(item: object) -> Iterator[tuple[str, object]]:
+    """What lies in a container, and its name where it has one; names are made plain on the way."""
+    if isinstance(item, dict):
+        _rename(item)
+        yield from ((key if isinstance(key, str) else str(key), item[key]) for key in item)
+    elif isinstance(item, list | tuple | set | frozenset):
+        yield from (("", inner) for inner in item)
+    elif isinstance(item, Shell):
+        yield from (("", inner) for inner in (item.args, item.state))
+
+
+def _rename(item: dict[Any, Any]) -> None:
+    """Names that are neither short text on one line nor small numbers are written in such text."""
+    plain = {key: _plain_key(key) for key in item}
+    if all(new is key for key, new in plain.items()):
+        return
+    held = dict(item)
+    item.clear()
+    for key, value in held.items():
+        new, again = plain[key], 1
+        while new in item:
+            again += 1
+            new = f"{plain[key]} ({again})"
+        item[new] = value
+
+
+def _plain_key(key: object) -> object:
+    if isinstance(key, str):
+        return plain_name(key)
+    if key is None or isinstance(key, bool | float) or (isinstance(key, int) and abs(key) < 2**63):
+        return key
+    return f"a key of type {type(key).__name__}"

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gradflow.errors import printable
 from gradflow.limits import LISTED_MODULES
 from gradflow.loading.opened import Opened, no_recurrence, open_any
 from gradflow.loading.recurrent import RecurrentModule
-from gradflow.loading.words import analyze_command, printable
+from gradflow.loading.words import analyze_command
 
 
 @dataclass(frozen=True)

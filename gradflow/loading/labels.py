@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gradflow.errors import FileError, InputError, must_be
-from gradflow.loading.words import printable, reason
+from gradflow.errors import FileError, InputError, must_be, one_sentence, printable
+from gradflow.loading.words import reason
 
 SAVE_LABELS = "write one label per line, or a .json list of strings"
 
@@ -31,7 +31,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
         found = json.loads(text) if path.suffix.lower() == ".json" else _lines(text)
     except (OSError, ValueError, RecursionError) as error:
         said = f"cannot read labels from {path}{reason(error)}; {SAVE_LABELS}"
-        raise FileError(printable(said)) from error
+        raise FileError(one_sentence(said, str(path))) from error
     if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
         raise InputError(must_be(printable(path), "a list of strings", _kind(found), SAVE_LABELS))
     return tuple(found)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradflow.errors import FileError, InputError, must_be
+from gradflow.errors import FileError, InputError, must_be, printable
 from gradflow.limits import CONTAINER_DEPTH, MOST_CONTAINERS
 from gradflow.loading.recurrent import from_tensors
 from gradflow.loading.shells import Shell, foreign_classes, tensors_of
 from gradflow.loading.state_dicts import NOT_WEIGHTS, fold, is_recurrent, renamed, tensors_in
-from gradflow.loading.words import article, printable, some
+from gradflow.loading.words import article, some
 
 
 @dataclass(frozen=True)

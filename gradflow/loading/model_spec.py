@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from gradflow.errors import FileError, InputError, UserCodeError, must_be
+from gradflow.errors import FileError, InputError, UserCodeError, must_be, plain_name
 from gradflow.loading.imports import current_folder_importable
 from gradflow.loading.state_dicts import fold, is_recurrent, renamed
 from gradflow.loading.words import article
@@ -234,9 +234,9 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], text: str) -> tup
     or of another shape; UserCodeError when the model's own loading raises.
     """
     with _user_code(f"asking {text} for its state_dict"):
-        wanted = {
-            key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)
-        }
+        state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    own_name = {plain_name(key): key for key in state}  # as names of a file are read
+    wanted = {plain_name(key): value for key, value in state.items()}
     fitting: tuple[str, dict[str, Tensor]] | None = None
     closest: tuple[int, dict[str, Tensor]] | None = None
     for note, variant in _variants(tensors):
@@ -259,7 +259,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], text: str) -> tup
         model.to(dtype)
         notes.append(f"the model runs in the file's {str(dtype).removeprefix('torch.')}")
     with _user_code(f"loading the weights into {text}"), quiet():
-        model.load_state_dict(dict(chosen), strict=True)
+        model.load_state_dict({own_name[k]: v for k, v in chosen.items()}, strict=True)
     return tuple(notes)
 
 
@@ -275,16 +275,16 @@ def _variants(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Te
     yield "", plain
     heads = dict.fromkeys(key.partition(".")[0] for key in plain if "." in key)
     for _ in range(3):  # "model.net." and the like
-        for head in heads:
-            part = {
-                key.removeprefix(f"{head}."): value
-                for key, value in plain.items()
-                if key.startswith(f"{head}.")
-            }
-            rest = [key for key in plain if not key.startswith(f"{head}.")]
-            if any(map(is_recurrent, rest)) or len(rest) > len(part):
+        parts: dict[str, dict[str, Tensor]] = {head: {} for head in heads}
+        for key, value in plain.items():
+            head, dot, inner = key.partition(".")
+            if dot:
+                parts[head][inner] = value
+        recurrent = sum(map(is_recurrent, plain))
+        for head, part in parts.items():
+            left = len(plain) - len(part)
+            if recurrent > sum(is_recurrent(f"{head}.{key}") for key in part) or left > len(part):
                 continue  # only a loss or metric may be left out, never a part of the model
-            left = len(rest)
             others = f", {left} other tensors (a loss or metric) were left out" if left else ""
             yield f"the prefix {head!r} was dropped{others}", renamed(part)
         if len(heads) != 1 or not plain:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from gradflow.errors import FileError, InputError
+from gradflow.errors import FileError, InputError, one_sentence, printable
+from gradflow.limits import SENTENCE_LETTERS, TRUSTED_LETTERS
 from gradflow.loading import model_spec as specs
 from gradflow.loading.ages import about_age, aged_layers, lacking
 from gradflow.loading.contents import read
@@ -21,7 +22,7 @@ from gradflow.loading.recurrent import RecurrentModule, from_model, from_tensors
 from gradflow.loading.shells import Rebuilder, Shell
 from gradflow.loading.state_dicts import fold, renamed, shapes_of
 from gradflow.loading.training_step import TrainingStep, step_in
-from gradflow.loading.words import RESAVE, analyze_command, printable, reason, some
+from gradflow.loading.words import RESAVE, RESAVE_OR_TRUST, analyze_command, reason, some
 
 BATCH_KEYS = ("input", "target", "lengths")  # of a file given to --input
 
@@ -76,7 +77,7 @@ def open_model(
     opened = open_any(path, spec, trust, member)
     # A user's class may hold cells of its own, which only a run shows; a stock pickle may not.
     if not opened.recurrent and (opened.model is None or (spec is None and not trust)):
-        raise FileError(no_recurrence(opened))
+        raise FileError(one_sentence(no_recurrence(opened), str(path)))
     return opened
 
 
@@ -143,7 +144,10 @@ def open_any(
     except (FileError, InputError) as error:
         # Every refusal names its file and is one line, whatever the keys in the file are.
         named = str(path) in str(error)
-        raise type(error)(printable(error if named else f"{path}: {error}")) from error
+        said = error if named else f"{path}: {error}"
+        most = TRUSTED_LETTERS if trust or spec else SENTENCE_LETTERS
+        typed = (str(path), spec if isinstance(spec, str) else "", member or "")
+        raise type(error)(one_sentence(said, *typed, most=most)) from error
     return replace(
         opened,
         notes=tuple(map(printable, opened.notes)),
@@ -328,7 +332,7 @@ def _foreign(path: Path, parts: list[Member], asked: str | None) -> str:
         what = f"is a pickle of the class {shown} {holds}"
     return (
         f"{path} {what}, and a class's code is not opened from a "
-        f"file; type, with its arguments: {command}, or, only if you trust the file's author: "
+        f"file; type: {command}, or, only if you trust the file's author: "
         f"{analyze_command(path, f'{picked}--trust' if len(parts) == 1 else '--trust')}"
     )
 
@@ -342,7 +346,7 @@ def _not_weights(path: Path, value: object, name: str, trust: bool, member: str 
         )
     if isinstance(value, Shell) and not trust:
         return (
-            f"{path} holds {held}, whose code is not opened from a file; {RESAVE}, or, "
-            f"only if you trust the file's author: {analyze_command(path, '--trust')}"
+            f"{path} holds {held}, whose code is not opened from a file; {RESAVE_OR_TRUST} "
+            f"{analyze_command(path, '--trust')}"
         )
     return f"{path} holds {held}, no weights; {RESAVE}"

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradflow.errors import InputError, must_be
+from gradflow.errors import InputError, must_be, printable
 from gradflow.loading.recurrent import RecurrentModule
-from gradflow.loading.words import printable
 
 
 @dataclass(frozen=True)

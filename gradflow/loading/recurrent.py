@@ -6,7 +6,9 @@ Letters: G gates (1 for a cell without any), H hidden units, I inputs, P width o
 
 from __future__ import annotations
 
+import functools
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -16,8 +18,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gradflow.cells import CELLS, kinds
-from gradflow.errors import FileError
-from gradflow.loading.words import article, printable
+from gradflow.errors import FileError, printable
+from gradflow.loading.words import article
 
 _WEIGHT_KEY = re.compile(
     r"(?:(?P<path>.*)\.)?(?P<part>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"
@@ -67,12 +69,18 @@ class RecurrentModule(Shape):
     """One recurrent module of a file, ready to run alone."""
 
     name: str  # module path as in the file, "" for a bare module
-    module: nn.RNNBase  # fresh, in eval mode, with the file's weights in the file's dtype
+    weights: Mapping[str, Tensor] = field(repr=False)  # as in the file, weight_hh_l0 among them
+    options: Mapping[str, object] = field(default_factory=dict)  # what else its class is made with
     from_cell: bool = False  # a cell of one step, run as a one-layer module
     embedding: Tensor | None = field(default=None, repr=False)  # (V, I)
     embedding_name: str = ""
     doubts: tuple[str, ...] = ()  # sentences: what the weights do not say and numbers rest on
     ambiguous: tuple[str, ...] = ()  # sentences: what else the weights do not say
+
+    @functools.cached_property
+    def module(self) -> nn.RNNBase:
+        """A fresh module in eval mode with the weights; made when first asked for."""
+        return _instantiate(self)
 
     @property
     def path_parts(self) -> tuple[str, ...]:
@@ -96,7 +104,7 @@ class RecurrentModule(Shape):
         owner = f" of {printable(self.name)}" if self.name else ""
         said = [
             non_finite(name.removesuffix(suffix) + owner, weight)
-            for name, weight in self.module.named_parameters()
+            for name, weight in self.weights.items()
         ]
         if self.embedding is not None:
             said.append(non_finite(printable(self.embedding_name), self.embedding))
@@ -110,12 +118,13 @@ class RecurrentModule(Shape):
     @property
     def dtype(self) -> torch.dtype:
         """The type of its weights."""
-        return next(self.module.parameters()).dtype
+        dtype = self.weights["weight_hh_l0"].dtype
+        return torch.float32 if dtype.itemsize == 1 else dtype  # torch has no float8 kernels here
 
     @property
     def parameters(self) -> int:
         """How many numbers its weights hold."""
-        return sum(weight.numel() for weight in self.module.parameters())
+        return sum(weight.numel() for weight in self.weights.values())
 
     def __str__(self) -> str:
         facts = [f"{self.input_size} → {self.hidden_size}"]
@@ -162,8 +171,9 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[RecurrentModule, ...]:
         if match is not None:
             place = (match["path"] or "", match["layer"] is None)
             groups.setdefault(place, {})[key.rpartition(".")[2]] = tensor
+    embeddings = _Embeddings(tensors)
     return tuple(
-        _build(path, from_cell, weights, tensors)
+        _build(path, from_cell, weights, embeddings)
         for (path, from_cell), weights in groups.items()
         if any(name.startswith("weight_hh") for name in weights)
     )
@@ -177,16 +187,16 @@ def recurrent_layers(model: nn.Module) -> list[nn.Module]:
 def from_model(model: nn.Module) -> tuple[RecurrentModule, ...]:
     """Copy every stock recurrent module of a model, with its effective weights, out of it."""
     found = []
-    tensors = dict(model.named_parameters())
+    embeddings = _Embeddings(dict(model.named_parameters()))
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
-            found.append(_copy_fused(name, module, tensors))
+            found.append(_copy_fused(name, module, embeddings))
         elif isinstance(module, nn.RNNCellBase):
-            found.append(_copy_cell(name, module, tensors))
+            found.append(_copy_cell(name, module, embeddings))
     return tuple(found)
 
 
-def _copy_fused(name: str, module: nn.RNNBase, tensors: Mapping[str, Tensor]) -> RecurrentModule:
+def _copy_fused(name: str, module: nn.RNNBase, embeddings: _Embeddings) -> RecurrentModule:
     names = [weight for layer in module._all_weights for weight in layer]
     weights = {weight: getattr(module, weight) for weight in names} | _hooked_weights(module)
     spec = CELLS[module.mode]
@@ -201,7 +211,7 @@ def _copy_fused(name: str, module: nn.RNNBase, tensors: Mapping[str, Tensor]) ->
     )
     options: dict[str, object] = {"dropout": module.dropout, "batch_first": module.batch_first}
     options |= spec.options
-    return _module(name, shape, weights, options, tensors)
+    return _module(name, shape, weights, options, embeddings)
 
 
 def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -215,7 +225,7 @@ def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def _copy_cell(name: str, cell: nn.RNNCellBase, tensors: Mapping[str, Tensor]) -> RecurrentModule:
+def _copy_cell(name: str, cell: nn.RNNCellBase, embeddings: _Embeddings) -> RecurrentModule:
     kind = _KIND_OF_BLOCKS.get(cell.weight_hh.shape[0] // cell.hidden_size, _KIND_OF_BLOCKS[1])
     hooked = _hooked_weights(cell)
     weights = {
@@ -230,7 +240,7 @@ def _copy_cell(name: str, cell: nn.RNNCellBase, tensors: Mapping[str, Tensor]) -
         bias=bool(cell.bias),
     )
     options = {option: getattr(cell, option) for option in kinds()[kind].options}
-    return _module(name, shape, weights, options, tensors, from_cell=True)
+    return _module(name, shape, weights, options, embeddings, from_cell=True)
 
 
 def _module(
@@ -238,17 +248,17 @@ def _module(
     shape: Shape,
     weights: Mapping[str, Tensor],
     options: Mapping[str, object],
-    tensors: Mapping[str, Tensor],
+    embeddings: _Embeddings,
     *,
     from_cell: bool = False,
 ) -> RecurrentModule:
-    """A fresh module, with what most likely embeds its tokens."""
-    module = _instantiate(name, shape, weights, options)
-    embedding, key = _embedding(name, shape.input_size, tensors)
+    """A module, with what most likely embeds its tokens."""
+    embedding, key = embeddings.of(name, shape.input_size)
     return RecurrentModule(
         **vars(shape),
         name=name,
-        module=module,
+        weights={key: weight.detach() for key, weight in weights.items()},
+        options=options,
         from_cell=from_cell,
         embedding=embedding,
         embedding_name=key,
@@ -256,7 +266,7 @@ def _module(
 
 
 def _build(
-    path: str, from_cell: bool, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    path: str, from_cell: bool, weights: Mapping[str, Tensor], embeddings: _Embeddings
 ) -> RecurrentModule:
     label = path or "the file"
     if from_cell:
@@ -265,7 +275,7 @@ def _build(
         _check_tensor(f"{path}.{name}" if path else name, tensor)
     shape = _infer(label, weights)
     _check_shapes(label, shape, weights)
-    found = _module(path, shape, weights, {}, tensors, from_cell=from_cell)
+    found = _module(path, shape, weights, {}, embeddings, from_cell=from_cell)
     return replace(found, doubts=_doubts(found), ambiguous=_ambiguities(found, label))
 
 
@@ -358,70 +368,77 @@ def _check_shapes(label: str, shape: Shape, weights: Mapping[str, Tensor]) -> No
         raise FileError(f"{label} must have at least one input feature, got 0; {GIVE_MODEL}")
 
 
-def _instantiate(
-    label: str, shape: Shape, weights: Mapping[str, Tensor], options: Mapping[str, object]
-) -> nn.RNNBase:
+def _instantiate(found: RecurrentModule) -> nn.RNNBase:
     arguments: dict[str, object] = {
-        "input_size": shape.input_size,
-        "hidden_size": shape.hidden_size,
-        "num_layers": shape.layers,
-        "bias": shape.bias,
-        "bidirectional": shape.bidirectional,
+        "input_size": found.input_size,
+        "hidden_size": found.hidden_size,
+        "num_layers": found.layers,
+        "bias": found.bias,
+        "bidirectional": found.bidirectional,
         "device": "meta",  # the real tensors are put in below
-        **options,
+        **found.options,
     }
-    if shape.proj_size:
-        arguments["proj_size"] = shape.proj_size
-    if shape.layers == 1:
+    if found.proj_size:
+        arguments["proj_size"] = found.proj_size
+    if found.layers == 1:
         arguments.pop("dropout", None)  # it has no effect there, and torch warns
-    dtype = weights["weight_hh_l0"].dtype
-    if dtype.itemsize == 1:
-        dtype = torch.float32  # torch has no float8 kernels for these layers
-    make: Callable[..., nn.RNNBase] | None = kinds()[shape.kind].layer
+    make: Callable[..., nn.RNNBase] | None = kinds()[found.kind].layer
     assert make is not None
     module = make(**arguments)
     copies = {
-        name: weight.detach()
-        .to(device="cpu", dtype=dtype)
-        .clone(memory_format=torch.contiguous_format)
-        for name, weight in weights.items()
+        name: weight.to(device="cpu", dtype=found.dtype).clone(
+            memory_format=torch.contiguous_format
+        )
+        for name, weight in found.weights.items()
     }
     try:
         module.load_state_dict(copies, strict=True, assign=True)
     except RuntimeError as error:
         raise FileError(
-            f"the {shape.kind} {label!r} does not fit its own weights "
+            f"the {found.kind} {found.name or 'of the file'!r} does not fit its own weights "
             f"({' '.join(str(error).split())[:160]}); {GIVE_MODEL}"
         ) from error
     return module.requires_grad_(True).eval()
 
 
-def _embedding(path: str, width: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str]:
-    """The weight (V, I) that most likely embeds tokens for this module, and its key."""
-    likely: list[str] = []
-    before = True
-    for key, tensor in tensors.items():
+class _Embeddings:
+    """The weights (V, I) of a file that may embed tokens; looked through once, for any number of modules."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._named: dict[int, str] = {}  # width -> the first one that is called an embedding
+        # width -> places and keys of weights without a bias that cannot be an input map
+        self._plain: dict[int, tuple[list[int], list[str]]] = {}
+        self._starts: dict[str, int] = {}  # path of a module -> place of its first weight
+        for place, (key, tensor) in enumerate(tensors.items()):
+            self._take(place, key, tensor)
+
+    def _take(self, place: int, key: str, tensor: Tensor) -> None:
         owner, _, last = key.rpartition(".")
-        if _WEIGHT_KEY.fullmatch(key) and owner == path:
-            before = False
-        if last != "weight" or tensor.ndim != 2 or tensor.shape[1] != width:
-            continue
-        if f"{owner}.bias" in tensors or not tensor.is_floating_point() or tensor.is_quantized:
-            continue
-        if tensor.layout != torch.strided or tensor.device.type == "meta" or not len(tensor):
-            continue
-        named = _EMBEDS.search(key) is not None
-        # Else a weight without a bias that stands before the module and cannot be its input map.
-        plain = before and tensor.shape[0] != width and not _NOT_EMBEDS.search(owner)
-        if named:
-            likely.insert(0, key)
-        elif plain:
-            likely.append(key)
-    if not likely:
-        return None, ""
-    named_keys = [key for key in likely if _EMBEDS.search(key)]
-    chosen = named_keys[-1] if named_keys else likely[-1]
-    return tensors[chosen].detach(), chosen
+        if _WEIGHT_KEY.fullmatch(key):
+            self._starts.setdefault(owner, place)
+        if last != "weight" or tensor.is_nested or tensor.ndim != 2 or not len(tensor):
+            return
+        if f"{owner}.bias" in self._tensors or not tensor.is_floating_point():
+            return
+        if tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type == "meta":
+            return
+        width = tensor.shape[1]
+        if _EMBEDS.search(key):
+            self._named.setdefault(width, key)
+        elif tensor.shape[0] != width and not _NOT_EMBEDS.search(owner):
+            places, keys = self._plain.setdefault(width, ([], []))
+            places.append(place)
+            keys.append(key)
+
+    def of(self, path: str, width: int) -> tuple[Tensor | None, str]:
+        """The one that most likely embeds tokens for a module of so many inputs, and its key."""
+        key = self._named.get(width, "")
+        if not key:  # else the last one that stands before the module
+            places, keys = self._plain.get(width, ([], []))
+            before = bisect_left(places, self._starts.get(path, len(self._tensors)))
+            key = keys[before - 1] if before else ""
+        return (self._tensors[key].detach(), key) if key else (None, "")
 
 
 def _doubts(found: RecurrentModule) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gradflow.cells import CELLS, kinds
 from gradflow.errors import FileError
-from gradflow.limits import SHELL_DEPTH, SHELL_MODULES
+from gradflow.limits import SHELL_DEPTH, SHELL_MODULES, WINDOW
 
 # Plain data that settings carry; everything else of Python's own library stays refused.
 _PLAIN_DATA = {
@@ -50,7 +50,7 @@ _PLAIN_DATA = {
     *(f"builtins.{kind.__name__}" for kind in (slice, str, tuple)),
 }
 _TORCH_OWN = {"collections.OrderedDict", "collections.Counter", "_codecs.encode"}
-_MAPPINGS = ("dict", "cfgnode", "munch", "box", "dotmap")  # ends of names of dict subclasses
+MAPPINGS = ("dict", "cfgnode", "munch", "box", "dotmap")  # ends of names of dict subclasses
 
 
 class Shell:
@@ -115,7 +115,7 @@ def _stand_in(name: str) -> Callable[..., Any]:
     last = name.rpartition(".")[2].lower()
     if name == "collections.deque":
         return _empty_list
-    if last.endswith(_MAPPINGS) and name not in _STOCK:
+    if last.endswith(MAPPINGS) and name not in _STOCK:
         # The unpickler fills only exact dicts, so dict subclasses become ordered dicts.
         return OrderedDict if not name.startswith("collections.") else _empty_mapping
     return type("Shell", (Shell,), {"path": name})
@@ -139,7 +139,7 @@ def _walk(shell: Shell) -> Iterator[tuple[str, Shell]]:
             break
     raise FileError(
         f"this file nests more than {SHELL_DEPTH} modules in one another or holds more than "
-        f"{SHELL_MODULES}; in the code that has the model run "
+        f"{SHELL_MODULES}; where the model is, run "
         "torch.save(model.state_dict(), 'weights.pt')"
     )
 
@@ -263,6 +263,21 @@ def _arguments(kind: type[nn.Module], shell: Shell) -> dict[str, object]:
             inspect.Parameter.VAR_KEYWORD,
         ):
             raise ValueError(f"it does not say its {name}")
+    # by these, which no weight bears out, a layer puts out more than it is given
+    windows = (
+        "padding",
+        "output_padding",
+        "output_size",
+        "stride",
+        "dilation",
+        "kernel_size",
+        "size",
+    )
+    for name in windows:
+        sizes = arguments.get(name)
+        for size in sizes if isinstance(sizes, tuple | list) else (sizes,):
+            if isinstance(size, int) and abs(size) > WINDOW:
+                raise ValueError(f"its {name} is {size}, and no layer has more than {WINDOW}")
     return _recurrent_arguments(kind, attributes) if issubclass(kind, nn.RNNBase) else arguments
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
+import torch
 from torch import Tensor
 
 STEP_KEYS = ("step", "global_step", "iteration", "epoch")  # of a checkpoint, the first one counts
@@ -43,11 +43,12 @@ def step_in(value: object) -> TrainingStep | None:
 
 def _whole(value: object) -> int | None:
     """A count, however it was saved."""
-    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "meta":
-        value = value.item()
+    if isinstance(value, Tensor):
+        plain = value.layout == torch.strided and value.device.type != "meta"
+        value = value.item() if plain and value.numel() == 1 else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if math.isfinite(value) and value >= 0 and value == int(value) else None
+    return int(value) if 0 <= value < 2**63 and value == int(value) else None
 
 
 def step_in_name(path: PurePath) -> TrainingStep | None:

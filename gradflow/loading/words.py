@@ -6,23 +6,19 @@ import re
 import shlex
 from pathlib import Path
 
+from gradflow.errors import printable
 from gradflow.limits import SHOWN_LETTERS
 
 # Letters that are read out by name, so that they take "an".
 _SPELLED = ("lstm", "rnn", "mlp", "ndarray")
 RESAVE = (
-    "in the code that has the model run torch.save(model.state_dict(), 'weights.pt'), "
+    "where the model is, run torch.save(model.state_dict(), 'weights.pt'), "
     "then type: gradflow analyze weights.pt"
 )
-
-
-def printable(text: object) -> str:
-    r"""The text on one line: line ends and control characters are escaped as in ``repr``.
-
-    >>> printable("a\nb.weight")
-    'a\\nb.weight'
-    """
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+RESAVE_OR_TRUST = (  # followed by the command with --trust
+    "where the model is, run torch.save(model.state_dict(), 'weights.pt'), "
+    "or, only if you trust the file's author:"
+)
 
 
 def article(word: str) -> str:

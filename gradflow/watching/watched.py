@@ -332,6 +332,7 @@ class Watch:
         if opened is not None:
             self._open = opened
             opened.recorder.processes = self._processes.size
+            opened.recorder.thrown_away = lambda: self._marks.thrown_away
             opened.open()
 
     def _is_due(self, step: int) -> bool:

@@ -51,6 +51,17 @@ def crossing(
     return result
 
 
+def crossing_any(roots: Iterable[Any], boundary: int, since: int) -> set[Edge]:
+    """The same of one boundary, from nodes numbered `since` and later, whatever they descend from."""
+    return {
+        edge
+        for node in _younger(roots, since)
+        if node._sequence_nr() > boundary
+        for edge in node.next_functions
+        if edge[0] is not None and since <= edge[0]._sequence_nr() <= boundary
+    }
+
+
 def _younger(roots: Iterable[Any], oldest: int) -> list[Any]:
     """All ancestors of the roots that are no older than a number, the roots themselves included."""
     seen: set[Any] = set()

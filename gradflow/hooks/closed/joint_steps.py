@@ -5,14 +5,14 @@ Letters: B sequences, S the width of the joint state, A_t = ∂s_t/∂s_{t−1}.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradflow.hooks.closed.boundaries import buffers_read, crossing
+from gradflow.hooks.closed.boundaries import buffers_read, crossing, crossing_any
 from gradflow.hooks.closed.loops import ClosedLoop, State
 from gradflow.hooks.closed.parts import MarkedPart, Seen
 from gradflow.hooks.closed.standing import Standing, View, view_of_tensor
@@ -99,6 +99,10 @@ class JointReading:
             known = {edge for seen in states[-1].values() for edge in seen.edges}
             ended = crossing(loss, every, ends[-2:])[1] - known
             extras[-1] = _at_the_end(extras[-2], ended, ends[-2])
+        if slots and not loop.begun and not extras[0]:  # of the first step nothing older descends
+            since = ends[0] - (ends[1] - ends[0])
+            known = {edge for seen in states[0].values() for edge in seen.edges}
+            extras[0] = _alike(extras[1], crossing_any(roots, ends[0], since) - known)
         if loop.slots is not None and loop.slots != slots:
             raise NotReadable(MORE)
         if slots and not all(part.even for part in loop.parts):
@@ -187,9 +191,18 @@ def _slots(extras: Sequence[Sequence[Edge]]) -> list[tuple[tuple[int, ...], Any]
 def _at_the_end(before: Sequence[Edge], found: set[Edge], since: int) -> list[Edge]:
     """What goes on from the last step to the loss in the place of what crossed before it."""
     last = [edge for edge in found if edge[0]._sequence_nr() >= since]
+    return _alike(before, last)
+
+
+def _alike(wanted: Sequence[Edge], found: Iterable[Edge]) -> list[Edge]:
+    """For each of some edges the one that is made alike; none where that is not one for each."""
     chosen = []
-    for edge in before:
-        like = [e for e in last if (_kind(e), type(e[0])) == (_kind(edge), type(edge[0]))]
+    for edge in wanted:
+        like = [
+            e
+            for e in found
+            if (_kind(e), type(e[0]), e[1]) == (_kind(edge), type(edge[0]), edge[1])
+        ]
         if len(like) != 1:
             return []
         chosen += like

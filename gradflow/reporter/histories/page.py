@@ -153,6 +153,8 @@ def _note(note: Note, swept: bool) -> tuple[str, str, str]:
 def extent_words(history: History) -> str:
     """How many probes there are, and of which updates."""
     steps = history.steps
+    if not len(steps):
+        return "no probe yet"
     if history.swept:
         found = count_words(len(steps), "checkpoint")
         runs = f" of {count_words(len(history.runs), 'run')}" if len(history.runs) > 1 else ""
