@@ -4,6 +4,7 @@ from gradflow.reporter.comparing import (
     comparison_html,
     comparison_page,
     comparison_summary,
+    draw_trend,
 )
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.figures import plot
@@ -21,7 +22,6 @@ from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import gone_words, number_words
 from gradflow.reporter.picture import png
 from gradflow.reporter.text import render, render_comparison, render_sentences
-from gradflow.reporter.trend import draw_trend
 
 __all__ = [
     "FORMATS",
