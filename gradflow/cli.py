@@ -288,6 +288,7 @@ def report(
 @FOLDER
 @FORCE
 @BY
+@AS_JSON
 @TRUST
 @click.pass_context
 def compare(
@@ -296,6 +297,7 @@ def compare(
     folder: Path | None,
     force: bool,
     by: str,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Show RUNs on one scale, and say what changed and whether it is more than chance.
@@ -340,10 +342,18 @@ def compare(
             f"compare needs runs of one kind, got the history of a training, {trainings[0]}, beside the "
             "analysis of a batch; compare trainings with trainings"
         )
+    if trainings and as_json:
+        raise InputError(
+            "--json of compare is for analyses, got trainings; read their numbers from comparison.csv "
+            "and changes.csv in the folder"
+        )
     if trainings:
         said = compare_histories(found, folder, force=force, by=by)
     else:
-        said = compare_runs(found, folder, force=force)
+        said = compare_runs(found, folder, force=force, as_json=as_json)
+    if as_json:
+        click.echo(said)
+        return
     click.echo(f"\n{said}")
     last = shlex.quote(str(runs[-1]))
     again = f"report {last}" if is_run(runs[-1]) else f"analyze {last}{typed}"
@@ -489,7 +499,7 @@ def _typed(context: click.Context) -> str:
     words = []
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]
-        if parameter.name in ("runs", "folder", "force", "by") or value in (
+        if parameter.name in ("runs", "folder", "force", "by", "as_json") or value in (
             None,
             parameter.default,
         ):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from gradflow import reporter
-from gradflow.analysis import HEADLINE, Analysis, LayerAnalysis
+from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analysis.intervals import welch
+from gradflow.errors import InputError, must_be
 from gradflow.limits import RATE_ROUNDING, ROUND_TELLS
 
-RUN_COLUMNS = ["run", *HEADLINE]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OVERVIEWS = 4  # runs whose overviews are drawn one below the other; more are a trend
 
 
 @dataclass(frozen=True)
@@ -38,21 +44,117 @@ class Change:
     sentence: str
 
 
-def compare(runs: Mapping[str, Analysis]) -> pd.DataFrame:
-    """One row per run and layer, in the order given.
+@dataclass(frozen=True)
+class Comparison:
+    """What `gradflow.compare` gives: what changed from the first run to each of the others."""
+
+    runs: Mapping[str, Analysis]  # by name, in the order given
+    table: pd.DataFrame  # a row per run and layer, as of `Analysis.frame("layers")`
+    changes: pd.DataFrame  # a row per layer and other run, as `Change` has them
+    sentences: tuple[str, ...]  # how many differences are more than chance, and each in words
+    notes: tuple[str, ...]  # what else than the model differs between the runs
+
+    @property
+    def figure(self) -> Figure:
+        """The runs on one scale; of more than four, gain and horizon from run to run."""
+        if len(self.runs) > OVERVIEWS:
+            return reporter.draw_trend(self.runs)
+        return reporter.plot([run.titled(name) for name, run in self.runs.items()])
+
+    def summary(self) -> dict[str, Any]:
+        """The same for a script, in the types of strict JSON."""
+        return reporter.comparison_summary(self.runs, self.changes, self.sentences, self.notes)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write comparison.html, .json, .png, .csv and changes.csv into a folder, whole or not at all.
+
+        Args:
+            folder: the files go here.
+            force: replace an earlier comparison.
+
+        Returns:
+            The path of the page.
+        """
+        picture = reporter.png(self.figure)
+        with reporter.whole_folder(Path(folder), force=force) as work:
+            (work / "comparison.png").write_bytes(picture)
+            (work / "comparison.html").write_text(self._page(picture), "utf-8")
+            words = json.dumps(self.summary(), allow_nan=False, indent=2)
+            (work / "comparison.json").write_text(words, "utf-8")
+            self.table.to_csv(work / "comparison.csv", index=False)
+            self.changes.to_csv(work / "changes.csv", index=False)
+        return Path(folder) / "comparison.html"
+
+    def _page(self, picture: bytes) -> str:
+        return reporter.comparison_page(
+            list(self.runs), self.sentences, self.notes, picture, self.table
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join([*self.sentences, *(f"note: {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        return reporter.comparison_html(
+            self.sentences, self.notes, reporter.png(self.figure), self.table
+        )
+
+
+def compare(*runs: Analysis | Mapping[str, Analysis]) -> Comparison:
+    """Say what changed from the first run to each of the others, and whether by more than chance.
+
+    Layers are paired by name, and compared by the gain over the span in decades, or the rate in nats
+    per step, with a 95 % interval over sequences (Welch 1947) that holds for all of them at once.
+
+    Args:
+        runs: two or more analyses, or one mapping from the names that they shall have.
+
+    Returns:
+        A `Comparison`: prints as sentences; ``.table``, ``.changes``, ``.figure``, ``.save(folder)``.
+
+    Raises:
+        InputError: fewer than two runs, or something that is not an analysis.
 
     >>> import torch, gradflow
     >>> x = torch.randn(20, 4, 3)
-    >>> runs = {c.__name__: gradflow.diagnose(c(3, 8), x) for c in (torch.nn.RNN, torch.nn.GRU)}
-    >>> list(compare(runs)["run"])
-    ['RNN', 'GRU']
+    >>> before, after = (gradflow.diagnose(c(3, 8), x) for c in (torch.nn.RNN, torch.nn.GRU))
+    >>> found = gradflow.compare(before, after)
+    >>> list(found.table["run"]), list(found.changes["larger"])
+    (['RNN', 'GRU'], [True])
     """
-    tables = []
-    for name, run in runs.items():
-        table = run.frame("layers")
-        table.insert(0, "run", name)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    named: dict[str, Analysis] = {}
+    for run in runs:
+        given = run if isinstance(run, Mapping) else {_free(run, named): run}
+        for name, one in given.items():
+            if not isinstance(one, Analysis):
+                advice = "analyze the recording first; trainings are compared by gradflow compare"
+                raise InputError(
+                    must_be("what is compared", "an Analysis", type(one).__name__, advice)
+                )
+            named[str(name)] = one
+    if len(named) < 2:
+        raise InputError(
+            must_be(
+                "what is compared", "two runs or more", len(named), "give the one before as well"
+            )
+        )
+    found = changes(named)
+    rows = pd.DataFrame([asdict(change) for change in found])
+    tables = [run.frame("layers").assign(run=name) for name, run in named.items()]
+    table = pd.concat(tables, ignore_index=True)
+    return Comparison(
+        runs=named,
+        table=table[["run", *(column for column in table if column != "run")]],
+        changes=rows.reindex(columns=list(Change.__dataclass_fields__)),
+        sentences=(headline(found), *(change.sentence for change in found), *unpaired(named)),
+        notes=tuple(circumstances(named)),
+    )
+
+
+def _free(run: Any, taken: Mapping[str, Analysis]) -> str:
+    """The run's title, numbered where another has the same."""
+    title = str(getattr(run, "title", type(run).__name__))
+    again = sum(known == title or known.startswith(f"{title} (") for known in taken)
+    return f"{title} ({again + 1})" if again else title
 
 
 def changes(runs: Mapping[str, Analysis]) -> list[Change]:
@@ -269,20 +371,16 @@ def _number(value: float) -> str:
     return f"{value:+.3g}".replace("-", "−")
 
 
-def compare_runs(runs: Mapping[str, Analysis], folder: Path, *, force: bool = False) -> str:
-    """Compare runs; write comparison.png, comparison.csv and changes.csv; return what to print."""
-    table, changed = compare(runs), changes(runs)
-    with reporter.whole_folder(folder, force=force) as work:
-        figure = reporter.plot([run.titled(name) for name, run in runs.items()])
-        (work / "comparison.png").write_bytes(reporter.png(figure))
-        table.to_csv(work / "comparison.csv", index=False)
-        rows = pd.DataFrame([asdict(change) for change in changed])
-        rows.reindex(columns=list(Change.__dataclass_fields__)).to_csv(
-            work / "changes.csv", index=False
-        )
-    sentences = [headline(changed), *(change.sentence for change in changed), *unpaired(runs)]
-    reporter.render_comparison(runs, sentences, circumstances(runs))
-    return f"picture: {folder / 'comparison.png'}"
+def compare_runs(
+    runs: Mapping[str, Analysis], folder: Path, *, force: bool = False, as_json: bool = False
+) -> str:
+    """Compare runs and write the files of `Comparison.save`; print it; return what else to print."""
+    found = compare(runs)
+    page = found.save(folder, force=force)
+    if as_json:
+        return json.dumps(found.summary(), allow_nan=False, indent=2)
+    reporter.render_comparison(runs, found.sentences, found.notes)
+    return f"page: {page}"
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

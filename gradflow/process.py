@@ -166,9 +166,10 @@ def autocast(device: str, *, enabled: bool, dtype: torch.dtype | None = None) ->
 
 def _autocast_of(device: str) -> tuple[int, bool, bool, torch.dtype]:
     """How many autocasts lie around each other, whether casts are kept, whether it is on, its dtype."""
-    torch.autocast_increment_nesting()
+    # on one line: between two of them an exception may come
+    depth = (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())[1]
     return (
-        torch.autocast_decrement_nesting(),
+        depth,
         torch.is_autocast_cache_enabled(),
         torch.is_autocast_enabled(device),
         torch.get_autocast_dtype(device),

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import folders
 import interrupts
 import soak
 import torch
@@ -60,14 +62,39 @@ def soaked() -> Iterator[Row]:
     for kind, steps in soak.LONG.items() if TIMES["long"] else ():
         work = soak.long(kind, steps)
         work()
+        work()  # allocators go on filling up in the second
         before = soak.resident()
         for _ in range(3):
             work()
         each = (soak.resident() - before) / 3
-        yield f"T = {steps:,}, {kind}", 4, int(each > 2**20), f"{each / 2**10:+.0f} KiB each"
+        yield f"T = {steps:,}, {kind}", 5, int(each > 2**20), f"{each / 2**10:+.0f} KiB each"
 
 
-PARTS = {"interrupts": interrupted, "soak": soaked}
+def cut_off() -> Iterator[Row]:
+    """Reports that are killed, meet a full disk, or each other."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        took = folders.took(place / "timed")
+        for words, times, trial in (
+            ("kill -9", 100, lambda n, p: folders.killed(p, took * n / 80, force=bool(n % 2))),
+            (
+                "a full disk",
+                40,
+                lambda n, p: folders.on_a_full_disk(p, 2_000 * n) or folders.whole(p),
+            ),
+            ("two at once", 40, lambda n, p: folders.at_once(p, force=bool(n % 2))),
+        ):
+            failed = 0
+            for number in range(times):
+                try:
+                    trial(number, place / f"{words} {number}")
+                except AssertionError as error:
+                    print(words, number, error, flush=True)
+                    failed += 1
+            yield f"a report, {words}", times, failed, "whole or absent"
+
+
+PARTS = {"interrupts": interrupted, "soak": soaked, "files": cut_off}
 
 
 def written(rows: dict[str, str]) -> None:

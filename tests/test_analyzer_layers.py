@@ -48,6 +48,7 @@ DIMS = {
     "truncation_window": ("parameter", "tolerance"),
     **{f"gate_{name}": ("gate", "step") for name in ("mean", "closed", "open")},
     "state_norm": ("state", "step"),
+    "loss_reach": (),
     "memory_steps": ("state", "unit"),
     "gate_value": ("gate", "unit", "step"),
     **{f"gate_unit_{name}": ("gate", "unit") for name in ("closed", "open")},
@@ -134,7 +135,7 @@ def test_scalar_linear_layer() -> None:
     assert layer.channels == 0
     assert layer.sentence == (
         "l0 vanishes: the gradient halves every 6.58 steps and is gone in every direction after 66 "
-        "of your 100 steps; a window of 28 steps keeps ∂L/∂W_hh within 5 %"
+        "of your 100 steps"
     )
     assert layer.title == (
         "RNN: this loss's gradient is gone 66 steps before it; the layer's own best direction lasts 66"
@@ -450,7 +451,10 @@ def test_a_healthy_layer_has_no_findings() -> None:
     layer = only(analyze(record(rnn, 40, 8, inputs=1e-3)))
     assert layer.verdict == "stable"
     assert layer.findings == ()
-    assert layer.sentence == "l0 is stable: all 8 directions survive 39 steps"
+    assert layer.sentence == (
+        f"l0 is stable: all 8 directions survive 39 steps; a window of {layer.window} steps keeps "
+        "∂L/∂W_hh within 5 %"
+    )
 
 
 def test_vanishing_lstm_names_its_forget_gates() -> None:

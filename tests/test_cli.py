@@ -267,6 +267,9 @@ def test_report_and_compare_of_saved_runs(here: Path, capsys: pytest.CaptureFixt
     assert "rnn " in out and "gru " in out and "rnn → gru: vanishing in both" in out
     assert (here / "reports/comparison/changes.csv").read_text().startswith("layer,before,after")
     assert (here / "reports/comparison/comparison.png").stat().st_size > 10_000
+    assert (here / "reports/comparison/comparison.html").read_text().startswith("<!DOCTYPE html>")
+    assert run("compare", "reports/rnn", "reports/gru", "--json", "-o", "told") == 0
+    assert json.loads(capsys.readouterr().out)["changes"][0]["before"] == "rnn"
     assert run("compare", "reports/rnn") == 2
     assert run("compare", "reports/rnn", "reports/gru", "--seq-len", "9") == 2
     assert "for model files, got --seq-len 9 with saved runs only" in capsys.readouterr().err

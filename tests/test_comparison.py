@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shlex
@@ -292,3 +293,36 @@ def test_bash_completes_what_the_help_says(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.stdout, done.stderr) == ("bce\n", "")
+
+
+def test_a_comparison_in_python_is_table_figure_page_and_json(tmp_path: Path) -> None:
+    found = gradflow.compare(run(0.0), run(3.0))
+    assert list(found.table["run"]) == ["LSTM", "LSTM (2)"] and list(found.changes["larger"]) == [
+        True
+    ]
+    assert "vanishing → stable" in repr(found) and found.sentences[1] in found._repr_html_()
+    words = [text.get_text() for text in found.figure.texts]
+    assert any("LSTM (2)" in text for text in words)
+    page = found.save(tmp_path / "both").read_text()
+    assert "vanishing → stable" in page and "<script>" in page and len(page) < 1e6
+    told = json.loads((tmp_path / "both/comparison.json").read_text())
+    assert set(told["runs"]) == {"LSTM", "LSTM (2)"}
+    assert told["changes"][0]["sentence"] == found.changes["sentence"][0]
+
+
+def test_more_than_four_runs_are_a_trend_and_a_name_is_escaped() -> None:
+    runs = {f"epoch {n} <b>": run(float(n)) for n in range(5)}
+    found = gradflow.compare(runs)
+    gain, reach = found.figure.axes
+    decades = [one["l0"].decades for one in runs.values()]
+    assert gain.lines[0].get_ydata().tolist() == pytest.approx(decades)
+    far = [one["l0"].horizon or one["l0"].searched for one in runs.values()]
+    assert reach.lines[0].get_ydata().tolist() == far
+    assert "<b>," not in found._repr_html_()
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(gradflow.GradflowError, match="must be two runs or more, got 1"):
+        gradflow.compare(run(0.0))
+    with pytest.raises(gradflow.GradflowError, match="must be an Analysis, got str"):
+        gradflow.compare(run(0.0), "reports/run")  # type: ignore[arg-type]

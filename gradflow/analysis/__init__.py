@@ -115,9 +115,9 @@ grad_input_norm     (step)                         median over sequences of â€–â
 
 from gradflow.analysis.attractor import entropy_rate, kaplan_yorke_dimension
 from gradflow.analysis.frames import FRAMES, HEADLINE, OPTIONAL
-from gradflow.analysis.reaches import WINDOW_OF
 from gradflow.analysis.results import (
     UNMEASURED,
+    WINDOW_OF,
     Alone,
     Finding,
     Gain,

@@ -10,9 +10,10 @@ import numpy as np
 import xarray as xr
 
 from gradflow.analysis.attractor import entropy_rate, kaplan_yorke_dimension
-from gradflow.analysis.reaches import loss_reach_of, window_of
+from gradflow.limits import LAG_TOLERANCE
 from gradflow.recording import Parity
 
+WINDOW_OF = "weight_hh"  # the weight whose gradient flows through time
 FIRST = (  # findings on what the loss reads, which stand before those of all layers
     "unread",
     "reads-one-sequence",
@@ -277,3 +278,18 @@ def _decades(found: LayerAnalysis | Prediction) -> float:
     if math.isnan(found.gain.value) and isinstance(found, LayerAnalysis):
         return found.rate.value * found.span / math.log(10)
     return found.gain.decades
+
+
+def window_of(data: xr.Dataset) -> int | None:
+    """Steps back from every loss step that keep ∂L/∂W_hh within 5 %; None where it is not known."""
+    if WINDOW_OF not in data.get("parameter", ()):
+        return None
+    # a dict, for xarray's own sel has an argument named tolerance
+    chosen = data["truncation_window"].sel(parameter=WINDOW_OF)
+    found = float(chosen.sel({"tolerance": LAG_TOLERANCE}, method="nearest"))
+    return None if math.isnan(found) or not (data["lag_contribution"] > 0).any() else int(found)
+
+
+def loss_reach_of(data: xr.Dataset) -> float:
+    """Steps before the last loss step at which its gradient is gone; inf if never, NaN if unknown."""
+    return float(data["loss_reach"]) if "loss_reach" in data else np.nan

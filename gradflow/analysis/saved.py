@@ -6,6 +6,8 @@ import difflib
 import json
 import os
 import shlex
+import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,10 +51,20 @@ def save(analysis: Analysis, path: Path) -> Path:
             str(name): COMPRESSED for name, values in layer.data.items() if values.size >= LARGE
         }
         tree[f"/layer{number}"] = layer.data.assign_attrs(gradflow=json.dumps(_layer_header(layer)))
+    # made in memory: on a full disk HDF5 ends the process
+    made = xr.DataTree.from_dict(tree).to_netcdf(engine="h5netcdf", encoding=packed)
+    place = path.resolve()
+    part = place.with_name(f".gradflow-{uuid.uuid4().hex}")
     try:
-        xr.DataTree.from_dict(tree).to_netcdf(path, engine="h5netcdf", encoding=packed)
+        part.write_bytes(made)
+        part.replace(place)
     except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+        there = "it is as it was" if place.exists() else "nothing was written"
+        why = error.strerror or error
+        raise FileError(f"cannot write {path}: {why}; {there}, give another place") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
     return path
 
 

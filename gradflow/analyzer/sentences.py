@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gradflow.analysis.reaches import loss_reach_of, window_of
+from gradflow.analysis.results import loss_reach_of, window_of
 from gradflow.analyzer.causes.reading import headline, opening
 from gradflow.analyzer.cuts import cut_steps, in_some_sequences, typical_segment
 from gradflow.analyzer.evidence import Evidence, counted, number

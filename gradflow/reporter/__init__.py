@@ -1,5 +1,11 @@
 """Pictures, page, terminal table and files: everything that shows an `Analysis` or a `History`."""
 
+from gradflow.reporter.comparing import (
+    comparison_html,
+    comparison_page,
+    comparison_summary,
+    draw_trend,
+)
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.figures import plot
 from gradflow.reporter.files import FORMATS, report
@@ -26,9 +32,13 @@ __all__ = [
     "Followed",
     "GroupRow",
     "check_folder",
+    "comparison_html",
+    "comparison_page",
+    "comparison_summary",
     "course",
     "courses",
     "draw_courses",
+    "draw_trend",
     "far_words",
     "follow",
     "free_folder",

@@ -24,9 +24,12 @@ def free_folder(base: str | Path) -> Path:
     """The first of base, base-2, base-3, … that does not exist."""
     base = Path(base)
     number, folder = 1, base
-    while folder.exists() or folder.is_symlink():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
+    try:
+        while folder.exists() or folder.is_symlink():
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+    except OSError as error:  # too long a name
+        raise _unwritable(folder, error) from error
     return folder
 
 
@@ -77,15 +80,18 @@ def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
     made = [parent for parent in folder.parents if not parent.exists()]  # innermost first
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        new = _beside(folder)
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
         yield new
         new.chmod(0o755)
         _move(new, folder, force)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+    except (OSError, FileError) as error:
+        failed = error.__cause__ if isinstance(error, FileError) else error
+        if not isinstance(failed, OSError):
+            raise
+        raise _unwritable(folder, failed) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
         for parent in made:
@@ -98,19 +104,29 @@ def _move(new: Path, folder: Path, force: bool) -> None:
     if not folder.exists():
         new.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    old = _beside(folder)
     try:
         folder.rename(old / "report")
         new.rename(folder)
     except BaseException:
-        if (old / "report").exists():
+        with suppress(OSError):  # another process has put its own there meanwhile
             (old / "report").rename(folder)
-        old.rmdir()
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path) -> Path:
+    """A place for what is not whole yet, or not wanted any more; a process that is killed leaves it."""
+    return Path(tempfile.mkdtemp(prefix=".gradflow-part-", dir=folder.parent))
 
 
 def _unwritable(folder: Path, error: OSError) -> FileError:
-    return FileError(
-        f"cannot write the report to {folder}: {error.strerror or error}; give another folder"
-    )
+    there = "nothing was written there"
+    with suppress(OSError):
+        there = (
+            "what is there is whole, and none of it of this report" if folder.exists() else there
+        )
+    why = error.strerror or error
+    return FileError(f"cannot write the report to {folder}: {why}, {there}; give another folder")
