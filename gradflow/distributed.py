@@ -155,6 +155,7 @@ def is_shared_out(tensor: Tensor) -> bool:
 def holders(tensor: Tensor) -> int:
     """How many processes hold the same part of it: 1 where each has its own.
 
+    >>> import torch
     >>> holders(torch.zeros(3))
     1
     """

@@ -246,6 +246,10 @@ def _fused(name: str) -> Any:
 class _Module(_DummyBackendModule):
     """What torch asks of the module of a device."""
 
+    def is_available(self) -> bool:
+        """No: what looks for any accelerator (DataParallel, a sampler that pins) is to find none."""
+        return False
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """Of autocast."""
         return [torch.float16, torch.bfloat16]

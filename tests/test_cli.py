@@ -705,6 +705,8 @@ def test_compare_leaves_an_existing_folder_alone(
     assert {path.name for path in (here / "both").iterdir()} == {
         "comparison.png",
         "comparison.csv",
+        "comparison.html",
+        "comparison.json",
         "changes.csv",
     }
 

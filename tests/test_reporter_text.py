@@ -35,7 +35,7 @@ def test_at_80_columns_every_layer_is_one_line() -> None:
     for layer in synthetic.everything().values():
         (row,) = re.findall(rf"^{re.escape(layer.name)}  .*{layer.verdict} .*$", text, re.MULTILINE)
         assert layer.verdict in row
-    assert "−0.980 ± 0.003   0.71      8   0 of 32" in text
+    assert "−0.980 ± 0.003   0.71        8   0 of 32" in text
     assert "1 of 64" in text
 
 

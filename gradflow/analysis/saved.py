@@ -132,7 +132,10 @@ def _opened(file: Path, group: str) -> xr.Dataset:
         # A compressed array that announces gigabytes takes a few bytes
         if data.nbytes > max(ANNOUNCED, UNPACKED_TIMES * file.stat().st_size):
             raise ValueError("it announces more numbers than such a file holds")
-        return data.load()
+        found = data.load()
+    for values in found.variables.values():
+        values.attrs.clear()
+    return found
 
 
 @dataclass(frozen=True)

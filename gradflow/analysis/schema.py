@@ -76,10 +76,11 @@ def checked_data(data: xr.Dataset, steps: int, sequences: int) -> xr.Dataset:
         if values.dims != DIMS[str(name)] or values.dtype.kind not in "fiu":
             raise ValueError(f"{name} is no array of a run")
     needed = {dim for name in data.data_vars for dim in DIMS[str(name)]} - {"segment"}
+    known = {dim for dims in DIMS.values() for dim in dims} - {"segment"}
     coordinates = {
         str(name): _checked_labels(str(name), data[name])
         for name in data.coords
-        if name in needed and data[name].dims == (name,)
+        if name in known and data[name].dims == (name,)
     }
     if needed & {*WORD_DIMS} - set(coordinates):
         raise ValueError("a dimension has no labels")
@@ -94,7 +95,9 @@ def checked_data(data: xr.Dataset, steps: int, sequences: int) -> xr.Dataset:
 
 
 def _is_permutations(order: np.ndarray) -> bool:
-    return bool((np.sort(order, axis=-1) == np.arange(order.shape[-1])).all())
+    """Whether each row has every unit once; −1 fills up those of states that have fewer."""
+    rows = [row[row != -1] for row in order.reshape(-1, order.shape[-1])]
+    return all(bool((np.sort(row) == np.arange(len(row))).all()) for row in rows)
 
 
 def _checked_labels(name: str, values: xr.DataArray) -> np.ndarray:
@@ -108,8 +111,11 @@ def _checked_labels(name: str, values: xr.DataArray) -> np.ndarray:
         return np.array(words, dtype=str)
     if labels.dtype.kind not in ("f" if name == "tolerance" else "iu"):
         raise ValueError(f"{name} has labels that no run has")
-    rising = bool((np.diff(labels) > 0).all()) and (not labels.size or labels[0] >= 0)
-    if not rising or (labels.size and labels[-1] > 10**9):
+    in_order = (
+        np.sort(labels) if name == "sequence" else labels
+    )  # the one in the middle stands first
+    rising = bool((np.diff(in_order) > 0).all()) and (not labels.size or in_order[0] >= 0)
+    if not rising or (labels.size and in_order[-1] > 10**9):
         raise ValueError(f"{name} has labels out of order")
     return labels if name == "tolerance" else labels.astype(np.int64)
 

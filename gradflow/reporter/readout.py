@@ -135,7 +135,7 @@ def quantised(values: np.ndarray, bad: np.ndarray | None) -> tuple[np.ndarray, f
 
     >>> codes, low, by = quantised(np.array([[0.0, -2.5, -np.inf, np.nan, -99.0]]), None)
     >>> codes.tolist(), low, by
-    ([[255, 5, 0, 1, 3]], -2.5, 0.01)
+    ([[253, 5, 0, 1, 3]], -2.5048, 0.0101)
     """
     known = values[np.isfinite(values) & (np.abs(values) <= FARTHEST)]
     low, high = min(0.0, *known.tolist()), max(0.0, *known.tolist())

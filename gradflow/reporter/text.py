@@ -57,7 +57,7 @@ COLUMNS = (
     Column("gain over\nthe span", gain_words, from_width=88),
     Column("rate ± 95 %\nper step", lambda layer: rate_words(layer.rate), may_fold=True),
     Column("half-\nlife", half_life_words, from_width=70),
-    Column("window\nfor 5 %", window_words, from_width=80),
+    Column("window\nfor 5 %", window_words, from_width=90),
     Column("horizon\nsteps", gone_words),
     Column("channels", channel_words, from_width=50),
 )

@@ -115,7 +115,8 @@ def measure_linear(track: Track, settings: Settings, *, withheld: bool) -> Core:
         time_scale=slowest_of_units(track.state_shape, first.decay.shape[2:], kept.decays),
         rank_one=rank_one,
     )
-    ranks = linear_ranks(track, logs, mapped, span, settings)
+    judged = min(span, known.gain.steps or span)  # channels over what the verdict judges
+    ranks = linear_ranks(track, logs, mapped, judged, settings)
     return mapped_core(known, mapped, mapping.maps, ranks, facts)
 
 
