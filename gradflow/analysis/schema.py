@@ -62,6 +62,7 @@ WORD_DIMS = (
 )
 NEEDED_WORDS = {"norm": {"spectral", "rms", "loss"}, "kind": {"total", "direct", "last"}}
 NAMES = ("name", "title", "cell", "layer", "layers", "part_of", "module")  # fields that are names
+WORDS = "step_labels"
 T = TypeVar("T")
 
 
@@ -165,6 +166,8 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if type(value) is not hint or (hint is int and abs(value) >= 2**63):
         raise TypeError(name)
-    if hint is str:
+    if (
+        hint is str and name != WORDS
+    ):  # words of a text are what they are: pictures make them legible
         return plain_name(value) if name in NAMES else plain_text(value)
     return value
