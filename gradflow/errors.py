@@ -100,7 +100,10 @@ def printable(text: object) -> str:
     >>> printable("a\nb.weight")
     'a\\nb.weight'
     """
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+    said = str(text)
+    if said.isprintable():
+        return said
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in said)
 
 
 def plain_name(name: str) -> str:

@@ -526,7 +526,7 @@ def edits(draw: st.DrawFn, file: h5py.File) -> None:
 def _edited_array(draw: st.DrawFn, file: h5py.File) -> None:
     group = file["/layer0"]
     name = draw(st.sampled_from(sorted(group)))
-    if not isinstance(group[name], h5py.Dataset):
+    if not isinstance(group.get(name), h5py.Dataset):  # None: an earlier edit's link to nowhere
         return
     held = group[name]
     change = draw(

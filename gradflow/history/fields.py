@@ -77,3 +77,10 @@ OF_STEP: dict[str, str] = {
 # fmt: on
 
 VERDICT = "verdict"  # the one that is a word
+
+COUNTED = {  # numbers of a layer that count something -> the least that they can be
+    **dict.fromkeys(("span", "horizon", "steps", "sequences"), 1),
+    **dict.fromkeys(
+        ("gain_steps", "half_life", "searched", "channels", "sequences_rated", "cuts"), 0
+    ),
+}

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from gradflow.errors import InputError, must_be
-from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER, OF_STEP, VERDICT
+from gradflow.history.fields import COUNTED, OF_GATE, OF_LAG, OF_LAYER, OF_STEP, VERDICT
 from gradflow.history.lines import ProbeLayout
 from gradflow.history.probe import Source
 from gradflow.history.reader import Read
@@ -46,7 +46,7 @@ def dataset(read: Read) -> xr.Dataset:
     }
     for place, name in enumerate(OF_LAYER):
         if name != VERDICT:
-            variables[name] = (("step", "layer"), whole["layers"][:, :, place])
+            variables[name] = (("step", "layer"), _possible(name, whole["layers"][:, :, place]))
     for place, name in enumerate(OF_STEP):
         variables[name] = (("step",), whole["values"][:, place])
     for place, name in enumerate(OF_GATE):
@@ -76,6 +76,14 @@ def _of_sweep(sources: Sequence[Source | None]) -> dict[str, Any]:
         name: ("step", np.array([getattr(source, name, "") for source in sources], dtype=str))
         for name in ("run", "checkpoint", "step_from", "failed")
     }
+
+
+def _possible(name: str, numbers: np.ndarray) -> np.ndarray:
+    """NaN, not measured, where a file says what no count can be."""
+    if name not in COUNTED:
+        return numbers
+    fine = ((numbers >= COUNTED[name]) & (numbers < 2**53)) | np.isinf(numbers) & (numbers > 0)
+    return numbers if (fine | np.isnan(numbers)).all() else np.where(fine, numbers, np.nan)
 
 
 def _joined(

@@ -247,6 +247,9 @@ def checked(value: object, label: str, todo: str, *, dense: bool = False) -> obj
                 said = must_be(where, "an ordinary dense tensor", wrong, todo)
                 raise InputError(said) if dense else FileError(said)
             continue
+        if dense and isinstance(item, torch.TypedStorage | torch.UntypedStorage):
+            where = f"{name} in {label}" if name else label
+            raise InputError(must_be(where, "an ordinary dense tensor", "a bare storage", todo))
         for key, inner in _entries(item):
             if not isinstance(inner, _FREE) and id(inner) not in seen:
                 seen.add(id(inner))

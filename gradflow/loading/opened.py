@@ -23,6 +23,7 @@ from gradflow.loading.shells import Rebuilder, Shell
 from gradflow.loading.state_dicts import fold, renamed, shapes_of
 from gradflow.loading.training_step import TrainingStep, step_in
 from gradflow.loading.words import RESAVE, RESAVE_OR_TRUST, analyze_command, reason, some
+from gradflow.process import many_objects
 
 BATCH_KEYS = ("input", "target", "lengths")  # of a file given to --input
 
@@ -140,7 +141,8 @@ def open_any(
     if isinstance(spec, str):
         specs.parse_spec(spec)  # a typing mistake is said before a large file is read
     try:
-        opened = _open(path, spec, trust, member)
+        with many_objects():
+            opened = _open(path, spec, trust, member)
     except (FileError, InputError) as error:
         # Every refusal names its file and is one line, whatever the keys in the file are.
         named = str(path) in str(error)

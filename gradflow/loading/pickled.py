@@ -65,9 +65,12 @@ class _Tuple(_List):
 
     def __init__(self, items: list[Any]) -> None:
         super().__init__(items)
-        inner = [item for item in items if isinstance(item, _Tuple)]
-        self.weight = 1 + len(items) - len(inner) + sum(item.weight for item in inner)
-        self.depth = 1 + max((item.depth for item in inner), default=0)
+        weight, depth = 1 + len(items), 1
+        for item in items:
+            if type(item) is _Tuple:
+                weight += item.weight - 1
+                depth = max(depth, item.depth + 1)
+        self.weight, self.depth = weight, depth
 
 
 class _Made:

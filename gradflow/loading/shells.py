@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gradflow.cells import CELLS, kinds
 from gradflow.errors import FileError
 from gradflow.limits import SHELL_DEPTH, SHELL_MODULES, WINDOW
+from gradflow.process import quiet
 
 # Plain data that settings carry; everything else of Python's own library stays refused.
 _PLAIN_DATA = {
@@ -199,7 +200,7 @@ class Rebuilder:
         _check_layers(shell, tensors, name)
         try:
             # On the meta device a huge size in the file costs nothing; real tensors follow.
-            with torch.device("meta"):
+            with torch.device("meta"), quiet():  # torch warns of sizes that are 0
                 module = kind(**_arguments(kind, shell))
             module.load_state_dict(tensors, strict=True, assign=True)
         except (

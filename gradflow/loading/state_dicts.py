@@ -81,8 +81,10 @@ def fold(tensors: Mapping[str, Tensor], notes: list[str] | None = None) -> dict[
             g, v = found.pop(names[0]), found.pop(names[1])
             found[names[2]], axis = _weight_norm(names[2], g, v)
             notes.append(f"{names[2]} is weight-normed, its norm read as over {axis}")
-        raw = re.fullmatch(r"(.*?)(module\.)?(weight_hh_l\d+(?:_reverse)?)_raw", key, re.DOTALL)
-        if raw is not None:
+        raw = key.endswith("_raw") and re.fullmatch(
+            r"(.*?)(module\.)?(weight_hh_l\d+(?:_reverse)?)_raw", key, re.DOTALL
+        )
+        if raw:
             inner = f"{raw[1]}module."
             home = inner if any(name.startswith(inner) for name in found) else raw[1]
             found[f"{home}{raw[3]}"] = found.pop(key)
@@ -94,6 +96,8 @@ def fold(tensors: Mapping[str, Tensor], notes: list[str] | None = None) -> dict[
 
 def _norm_names(key: str) -> tuple[str, str, str] | None:
     """The keys of g, of v and of the weight, if this key is a weight-norm's g."""
+    if not key.endswith(("_g", ".original0")):  # most keys of most files
+        return None
     old = re.fullmatch(
         r"((?:.*\.)?(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?)_g", key, re.DOTALL
     )
