@@ -17,7 +17,7 @@ import xarray as xr
 
 from gradflow.analysis.results import UNMEASURED, LayerAnalysis
 from gradflow.analysis.schema import built, checked_data
-from gradflow.errors import FileError, InputError, one_sentence
+from gradflow.errors import FileError, InputError, one_sentence, plain_text
 from gradflow.limits import ANNOUNCED, UNPACKED_TIMES, VERDICTS
 from gradflow.recording import Unseen
 
@@ -134,7 +134,8 @@ def _opened(file: Path, group: str) -> xr.Dataset:
             raise ValueError("it announces more numbers than such a file holds")
         found = data.load()
     for values in found.variables.values():
-        values.attrs.clear()
+        note = values.attrs.pop("note", None)
+        values.attrs = {"note": plain_text(note)} if isinstance(note, str) else {}
     return found
 
 
