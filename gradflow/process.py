@@ -16,12 +16,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
+from gradflow.errors import InputError, must_be
 from gradflow.limits import ONE_THREAD
 
 Given = ParamSpec("Given")
@@ -112,6 +114,27 @@ def _take_out(entry: Any, found: Any) -> None:
     for filters in (found, now):
         if entry in filters:
             filters.remove(entry)
+
+
+def settled(future: Future[Value], work: Callable[..., Value], *args: Any) -> Future[Value]:
+    """A future that has what some work gives, or raises what it raises, as that of an executor.
+
+    >>> settled(Future(), int, "7").result()
+    7
+    """
+    try:
+        future.set_result(work(*args))
+    except Exception as error:  # noqa: BLE001  it is raised from the future
+        future.set_exception(error)
+    return future
+
+
+def require_executor(executor: object, such_as: str) -> None:
+    """Raise InputError for what takes no work."""
+    if callable(getattr(executor, "submit", None)):
+        return
+    kind, advice = type(executor).__name__, f"give {such_as}, or leave it out"
+    raise InputError(must_be("executor", "a concurrent.futures.Executor", kind, advice))
 
 
 def without_modes(work: Callable[Given, Value]) -> Callable[Given, Value]:
@@ -215,31 +238,22 @@ def printed_to_stderr() -> Iterator[None]:
 
 @contextmanager
 def fitting_threads(size: int) -> Iterator[None]:
-    """One thread for small matrices, where waiting for each other costs more than the work.
-
-    torch keeps a number of threads for each thread, and one that new threads take over; setting the
-    first sets the second too, which is set back at once.
-    """
-    with held(_thread_lock):  # else a new thread may take over what another one sets
-        before = torch.get_num_threads()
-    if size > ONE_THREAD or before == 1:
+    """One thread for small matrices, where waiting for each other costs more than the work."""
+    with nullcontext() if size > ONE_THREAD else so_many_threads(1):
         yield
-        return
-    _set_threads_here(1)
-    try:
-        yield
-    finally:
-        _set_threads_here(before)
 
 
 @contextmanager
 def so_many_threads(number: int) -> Iterator[None]:
     """This thread has so many for its sums, as the one has that it works for.
 
+    torch keeps a number of threads for each thread, and one that new threads take over; setting the
+    first sets the second too, which is set back at once.
+
     Args:
         number: of threads.
     """
-    with _thread_lock:
+    with held(_thread_lock):  # else a new thread may take over what another one sets
         before = torch.get_num_threads()
     if number == before:
         yield

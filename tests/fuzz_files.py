@@ -27,11 +27,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-SECONDS, MEBIBYTES, LETTERS = (
-    20,
-    2048,
-    300,
-)  # that one file may take, of processor, memory and reader
+# that one file may take, of processor, memory and reader
+SECONDS, MEBIBYTES, LETTERS = 20, 2048, 300
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tests" / "fuzz_corpus"
 COUNTS = ROOT / "reports" / "hostile_files.md"

@@ -25,11 +25,8 @@ if TYPE_CHECKING:
     from gradflow.analysis.run import Analysis
 
 SCHEMA = 1  # of a saved run and of summary.json; raised when a reader would be misled
-COMPRESSED = {
-    "zlib": True,
-    "complevel": 1,
-    "shuffle": True,
-}  # of large arrays in a file; loses nothing
+# large arrays in a file; loses nothing
+COMPRESSED = {"zlib": True, "complevel": 1, "shuffle": True}
 LARGE = 1000  # entries
 # fields of a layer that are written in a way of their own
 APART = ("data", "lyapunov", "rate", "gain", "parity", "findings", "predictions", "alone")
@@ -122,9 +119,8 @@ DAMAGES = (
 
 def _opened(file: Path, group: str) -> xr.Dataset:
     """One group of a file, in memory; numbers as they stand there, whatever attributes say of them."""
-    with h5py.File(
-        file, "r"
-    ) as opened:  # what h5netcdf fails on in its __init__, its __del__ prints
+    # what h5netcdf fails on in its __init__, its __del__ prints
+    with h5py.File(file, "r") as opened:
         opened.attrs.get("_nc3_strict")
     with xr.open_dataset(
         file, group=group, engine="h5netcdf", mask_and_scale=False, decode_times=False

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from gradflow.analyzer.settings import Settings
-from gradflow.errors import InputError, must_be
-from gradflow.process import so_many_threads
+from gradflow.errors import InputError
+from gradflow.process import require_executor, settled, so_many_threads
 
 Made = TypeVar("Made")
 
@@ -40,16 +40,8 @@ def started(executor: Executor | None, make: Callable[..., Made], *parts: Any) -
         InputError: the executor is none.
     """
     if executor is None:
-        future: Future[Made] = Future()
-        try:
-            future.set_result(make(*parts))
-        except Exception as error:  # noqa: BLE001  as of an executor: it is raised from the future
-            future.set_exception(error)
-        return future
-    if not callable(getattr(executor, "submit", None)):
-        kind = type(executor).__name__
-        advice = "give ThreadPoolExecutor(), ProcessPoolExecutor(), or leave it out"
-        raise InputError(must_be("executor", "a concurrent.futures.Executor", kind, advice))
+        return settled(Future(), make, *parts)
+    require_executor(executor, "ThreadPoolExecutor(), ProcessPoolExecutor()")
     return executor.submit(_made, torch.get_num_threads(), make, parts)
 
 

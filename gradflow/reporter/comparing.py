@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from gradflow.analysis import SCHEMA, Analysis
 from gradflow.limits import BAND
 from gradflow.reporter.digest import strict, summary
 from gradflow.reporter.page import template
-from gradflow.reporter.picture import INK, SOFT, Picture, look
+from gradflow.reporter.picture import INK, SOFT, Picture, data_url, look
 from gradflow.reporter.scale import SERIES
 
 NUMBERS_SHOWN = ["run", "layer", "verdict", "gain", "gain_low", "gain_high", "rate", "rate_low", "rate_high",
@@ -37,7 +36,7 @@ def comparison_page(
         window_title=f"{', '.join(runs)}: gradient flow compared",
         sentences=sentences,
         notes=notes,
-        source=_source(picture),
+        source=data_url(picture, "png"),
         alt=f"{len(runs)} runs on one scale: {sentences[0]}",
         table=_table(table),
         version=__version__,
@@ -52,7 +51,7 @@ def comparison_html(
     small = "".join(Markup("<p><small>Note: {}</small></p>").format(note) for note in notes)
     return (
         f'<div class="gradflow" style="max-width:60em;text-align:left"><ul>{words}</ul>'
-        f'<img alt="runs on one scale" src="{_source(picture)}" style="width:100%;max-width:44em">'
+        f'<img alt="runs on one scale" src="{data_url(picture, "png")}" style="width:100%;max-width:44em">'
         f"{small}<details><summary>all numbers</summary>{_table(table)}</details></div>"
     )
 
@@ -81,10 +80,6 @@ def _table(table: pd.DataFrame) -> Markup:
     shown = table[[column for column in NUMBERS_SHOWN if column in table]]
     # pandas escapes
     return Markup(shown.to_html(index=False, border=0, float_format="{:.4g}".format, na_rep=""))
-
-
-def _source(picture: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
 
 
 def draw_trend(runs: Mapping[str, Analysis]) -> Figure:

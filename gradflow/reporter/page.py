@@ -44,7 +44,7 @@ from gradflow.reporter.numbers import (
     rate_words,
     window_words,
 )
-from gradflow.reporter.picture import Drawn
+from gradflow.reporter.picture import Drawn, data_url
 from gradflow.reporter.readout import as_json
 
 ROOM = 780  # pixels of the first screen that words may fill before they are set denser
@@ -341,7 +341,7 @@ def embed(
             left_out.append(key)
             continue
         room -= size
-        source = "data:image/webp;base64," + base64.b64encode(web).decode("ascii")
+        source = data_url(web, "webp")
         wide, high = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
         kind = KINDS[key[0]]
         title = (kind and kind.title) or key[0].replace("-", " ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -163,6 +164,15 @@ def webp(png: bytes) -> bytes:
     image = Image.open(io.BytesIO(png)).convert("RGB")
     image.save(packed, "WEBP", lossless=True, quality=50, method=2)
     return packed.getvalue()
+
+
+def data_url(picture: bytes, kind: str) -> str:
+    """A picture as the source of an element of a page.
+
+    >>> data_url(b"...", "png")
+    'data:image/png;base64,Li4u'
+    """
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
 
 
 def vector(figure: Figure, kind: str) -> bytes:

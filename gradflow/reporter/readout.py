@@ -32,9 +32,8 @@ CURVE_POINTS = 1000  # of a curve, at most
 class Cells:
     """The cells along one side of a grid, and what they are called."""
 
-    edges: (
-        np.ndarray
-    )  # (n + 1,) where they begin and end, as the axis counts; two if all are as long
+    # (n + 1,) where they begin and end, as the axis counts; two if all are as long
+    edges: np.ndarray
     first: np.ndarray  # (n,) the number of each, or of the first of what it stands for
     more: int = 0  # how much further the last of what it stands for is
     noun: str = ""  # "step": the number is a count of steps
@@ -50,9 +49,8 @@ class Grid:
     bad: np.ndarray | None  # (rows, columns) true where it is NaN or Inf
     across: Cells  # its columns
     down: Cells  # its rows
-    words: Mapping[
-        str, str
-    ]  # "some", "less", "more", "zero", "none" … -> sentence with {x} {y} {value}
+    # "some", "less", "more", "zero", "none" … -> sentence with {x} {y} {value}
+    words: Mapping[str, str]
     row: bool = False  # whether the row under the pointer is coloured across the whole picture
 
 

@@ -54,7 +54,7 @@ def checkpoints(given: object) -> list[Checkpoint]:
         return _of_models({str(number): model for number, model in enumerate(every)})
     if not every or not all(isinstance(one, str | os.PathLike) for one in every):
         raise _neither(given)
-    found = sorted({path for one in every for path in _files(os.fspath(one))}, key=_natural)
+    found = sorted({path for one in every for path in _files(os.fspath(one))}, key=natural)
     return _in_runs([Checkpoint(str(path), "", step_in_name(path), path=path) for path in found])
 
 
@@ -93,7 +93,7 @@ def files_of(pattern: str, suffixes: Sequence[str]) -> list[Path]:
         return [path]
     else:
         every = [Path(one) for one in glob.glob(pattern, recursive=True)]
-    return sorted((one for one in every if one.is_file()), key=_natural)
+    return sorted((one for one in every if one.is_file()), key=natural)
 
 
 def _files(pattern: str) -> list[Path]:
@@ -106,9 +106,9 @@ def _files(pattern: str) -> list[Path]:
     return found
 
 
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Numbers in a name by their size: step-9 before step-10."""
-    parts = re.split(r"(\d+)", str(path))
+def natural(name: str | Path) -> list[tuple[int, int, str]]:
+    """What names are sorted by: numbers in them by their size, step-9 before step-10."""
+    parts = re.split(r"(\d+)", str(name))
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
@@ -132,4 +132,4 @@ def _in_runs(found: list[Checkpoint]) -> list[Checkpoint]:
     named = ["/".join(filter(None, [run, seed[0] if seed else ""]))
              for run, seed in zip(runs, seeds, strict=True)]  # fmt: skip
     made = [replace(one, run=run) for one, run in zip(found, named, strict=True)]
-    return sorted(made, key=lambda one: _natural(Path(one.run)))
+    return sorted(made, key=lambda one: natural(one.run))

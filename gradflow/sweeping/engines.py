@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any, Protocol
 
-from gradflow.errors import GradflowError, InputError, must_be
+from gradflow.errors import GradflowError, InputError
 from gradflow.limits import DASK_SECONDS, SWEEP_WAITING
+from gradflow.process import require_executor, settled
 from gradflow.sweeping.one_checkpoint import (
     VERSIONS,
     CheckpointTask,
@@ -64,12 +65,7 @@ class InProcess:
 
     def submit(self, task: CheckpointTask) -> Future[Outcome]:
         """Measure at once."""
-        future: Future[Outcome] = Future()
-        try:
-            future.set_result(measure_checkpoint(task))
-        except Exception as error:  # noqa: BLE001  as of any other executor: it is raised from the future
-            future.set_exception(error)
-        return future
+        return settled(Future(), measure_checkpoint, task)
 
     def renewed(self) -> bool:
         """There is nothing to make anew."""
@@ -133,14 +129,7 @@ class OfCaller:
 def _future_of(job: Any) -> Future[Outcome]:
     """Of a job that is none but has a ``result()``, as submitit's."""
     future: Future[Outcome] = Future()
-
-    def wait_for_it() -> None:
-        try:
-            future.set_result(job.result())
-        except Exception as error:  # noqa: BLE001  as of any other executor: it is raised from the future
-            future.set_exception(error)
-
-    threading.Thread(target=wait_for_it, daemon=True).start()
+    threading.Thread(target=settled, args=(future, job.result), daemon=True).start()
     return future
 
 
@@ -207,10 +196,7 @@ def of_caller(executor: object) -> Iterator[Engine]:
     Raises:
         InputError: it is none, or its workers have other versions.
     """
-    if not callable(getattr(executor, "submit", None)):
-        kind = type(executor).__name__
-        advice = "give ProcessPoolExecutor(), Client(...).get_executor(), or leave it out"
-        raise InputError(must_be("executor", "a concurrent.futures.Executor", kind, advice))
+    require_executor(executor, "ProcessPoolExecutor(), Client(...).get_executor()")
     found: Any = executor
     _same_versions([_asked(lambda: found.submit(eval, ASK_VERSIONS).result())])
     yield OfCaller(found)

@@ -6,8 +6,10 @@ the same whichever engine runs it, and as many workers as cores do not stand in 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,17 +156,11 @@ def _opened(task: CheckpointTask) -> loading.Opened:
     assert task.path is not None
     spec = settings.spec
     if isinstance(spec, nn.Module):
-        spec = functools.partial(_copied, spec)
+        spec = functools.partial(copy.deepcopy, spec)
     try:
         return loading.open_model(task.path, spec, settings.trust, settings.member)
     except OSError as error:
         raise FileError(f"cannot read {task.path}: {error.strerror or error}") from error
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model)
 
 
 def _widths(opened: loading.Opened) -> list[int]:
@@ -210,16 +206,12 @@ def _on_batches(
             break
         span = min(over)  # of batches of several lengths: what all of them have
     names = dict.fromkeys(name for one in values for name in one)
-    return {name: _mean([one[name] for one in values]) for name in names}, updates
+    return {name: statistics.fmean(one[name] for one in values) for name in names}, updates
 
 
 def _gain_steps(updates: list[MeasuredUpdate]) -> set[int]:
     steps = [one.values.get("gain_steps", math.nan) for up in updates for one in up.layers.values()]
     return {int(one) for one in steps if math.isfinite(one) and one > 0}
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _on_batch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradflow.history import Note, Row, Source, join_rows, row_facts
+from gradflow.sweeping.checkpoints import natural
 from gradflow.sweeping.result_files import Entry
 
 UNNUMBERED = "place in the order of names"  # the training step of a checkpoint that says none
@@ -57,7 +57,7 @@ def joined(
             Source(one.entry.name, one.entry.run, one.step_from, one.failed),
             one.path,
         )
-        for one in sorted(known, key=lambda one: (_natural(one.entry.run), one.step or 0))
+        for one in sorted(known, key=lambda one: (natural(one.entry.run), one.step or 0))
     ]
     titles = dict.fromkeys(one.title for one in known if one.title)
     notes = [Note(0, "sweep", text) for text in [*_about_steps(known), *said]]
@@ -155,8 +155,3 @@ def _about_missing(missing: int, absent: Sequence[str]) -> str:
     parts = [f"{missing} checkpoints have no result yet"] if missing else []
     parts += [f"shard {', '.join(absent)} has not begun"] if absent else []
     return f"{' and '.join(parts)}: this is the part of the sweep that is there"
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 import time
@@ -129,7 +130,8 @@ class SweepRequest:
     @property
     def processes(self) -> int:
         """As many as are of use."""
-        cores = self.jobs or len(os.sched_getaffinity(0))
+        allowed = getattr(os, "sched_getaffinity", None)  # not on every system
+        cores = self.jobs or (len(allowed(0)) if allowed else os.cpu_count() or 1)
         return max(1, min(cores, len(self.mine)))
 
 
@@ -326,7 +328,7 @@ class Sweeping:
         if first is not None:  # else no process is started
             with _engine(self.request) as engine:
                 self._list()
-                Running(engine, self._done, self._tick).run(_with(first, missing))
+                Running(engine, self._done, self._tick).run(itertools.chain([first], missing))
         self._list()
 
     def _list(self) -> None:
@@ -413,11 +415,6 @@ def _minutes(minutes: float) -> str:
     if minutes < 1:
         return f"{60 * minutes:.0f} s"
     return f"{int(minutes) + 1} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-def _with(first: CheckpointTask, rest: Iterator[CheckpointTask]) -> Iterator[CheckpointTask]:
-    yield first
-    yield from rest
 
 
 def _entry(one: Checkpoint) -> Entry:

@@ -183,9 +183,8 @@ def _is_watched() -> bool:
 
 
 def _is_default_device(mode: object) -> bool:
-    return isinstance(
-        mode, DeviceContext
-    )  # of torch.set_default_device, or `with torch.device(...)`
+    """Of torch.set_default_device, or `with torch.device(...)`."""
+    return isinstance(mode, DeviceContext)
 
 
 def _run(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> Any:

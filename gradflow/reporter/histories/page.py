@@ -6,7 +6,6 @@ norms and clipping, all numbers, how the run was watched.
 
 from __future__ import annotations
 
-import base64
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from gradflow.reporter.histories.now import Now, worst_first
 from gradflow.reporter.histories.story import updates
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.page import provenance_rows, template
-from gradflow.reporter.picture import Drawn
+from gradflow.reporter.picture import Drawn, data_url
 from gradflow.reporter.readout import as_json
 
 HEAD_LAYERS = 2  # layers whose waterfall heads the page; the others follow below
@@ -134,7 +133,7 @@ def _embed(
         wide, high = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
         layer = said.get(key[1], " ".join(said[one.course.name] for one in top_layers(layers)))
         shown[key] = Embedded(
-            source="data:image/webp;base64," + base64.b64encode(web).decode("ascii"),
+            source=data_url(web, "webp"),
             alt=f"{key[0]}: {layer}",
             wide=round(wide / 1.8),
             high=round(high / 1.8),
