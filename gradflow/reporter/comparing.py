@@ -78,8 +78,9 @@ def comparison_summary(
 
 def _table(table: pd.DataFrame) -> Markup:
     shown = table[[column for column in NUMBERS_SHOWN if column in table]]
+    shown = shown.astype(object).where(shown.notna(), "–")
     # pandas escapes
-    return Markup(shown.to_html(index=False, border=0, float_format="{:.4g}".format, na_rep=""))
+    return Markup(shown.to_html(index=False, border=0, float_format="{:.4g}".format))
 
 
 def draw_trend(runs: Mapping[str, Analysis]) -> Figure:

@@ -172,7 +172,8 @@ def _judged(course: Course, *, short: bool = False) -> str:
         return f"{told[0].verdict} {where}{_but_now(course, told[0].verdict)}"
     last = told[-1]
     again = "again " if last.verdict in [run.verdict for run in told[:-2]] else ""
-    end = f"{last.verdict} {again}since update {_at(course, last.start)}{_after_clipping(course, last)}"
+    since = f"since update {_at(course, last.start)}{_but_for(course, last)}"
+    end = f"{last.verdict} {again}{since}{_after_clipping(course, last)}"
     end += _but_now(course, last.verdict)
     if short:
         return end
@@ -184,6 +185,14 @@ def _judged(course: Course, *, short: bool = False) -> str:
         said.append(f"{run.verdict} from {first} to {stop}" if first != stop
                     else f"{run.verdict} at {first}")  # fmt: skip
     return ", ".join([*said, end])
+
+
+def _but_for(course: Course, run: VerdictRun) -> str:
+    """How many probes of a stretch had another verdict, each too few to count as a change."""
+    here = course.verdict[run.start : run.stop]
+    known = here[here != ""]
+    others = int((known != run.verdict).sum()) - bool(_but_now(course, run.verdict))
+    return f" (but for {others} of {len(known)} probes)" if others > 0 else ""
 
 
 def _but_now(course: Course, verdict: str) -> str:
