@@ -235,8 +235,7 @@ def inspect(model: Path, spec: str | None, member: str | None, trust: bool) -> N
     """
     from gradflow.loading import describe
 
-    for line in describe(model, spec, trust, member).lines():
-        click.echo(line)
+    click.echo("\n".join(describe(model, spec, trust, member).lines()))
 
 
 @gradflow.command(short_help="Draw the report of a saved run again.")

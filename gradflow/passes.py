@@ -37,11 +37,11 @@ def recorded_pass(model: nn.Module, batch: loading.Batch, settings: LossSettings
         kwargs.setdefault("lengths", batch.lengths)
     given = [*batch.inputs, *batch.kwargs.values(), batch.target]
     with left_as_found(model, given), record(model, lengths=batch.lengths) as recording:
-        with _user_code(settings.guard, "the model", _about_input(model, batch.inputs)):
+        with user_code(settings.guard, "the model", _about_input(model, batch.inputs)):
             result = model(*batch.inputs, **kwargs)
         value, words = _loss(result, model, batch, settings, recording)
         if value.requires_grad:
-            with _user_code(settings.guard, "the backward pass", "the same loss must train"):
+            with user_code(settings.guard, "the backward pass", "the same loss must train"):
                 value.backward()
         if settings.told is not None:
             settings.told(value.detach())
@@ -95,7 +95,7 @@ def _loss(
     output, where = loading.choose_output(result, settings.output)
     if settings.loss is not None:
         arguments = (output,) if batch.target is None else (output, batch.target)
-        with _user_code(settings.guard, "the loss", "check --target and --loss"):
+        with user_code(settings.guard, "the loss", "check --target and --loss"):
             value = settings.loss(*arguments)
         return _scalar(value), f"{_name_of(settings.loss)} of {where}"
     lengths = loading.output_lengths(result, settings.output)
@@ -103,7 +103,7 @@ def _loss(
     loss = loading.make_loss(
         settings.loss_name, batch.target is not None, _time_axis(model, recording, output)
     )
-    with _user_code(settings.guard, "the loss", "check --target and --loss"):
+    with user_code(settings.guard, "the loss", "check --target and --loss"):
         value = loss(output, batch.target, lengths)
     if loss.note:
         recording.notes.append(loss.note)
@@ -164,7 +164,7 @@ def _shapes(inputs: tuple[Any, ...]) -> str:
 
 
 @contextmanager
-def _user_code(guard: bool, what: str, advice: str) -> Iterator[None]:
+def user_code(guard: bool, what: str, advice: str) -> Iterator[None]:
     """Quote what the user's own code raises, where a command line would show a traceback."""
     if not guard:
         yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import os
 import random
 import sys
@@ -234,6 +235,20 @@ def printed_to_stderr() -> Iterator[None]:
             found, ours = _printing.pop()
             if not _printing and sys.stdout is ours:  # else other code replaced it: that stays
                 sys.stdout = found
+
+
+@contextmanager
+def current_folder_importable(*folders: str) -> Iterator[None]:
+    """The current folder, and others, are in front of ``sys.path`` inside, as with `python -m`."""
+    added = [os.getcwd(), *folders]
+    sys.path[:0] = added
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        for folder in added:
+            if folder in sys.path:
+                sys.path.remove(folder)
 
 
 @contextmanager

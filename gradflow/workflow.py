@@ -19,7 +19,7 @@ from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
 from gradflow.history import History
 from gradflow.hooks import record
-from gradflow.passes import LossSettings, probed_pass, recorded_pass, with_notes
+from gradflow.passes import LossSettings, probed_pass, recorded_pass, user_code, with_notes
 from gradflow.prediction import with_predictions
 from gradflow.process import random_numbers_kept
 from gradflow.recording import Recording
@@ -265,11 +265,13 @@ def _from_pretrained(request: FileRequest, progress: Progress | None) -> Analysi
         model = loading.open_pretrained(request.path)
         model.train(bool(request.train))
         shape = (request.probe_batch, request.probe_steps)
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        of_folder = f"the model of {request.path}", "save the folder again, or take another"
+        with user_code(True, *of_folder):
+            vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         tokens = loading.read_tokens(request.tokens, vocabulary, shape, request.seed)
         with random_numbers_kept(devices=None):
             torch.manual_seed(request.seed)
-            with record(model) as recording:
+            with record(model) as recording, user_code(True, *of_folder):
                 model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         given = "random" if request.tokens is None else request.tokens.name
         recording.provenance |= {"tokens": given, "seed": request.seed}

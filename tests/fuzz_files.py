@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -123,6 +125,7 @@ ROLES = {  # the command of each; FILE is the file
     "batch": ("analyze", "model.pt", "--input", "FILE", "--no-report"),
     "target": ("analyze", "model.pt", "--input", "batch.pt", "--target", "FILE", "--no-report"),
     "labels": ("analyze", "model.pt", "--input", "batch.pt", "--labels", "FILE", "--no-report"),
+    "folder": ("analyze", "FILE", *PROBED),  # of transformers; its bytes are those of a zip archive
     "tokens": (),
     "load": (),
     "report": ("report", "FILE", "-o", "again", "--force"),
@@ -187,13 +190,16 @@ class Reader:
     def __call__(self, role: str, name: str, data: bytes) -> Outcome:
         """The outcome of one file."""
         path = self.folder / name
-        path.write_bytes(data)
+        if role == "folder":
+            zipfile.ZipFile(io.BytesIO(data)).extractall(path)
+        else:
+            path.write_bytes(data)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([role, name]) + "\n")
         self.process.stdin.flush()
         outcome = Outcome(**json.loads(self.process.stdout.readline()))
-        path.unlink()
+        subprocess.run(["rm", "-rf", "--", str(path)], check=True)
         if role == "compare" and outcome.code != 0 and (self.folder / "both").exists():
             return Outcome(3, "compare left a folder behind", "", 0.0, 0.0)
         subprocess.run(["rm", "-rf", str(self.folder / "both")], check=True)

@@ -391,6 +391,73 @@ def safetensors(draw: st.DrawFn) -> Case:
     return role, "x.safetensors", struct.pack("<Q", claimed) + text + data[8 + length :]
 
 
+# ------------------------------------------------------------------------ folders of transformers
+
+Members = dict[str, bytes]  # name in a folder -> bytes
+
+
+@functools.cache
+def sound_folder() -> Members:
+    """A folder as transformers writes it, of which what gradflow itself reads is sound."""
+    config = {
+        "model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"], "hidden_size": 5, "vocab_size": 20,
+        "num_hidden_layers": 2, "chunk_size": 256, "bos_token_id": 0, "rope_theta": 10**9,
+        "layer_types": ["a", "b"], "text_config": {"num_experts": 3, "quantization_config": None},
+    }  # fmt: skip
+    weights = {"embeddings.weight": torch.ones(20, 5), "layers.0.w": torch.ones(20, 5)}
+    return {"config.json": json.dumps(config).encode(), "model.safetensors": save(weights)}
+
+
+SETTINGS = (
+    *("auto_map", "quantization_config", "num_hidden_layers", "chunk_size", "attn_implementation"),
+    *("hidden_size", "vocab_size", "model_type", "tie_word_embeddings", "n_layers", "num_experts"),
+    *("a\nb", "\x1b[31m_layers", "k" * 10**6),
+)
+SETTING_VALUES = (*ODD_JSON, *NUMBERS, "kernels/x", {"auto_map": {}}, [10**12], 1e12, -1.5, 1000)
+TEXTS = (
+    *(b"", b"[", b"null", b"[]", b"\xff\xfe", b"\xef\xbb\xbf{}", b"{", b"NaN", b"[" * 10**5),
+    *(b'{"a":' * 50_000, b"9" * 10**5, b'{"model_type": "' + b"k" * 10**6 + b'"}', b"{}"),
+)
+PLACES = ("model-1.safetensors", "../model.pt", "/etc/passwd", "model-1.bin", 3, None, *NAMES)
+
+
+def _settings_of(members: Members) -> dict[str, Any] | None:
+    try:
+        found = json.loads(members["config.json"])
+    except (LookupError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+@st.composite
+def edited_folders(draw: st.DrawFn, sound: Callable[[], Members] = sound_folder) -> Case:
+    """A folder of transformers with other settings, weights, or files."""
+    members = dict(sound())
+    kinds = ("setting", "setting", "setting", "text", "index", "weights", "drop", "other")
+    for change in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=2)):
+        config = _settings_of(members)
+        if change == "setting" and config is not None:
+            names = st.sampled_from((*sorted(config), *SETTINGS))
+            for _ in range(draw(st.integers(1, 3))):
+                config[draw(names)] = draw(st.sampled_from(SETTING_VALUES))
+            members["config.json"] = json.dumps(config).encode()
+        elif change == "text":
+            members["config.json"] = draw(st.sampled_from(TEXTS))
+        elif change == "index":
+            members["model-1.safetensors"] = members.pop("model.safetensors", b"")
+            places = {name: draw(st.sampled_from(PLACES)) for name in ("w", "embeddings.weight")}
+            index = draw(st.sampled_from(({"weight_map": places}, {"weight_map": 3}, {}, [])))
+            members["model.safetensors.index.json"] = json.dumps(index).encode()
+        elif change == "weights":
+            members["model.safetensors"] = draw(safetensors())[2]
+        elif change == "drop":
+            members.pop(draw(st.sampled_from(sorted(members))), None)
+        elif change == "other":
+            other = draw(st.sampled_from(("generation_config.json", "adapter_config.json")))
+            members[other] = draw(st.sampled_from(TEXTS))
+    return "folder", "x.zip", zipped(members)
+
+
 # -------------------------------------------------------------------------------- bytes and text
 
 MAGICS = (
@@ -658,6 +725,7 @@ KINDS: dict[str, st.SearchStrategy[Case]] = {
     "pickles by hand": pickles(),
     "archives": archives(),
     "safetensors": safetensors(),
+    "folders of transformers": edited_folders(),
     "numpy's files": numpy_files(),
     "labels": labels(),
     "runs edited": edited_runs(),

@@ -21,6 +21,7 @@ NOUNS = (
     "errors",
     "limits",
     "process",
+    "writing",
     "distributed",
     "_version",
 )
@@ -60,7 +61,7 @@ def source_files(noun: str) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "noun", ["recording", "analysis", "history", "errors", "limits", "process"]
+    "noun", ["recording", "analysis", "history", "errors", "limits", "process", "writing"]
 )
 def test_nouns_import_no_stage(noun: str) -> None:
     rooms = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 import zipfile
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import hostile_files
 import pytest
 import torch
 
 import gradflow
 from gradflow.errors import GradflowError
-from gradflow.loading import describe, open_model, read_batch
+from gradflow.history import History
+from gradflow.loading import describe, open_model, open_pretrained, read_batch, read_labels
 
 
 @pytest.fixture
@@ -172,6 +175,74 @@ def test_a_name_of_a_megabyte_loses_its_middle_everywhere(tmp_path: Path) -> Non
     assert all(
         line.isprintable() and len(line) < 500 for line in describe(tmp_path / "x.pt").lines()
     )
+
+
+SETTINGS = {
+    "a width of 10**12": ({"hidden_size": 10**12}, "must be at most 134,217,728, got 1,000,000,000,000"),
+    "a million layers": ({"num_hidden_layers": 10**6}, "as there are weights, got 1,000,000"),
+    "a chunk of a million": ({"chunk_size": 10**6}, "must be at most 1,024, got 1,000,000"),
+    "code, somewhere inside": ({"text_config": [{"auto_map": {}}]}, "brings code of its own"),
+    "code from the network": ({"attn_implementation": "kernels/x"}, "asks for code from elsewhere"),
+    "quantized weights": ({"quantization_config": {}}, "holds quantized weights"),
+    "no kind of model": ({"model_type": 3}, "does not say its model_type"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "words"), SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_a_folder_are_read_before_anything_is_made(
+    changes: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    place = folder_of_transformers(tmp_path, changes)
+    assert words in refused(lambda: open_pretrained(place))
+
+
+def folder_of_transformers(place: Path, changes: dict[str, object] | None = None) -> Path:
+    """As transformers writes it, but for its name no model that it knows."""
+    for name, data in hostile_files.sound_folder().items():
+        (place / name).write_bytes(data)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | (changes or {})))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("config.json", "[" * 10**5, "nested without end"),
+        ("config.json", "[]", "must be an object of JSON, got list"),
+        ("generation_config.json", "{", "generation_config.json is no JSON"),
+        ("adapter_config.json", "{}", "holds an adapter, whose model lies elsewhere"),
+        ("model.safetensors", "x" * 99, "is a damaged safetensors file"),
+        ("model.safetensors.index.json", '{"weight_map": {"w": "../x.safetensors"}}', "beside it"),
+        ("model.safetensors.index.json", '{"weight_map": {"w": "x.bin"}}', "beside it, got x.bin"),
+        ("model.safetensors.index.json", '{"weight_map": {"w": "x.safetensors"}}', "has no file x."),
+    ],
+)  # fmt: skip
+def test_other_files_of_a_folder_are_checked_too(
+    name: str, text: str, words: str, tmp_path: Path
+) -> None:
+    place = folder_of_transformers(tmp_path)
+    if "index" in name:
+        (place / "model.safetensors").unlink()
+    (place / name).write_text(text)
+    assert words in refused(lambda: open_pretrained(place))
+
+
+def test_a_text_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    place = folder_of_transformers(tmp_path)
+    with (place / "config.json").open("r+b") as file:
+        file.truncate(2**40)
+    assert "1,099,511,627,776 bytes, more than any such" in refused(lambda: open_pretrained(place))
+    assert "more than any such file" in refused(lambda: read_labels(place / "config.json"))
+
+
+@pytest.mark.parametrize("read", [read_labels, gradflow.load, History.read, describe, read_batch])
+@pytest.mark.parametrize("name", ["run.nc", "history.jsonl", "x.npy"])
+def test_a_pipe_is_not_waited_for(
+    read: Callable[[Path], object], name: str, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / name)
+    assert refused(lambda: read(tmp_path / name))
 
 
 def calls_of_inspection(file: Path) -> int:

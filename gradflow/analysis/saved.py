@@ -6,8 +6,6 @@ import difflib
 import json
 import os
 import shlex
-import uuid
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from gradflow.analysis.schema import built, checked_data
 from gradflow.errors import FileError, InputError, one_sentence, plain_text
 from gradflow.limits import ANNOUNCED, UNPACKED_TIMES, VERDICTS
 from gradflow.recording import Unseen
+from gradflow.writing import clear, put_back, whole_file
 
 if TYPE_CHECKING:
     from gradflow.analysis.run import Analysis
@@ -50,18 +49,9 @@ def save(analysis: Analysis, path: Path) -> Path:
         tree[f"/layer{number}"] = layer.data.assign_attrs(gradflow=json.dumps(_layer_header(layer)))
     # made in memory: on a full disk HDF5 ends the process
     made = xr.DataTree.from_dict(tree).to_netcdf(engine="h5netcdf", encoding=packed)
-    place = path.resolve()
-    part = place.with_name(f".gradflow-{uuid.uuid4().hex}")
-    try:
-        part.write_bytes(made)
-        part.replace(place)
-    except OSError as error:
-        there = "it is as it was" if place.exists() else "nothing was written"
-        why = error.strerror or error
-        raise FileError(f"cannot write {path}: {why}; {there}, give another place") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
+    clear(Path(os.path.realpath(path)).parent)
+    with whole_file(path, binary=True) as file:
+        file.write(made)
     return path
 
 
@@ -87,8 +77,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, list[LayerAnalysis]]:
         kind = type(path).__name__
         raise InputError(f"path must be a path, got {kind}; give a report folder or its run.nc")
     path = Path(path)
+    put_back(path.parent if path.name == "run.nc" else path)
     file = path / "run.nc" if path.is_dir() else path
-    if not file.exists():
+    if not file.is_file():
         near = _near_runs(path)
         such = f", such as {near[0]}" if near else ""
         raise FileError(

@@ -5,7 +5,6 @@ A row is the history of one probe: the same lines, with the training step 0 wher
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from gradflow.history.lines import (
 )
 from gradflow.history.probe import Note, Probe, Source
 from gradflow.history.reader import Reader
+from gradflow.writing import whole_file
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,11 @@ def join_rows(
         The path of the file.
 
     Raises:
-        OSError: it cannot be written.
-        FileError: the file of a row cannot be read.
+        FileError: it cannot be written, or the file of a row cannot be read.
     """
-    path, new = folder / HISTORY_FILE, folder / f".{HISTORY_FILE}.new"
+    path = folder / HISTORY_FILE
     said: set[str] = set()
-    with new.open("w", encoding="utf-8", newline="\n") as file:
+    with whole_file(path) as file:
         file.write(line("header", schema=HISTORY_SCHEMA, **header))
         file.writelines(map(note_line, notes))
         layout: ProbeLayout | None = None
@@ -125,9 +124,6 @@ def join_rows(
                 layout = found
         if ended:
             file.write(line("end"))
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
     return path
 
 

@@ -118,6 +118,8 @@ class Reader:
     def more(self) -> int:
         """Take in the lines that were completed since the last time; how many probes they hold."""
         found, rest = 0, b""
+        if self.path.exists() and not self.path.is_file():  # of a pipe the end is waited for
+            raise FileError(self._not_a_history())
         try:
             with self.path.open("rb") as opened:
                 self._begin_again_if_replaced(os.fstat(opened.fileno()))
@@ -237,6 +239,6 @@ def is_swept(path: Path) -> bool:
         return False
     with file_of(path).open("rb") as file:
         try:
-            return bool(json.loads(file.readline()).get("swept"))
-        except (ValueError, AttributeError):
+            return bool(json.loads(file.readline(LINE_BYTES)).get("swept"))
+        except (ValueError, AttributeError, RecursionError):
             return False

@@ -21,11 +21,7 @@ from gradflow.history.lines import (
 )
 from gradflow.history.probe import Note, Probe
 from gradflow.history.reader import Reader
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there nothing hinders two writers
-    fcntl = None  # type: ignore[assignment]
+from gradflow.writing import claim
 
 
 class Writer:
@@ -82,16 +78,11 @@ class Writer:
 
     def _open(self) -> int:
         opened = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        if fcntl is not None:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(opened)
-                raise FileError(
-                    f"{self.path} is being written by another run; give each run a folder of its own"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+        if claim(opened) is False:
+            os.close(opened)
+            raise FileError(
+                f"{self.path} is being written by another run; give each run a folder of its own"
+            )
         return opened
 
     def probe(self, probe: Probe, cells: dict[str, str]) -> None:

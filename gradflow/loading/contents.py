@@ -8,9 +8,11 @@ with ``weights_only=True`` inside a scoped allow-list of inert entries (`gradflo
 from __future__ import annotations
 
 import io
+import json
 import mmap
 import pickle
 import pickletools
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +26,13 @@ from torch.nn.parameter import Parameter
 from torch.serialization import safe_globals
 
 from gradflow.errors import FileError, InputError, UserCodeError, must_be, plain_name
-from gradflow.limits import ANNOUNCED, UNPACKED_TIMES
+from gradflow.limits import ANNOUNCED, TEXT_BYTES, UNPACKED_TIMES
 from gradflow.loading.ages import about_opening, is_of_age, older_layers_open
 from gradflow.loading.file_kinds import READ_ERRORS, sniff
-from gradflow.loading.imports import current_folder_importable
 from gradflow.loading.pickled import Asked, Suspicious, scan
 from gradflow.loading.shells import Shell, allow_list, is_forbidden
 from gradflow.loading.words import RESAVE, RESAVE_OR_TRUST, analyze_command, reason, some
-from gradflow.process import lock, printed_to_stderr, quiet
+from gradflow.process import current_folder_importable, lock, printed_to_stderr, quiet
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,28 @@ def read(path: Path, trust: bool = False) -> Contents:
         )
     names = tuple(asked_by(path, kind).names)
     return Contents(kind, checked(_read_weights_only(path, kind, names), str(path), RESAVE))
+
+
+def read_text(path: Path) -> str:
+    """A text that lies beside a model: labels, settings, the index of its weights.
+
+    Raises OSError where it cannot be read, ValueError where it is no UTF-8 or larger than any such file.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")  # the end of a pipe would be waited for
+    if status.st_size > TEXT_BYTES:
+        raise ValueError(f"it has {status.st_size:,} bytes, more than any such file")
+    with path.open("rb") as file:
+        return file.read(TEXT_BYTES).decode("utf-8-sig")
+
+
+def read_json(path: Path) -> object:
+    """What such a text holds as JSON; raises as `read_text`."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError("its brackets are nested without end") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,8 @@ from gradflow.errors import printable
 from gradflow.limits import LISTED_MODULES
 from gradflow.loading.opened import Opened, no_recurrence, open_any
 from gradflow.loading.recurrent import RecurrentModule
-from gradflow.loading.words import analyze_command
+from gradflow.loading.words import analyze_command, some
+from gradflow.process import many_objects
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,11 @@ def describe(
     ...     print(describe(f"{folder}/weights.pt").lines()[2])
       (the module itself)  GRU(3 → 5)  150 parameters, float32
     """
-    opened = open_any(path, spec, trust, member)
-    ambiguous: dict[str, None] = {}
-    for layer in opened.recurrent:
-        label = f"{layer.name}: " if len(opened.recurrent) > 1 else ""
-        ambiguous |= {f"{label}{sentence}": None for sentence in (*layer.doubts, *layer.ambiguous)}
+    with many_objects():
+        return _described(open_any(path, spec, trust, member))
+
+
+def _described(opened: Opened) -> Description:
     missing = not opened.recurrent and opened.model is None
     return Description(
         path=opened.path,
@@ -107,7 +108,7 @@ def describe(
         title=opened.title,
         recurrent=tuple(_facts(layer) for layer in opened.recurrent),
         others=_others(opened.shapes, opened.recurrent),
-        ambiguous=tuple(ambiguous),
+        ambiguous=_ambiguous(opened.recurrent),
         notes=(*opened.said, *opened.notes),
         problem=no_recurrence(opened) if missing else "",
         next_command=_next(opened),
@@ -115,6 +116,17 @@ def describe(
         broken=tuple(dict.fromkeys(s for layer in opened.recurrent for s in layer.broken)),
         members=_members(opened),
     )
+
+
+def _ambiguous(layers: tuple[RecurrentModule, ...]) -> tuple[str, ...]:
+    """What the weights do not say, once, with the layers of which it is said."""
+    said: dict[str, list[str]] = {}
+    for layer in layers:
+        for sentence in (*layer.doubts, *layer.ambiguous):
+            said.setdefault(sentence, []).append(layer.name)
+    if len(layers) == 1:
+        return tuple(said)
+    return tuple(f"{some(names)}: {sentence}" for sentence, names in said.items())
 
 
 def _members(opened: Opened) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import torch
+
 from gradflow.errors import FileError
 from gradflow.loading.words import RESAVE, analyze_command, reason, some
 
@@ -112,6 +114,8 @@ def _about_folder(path: Path) -> str:
         return f"cannot read {path}: {error.strerror or error}; check its permissions"
     if "run.nc" in names:
         return f"{path} is the folder of a run; type: gradflow report {shlex.quote(str(path))}"
+    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        return f"{path} is a folder of transformers; type: {analyze_command(path)}"
     if "saved_model.pb" in names:
         return f"{path} is a TensorFlow SavedModel; gradflow reads PyTorch weights: {RESAVE}"
     if any(name.endswith(".distcp") for name in names):
@@ -128,10 +132,11 @@ def _about_folder(path: Path) -> str:
 
 
 def _sniff_zip(path: Path) -> str:
+    if _holds_pickle(path):
+        return "torch"
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            claimed = sum(info.file_size for info in archive.infolist())
     except READ_ERRORS as error:
         raise FileError(
             f"{path} is a damaged zip archive, most likely cut short by an interrupted save or "
@@ -158,12 +163,18 @@ def _sniff_zip(path: Path) -> str:
             f"{path} is a zip archive with {some(names) or 'nothing in it'}, which torch.save did "
             f"not write; unpack it and give the file of weights: gradflow analyze FILE"
         )
-    if claimed > 8 * path.stat().st_size + 2**20:
-        raise FileError(
-            f"{path} claims to unpack to {claimed} bytes from {path.stat().st_size}, which "
-            f"torch.save never does; {RESAVE}"
-        )
     return "torch"
+
+
+def _holds_pickle(path: Path) -> bool:
+    """Whether torch's own reader, with which it is opened, finds a pickle, and no compiled code."""
+    try:
+        with path.open("rb") as file:
+            names = torch._C.PyTorchFileReader(file).get_all_records()
+    except READ_ERRORS:
+        return False
+    compiled = "constants.pkl" in names or any(name.startswith("code/") for name in names)
+    return "data.pkl" in names and not compiled
 
 
 def _about_torchscript(path: Path) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gradflow.errors import FileError, InputError, must_be, one_sentence, printable
+from gradflow.loading.contents import read_json, read_text
 from gradflow.loading.words import reason
 
 SAVE_LABELS = "write one label per line, or a .json list of strings"
@@ -27,9 +27,9 @@ def read_labels(path: Path) -> tuple[str, ...]:
     ('the', 'clouds')
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        found = json.loads(text) if path.suffix.lower() == ".json" else _lines(text)
-    except (OSError, ValueError, RecursionError) as error:
+        is_json = path.suffix.lower() == ".json"
+        found = read_json(path) if is_json else _lines(read_text(path))
+    except (OSError, ValueError) as error:
         said = f"cannot read labels from {path}{reason(error)}; {SAVE_LABELS}"
         raise FileError(one_sentence(said, str(path))) from error
     if not isinstance(found, list) or not all(isinstance(word, str) for word in found):

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gradflow.errors import FileError, InputError, UserCodeError, must_be, plain_name
-from gradflow.loading.imports import current_folder_importable
 from gradflow.loading.state_dicts import fold, is_recurrent, renamed
 from gradflow.loading.words import article
-from gradflow.process import printed_to_stderr, quiet
+from gradflow.process import current_folder_importable, printed_to_stderr, quiet
 
 EXAMPLE = "write it like --model 'pkg.mod:Net(10, 20, hidden=5)'"
 LOSS_EXAMPLE = "write it like --loss 'pkg.mod:my_loss' or --loss 'torch.nn:HuberLoss(delta=2.0)'"

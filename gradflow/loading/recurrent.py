@@ -7,6 +7,7 @@ Letters: G gates (1 for a cell without any), H hidden units, I inputs, P width o
 from __future__ import annotations
 
 import functools
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +22,9 @@ from gradflow.cells import CELLS, kinds
 from gradflow.errors import FileError, printable
 from gradflow.loading.words import article
 
-_WEIGHT_KEY = re.compile(
-    r"(?:(?P<path>.*)\.)?(?P<part>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"
-    r"(?:_l(?P<layer>\d+)(?P<reverse>_reverse)?)?",
-    re.DOTALL,
+_WEIGHT = re.compile(
+    r"(?P<part>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"
+    r"(?:_l(?P<layer>\d+)(?P<reverse>_reverse)?)?"
 )
 _KIND_OF_BLOCKS = {
     spec.blocks: kind for kind, spec in sorted(kinds().items(), key=lambda k: -k[1].blocks)
@@ -100,6 +100,10 @@ class RecurrentModule(Shape):
     @property
     def broken(self) -> tuple[str, ...]:
         """A sentence for each weight, and embedding, that holds NaN or infinite numbers."""
+        if _all_finite(
+            [*self.weights.values(), *([] if self.embedding is None else [self.embedding])]
+        ):
+            return ()
         suffix = "_l0" if self.from_cell else ""
         owner = f" of {printable(self.name)}" if self.name else ""
         said = [
@@ -136,6 +140,14 @@ class RecurrentModule(Shape):
         return f"{self.kind}{cell}({', '.join(facts)})"
 
 
+def _all_finite(weights: list[Tensor]) -> bool:
+    """Whether they surely hold only finite numbers; of their kinds that torch adds up at once."""
+    if len({weight.dtype for weight in weights}) > 1 or weights[0].dtype.itemsize == 1:
+        return False
+    largest = torch._foreach_norm([weight.detach() for weight in weights], math.inf)
+    return bool(torch.isfinite(torch.stack(largest)).all())
+
+
 def non_finite(label: str, weight: Tensor) -> str:
     """Say how many NaN and infinite numbers a weight holds, and where the first is; "" if none.
 
@@ -167,16 +179,22 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[RecurrentModule, ...]:
     """
     groups: dict[tuple[str, bool], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _WEIGHT_KEY.fullmatch(key)
+        owner, _, last = key.rpartition(".")
+        match = _weight(last)
         if match is not None:
-            place = (match["path"] or "", match["layer"] is None)
-            groups.setdefault(place, {})[key.rpartition(".")[2]] = tensor
+            groups.setdefault((owner, match["layer"] is None), {})[last] = tensor
     embeddings = _Embeddings(tensors)
     return tuple(
         _build(path, from_cell, weights, embeddings)
         for (path, from_cell), weights in groups.items()
         if any(name.startswith("weight_hh") for name in weights)
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight(last: str) -> re.Match[str] | None:
+    """What the last part of a key says, if it names a recurrent weight; there are few such names."""
+    return _WEIGHT.fullmatch(last)
 
 
 def recurrent_layers(model: nn.Module) -> list[nn.Module]:
@@ -342,7 +360,7 @@ def _infer(label: str, weights: Mapping[str, Tensor]) -> Shape:
 
 
 def _layer(name: str) -> str:
-    match = _WEIGHT_KEY.fullmatch(name)
+    match = _weight(name)
     return (match["layer"] or "0")[:9] if match else "0"
 
 
@@ -415,7 +433,7 @@ class _Embeddings:
 
     def _take(self, place: int, key: str, tensor: Tensor) -> None:
         owner, _, last = key.rpartition(".")
-        if _WEIGHT_KEY.fullmatch(key):
+        if _weight(last):
             self._starts.setdefault(owner, place)
         if last != "weight" or tensor.is_nested or tensor.ndim != 2 or not len(tensor):
             return

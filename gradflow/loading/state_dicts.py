@@ -28,7 +28,7 @@ def is_recurrent(key: str) -> bool:
     >>> is_recurrent("rnn.weight_hh_l0_reverse"), is_recurrent("fc.weight")
     (True, False)
     """
-    return _RECURRENT.search(key) is not None
+    return "weight_hh" in key and _RECURRENT.search(key) is not None
 
 
 def tensors_in(value: Mapping[Any, object]) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def drop_wrappers(keys: list[str]) -> dict[str, str]:
     >>> drop_wrappers(["module._orig_mod.rnn.weight_hh_l0"])
     {'module._orig_mod.rnn.weight_hh_l0': 'rnn.weight_hh_l0'}
     """
-    names = {key: _WRAPPERS.sub("", key) for key in keys}
+    names = {key: _WRAPPERS.sub("", key) if "_mod" in key else key for key in keys}
     while names and all(name.startswith("module.") for name in names.values()):
         names = {key: name.removeprefix("module.") for key, name in names.items()}
     return names if len(set(names.values())) == len(names) else {key: key for key in keys}
@@ -129,10 +129,9 @@ def _weight_norm(key: str, g: Tensor, v: Tensor) -> tuple[Tensor, str]:
 
 
 def _refuse_parametrised(key: str) -> None:
-    if not is_recurrent(key):
-        return
-    what = "spectral norm" if key.endswith("_orig") else "a parametrisation"
-    if key.endswith(("_orig", "_g", "_v")) or "parametrizations." in key:
+    parts = key.endswith(("_orig", "_g", "_v")) or "parametrizations." in key
+    if parts and is_recurrent(key):
+        what = "spectral norm" if key.endswith("_orig") else "a parametrisation"
         raise FileError(
             f"{key} belongs to {what}, whose weight cannot be computed exactly from the file "
             "alone; give the class that has it: --model 'pkg.mod:Net(...)'"

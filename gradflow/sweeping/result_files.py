@@ -31,11 +31,7 @@ from gradflow.errors import FileError
 from gradflow.history import HISTORY_FILE, failure_text, row_facts
 from gradflow.sweeping.checkpoints import Checkpoint
 from gradflow.sweeping.one_checkpoint import VERSIONS, Outcome, SweepSettings
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there nothing hinders two sweeps
-    fcntl = None  # type: ignore[assignment]
+from gradflow.writing import claim, clear, is_left, whole_file
 
 RESULTS, SHARDS = "results", "shards"
 
@@ -176,6 +172,8 @@ class SweepFolder:
             _refuse_strange(folder)
             (folder / SHARDS).mkdir(parents=True, exist_ok=True)
             (folder / RESULTS).mkdir(exist_ok=True)
+            for place in (folder, folder / RESULTS, folder / SHARDS):
+                clear(place)
             self._lock(folder / SHARDS / ".lock", exclusive=shard == (1, 1))
             self._lock(folder / SHARDS / f".{self._name}.lock", exclusive=True)
             self._begin(resume, force)
@@ -220,17 +218,11 @@ class SweepFolder:
     def _lock(self, path: Path, *, exclusive: bool) -> None:
         opened = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         self._locks.append(opened)
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(opened, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if claim(opened, shared=not exclusive) is False:
             raise FileError(
                 f"another sweep is writing into {self.folder}; wait until it has ended, give another "
                 "folder, or share the work with --shard i/n"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+            )
 
     def path_of(self, key: str) -> Path:
         """The file of a result."""
@@ -244,7 +236,8 @@ class SweepFolder:
 
     def keep(self, key: str, text: str) -> None:
         """Write a result."""
-        write_whole(self.path_of(key), text)
+        with whole_file(self.path_of(key)) as file:
+            file.write(text)
 
     def keep_failure(self, key: str, name: str, outcome: Outcome) -> None:
         """Write why there is no result."""
@@ -255,7 +248,8 @@ class SweepFolder:
         """Write what this shard was asked for, and what came of it."""
         content = asked | {"shard": list(self.shard), "entries": [asdict(one) for one in entries]}
         text = json.dumps(content, indent=1, ensure_ascii=False)
-        write_whole(self.folder / SHARDS / f"{self._name}.json", text + "\n")
+        with whole_file(self.folder / SHARDS / f"{self._name}.json") as file:
+            file.write(text + "\n")
 
     def close(self) -> None:
         """Let others write."""
@@ -270,28 +264,14 @@ def _refuse_strange(folder: Path) -> None:
         raise FileError(f"{folder} is a file, and a sweep needs a folder; give another name")
     if not folder.exists():
         return
-    ours = {RESULTS, SHARDS, HISTORY_FILE, f".{HISTORY_FILE}.new", "report"}
-    strange = sorted(path.name for path in folder.iterdir() if path.name not in ours)
-    if strange or (any(folder.iterdir()) and not (folder / SHARDS).is_dir()):
+    ours = {RESULTS, SHARDS, HISTORY_FILE, "report"}
+    names = [path.name for path in folder.iterdir() if not is_left(path.name)]
+    strange = sorted(name for name in names if name not in ours)
+    if strange or (names and not (folder / SHARDS).is_dir()):
         held = ", ".join(strange[:3]) or "no sweep"
         raise FileError(
             f"{folder} is not the folder of a sweep (it holds {held}) and is left alone; give another"
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all, also where two write it at once.
-
-    Args:
-        path: of the file.
-        text: what it holds.
-    """
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    with new.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 @dataclass(frozen=True)
