@@ -16,7 +16,7 @@ from typing import Any
 from gradflow.limits import HASHED_ENTRIES, MOST_CLASSES, TUPLE_DEPTH
 from gradflow.loading.shells import MAPPINGS
 
-_REBUILT = tuple(
+_REBUILT = frozenset(
     f"torch._utils._rebuild_{kind}"
     for kind in (
         *("parameter", "parameter_with_state", "qtensor", "tensor", "tensor_v2", "tensor_v3"),
@@ -64,7 +64,7 @@ class _Tuple(_List):
     weight: int
 
     def __init__(self, items: list[Any]) -> None:
-        super().__init__(items)
+        self.items = items
         weight, depth = 1 + len(items), 1
         for item in items:
             if type(item) is _Tuple:
@@ -82,7 +82,8 @@ class _Made:
         self.by = by
 
 
-_DICT, _SET = _Made("builtins.dict"), _Made("builtins.set")
+_DICT, _SET, _EMPTY = _Made("builtins.dict"), _Made("builtins.set"), _Tuple([])
+_long_at = struct.Struct("<I").unpack_from
 
 
 def scan(data: Any, start: int, asked: Asked) -> int:
@@ -106,7 +107,7 @@ def scan(data: Any, start: int, asked: Asked) -> int:
             memo[data[at]] = stack[-1]
             at += 1
         elif code == 0x72:  # LONG_BINPUT
-            memo[_long(data, at)] = stack[-1]
+            memo[_long_at(data, at)[0]] = stack[-1]
             at += 4
         elif code == 0x68:  # BINGET
             stack.append(memo[data[at]])
@@ -171,7 +172,7 @@ def _fill(container: Any, items: list[Any], keyed: bool, asked: Asked) -> None:
 
 
 def _long(data: Any, at: int) -> int:
-    return int(struct.unpack_from("<I", data, at)[0])
+    return int(_long_at(data, at)[0])
 
 
 def _last(stack: list[Any], count: int) -> list[Any]:
@@ -212,7 +213,7 @@ _FIXED: dict[int, tuple[int, Any]] = {
     0x4E: (0, lambda data, at: None),  # NONE
     0x88: (0, lambda data, at: None),  # NEWTRUE
     0x89: (0, lambda data, at: None),  # NEWFALSE
-    0x29: (0, lambda data, at: _Tuple([])),  # EMPTY_TUPLE
+    0x29: (0, lambda data, at: _EMPTY),  # EMPTY_TUPLE
     0x5D: (0, lambda data, at: _List([])),  # EMPTY_LIST
     0x7D: (0, lambda data, at: _DICT),  # EMPTY_DICT
     0x8F: (0, lambda data, at: _SET),  # EMPTY_SET
@@ -257,6 +258,8 @@ def _called(function: Any, arguments: Any, asked: Asked) -> _Made:
 
 def _check_call(name: str, arguments: list[Any], asked: Asked) -> None:
     """Raise Suspicious where a function of torch's list would take memory or time on a number's word."""
+    if name in _REBUILT or (name in _HASHING and not arguments):
+        return  # as of every tensor
     if name == "builtins.bytearray":
         sizes = [one for one in arguments if isinstance(one, int)]
         if sizes and sizes[0] > asked.size:
@@ -282,7 +285,7 @@ def _check_call(name: str, arguments: list[Any], asked: Asked) -> None:
             and function.path in _REBUILT
         )
     elif name.startswith("torch._utils."):
-        fine = name in _REBUILT
+        fine = False
     elif name.startswith("torch.") and name.endswith(("Tensor", "Storage")):
         fine = not arguments
     elif name == "torch.Size":
