@@ -73,8 +73,8 @@ def read_text(path: Path) -> str:
         raise ValueError("it is not a regular file")  # the end of a pipe would be waited for
     if status.st_size > TEXT_BYTES:
         raise ValueError(f"it has {status.st_size:,} bytes, more than any such file")
-    with path.open("rb") as file:
-        return file.read(TEXT_BYTES).decode("utf-8-sig")
+    with path.open(encoding="utf-8-sig") as file:
+        return file.read(TEXT_BYTES)
 
 
 def read_json(path: Path) -> object:
