@@ -85,7 +85,7 @@ def _open(path: Path) -> nn.Module:
             )
     except FileError:
         raise
-    except (_TooLong, *READ_ERRORS) as error:
+    except (_TooLong, Exception) as error:  # whatever a library that is not ours raises is quoted
         raise FileError(
             f"transformers cannot open {path} as a language model ({_first_line(error)}); {KNOWN}"
         ) from error

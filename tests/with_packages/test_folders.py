@@ -57,9 +57,7 @@ def test_without_tokens_they_are_random(tmp_path: Path) -> None:
 
 def test_code_of_the_folder_is_never_run(tmp_path: Path) -> None:
     folder = saved(tmp_path / "tiny")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "own.Model"}
-    (folder / "config.json").write_text(json.dumps(config))
+    changed(folder, auto_map={"AutoModelForCausalLM": "own.Model"})
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     code, text = run("analyze", folder, "--no-report")
     assert code == 2
@@ -82,9 +80,38 @@ def test_what_are_no_tokens_is_refused(tmp_path: Path, ids: np.ndarray, words: s
     assert words in " ".join(text.split())
 
 
+def changed(folder: Path, **settings: object) -> Path:
+    """The folder with other settings."""
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden_size": 10**12}, "must be at most"),
+        ({"hidden_size": 10**6, "num_heads": 500_000}, "asks for a model of"),
+        ({"vocab_size": 10**8}, "asks for a model of"),
+        ({"num_hidden_layers": 3}, "lacks"),
+        ({"hidden_size": "x"}, "cannot open"),
+        ({"model_type": "none of theirs"}, "cannot open"),
+        ({"num_heads": 3}, "cannot open"),
+    ],
+    ids=str,
+)
+def test_what_the_settings_ask_for_is_not_made(
+    tmp_path: Path, settings: dict[str, object], words: str
+) -> None:
+    code, text = run("analyze", changed(saved(tmp_path / "tiny"), **settings), "--no-report")
+    said = " ".join(text.split())
+    assert code == 2, text
+    assert words in said and said[said.index("Error: ") :].isprintable()
+
+
 def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text("{}")
     code, text = run("analyze", tmp_path, "--no-report")
     assert code == 2
-    assert "cannot open" in " ".join(text.split())
+    assert "does not say its model_type" in " ".join(text.split())
