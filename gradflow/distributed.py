@@ -25,7 +25,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, distributed
 
@@ -60,7 +60,7 @@ class AllProcesses:
     """
 
     # groups of all processes, each beside the one of the training; neither is kept alive here
-    _groups: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+    _groups: ClassVar[weakref.WeakKeyDictionary[Any, Any]] = weakref.WeakKeyDictionary()
     _asked = 0  # how often they were to meet so far
 
     def __init__(self, gather: object) -> None:

@@ -172,9 +172,15 @@ class SummaryWriter:
 
 def test_a_writer_that_is_closed_meanwhile_is_left_out_with_a_sentence(tmp_path: Path) -> None:
     writer = SummaryWriter()
-    words = "to must be an open SummaryWriter, got one that was closed; make a new one, and close it"
-    with pytest.warns(gradflow.GradflowWarning, match=f"{words} after the watch; it is left") as all_:
-        watch = trained(tmp_path, [1.0] * 5, lambda n: writer.close() if n == 1 else None, to=writer)
+    words = (
+        "to must be an open SummaryWriter, got one that was closed; make a new one, and close it"
+    )
+    with pytest.warns(
+        gradflow.GradflowWarning, match=f"{words} after the watch; it is left"
+    ) as all_:
+        watch = trained(
+            tmp_path, [1.0] * 5, lambda n: writer.close() if n == 1 else None, to=writer
+        )
     assert len(all_) == 1 and set(writer.steps) == {1, 2}
     assert watch.history.steps.tolist() == [1, 2, 3, 4, 5]
 
@@ -193,7 +199,10 @@ WRONG = {
     "on": ({"on": "vanished"}, "on must be verdicts .* or limits on"),
     "on number": ({"on": 3}, "on must be rules such as"),
     "to": ({"to": 3}, r"to must be a callable \(step, scalars, figures\)"),
-    "closed": ({"to": CLOSED}, "to must be an open SummaryWriter, got one that was closed; make a new"),
+    "closed": (
+        {"to": CLOSED},
+        "to must be an open SummaryWriter, got one that was closed; make a new",
+    ),
     "gather": ({"gather": 3}, "gather must be True or False, got 3"),
     "both": ({"resume": True, "force": True}, "resume and force must be not both true"),
 }

@@ -77,7 +77,9 @@ def test_tensorboard_that_was_closed_is_refused(tmp_path: Path) -> None:
     target = writer_for(writer)
     writer.close()
     for late in (lambda: target(1, SCALARS, {}), lambda: writer_for(writer)):
-        with pytest.raises(gradflow.GradflowError, match="to must be an open SummaryWriter, got one"):
+        with pytest.raises(
+            gradflow.GradflowError, match="to must be an open SummaryWriter, got one"
+        ):
             late()
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -28,7 +28,6 @@ from gradflow.hooks.unrolled.repeats import without_repeats
 from gradflow.hooks.unrolled.takeup import checked, take_up, with_rows
 from gradflow.hooks.unrolled.values import Values
 from gradflow.hooks.unrolled.weights import (
-    GIVEN_BACK,
     computed_chains,
     frozen,
     frozen_chains,
@@ -268,7 +267,10 @@ class Watch:
         uses = {place for chain in found.chains for place in chain.depth}
         numbers = [graph.numbers[place] for place in uses]
         if given_back(graph, min(numbers), max(numbers)):
-            raise NoState(GIVEN_BACK)
+            raise NoState(
+                "fully_shard gave its weights back after its forward, and its steps are read right "
+                "before the backward; with reshard_after_forward=False it keeps them"
+            )
         if any(number in self.walked for number in numbers):
             raise NoState("an earlier backward went through it that was not recorded")
         taken = {p: 0 for p, number in enumerate(graph.numbers) if number in self.taken_before}

@@ -33,10 +33,6 @@ from gradflow.hooks.unrolled.chains import (
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import LINK_NODES, RECURRENCE_USES
 
-GIVEN_BACK = (
-    "fully_shard gave its weights back after its forward, and its steps are read right before the "
-    "backward; with reshard_after_forward=False it keeps them"
-)
 HANDED_ON = frozenset(("T", "Transpose", "Permute", "Expand", "View", "ReshapeAlias", "Unsqueeze"))
 
 
