@@ -132,21 +132,7 @@ from gradflow.analysis.run import Analysis, checked_labels, load
 from gradflow.analysis.saved import SCHEMA
 
 __all__ = [
-    "FRAMES",
-    "HEADLINE",
-    "OPTIONAL",
-    "SCHEMA",
-    "UNMEASURED",
-    "WINDOW_OF",
-    "Alone",
-    "Analysis",
-    "Finding",
-    "Gain",
-    "LayerAnalysis",
-    "Prediction",
-    "Rate",
-    "checked_labels",
-    "entropy_rate",
-    "kaplan_yorke_dimension",
-    "load",
-]
+    "FRAMES", "HEADLINE", "OPTIONAL", "SCHEMA", "UNMEASURED", "WINDOW_OF", "Alone", "Analysis",
+    "Finding", "Gain", "LayerAnalysis", "Prediction", "Rate", "checked_labels", "entropy_rate",
+    "kaplan_yorke_dimension", "load",
+]  # fmt: skip

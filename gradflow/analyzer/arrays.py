@@ -287,17 +287,6 @@ def _flow(m: Measured) -> Variables:
 
 
 PARTS: list[Callable[[Measured], Variables]] = [
-    _gains,
-    _curve,
-    _sequences,
-    _exponents,
-    _gradients,
-    _loss_steps,
-    _activity,
-    _units,
-    _linear,
-    _paths,
-    _leading,
-    _flow,
-    _ranks,
-]
+    _gains, _curve, _sequences, _exponents, _gradients, _loss_steps, _activity, _units, _linear, _paths,
+    _leading, _flow, _ranks,
+]  # fmt: skip

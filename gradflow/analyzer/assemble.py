@@ -121,12 +121,7 @@ def analyze_among(
 ) -> Analysis:
     """`analyze` of one batch of several: gain, rate and verdict are over all, the rest is of this one.
 
-    Args:
-        recording: of this batch.
-        batches: layer name -> the votes of all batches.
-        pool: as of `analyze`.
-        executor: as of `analyze`.
-        asked: the other arguments of `analyze`.
+    ``batches`` has the votes of all batches, by layer.
     """
     if not isinstance(recording, Recording):
         kind = type(recording).__name__

@@ -6,6 +6,7 @@ and never measured by a clock, so that the same input always gives the same map.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -78,11 +79,11 @@ def make_maps(
     size = state_size(track)
     predicted = sum(exact_seconds(size, int(track.lengths[b])) for b in sequences)
     auto = method == "auto" and stride is None
+    begun = functools.partial(_Making, track, sequences, seed=seed, executor=executor)
     if auto:
-        making = _fitting(track, sequences, seed, seconds, progress, executor)
+        making = _fitting(begun, seconds, progress)
     else:
-        sketch = method == "sketch" or (method == "auto" and predicted > seconds)
-        making = _Making(track, sequences, sketch, seed, executor)
+        making = begun(method == "sketch" or (method == "auto" and predicted > seconds))
         making.add(stride or 1)
     sources = np.arange(0, track.steps, making.stride)
     loss, every = loss_map(
@@ -109,29 +110,21 @@ def exact_seconds(size: int, length: int, stride: int = 1) -> float:
     return work / SPEED[torch.float64] + length * 5e-4
 
 
-def _fitting(
-    track: Track,
-    sequences: Sequence[int],
-    seed: int,
-    seconds: float,
-    progress: Progress,
-    executor: Executor | None,
-) -> _Making:
+def _fitting(begun: Callable[[bool], _Making], seconds: float, progress: Progress) -> _Making:
     """The map with the most sources that fits time and memory."""
-    exact = _Making(track, sequences, False, seed, executor)
+    exact = begun(False)
     lengths = [operator.length for operator in exact.operators]
     least = exact.least_stride()
     strides = [least << power for power in range(1 + max(lengths).bit_length())]
-    size = state_size(track)
     cheap = [
         stride
         for stride in strides
-        if sum(exact_seconds(size, length, stride) for length in lengths) <= seconds
+        if sum(exact_seconds(exact.size, length, stride) for length in lengths) <= seconds
     ]
     if cheap and (cheap[0] == least or max(lengths) * SKETCH_LEVELS * RANK_CALL_SECONDS > seconds):
         exact.add(cheap[0])
         return exact
-    sketch = _Making(track, sequences, True, seed, executor)
+    sketch = begun(True)
     if sketch.fit(seconds, least, cheap[0] if cheap else math.inf, progress):
         return sketch
     exact.add(cheap[0])

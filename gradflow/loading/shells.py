@@ -27,29 +27,15 @@ from gradflow.process import quiet
 
 # Plain data that settings carry; everything else of Python's own library stays refused.
 _PLAIN_DATA = {
-    "argparse.Namespace",
-    "collections.defaultdict",
-    "collections.deque",
-    "datetime.date",
-    "datetime.datetime",
-    "datetime.timedelta",
-    "decimal.Decimal",
-    "fractions.Fraction",
-    "functools.partial",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.PurePath",
-    "pathlib.PurePosixPath",
-    "pathlib.PureWindowsPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.PosixPath",
-    "pathlib._local.WindowsPath",
-    "types.SimpleNamespace",
-    "uuid.UUID",
+    "argparse.Namespace", "collections.defaultdict", "collections.deque", "datetime.date",
+    "datetime.datetime", "datetime.timedelta", "decimal.Decimal", "fractions.Fraction",
+    "functools.partial", "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePath",
+    "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib.WindowsPath",
+    "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "types.SimpleNamespace", "uuid.UUID",
     *(f"builtins.{kind.__name__}" for kind in (bool, bytearray, bytes, complex, dict, float)),
     *(f"builtins.{kind.__name__}" for kind in (frozenset, int, list, object, range, set)),
     *(f"builtins.{kind.__name__}" for kind in (slice, str, tuple)),
-}
+}  # fmt: skip
 _TORCH_OWN = {"collections.OrderedDict", "collections.Counter", "_codecs.encode"}
 MAPPINGS = ("dict", "cfgnode", "munch", "box", "dotmap")  # ends of names of dict subclasses
 
