@@ -217,9 +217,7 @@ class Replay:
         """One layer's linearised steps in the dtype of the scan, processing order."""
         return self._linearised[layer][direction]
 
-    def steps_of(
-        self, layer: int, direction: int, dtype: torch.dtype, sequences: Tensor
-    ) -> Steps:
+    def steps_of(self, layer: int, direction: int, dtype: torch.dtype, sequences: Tensor) -> Steps:
         """The same of some sequences in another dtype; taken from those of all where they are known."""
         if dtype == self.work_dtype and "_linearised" in vars(self):
             known = self.steps(layer, direction)
