@@ -269,7 +269,10 @@ def report(
     folder = folder or reporter.free_folder(Path("reports") / run_name(run.absolute()))
     reporter.check_folder(folder, force=force)
     if not isinstance(found, Analysis):
-        _refuse_conditions(fail_on)
+        if fail_on is not None:
+            advice = "of a training give them to gradflow.watch, as on="
+            expected, got = "given for an analysis", "the history of a training"
+            raise InputError(must_be("--fail-on", expected, got, advice))
         with Progress() as progress:
             progress("drawing the report", 0.5)
             reporter.report_history(found, folder, force=force)
@@ -574,14 +577,6 @@ def _end_sweep(history: History, fail_on: str | None, conditions: Sequence[Any])
         click.echo(f"{len(failed)} of {len(history)} checkpoints failed", err=True)
     if fail_on is not None and (failed or held):
         raise SystemExit(CONDITION_HOLDS)
-
-
-def _refuse_conditions(fail_on: str | None) -> None:
-    if fail_on is not None:
-        advice = "of a training give them to gradflow.watch, as on="
-        raise InputError(
-            must_be("--fail-on", "given for an analysis", "the history of a training", advice)
-        )
 
 
 def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:

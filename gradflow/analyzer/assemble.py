@@ -124,12 +124,8 @@ def analyze_among(
     ``batches`` has the votes of all batches, by layer.
     """
     if not isinstance(recording, Recording):
-        kind = type(recording).__name__
-        raise InputError(
-            must_be(
-                "recording", "a Recording", kind, "give what `with gradflow.record(...)` yields"
-            )
-        )
+        kind, advice = type(recording).__name__, "give what `with gradflow.record(...)` yields"
+        raise InputError(must_be("recording", "a Recording", kind, advice))
     recording.require_tracks()
     recording, said = pooled(recording) if pool else (recording, [])
     settings = replace(checked(recording, **asked), batches=batches)

@@ -70,9 +70,6 @@ def over_batches(gains: np.ndarray, rates: np.ndarray, steps: int) -> tuple[Rate
 def steps_in_common(steps: Mapping[str, Sequence[float]]) -> int | None:
     """The steps that all batches have, where gains of one layer are over fewer in one batch than in another.
 
-    Args:
-        steps: layer name -> the steps that its gain is over, of each batch; NaN or 0 where it has none.
-
     >>> steps_in_common({"l0": [99, 29, 29], "l1": [49, 49, 49]}), steps_in_common({"l0": [9], "l1": [4]})
     (29, None)
     """

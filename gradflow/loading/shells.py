@@ -251,15 +251,8 @@ def _arguments(kind: type[nn.Module], shell: Shell) -> dict[str, object]:
         ):
             raise ValueError(f"it does not say its {name}")
     # by these, which no weight bears out, a layer puts out more than it is given
-    windows = (
-        "padding",
-        "output_padding",
-        "output_size",
-        "stride",
-        "dilation",
-        "kernel_size",
-        "size",
-    )
+    windows = ("padding", "output_padding", "output_size", "stride", "dilation", "kernel_size",
+               "size")  # fmt: skip
     for name in windows:
         sizes = arguments.get(name)
         for size in sizes if isinstance(sizes, tuple | list) else (sizes,):

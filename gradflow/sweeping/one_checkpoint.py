@@ -119,7 +119,8 @@ def measure_checkpoint(task: CheckpointTask) -> Outcome:
         "name": task.name,
         "title": opened.title,
         "trained": None if opened.trained is None else vars(opened.trained),
-        "widths": _widths(opened),
+        # what tells two architectures of the same names apart
+        "widths": [layer.width for layer in opened.recurrent],
         "gradflow": VERSIONS[0],
         "torch": VERSIONS[1],
     }
@@ -161,11 +162,6 @@ def _opened(task: CheckpointTask) -> loading.Opened:
         return loading.open_model(task.path, spec, settings.trust, settings.member)
     except OSError as error:
         raise FileError(f"cannot read {task.path}: {error.strerror or error}") from error
-
-
-def _widths(opened: loading.Opened) -> list[int]:
-    """Widths of the recurrent layers: what tells two architectures of the same names apart."""
-    return [layer.width for layer in opened.recurrent]
 
 
 def _measured(

@@ -98,14 +98,8 @@ def sweep(
     settings = SweepSettings(
         spec=model, batches=batches_of(batch), loss=loss, preset=preset, trust=trust
     )
-    request = SweepRequest(
-        checkpoints=checkpoints(paths_or_models),
-        settings=settings,
-        folder=None if folder is None else Path(folder),
-        resume=resume,
-        executor=executor,
-    )
-    return run_sweep(request)
+    place, found = None if folder is None else Path(folder), checkpoints(paths_or_models)
+    return run_sweep(SweepRequest(found, settings, place, resume=resume, executor=executor))
 
 
 @dataclass(frozen=True)
@@ -168,15 +162,8 @@ def sweep_request(
     whole = SweepSettings(batches=batches_of(input, target), target=target, **settings)
     whole = replace(whole, probe_steps=seq_len or 100, probe_batch=batch or 16)
     return SweepRequest(
-        checkpoints=checkpoints(list(paths)),
-        settings=whole,
-        folder=folder,
-        resume=resume,
-        force=force,
-        shard=shard,
-        dask=dask,
-        jobs=jobs,
-    )
+        checkpoints(list(paths)), whole, folder, resume=resume, force=force, shard=shard, dask=dask, jobs=jobs
+    )  # fmt: skip
 
 
 def batches_of(given: object, target: Path | None = None) -> tuple[Path | loading.Batch, ...]:

@@ -92,10 +92,7 @@ def render_histories(
         for name, history in runs.items()
         for layer in history.layers
     ]
-    console.print(now_table(layers, console))
-    print_words(console, Text(""))
-    for sentence in sentences:
-        print_words(console, Text(sentence), hang=2)
+    _tell(now_table(layers, console), sentences, console)
 
 
 def render_groups(
@@ -103,7 +100,11 @@ def render_groups(
 ) -> None:
     """Print the groups of sweeps in one table, and what differs between them."""
     console = console or console_of()
-    console.print(group_table(rows, console))
+    _tell(group_table(rows, console), sentences, console)
+
+
+def _tell(table: Table, sentences: Sequence[str], console: Console) -> None:
+    console.print(table)
     print_words(console, Text(""))
     for sentence in sentences:
         print_words(console, Text(sentence), hang=2)
