@@ -1,8 +1,7 @@
 """Files and folders that appear whole or not at all, whatever happens to the process that writes them.
 
-What is not whole yet lies beside its place under a name of its own, and its writer holds a lock on it for as
-long as it lives. A process that is killed leaves it without one: `clear` takes it away, and puts back what
-the process had set aside.
+What is not whole yet lies beside its place, and its writer holds a lock on it for as long as it lives. Of a
+process that was killed nothing is locked: `clear` takes it away, and puts back what had been set aside.
 """
 
 from __future__ import annotations
@@ -27,23 +26,14 @@ except (
 ):  # not on Windows: there nothing hinders two writers, and nothing is cleared away
     fcntl = None  # type: ignore[assignment]
 
-# what is not whole yet, or not wanted any more; and what has been set aside for a moment
-_LEFT = re.compile(r"\.gradflow-(part|old)-[0-9a-f]{16}")
-_AT_CURRENT, _EXCHANGE = -100, 2  # of renameat2
-
 
 @contextmanager
 def whole_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     """A new file that takes its place when all is written, and is removed when anything fails.
 
-    Args:
-        path: of the file; where it is a link, of what it points to.
-        binary: it takes bytes, not text.
-
-    Raises:
-        FileError: it cannot be written; an older file at its place is as it was.
+    Raises FileError where it cannot be written; an older file at its place is as it was.
     """
-    place = Path(os.path.realpath(path))
+    place = Path(os.path.realpath(path))  # a link goes on to point there
     options: dict[str, Any] = {} if binary else {"encoding": "utf-8", "newline": "\n"}
     try:
         with _part_of(place, folder=False) as part:
@@ -62,12 +52,7 @@ def whole_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 def whole_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]:
     """A new folder that takes its place when all is written, and is removed when anything fails.
 
-    Args:
-        folder: its place. Where an older folder is there, the two change places at once.
-        check: raises FileError where the place must not be written to; called when all is written.
-
-    Raises:
-        FileError: it cannot be written; an older folder at its place is as it was.
+    ``check`` raises FileError where an older one must stay; else the two change places at one moment.
     """
     made = [parent for parent in folder.parents if not parent.exists()]  # innermost first
     try:
@@ -91,31 +76,22 @@ def whole_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]:
 
 def unwritable(folder: Path, error: OSError) -> FileError:
     """Why a report cannot be written, and what is at its place."""
-    there = "nothing was written there"
-    with suppress(OSError):
-        there = (
-            "what is there is whole, and none of it of this report" if folder.exists() else there
-        )
+    there = "what is there is whole, and none of it of this report"
+    there = there if os.path.exists(folder) else "nothing was written there"
     why = error.strerror or error
     return FileError(f"cannot write the report to {folder}: {why}, {there}; give another folder")
 
 
 def is_left(name: str) -> bool:
     """Whether a name is that of something not whole, of a process that writes or was killed."""
-    return _LEFT.fullmatch(name) is not None
+    return re.fullmatch(r"\.gradflow-(part|old)-[0-9a-f]{16}", name) is not None
 
 
 def clear(folder: Path, kind: str = "") -> None:
     """Take away what killed processes left in a folder; what they had set aside is put back.
 
     Nothing of a process that lives is touched, and nothing where the file system has no locks to tell.
-
-    Args:
-        folder: where they wrote.
-        kind: only "old", what they had set aside.
     """
-    if fcntl is None:
-        return
     with suppress(OSError):
         for name in os.listdir(folder):
             if is_left(name) and kind in name:
@@ -130,25 +106,14 @@ def put_back(place: Path) -> None:
 
 
 def claim(opened: int, *, shared: bool = False, wait: bool = False) -> bool | None:
-    """Lock an open file or folder until it is closed, or its process has ended.
-
-    Args:
-        opened: its descriptor.
-        shared: others may hold it too, shared.
-        wait: until it is free.
-
-    Returns:
-        Whether it is ours now; None where there are no locks.
-    """
+    """Lock an open file or folder until it is closed; whether it is ours, None where there are no locks."""
     if fcntl is None:
         return None
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.flock(opened, how if wait else how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return None
+    except OSError as error:  # another holds it, or a file system without locks
+        return False if isinstance(error, BlockingIOError) else None
     return True
 
 
@@ -195,18 +160,14 @@ def _made(place: Path, kind: str, folder: bool) -> tuple[Path, int | None]:
 
 def _is_at(opened: int, path: Path) -> bool:
     """Whether what is open still lies at a path."""
-    try:
-        return os.path.samestat(os.fstat(opened), os.lstat(path))
-    except FileNotFoundError:
-        return False
+    return path.exists() and os.path.samestat(os.fstat(opened), os.lstat(path))
 
 
 def _clear(part: Path) -> None:
     opened = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         mode = os.fstat(opened).st_mode
-        ours = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
-        if ours and claim(opened) and _is_at(opened, part):
+        if (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and claim(opened) and _is_at(opened, part):
             _take_away(part)
     finally:
         os.close(opened)
@@ -228,6 +189,6 @@ def _exchanged(one: Path, other: Path) -> bool:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):  # not Linux, or an old one
         return False
-    rename.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    names = os.fsencode(one.absolute()), os.fsencode(other.absolute())
-    return rename(_AT_CURRENT, names[0], _AT_CURRENT, names[1], _EXCHANGE) == 0
+    here, exchange = ctypes.c_int(-100), ctypes.c_uint(2)  # AT_FDCWD, RENAME_EXCHANGE
+    names = [ctypes.c_char_p(os.fsencode(path.absolute())) for path in (one, other)]
+    return bool(rename(here, names[0], here, names[1], exchange) == 0)

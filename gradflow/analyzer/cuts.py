@@ -6,12 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.order import (
-    cuts_before,
-    in_processing_order,
-    input_time,
-    segment_lengths,
-)
+from gradflow.analyzer.order import cuts_before, in_processing_order, input_time, segment_lengths
 from gradflow.recording import Track
 
 

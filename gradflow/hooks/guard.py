@@ -18,11 +18,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import (
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 from gradflow.errors import InputError
 from gradflow.hooks.outside import is_from_outside

@@ -154,12 +154,7 @@ def _read_trusted(path: Path, kind: str) -> object:
 
 def _unpickled(path: Path, kind: str) -> object:
     # What the file prints must not mix with the JSON that goes to standard output.
-    with (
-        path.open("rb") as file,
-        current_folder_importable(),
-        printed_to_stderr(),
-        quiet(),
-    ):
+    with path.open("rb") as file, current_folder_importable(), printed_to_stderr(), quiet():
         if kind == "pickle":
             return pickle.load(file)  # noqa: S301 - the user said --trust
         return torch.load(file, map_location="cpu", weights_only=False)

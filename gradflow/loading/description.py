@@ -18,25 +18,13 @@ from gradflow.process import many_objects
 
 
 @dataclass(frozen=True)
-class LayerFacts:
-    """One recurrent module of a file, in words and numbers."""
-
-    name: str  # "" for a bare module
-    kind: str  # "LSTM", "GRU", "RNN", with "Cell" for cells
-    summary: str  # "LSTM(3 → 5, 2 layers)"
-    parameters: int
-    dtype: str
-    ambiguous: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Description:
     """What a model file holds."""
 
     path: Path
     kind: str
     title: str
-    recurrent: tuple[LayerFacts, ...]
+    recurrent: tuple[RecurrentModule, ...]
     others: dict[str, int] = field(default_factory=dict)  # module path -> numbers in it
     ambiguous: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -58,8 +46,8 @@ class Description:
         if self.recurrent:
             text.append(f"recurrent ({len(self.recurrent)}):")
             text += [
-                f"  {layer.name or '(the module itself)'}  {layer.summary}  "
-                f"{layer.parameters:,} parameters, {layer.dtype}"
+                f"  {layer.name or '(the module itself)'}  {layer}  {layer.parameters:,} parameters, "
+                f"{str(layer.dtype).removeprefix('torch.')}"
                 for layer in self.recurrent
             ]
         if self.others:
@@ -106,7 +94,7 @@ def _described(opened: Opened) -> Description:
         path=opened.path,
         kind=opened.kind,
         title=opened.title,
-        recurrent=tuple(_facts(layer) for layer in opened.recurrent),
+        recurrent=opened.recurrent,
         others=_others(opened.shapes, opened.recurrent),
         ambiguous=_ambiguous(opened.recurrent),
         notes=(*opened.said, *opened.notes),
@@ -134,17 +122,6 @@ def _members(opened: Opened) -> tuple[str, ...]:
         return ()
     read = [f"  {part}, read" for part in opened.members]
     return (*read, *(f"  {part}" for part in opened.others))
-
-
-def _facts(layer: RecurrentModule) -> LayerFacts:
-    return LayerFacts(
-        name=layer.name,
-        kind=layer.kind + ("Cell" if layer.from_cell else ""),
-        summary=str(layer),
-        parameters=layer.parameters,
-        dtype=str(layer.dtype).removeprefix("torch."),
-        ambiguous=(*layer.doubts, *layer.ambiguous),
-    )
 
 
 def _others(

@@ -82,7 +82,7 @@ class _Made:
         self.by = by
 
 
-_DICT, _SET, _EMPTY = _Made("builtins.dict"), _Made("builtins.set"), _Tuple([])
+_DICT, _SET = _Made("builtins.dict"), _Made("builtins.set")
 _long_at = struct.Struct("<I").unpack_from
 
 
@@ -213,7 +213,7 @@ _FIXED: dict[int, tuple[int, Any]] = {
     0x4E: (0, lambda data, at: None),  # NONE
     0x88: (0, lambda data, at: None),  # NEWTRUE
     0x89: (0, lambda data, at: None),  # NEWFALSE
-    0x29: (0, lambda data, at: _EMPTY),  # EMPTY_TUPLE
+    0x29: (0, lambda data, at: _Tuple([])),  # EMPTY_TUPLE
     0x5D: (0, lambda data, at: _List([])),  # EMPTY_LIST
     0x7D: (0, lambda data, at: _DICT),  # EMPTY_DICT
     0x8F: (0, lambda data, at: _SET),  # EMPTY_SET

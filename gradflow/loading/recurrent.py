@@ -252,10 +252,7 @@ def _copy_cell(name: str, cell: nn.RNNCellBase, embeddings: _Embeddings) -> Recu
         if getattr(cell, part, None) is not None
     }
     shape = Shape(
-        kind=kind,
-        input_size=cell.input_size,
-        hidden_size=cell.hidden_size,
-        bias=bool(cell.bias),
+        kind=kind, input_size=cell.input_size, hidden_size=cell.hidden_size, bias=bool(cell.bias)
     )
     options = {option: getattr(cell, option) for option in kinds()[kind].options}
     return _module(name, shape, weights, options, embeddings, from_cell=True)

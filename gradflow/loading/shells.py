@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gradflow.cells import CELLS, kinds
 from gradflow.errors import FileError
 from gradflow.limits import SHELL_DEPTH, SHELL_MODULES, WINDOW
+from gradflow.loading.file_kinds import READ_ERRORS
 from gradflow.process import quiet
 
 # Plain data that settings carry; everything else of Python's own library stays refused.
@@ -189,14 +190,7 @@ class Rebuilder:
             with torch.device("meta"), quiet():  # torch warns of sizes that are 0
                 module = kind(**_arguments(kind, shell))
             module.load_state_dict(tensors, strict=True, assign=True)
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            ArithmeticError,
-            AssertionError,
-        ) as error:
+        except READ_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
             raise FileError(
                 f"the {kind.__name__} {name!r} in this file does not fit its own weights "

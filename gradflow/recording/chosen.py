@@ -11,14 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradflow.recording.source import (
-    Backward,
-    Contributions,
-    Forward,
-    Operator,
-    Parity,
-    Source,
-)
+from gradflow.recording.source import Backward, Contributions, Forward, Operator, Parity, Source
 from gradflow.recording.track import Track
 
 

@@ -16,13 +16,7 @@ from gradflow.errors import FileError
 MARKS = ("run.nc", "summary.json", "report.html", "layers.csv", "changes.csv")
 # what one may hold: a folder with anything else in it is never replaced
 OURS = {"report.html", "summary.json", "run.nc", "figures", *(f"{kind}.csv" for kind in FRAMES)}
-OURS |= {
-    "comparison.png",
-    "comparison.csv",
-    "comparison.html",
-    "comparison.json",
-    "changes.csv",
-}
+OURS |= {"comparison.png", "comparison.csv", "comparison.html", "comparison.json", "changes.csv"}
 OURS |= {f"{kind}.csv" for kind in ("gates", "notes", "groups")}  # of a history
 
 
