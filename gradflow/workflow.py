@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from gradflow import loading
 from gradflow.analysis import Analysis, LayerAnalysis, checked_labels
 from gradflow.analyzer import analyze
-from gradflow.analyzer.agreement import agreed, agreed_by_votes
-from gradflow.analyzer.votes import Vote, votes
+from gradflow.analyzer.agreement import Vote, agreed, agreed_by_votes, votes
 from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
 from gradflow.history import History

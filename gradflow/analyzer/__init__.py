@@ -2,8 +2,8 @@
 
 from gradflow.analysis import entropy_rate, kaplan_yorke_dimension
 from gradflow.analyzer.assemble import analyze
+from gradflow.analyzer.exponents import lyapunov_spectrum
 from gradflow.analyzer.jacobians import step_jacobians
-from gradflow.analyzer.lyapunov import lyapunov_spectrum
 from gradflow.analyzer.products import log_gain_map
 
 __all__ = [

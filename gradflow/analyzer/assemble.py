@@ -1,4 +1,4 @@
-"""`analyze`: from a recording to an analysis, one layer after the other.
+"""`analyze`: from a recording to an analysis, layer after layer or side by side with the same numbers.
 
 Letters: T timesteps, B sequences, H units, S the state's width, k lag, t source, t' target.
 """
@@ -6,9 +6,11 @@ Letters: T timesteps, B sequences, H units, S the state's width, k lag, t source
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,33 +19,93 @@ from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
-from gradflow.analyzer.causes.reading import perhaps_padding
-from gradflow.analyzer.closed import judged, told_once, with_alone
-from gradflow.analyzer.contributions import contributions
+from gradflow.analyzer.causes.read_by_loss import perhaps_padding
+from gradflow.analyzer.closed_loops import judged, told_once, with_alone
+from gradflow.analyzer.contributions import contributions, triangle
 from gradflow.analyzer.core import channels, half_life
 from gradflow.analyzer.curve import finite_extremes
-from gradflow.analyzer.evidence import Evidence
+from gradflow.analyzer.evidence import Evidence, Measured
+from gradflow.analyzer.exponents import rate_factors, watcher
 from gradflow.analyzer.flow import with_flow
 from gradflow.analyzer.jacobians import state_size
-from gradflow.analyzer.leading import rate_factors, watcher
-from gradflow.analyzer.linear.units import as_units
+from gradflow.analyzer.linear_units import as_units
 from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
-from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.measuring import measure
-from gradflow.analyzer.notes import provenance_of, warnings_of
+from gradflow.analyzer.measuring import measure, without_gains
 from gradflow.analyzer.rates import decays_as_power
 from gradflow.analyzer.read_states import ReadPart, read_part
-from gradflow.analyzer.reading import Reading, readings
-from gradflow.analyzer.sentences import sentence, title
+from gradflow.analyzer.read_steps import Reading, readings
+from gradflow.analyzer.sentences import provenance_of, sentence, title, warnings_of
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
-from gradflow.analyzer.spread import away, result_of, started
-from gradflow.analyzer.triangle import triangle
-from gradflow.analyzer.unmeasured import without_gains
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.limits import LAG_SECONDS, SHORT, TRIANGLE_SECONDS
-from gradflow.process import fitting_threads, without_modes
+from gradflow.process import (
+    fitting_threads,
+    require_executor,
+    settled,
+    so_many_threads,
+    without_modes,
+)
 from gradflow.recording import Recording, Track, pooled
+
+Made = TypeVar("Made")
+
+
+def silent(phase: str, share: float) -> None:
+    """The progress of a part that is made elsewhere."""
+
+
+def away(settings: Settings) -> Settings:
+    """The same settings for a part that is made elsewhere, in another process, say."""
+    return replace(settings, progress=silent)
+
+
+def started(executor: Executor | None, make: Callable[..., Made], *parts: Any) -> Future[Made]:
+    """Begin to make something, or make it at once where there is no executor.
+
+    It has as many threads as here, on which the last bits of a sum depend.
+
+    Args:
+        executor: of the caller's.
+        make: a function of a module.
+        parts: its arguments.
+
+    Raises:
+        InputError: the executor is none.
+    """
+    if executor is None:
+        return settled(Future(), make, *parts)
+    require_executor(executor, "ThreadPoolExecutor(), ProcessPoolExecutor()")
+    return executor.submit(_made, torch.get_num_threads(), make, parts)
+
+
+def _made(threads: int, make: Callable[..., Made], parts: tuple[Any, ...]) -> Made:
+    with so_many_threads(threads):
+        return make(*parts)
+
+
+def result_of(future: Future[Made], name: str, parts: tuple[Any, ...]) -> Made:
+    """What was made.
+
+    Args:
+        future: of `started`.
+        name: of the layer.
+        parts: as they were handed on.
+
+    Raises:
+        InputError: they cannot be sent to another process.
+    """
+    try:
+        return future.result()
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        try:
+            pickle.dumps(parts)
+        except Exception as why:  # noqa: BLE001  whatever an object raises that is not to be sent
+            raise InputError(
+                f"executor= hands layers to other processes, and {name} cannot be sent there "
+                f"({type(why).__name__}: {why}); give a ThreadPoolExecutor, or leave it out"
+            ) from error
+        raise
 
 
 @without_modes

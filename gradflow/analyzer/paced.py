@@ -21,11 +21,15 @@ from torch import Tensor
 from gradflow.analysis import Gain, Rate
 from gradflow.analyzer.core import Voted, channels, half_life, vote
 from gradflow.analyzer.curve import LagCurve
+from gradflow.analyzer.exponents import Growth, burn_in, log_growth
 from gradflow.analyzer.gains import (
+    Norms,
+    Window,
     collected,
     common_steps,
     crossing,
     dead_by_cuts,
+    log_norms,
     span_windows,
     stretches,
 )
@@ -36,12 +40,10 @@ from gradflow.analyzer.keeping import (
     cuts_of,
     leading_of,
 )
-from gradflow.analyzer.linear.measure import measure_linear
-from gradflow.analyzer.lyapunov import Growth, burn_in, log_growth
+from gradflow.analyzer.linear_measure import measure_linear
 from gradflow.analyzer.measuring import is_linear
+from gradflow.analyzer.rates import mean_steps
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import mean_steps
-from gradflow.analyzer.windows import Norms, Window, log_norms
 from gradflow.limits import (
     EXACT_WIDTH,
     LN_GONE,

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.cellpath import log_cell_path
-from gradflow.analyzer.direction import loss_map
+from gradflow.analyzer.blocks import SPEED
+from gradflow.analyzer.direction import log_cell_path, loss_map
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.products import NORMS, log_gains, spectral_work
-from gradflow.analyzer.sweep import SPEED
 from gradflow.limits import (
     MAP_BYTES,
     NORM_TOLERANCE,

@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.blocks import Blocks
+from gradflow.analyzer.blocks import SPEED, Blocks, Sweep, known, log_dropped, truncate
 from gradflow.analyzer.jacobians import DenseOperator, transposed_step
-from gradflow.analyzer.sweep import SPEED, Sweep
-from gradflow.analyzer.truncation import known, log_dropped, truncate
 from gradflow.errors import InputError, must_be
 from gradflow.limits import (
     BLOCK_BYTES,

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from gradflow.cells import Scan
-from gradflow.hooks.kernels import weight_gradients
-from gradflow.hooks.replay import Replay, masked, take_steps
-from gradflow.hooks.scans import Scans
+from gradflow.hooks.replay import Replay, Scans, masked, take_steps, weight_gradients
 from gradflow.recording import Backward, Forward, Operator
 
 

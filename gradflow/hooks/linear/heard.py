@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.copies import copied
-from gradflow.hooks.guard import Point, guarded
+from gradflow.hooks.guard import NO_SEQUENCE, WRAPPED, Point, guarded, is_wrapped, why_hidden
 from gradflow.hooks.linear.registry import Entry, Seen, Unread
 from gradflow.hooks.linear.scanned import Scanned
-from gradflow.hooks.own.nested import leaves
-from gradflow.hooks.unreadable import NO_SEQUENCE, WRAPPED, is_wrapped, why_hidden
+from gradflow.hooks.own.returned import leaves
 from gradflow.limits import CALLER_FRAMES
 
 MASK = "attention_mask"  # what models call it: (B, T), 0 on padding

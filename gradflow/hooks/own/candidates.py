@@ -15,11 +15,10 @@ from gradflow.cells import CELLS
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.marks import LastMark
-from gradflow.hooks.own import forwards
 from gradflow.hooks.own.bypass import Around
-from gradflow.hooks.own.comeback import Output
 from gradflow.hooks.own.copied_call import Given
-from gradflow.hooks.own.nested import Path
+from gradflow.hooks.own.forwards import holder
+from gradflow.hooks.own.returned import Output, Path
 from gradflow.hooks.tapped import TapSource
 from gradflow.limits import CANDIDATE_CALLS, STATE_ENTRIES
 from gradflow.recording import Track
@@ -96,7 +95,7 @@ def may_be(module: nn.Module) -> bool:
     Without weights of its own (a hypernetwork or the module around it gives them) it takes a state
     beside them, so two arguments at least; an activation takes one.
     """
-    if forwards.holder(module) is None:
+    if holder(module) is None:
         return False
     has_weights = next(nn.Module.parameters(module), None) is not None
     return has_weights or (type(module) is not nn.Sequential and len(parameters_of(module)) > 1)

@@ -14,6 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.axes import Axis, alike, batch_axes, from_rows, is_stretched
+from gradflow.hooks.guard import (
+    NO_NUMBERS,
+    WRAPPED,
+    has_no_numbers,
+    is_wrapped,
+    why_hidden,
+    why_not_read,
+)
 from gradflow.hooks.marks import MarkOwner, Marks
 from gradflow.hooks.own.candidates import (
     Candidate,
@@ -31,21 +39,23 @@ from gradflow.hooks.own.candidates import (
     parameters_of,
     was_the_input,
 )
-from gradflow.hooks.own.comeback import Output, came_back, handed_on
 from gradflow.hooks.own.copied_call import Given, axis_by_run
-from gradflow.hooks.own.nested import Path, arguments, leaves, named
 from gradflow.hooks.own.own_steps import OwnSteps
-from gradflow.hooks.own.returned import key_of, likely_states, possible_states, row_of
+from gradflow.hooks.own.returned import (
+    Output,
+    Path,
+    arguments,
+    came_back,
+    handed_on,
+    key_of,
+    leaves,
+    likely_states,
+    named,
+    possible_states,
+    row_of,
+)
 from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TapSource
-from gradflow.hooks.unreadable import (
-    NO_NUMBERS,
-    WRAPPED,
-    has_no_numbers,
-    is_wrapped,
-    why_hidden,
-    why_not_read,
-)
 from gradflow.hooks.unrolled import sources
 from gradflow.limits import DOUBTFUL, OPEN_CANDIDATES, PERHAPS, STATE_ENTRIES
 from gradflow.recording import Track

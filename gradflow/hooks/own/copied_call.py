@@ -21,11 +21,9 @@ from torch.utils._device import DeviceContext
 from gradflow.hooks import patch
 from gradflow.hooks.axes import Axis
 from gradflow.hooks.dense import Place, Step
-from gradflow.hooks.graph import NotReadable
+from gradflow.hooks.graph import NotReadable, saved_tensors_are_hooked
 from gradflow.hooks.guard import Point, guarded
-from gradflow.hooks.own.nested import Path, leaves, replaced
-from gradflow.hooks.own.returned import row_of, version_of
-from gradflow.hooks.saved_tensors import saved_tensors_are_hooked
+from gradflow.hooks.own.returned import Path, leaves, replaced, row_of, version_of
 from gradflow.process import autocast, random_numbers_kept
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

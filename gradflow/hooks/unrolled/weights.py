@@ -10,8 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.saved_tensors import saved_by
-from gradflow.hooks.unreadable import has_no_numbers
+from gradflow.hooks.graph import saved_by
+from gradflow.hooks.guard import has_no_numbers
 from gradflow.hooks.unrolled.chains import (
     PRODUCTS,
     Uses,

@@ -1,16 +1,137 @@
-"""A `Recording`: all tracks of one block, by name."""
+"""A `Recording`: all tracks of one block, by name, and the recurrences of the model that are in none."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from html import escape
+from typing import Any, Generic, TypeVar
 
 from gradflow.errors import RecordingError
-from gradflow.recording.by_name import ByName
 from gradflow.recording.padding import Padding
 from gradflow.recording.track import Track
-from gradflow.recording.unseen import Unseen
+
+Value = TypeVar("Value")
+
+
+class ByName(Generic[Value]):
+    """Layers or tracks by their names, in the order in which they ran."""
+
+    def _named(self) -> Mapping[str, Value]:
+        """Name -> value."""
+        raise NotImplementedError
+
+    def _matches(self, name: str) -> list[str]:
+        """That name, or those that begin so."""
+        if name in self._named():
+            return [name]
+        return [known for known in self._named() if known.startswith(name)]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether asking for this name gives one."""
+        return isinstance(name, str) and len(self._matches(name)) == 1
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, as of a dict."""
+        return iter(self._named())
+
+    def __len__(self) -> int:
+        return len(self._named())
+
+    def keys(self) -> KeysView[str]:
+        """The names, as of a dict.
+
+        Returns:
+            A view of them, in the order in which the layers ran.
+
+        >>> import torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> list(run.keys())
+        ['l0']
+        """
+        return self._named().keys()
+
+    def values(self) -> ValuesView[Value]:
+        """The layers, or tracks, as of a dict.
+
+        Returns:
+            A view of them, in the order in which they ran.
+
+        >>> import torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> [layer.verdict for layer in run.values()]
+        ['vanishing']
+        """
+        return self._named().values()
+
+    def items(self) -> ItemsView[str, Value]:
+        """Names and layers, or tracks, as of a dict.
+
+        Returns:
+            A view of the pairs, in the order in which they ran.
+
+        >>> import torch, gradflow
+        >>> run = gradflow.diagnose(torch.nn.GRU(3, 8), torch.randn(20, 4, 3))
+        >>> [(name, layer.verdict) for name, layer in run.items()]
+        [('l0', 'vanishing')]
+        """
+        return self._named().items()
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self._named())
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """One recurrence of the model that a backward went through and that is in no track.
+
+    >>> import warnings, torch, gradflow
+    >>> w = torch.nn.Linear(2, 2)
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore", gradflow.GradflowWarning)
+    ...     with gradflow.record(w, jacobians=False) as recording:
+    ...         h, memory = torch.ones(1, 2), []
+    ...         for _ in range(4):
+    ...             memory.append(w(h))
+    ...             h = torch.stack(memory).sum(0)
+    ...         h.sum().backward()
+    >>> [(found.module, found.steps) for found in recording.unseen]
+    [('Linear', 4)]
+    """
+
+    module: str  # path of the module that holds its weights, or the class name of the model
+    weights: tuple[str, ...]  # their names in the model; () where they are no parameters of it
+    steps: int  # how often they are used in a row, each time on what came of the time before
+    line: str  # "file.py:12" of the loop, "" where its source is not to be had
+    insert: str  # the line of code that makes it a track
+    reason: str = ""  # why it was not taken up without that line
+
+    @staticmethod
+    def of(read: Mapping[str, Any]) -> Unseen:
+        """The same, read back from a file.
+
+        >>> from gradflow.recording import Unseen
+        >>> read = {"module": "rnn", "weights": ["rnn.h.weight"], "steps": 9, "line": "", "insert": "…"}
+        >>> Unseen.of(read).weights
+        ('rnn.h.weight',)
+        """
+        return Unseen(**{**read, "weights": tuple(read["weights"])})
+
+    @property
+    def sentence(self) -> str:
+        """All of it in words."""
+        names = ", ".join(self.weights[:3]) or "a tensor that is no parameter of the model"
+        if len(self.weights) > 3:
+            names += f" and {len(self.weights) - 3} more"
+        are = "are" if len(self.weights) > 1 else "is"
+        where = f"at the end of the loop's body, {self.line}" if self.line else "inside the loop"
+        why = f"; it was not taken up by itself: {self.reason}" if self.reason else ""
+        return (
+            f"a recurrence of {self.module} is in no track: {names} {are} used {self.steps} times, each "
+            f"time on what came of the use before{why}; put `{self.insert}` {where}, once per step"
+        )
+
 
 SHOWN_TRACKS = 12  # tracks of a repr that fits a screen
 

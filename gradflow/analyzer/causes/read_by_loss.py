@@ -1,6 +1,6 @@
 """Findings on what the loss reads of a layer: ahead of all others, since no remedy helps before these.
 
-What is read is told in `gradflow.analyzer.reading`; here it is put into words, with the line of code
+What is read is told in `gradflow.analyzer.read_steps`; here it is put into words, with the line of code
 that mends it.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from gradflow.analysis import Finding
-from gradflow.analyzer import reading
+from gradflow.analyzer import read_steps
 from gradflow.analyzer.evidence import Evidence, counted, module
 from gradflow.recording import Track
 
 
 def read_by_loss(e: Evidence) -> Iterator[Finding]:
     """What is amiss with the steps and sequences that the loss reads, if anything is."""
-    if e.reading.kind == reading.UNREAD and (e.reading.under[0] or e.track.above):
+    if e.reading.kind == read_steps.UNREAD and (e.reading.under[0] or e.track.above):
         return  # said of the layer above, or told by what is lost between the two
     if e.reading.kind:
         yield _MAKERS[e.reading.kind](e)
@@ -28,7 +28,7 @@ def mend_first(e: Evidence) -> str:
     return f"first mend what the loss reads{where}: before that no change of this layer helps"
 
 
-def perhaps_padding(track: Track, read: reading.Reading) -> str:
+def perhaps_padding(track: Track, read: read_steps.Reading) -> str:
     """What to know where all sequences end with one row, which may be padding and may be data."""
     if not read.perhaps:
         return ""
@@ -56,32 +56,32 @@ def headline(e: Evidence) -> str:
 
 
 _OPENINGS: dict[str, Callable[[Evidence], str]] = {
-    reading.UNREAD: lambda e: "gets no gradient at all from this loss",
-    reading.ONE_SEQUENCE: lambda e: (
+    read_steps.UNREAD: lambda e: "gets no gradient at all from this loss",
+    read_steps.ONE_SEQUENCE: lambda e: (
         f"gets a gradient from one of its {e.track.batch} sequences only, the {_which(e)}"
     ),
-    reading.PACKED_ROWS: lambda e: f"gets a gradient from {_share(e)} only, the longest",
-    reading.FIRST_STEP: lambda e: (
+    read_steps.PACKED_ROWS: lambda e: f"gets a gradient from {_share(e)} only, the longest",
+    read_steps.FIRST_STEP: lambda e: (
         "is read at its first step only, so "
         + ("its recurrence is not trained" if e.reading.still else "next to no time is crossed")
     ),
-    reading.AFTER_END: lambda e: (
+    read_steps.AFTER_END: lambda e: (
         f"is read behind the end of {_share(e)}: the median has "
         f"{counted(e.reading.padding, 'step')} of padding before the loss"
     ),
 }
 
 _HEADLINES: dict[str, Callable[[Evidence], str]] = {
-    reading.UNREAD: lambda e: "no gradient of the loss comes here",
-    reading.ONE_SEQUENCE: lambda e: (
+    read_steps.UNREAD: lambda e: "no gradient of the loss comes here",
+    read_steps.ONE_SEQUENCE: lambda e: (
         f"the loss reads one sequence of {e.track.batch} only, the {_which(e)}"
     ),
-    reading.PACKED_ROWS: lambda e: f"the loss reads the longest {_share(e)} only",
-    reading.FIRST_STEP: lambda e: (
+    read_steps.PACKED_ROWS: lambda e: f"the loss reads the longest {_share(e)} only",
+    read_steps.FIRST_STEP: lambda e: (
         "the loss reads its first step only"
         + (", so its recurrence is not trained" if e.reading.still else "")
     ),
-    reading.AFTER_END: lambda e: f"the loss reads padding in {_share(e)}",
+    read_steps.AFTER_END: lambda e: f"the loss reads padding in {_share(e)}",
 }
 
 
@@ -284,7 +284,7 @@ def _listed(places: Sequence[int]) -> str:
 
 
 def _few_of_runs(e: Evidence) -> Finding:
-    track, runs = e.track, reading.read_runs(e.track, e.reading.sequences)
+    track, runs = e.track, read_steps.read_runs(e.track, e.reading.sequences)
     every = len(runs) == len(track.runs)
     share = (
         f"{_share(e)} of its {len(runs)} runs"
@@ -331,10 +331,10 @@ def _few_sequences(e: Evidence) -> Finding:
 
 
 _MAKERS: dict[str, Callable[[Evidence], Finding]] = {
-    reading.UNREAD: _unread,
-    reading.ONE_SEQUENCE: _one_sequence,
-    reading.PACKED_ROWS: _packed_rows,
-    reading.FIRST_STEP: _first_step,
-    reading.AFTER_END: _after_end,
-    reading.FEW_SEQUENCES: _few_sequences,
+    read_steps.UNREAD: _unread,
+    read_steps.ONE_SEQUENCE: _one_sequence,
+    read_steps.PACKED_ROWS: _packed_rows,
+    read_steps.FIRST_STEP: _first_step,
+    read_steps.AFTER_END: _after_end,
+    read_steps.FEW_SEQUENCES: _few_sequences,
 }

@@ -1,7 +1,12 @@
 """Gain maps of a linear recurrence: every pair of steps, by sums of logarithms or on the key axis.
 
-Letters: T steps, M mapped sequences, n sources, S the numbers of a state, D its distinct decays, G
-heads, d_k keys, K distances.
+Letters: T steps, B sequences, M of them mapped, n sources, S the numbers of a state, D its distinct
+decays, G heads, d_k keys, d_v value columns, K distances, P_g the (d_k, d_k) product of head g.
+
+With rank-one corrections all value columns share the products on the key axis of their head: P of the
+whole state is P_g for each head and column, so ‖P‖₂ = max_g ‖P_g‖₂ and ‖P‖_F² = d_v Σ_g ‖P_g‖_F².
+Heads are taken as sequences of their own, so all that goes through a `LinearSteps` of one head of one
+column goes through them.
 """
 
 from __future__ import annotations
@@ -15,13 +20,14 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.direction import log_loss_gains
-from gradflow.analyzer.linear.logs import Logs, LogsOf, linear_steps
-from gradflow.analyzer.linear.ranked import on_key_axis
-from gradflow.analyzer.order import cuts_before, in_processing_order
+from gradflow.analyzer.gains import Norms, Window, log_norms
+from gradflow.analyzer.linear_logs import Logs, LogsOf, linear_steps
 from gradflow.analyzer.plan import Maps, every_step, exact_seconds
 from gradflow.analyzer.products import NORMS, log_gains
 from gradflow.analyzer.settings import Settings
+from gradflow.analyzer.timeline import cuts_before, in_processing_order
 from gradflow.cells.linear import HEAD_AXES, LinearSteps
+from gradflow.errors import RecordingError
 from gradflow.limits import (
     HEAD_LAGS,
     LOSS_BYTES,
@@ -33,6 +39,54 @@ from gradflow.limits import (
     VECTOR_SPEED,
 )
 from gradflow.recording import Track
+
+
+def on_key_axis(steps: LinearSteps) -> LinearSteps:
+    """The same on one value column, (T, B·G, 1, d_k, 1): sequence b's head g is b·G + g.
+
+    Raises:
+        RecordingError: it is complex.
+    """
+    if steps.left is None or steps.right is None or steps.decay.is_complex():
+        raise RecordingError("products of complex rank-one steps are not taken")
+    heads, keys, _ = steps.shape
+    length, batch = steps.length, steps.batch
+    decay = steps.decay.expand(length, batch, heads, *steps.decay.shape[3:])
+    vectors = (
+        vector.reshape(length, batch * heads, 1, keys) for vector in (steps.left, steps.right)
+    )
+    left, right = vectors
+    return LinearSteps(
+        shape=(1, keys, 1),
+        decay=decay.reshape(length, batch * heads, 1, -1, 1),
+        left=left,
+        right=right,
+    )
+
+
+def head_norms(keys: LinearSteps, windows: list[Window], heads: int) -> tuple[Tensor, Tensor]:
+    """ln ‖P_g‖₂ and ln ‖P_g‖_F of every window of a sequence and every head, (N, G) each."""
+    each = [
+        Window(window.sequence * heads + head, window.first, window.last, window.part)
+        for window in windows
+        for head in range(heads)
+    ]
+    norms: Norms = log_norms(keys, each)
+    shape = len(windows), heads
+    return norms.spectral.reshape(shape), norms.frobenius.reshape(shape)
+
+
+def erasing(steps: LinearSteps) -> Tensor:
+    """|1 + Σ_i left_i right_i/decay_i| of every step, sequence and head, (T, B, G).
+
+    It is |det A|/|det diag(decay)|, for a delta rule |1 − β ‖k‖²|: 0 where a step erases a direction.
+    NaN where a decay is exactly 0.
+    """
+    if steps.left is None or steps.right is None:
+        raise RecordingError("there is no rank-one part")
+    product = steps.left * steps.right / steps.decay[..., 0]
+    return (1 + product.sum(-1)).abs()
+
 
 PLANES = len(NORMS) + 2  # and the loss direction, the cell path
 

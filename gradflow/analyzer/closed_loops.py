@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from gradflow.analysis import Alone, LayerAnalysis
-from gradflow.analyzer.brief import Brief, brief
 from gradflow.analyzer.evidence import counted, number
+from gradflow.analyzer.measuring import Brief, brief
 from gradflow.analyzer.settings import Settings
 from gradflow.cells import IN_LOOP
 from gradflow.errors import RecordingError

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.order import in_processing_order
+from gradflow.analyzer.timeline import in_processing_order
 from gradflow.errors import RecordingError
 from gradflow.limits import STATES_ALIKE
 from gradflow.recording import Padding, Recording, Track, padding_of

@@ -1,13 +1,15 @@
 """The numbers of a verdict for a linear recurrence, whose state may be far too wide for matrices.
 
-Letters: T steps, B sequences, S the numbers of a state, D its distinct decays, G heads, M mapped
-sequences. Elementwise maps go by sums of logarithms, those with a rank-one part by products on the
-key axis of each head; the estimators of gains, rates and verdicts are the same as everywhere.
+Letters: T steps, B sequences, S the numbers of a state, D its distinct decays, m copies of each,
+G heads, d_k keys, d_v columns, M mapped sequences. Elementwise maps go by sums of logarithms, those
+with a rank-one part by products on the key axis of each head; the estimators of gains, rates and
+verdicts are the same as everywhere.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,8 +25,11 @@ from gradflow.analyzer.core import (
     span_of,
     vote,
 )
+from gradflow.analyzer.exponents import Growth, Leading, log_growth
 from gradflow.analyzer.gains import (
+    Norms,
     SpanGains,
+    Window,
     collected,
     common_steps,
     crossing,
@@ -41,19 +46,24 @@ from gradflow.analyzer.keeping import (
     qr_seconds,
     settling_by_halves,
 )
-from gradflow.analyzer.linear.facts import Decays, Heads, LinearFacts
-from gradflow.analyzer.linear.logs import Logs, LogsOf, linear_steps, logs_of
-from gradflow.analyzer.linear.maps import LinearMaps, linear_maps
-from gradflow.analyzer.linear.ranked import erasing, head_norms, on_key_axis
-from gradflow.analyzer.linear.ranks import linear_ranks
-from gradflow.analyzer.linear.units import slowest_of_units
-from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
-from gradflow.analyzer.rates import judge
+from gradflow.analyzer.linear_logs import Logs, LogsOf, linear_steps, logs_of
+from gradflow.analyzer.linear_maps import LinearMaps, erasing, head_norms, linear_maps, on_key_axis
+from gradflow.analyzer.linear_units import Decays, Heads, LinearFacts, slowest_of_units
+from gradflow.analyzer.ranks import (
+    Ranks,
+    dyadic,
+    effective_rank,
+    log_singular_along,
+    longest_stretch,
+    medians,
+    starts,
+    survivors,
+)
+from gradflow.analyzer.rates import judge, parted, settled
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import parted, settled
-from gradflow.analyzer.windows import Norms, Window
-from gradflow.cells.linear import HEAD_AXES
+from gradflow.cells.linear import HEAD_AXES, LinearSteps
 from gradflow.limits import (
+    CHANNEL_WORK,
     CONSTANT_ALIKE,
     DECAY_AT_FLOOR,
     EXPONENT_BYTES,
@@ -65,6 +75,78 @@ from gradflow.limits import (
     WINDOW_ROWS,
 )
 from gradflow.recording import Track
+
+
+def linear_ranks(
+    track: Track, logs: LogsOf, mapped: Sequence[int], span: int, settings: Settings
+) -> Ranks:
+    """Singular values of the mapped sequences: of each distinct decay, or each head's key axis.
+
+    Every one stands as often as the state has it.
+    """
+    stretches = [longest_stretch(track, b) for b in mapped]
+    reach = min(span, max(last - first for first, last in stretches))
+    size = int(np.prod(track.state_shape))
+    if reach < 1:
+        nothing = np.zeros(0)
+        return Ranks(np.full((len(mapped), size), np.nan), 0, nothing, nothing, nothing)
+    lags = dyadic(reach)
+    found, singular = [], []
+    first_of = linear_steps(track, [mapped[0]])
+    keys = None
+    if first_of.left is not None:
+        every = linear_steps(track)
+        keys = on_key_axis(every)
+    for b, (first, last) in zip(mapped, stretches, strict=True):
+        most = CHANNEL_WORK / settings.layers / len(mapped)
+        for start in starts(first, last):
+            end = min(start + reach, last)
+            if keys is None:
+                values = _elementwise_ranks(logs(b), start, end, lags, size)
+            else:
+                values = _key_axis_ranks(keys, track.state_shape, b, (start, end), lags, most)
+            found.append(values)
+            if start == first:
+                singular.append(values[-1])
+    stacked = np.stack(found)
+    return Ranks(
+        np.stack(singular),
+        reach,
+        np.array(lags),
+        medians(stacked, effective_rank),
+        medians(stacked, survivors),
+    )
+
+
+def _elementwise_ranks(logs: Logs, start: int, end: int, lags: list[int], size: int) -> np.ndarray:
+    """(K, S) ln of the entries of P, largest first; NaN past the end."""
+    found = np.full((len(lags), size), np.nan)
+    for place, lag in enumerate(lags):
+        if start + lag <= end:
+            row = logs.between(torch.tensor([start]), torch.tensor([start + lag]))[0].numpy()
+            found[place] = np.sort(np.repeat(row, logs.copies))[::-1]
+    return found
+
+
+def _key_axis_ranks(
+    keys: LinearSteps,
+    shape: tuple[int, ...],
+    b: int,
+    ends: tuple[int, int],
+    lags: list[int],
+    most_work: float,
+) -> np.ndarray:
+    """The same of all heads, each as often as there are value columns."""
+    heads, _, columns = shape
+    steps = range(ends[0] + 1, ends[1] + 1)
+    each = []
+    for head in range(heads):
+        one = keys.of(torch.tensor([b * heads + head]))
+        values, _ = log_singular_along(one, steps, lags, most_work=most_work / heads)
+        each.append(values)
+    joined = np.repeat(np.concatenate(each, axis=1), columns, axis=1)
+    # −inf sorts last, and what lies under the rounding of larger ones, NaN, behind it
+    return -np.sort(-joined, axis=1)
 
 
 @dataclass(frozen=True)

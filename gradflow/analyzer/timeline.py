@@ -1,6 +1,7 @@
-"""Where the first NaN or Inf sits: forward in the states, backward in the gradients.
+"""A layer's steps: in which order they are processed, where they are cut off, where the first NaN sits.
 
-Letters: T timesteps, B sequences.
+Letters: T timesteps, B sequences, L a sequence's real steps, t input time, p processing index.
+Forward tracks process t = p. Reverse tracks process t = L − 1 − p: their past is the larger t.
 """
 
 from __future__ import annotations
@@ -8,11 +9,117 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.order import in_processing_order
 from gradflow.recording import Track
+
+
+def input_time(track: Track) -> Tensor:
+    """(T, B): the input step t that is processed at index p; T·B past a sequence's end is unused."""
+    places = torch.arange(track.steps)[:, None]
+    lengths = track.lengths.cpu()
+    if not track.reverse:
+        return places.expand(-1, track.batch)
+    return torch.where(places < lengths, lengths - 1 - places, places)
+
+
+def in_processing_order(track: Track, values: Tensor) -> Tensor:
+    """Values (T, B, ...) from input time into processing order, on the CPU."""
+    values = values.detach().cpu()
+    if not track.reverse:
+        return values
+    index = input_time(track)
+    return values[index, torch.arange(track.batch)]
+
+
+def cuts_before(track: Track) -> Tensor:
+    """(T, B) in processing order: how many cuts lie at or before each step.
+
+    P(t'←t) crosses a cut where the counts at t and t' differ. The first step is no cut.
+    """
+    cuts = in_processing_order(track, track.cuts).clone()
+    cuts[0] = False
+    return cuts.int().cumsum(0)
+
+
+def segment_lengths(track: Track) -> list[list[int]]:
+    """Of every sequence the lengths of its stretches between cuts, in processing order, in steps.
+
+    A sequence without a cut is one stretch; the lengths of a sequence's stretches add up to its own.
+    """
+    cuts = cuts_before(track)
+    return [
+        torch.unique_consecutive(cuts[: int(length), b], return_counts=True)[1].tolist()
+        for b, length in enumerate(track.lengths.cpu())
+    ]
+
+
+def cut_steps(track: Track) -> list[int]:
+    """Input steps, from 0, at which nothing of the previous state arrives in some sequence.
+
+    A loop that marks its states may start from a constant: its second state is then cut off from the
+    first, which is no cut of the user's and is said in a note. Neither is one where a sequence of a
+    padded batch begins later than others, see `begins_late`.
+    """
+    steps = sorted(set(input_time(track)[_cuts(track)].tolist()))
+    return [] if track.cell == "tap" and steps == [1] else steps
+
+
+def _cuts(track: Track) -> Tensor:
+    """(T, B) true at the user's cuts, in processing order."""
+    inside = cuts_before(track).diff(dim=0, prepend=torch.zeros(1, track.batch).int()) > 0
+    inside &= torch.arange(track.steps)[:, None] < track.lengths.cpu()
+    return inside & ~begins_late(track, inside)
+
+
+def in_some_sequences(track: Track) -> bool:
+    """Whether a cut takes some of the sequences that go on there and not all, as a done mask does."""
+    cut = _cuts(track).sum(1)
+    going_on = (torch.arange(track.steps)[:, None] < track.lengths.cpu()).sum(1)
+    return bool(((cut > 0) & (cut < going_on)).any())
+
+
+def typical_length(track: Track) -> int:
+    """The median of the sequences' lengths, in steps."""
+    return max(1, round(float(track.lengths.cpu().double().quantile(0.5))))
+
+
+def typical_segment(track: Track) -> int:
+    """Half of all steps lie in stretches between cuts at least so long; 0 where nothing is cut.
+
+    0 also where every step is cut off: then there is no stretch to look back over.
+    """
+    if not cut_steps(track):
+        return 0
+    lengths = np.sort([length for some in segment_lengths(track) for length in some])[::-1]
+    typical = int(lengths[np.searchsorted(np.cumsum(lengths), lengths.sum() / 2)])
+    return typical if typical > 1 else 0
+
+
+def begins_late(track: Track, inside: Tensor) -> Tensor:
+    """(T, B) cuts behind steps of which nothing is used: the sequence begins there.
+
+    So it is where masked updates keep the first state: torch.where(mask, new, h0). Each of the first
+    steps of such a sequence is cut off from the next and no gradient reaches any of them, while another
+    sequence goes on.
+
+    Args:
+        track: whose cuts they are.
+        inside: (T, B) the cuts, in processing order.
+    """
+    none = torch.zeros_like(inside)
+    if not bool(inside[1:2].any()) or not track.has_gradient:
+        return none
+    grads = [in_processing_order(track, grad) for grad in track.grads.values()]
+    reached = torch.stack([(grad != 0).flatten(2).any(2) for grad in grads]).any(0)
+    from_the_first = torch.cat([torch.ones_like(inside[:1]), inside[1:]]).int().cumprod(0).bool()
+    unused = torch.cat([none[:1], ~reached[:-1]]).int()
+    unused[1:] = unused[1:].cumprod(0)
+    real = torch.arange(track.steps)[:, None] < track.lengths.cpu()
+    of_all = (inside | ~real).all(dim=1, keepdim=True)
+    return inside & from_the_first & unused.bool() & ~of_all
 
 
 @dataclass(frozen=True)

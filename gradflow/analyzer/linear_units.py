@@ -1,10 +1,11 @@
-"""A linear recurrence as it is shown: entries that belong together are one unit.
+"""A linear recurrence as it is shown: its decays, its heads, and entries that belong together as one unit.
 
 A state may have 262,144 numbers, complex ones among them. Shown is one unit for each channel of
 (channels, N), each key of (heads, d_k, d_v): its size is the root of the sum of squares over its
 entries, so norms over units are norms over entries.
 
-Letters: T steps, B sequences, S the numbers of a state, U units, w entries of each, S = U w.
+Letters: T steps, B sequences, S the numbers of a state, U units, w entries of each, S = U w,
+G heads, D distinct decays, K distances.
 """
 
 from __future__ import annotations
@@ -18,10 +19,70 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.linear.facts import Decays
+from gradflow.analysis import Gain, Rate
+from gradflow.analyzer.rates import Verdict
 from gradflow.cells.linear import HEAD_AXES
-from gradflow.limits import LOSS_BYTES, UNITS_EACH, UNITS_MOST
+from gradflow.limits import LN_GONE, LOSS_BYTES, NEVER_FORGETS, UNITS_EACH, UNITS_MOST
 from gradflow.recording import Backward, Forward, Track
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What each head keeps."""
+
+    gain: tuple[Gain, ...]  # (G,) over the span, with its interval over sequences
+    rate: tuple[Rate, ...]  # (G,) nats per step, likewise
+    verdict: tuple[Verdict, ...]  # (G,)
+    lags: np.ndarray  # (K,) distances
+    log_gain: np.ndarray  # (G, K) median over pairs of the mapped sequences, nats
+    erased: (
+        np.ndarray
+    )  # (G,) share of steps whose rank-one part all but erases a direction; NaN without
+
+
+@dataclass(frozen=True)
+class Decays:
+    """How the decays of the batch lie, over all real steps and sequences."""
+
+    mean_log: np.ndarray  # (D,) mean ln |a|
+    low: np.ndarray  # (D,) smallest |a|
+    high: np.ndarray  # (D,) largest |a|
+    copies: int  # entries of the state that share each
+    floor: float  # smallest |a| of all
+    at_floor: float  # share of all decays that are hardly larger
+    moves: bool  # whether a decay ever changes, by step or by sequence
+
+    @property
+    def time_scale(self) -> np.ndarray:
+        """−1/mean ln |a| in steps, (D,): inf where it is always 1, 0 where it is ever exactly 0."""
+        with np.errstate(divide="ignore"):
+            found = -1 / self.mean_log
+        return np.where(self.mean_log >= 0, np.inf, found)
+
+
+DECAY_FACTS = ("forget", "keep", "floor", "at floor", "moves")
+
+
+def decay_facts(decays: Decays) -> tuple[float, ...]:
+    """As in `DECAY_FACTS`: shares of entries whose mean is below 10⁻³ a step, and never below 0.9999;
+    the smallest decay, the share of all that lie at it, and 1 if any ever changes."""
+    known = ~np.isnan(decays.mean_log)
+    if not known.any():
+        return (math.nan,) * len(DECAY_FACTS)
+    forget = float((decays.mean_log[known] < LN_GONE).mean())
+    keep = float((decays.low[known] > NEVER_FORGETS).mean())
+    return forget, keep, decays.floor, decays.at_floor, float(decays.moves)
+
+
+@dataclass(frozen=True)
+class LinearFacts:
+    """Beside the verdict of a linear recurrence."""
+
+    shape: tuple[int, ...]  # of one state
+    decays: Decays
+    heads: Heads | None  # None without heads, or with one
+    time_scale: np.ndarray  # (U,) of the slowest decay of each unit that is shown
+    rank_one: bool  # whether a step has a rank-one part beside its decay
 
 
 def entries_of(shape: tuple[int, ...]) -> int:
