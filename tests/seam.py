@@ -62,7 +62,7 @@ from gradflow.demo import AddingModel, adding_batch
 from gradflow.hooks.guard import Point
 from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.loops import stitch
-from gradflow.hooks.own import cells
+from gradflow.hooks.own import own_cells as cells
 from gradflow.hooks.rerun import WeightChange, rerun
 from gradflow.hooks.unrolled.chains import chains, recurrences
 from gradflow.hooks.unrolled.crossing import crossing as crossing_crossing

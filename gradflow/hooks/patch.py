@@ -33,12 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
-import gradflow.hooks.linear.kinds  # noqa: F401  # now: a fork while another thread imports it would hang
 from gradflow.cells import CELLS
 from gradflow.hooks.guard import Point, busy, guarded, is_batched, is_wrapped, why_hidden
 from gradflow.hooks.linear.heard import Heard
-from gradflow.hooks.linear.registry import Entry, places
-from gradflow.hooks.linear.scanned import Scanned
+from gradflow.hooks.linear.registry import places
+from gradflow.hooks.linear.scanned import Entry, Scanned
 from gradflow.hooks.seen import Listener, Telling
 from gradflow.process import held
 

@@ -20,8 +20,7 @@ from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of, kind_of
 from gradflow.hooks.loops.rows import between_neighbours, equal_rows
 from gradflow.hooks.marks import Marks
 from gradflow.hooks.own.bypass import Around
-from gradflow.hooks.own.candidates import Candidate, CellLoop, First
-from gradflow.hooks.own.copied_call import Given, first_step
+from gradflow.hooks.own.candidates import Candidate, CellLoop, First, Given, first_step
 from gradflow.hooks.own.returned import Output, Path, key_of, row_of
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.unrolled.chains import PRODUCTS

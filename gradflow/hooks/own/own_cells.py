@@ -27,7 +27,9 @@ from gradflow.hooks.own.candidates import (
     Candidate,
     CellLoop,
     First,
+    Given,
     UnderWay,
+    axis_by_run,
     cell_name,
     is_over,
     is_plain,
@@ -39,7 +41,6 @@ from gradflow.hooks.own.candidates import (
     parameters_of,
     was_the_input,
 )
-from gradflow.hooks.own.copied_call import Given, axis_by_run
 from gradflow.hooks.own.own_steps import OwnSteps
 from gradflow.hooks.own.returned import (
     Output,

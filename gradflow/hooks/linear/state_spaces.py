@@ -1,10 +1,13 @@
-"""Mamba and Mamba-2 (Gu & Dao 2023; Dao & Gu 2024): selective state spaces.
+"""Selective state spaces, Mamba and Mamba-2 (Gu & Dao 2023; Dao & Gu 2024), and other scans by entries.
 
 Mamba:   S_t = exp(Δ_t A) ⊙ S_{t−1} + Δ_t B_t u_t,  y_t = C_t S_t + D u_t,    S (D, N), A (D, N)
 Mamba-2: S_t = exp(Δ_t A) S_{t−1} + B_t (Δ_t u_t)ᵀ, y_t = S_tᵀ C_t + D u_t,  S (H, N, P), A (H,)
 
 Δ is softplus of what was given plus a bias where the arguments say so, and y is multiplied by silu(z)
 where a gate z is given.
+
+RG-LRU, minGRU, minLSTM, HGRN and a bare parallel scan go by the entries of the state:
+h_t = a_t ⊙ h_{t−1} + b_t, and what the function returns is h itself.
 """
 
 from __future__ import annotations
@@ -18,10 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradflow.cells.linear import LinearSteps
-from gradflow.hooks.linear.kinds.tensors import repeated, swapped, time_first, time_last, wide
-from gradflow.hooks.linear.registry import Entry, Seen, Unread
+from gradflow.hooks.linear.scanned import (
+    Entry,
+    LibraryCall,
+    Unread,
+    repeated,
+    swapped,
+    time_first,
+    time_last,
+    wide,
+)
 
-FUSED = (
+FUSED_MIXER = (
     "{} computes the whole mixer in one kernel, whose arguments do not show the scan inside; record it "
     "in evaluation mode with a cache, on the CPU, or without that kernel's package"
 )
@@ -104,10 +115,10 @@ def _part(a: Tensor) -> str:
     return f".{a.storage_offset() // a.numel()}"
 
 
-def selective_scan(names: str, *, rounds: bool) -> Callable[[Seen], dict[str, Any]]:
+def selective_scan(names: str, *, rounds: bool) -> Callable[[LibraryCall], dict[str, Any]]:
     """The mapping of a selective scan whose u, Δ, B and C have these names."""
 
-    def read(seen: Seen) -> dict[str, Any]:
+    def read(seen: LibraryCall) -> dict[str, Any]:
         final = seen.result(1) if seen.given["return_last_state"] else None
         fields = _by_channel(names, seen.given, seen.result(0), final, rounds=rounds)
         fields["part"] = _part(seen.live["A"])
@@ -116,7 +127,7 @@ def selective_scan(names: str, *, rounds: bool) -> Callable[[Seen], dict[str, An
     return read
 
 
-def mambapy_scan(seen: Seen) -> dict[str, Any]:
+def mambapy_scan(seen: LibraryCall) -> dict[str, Any]:
     """mambapy's own: (B, T, D) throughout, Δ finished."""
     given = seen.given
     turned = {name: given[name].transpose(1, 2) for name in ("x", "delta", "B", "C")}
@@ -135,10 +146,10 @@ def mambapy_scan(seen: Seen) -> dict[str, Any]:
     return fields | {"make": make}
 
 
-def by_head(values: str) -> Callable[[Seen], dict[str, Any]]:
+def by_head(values: str) -> Callable[[LibraryCall], dict[str, Any]]:
     """The mapping of Mamba-2's scan in chunks whose u has this name: (B, T, H, P), B and C (B, T, G, N)."""
 
-    def read(seen: Seen) -> dict[str, Any]:
+    def read(seen: LibraryCall) -> dict[str, Any]:
         given = seen.given
         u, a = given[values], given["A"]
         batch, steps, heads, width = u.shape
@@ -194,9 +205,9 @@ def by_head(values: str) -> Callable[[Seen], dict[str, Any]]:
 
 _SELECTIVE = "A B C D z delta_bias delta_softplus return_last_state"
 _CHUNKED = "dt A B C chunk_size D"
-_ENDS = "dt_bias initial_states dt_softplus dt_limit return_final_states"
+_CHUNKED_ENDS = "dt_bias initial_states dt_softplus dt_limit return_final_states"
 
-ENTRIES = (
+_MAMBAS = (
     Entry(
         ("transformers.models",),
         "mamba_selective_scan",
@@ -220,7 +231,7 @@ ENTRIES = (
         ("transformers.models",),
         "mamba2_chunk_scan",
         "Mamba-2",
-        f"hidden_states {_CHUNKED} {_ENDS}",
+        f"hidden_states {_CHUNKED} {_CHUNKED_ENDS}",
         by_head("hidden_states"),
         refuses=("z", "seq_idx", "cu_seqlens"),
     ),
@@ -228,12 +239,12 @@ ENTRIES = (
         ("mamba_ssm",),
         "mamba_chunk_scan_combined",
         "Mamba-2",
-        f"x {_CHUNKED} z {_ENDS}",
+        f"x {_CHUNKED} z {_CHUNKED_ENDS}",
         by_head("x"),
         refuses=("seq_idx", "cu_seqlens", "return_varlen_states"),
     ),
     *(
-        Entry((package,), name, cell, fused=FUSED.format(name))
+        Entry((package,), name, cell, fused=FUSED_MIXER.format(name))
         for package, name, cell in (
             ("mamba_ssm", "mamba_inner_fn", "Mamba"),
             ("mamba_ssm", "mamba_split_conv1d_scan_combined", "Mamba-2"),
@@ -242,3 +253,125 @@ ENTRIES = (
         )
     ),
 )
+
+
+Coefficients = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]  # a, b, each (B, T, ...)
+
+
+def of_states(
+    coefficients: Coefficients,
+    over: str,
+    first: str = "",
+    last: str = "",
+    *,
+    resets: str = "",
+    single: bool = False,
+) -> Callable[[LibraryCall], dict[str, Any]]:
+    """The mapping of a scan over an argument (B, T, ...) that returns all of its states.
+
+    ``first`` names the argument with the first state. The last one is returned beside the states,
+    always ("always") or where the argument of the name ``last`` is true. Some compute in float32
+    whatever they are given: ``single``. ``resets`` names an argument (B, T, 1), true at steps that
+    begin anew, whose a_t is 0: cuts, and at the first step of a state that was not given no cut at all,
+    since nothing comes before it.
+    """
+
+    def read(seen: LibraryCall) -> dict[str, Any]:
+        batch, steps, *shape = seen.given[over].shape
+        given = seen.given
+
+        def make() -> LinearSteps:
+            decay, write = (time_first(wide(x)) for x in coefficients(given))
+            start = given.get(first)
+            if resets:
+                anew = time_first(given[resets]).clone()
+                anew[0] &= start is not None and bool(start.any())
+                decay = decay * ~anew
+            return LinearSteps(
+                shape=tuple(shape),
+                decay=decay.expand(steps, batch, *shape),
+                write=(write,),
+                initial=None if start is None else wide(start),
+                read=time_first,
+                read_back=time_first,
+            )
+
+        return {
+            "steps": steps,
+            "batch": batch,
+            "shape": tuple(shape),
+            "make": make,
+            "precision": torch.float32 if single else None,
+            "output": seen.result(0),
+            "final": seen.result(1) if last == "always" or given.get(last) else None,
+            "initial": seen.initial(first),
+            "cuts": _cuts(given[resets]) if resets else None,
+        }
+
+    return read
+
+
+def min_gru(seen: LibraryCall) -> dict[str, Any]:
+    """Fields of `Scanned` of minGRU's and minLSTM's scan, whose arguments are logarithms."""
+
+    def factors(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return wide(given["log_coeffs"]).exp(), wide(given["log_values"]).exp()
+
+    return of_states(factors, "log_values")(seen) | {"cell": seen.kind}
+
+
+def _cuts(resets: Tensor) -> Tensor:
+    """(T, B) where a step begins anew."""
+    return time_first(resets).flatten(2).all(-1)
+
+
+_BY_ENTRIES = (
+    Entry(
+        ("transformers.models.recurrent_gemma",),
+        "RecurrentGemmaRglru._rnn_scan",
+        "RG-LRU",
+        "hidden_states recurrent_gate reset recurrent_states",
+        of_states(
+            lambda given: (given["recurrent_gate"], given["hidden_states"]),
+            "hidden_states",
+            first="recurrent_states",
+            last="always",
+            resets="reset",
+            single=True,
+        ),
+        ignores="acc_dtype",
+    ),
+    Entry(
+        ("minGRU_pytorch",),
+        "heinsen_associative_scan_log",
+        "minGRU",
+        "log_coeffs log_values",
+        min_gru,
+    ),
+    Entry(
+        ("mambapy",),
+        "pscan",
+        "parallel scan",
+        "A X",
+        of_states(lambda given: (given["A"], given["X"]), "X"),
+    ),
+    *(
+        Entry(
+            ("fla",),
+            f"{how}_hgrn",
+            "HGRN",
+            "x g initial_state output_final_state",
+            of_states(
+                lambda given: (wide(given["g"]).exp(), given["x"]),
+                "x",
+                first="initial_state",
+                last="output_final_state",
+                single=True,
+            ),
+            refuses=("cu_seqlens",),
+        )
+        for how in ("chunk", "fused_recurrent")
+    ),
+)
+
+STATE_SPACES = (*_MAMBAS, *_BY_ENTRIES)
