@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradflow.analysis import Analysis, Gain, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.results import Gain, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.run import Analysis
 from gradflow.analyzer import analyze
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.measuring import Brief, brief, brief_seconds
 from gradflow.analyzer.read_steps import readings
-from gradflow.cells import CELLS, Keeper
+from gradflow.cells import CELLS
+from gradflow.cells.spec import Keeper
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.hooks.gradients import weight_norms
 from gradflow.hooks.rerun import WeightChange, rerun
@@ -34,7 +36,8 @@ from gradflow.limits import (
     SHOWN_PREDICTIONS,
     STEEPEST,
 )
-from gradflow.recording import Recording, Track
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 
 def measured(

@@ -13,7 +13,7 @@ from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from gradflow.errors import InputError, must_be
 from gradflow.limits import CONFIDENCE, LAG_TOLERANCE, RATE_ROUNDING
-from gradflow.recording import Parity
+from gradflow.recording.source import Parity
 
 
 def kaplan_yorke_dimension(exponents: Any, size: int | None = None) -> float:

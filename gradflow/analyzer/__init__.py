@@ -1,6 +1,6 @@
 """From a recording to an analysis: Jacobians, products, exponents, verdicts, causes, words."""
 
-from gradflow.analysis import entropy_rate, kaplan_yorke_dimension
+from gradflow.analysis.results import entropy_rate, kaplan_yorke_dimension
 from gradflow.analyzer.assemble import analyze
 from gradflow.analyzer.exponents import lyapunov_spectrum
 from gradflow.analyzer.jacobians import step_jacobians

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gradflow.analysis import Analysis, Finding, Gain, LayerAnalysis, Rate
+from gradflow.analysis.results import Finding, Gain, LayerAnalysis, Rate
+from gradflow.analysis.run import Analysis
 from gradflow.analyzer.closed_loops import judged
 from gradflow.analyzer.core import voted
 from gradflow.analyzer.read_states import read_part
 from gradflow.analyzer.settings import checked
 from gradflow.errors import RecordingError
 from gradflow.process import fitting_threads
-from gradflow.recording import Recording, pooled
+from gradflow.recording.pooled import pooled
+from gradflow.recording.tracks import Recording
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.analysis.results import LayerAnalysis
+from gradflow.analysis.run import Analysis
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
@@ -46,7 +47,9 @@ from gradflow.process import (
     so_many_threads,
     without_modes,
 )
-from gradflow.recording import Recording, Track, pooled
+from gradflow.recording.pooled import pooled
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 Made = TypeVar("Made")
 

@@ -44,7 +44,7 @@ from gradflow.limits import (
     SKETCHED,
     SMALL_ROWS,
 )
-from gradflow.recording import Operator
+from gradflow.recording.source import Operator
 
 RESCALED = {torch.float64: RESCALE_FLOAT64, torch.float32: RESCALE_FLOAT32}
 

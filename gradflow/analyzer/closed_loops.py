@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
-from gradflow.analysis import Alone, LayerAnalysis
+from gradflow.analysis.results import Alone, LayerAnalysis
 from gradflow.analyzer.evidence import counted, number
 from gradflow.analyzer.measuring import Brief, brief
 from gradflow.analyzer.settings import Settings
 from gradflow.cells import IN_LOOP
 from gradflow.errors import RecordingError
-from gradflow.recording import Operator, Recording, Track
+from gradflow.recording.source import Operator
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from gradflow.limits import (
     THIN_SPEED,
     TRIANGLE_BYTES,
 )
-from gradflow.recording import Backward, Contributions, Outer, Track
+from gradflow.recording.source import Backward, Contributions, Outer
+from gradflow.recording.track import Track
 
 PARAMETERS = ("weight_hh", "weight_ih")
 

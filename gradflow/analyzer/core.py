@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from gradflow.analysis import UNMEASURED, Gain, Rate
+from gradflow.analysis.results import UNMEASURED, Gain, Rate
 from gradflow.analyzer import plan
 from gradflow.analyzer.curve import LagCurve, lag_curve
 from gradflow.analyzer.exponents import Growth, Leading, WeightGrowth, log_growth
@@ -35,7 +35,7 @@ from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.thin import thin_maps
 from gradflow.analyzer.timeline import cuts_before, typical_length, typical_segment
 from gradflow.limits import CHANNEL_WORK, EXACT_ROWS, MAP_SECONDS, RATE_ROUNDING, RATE_SECONDS
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from gradflow.analyzer.blocks import SPEED, Blocks
 from gradflow.analyzer.jacobians import HostOperator, operator_of, vector_seconds
 from gradflow.analyzer.timeline import in_processing_order
-from gradflow.recording import Operator, Track
+from gradflow.recording.source import Operator
+from gradflow.recording.track import Track
 
 
 def loss_map(

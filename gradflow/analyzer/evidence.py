@@ -11,16 +11,16 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from gradflow.analysis import Rate
+from gradflow.analysis.results import Rate
 from gradflow.analyzer.contributions import Contributed, Triangle
 from gradflow.analyzer.core import Core
 from gradflow.analyzer.loss import Profile
 from gradflow.analyzer.rates import band, rate_over_sequences
 from gradflow.analyzer.read_steps import Reading
 from gradflow.analyzer.spectrum import Spectrum
-from gradflow.cells import CellSpec, Keeper
+from gradflow.cells.spec import CellSpec, Keeper
 from gradflow.limits import LN_BAND, LN_TELLING
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from gradflow.analyzer.loss import masked_median
 from gradflow.analyzer.timeline import input_time
 from gradflow.errors import InputError, must_be
 from gradflow.limits import SEED, SHORT
-from gradflow.recording import Operator, Track
+from gradflow.recording.source import Operator
+from gradflow.recording.track import Track
 
 
 @dataclass(frozen=True)

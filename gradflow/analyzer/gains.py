@@ -29,7 +29,7 @@ from gradflow.limits import (
     WINDOW_ROWS,
     WINDOW_TOLERANCE,
 )
-from gradflow.recording import Operator
+from gradflow.recording.source import Operator
 
 
 @dataclass(frozen=True)

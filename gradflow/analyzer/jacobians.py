@@ -23,7 +23,8 @@ from gradflow.limits import (
     VECTOR_SPEED,
 )
 from gradflow.process import without_modes
-from gradflow.recording import Operator, ThinOperator, Track, moved, where_computed
+from gradflow.recording.source import Operator, ThinOperator, moved, where_computed
+from gradflow.recording.track import Track
 
 
 class DenseOperator:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analysis import Gain, Rate
+from gradflow.analysis.results import Gain, Rate
 from gradflow.analyzer.exponents import Growth, Leading, burn_in
 from gradflow.analyzer.gains import (
     Norms,
@@ -63,7 +63,7 @@ from gradflow.limits import (
     WINDOW_ROUNDS,
     WINDOW_ROWS,
 )
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 UNKNOWN_RATE = Rate(math.nan, math.nan, math.nan)
 

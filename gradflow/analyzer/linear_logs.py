@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gradflow.cells.linear import HEAD_AXES, LinearSteps
 from gradflow.limits import PAIR_BLOCK, PAIR_COLUMNS, PAIR_TILE, PAIR_WIDTH
-from gradflow.recording import Track, moved
+from gradflow.recording.source import moved
+from gradflow.recording.track import Track
 
 Block = Callable[[Tensor, Tensor], Tensor]  # rows (p, D) of targets, (n, D) of sources -> (n, p)
 TINY = 1e-30  # a scaled sum below it may have lost terms to underflow, also in float32

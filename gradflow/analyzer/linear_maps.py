@@ -38,7 +38,7 @@ from gradflow.limits import (
     PRODUCT_FLOAT64,
     VECTOR_SPEED,
 )
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 def on_key_axis(steps: LinearSteps) -> LinearSteps:

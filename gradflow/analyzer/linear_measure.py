@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analysis import UNMEASURED, Gain, Rate
+from gradflow.analysis.results import UNMEASURED, Gain, Rate
 from gradflow.analyzer.core import (
     Core,
     finite_sequences,
@@ -74,7 +74,7 @@ from gradflow.limits import (
     WINDOW_BYTES,
     WINDOW_ROWS,
 )
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 def linear_ranks(

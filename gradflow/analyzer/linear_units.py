@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analysis import Gain, Rate
+from gradflow.analysis.results import Gain, Rate
 from gradflow.analyzer.rates import Verdict
 from gradflow.cells.linear import HEAD_AXES
 from gradflow.limits import LN_GONE, LOSS_BYTES, NEVER_FORGETS, UNITS_EACH, UNITS_MOST
-from gradflow.recording import Backward, Forward, Track
+from gradflow.recording.source import Backward, Forward
+from gradflow.recording.track import Track
 
 
 @dataclass(frozen=True)

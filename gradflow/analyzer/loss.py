@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradflow.analyzer.timeline import bad_gradient, bad_state, cuts_before, in_processing_order
 from gradflow.limits import CARRIED_DECADES, GONE_DECADES
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 GRADIENTS = ("total", "direct", "last")
 

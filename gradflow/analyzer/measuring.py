@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradflow.analysis import UNMEASURED, Gain, Rate
+from gradflow.analysis.results import UNMEASURED, Gain, Rate
 from gradflow.analyzer import core
 from gradflow.analyzer.blocks import SPEED
 from gradflow.analyzer.core import Core, finite_sequences, span_of
@@ -34,7 +34,7 @@ from gradflow.analyzer.settings import Settings
 from gradflow.cells.linear import LinearSteps
 from gradflow.errors import RecordingError
 from gradflow.process import fitting_threads, without_modes
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 def is_linear(track: Track) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analysis import Gain, Rate
+from gradflow.analysis.results import Gain, Rate
 from gradflow.analyzer.core import Voted, channels, half_life, vote
 from gradflow.analyzer.curve import LagCurve
 from gradflow.analyzer.exponents import Growth, burn_in, log_growth
@@ -61,7 +61,9 @@ from gradflow.limits import (
     SEED,
     WINDOW_ROWS,
 )
-from gradflow.recording import Forward, Operator, Track, chosen
+from gradflow.recording.pooled import chosen
+from gradflow.recording.source import Forward, Operator
+from gradflow.recording.track import Track
 
 
 @dataclass(frozen=True)

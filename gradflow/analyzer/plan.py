@@ -28,7 +28,8 @@ from gradflow.limits import (
     SKETCH_WIDE,
     SKETCHED,
 )
-from gradflow.recording import Operator, Track
+from gradflow.recording.source import Operator
+from gradflow.recording.track import Track
 
 Progress = Callable[[float], None]
 

@@ -24,7 +24,7 @@ from gradflow.limits import (
     SEED,
     SKETCH_FIRST,
 )
-from gradflow.recording import Operator
+from gradflow.recording.source import Operator
 
 # norm, 1 of the identity -> ln of it of every block, (B, n), from ln ‖V‖_F and ln ‖what was dropped‖_F
 NORMS: dict[str, Callable[[Blocks, Tensor, Tensor | None], Tensor]] = {

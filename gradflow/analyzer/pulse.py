@@ -19,7 +19,7 @@ from gradflow.analyzer.loss import back_index
 from gradflow.analyzer.timeline import Bad, bad_gradient, bad_state, in_processing_order
 from gradflow.history import LayerProbe
 from gradflow.limits import GATE_CLOSED, GATE_OPEN, SATURATED
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 def broken(track: Track) -> tuple[Bad, str] | None:

@@ -29,7 +29,8 @@ from gradflow.limits import (
     SNAPSHOT,
     TRUNCATE_ROWS,
 )
-from gradflow.recording import Operator, Track
+from gradflow.recording.source import Operator
+from gradflow.recording.track import Track
 
 GROWTH = {torch.float64: GROWTH_FLOAT64, torch.float32: GROWTH_FLOAT32}
 

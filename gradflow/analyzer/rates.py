@@ -25,8 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradflow.analysis import Gain, Rate
-from gradflow.analysis.results import mean_interval, quantile
+from gradflow.analysis.results import Gain, Rate, mean_interval, quantile
 from gradflow.analyzer.gains import Norms, Window, stretches
 from gradflow.limits import (
     BAND_WORDS,
@@ -51,7 +50,7 @@ from gradflow.limits import (
     SHAPE_STEPS,
     UNSETTLED,
 )
-from gradflow.recording import Operator
+from gradflow.recording.source import Operator
 
 EDGE = f"a span further from {BAND_WORDS}: the gain lies on the edge of it"
 

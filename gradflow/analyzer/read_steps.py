@@ -17,7 +17,9 @@ from torch import Tensor
 from gradflow.analyzer.timeline import in_processing_order
 from gradflow.errors import RecordingError
 from gradflow.limits import STATES_ALIKE
-from gradflow.recording import Padding, Recording, Track, padding_of
+from gradflow.recording.padding import Padding, padding_of
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 UNREAD = "unread"  # no gradient comes
 ONE_SEQUENCE = "one sequence"  # of one sequence, the first or the last, every step

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from gradflow._version import __version__
-from gradflow.analysis import LayerAnalysis
-from gradflow.analysis.results import loss_reach_of, window_of
+from gradflow.analysis.results import LayerAnalysis, loss_reach_of, window_of
 from gradflow.analyzer.causes.read_by_loss import headline, opening
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.exponents import burn_in
@@ -22,7 +21,8 @@ from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.spectrum import broken
 from gradflow.analyzer.timeline import cut_steps, in_some_sequences, typical_segment
 from gradflow.limits import BAND_WORDS, GONE_WORDS, SHORT, TOLERANCE_WORDS, VERDICTS
-from gradflow.recording import Recording, Track
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 
 def warnings_of(recording: Recording, layers: dict[str, LayerAnalysis]) -> tuple[str, ...]:

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analysis import Rate
+from gradflow.analysis.results import Rate
 from gradflow.analyzer.core import Core
 from gradflow.analyzer.exponents import Growth
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.keeping import settling_by_halves
 from gradflow.analyzer.rates import rate_of_one, rate_over_sequences
 from gradflow.limits import CERTIFIED, DEAD_SHARE, TRACED
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from gradflow.limits import (
     THIN_SOURCES,
     THIN_TOLERANCE,
 )
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 Progress = Callable[[float], None]
 

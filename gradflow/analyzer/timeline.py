@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 def input_time(track: Track) -> Tensor:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradflow.cells import Scan
+from gradflow.cells.spec import Scan
 from gradflow.hooks.replay import Replay, Scans, masked, take_steps, weight_gradients
-from gradflow.recording import Backward, Forward, Operator
+from gradflow.recording.source import Backward, Forward, Operator
 
 
 @dataclass(eq=False)

@@ -20,7 +20,8 @@ from gradflow.hooks.linear.linear_source import LinearSource, Stretch
 from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.tapped import TAP, Mark, TapSource
 from gradflow.limits import MANY_TRACKS
-from gradflow.recording import Recording, Track, Unseen
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording, Unseen
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 FEW = 8  # names in one sentence

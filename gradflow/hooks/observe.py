@@ -23,7 +23,9 @@ from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening
 from gradflow.hooks.recorder import Recorder
 from gradflow.hooks.tapped import TapSource
-from gradflow.recording import Recording, Track, of_all_processes
+from gradflow.recording.pooled import of_all_processes
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gradflow.hooks.guard import Hook, Point, is_batched, why_hidden
 from gradflow.hooks.patch import is_of_another_recording
 from gradflow.limits import PARITY_FLOAT32, PARITY_FLOAT64, PARITY_HALF
-from gradflow.recording import Parity
+from gradflow.recording.source import Parity
 
 BOUNDS = {
     torch.float64: PARITY_FLOAT64,

@@ -48,7 +48,8 @@ from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
 from gradflow.hooks.unrolled.sources import FLAT, FLAT_IN_TIME, PLAIN
 from gradflow.hooks.unrolled.watch import Watch
-from gradflow.recording import Recording, Track, Unseen, matches_any
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording, Unseen, matches_any
 
 
 class Recorder:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradflow.cells import CELLS, Scan, Steps, Weights
+from gradflow.cells import CELLS
+from gradflow.cells.spec import Scan, Steps, Weights
 from gradflow.errors import RecordingError
 from gradflow.hooks.call import Call
 from gradflow.limits import REPLAY_FLOAT32, REPLAY_FLOAT64, REPLAY_HALF

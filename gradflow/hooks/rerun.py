@@ -26,7 +26,9 @@ from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.replay import whole_call
-from gradflow.recording import Parity, Recording, Track
+from gradflow.recording.source import Parity
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 UNCHANGED = "the weights were changed and the loss was not run again"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from gradflow.analysis import Finding
+from gradflow.analysis.results import Finding
 from gradflow.analyzer.causes.factors import (
     activations_contract,
     idle_units,

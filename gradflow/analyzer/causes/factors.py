@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from gradflow.analysis import Finding, Rate
+from gradflow.analysis.results import Finding, Rate
 from gradflow.analyzer.activity import between, masked_mean, over_all, sigmoid_and_other
 from gradflow.analyzer.causes.remedies import (
     FOREIGN,

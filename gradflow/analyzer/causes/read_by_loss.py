@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from gradflow.analysis import Finding
+from gradflow.analysis.results import Finding
 from gradflow.analyzer import read_steps
 from gradflow.analyzer.evidence import Evidence, counted, module
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 def read_by_loss(e: Evidence) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analysis import Finding
+from gradflow.analysis.results import Finding
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.analyzer.jacobians import constant_step, operator_of
 from gradflow.analyzer.linear_units import decay_facts
@@ -23,7 +23,7 @@ from gradflow.limits import (
     LINEAR_ROUNDING,
     NEVER_FORGETS,
 )
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 def linear_recurrence(e: Evidence) -> Iterator[Finding]:

@@ -17,7 +17,8 @@ from gradflow.analyzer.blocks import SPEED
 from gradflow.analyzer.evidence import Evidence, module
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.timeline import cuts_before
-from gradflow.cells import Keeper, layer_names
+from gradflow.cells import layer_names
+from gradflow.cells.spec import Keeper
 from gradflow.errors import RecordingError
 from gradflow.limits import (
     BAND_WORDS,
@@ -29,7 +30,7 @@ from gradflow.limits import (
     TRIED_SEQUENCES,
     TRIED_VECTORS,
 )
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradflow.analysis import Finding
+from gradflow.analysis.results import Finding
 from gradflow.analyzer.causes.remedies import (
     CLIP_CODE,
     OVER_BAND,

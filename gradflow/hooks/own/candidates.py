@@ -34,7 +34,7 @@ from gradflow.hooks.own.returned import Output, Path, leaves, replaced, row_of, 
 from gradflow.hooks.tapped import TapSource
 from gradflow.limits import CANDIDATE_CALLS, STATE_ENTRIES
 from gradflow.process import autocast, random_numbers_kept
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EVERYWHERE = tuple(f"_global{name}" for name in HOOKS)  # the same, of all modules

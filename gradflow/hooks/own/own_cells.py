@@ -59,7 +59,7 @@ from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unrolled import sources
 from gradflow.limits import DOUBTFUL, OPEN_CANDIDATES, PERHAPS, STATE_ENTRIES
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 STOCK = ":"  # before a module's path: torch's own recurrent functions with its weights
 
