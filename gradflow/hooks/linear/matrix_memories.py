@@ -302,7 +302,8 @@ _REST = (
 )
 _MLSTM = "queries keys values igate_preact fgate_preact"
 
-_WEIGHTED_MEANS = (
+MATRIX_MEMORIES = (
+    *_OF_THE_DELTA_RULE,
     Entry(
         ("transformers.models.rwkv",),
         "rwkv_linear_attention",
@@ -338,5 +339,3 @@ _WEIGHTED_MEANS = (
         )
     ),
 )
-
-MATRIX_MEMORIES = (*_OF_THE_DELTA_RULE, *_WEIGHTED_MEANS)

@@ -325,7 +325,8 @@ def _cuts(resets: Tensor) -> Tensor:
     return time_first(resets).flatten(2).all(-1)
 
 
-_BY_ENTRIES = (
+STATE_SPACES = (
+    *_MAMBAS,
     Entry(
         ("transformers.models.recurrent_gemma",),
         "RecurrentGemmaRglru._rnn_scan",
@@ -373,5 +374,3 @@ _BY_ENTRIES = (
         for how in ("chunk", "fused_recurrent")
     ),
 )
-
-STATE_SPACES = (*_MAMBAS, *_BY_ENTRIES)
