@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from gradflow.analysis.results import Finding, Gain, LayerAnalysis, Rate
+from gradflow.analysis.results import Finding, LayerAnalysis, Rate
 from gradflow.analysis.run import Analysis
 from gradflow.analyzer.closed_loops import judged
-from gradflow.analyzer.core import voted
+from gradflow.analyzer.core import Voted, voted
+from gradflow.analyzer.measuring import measure
+from gradflow.analyzer.rates import Vote
 from gradflow.analyzer.read_states import read_part
 from gradflow.analyzer.settings import checked
 from gradflow.errors import RecordingError
@@ -16,39 +18,15 @@ from gradflow.process import fitting_threads
 from gradflow.recording.pooled import pooled
 from gradflow.recording.tracks import Recording
 
-
-@dataclass(frozen=True)
-class Vote:
-    """The numbers of a verdict that several probes must agree on."""
-
-    verdict: str
-    gain: Gain
-    rate: Rate
-
-
-def votes(recording: Recording, *, span: int | None, seed: int) -> dict[str, Vote] | None:
-    """The votes that `analyze` would give, by layer, at a fraction of its cost.
-
-    None where a layer is not measured in this way: its step Jacobians are not known, or are those of
-    a linear recurrence.
-    """
-    recording, _ = pooled(recording)
-    settings = checked(recording, span, None, 1, "auto", None, seed, None)
-    found: dict[str, Vote] = {}
-    for track in recording.values():
-        if track.state_shape:
-            return None
-        try:
-            with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
-                _, loop = judged(recording, track)
-                known = voted(read_part(loop).judged, settings)
-        except RecordingError:
-            return None
-        found[track.name] = Vote(known.verdict.name, known.gain, known.rate)
-    return found
-
-
 DEPENDS = "depends on the input"
+
+
+def batches_words(count: int) -> str:
+    """What is said of numbers that several batches pool."""
+    return (
+        f"gain, rate and verdict are means over {count} batches with 95 % intervals over batches: a batch is "
+        "the unit, and its sequences are not counted as independent of each other"
+    )
 
 
 def agreed(runs: Sequence[Analysis], probes: Sequence[str], command: str = "") -> Analysis:
@@ -144,3 +122,25 @@ def _under(finding: Finding, probe: str) -> Finding:
 
 def _names(layer: LayerAnalysis) -> set[str]:
     return {finding.name for finding in layer.findings}
+
+
+def votes(recording: Recording, *, span: int | None, seed: int) -> dict[str, Vote]:
+    """The votes that `analyze` would give, by layer, mostly at a fraction of its cost.
+
+    A layer whose step Jacobians are not known has none.
+    """
+    recording, _ = pooled(recording)
+    settings = checked(recording, span, seed=seed)
+    found: dict[str, Vote] = {}
+    for track in recording.values():
+        try:
+            with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
+                if track.state_shape:  # of a linear recurrence
+                    known: Voted = measure(track, settings, withheld=True)
+                else:
+                    _, loop = judged(recording, track)
+                    known = voted(read_part(loop).judged, settings)
+        except RecordingError:
+            continue
+        found[track.name] = Vote(known.verdict.name, known.gain, known.rate)
+    return found
