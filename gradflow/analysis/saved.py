@@ -17,7 +17,7 @@ from gradflow.analysis.results import UNMEASURED, LayerAnalysis
 from gradflow.analysis.schema import built, checked_data
 from gradflow.errors import FileError, InputError, one_sentence, plain_text
 from gradflow.limits import ANNOUNCED, UNPACKED_TIMES, VERDICTS
-from gradflow.recording import Unseen
+from gradflow.recording.tracks import Unseen
 from gradflow.writing import clear, put_back, whole_file
 
 if TYPE_CHECKING:

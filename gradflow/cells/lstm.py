@@ -13,8 +13,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradflow.cells.base import Scan, Steps, Weights, previous
-from gradflow.cells.spec import WEIGHTS, CellPaths, CellSpec, Keeper, Named
+from gradflow.cells.spec import (
+    WEIGHTS,
+    CellPaths,
+    CellSpec,
+    Keeper,
+    Named,
+    Scan,
+    Steps,
+    Weights,
+    previous,
+)
 from gradflow.limits import CELL_ROUNDING
 
 
@@ -112,7 +121,13 @@ def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> LSTMSte
             c[t].addcmul_(f[t], before[t])
     squashed = c.tanh()
     factor = torch.stack(
-        [g * i * (1 - i), before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)], dim=2
+        [
+            g * i * (1 - i),
+            before * f * (1 - f),
+            i * (1 - g * g),
+            squashed * o * (1 - o),
+        ],
+        dim=2,
     )
     return LSTMSteps(
         weight_hh=weights.weight_hh,
