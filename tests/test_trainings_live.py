@@ -52,7 +52,9 @@ def test_a_line_per_layer_and_its_waterfall() -> None:
     )
     assert found[1].startswith("rnn.l0  vanishing  rate −0.20 ± 0.01  horizon 36  halves in 3.5")
     assert found[2].startswith(" loss " + "█" * 60)
-    assert len(found) == 2 + 2 * (1 + max(FALL_LINES))
+    assert len(found) == 3 + 2 * (1 + max(FALL_LINES))
+    assert found[-2].strip() == "█ as at the loss ▓>0.1 ▒>0.01 ░>0.001, blank gone, ^ grown"
+    assert found[-1].strip() == "across: the last probes; down: steps back; bars: reach"
 
 
 @pytest.mark.parametrize("size", [(80, 24), (60, 14), (40, 9), (200, 60), (30, 5)])

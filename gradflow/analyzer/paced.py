@@ -21,6 +21,7 @@ from torch import Tensor
 from gradflow.analysis import Gain, Rate
 from gradflow.analyzer.core import Voted, channels, half_life, vote
 from gradflow.analyzer.curve import LagCurve
+from gradflow.analyzer.cuts import typical_segment
 from gradflow.analyzer.gains import (
     collected,
     common_steps,
@@ -96,7 +97,7 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
 
     Args:
         track: one layer in one direction; its gradients are not read.
-        span: the distance of interest in steps; the median length of all sequences by default.
+        span: the distance of interest in steps; by default `usual_span`.
         seed: of the random start.
 
     Returns:
@@ -114,7 +115,7 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     >>> found.verdict, round(found.rate.value, 4), round(found.half_life, 3), found.horizon
     ('vanishing', -0.1054, 6.579, 66)
     """
-    span = span or median_length(track.lengths)
+    span = span or usual_span(track, track.lengths)
     some = spread(track)
     operator = operator_of(some, _dtype(some))
     lengths, cuts = some.lengths.cpu(), cuts_of(some)
@@ -145,7 +146,7 @@ def paced_linear(track: Track, *, span: int | None = None, seed: int = SEED) -> 
 
     Args:
         track: of a linear recurrence.
-        span: the distance of interest in steps; the median length of all sequences by default.
+        span: the distance of interest in steps; by default `usual_span`.
         seed: of the random start.
 
     Returns:
@@ -154,7 +155,7 @@ def paced_linear(track: Track, *, span: int | None = None, seed: int = SEED) -> 
     Raises:
         RecordingError: its step maps are not known.
     """
-    span = span or median_length(track.lengths)
+    span = span or usual_span(track, track.lengths)
     some = spread(track)
     settings = Settings(span, None, 1, "auto", None, seed, PROBE_SHARE, lambda phase, done: None)
     found = measure_linear(some, settings, withheld=True)
@@ -162,9 +163,14 @@ def paced_linear(track: Track, *, span: int | None = None, seed: int = SEED) -> 
     return _paced(track, some, found, found.curve, half_life(found, ()), passed)
 
 
-def median_length(lengths: Tensor) -> int:
-    """The span where none is given: of (B,) lengths in steps."""
-    return max(1, round(float(lengths.cpu().double().quantile(0.5))))
+def usual_span(track: Track, lengths: Tensor) -> int:
+    """The span where none is given, as of `analyze`: of the stretches between cuts, else the median length.
+
+    Args:
+        track: of some sequences.
+        lengths: (B,) in steps, of all.
+    """
+    return typical_segment(track) or max(1, round(float(lengths.cpu().double().quantile(0.5))))
 
 
 def _paced(

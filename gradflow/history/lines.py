@@ -210,7 +210,9 @@ def _is(rows: np.ndarray, text: bytes) -> np.ndarray:
 @functools.cache
 def _pairs() -> np.ndarray:
     """Of two characters of base64, as one number of 16 bits, the 12 bits that they stand for."""
-    letters = np.frombuffer(b"".join(base64.b64encode(bytes((n << 2,)))[:1] for n in range(64)), np.uint8)
+    letters = np.frombuffer(
+        b"".join(base64.b64encode(bytes((n << 2,)))[:1] for n in range(64)), np.uint8
+    )
     six = np.arange(64, dtype=np.uint16)
     found = np.full(2**16, 2**16 - 1, np.uint16)
     found[letters[:, None] + 256 * letters[None, :].astype(int)] = six[:, None] << 6 | six[None, :]

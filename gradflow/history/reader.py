@@ -101,7 +101,9 @@ class ProbeBlock:
     @property
     def _rows(self) -> np.ndarray:
         """The bytes of the probes that are unpacked, (probe, size)."""
-        room = np.zeros((0, self.layout.dtype.itemsize), np.uint8) if self.room is None else self.room
+        room = (
+            np.zeros((0, self.layout.dtype.itemsize), np.uint8) if self.room is None else self.room
+        )
         return room[: len(self.steps) - len(self.packed)]
 
     def table(self) -> np.ndarray:

@@ -21,6 +21,7 @@ LAYER_TAGS = {
         "rate",
         "rate_low",
         "rate_high",
+        "rate_settled",
         "gain",
         "half_life",
         "horizon",
