@@ -65,6 +65,11 @@ def test_the_view_fits_the_window(size: tuple[int, int]) -> None:
     assert max(map(len, found)) <= size[0]
 
 
+def test_a_narrow_line_leaves_out_whole_words() -> None:
+    found = shown(histories.history(60), console(56, 24, **PLAIN))
+    assert found[1].split("  ")[:3] == ["rnn.l0", "vanishing", "horizon 36"]
+
+
 def test_what_does_not_fit_is_counted() -> None:
     lags = lag_grid(50)
     layers = {

@@ -209,9 +209,11 @@ def _words(one: Now, console: Console, width: int) -> Text:
     gone = {"none": "", "never": "never gone"}.get(one.horizon, f"horizon {one.horizon}")
     rate = "" if one.rate in ("none", "not settled") else f"rate {one.rate}"
     half = "" if one.half_life in ("none", "never") or not rate else f"halves in {one.half_life}"
-    said = [part for part in (one.course.layer, verdict, rate, gone, half) if part]
-    if half and len("  ".join([*said, spark])) > width:
-        said.pop()
+    for left_out in ((), (half,), (half, rate)):
+        parts = (one.course.layer, verdict, rate, gone, half)
+        said = [part for part in parts if part and part not in left_out]
+        if len("  ".join([*said, spark])) <= width:
+            break
     text = encoded(Text("  ".join(said)), console)
     text.truncate(max(8, width - len(spark) - 2), overflow="crop")
     place = text.plain.find(verdict, len(one.course.layer))
