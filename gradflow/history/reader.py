@@ -94,7 +94,8 @@ class ProbeBlock:
             self.room = room
         fine = unpack_into(self.room[known:], packed)
         if not fine.all():
-            steps, sources = ([*itertools.compress(some, fine)] for some in (steps, sources))
+            steps = [*itertools.compress(steps, fine)]
+            sources = [*itertools.compress(sources, fine)]
         self.steps += steps
         self.sources += sources
 
