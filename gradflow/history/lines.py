@@ -24,7 +24,6 @@ end        the writer was closed
 from __future__ import annotations
 
 import base64
-import functools
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -172,79 +171,6 @@ def read_probe(text: bytes) -> tuple[int, bytes] | None:
     if not step.isdigit() or len(step) > 18 or text[end:at] != between:
         return None
     return int(step), text[at : -len(close)]
-
-
-def read_probes(text: bytes, start: int, stop: int, size: int) -> tuple[list[int], np.ndarray]:
-    """Steps and packed numbers (probe, size) of the lines of probes that follow one another as one table.
-
-    They are as long as the first one, which begins at a place; none where it is no line of such numbers.
-    A hundred times as fast as line by line.
-
-    Args:
-        text: of the file.
-        start: place of the first line.
-        stop: behind the last line that is whole.
-        size: characters of the packed numbers of a probe.
-    """
-    head, tail = PROBE.encode(), CLOSE.encode() + b"\n"
-    digits = text.find(b",", start + len(head), start + len(head) + 24) - start - len(head)
-    length = len(head) + digits + len(NUMBERS) + size + len(tail)
-    count = (stop - start) // length if 0 < digits <= 18 else 0
-    if count < 2 or text[start + length : start + length + len(head)] != head:
-        return [], np.zeros((0, size), np.uint8)
-    rows = np.frombuffer(text, np.uint8, count * length, start).reshape(count, length)
-    first, last = len(head) + digits, length - len(tail) - size
-    same = _is(rows[:, : len(head)], head) & _is(rows[:, last + size :], tail)
-    same &= _is(rows[:, first:last], NUMBERS.encode())
-    places = rows[:, len(head) : first] - ord("0")  # below "0" they are above 9, too
-    same &= (places <= 9).all(1)
-    count = count if same.all() else int(same.argmin())
-    steps = places[:count] @ 10 ** np.arange(digits - 1, -1, -1, dtype=np.int64)
-    return steps.tolist(), rows[:count, last : last + size]
-
-
-def _is(rows: np.ndarray, text: bytes) -> np.ndarray:
-    return np.asarray((rows == np.frombuffer(text, np.uint8)).all(1))
-
-
-@functools.cache
-def _pairs() -> np.ndarray:
-    """Of two characters of base64, as one number of 16 bits, the 12 bits that they stand for."""
-    letters = np.frombuffer(
-        b"".join(base64.b64encode(bytes((n << 2,)))[:1] for n in range(64)), np.uint8
-    )
-    six = np.arange(64, dtype=np.uint16)
-    found = np.full(2**16, 2**16 - 1, np.uint16)
-    found[letters[:, None] + 256 * letters[None, :].astype(int)] = six[:, None] << 6 | six[None, :]
-    return found
-
-
-def unpack_into(room: np.ndarray, packed: np.ndarray) -> np.ndarray:
-    """Write numbers that stand in base64 into the first rows of an array, without those that are none.
-
-    Args:
-        room: bytes (probe or more, 3/4 of the characters).
-        packed: (probe, characters), a multiple of four of them.
-
-    Returns:
-        (probe,) whether a row is base64.
-
-    >>> room = np.zeros((2, 3), np.uint8)
-    >>> fine = unpack_into(room, np.frombuffer(b"A?EC" b"AAEC", np.uint8).reshape(2, 4))
-    >>> room.tolist(), fine.tolist()
-    ([[0, 1, 2], [0, 0, 0]], [False, True])
-    """
-    twelve = _pairs().take(np.ascontiguousarray(packed).view("<u2"))
-    fine = np.ones(len(packed), dtype=bool)
-    if twelve.size and twelve.max() >= 2**12:
-        fine = twelve.max(1) < 2**12
-        twelve = twelve[fine]
-    high, low = twelve[:, 0::2], twelve[:, 1::2]
-    found = room[: len(twelve)].reshape(*high.shape, 3)
-    found[..., 0] = high >> 4
-    found[..., 1] = high << 4 | low >> 8
-    found[..., 2] = low
-    return fine
 
 
 def packed_size(layout: ProbeLayout) -> int:

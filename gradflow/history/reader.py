@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import binascii
 import json
 import os
 from dataclasses import dataclass, field
@@ -22,9 +22,7 @@ from gradflow.history.lines import (
     note_from,
     packed_size,
     read_probe,
-    read_probes,
     source_from,
-    unpack_into,
 )
 from gradflow.history.probe import Note, Source
 from gradflow.limits import ANNOUNCED, LINE_BYTES
@@ -35,16 +33,13 @@ PIECE_READ = 2**22  # bytes that are read at a time: the same memory is used aga
 
 @dataclass
 class ProbeBlock:
-    """Probes in a row that have one layout; the arrays are unpacked a few lines at a time."""
+    """Probes in a row that have one layout; the arrays are unpacked when they are asked for."""
 
     layout: ProbeLayout  # what the arrays hold
     steps: list[int] = field(default_factory=list)  # the training step of each probe
-    sources: list[Source | None] = field(default_factory=list)  # of each probe; None of a training
+    numbers: list[bytes] = field(default_factory=list)  # of the probes, unpacked, in a few pieces
     packed: list[bytes] = field(default_factory=list)  # of the last ones, not yet unpacked
-    room: np.ndarray | None = None  # bytes (probe or more, size) of those that are unpacked
-
-    def __post_init__(self) -> None:
-        self.size = packed_size(self.layout)
+    sources: list[Source | None] = field(default_factory=list)  # of each probe; None of a training
 
     def take(self, text: bytes, source: Source | None = None) -> bool:
         """The line of a probe; whether it is whole."""
@@ -56,72 +51,47 @@ class ProbeBlock:
         self.packed.append(found[1])
         return True
 
-    def take_many(self, text: bytes, start: int, stop: int, more: int) -> tuple[int, int]:
-        """Lines of probes that follow one another as one table: how many, and how many of them are whole.
-
-        Args:
-            text: of the file.
-            start: place of the first line.
-            stop: behind the last line that is whole.
-            more: characters that follow in the file.
-        """
-        steps, packed = read_probes(text, start, stop, self.size)
-        known = len(self.steps)
-        if steps:
-            self._keep(steps, [None] * len(steps), packed, more // self.size)
-        return len(steps), len(self.steps) - known
+    def __post_init__(self) -> None:
+        self.size = packed_size(self.layout)
 
     def unpack(self) -> int:
         """Take the numbers of the last lines out of their text; how many lines were none and are left out."""
-        packed, self.packed = self.packed, []
-        first = len(self.steps) - len(packed)
-        steps, sources = self.steps[first:], self.sources[first:]
-        del self.steps[first:], self.sources[first:]
-        if packed:
-            rows = np.frombuffer(b"".join(packed), np.uint8).reshape(len(packed), self.size)
-            self._keep(steps, sources, rows, first // 2)
-        return first + len(packed) - len(self.steps)
-
-    def _keep(
-        self, steps: list[int], sources: list[Source | None], packed: np.ndarray, more: int
-    ) -> None:
-        """The probes of those lines that hold numbers, with room for so many more."""
-        known = len(self.steps)
-        needed = known + len(steps)
-        if self.room is None or needed > len(self.room):
-            room = np.empty((needed + more, self.layout.dtype.itemsize), np.uint8)
-            room[:known] = self._rows
-            self.room = room
-        fine = unpack_into(self.room[known:], packed)
-        if not fine.all():
-            steps = [*itertools.compress(steps, fine)]
-            sources = [*itertools.compress(sources, fine)]
-        self.steps += steps
-        self.sources += sources
-
-    @property
-    def _rows(self) -> np.ndarray:
-        """The bytes of the probes that are unpacked, (probe, size)."""
-        room = (
-            np.zeros((0, self.layout.dtype.itemsize), np.uint8) if self.room is None else self.room
-        )
-        return room[: len(self.steps) - len(self.packed)]
+        packed, damaged = self.packed, 0
+        self.packed = []
+        try:
+            self.numbers.append(binascii.a2b_base64(b"".join(packed), strict_mode=True))
+        except binascii.Error:
+            first = len(self.steps) - len(packed)
+            kept = [n for n, text in enumerate(packed) if _is_base64(text)]
+            self.steps[first:] = [self.steps[first + n] for n in kept]
+            self.sources[first:] = [self.sources[first + n] for n in kept]
+            self.numbers += [binascii.a2b_base64(packed[n]) for n in kept]
+            damaged = len(packed) - len(kept)
+        return damaged
 
     def table(self) -> np.ndarray:
         """The numbers of every probe, (probe,) of the layout's dtype."""
         self.unpack()
-        return self._rows.reshape(-1).view(self.layout.dtype)
+        self.numbers = [b"".join(self.numbers)]
+        return np.frombuffer(self.numbers[0], dtype=self.layout.dtype)
 
     def only(self, run: str) -> ProbeBlock:
         """Those of one run of a sweep."""
-        self.unpack()
         kept = [at for at, one in enumerate(self.sources) if one is not None and one.run == run]
         return ProbeBlock(
             self.layout,
             steps=[self.steps[at] for at in kept],
+            numbers=[self.table()[kept].tobytes()],
             sources=[self.sources[at] for at in kept],
-            room=self._rows[kept],
         )
+
+
+def _is_base64(text: bytes) -> bool:
+    try:
+        binascii.a2b_base64(text, strict_mode=True)
+    except binascii.Error:
+        return False
+    return True
 
 
 @dataclass
@@ -150,9 +120,7 @@ class Reader:
         found, rest = 0, b""
         try:
             with self.path.open("rb") as opened:
-                stat = os.fstat(opened.fileno())
-                self._begin_again_if_replaced(stat)
-                size = stat.st_size
+                self._begin_again_if_replaced(os.fstat(opened.fileno()))
                 opened.seek(self._offset)
                 while some := opened.read(PIECE_READ):
                     whole = rest + some
@@ -163,7 +131,7 @@ class Reader:
                         LINE_BYTES if self.read.headers or complete else PIECE_READ // 2
                     ):
                         raise FileError(self._not_a_history())
-                    found += self._take_all(whole, complete, max(0, size - self._offset))
+                    found += sum(self._take(text) for text in whole[:complete].splitlines())
                     found -= self._unpack()
                     self._check_extent(self._offset)
         except OSError as error:
@@ -179,23 +147,6 @@ class Reader:
             self._offset = 0
             vars(self.read).update(vars(Read()))
         self._inode = stat.st_ino
-
-    def _take_all(self, text: bytes, stop: int, more: int) -> int:
-        """The lines up to a place, behind which there are so many bytes; how many probes they hold."""
-        place = found = 0
-        while place < stop:
-            end = text.index(b"\n", place)
-            if self._source is None and self.read.blocks and text.startswith(LINE_OF_PROBE, place):
-                found -= self._unpack()
-                lines, whole = self.read.blocks[-1].take_many(text, place, stop, more)
-                if lines:
-                    self.read.damaged += lines - whole
-                    self.read.ended = False
-                    place, found = place + lines * (end + 1 - place), found + whole
-                    continue
-            found += self._take(text[place:end].removesuffix(b"\r"))
-            place = end + 1
-        return found
 
     def _take(self, text: bytes) -> bool:
         """One line; whether it is a probe."""

@@ -44,10 +44,9 @@ def dataset(read: Read) -> xr.Dataset:
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         VERDICT: (("step", "layer"), VERDICT_WORDS[codes.astype(int)])
     }
-    of_layer = _possible(whole["layers"])
     for place, name in enumerate(OF_LAYER):
         if name != VERDICT:
-            variables[name] = (("step", "layer"), of_layer.get(name, whole["layers"][:, :, place]))
+            variables[name] = (("step", "layer"), _possible(name, whole["layers"][:, :, place]))
     for place, name in enumerate(OF_STEP):
         variables[name] = (("step",), whole["values"][:, place])
     for place, name in enumerate(OF_GATE):
@@ -79,16 +78,12 @@ def _of_sweep(sources: Sequence[Source | None]) -> dict[str, Any]:
     }
 
 
-def _possible(numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """Of the numbers of layers those that count something: NaN, not measured, where no count can be so."""
-    names = [name for name in OF_LAYER if name in COUNTED]
-    least = np.array([COUNTED[name] for name in names])
-    counts = numbers[:, :, [[*OF_LAYER].index(name) for name in names]]
-    with np.errstate(invalid="ignore"):
-        fine = (counts >= least) & ((counts < 2**53) | np.isinf(counts)) | np.isnan(counts)
-    if not fine.all():
-        counts[~fine] = np.nan
-    return {name: counts[:, :, place] for place, name in enumerate(names)}
+def _possible(name: str, numbers: np.ndarray) -> np.ndarray:
+    """NaN, not measured, where a file says what no count can be."""
+    if name not in COUNTED:
+        return numbers
+    fine = ((numbers >= COUNTED[name]) & (numbers < 2**53)) | np.isinf(numbers) & (numbers > 0)
+    return numbers if (fine | np.isnan(numbers)).all() else np.where(fine, numbers, np.nan)
 
 
 def _joined(
