@@ -8,14 +8,21 @@ pass; here the nodes are called by themselves, which changes nothing.
 from __future__ import annotations
 
 import contextlib
+import dis
 import heapq
+import inspect
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradflow.hooks.guard import briefly
 from gradflow.hooks.saved_tensors import runs_code, saved_tensors_are_hooked
@@ -274,7 +281,9 @@ def kind_of(node: Any) -> str:
     """The operation a node is of: "Mul" for MulBackward0."""
     kind = type(node)
     if kind not in _KINDS:
-        _KINDS[kind] = kind.__name__.rstrip("0123456789").removesuffix("Backward")
+        known = kind.__name__.rstrip("0123456789").removesuffix("Backward")
+        # a Function of the user's own may have any name
+        _KINDS[kind] = f"{known} of one's own" if issubclass(kind, BackwardCFunction) else known
     return _KINDS[kind]
 
 
@@ -352,13 +361,10 @@ def check(node: Any) -> None:
         return
     if name == "CheckpointFunctionBackward":
         raise NotReadable("what a checkpoint recomputes")
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
-        own: Any = node
-        if own._forward_cls.__module__.startswith("torch.distributed.tensor"):
-            raise NotReadable(
-                "a step whose weights are shared out among processes (tensor parallelism)"
-            )
-        raise NotReadable("an autograd.Function written in Python")
+    if isinstance(node, BackwardCFunction):
+        reason = _why_not_alone(type(node), node._forward_cls)  # type: ignore[attr-defined]
+        if reason:
+            raise NotReadable(reason)
     if name == "CppFunction":  # called before the engine does, it can break later
         raise NotReadable(_foreign(node.name()))
     if runs_code(node):
@@ -369,8 +375,9 @@ def run(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """What a node that can be called makes of the gradients at its outputs."""
     if type(node).__name__ == PLACE_FOR_HOOKS:
         return tuple(grads)
+    own = isinstance(node, BackwardCFunction)
     try:
-        found = node(*grads)
+        found = _run_own(node, grads) if own else node(*grads)
     except RuntimeError as error:  # freed by a backward, or a node that only the engine can run
         raise NotReadable(
             f"{type(node).__name__}, which could not be read ({briefly(error)})"
@@ -383,3 +390,111 @@ def _foreign(name: str) -> str:
     if "jit" in name or "DifferentiableGraph" in name:
         return "a function of torch.jit.script (its derivative runs in torch's own backward only)"
     return f"an operation written in C++ ({name.split('::')[-1]})"
+
+
+# ------------------------------------------------------ Functions written in Python, by their backward
+
+
+OWN = "an autograd.Function written in Python"
+# what a backward that may run once more does not do: the next time it would find something else
+CHANGES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
+_refused = WeakKeyDictionary[type, str]()  # kinds of nodes -> why they are not run, "" if they are
+_unchanging = WeakSet[type]()  # those that were seen to change nothing
+alone: set[int] = set()  # threads in which such a backward runs by itself
+
+
+def _why_not_alone(kind: type, function: Any) -> str:
+    """Why the backward of a Function cannot be run once more, "" if it can."""
+    if kind not in _refused:
+        _refused[kind] = _why_refused(function)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return _refused[kind] or f"{OWN}, which may talk to other processes"
+    return _refused[kind]
+
+
+def _why_refused(function: Any) -> str:
+    if function.__module__.startswith("torch.distributed.tensor"):
+        return "a step whose weights are shared out among processes (tensor parallelism)"
+    if function.__module__.startswith("torch."):
+        return OWN
+    given = function.vjp if function.vjp is not torch.autograd.Function.vjp else function.backward
+    code = getattr(inspect.unwrap(given), "__code__", None)
+    if code is None or any(one.opname in CHANGES for one in dis.get_instructions(code)):
+        return f"{OWN} whose backward changes what it keeps"
+    return ""
+
+
+class _Unchanging(TorchDispatchMode):
+    """Within it nothing is drawn, and nothing is written to that was made before."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()
+        self.held: dict[int, Any] = {id(t): t for t in map(_bare, given)}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler to leave this method alone
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotReadable(f"{OWN} whose backward draws random numbers")
+        kwargs = kwargs or {}
+        for place, known in enumerate(func._schema.arguments):
+            if known.alias_info is not None and known.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs.get(known.name)
+                if any(
+                    isinstance(t, Tensor) and id(t) not in self.held for t in tree_leaves(given)
+                ):
+                    raise NotReadable(f"{OWN} whose backward changes a tensor in place")
+        found = func(*args, **kwargs)
+        self.held.update((id(t), t) for t in tree_leaves(found) if isinstance(t, Tensor))
+        return found
+
+
+def _bare(tensor: Any) -> Any:
+    """The tensor that a batched one (of vmap) stands for."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _run_own(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What the backward of a Function written in Python makes of the gradients at its outputs."""
+    given = [
+        torch.zeros_like(ones_at((node, place))) if grad is None else grad.clone()
+        for place, grad in enumerate(grads)
+    ]
+    found = _run_alone(node, given)
+    every = found if isinstance(found, tuple) else (found,)
+    # there is one for every argument, but edges are of tensors alone
+    needed = [grad for grad, needs in zip(every, node.needs_input_grad, strict=False) if needs]
+    places = [place for place, (child, _) in enumerate(node.next_functions) if child is not None]
+    if len(needed) != len(places):
+        raise NotReadable(OWN)
+    result: list[Tensor | None] = [None] * len(node.next_functions)
+    for place, grad in zip(places, needed, strict=True):
+        result[place] = grad
+    return tuple(result)
+
+
+def _run_alone(node: Any, given: list[Tensor]) -> Any:
+    known = type(node) in _unchanging
+    alone.add(threading.get_ident())
+    try:
+        with contextlib.nullcontext() if known else _Unchanging(given):
+            found = node.apply(*given)
+    except NotReadable as error:
+        _refused[type(node)] = str(error)
+        raise
+    finally:
+        alone.discard(threading.get_ident())
+    _unchanging.add(type(node))
+    return found
+
+
+def refuse_alone(accumulate: bool) -> None:
+    """A backward begins: a Function that runs by itself must not add to anybody's gradients."""
+    if accumulate and threading.get_ident() in alone:
+        raise NotReadable(f"{OWN} whose backward adds to the gradients of weights")

@@ -28,6 +28,7 @@ from torch._C._dynamo import eval_frame
 
 import gradflow.hooks.linear.kinds  # noqa: F401  # now: a fork while another thread imports it would hang
 from gradflow.cells import CELLS
+from gradflow.hooks.graph import alone, refuse_alone
 from gradflow.hooks.guard import Point, busy, guarded
 from gradflow.hooks.linear.heard import Heard
 from gradflow.hooks.linear.registry import Entry, places
@@ -253,6 +254,8 @@ def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
             guarded(Point.BACKWARD, observer.graph_unknown, observer.after_backward)
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
+        if alone:
+            refuse_alone(bool(kwargs.get("accumulate_grad")))
         heard(args)
         result = original(*args, **kwargs)
         over()
