@@ -11,6 +11,7 @@ import contextlib
 import dis
 import heapq
 import inspect
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -396,8 +397,6 @@ def _foreign(name: str) -> str:
 
 
 OWN = "an autograd.Function written in Python"
-# what a backward that may run once more does not do: the next time it would find something else
-CHANGES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
 _refused = WeakKeyDictionary[type, str]()  # kinds of nodes -> why they are not run, "" if they are
 _unchanging = WeakSet[type]()  # those that were seen to change nothing
 alone: set[int] = set()  # threads in which such a backward runs by itself
@@ -419,9 +418,9 @@ def _why_refused(function: Any) -> str:
         return OWN
     given = function.vjp if function.vjp is not torch.autograd.Function.vjp else function.backward
     code = getattr(inspect.unwrap(given), "__code__", None)
-    if code is None or any(one.opname in CHANGES for one in dis.get_instructions(code)):
-        return f"{OWN} whose backward changes what it keeps"
-    return ""
+    names = {one.opname for one in dis.get_instructions(code)} if code else {"STORE_ATTR"}
+    changes = names & {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
+    return f"{OWN} whose backward changes what it keeps" if changes else ""
 
 
 class _Unchanging(TorchDispatchMode):
@@ -440,15 +439,13 @@ class _Unchanging(TorchDispatchMode):
     ) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotReadable(f"{OWN} whose backward draws random numbers")
-        kwargs = kwargs or {}
-        for place, known in enumerate(func._schema.arguments):
-            if known.alias_info is not None and known.alias_info.is_write:
-                given = args[place] if place < len(args) else kwargs.get(known.name)
-                if any(
-                    isinstance(t, Tensor) and id(t) not in self.held for t in tree_leaves(given)
-                ):
-                    raise NotReadable(f"{OWN} whose backward changes a tensor in place")
-        found = func(*args, **kwargs)
+        written = [
+            a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
+        ]
+        given = [*itertools.compress(args, written), (kwargs or {}).get("out")]
+        if any(isinstance(t, Tensor) and id(t) not in self.held for t in tree_leaves(given)):
+            raise NotReadable(f"{OWN} whose backward changes a tensor in place")
+        found = func(*args, **(kwargs or {}))
         self.held.update((id(t), t) for t in tree_leaves(found) if isinstance(t, Tensor))
         return found
 
@@ -466,23 +463,9 @@ def _run_own(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
         torch.zeros_like(ones_at((node, place))) if grad is None else grad.clone()
         for place, grad in enumerate(grads)
     ]
-    found = _run_alone(node, given)
-    every = found if isinstance(found, tuple) else (found,)
-    # there is one for every argument, but edges are of tensors alone
-    needed = [grad for grad, needs in zip(every, node.needs_input_grad, strict=False) if needs]
-    places = [place for place, (child, _) in enumerate(node.next_functions) if child is not None]
-    if len(needed) != len(places):
-        raise NotReadable(OWN)
-    result: list[Tensor | None] = [None] * len(node.next_functions)
-    for place, grad in zip(places, needed, strict=True):
-        result[place] = grad
-    return tuple(result)
-
-
-def _run_alone(node: Any, given: list[Tensor]) -> Any:
-    known = type(node) in _unchanging
     alone.add(threading.get_ident())
     try:
+        known = type(node) in _unchanging
         with contextlib.nullcontext() if known else _Unchanging(given):
             found = node.apply(*given)
     except NotReadable as error:
@@ -491,7 +474,14 @@ def _run_alone(node: Any, given: list[Tensor]) -> Any:
     finally:
         alone.discard(threading.get_ident())
     _unchanging.add(type(node))
-    return found
+    # there is one for every argument, but edges are of tensors alone
+    every = zip(
+        found if isinstance(found, tuple) else (found,), node.needs_input_grad, strict=False
+    )
+    needed = [grad for grad, needs in every if needs]
+    if len(needed) != sum(child is not None for child, _ in node.next_functions):
+        raise NotReadable(OWN)
+    return tuple(None if child is None else needed.pop(0) for child, _ in node.next_functions)
 
 
 def refuse_alone(accumulate: bool) -> None:

@@ -12,10 +12,6 @@ from gradflow.errors import InputError, must_be
 from gradflow.hooks.seen import SeenCall
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
-ASKED_OF_SEQUENCES = (
-    "lengths= was a function, which is asked of whole sequences and not of single steps: all steps "
-    "count as real; give the lengths themselves"
-)
 
 
 class GivenLengths:
@@ -61,7 +57,11 @@ class GivenLengths:
     @property
     def notes(self) -> list[str]:
         """What a reader of a loop over single steps should know of them."""
-        return [ASKED_OF_SEQUENCES] if callable(self._given) else []
+        said = (
+            "lengths= was a function, which is asked of whole sequences and not of single steps: all steps "
+            "count as real; give the lengths themselves"
+        )
+        return [said] if callable(self._given) else []
 
 
 def _whole(lengths: Any) -> Tensor | None:

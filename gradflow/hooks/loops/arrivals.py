@@ -83,14 +83,10 @@ def read_beyond(loop: Loop) -> bool:
         if call.batch_sizes is not None or not bool(short.any()):
             continue
         for name, grad in call.grads.items():
-            last = short  # (B,) of the states at the end of the call; of its outputs (T, B)
-            if name == "output":
-                last = torch.arange(part.extent).unsqueeze(1) >= part.lengths
-                last = last.T if call.batch_first else last
-            found = (
-                grad[last.to(grad.device)] if name == "output" else grad[:, last.to(grad.device)]
-            )
-            if bool((found != 0).any()):
+            late = torch.arange(part.extent).unsqueeze(1) >= part.lengths
+            late = late.T if call.batch_first else late
+            late = late if name == "output" else short.expand(len(grad), -1)  # of the last states
+            if bool((grad[late.to(grad.device)] != 0).any()):
                 return True
     return False
 

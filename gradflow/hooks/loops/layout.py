@@ -131,8 +131,8 @@ class Layout:
             self.extents.append(extent)
             return
         known = self.parts
-        every = [part.sequences for part in known] if origins is not None else None
-        sequences = self._sequences(batch, rows if every is None else origins, every)
+        known_by = known[-1:] if origins is None else known
+        sequences = self._sequences(batch, rows if origins is None else origins, known_by)
         begins = sequences < 0
         fresh = int(begins.sum())
         if fresh:
@@ -148,12 +148,11 @@ class Layout:
         """Whether all sequences go on, each where it was."""
         return rows is None or bool((rows.cpu() == torch.arange(len(rows))).all())
 
-    def _sequences(
-        self, count: int, rows: Tensor | None, every: list[Tensor] | None = None
-    ) -> Tensor:
-        if not self._parts:
+    @staticmethod
+    def _sequences(count: int, rows: Tensor | None, parts: list[Part]) -> Tensor:
+        if not parts:
             return torch.full((count,), -1, dtype=torch.long)
-        before = self._parts[-1].sequences if every is None else torch.cat(every)
+        before = torch.cat([part.sequences for part in parts])
         if rows is None:
             return before.clone()
         rows = rows.cpu()

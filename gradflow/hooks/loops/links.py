@@ -317,16 +317,10 @@ def after_rest(
     call: Call,
     entry: dict[str, Edge],
 ) -> tuple[Link, Tensor] | None:
-    """The link into a call whose sequences come from any of the calls before, each held since.
+    """The link into a call of one step whose sequences come from any of the calls before it.
 
-    Args:
-        earlier: calls and the edges of what they returned.
-        call: a call of one step.
-        entry: where its initial states sit.
-
-    Returns:
-        The link and (b,) the rows of the calls before, put together, −1 new ones. None where a sequence
-        comes from several, or is not only multiplied on the way.
+    With it (b,) which of the rows of all calls before each is, −1 a new one. None where a sequence comes
+    from several of them, or is not only multiplied on the way.
     """
     like, blocks = call.started(), call.columns()
     nodes = {node for _, edges, _ in earlier for node, _ in edges}

@@ -59,11 +59,8 @@ def origins(pull: Callable[[Tensor], Tensor], count: int, device: torch.device) 
 def completed(rows: Tensor, opened: Tensor | None) -> Tensor:
     """Give rows that nothing came to the rows that they were multiplied by zero of: they are cut.
 
-    The others are −1 still, sequences that are new: nothing of them was in the earlier call.
-
-    Args:
-        rows: as `origins` tells them.
-        opened: the same with masks and gates left out, None where that is not known.
+    The others are −1 still, sequences that are new: nothing of them was in the earlier call. Both are as
+    `origins` tells them, opened with masks and gates left out, None where that is not known.
 
     >>> completed(torch.tensor([0, -1, -1]), torch.tensor([0, 2, -1]))
     tensor([ 0,  2, -1])

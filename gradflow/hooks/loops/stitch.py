@@ -84,11 +84,8 @@ class Chain:
     def follow_rests(self, calls: list[tuple[Call, dict[Edge, str], dict[str, Edge]]]) -> bool:
         """Lay the calls out anew, each sequence going on from whichever of them it was in last.
 
-        Args:
-            calls: all calls with the edges of what they returned and of what they started from.
-
-        Returns:
-            Whether every sequence comes from one sequence of an earlier call, or begins.
+        They come with the edges of what they returned and of what they started from. Returns whether
+        every sequence comes from one of an earlier call, or begins.
         """
         found = [
             links.after_rest(calls[:place], *calls[place][::2]) for place in range(1, len(calls))

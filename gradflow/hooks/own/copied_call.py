@@ -99,18 +99,10 @@ def first_step(
     place: Place,
     rows: dict[str, Tensor],
 ) -> Step | None:
-    """The way from the states that a first call returned back to those it was given.
+    """The way from the states that a first call returned back to those it was given; None without one.
 
-    Args:
-        module: whose call it was.
-        given: what it was given.
-        entry: state name -> where it was among the arguments.
-        states: state name -> where it was among what the call returned.
-        place: of the states that were returned.
-        rows: state name -> what it was, (B, width).
-
-    Returns:
-        None where no path leads back.
+    entry and states give by state names where they were among the arguments, and among what the call
+    returned; there they are in this place, and had these values (B, width).
 
     Raises:
         NotReadable: the module cannot be copied, or does not repeat itself.

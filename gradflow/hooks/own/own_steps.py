@@ -21,11 +21,6 @@ from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.wide import TurnedStep, WideStep, wide_step
 from gradflow.limits import PART_CALLS
 
-MOVED_BATCH = (
-    "the batch changes between two calls while a state is mixed with the one before "
-    "(zoneout, a mask)"
-)
-
 
 class OwnSteps:
     """Begins loops over cells and goes on with them."""
@@ -158,7 +153,10 @@ class OwnSteps:
                 return False
             self.marks.without_graph(loop.end, place, mark)
         elif mixed and mark.rows is not None:
-            mark.unknown = MOVED_BATCH
+            mark.unknown = (
+                "the batch changes between two calls while a state is mixed with the one before "
+                "(zoneout, a mask)"
+            )
         loop.around = loop.around.next(entering, values, place)
         Marks.extend(loop.end, mark)
         self.marks.settle(loop.end, {}, place, mark)

@@ -23,15 +23,9 @@ class _Perhaps(Exception):
 def without_repeats(
     roots: Iterable[Any], given: Mapping[int, Sequence[Edge]], fused: Collection[str]
 ) -> set[int] | None:
-    """The numbers of all nodes of a graph in which surely nothing is used three times in a row.
+    """The numbers of all nodes of a graph in which surely nothing is used three times in a row, else None.
 
-    Args:
-        roots: nodes to start from.
-        given: number of a node -> edges that stand for what it was made from.
-        fused: kinds of nodes that hold a whole recurrence, of which none may be unseen.
-
-    Returns:
-        The numbers, or None where there may be a recurrence.
+    given is as in `Unrolled`; fused are kinds of nodes that hold a whole recurrence, none may be unseen.
 
     >>> import torch
     >>> w = torch.ones(2, 2, requires_grad=True)
