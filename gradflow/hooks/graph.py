@@ -100,7 +100,7 @@ class Between:
             children = self._collect([node for node, _ in roots], BETWEEN_NODES)
         self.children = children
         self.seen = children.keys()
-        self.on_path = self._leading_to_ends(children)
+        self.on_path = self._leading_to_ends()
         self.order = self._sorted(roots, children, self.on_path)
         self.reached = {node for node in self.order if node in ends}
         self._plan: list[_Planned] | None = None
@@ -112,22 +112,7 @@ class Between:
 
         A state taken out of a stack of several leads to that one alone, not to its neighbours.
         """
-        found = {node for node, _ in roots}
-        entries: dict[Edge, Tensor] = {edge: ones_at(edge) for edge in roots}
-        for node in self._sorted(roots, self.children, set(self.children)):
-            if node not in found or node in self.ends or not self.children[node]:
-                continue
-            given = [entries.pop((node, place), None) for place in range(outputs(node))]
-            passed = _entries(node, given)
-            for place, edge in enumerate(node.next_functions):
-                if edge[0] is None or edge[0] not in self.children:
-                    continue
-                one = ones_at(edge) if passed is None else passed[place]
-                if one is None or not bool(one.any()):
-                    continue
-                found.add(edge[0])
-                entries[edge] = entries[edge] + one if edge in entries else one
-        return found
+        return {node for node, _ in descended(roots, lambda node: not self.children.get(node))}
 
     def _collect(self, roots: list[Any], most: int | None = None) -> dict[Any, list[Any]]:
         children: dict[Any, list[Any]] = {}
@@ -150,12 +135,17 @@ class Between:
             queue.extend((child, depth + 1) for child in children[node])
         return children
 
-    def _leading_to_ends(self, children: dict[Any, list[Any]]) -> set[Any]:
-        parents: dict[Any, list[Any]] = {}
-        for node, below in children.items():
+    def parents(self) -> dict[Any, list[Any]]:
+        """Of every node on a path those that it was used by."""
+        found: dict[Any, list[Any]] = {}
+        for node, below in self.children.items():
             for child in below:
-                parents.setdefault(child, []).append(node)
-        found = {node for node in children if node in self.ends}
+                found.setdefault(child, []).append(node)
+        return found
+
+    def _leading_to_ends(self) -> set[Any]:
+        parents = self.parents()
+        found = {node for node in self.children if node in self.ends}
         stack = list(found)
         while stack:
             for parent in parents.get(stack.pop(), []):
@@ -404,23 +394,19 @@ alone: set[int] = set()  # threads in which such a backward runs by itself
 
 def _why_not_alone(kind: type, function: Any) -> str:
     """Why the backward of a Function cannot be run once more, "" if it can."""
-    if kind not in _refused:
-        _refused[kind] = _why_refused(function)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return _refused[kind] or f"{OWN}, which may talk to other processes"
-    return _refused[kind]
-
-
-def _why_refused(function: Any) -> str:
+    talks = torch.distributed.is_available() and torch.distributed.is_initialized()
     if function.__module__.startswith("torch.distributed.tensor"):
         return "a step whose weights are shared out among processes (tensor parallelism)"
-    if function.__module__.startswith("torch."):
-        return OWN
-    given = function.vjp if function.vjp is not torch.autograd.Function.vjp else function.backward
-    code = getattr(inspect.unwrap(given), "__code__", None)
-    names = {one.opname for one in dis.get_instructions(code)} if code else {"STORE_ATTR"}
-    changes = names & {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
-    return f"{OWN} whose backward changes what it keeps" if changes else ""
+    if talks or function.__module__.startswith("torch."):
+        return f"{OWN}, which may talk to other processes" if talks else OWN
+    if kind not in _refused:
+        vjp = function.vjp is not torch.autograd.Function.vjp
+        given = inspect.unwrap(function.vjp if vjp else function.backward)
+        code = getattr(given, "__code__", None)
+        names = {one.opname for one in dis.get_instructions(code)} if code else {"STORE_ATTR"}
+        changes = names & {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
+        _refused[kind] = f"{OWN} whose backward changes what it keeps" if changes else ""
+    return _refused[kind]
 
 
 class _Unchanging(TorchDispatchMode):

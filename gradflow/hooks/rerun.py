@@ -64,13 +64,8 @@ class ChangedSource(LoopSource):
 def rerun(recording: Recording, changes: Mapping[str, WeightChange]) -> Rerun:
     """Run the recorded calls again with changed weights; the recording stays as it is.
 
-    Args:
-        recording: what ``gradflow.record`` saw.
-        changes: track name -> what to change there; layers that are not named keep their weights.
-
-    Returns:
-        The named tracks with their new states, gates, weights and step Jacobians, and why some of
-        them could not be run again.
+    changes: track name -> what to change there; layers that are not named keep their weights. Gives the
+    named tracks with new states, gates, weights and step Jacobians, and why some could not be run again.
     """
     known: dict[int, Chain | str] = {}  # by id of the recorded chain: run again, or why not
     made = Recording(recording.model_name)

@@ -160,9 +160,8 @@ class ClosedLoops:
         for part in dependence.further:
             mine = [seen for seen in calls if seen.part is part]
             known = [(seen.call, seen.edges, seen.entry) for seen in mine if seen.call is not None]
-            if not isinstance(part, StockPart) or len(known) < part.count:
-                continue
-            if part.chain.follow_rests(known):
+            whole = isinstance(part, StockPart) and len(known) == part.count
+            if whole and part.holder.follow_rests(known):
                 self._rests.add(id(part))
         return len(self._rests) > before
 
@@ -185,7 +184,7 @@ class ClosedLoops:
 
         In a tapped loop the states are what the user says; that there are more is said, not mended.
         """
-        if not isinstance(part, MarkedPart) or part.closed is not None:
+        if not isinstance(part, MarkedPart) or part.holder.closed is not None:
             return False
         more = carries_more(part, [seen for seen in calls if seen.part is part])
         if more and part.source.cell == TAP:
@@ -226,10 +225,10 @@ class ClosedLoops:
     def _begin(self, parts: list[Any]) -> ClosedLoop:
         source = JointSource(self.owner.scale, members=_members(parts))
         loop = ClosedLoop(parts, source)
-        if any(part.closed is not None for part in parts):
+        if any(part.holder.closed is not None for part in parts):
             loop.unknown = LATE
         for part in parts:
-            part.closed = loop
+            part.holder.closed = loop
         self.loops.append(loop)
         return loop
 

@@ -112,13 +112,9 @@ class StockPart:
         return any(call.batched for call in self.chain.calls)
 
     @property
-    def closed(self) -> Any:
-        """The closed loop that it is a part of, if any."""
-        return self.chain.closed
-
-    @closed.setter
-    def closed(self, loop: Any) -> None:
-        self.chain.closed = loop
+    def holder(self) -> Any:
+        """What holds the `ClosedLoop` that it is a part of, if any, as `closed`."""
+        return self.chain
 
     def leave_unread(self, why: str) -> None:
         """Whether more than its states goes around was not looked at."""
@@ -219,13 +215,9 @@ class MarkedPart:
         return self.source.batched
 
     @property
-    def closed(self) -> Any:
-        """The closed loop that it is a part of, if any."""
-        return self.source.closed
-
-    @closed.setter
-    def closed(self, loop: Any) -> None:
-        self.source.closed = loop
+    def holder(self) -> Any:
+        """See `StockPart`."""
+        return self.source
 
     def leave_unread(self, why: str) -> None:
         """Whether more than its states goes around was not looked at."""

@@ -79,9 +79,9 @@ def read_beyond(loop: Loop) -> bool:
     if loop.layout.even:
         return False
     for call, part in zip(loop.chain.calls, loop.layout.parts, strict=True):
-        short = part.lengths < part.extent
-        if call.batch_sizes is not None or not bool(short.any()):
+        if call.batch_sizes is not None:
             continue
+        short = part.lengths < part.extent
         for name, grad in call.grads.items():
             late = torch.arange(part.extent).unsqueeze(1) >= part.lengths
             late = late.T if call.batch_first else late

@@ -22,10 +22,7 @@ SUMS = frozenset(("Add", "Sub", "Rsub", "Addcmul", "Lerp", "Where"))
 def is_part(entering: Iterable[Edge], ends: set[Any], entered: Iterable[Edge]) -> bool:
     """Whether other terms are added to what was returned before it enters the next call.
 
-    Args:
-        entering: where the states that enter a call sit.
-        ends: nodes of those that the call before returned.
-        entered: where those sat that the call before was given.
+    Those that enter sit at `entering`, those that entered the call before at `entered`; it returned `ends`.
     """
     roots, known = list(entering), set(entered)
     between = Between(roots, ends)
