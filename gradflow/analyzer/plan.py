@@ -66,21 +66,22 @@ def make_maps(
     seconds: float,
     withheld: bool,
     progress: Progress,
+    norms: Sequence[str] = tuple(NORMS),
 ) -> Maps:
     """ln gain from every chosen source to every later step of the mapped sequences.
 
     Method "auto" without a stride makes the map with the most sources that is predicted to take no
     longer than `seconds` and to fit 256 MiB: exact, if a sketch has no more. The direction of the
-    loss is left out, NaN, where it is withheld.
+    loss is left out, NaN, where it is withheld. Of an exact map of fewer norms nothing else is made.
     """
     size = state_size(track)
     predicted = sum(exact_seconds(size, int(track.lengths[b])) for b in sequences)
     auto = method == "auto" and stride is None
     if auto:
-        making = _fitting(track, sequences, seed, seconds, progress)
+        making = _fitting(track, sequences, seed, seconds, progress, norms)
     else:
         sketch = method == "sketch" or (method == "auto" and predicted > seconds)
-        making = _Making(track, sequences, sketch, seed)
+        making = _Making(track, sequences, sketch, seed, norms)
         making.add(stride or 1)
     sources = np.arange(0, track.steps, making.stride)
     loss, every = loss_map(
@@ -88,10 +89,12 @@ def make_maps(
     )
     names = list(track.states)
     return Maps(
-        log_gain={norm: making.gains[norm] for norm in NORMS} | {"loss": loss},
+        log_gain={norm: making.gains[norm] for norm in making.norms} | {"loss": loss},
         blocks=making.gains.get("blocks", np.zeros((0, *loss.shape))),
         block_names=tuple(b + a for b in names for a in names) if len(names) > 1 else (),
-        cell_path=log_cell_path(track, sequences, sources),
+        cell_path=log_cell_path(track, sequences, sources)
+        if making.whole
+        else np.full(loss.shape, np.nan),
         sources=sources,
         method="sketch" if making.sketch else "exact",
         stride=making.stride,
@@ -108,10 +111,15 @@ def exact_seconds(size: int, length: int, stride: int = 1) -> float:
 
 
 def _fitting(
-    track: Track, sequences: Sequence[int], seed: int, seconds: float, progress: Progress
+    track: Track,
+    sequences: Sequence[int],
+    seed: int,
+    seconds: float,
+    progress: Progress,
+    norms: Sequence[str],
 ) -> _Making:
     """The map with the most sources that fits time and memory."""
-    exact = _Making(track, sequences, False, seed)
+    exact = _Making(track, sequences, False, seed, norms)
     lengths = [operator.length for operator in exact.operators]
     least = exact.least_stride()
     strides = [least << power for power in range(1 + max(lengths).bit_length())]
@@ -124,7 +132,7 @@ def _fitting(
     if cheap and (cheap[0] == least or max(lengths) * SKETCH_LEVELS * RANK_CALL_SECONDS > seconds):
         exact.add(cheap[0])
         return exact
-    sketch = _Making(track, sequences, True, seed)
+    sketch = _Making(track, sequences, True, seed, norms)
     if sketch.fit(seconds, least, cheap[0] if cheap else math.inf, progress):
         return sketch
     exact.add(cheap[0])
@@ -138,13 +146,19 @@ class _OverBudget(Exception):
 class _Making:
     """A map under way, and what it has cost so far."""
 
-    def __init__(self, track: Track, sequences: Sequence[int], sketch: bool, seed: int) -> None:
+    def __init__(
+        self, track: Track, sequences: Sequence[int], sketch: bool, seed: int, norms: Sequence[str]
+    ) -> None:
         self.steps, self.sketch, self.seed = track.steps, sketch, seed
         wide = sketch and state_size(track) > SKETCH_WIDE
         self.dtype = torch.float32 if wide else torch.float64
         self.operators = [operator_of(track, self.dtype, [b]) for b in sequences]
         widths = [int(state.shape[-1]) for state in track.states.values()]
-        self.size, self.widths = sum(widths), tuple(widths) if len(widths) > 1 else ()
+        # the cost of a sketch is foretold by that of all norms
+        self.norms = tuple(NORMS) if sketch else tuple(norms)
+        self.whole = len(self.norms) == len(NORMS)
+        self.blocks = len(widths) ** 2 if len(widths) > 1 else 0
+        self.size, self.widths = sum(widths), tuple(widths) if self.blocks and self.whole else ()
         self.stride = 1
         self.spent: list[float] = []  # predicted seconds of each step so far
         self.limit = math.inf
@@ -154,7 +168,7 @@ class _Making:
 
     def least_stride(self) -> int:
         """The least power of two at which the maps fit the memory."""
-        planes = len(NORMS) + len(self.widths) ** 2 + 2  # and the loss direction, the cell path
+        planes = len(NORMS) + self.blocks + 2  # and the loss direction, the cell path
         row = 8.0 * planes * len(self.operators) * self.steps
         stride = 1
         while row * math.ceil(self.steps / stride) > MAP_BYTES and stride < self.steps:
@@ -165,9 +179,9 @@ class _Making:
         """Make the maps of every stride-th source."""
         self.stride, places = stride, np.arange(0, self.steps, stride)
         shape = (len(self.operators), len(places), self.steps)
-        self.gains = {norm: np.full(shape, np.nan) for norm in NORMS}
+        self.gains = {norm: np.full(shape, np.nan) for norm in self.norms}
         if self.widths:
-            self.gains["blocks"] = np.full((len(self.widths) ** 2, *shape), np.nan)
+            self.gains["blocks"] = np.full((self.blocks, *shape), np.nan)
         for number, operator in enumerate(self.operators):
             inside = places[places < operator.length]
             made = self.piloted[number] if self.piloted and len(inside) == 1 else None
@@ -179,6 +193,7 @@ class _Making:
         return log_gains(
             operator,
             sources,
+            self.norms,
             widths=self.widths,
             sketch=self.sketch,
             seed=self.seed,

@@ -26,6 +26,7 @@ class Settings:
     seed: int
     layers: int  # how many share the budgets
     progress: Progress
+    brief: bool = False  # the numbers of a verdict alone are wanted: nothing that is only shown
 
 
 def checked(
