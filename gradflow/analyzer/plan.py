@@ -147,7 +147,12 @@ class _Making:
     """A map under way, and what it has cost so far."""
 
     def __init__(
-        self, track: Track, sequences: Sequence[int], sketch: bool, seed: int, norms: Sequence[str]
+        self,
+        track: Track,
+        sequences: Sequence[int],
+        sketch: bool,
+        seed: int,
+        norms: Sequence[str] = tuple(NORMS),
     ) -> None:
         self.steps, self.sketch, self.seed = track.steps, sketch, seed
         wide = sketch and state_size(track) > SKETCH_WIDE
