@@ -55,32 +55,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "Analysis",
-    "Finding",
-    "GradflowError",
-    "GradflowWarning",
-    "History",
-    "LayerAnalysis",
-    "Prediction",
-    "Recording",
-    "StopTraining",
-    "Track",
-    "Watch",
-    "__version__",
-    "analyze",
-    "analyzer",
-    "compare",
-    "diagnose",
-    "load",
-    "plot",
-    "record",
-    "report",
-    "scan",
-    "sweep",
-    "tap",
-    "watch",
-    "what_if",
-]
+    "Analysis", "Finding", "GradflowError", "GradflowWarning", "History", "LayerAnalysis", "Prediction",
+    "Recording", "StopTraining", "Track", "Watch", "__version__", "analyze", "analyzer", "compare",
+    "diagnose", "load", "plot", "record", "report", "scan", "sweep", "tap", "watch", "what_if",
+]  # fmt: skip
 
 # a process forked while another thread imports would wait for that import for ever
 _importing = threading.RLock()

@@ -77,7 +77,8 @@ BY = click.option(
 )  # fmt: skip
 INPUT = click.option(
     "--input", "input", metavar="FILE", type=click.Path(path_type=Path),
-    help="A batch: .npy, .npz, .pt or .safetensors.",
+    help="A batch: .npy, .npz, .pt or .safetensors; or a folder or quoted pattern of several, over which "
+         "intervals are then.",
 )  # fmt: skip
 TOKENS = click.option(
     "--tokens", metavar="FILE", type=click.Path(path_type=Path),
@@ -268,11 +269,14 @@ def report(
     folder = folder or reporter.free_folder(Path("reports") / run_name(run.absolute()))
     reporter.check_folder(folder, force=force)
     if not isinstance(found, Analysis):
-        _refuse_conditions(fail_on)
+        if fail_on is not None:
+            advice = "of a training give them to gradflow.watch, as on="
+            expected, got = "given for an analysis", "the history of a training"
+            raise InputError(must_be("--fail-on", expected, got, advice))
         with Progress() as progress:
             progress("drawing the report", 0.5)
             reporter.report_history(found, folder, force=force)
-        _show_history(found, folder, as_json, quiet, verbose)
+        _show_history(found, as_json, quiet, verbose, f"page: {folder / 'report.html'}")
         return
     analysis = found
     with Progress() as progress:
@@ -402,10 +406,7 @@ def _shard(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
 
 
 SWEPT = _all(
-    SPEC, MEMBER,
-    click.option("--input", metavar="FILES",
-                 help="A batch, or a folder or quoted pattern of several: intervals are over batches then."),
-    TARGET, LOSS, OUTPUT, SPAN, MODE, SEQ_LEN, BATCH, SEED,
+    SPEC, MEMBER, INPUT, TARGET, LOSS, OUTPUT, SPAN, MODE, SEQ_LEN, BATCH, SEED,
     click.option("--preset", type=click.Choice(["pulse", "rate", "full"]), default="rate", show_default=True,
                  help="What is measured: gradients only, verdict and rate, or all that analyze measures."),
     click.option("--jobs", metavar="N", type=click.IntRange(min=1), help="Processes; one a core by default."),
@@ -439,9 +440,9 @@ def sweep(
     """Measure all checkpoints of PATHS: when did it start, which seeds suffer, does width help?
 
     PATHS are files, folders, or patterns in quotes, ** for any folder. The folder of a checkpoint is its
-    run, and a row is one checkpoint. Results are kept one by one: a sweep that was ended goes on with
-    --resume, and one that is repeated computes nothing. Shards are jobs of an array, wherever they run.
-    Without --input the weights alone are tried.
+    run (checkpoint-500 is of the run around it), and a row is one checkpoint. Results are kept one by one:
+    a sweep that was ended goes on with --resume, and one that is repeated computes nothing. Shards are jobs
+    of an array, wherever they run. Without --input the weights alone are tried.
 
     \b
     gradflow sweep 'runs/**/*.pt' --model 'my_code:Net(10, 20)' --input batch.pt -o reports/sweep
@@ -478,7 +479,12 @@ def sweep(
             )
             raise SystemExit(INTERRUPTED) from None
         place, whole = folder, request.shard == (1, 1)
-    _show_sweep(history, place, by, as_json=as_json, quiet=quiet, verbose=verbose, whole=whole)
+    if history.layers:  # else all failed, which is said below
+        last = f"next, when all shards have ended: gradflow sweep --gather {place}"
+        if whole:
+            reporter.report_history(history, place / "report", force=True, by=by)
+            last = f"page: {place / 'report' / 'report.html'}"
+        _show_history(history, as_json, quiet, verbose, last, by)
     _end_sweep(history, fail_on, conditions)
 
 
@@ -542,44 +548,17 @@ def _show(
 
 
 def _show_history(
-    history: History, folder: Path, as_json: bool, quiet: bool, verbose: bool
+    history: History, as_json: bool, quiet: bool, verbose: bool, last: str, by: str = "seed"
 ) -> None:
-    """Print where a training stands, the path of its page and the next command."""
+    """Print where a training or a sweep stands, and last where its page is, or what to do next."""
     from gradflow import reporter
 
-    if as_json:
-        click.echo(json.dumps(reporter.history_summary(history), allow_nan=False, indent=2))
-        return
-    reporter.render_history(history, verbose=verbose, quiet=quiet)
-    if not quiet:
-        click.echo(f"\npage: {folder / 'report.html'}")
-
-
-def _show_sweep(
-    history: History,
-    folder: Path,
-    by: str,
-    *,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    whole: bool,
-) -> None:
-    """Write the page of a sweep, print where it stands, and what to do next."""
-    from gradflow import reporter
-
-    if not history.layers:  # all failed, which is said below
-        return
-    if whole:
-        reporter.report_history(history, folder / "report", force=True, by=by)
     if as_json:
         click.echo(json.dumps(reporter.history_summary(history, by), allow_nan=False, indent=2))
         return
     reporter.render_history(history, verbose=verbose, quiet=quiet, by=by)
-    if not quiet and whole:
-        click.echo(f"\npage: {folder / 'report' / 'report.html'}")
-    if not quiet and not whole:
-        click.echo(f"\nnext, when all shards have ended: gradflow sweep --gather {folder}")
+    if not quiet:
+        click.echo(f"\n{last}")
 
 
 def _end_sweep(history: History, fail_on: str | None, conditions: Sequence[Any]) -> None:
@@ -598,14 +577,6 @@ def _end_sweep(history: History, fail_on: str | None, conditions: Sequence[Any])
         click.echo(f"{len(failed)} of {len(history)} checkpoints failed", err=True)
     if fail_on is not None and (failed or held):
         raise SystemExit(CONDITION_HOLDS)
-
-
-def _refuse_conditions(fail_on: str | None) -> None:
-    if fail_on is not None:
-        advice = "of a training give them to gradflow.watch, as on="
-        raise InputError(
-            must_be("--fail-on", "given for an analysis", "the history of a training", advice)
-        )
 
 
 def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:

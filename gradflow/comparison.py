@@ -293,7 +293,11 @@ def _change(
 
 def _each(layer: LayerAnalysis, by_gain: bool) -> np.ndarray:
     """The gain, over the steps that all are compared by, or the rate of every sequence that has one."""
-    values = layer.data["sequence_gain" if by_gain else "sequence_rate"].values
+    what = "gain" if by_gain else "rate"
+    if f"file_{what}" in layer.data:  # of several batches each is one
+        values = layer.data[f"file_{what}"].values
+        return values[np.isfinite(values)]
+    values = layer.data[f"sequence_{what}"].values
     if by_gain:
         values = values[layer.data["sequence_steps"].values == layer.gain.steps]
     return values[np.isfinite(values)]

@@ -7,8 +7,10 @@ update that is watched the first process gets sums, and the steps of the at most
 rests on (with preset "full" the recordings); it decides which steps are probed, and it alone writes.
 
 They meet in a group of their own (gloo), beside the one the training uses: what is exchanged here never
-stands in the way of a gradient that is averaged there. One that does not come within ten minutes ends the
-gathering, not the training. Of FSDP2 the weights are read
+stands in the way of a gradient that is averaged there. Each says in the store of the training's group that
+it is there, and only when all are do they exchange anything: where one has left, by `Watch.close` or with
+its process, the others read it there and go on without. One that does not come within ten minutes, at the
+beginning within one, ends the gathering, not the training. Of FSDP2 the weights are read
 while their forward runs, when they are whole. Layers of tensor parallelism, of which no process ever holds
 a whole weight, get no verdict, in words. DeepSpeed is untried: up to ZeRO stage 2 each process holds whole
 weights, so record ``engine.module``; of stage 3 nothing is promised.
@@ -16,16 +18,19 @@ weights, so record ``engine.module``; of stage 3 nothing is promised.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import time
+import weakref
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, distributed
 
 from gradflow.errors import GradflowError, InputError, RecordingError, must_be
-from gradflow.limits import RANKS_SECONDS
+from gradflow.limits import RANKS_BEGIN, RANKS_PAUSE, RANKS_SECONDS
 
 
 class ApartError(GradflowError):
@@ -51,12 +56,12 @@ class AllProcesses:
 
     Raises:
         InputError: it is neither true nor false, or there is no group of processes yet.
+        ApartError: the others did not ask for it as well.
     """
 
-    _group: tuple[Any, Any] = (
-        None,
-        None,
-    )  # of all processes, and the group of the training it is beside
+    # groups of all processes, each beside the one of the training; neither is kept alive here
+    _groups: ClassVar[weakref.WeakKeyDictionary[Any, Any]] = weakref.WeakKeyDictionary()
+    _asked = 0  # how often they were to meet so far
 
     def __init__(self, gather: object) -> None:
         if not isinstance(gather, bool):
@@ -68,11 +73,21 @@ class AllProcesses:
                 "gather=True must find the group of all processes, got none yet; call "
                 "torch.distributed.init_process_group first"
             )
-        if self.size > 1 and AllProcesses._group[1] is not distributed.group.WORLD:
+        if self.size == 1:
+            return
+        AllProcesses._asked += 1
+        self._name, self._points = f"gradflow/{AllProcesses._asked}", 0
+        self._beside = weakref.ref(distributed.group.WORLD)
+        self._come(
+            f"not every process asked for gather=True within {RANKS_BEGIN} s; ask for it in all of "
+            "them, or in none",
+            RANKS_BEGIN,
+        )
+        if distributed.group.WORLD not in AllProcesses._groups:
             made = distributed.new_group(
                 backend="gloo", timeout=timedelta(seconds=RANKS_SECONDS), group_desc="gradflow"
             )
-            AllProcesses._group = made, distributed.group.WORLD
+            AllProcesses._groups[distributed.group.WORLD] = weakref.ref(made)
 
     @property
     def first(self) -> bool:
@@ -112,12 +127,68 @@ class AllProcesses:
         self._meet(distributed.gather_object, (where, brought), found)
         return None if found is None else self._at_one_point(where, found)
 
-    def _meet(self, exchange: Callable[..., object], *args: Any) -> None:
+    def leave(self, why: str) -> None:
+        """Say that this process meets the others no more; they go on without it.
+
+        Args:
+            why: what it did, in words that follow its rank.
+        """
+        if self.size > 1:
+            with contextlib.suppress(RuntimeError, ApartError):  # they are gone already
+                store = self._store()
+                if store is not None:
+                    store.set(f"{self._name}/left", f"rank {self.rank} {why}")
+
+    def _store(self) -> Any:
+        """Where the processes leave words for each other; None where their group has none (MPI)."""
+        if distributed.group.WORLD is None or distributed.group.WORLD is not self._beside():
+            raise ApartError("the group of the processes was destroyed")
+        return distributed.distributed_c10d._get_default_store()
+
+    def _come(self, absent: str, seconds: float) -> None:
+        """Come to the next point, and wait there for the others.
+
+        Args:
+            absent: what to say where one does not come.
+            seconds: how long to wait.
+
+        Raises:
+            ApartError: one has left, or does not come.
+        """
+        store = self._store()
+        if store is None:
+            return
+        self._points += 1
+        here, left = f"{self._name}/{self._points}", f"{self._name}/left"
         try:
-            exchange(*args, group=self._group[0])
+            if store.add(f"{here}/came", 1) == self.size:  # the last one
+                store.set(f"{here}/all", "")
+                for word in ("came", "all"):  # that nobody asks for any more
+                    store.delete_key(f"{self._name}/{self._points - 1}/{word}")
+            until, pause = time.monotonic() + seconds, RANKS_PAUSE[0]
+            while not store.check([f"{here}/all"]):
+                gone = store.check([left])
+                if gone and not store.check([f"{here}/all"]):
+                    raise ApartError(store.get(left).decode())
+                if time.monotonic() > until:
+                    self.leave(f"waited no longer than {seconds} s for the others")
+                    raise ApartError(absent)
+                time.sleep(pause)
+                pause = min(2 * pause, RANKS_PAUSE[1])
         except RuntimeError as error:
-            why = str(error).partition("\n")[0]
-            raise ApartError(f"the processes did not come together ({why})") from error
+            raise ApartError(_apart(error)) from error
+
+    def _meet(self, exchange: Callable[..., object], *args: Any) -> None:
+        self._come(
+            f"not every process came to this step within {RANKS_SECONDS} s; let all of them make the "
+            "same training steps",
+            RANKS_SECONDS,
+        )
+        made = AllProcesses._groups[distributed.group.WORLD]()
+        try:
+            exchange(*args, group=made)
+        except RuntimeError as error:
+            raise ApartError(_apart(error)) from error
 
     def _at_one_point(self, where: object, found: list[Any]) -> list[Any]:
         others = [rank for rank, (at, _) in enumerate(found) if at != where]
@@ -127,6 +198,12 @@ class AllProcesses:
                 f"{others[0]} at {found[others[0]][0]}"
             )
         return [one for _, one in found]
+
+
+def _apart(error: RuntimeError) -> str:
+    """What torch says where it could not bring them together."""
+    why = str(error).partition("\n")[0]
+    return f"the processes did not come together ({why})"
 
 
 def can_be_sent(x: Any) -> bool:

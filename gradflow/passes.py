@@ -30,6 +30,30 @@ class LossSettings:
     told: Callable[[Tensor], None] | None = None  # called with the loss after its backward
 
 
+def loss_settings(
+    loss: Any, output: str | None, told: Callable[[Tensor], None] | None = None
+) -> LossSettings:
+    """How the command line gets a loss: one of gradflow's by its name, or the user's own."""
+    of_code = isinstance(loss, str) and ":" in loss
+    own = loading.build_loss(loss) if of_code else loss if callable(loss) else None
+    name = loss if own is None else None
+    return LossSettings(own, of_code, name, output, guard=True, told=told)
+
+
+def check_options(run_on: Any, **options: Any) -> None:
+    """Refuse what has no effect: the size of a probe beside a batch, what reads a batch without one."""
+    for name, value in options.items():
+        option = "--eval" if value is False else f"--{name.replace('_', '-')}"
+        of_probe = name in ("seq_len", "batch")
+        if value is not None and of_probe and run_on is not None:
+            raise InputError(
+                f"{option} is the size of a probe and has no effect with --input, whose batch is used as it "
+                "is; leave it out, or save a smaller batch"
+            )
+        if value is not None and not of_probe and run_on is None:
+            raise InputError(f"{option} needs a batch to run the model on; give --input as well")
+
+
 def recorded_pass(model: nn.Module, batch: loading.Batch, settings: LossSettings) -> Recording:
     """One recorded forward and backward pass; gradients and buffers are put back."""
     kwargs = dict(batch.kwargs)

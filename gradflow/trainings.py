@@ -83,7 +83,7 @@ def _reached(one: Course) -> tuple[float, float, str]:
         return math.nan, math.nan, "not measured"
     top = int(np.nanargmax(way.steps))
     best, last = float(way.steps[top]), float(way.steps[way.last])
-    words = f"{far_words(one, top, best)} at best (update {updates(one.step[top])})"
+    words = f"{far_words(one, top, best)} at best ({one.counted_in} {updates(one.step[top])})"
     return best, last, f"{words}, {far_words(one, way.last, last)} at the end"
 
 
@@ -234,14 +234,23 @@ def compare_groups(
             f"there is one group of runs, {rows[0].group.said}, and nothing to compare it with; give "
             "another sweep, or --by another label of the folders"
         )
+    sentences = [one.sentence for one in found]
+    picture = reporter.png(reporter.draw_courses("groups", shown, by=by))
+    words = [
+        {name.replace("\n", " "): said(row) for name, said in reporter.GROUP_COLUMNS.items()}
+        for row in rows
+    ]
+    page = reporter.comparison_page(
+        list(dict.fromkeys(row.group.said for row in rows)), sentences, [], picture,
+        pd.DataFrame(words), f"Of the last checkpoint of each run; intervals are over {found[0].by}s.",
+    )  # fmt: skip
     with reporter.whole_folder(folder, force=force) as work:
-        figure = reporter.draw_courses("groups", shown, by=by)
-        (work / "comparison.png").write_bytes(reporter.png(figure))
-        table = pd.DataFrame([row.numbers for row in rows])
-        table.to_csv(work / "comparison.csv", index=False)
+        (work / "comparison.png").write_bytes(picture)
+        (work / "comparison.html").write_text(page, "utf-8")
+        pd.DataFrame([row.numbers for row in rows]).to_csv(work / "comparison.csv", index=False)
         pd.DataFrame([asdict(one) for one in found]).to_csv(work / "changes.csv", index=False)
-    reporter.render_groups(rows, [one.sentence for one in found])
-    return f"picture: {folder / 'comparison.png'}"
+    reporter.render_groups(rows, sentences)
+    return f"page: {folder / 'comparison.html'}"
 
 
 def compare_histories(

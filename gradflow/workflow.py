@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradflow import loading
 from gradflow.analysis import Analysis, LayerAnalysis, checked_labels
 from gradflow.analyzer import analyze
-from gradflow.analyzer.agreement import agreed, agreed_by_votes
-from gradflow.analyzer.votes import Vote, votes
+from gradflow.analyzer.agreement import agreed, agreed_by_votes, batches_words
+from gradflow.analyzer.assemble import analyze_among
+from gradflow.analyzer.rates import Vote, steps_in_common
+from gradflow.analyzer.votes import votes
 from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
 from gradflow.history import History
 from gradflow.hooks import record
-from gradflow.passes import LossSettings, probed_pass, recorded_pass, with_notes
+from gradflow.passes import (
+    LossSettings,
+    check_options,
+    loss_settings,
+    probed_pass,
+    recorded_pass,
+    with_notes,
+)
 from gradflow.prediction import with_predictions
 from gradflow.process import random_numbers_kept
 from gradflow.recording import Recording
@@ -190,7 +200,7 @@ class FileRequest:
     path: Path
     spec: str | None = None
     member: str | None = None
-    input: Path | None = None
+    input: Path | None = None  # a batch, or a folder or pattern of several
     tokens: Path | None = None  # for a folder of transformers; None: random ones
     target: Path | None = None
     loss: str | None = None
@@ -231,6 +241,8 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
     labels = None if request.labels is None else loading.read_labels(request.labels)
     if labels is not None and request.input is None:
         checked_labels(labels, request.probe_steps)
+    reading = ("seq_len", "batch", "target", "loss", "output", "train")
+    check_options(request.input, **{name: getattr(request, name) for name in reading})
     opened = loading.open_model(request.path, request.spec, request.trust, request.member)
     with collected_warnings() as sentences:
         if request.input is None:
@@ -295,20 +307,13 @@ def _from_batch(
         raise FileError(opened.aged)
     if opened.model is None:
         raise InputError(loading.no_model_to_run(opened, request.input))
-    for option, value in (("--seq-len", request.seq_len), ("--batch", request.batch)):
-        if value is not None:
-            raise InputError(
-                f"{option} is the size of a probe and has no effect with --input, whose batch is "
-                "used as it is; leave it out, or save a smaller batch"
-            )
     assert request.input is not None
     if request.train is not None:
         opened.model.train(request.train)
-    batch = loading.fit_batch(loading.read_batch(request.input, request.target), opened.model)
-    with random_numbers_kept(devices=None):
-        torch.manual_seed(request.seed)
-        settings = _settings(request)
-        recording = recorded_pass(opened.model, batch, settings)
+    paths = loading.batch_files(request.input, request.target)
+    if len(paths) > 1:
+        return _from_batches(opened.model, paths, request, progress, labels)
+    recording = _recorded(opened.model, paths[0], request)
     if labels is not None:  # before the long part
         checked_labels(labels, max(track.steps for track in recording.values()))
     recording.provenance |= {"input": request.input.name, "seed": request.seed}
@@ -316,28 +321,64 @@ def _from_batch(
     return with_predictions(recording, analysis, seed=request.seed)
 
 
-def _settings(request: FileRequest) -> LossSettings:
-    """The loss of the command line: one of gradflow's by its name, or one of the user's own."""
-    if request.loss is None or ":" not in request.loss:
-        return LossSettings(loss_name=request.loss, output=request.output, guard=True)
-    loss = loading.build_loss(request.loss)
-    return LossSettings(loss=loss, reads_part=True, output=request.output, guard=True)
+def _recorded(model: nn.Module, path: Path, request: FileRequest) -> Recording:
+    """One batch, recorded."""
+    batch = loading.fit_batch(loading.read_batch(path, request.target), model)
+    with random_numbers_kept(devices=None):
+        torch.manual_seed(request.seed)
+        return recorded_pass(model, batch, loss_settings(request.loss, request.output))
+
+
+def _from_batches(
+    model: nn.Module,
+    paths: Sequence[Path],
+    request: FileRequest,
+    progress: Progress | None,
+    labels: tuple[str, ...] | None,
+) -> Analysis:
+    """Run the model on one batch after the other; all have a vote, and one of them is shown."""
+    span, batches = request.span, dict[str, tuple[Vote, ...]]()
+    for _ in range(2):
+        cast = []
+        for number, path in enumerate(paths):
+            if progress is not None:
+                progress(f"{path.name}: rates", number / len(paths))
+            recording = _recorded(model, path, request)
+            cast.append(votes(recording, span=span, seed=request.seed))
+        names = [name for name in cast[0] if all(name in some for some in cast)]
+        batches = {name: tuple(some[name] for some in cast) for name in names}
+        fewest = steps_in_common(
+            {name: [v.gain.steps for v in some] for name, some in batches.items()}
+        )
+        if fewest is None:
+            break
+        span = fewest
+    path = paths[_middle(batches, len(paths))]
+    recording = _recorded(model, path, request)
+    if labels is not None:
+        checked_labels(labels, max(track.steps for track in recording.values()))
+    recording.provenance |= {"input": f"{len(paths)} batches, {request.input}"}
+    recording.provenance |= {"seed": request.seed}
+    note = "remedies are tried on one batch: give that one alone as --input"
+    recording.provenance = with_notes(recording.provenance, [note])
+    analysis = analyze_among(recording, batches, span=span, seed=request.seed, progress=progress)
+    said = f"{batches_words(len(paths))}; all else is of {path.name}, whose gains lie in the middle"
+    return replace(analysis, warnings=(said, *analysis.warnings))
+
+
+def _middle(batches: Mapping[str, Sequence[Vote]], count: int) -> int:
+    """Which of so many batches lies nearest to the middle of all, in the order of their gains."""
+    off = np.zeros(count)
+    for some in batches.values():
+        place = np.argsort(np.argsort([one.gain.value for one in some], kind="stable"))
+        off += np.abs(place - (count - 1) // 2)
+    return int(off.argmin())
 
 
 def _from_weights(
     opened: loading.Opened, request: FileRequest, progress: Progress | None
 ) -> Analysis:
     """Run every recurrent module alone under several probes; a verdict stands if all agree."""
-    for option, value in (
-        ("--target", request.target),
-        ("--loss", request.loss),
-        ("--output", request.output),
-        ("--train" if request.train else "--eval", request.train),
-    ):
-        if value is not None:
-            raise InputError(
-                f"{option} needs a batch to run the model on; give --input FILE as well"
-            )
     if not opened.recurrent:
         *most, last = layer_names()
         raise InputError(
@@ -351,7 +392,7 @@ def _from_weights(
     provenance: dict[str, Any] = {}
     snippet = loading.save_snippet(opened.path, opened)
     for module in opened.recurrent:
-        recordings, cast = list[Recording](), list[dict[str, Vote] | None]()
+        recordings, cast = list[Recording](), list[dict[str, Vote]]()
         probes = loading.probes(module, request.probe_steps, request.probe_batch, request.seed)
         for number, probe in enumerate(probes):
             recording = probed_pass(module, probe)
@@ -365,9 +406,7 @@ def _from_weights(
                 cast.append(votes(recording, span=request.span, seed=request.seed))
         shown = analyze(recording, span=request.span, seed=request.seed, progress=step)
         names_of_probes = [probe.name for probe in probes]
-        known = [one for one in cast if one is not None]
-        agree = agreed_by_votes(shown, known, names_of_probes) if len(known) == len(cast) else None
-        run = agree or agreed(
+        run = agreed_by_votes(shown, cast, names_of_probes) or agreed(
             [*(_vote_in_full(one, request) for one in recordings[:-1]), shown],
             names_of_probes,
             snippet.splitlines()[-1],

@@ -1,4 +1,4 @@
-"""Layers analyzed side by side by an executor: the same analysis, bit for bit."""
+"""Layers and mapped sequences made side by side by an executor: the same analysis, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,50 @@ def test_it_is_the_serial_analysis_bit_for_bit(kind: str) -> None:
             assert_same(serial, gradflow.analyze(recording, maps=2, executor=executor))
     with pytest.raises(AssertionError):
         assert_same(serial, gradflow.analyze(recording, maps=1))
+
+
+class Counting(ThreadPoolExecutor):
+    """Notes what it was given to do."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.made: list[str] = []
+
+    def submit(self, function, /, *arguments, **names):  # type: ignore[no-untyped-def]
+        self.made.append(f"{arguments[1].__module__}.{arguments[1].__name__}")
+        return super().submit(function, *arguments, **names)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "exact"}, {"method": "sketch"}, {"stride": 3}], ids=str
+)
+def test_the_mapped_sequences_of_one_layer_are_spread(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(30, 6, 3, dtype=torch.float64)
+    lengths = torch.tensor([30, 21, 30, 9, 30, 30])
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+    model = nn.GRU(3, 40).double()
+    with gradflow.record(model) as recording:
+        model(packed)[1].square().sum().backward()
+    serial = gradflow.analyze(recording, maps=4, **options)
+    with Counting() as executor:
+        assert_same(serial, gradflow.analyze(recording, maps=4, executor=executor, **options))
+    assert executor.made.count("gradflow.analyzer.plan._of_sequence") == 4
+    assert executor.made.count("gradflow.analyzer.ranks._of_sequence") == 4
+
+
+@pytest.mark.parametrize(("seconds", "kind"), [(0.02, "sketch"), (0.05, "exact")])
+def test_a_map_that_outgrows_its_budget_does_so_side_by_side_too(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, kind: str
+) -> None:
+    """The stride depends on what all sequences cost together, not on who is first."""
+    monkeypatch.setattr("gradflow.analyzer.core.MAP_SECONDS", seconds)
+    torch.manual_seed(0)
+    recording = recorded(nn.LSTM(3, 34).double(), torch.randn(24, 3, 3, dtype=torch.float64))
+    serial = gradflow.analyze(recording, maps=3)
+    assert serial["l0"].method.startswith(kind) and len(serial["l0"].data["source"]) < 3
+    with ThreadPoolExecutor(3) as executor:
+        assert_same(serial, gradflow.analyze(recording, maps=3, executor=executor))
 
 
 def test_what_is_no_executor_or_cannot_be_sent_is_said() -> None:

@@ -370,7 +370,10 @@ def test_files_that_are_no_models_are_refused_in_one_sentence(
         (["--model", "user_net:Net()", "--input", "model.pt"], ["holds the weights of a model"]),
         (["--model", "user_net:Net()", "--input", "cut.pt"], ["damaged zip archive", "cut short"]),
         (["--model", "user_net:Net()", "--input", "empty.pt"], ["is empty (0 bytes)"]),
-        (["--model", "user_net:Net()", "--input", "folder"], ["folder is a folder"]),
+        (
+            ["--model", "user_net:Net()", "--input", "folder"],
+            ["no batch matches 'folder'"],
+        ),
         (["--labels", "gone.txt"], ["cannot read labels from gone.txt (No such file"]),
         (["--model", "user_net:Net()", "--input", "batch.pt", "--loss", "huber"], ["huber", "mse"]),
         (["--model", "user_net:Net()", "--input", "batch.pt", "--output", "logits"], ["logits"]),

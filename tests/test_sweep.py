@@ -541,6 +541,52 @@ def test_batches_are_the_outer_unit_of_the_interval(
     assert (row["gain_steps"], row["batches"], row["steps"]) == (11, 5, made.LENGTH)
 
 
+def test_analyze_takes_a_folder_of_batches_as_a_sweep_does(
+    runs: Path, tmp_path: Path, serial: Executor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "batches").mkdir()
+    paths = [made.write_batch(tmp_path / f"batches/{n}.pt", seed=n) for n in range(3)]
+    model = str(runs / "runs/seed=2/20.pt")
+
+    def analyzed(batches: str) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(
+                [
+                    "analyze",
+                    model,
+                    "--model",
+                    made.SPEC,
+                    "--input",
+                    batches,
+                    "--json",
+                    "--no-report",
+                ]
+            )
+        assert not stop.value.code
+        return dict(json.loads(capsys.readouterr().out))
+
+    found = analyzed(str(tmp_path / "batches"))
+    row = swept(runs, "seed=2/20.pt", serial, batch=tmp_path / "batches").data.isel(step=0, layer=0)
+    layer = found["layers"][0]
+    for end, name in (("value", "gain"), ("low", "gain_low"), ("high", "gain_high")):
+        assert layer["gain"][end] == pytest.approx(float(row[name]), rel=1e-6)
+    assert layer["verdict"] == row["verdict"].item()
+    alone = [analyzed(str(path))["layers"][0] for path in paths]
+    rates = [one["rate"]["value"] for one in alone]
+    assert layer["rate"]["value"] == pytest.approx(np.mean(rates), rel=1e-9)
+    half = 4.302653 * np.std(rates, ddof=1) / np.sqrt(3)  # t of two degrees of freedom
+    assert layer["rate"]["value"] - layer["rate"]["low"] >= half * (1 - 1e-6)
+    middle = int(np.argsort([one["gain"]["value"] for one in alone])[1])
+    assert found["warnings"][0].startswith(
+        "gain, rate and verdict are means over 3 batches with 95 %"
+    )
+    assert f"all else is of {middle}.pt" in found["warnings"][0]
+    assert "means over 2 batches" in analyzed(str(tmp_path / "batches/[12].pt"))["warnings"][0]
+    # of other lengths: over the steps that all have
+    made.write_batch(tmp_path / "batches/short.pt", seed=9, steps=12)
+    assert analyzed(str(tmp_path / "batches"))["layers"][0]["gain"]["steps"] == 11
+
+
 def test_pooling_of_what_is_not_finite() -> None:
     parts = [
         {"a": LayerProbe({"gain": -np.inf, "rate": -np.inf, "horizon": 1.0, "gain_steps": 9.0})},
@@ -560,6 +606,50 @@ def test_pooling_of_what_is_not_finite() -> None:
 def test_steps_in_names(name: str, step: int | None) -> None:
     found = step_in_name(Path(name))
     assert (None if found is None else found.number) == step
+
+
+def test_folders_of_transformers_hold_one_model_each(tmp_path: Path, serial: Executor) -> None:
+    """What its trainer writes beside a model is no checkpoint, in a folder and in a pattern."""
+    from safetensors.torch import save_file
+
+    for seed in (0, 1):
+        for step in (500, 1000):
+            place = tmp_path / f"out/seed={seed}/checkpoint-{step}"
+            place.mkdir(parents=True)
+            save_file(torch.nn.GRU(3, 4).state_dict(), place / "model.safetensors")
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin"):
+                torch.save({"state": {}}, place / name)
+    history = gradflow.sweep(tmp_path / "out", executor=serial)
+    assert {name: run.steps.tolist() for name, run in history.runs.items()} == {
+        "seed=0": [500, 1000],
+        "seed=1": [500, 1000],
+    }
+    assert not any(history.data["failed"].values)
+    assert len(checkpoints(str(tmp_path / "out/seed=0/checkpoint-*"))) == 2
+    assert len(checkpoints(str(tmp_path / "out/**/*.safetensors"))) == 4
+    with pytest.raises(FileError, match=r"matches no model, only what trainers write beside one"):
+        checkpoints(str(tmp_path / "out/**/*.pt"))
+    optimizer = str(tmp_path / "out/seed=0/checkpoint-500/optimizer.pt")
+    assert [one.name for one in checkpoints(optimizer)] == [optimizer]  # asked for by name
+
+
+def test_two_layers_of_other_spans_keep_their_own(serial: Executor) -> None:
+    """One batch is measured over the steps that `analyze` takes, though layers differ in length."""
+
+    class Pyramid(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.high = torch.nn.GRU(2, 4), torch.nn.GRU(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.high(self.low(x)[0][::4])[0]  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Pyramid(), torch.randn(40, 3, 2)
+    run, history = gradflow.diagnose(model, x), gradflow.sweep(model, batch=x)
+    for layer in ("low.l0", "high.l0"):
+        assert history.data["gain_steps"].sel(layer=layer).item() == run[layer].gain.steps
+    assert run["low.l0"].gain.steps > run["high.l0"].gain.steps
 
 
 def test_runs_are_what_differs_of_the_folders() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from gradflow import cli
 from gradflow.errors import InputError
 from gradflow.history import History, LayerProbe, Note, Probe, Source, Writer, lag_grid
 from gradflow.limits import PAGE_BYTES
-from gradflow.reporter import course, courses, groups_of, render_history, rows_of
+from gradflow.reporter import course, courses, groups_of, history_summary, render_history, rows_of
 from gradflow.trainings import group_differences
 
 RATES = {"lstm": (-0.05, -0.07, -0.06, -0.10), "rnn": (-0.4, -0.3, -0.5, -0.35)}
@@ -127,7 +128,7 @@ def test_the_picture_of_groups(history: History) -> None:
     assert (ends.min(), ends.max()) == pytest.approx(known, rel=1e-6)
     assert reach.get_ylim()[1] > np.log10(LENGTH)
     said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
-    assert "steps reached at update 150: lstm" in said and "means of 4 seeds" in said
+    assert "steps reached at training step 100: lstm" in said and "means of 4 seeds" in said
     assert overlapping(figure) == []
     two = History.of("Net", rows(("l0", "l1")))
     assert len(gradflow.plot(two, kind="groups").axes) == 4
@@ -139,7 +140,7 @@ def test_report_page_tables_and_terminal(history: History, tmp_path: Path) -> No
     files = gradflow.report(history, tmp_path / "report")
     page = files["report.html"].read_text()
     assert len(page.encode()) <= PAGE_BYTES
-    assert "25 checkpoints of 8 runs, updates 0 to 150" in page
+    assert "25 checkpoints of 8 runs, training steps 0 to 150" in page
     assert "1 checkpoint could not be measured" in page and "150.pt is damaged" in page
     table = page[page.index("Groups, the one that reaches least first") :]
     assert table.index("rnn (4 seeds)") < table.index("lstm (4 seeds)")
@@ -157,6 +158,42 @@ def test_report_page_tables_and_terminal(history: History, tmp_path: Path) -> No
     said = console.export_text()
     assert "lstm (4 seeds)" in said and "vanishing 4 of 4" in said
     assert "3 more with -v, and on the page." in said
+
+
+def test_a_broken_last_file_leaves_the_numbers_before_it(history: History) -> None:
+    """The summary is of the last checkpoint that was measured, and says which."""
+    (of_broken,) = [one for one in history_summary(history)["layers"] if one["run"] == "rnn/seed=3"]
+    assert (of_broken["step"], of_broken["rate"]["value"]) == (100, -0.35)
+    assert of_broken["horizon"] == {"value": 20.0, "never": False}
+
+
+@pytest.mark.parametrize(
+    ("said", "extent", "when"),
+    [
+        ("epoch in the checkpoint", ", epochs 0 to 150", "epoch 150"),
+        ("global_step in the checkpoint", ", updates 0 to 150", "update 150"),
+        ("digits of the name", ", training steps 0 to 150", "training step 150"),
+        ("place in the order of names", "", "checkpoint 150"),
+    ],
+)
+def test_a_step_is_called_what_its_checkpoint_says(said: str, extent: str, when: str) -> None:
+    probes = [
+        replace(one, source=replace(one.source, step_from=said)) for one in rows() if one.source
+    ]
+    found = History.of("Net", probes, {"l0": "LSTM"})
+    console = Console(width=200, record=True)
+    render_history(found, console, verbose=True)
+    words = console.export_text()
+    assert (
+        f"Net, 25 checkpoints of 8 runs{extent}\n" in words
+        and f"\n{when}: 150.pt is damaged" in words
+    )
+    assert ("update" in words) == (said[0] == "g")
+    figure = gradflow.plot(found.runs["lstm/seed=0"])
+    words = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "A column is one checkpoint of the training" in words and "probe" not in words
+    mixed = [*probes[:3], *rows()[3:]]
+    assert History.of("Net", mixed).counted_in in ("training step", found.counted_in)
 
 
 def test_compare_takes_one_sweep_or_several(
@@ -178,8 +215,11 @@ def test_compare_takes_one_sweep_or_several(
     assert compare(both, "-o", str(tmp_path / "a")) == 0
     assert "more than seeds differ by chance" in " ".join(capsys.readouterr().out.split())
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
-        "comparison.png", "comparison.csv", "changes.csv"
+        "comparison.png", "comparison.csv", "comparison.html", "changes.csv"
     }  # fmt: skip
+    page = (tmp_path / "a/comparison.html").read_text()
+    assert "steps reached [95 %]" in page and "intervals are over seeds" in page
+    assert "rate_low" not in page and "lstm (4 seeds), rnn (4 seeds)" in page
     assert compare(both, one, "-o", str(tmp_path / "b")) == 0
     assert "both/lstm (4 seeds)" in capsys.readouterr().out
     assert compare(one, "-o", str(tmp_path / "c")) == 2

@@ -172,6 +172,43 @@ alone = recorded("fsdp")
 assert alone["rnn.l0"].batch == 11 and alone["rnn.l0"].parity.status == "passed"
 
 
+# a loop that nobody marks: found while its weights are whole, and told where they are given back
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.step, self.head = nn.Linear(2 + 3, 3), nn.Linear(3, 1)
+
+    def forward(self, x):
+        h = x.new_zeros(x.shape[1], 3)
+        for y in x:
+            h = torch.tanh(self.step(torch.cat([y, h], 1)))
+        return self.head(h)
+
+
+def loops(wrap, **asked):
+    torch.manual_seed(0)
+    net = nn.Sequential(Plain(), nn.Linear(1, 1))
+    if wrap:
+        fully_shard(net[0], **asked)
+        fully_shard(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gradflow.GradflowWarning)
+        with gradflow.record(net) as recording:
+            net(next(batches("ddp", 1))).square().mean().backward()
+    assert not net._forward_pre_hooks or wrap
+    return recording
+
+
+want, kept, back = loops(False), loops(True, reshard_after_forward=False), loops(True)
+assert list(kept) == list(want) == ["0"], (list(kept), list(want))
+torch.testing.assert_close(kept["0"].grads, want["0"].grads, rtol=1e-10, atol=0)
+one, other = gradflow.analyze(kept)["0"], gradflow.analyze(want)["0"]
+assert one.verdict == other.verdict and abs(one.gain.value - other.gain.value) < 1e-10
+(unseen,) = back.unseen
+assert not len(back) and "reshard_after_forward=False" in unseen.sentence, unseen
+assert "h = gradflow.tap(h=h)" in unseen.sentence and "0.step.weight" in unseen.sentence, unseen
+
+
 # tensor parallelism: the totals are there, what other processes do inside a step is not
 class Shared(nn.Module):
     def __init__(self):
@@ -197,6 +234,72 @@ for one in (cell, shared):
 torch.testing.assert_close(found[1]["cell"].grads, found[0]["cell"].grads, rtol=1e-10, atol=0)
 assert "shared out among processes (tensor parallelism)" in str(gradflow.analyze(found[1]))
 distributed.barrier()  # a process that is gone ends the other's connection
+distributed.destroy_process_group()
+"""
+
+
+LEAVES = """
+import sys, time, warnings
+import torch
+from torch import distributed, nn
+import gradflow
+
+torch.set_num_threads(1)
+distributed.init_process_group("gloo")
+rank, folder = distributed.get_rank(), sys.argv[1]
+
+
+def told(leaves, where, refused=None):
+    \"\"\"What the process that stays is told, and that it does not wait.\"\"\"
+    torch.manual_seed(0)
+    net, steps, heard = nn.GRU(2, 4), 0, []
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        began = time.monotonic()
+        asked = dict(every=1, budget=None, gather=True)
+        if rank == leaves and refused is not None:
+            asked |= refused
+        watch = gradflow.watch(net, f"{folder}/{where}", **asked)
+        for step in range(5):
+            if rank == leaves and step == 2:
+                watch.close()
+            net(torch.randn(9, 3, 2))[0].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        watch.close()
+    took = time.monotonic() - began
+    assert took < 60, took  # it would be ten minutes
+    distributed.barrier()
+    return [str(one.message) for one in caught]
+
+
+for leaves in (0, 1):
+    heard = told(leaves, f"leaves-{leaves}")
+    words = f"gradflow.watch ends at step 3: rank {leaves} has ended its watch, which gather=True needs"
+    assert (heard == []) if rank == leaves else (len(heard) == 1 and words in heard[0]), heard
+for leaves in (0, 1):
+    heard = told(leaves, f"refused-{leaves}", {"every": 0})
+    words = "every must be a whole number" if rank == leaves else f"rank {leaves} does not watch: every"
+    assert len(heard) == 1 and words in heard[0] and "this training is not watched" in heard[0], heard
+heard = told(1, "whole", {})  # and what comes after all that is whole again, until it leaves
+assert len(heard) == 1 - rank, heard
+
+# a recording that an exception ends in one process
+try:
+    net = nn.GRU(2, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with gradflow.record(net, gather=True) as recording:
+            net(torch.randn(9, 3, 2))[0].square().mean().backward()
+            if rank:
+                raise KeyError
+    (heard,) = caught
+    assert "of rank 0 alone: rank 1 left the block of its recording" in str(heard.message), heard
+    assert recording["l0"].batch == 3
+except KeyError:
+    assert rank
+distributed.barrier()
 distributed.destroy_process_group()
 """
 
@@ -262,3 +365,14 @@ def test_what_two_processes_gather_is_what_one_would_have_seen(tmp_path: Path) -
     assert first["rnn.l0"]["sequences"].values.tolist() == [11, 11]
     assert first.data["grad_norm_all"].isnull().all()
     assert "gather=True puts the parts together" in first.notes[1].text
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch was built without it")
+def test_where_one_process_leaves_the_others_go_on_at_once(tmp_path: Path) -> None:
+    torchrun(LEAVES, tmp_path)
+    for leaves in (0, 1):
+        history = gradflow.load(tmp_path / f"leaves-{leaves}")
+        assert isinstance(history, History)
+        assert history.steps.tolist() == [1, 2] and history.ended
+        said = [note.text for note in history.notes if note.about == "failed"]
+        assert len(said) == leaves and all("rank 1 has ended its watch" in one for one in said)

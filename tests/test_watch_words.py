@@ -154,8 +154,41 @@ def test_a_target_gets_scalars_by_their_tags_and_figures_every_tenth_probe(tmp_p
     assert {"gradflow/loss", "gradflow/learning_rate", "gradflow/grad_norm_all"} <= set(scalars)
 
 
+class SummaryWriter:
+    """A writer that is closed as TensorBoard's is: what is written then would go into another file."""
+
+    def __init__(self) -> None:
+        self.all_writers: dict[str, object] | None = {}
+        self.steps: list[int] = []
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.steps.append(step)
+
+    def add_image(self, *_: object, **__: object) -> None: ...
+
+    def close(self) -> None:
+        self.all_writers = None
+
+
+def test_a_writer_that_is_closed_meanwhile_is_left_out_with_a_sentence(tmp_path: Path) -> None:
+    writer = SummaryWriter()
+    words = (
+        "to must be an open SummaryWriter, got one that was closed; make a new one, and close it"
+    )
+    with pytest.warns(
+        gradflow.GradflowWarning, match=f"{words} after the watch; it is left"
+    ) as all_:
+        watch = trained(
+            tmp_path, [1.0] * 5, lambda n: writer.close() if n == 1 else None, to=writer
+        )
+    assert len(all_) == 1 and set(writer.steps) == {1, 2}
+    assert watch.history.steps.tolist() == [1, 2, 3, 4, 5]
+
+
 # ------------------------------------------------------------------------------------- refusals
 
+CLOSED = SummaryWriter()
+CLOSED.close()
 WRONG = {
     "every": ({"every": 0}, "every must be a whole number of steps of at least 1, got 0"),
     "budget": ({"budget": 2}, "budget must be a share of the wall time above 0 and up to 1"),
@@ -166,6 +199,10 @@ WRONG = {
     "on": ({"on": "vanished"}, "on must be verdicts .* or limits on"),
     "on number": ({"on": 3}, "on must be rules such as"),
     "to": ({"to": 3}, r"to must be a callable \(step, scalars, figures\)"),
+    "closed": (
+        {"to": CLOSED},
+        "to must be an open SummaryWriter, got one that was closed; make a new",
+    ),
     "gather": ({"gather": 3}, "gather must be True or False, got 3"),
     "both": ({"resume": True, "force": True}, "resume and force must be not both true"),
 }

@@ -41,6 +41,9 @@ sequence_steps      (batch)                        over how many steps that is; 
 sequence_rate       (batch)                        largest Lyapunov exponent of each sequence
 rate_settling       ()                             nats per step that all these may be off alike
 length              (batch)                        real steps of each sequence
+file_gain           (file)                         where several batches were given: the gain of each, mean
+                                                   over its sequences; verdict and interval are over these
+file_rate           (file)                         the same of the rate
 lyapunov            (index_k)                      every exponent measured, mean over sequences, nats
                                                    per step: the rate first, then largest first
 lyapunov_low/_high  (index_k)                      their 95 % intervals over sequences, widened by how
@@ -129,21 +132,7 @@ from gradflow.analysis.run import Analysis, checked_labels, load
 from gradflow.analysis.saved import SCHEMA
 
 __all__ = [
-    "FRAMES",
-    "HEADLINE",
-    "OPTIONAL",
-    "SCHEMA",
-    "UNMEASURED",
-    "WINDOW_OF",
-    "Alone",
-    "Analysis",
-    "Finding",
-    "Gain",
-    "LayerAnalysis",
-    "Prediction",
-    "Rate",
-    "checked_labels",
-    "entropy_rate",
-    "kaplan_yorke_dimension",
-    "load",
-]
+    "FRAMES", "HEADLINE", "OPTIONAL", "SCHEMA", "UNMEASURED", "WINDOW_OF", "Alone", "Analysis",
+    "Finding", "Gain", "LayerAnalysis", "Prediction", "Rate", "checked_labels", "entropy_rate",
+    "kaplan_yorke_dimension", "load",
+]  # fmt: skip

@@ -15,18 +15,9 @@ from gradflow.limits import LN_GONE, VERDICTS
 FRAMES = ("layers", "steps", "lags", "units", "heads", "findings")
 OPTIONAL = ("heads",)  # tables that most analyses have no row for
 HEADLINE = [
-    "layer",
-    "verdict",
-    "gain",
-    "gain_low",
-    "gain_high",
-    "rate",
-    "rate_low",
-    "rate_high",
-    "half_life",
-    "horizon",
-    "channels",
-]
+    "layer", "verdict", "gain", "gain_low", "gain_high", "rate", "rate_low", "rate_high", "half_life",
+    "horizon", "channels",
+]  # fmt: skip
 
 
 def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:

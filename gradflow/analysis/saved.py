@@ -107,14 +107,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, list[LayerAnalysis]]:
 
 # what h5netcdf, xarray and json raise on a damaged or edited file
 DAMAGES = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    RuntimeError,
-    AttributeError,
-    MemoryError,
-)
+    OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, MemoryError,
+)  # fmt: skip
 
 
 def _opened(file: Path, group: str) -> xr.Dataset:

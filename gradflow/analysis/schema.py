@@ -35,6 +35,7 @@ DIMS: dict[str, tuple[str, ...]] = {  # of every variable, as `gradflow.analysis
     **dict.fromkeys(("lag_median", "lag_low", "lag_high", "lag_count", "lag_zero_share", "lag_slope",
                      "lag_fit"), ("lag",)),
     **dict.fromkeys(("sequence_gain", "sequence_steps", "sequence_rate", "length"), ("batch",)),
+    **dict.fromkeys(("file_gain", "file_rate"), ("file",)),
     **dict.fromkeys(("lyapunov", "lyapunov_low", "lyapunov_high", "lyapunov_settling"), ("index_k",)),
     **dict.fromkeys(("unit_order", "memory_steps", "unit_saturated"), ("state", "unit")),
     **dict.fromkeys(("lag_contribution", "truncation_error"), ("parameter", "lag")),
@@ -47,19 +48,8 @@ DIMS: dict[str, tuple[str, ...]] = {  # of every variable, as `gradflow.analysis
     **dict.fromkeys(("head_gain", "head_gain_low", "head_gain_high", "head_rate", "head_rate_low",
                      "head_rate_high", "head_verdict", "head_erased"), ("head",)),
 }
+WORD_DIMS = ("norm", "block", "side", "kind", "parameter", "state", "gate", "decay_fact", "path", "factor")
 # fmt: on
-WORD_DIMS = (
-    "norm",
-    "block",
-    "side",
-    "kind",
-    "parameter",
-    "state",
-    "gate",
-    "decay_fact",
-    "path",
-    "factor",
-)
 NEEDED_WORDS = {"norm": {"spectral", "rms", "loss"}, "kind": {"total", "direct", "last"}}
 NAMES = ("name", "title", "cell", "layer", "layers", "part_of", "module")  # fields that are names
 WORDS = "step_labels"

@@ -7,10 +7,6 @@ from gradflow.analyzer.lyapunov import lyapunov_spectrum
 from gradflow.analyzer.products import log_gain_map
 
 __all__ = [
-    "analyze",
-    "entropy_rate",
-    "kaplan_yorke_dimension",
-    "log_gain_map",
-    "lyapunov_spectrum",
+    "analyze", "entropy_rate", "kaplan_yorke_dimension", "log_gain_map", "lyapunov_spectrum",
     "step_jacobians",
-]
+]  # fmt: skip

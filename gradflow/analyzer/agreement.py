@@ -6,9 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gradflow.analysis import Analysis, Finding, LayerAnalysis, Rate
-from gradflow.analyzer.votes import Vote
+from gradflow.analyzer.rates import Vote
 
 DEPENDS = "depends on the input"
+
+
+def batches_words(count: int) -> str:
+    """What is said of numbers that several batches pool."""
+    return (
+        f"gain, rate and verdict are means over {count} batches with 95 % intervals over batches: a batch is "
+        "the unit, and its sequences are not counted as independent of each other"
+    )
 
 
 def agreed(runs: Sequence[Analysis], probes: Sequence[str], command: str = "") -> Analysis:

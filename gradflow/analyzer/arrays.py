@@ -111,15 +111,21 @@ def _curve(m: Measured) -> Variables:
 def _sequences(m: Measured) -> Variables:
     """Gain over the span, rate and length of every sequence."""
     lengths = m.track.lengths.cpu().numpy()
+    of_files: dict[str, tuple[tuple[str, ...], Any]] = {}
+    if m.batches:
+        of_files = {f"file_{name}": (("file",), [getattr(one, name).value for one in m.batches])
+                    for name in ("gain", "rate")}  # fmt: skip
     return Variables(
         {
+            **of_files,
             "sequence_gain": (("batch",), m.sequence_gains.values),
             "sequence_steps": (("batch",), m.sequence_gains.steps),
             "sequence_rate": (("batch",), m.sequence_rates),
             "rate_settling": ((), np.array(m.settling)),
             "length": (("batch",), lengths),
         },
-        {"batch": np.arange(m.track.batch)},
+        {"batch": np.arange(m.track.batch)}
+        | ({"file": np.arange(len(m.batches))} if m.batches else {}),
     )
 
 
@@ -281,17 +287,6 @@ def _flow(m: Measured) -> Variables:
 
 
 PARTS: list[Callable[[Measured], Variables]] = [
-    _gains,
-    _curve,
-    _sequences,
-    _exponents,
-    _gradients,
-    _loss_steps,
-    _activity,
-    _units,
-    _linear,
-    _paths,
-    _leading,
-    _flow,
-    _ranks,
-]
+    _gains, _curve, _sequences, _exponents, _gradients, _loss_steps, _activity, _units, _linear, _paths,
+    _leading, _flow, _ranks,
+]  # fmt: skip

@@ -6,8 +6,10 @@ Letters: T timesteps, B sequences, H units, S the state's width, k lag, t source
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from gradflow.analyzer.causes import findings
 from gradflow.analyzer.causes.reading import perhaps_padding
 from gradflow.analyzer.closed import judged, told_once, with_alone
 from gradflow.analyzer.contributions import contributions
-from gradflow.analyzer.core import channels, half_life
+from gradflow.analyzer.core import channels, half_life, pooled_over
 from gradflow.analyzer.curve import finite_extremes
 from gradflow.analyzer.evidence import Evidence
 from gradflow.analyzer.flow import with_flow
@@ -31,18 +33,18 @@ from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
 from gradflow.analyzer.measured import Measured
 from gradflow.analyzer.measuring import measure
 from gradflow.analyzer.notes import provenance_of, warnings_of
-from gradflow.analyzer.rates import decays_as_power
+from gradflow.analyzer.rates import Vote, decays_as_power
 from gradflow.analyzer.read_states import ReadPart, read_part
 from gradflow.analyzer.reading import Reading, readings
 from gradflow.analyzer.sentences import sentence, title
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
-from gradflow.analyzer.spread import away, result_of, started
+from gradflow.analyzer.spread import result_of, started
 from gradflow.analyzer.triangle import triangle
 from gradflow.analyzer.unmeasured import without_gains
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.limits import LAG_SECONDS, SHORT, TRIANGLE_SECONDS
-from gradflow.process import fitting_threads, without_modes
+from gradflow.process import fitting_threads, require_executor, without_modes
 from gradflow.recording import Recording, Track, pooled
 
 
@@ -80,8 +82,9 @@ def analyze(
         pool: whether runs of one layer from starts of their own (one sentence at a time, episode
             after episode) are one layer of as many sequences; False keeps them apart, as the
             recording has them.
-        executor: any `concurrent.futures.Executor`, for layers side by side; numbers are the same bit
-            for bit. Other processes get copies of the states; where a layer cannot be sent, threads do.
+        executor: any `concurrent.futures.Executor`, for layers side by side, and with ``maps`` above 1
+            for the mapped sequences of each; numbers are the same bit for bit. Other processes get
+            copies of the states; where a layer cannot be sent, threads do.
 
     Returns:
         An `Analysis`, layer name -> `LayerAnalysis`: gain in nats over the span, rate in nats per
@@ -102,16 +105,30 @@ def analyze(
     >>> layer.verdict, round(layer.half_life, 4), layer.horizon
     ('vanishing', 6.5788, 66)
     """
+    return analyze_among(
+        recording, {}, pool=pool, executor=executor, span=span, sequences=sequences, maps=maps,
+        method=method, stride=stride, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def analyze_among(
+    recording: Recording,
+    batches: Mapping[str, tuple[Vote, ...]],
+    *,
+    pool: bool = True,
+    executor: Executor | None = None,
+    **asked: Any,
+) -> Analysis:
+    """`analyze` of one batch of several: gain, rate and verdict are over all, the rest is of this one.
+
+    ``batches`` has the votes of all batches, by layer.
+    """
     if not isinstance(recording, Recording):
-        kind = type(recording).__name__
-        raise InputError(
-            must_be(
-                "recording", "a Recording", kind, "give what `with gradflow.record(...)` yields"
-            )
-        )
+        kind, advice = type(recording).__name__, "give what `with gradflow.record(...)` yields"
+        raise InputError(must_be("recording", "a Recording", kind, advice))
     recording.require_tracks()
     recording, said = pooled(recording) if pool else (recording, [])
-    settings = checked(recording, span, sequences, maps, method, stride, seed, progress)
+    settings = replace(checked(recording, **asked), batches=batches)
     layers, refused = _layers(recording, settings, executor)
     return Analysis(
         title=recording.model_name,
@@ -131,29 +148,29 @@ def _layers(
     unread: list[str] = []
     read = readings(recording)
     told = settings.progress
-    settings = settings if executor is None else away(settings)
     coming: list[tuple[str, Future[LayerAnalysis], tuple[Any, ...]]] = []
-    for track in recording.values():
-        try:
-            with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
-                shown, loop = judged(recording, track)
-                if track.state_shape:  # its entries have their own decays, read or not
-                    shown, part = as_units(track), ReadPart(track, track)
-                else:
-                    part = read_part(loop)
-                shown = part.shown if shown is loop else shown
-            if part.unread and part.words not in unread:
-                unread.append(part.words)
-            parts = track, shown, part.judged, read[track.name], settings
-            coming.append((track.name, started(executor, _whole_layer, *parts), parts))
-        except RecordingError as error:  # its replay is not to be had
-            refused[track.name] = error
-    for name, future, parts in coming:
-        try:
-            layers[name] = result_of(future, name, parts)
-            told(name, 1.0)
-        except RecordingError as error:
-            refused[name] = error
+    with _spread(executor, settings) as (maker, settings):
+        for track in recording.values():
+            try:
+                with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
+                    shown, loop = judged(recording, track)
+                    if track.state_shape:  # its entries have their own decays, read or not
+                        shown, part = as_units(track), ReadPart(track, track)
+                    else:
+                        part = read_part(loop)
+                    shown = part.shown if shown is loop else shown
+                if part.unread and part.words not in unread:
+                    unread.append(part.words)
+                parts = track, shown, part.judged, read[track.name], settings
+                coming.append((track.name, started(maker, _whole_layer, *parts), parts))
+            except RecordingError as error:  # its replay is not to be had
+                refused[track.name] = error
+        for name, future, parts in coming:
+            try:
+                layers[name] = result_of(future, name, parts)
+                told(name, 1.0)
+            except RecordingError as error:
+                refused[name] = error
     if not layers:
         raise next(iter(refused.values()))
     said = [
@@ -162,6 +179,31 @@ def _layers(
     ]
     doubts = [words for name in layers if (words := perhaps_padding(recording[name], read[name]))]
     return with_flow(recording, told_once(recording, layers)), [*said, *unread, *doubts]
+
+
+@contextmanager
+def _spread(
+    executor: Executor | None, settings: Settings
+) -> Iterator[tuple[Executor | None, Settings]]:
+    """Who makes the layers, and the settings of each.
+
+    Where several sequences are mapped, layers run in threads of this process and wait for what the executor
+    makes of each sequence: a task that waited in the executor for other tasks of it could wait for ever.
+    """
+    if executor is None:
+        yield None, settings
+        return
+    require_executor(executor, "ThreadPoolExecutor(), ProcessPoolExecutor()")
+    settings = replace(settings, progress=_silent)
+    if settings.maps == 1:
+        yield executor, settings
+        return
+    with ThreadPoolExecutor() as threads:
+        yield threads, replace(settings, executor=executor)
+
+
+def _silent(phase: str, share: float) -> None:
+    """The progress of what is made elsewhere."""
 
 
 # ------------------------------------------------------------------------------------- one layer
@@ -187,6 +229,7 @@ def _layer(track: Track, loop: Track, read: Reading, settings: Settings) -> Laye
         core = measure(loop, settings, withheld=withheld, watch=weight)
     except RecordingError as error:  # no step Jacobians; what needs none is shown all the same
         core, weight = without_gains(track, settings, str(error)), None
+    core = pooled_over(core, settings.batches.get(track.name, ()))
 
     # what the loss sees
     seen = profile(track, withheld)
@@ -270,7 +313,7 @@ def _labels(m: Measured) -> tuple[str, ...]:
         "not exponential": decays_as_power(m.log_curves),
         "range-limited": _leaves_range(m.track, m.maps),
         "short": longest < SHORT,
-        "one sequence": not m.no_gains
+        "one sequence": not (m.no_gains or m.batches)
         and (int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1),
     }
     return tuple(label for label, holds in found.items() if holds)

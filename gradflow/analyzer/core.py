@@ -34,7 +34,7 @@ from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.products import NORMS
 from gradflow.analyzer.ranks import Ranks, measure_ranks
-from gradflow.analyzer.rates import Verdict, judge
+from gradflow.analyzer.rates import Verdict, Vote, judge, over_batches
 from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.settling import enough
 from gradflow.analyzer.singular import survivors
@@ -70,6 +70,7 @@ class Core(Voted):
     ranks: Ranks
     no_gains: str = ""  # why no gains could be measured, "" where they were
     linear: LinearFacts | None = None  # of a linear recurrence
+    batches: tuple[Vote, ...] = ()  # of all batches, which gain, rate and verdict are over
 
     @property
     def log_curves(self) -> np.ndarray:
@@ -132,6 +133,26 @@ def mapped_core(
     """The numbers of a verdict with the maps of a few sequences."""
     curve = lag_curve(maps.log_gain["spectral"], maps.sources)
     return Core(**vars(known), mapped=mapped, maps=maps, curve=curve, ranks=ranks, linear=linear)
+
+
+def pooled_over(core: Core, batches: Sequence[Vote]) -> Core:
+    """The same with gain, rate and verdict over several batches, of which this one is one.
+
+    The interval of the rate is wider by what has not settled, which more batches do not mend.
+    """
+    if len(batches) < 2:
+        return core
+    gains = np.array([vote.gain.value for vote in batches])
+    rates = np.array([vote.rate.value for vote in batches])
+    gain, rate, verdict = over_batches(gains, rates, core.gain.steps)
+    half = math.hypot((rate.high - rate.low) / 2, core.settling)
+    return replace(
+        core,
+        gain=Gain(gain.value, gain.low, gain.high, core.gain.steps),
+        rate=Rate(rate.value, rate.value - half, rate.value + half),
+        verdict=verdict,
+        batches=tuple(batches),
+    )
 
 
 def span_of(track: Track, settings: Settings) -> int:
@@ -219,12 +240,14 @@ def _maps(
         withheld=withheld,
         progress=lambda share: settings.progress(f"{track.name}: gains", share),
         norms=("spectral",) if settings.brief else tuple(NORMS),
+        executor=settings.executor,
     )
     segments = cuts_before(track)[:, list(mapped)].T.numpy()  # (M, T)
     crossing = segments[:, maps.sources, None] != segments[:, None, :]
     for values in maps.planes:
         values[crossing] = np.nan
-    return maps, measure_ranks(track, mapped, span, CHANNEL_WORK / settings.layers)
+    work = CHANNEL_WORK / settings.layers
+    return maps, measure_ranks(track, mapped, span, work, settings.executor)
 
 
 def channels(track: Track, singular: np.ndarray) -> int | None:

@@ -336,14 +336,14 @@ def _carried(
     step: Callable[[int, Tensor], Tensor], rows: Tensor, steps: range, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rows (B, 1, S) sent through the steps, of length 1 again after each, and ln of that (T, B)."""
-    logs = torch.full((max(steps, default=0) + 1, len(rows)), math.nan, dtype=torch.float64)
+    live = torch.arange(max(steps, default=0) + 1)[:, None] < lengths
+    whole, norms = live.all(1).tolist(), torch.full(live.shape, math.nan, dtype=rows.dtype)
     for t in steps:
         moved = step(t, rows)
-        length = torch.linalg.vector_norm(moved, dim=-1)[:, 0]
-        live = t < lengths
-        logs[t] = torch.where(live, length.double().log(), math.nan)
-        safe = torch.where(length > 0, length, 1.0)[:, None, None]
-        rows = torch.where(live[:, None, None], moved / safe, rows)
+        torch.linalg.vector_norm(moved[:, 0], dim=-1, out=norms[t])
+        scaled = moved / torch.where(norms[t] > 0, norms[t], 1.0)[:, None, None]
+        rows = scaled if whole[t] else torch.where(live[t, :, None, None], scaled, rows)
+    logs = torch.where(live, norms.double().log(), math.nan)
     return rows, logs
 
 

@@ -6,18 +6,20 @@ and never measured by a clock, so that the same input always gives the same map.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gradflow.analyzer.cellpath import log_cell_path
 from gradflow.analyzer.direction import loss_map
-from gradflow.analyzer.jacobians import operator_of, state_size
+from gradflow.analyzer.jacobians import HostOperator, operator_of, state_size
 from gradflow.analyzer.products import NORMS, log_gains, spectral_work
+from gradflow.analyzer.spread import each
 from gradflow.analyzer.sweep import SPEED
 from gradflow.limits import (
     MAP_BYTES,
@@ -29,7 +31,7 @@ from gradflow.limits import (
     SKETCH_WIDE,
     SKETCHED,
 )
-from gradflow.recording import Operator, Track
+from gradflow.recording import Track
 
 Progress = Callable[[float], None]
 
@@ -66,6 +68,7 @@ def make_maps(
     seconds: float,
     withheld: bool,
     progress: Progress,
+    executor: Executor | None = None,
     norms: Sequence[str] = tuple(NORMS),
 ) -> Maps:
     """ln gain from every chosen source to every later step of the mapped sequences.
@@ -77,11 +80,11 @@ def make_maps(
     size = state_size(track)
     predicted = sum(exact_seconds(size, int(track.lengths[b])) for b in sequences)
     auto = method == "auto" and stride is None
+    begun = functools.partial(_Making, track, sequences, seed=seed, executor=executor, norms=norms)
     if auto:
-        making = _fitting(track, sequences, seed, seconds, progress, norms)
+        making = _fitting(begun, seconds, progress)
     else:
-        sketch = method == "sketch" or (method == "auto" and predicted > seconds)
-        making = _Making(track, sequences, sketch, seed, norms)
+        making = begun(method == "sketch" or (method == "auto" and predicted > seconds))
         making.add(stride or 1)
     sources = np.arange(0, track.steps, making.stride)
     loss, every = loss_map(
@@ -110,29 +113,21 @@ def exact_seconds(size: int, length: int, stride: int = 1) -> float:
     return work / SPEED[torch.float64] + length * 5e-4
 
 
-def _fitting(
-    track: Track,
-    sequences: Sequence[int],
-    seed: int,
-    seconds: float,
-    progress: Progress,
-    norms: Sequence[str],
-) -> _Making:
+def _fitting(begun: Callable[[bool], _Making], seconds: float, progress: Progress) -> _Making:
     """The map with the most sources that fits time and memory."""
-    exact = _Making(track, sequences, False, seed, norms)
+    exact = begun(False)
     lengths = [operator.length for operator in exact.operators]
     least = exact.least_stride()
     strides = [least << power for power in range(1 + max(lengths).bit_length())]
-    size = state_size(track)
     cheap = [
         stride
         for stride in strides
-        if sum(exact_seconds(size, length, stride) for length in lengths) <= seconds
+        if sum(exact_seconds(exact.size, length, stride) for length in lengths) <= seconds
     ]
     if cheap and (cheap[0] == least or max(lengths) * SKETCH_LEVELS * RANK_CALL_SECONDS > seconds):
         exact.add(cheap[0])
         return exact
-    sketch = _Making(track, sequences, True, seed, norms)
+    sketch = begun(True)
     if sketch.fit(seconds, least, cheap[0] if cheap else math.inf, progress):
         return sketch
     exact.add(cheap[0])
@@ -152,8 +147,10 @@ class _Making:
         sequences: Sequence[int],
         sketch: bool,
         seed: int,
+        executor: Executor | None = None,
         norms: Sequence[str] = tuple(NORMS),
     ) -> None:
+        self.name, self.executor = track.name, executor
         self.steps, self.sketch, self.seed = track.steps, sketch, seed
         wide = sketch and state_size(track) > SKETCH_WIDE
         self.dtype = torch.float32 if wide else torch.float64
@@ -165,11 +162,10 @@ class _Making:
         self.blocks = len(widths) ** 2 if len(widths) > 1 else 0
         self.size, self.widths = sum(widths), tuple(widths) if self.blocks and self.whole else ()
         self.stride = 1
-        self.spent: list[float] = []  # predicted seconds of each step so far
-        self.limit = math.inf
-        self.tell: Progress = lambda share: None
+        self.total, self.limit = 0.0, math.inf  # predicted seconds of this map so far, and at most
+        self.tell: Progress | None = None
         self.gains: dict[str, np.ndarray] = {}  # norm -> (..., sequence, source, target)
-        self.piloted: list[dict[str, Tensor]] = []  # of the first step of each sequence alone
+        self.piloted: list[dict[str, np.ndarray]] = []  # of the first step of each sequence alone
 
     def least_stride(self) -> int:
         """The least power of two at which the maps fit the memory."""
@@ -187,30 +183,43 @@ class _Making:
         self.gains = {norm: np.full(shape, np.nan) for norm in self.norms}
         if self.widths:
             self.gains["blocks"] = np.full((self.blocks, *shape), np.nan)
-        for number, operator in enumerate(self.operators):
-            inside = places[places < operator.length]
-            made = self.piloted[number] if self.piloted and len(inside) == 1 else None
-            for name, values in (made or self._gains(operator, inside)).items():
-                rows = self.gains[name][..., number, : len(inside), : operator.length]
-                rows[...] = values.squeeze(-3).numpy()
+        inside = [places[places < operator.length].tolist() for operator in self.operators]
+        known = self.piloted if self.piloted and all(len(some) == 1 for some in inside) else None
+        for number, made in enumerate(known or (gains for gains, _ in self._made(inside))):
+            for name, values in made.items():
+                length = self.operators[number].length
+                self.gains[name][..., number, : len(inside[number]), :length] = values
 
-    def _gains(self, operator: Operator, sources: Iterable[int]) -> dict[str, Tensor]:
-        return log_gains(
-            operator,
-            sources,
-            self.norms,
-            widths=self.widths,
-            sketch=self.sketch,
-            seed=self.seed,
-            spend=self._spend,
+    def _made(
+        self, sources: Sequence[list[int]]
+    ) -> Iterator[tuple[dict[str, np.ndarray], list[float]]]:
+        """The gains of each sequence from its sources, and the predicted seconds of each step.
+
+        It ends where the sequences so far have cost more than the limit, which is the same whether they
+        are made one after the other or side by side.
+        """
+        self.total = 0.0
+        tell = self.tell if self.executor is None else None
+        parts = (
+            (
+                operator,
+                some,
+                self.norms,
+                self.widths,
+                self.sketch,
+                self.seed,
+                self.total,
+                self.limit,
+                tell,
+            )
+            for operator, some in zip(self.operators, sources, strict=True)
         )
-
-    def _spend(self, seconds: float) -> None:
-        self.spent.append(seconds)
-        total = sum(self.spent)
-        self.tell(min(1.0, total / self.limit))
-        if total > self.limit:
-            raise _OverBudget
+        for gains, spent in each(self.executor, self.name, _of_sequence, parts):
+            for seconds in spent:
+                self.total += seconds
+            if self.total > self.limit:
+                raise _OverBudget
+            yield gains, spent
 
     def fit(self, seconds: float, least: int, most: float, progress: Progress) -> bool:
         """Follow the first step as a pilot, and choose the stride that its cost by lag allows.
@@ -219,17 +228,16 @@ class _Making:
         """
         longest = max(operator.length for operator in self.operators)
         pilots = []
-        for operator in self.operators:
-            self.spent = []
-            self.piloted.append(self._gains(operator, [0]))
-            pilots.append(np.array(self.spent))
+        for gains, spent in self._made([[0]] * len(self.operators)):
+            self.piloted.append(gains)
+            pilots.append(np.array(spent))
         piloted = float(sum(pilot.sum() for pilot in pilots))
         stride = least
         while stride < longest and _foretold(pilots, stride) > seconds - piloted:
             stride *= 2
         self.tell = progress
         while stride < most:
-            self.spent, self.limit = [], 1.5 * seconds if stride < longest else math.inf
+            self.limit = 1.5 * seconds if stride < longest else math.inf
             try:
                 self.add(stride)
             except _OverBudget:
@@ -238,6 +246,35 @@ class _Making:
                 continue
             return True
         return False
+
+
+def _of_sequence(
+    operator: HostOperator,
+    sources: list[int],
+    norms: tuple[str, ...],
+    widths: tuple[int, ...],
+    sketch: bool,
+    seed: int,
+    total: float,
+    limit: float,
+    tell: Progress | None,
+) -> tuple[dict[str, np.ndarray], list[float]]:
+    """The gains of one sequence, and the predicted seconds of each step, which come on top of a total."""
+    spent: list[float] = []
+
+    def spend(seconds: float) -> None:
+        nonlocal total
+        spent.append(seconds)
+        total += seconds
+        if tell is not None:
+            tell(min(1.0, total / limit))
+        if total > limit:
+            raise _OverBudget
+
+    gains = log_gains(
+        operator, sources, norms, widths=widths, sketch=sketch, seed=seed, spend=spend
+    )
+    return {name: values.squeeze(-3).numpy() for name, values in gains.items()}, spent
 
 
 def _foretold(pilots: list[np.ndarray], stride: int) -> float:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gradflow.analyzer.jacobians import operator_of, state_size
+from gradflow.analyzer.jacobians import HostOperator, operator_of, state_size
 from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.plan import Maps
 from gradflow.analyzer.singular import log_singular_along, survivors
+from gradflow.analyzer.spread import each
 from gradflow.limits import RANK_STARTS
 from gradflow.recording import Track
 
@@ -31,7 +33,13 @@ class Ranks:
     surviving: np.ndarray  # (K,) how many σ are at least GONE, median likewise
 
 
-def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: float) -> Ranks:
+def measure_ranks(
+    track: Track,
+    mapped: Sequence[int],
+    span: int,
+    most_work: float,
+    executor: Executor | None = None,
+) -> Ranks:
     """Singular values of the mapped sequences within a number of operations, NaN beyond it.
 
     The first start of a sequence may use its whole share; the later ones together a quarter of what
@@ -47,26 +55,33 @@ def measure_ranks(track: Track, mapped: Sequence[int], span: int, most_work: flo
     dtype, most = torch.float64, most_work / len(mapped)
     if 2.0 * size**3 * reach > most / 4:
         dtype, most = torch.float32, most * 2
-    lags = dyadic(reach)
-    found, singular = [], []
-    for b, (first, last) in zip(mapped, stretches, strict=True):
-        operator, left = operator_of(track, dtype, [b]), most
-        for start in starts(first, last):
-            steps = range(start + 1, min(start + reach, last) + 1)
-            values, work = log_singular_along(operator, steps, lags, most_work=left)
-            found.append(values)
-            left -= work
-            if start == first:
-                singular.append(values[-1])
-                left /= 4
-    every = np.stack(found)  # (M·starts, K, S)
+    parts = (
+        (operator_of(track, dtype, [b]), first, last, reach, most)
+        for b, (first, last) in zip(mapped, stretches, strict=True)
+    )
+    found = list(each(executor, track.name, _of_sequence, parts))
+    every = np.concatenate(found)  # (M·starts, K, S)
     return Ranks(
-        np.stack(singular),
+        np.stack([values[0, -1] for values in found]),
         reach,
-        np.array(lags),
+        np.array(dyadic(reach)),
         medians(every, effective_rank),
         medians(every, survivors),
     )
+
+
+def _of_sequence(
+    operator: HostOperator, first: int, last: int, reach: int, left: float
+) -> np.ndarray:
+    """(starts, K, S): ln σ of one sequence from each of its starts, the first one first."""
+    found = []
+    for start in starts(first, last):
+        steps = range(start + 1, min(start + reach, last) + 1)
+        values, work = log_singular_along(operator, steps, dyadic(reach), most_work=left)
+        found.append(values)
+        left -= work
+        left = left / 4 if start == first else left
+    return np.stack(found)
 
 
 def dyadic(reach: int) -> list[int]:

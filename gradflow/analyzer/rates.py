@@ -7,6 +7,7 @@ step, in nats. The verdict is on the ln gain over the span, held against ±ln 10
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,44 @@ class Verdict:
 
     name: str  # one of gradflow.limits.VERDICTS
     needed: str = ""  # "about 12 sequences", only for an inconclusive one
+
+
+@dataclass(frozen=True)
+class Vote:
+    """The numbers of a verdict that several probes must agree on, or that several batches pool."""
+
+    verdict: str  # one of gradflow.limits.VERDICTS
+    gain: Gain  # over the span, mean over sequences
+    rate: Rate  # nats per step, mean over sequences
+
+
+def over_batches(gains: np.ndarray, rates: np.ndarray, steps: int) -> tuple[Rate, Rate, Verdict]:
+    """Gain, rate and verdict of several batches, each of which has one gain and one rate.
+
+    They are the means over its sequences, which may have more in common with each other than with those
+    of another batch: an interval that counted all of them as independent would be too narrow.
+
+    Args:
+        gains: (N,) nats, of each batch, all over as many steps.
+        rates: (N,) nats per step.
+        steps: that the gains are over.
+
+    >>> gain, rate, verdict = over_batches(np.array([-4.0, -5.0, -6.0]), np.array([-0.4, -0.5, -0.6]), 10)
+    >>> round(gain.low, 2), round(gain.high, 2), verdict.name
+    (-7.48, -2.52, 'vanishing')
+    """
+    gain, rate = rate_over_sequences(gains), rate_over_sequences(rates)
+    return gain, rate, judge(gain, len(gains), steps, "batch")
+
+
+def steps_in_common(steps: Mapping[str, Sequence[float]]) -> int | None:
+    """The steps that all batches have, where gains of one layer are over fewer in one batch than in another.
+
+    >>> steps_in_common({"l0": [99, 29, 29], "l1": [49, 49, 49]}), steps_in_common({"l0": [9], "l1": [4]})
+    (29, None)
+    """
+    known = [{int(one) for one in some if one > 0} for some in steps.values()]
+    return min((min(some) for some in known if len(some) > 1), default=None)
 
 
 def band(span: int) -> float:
@@ -113,7 +152,7 @@ def correlation_time(series: np.ndarray) -> float:
     return float(count)
 
 
-def judge(gain: Rate | Gain, sequences: int, steps: int) -> Verdict:
+def judge(gain: Rate | Gain, sequences: int, steps: int, unit: str = "sequence") -> Verdict:
     """Vanishing, exploding or stable if the whole interval says so; else inconclusive.
 
     What is said to be needed is where the interval of the same mean and spread comes free of the
@@ -124,6 +163,7 @@ def judge(gain: Rate | Gain, sequences: int, steps: int) -> Verdict:
         gain: ln of the largest gain over the span with its interval, nats.
         sequences: how many the interval rests on.
         steps: counted steps of one sequence.
+        unit: what the interval is over, "sequence" or "batch".
 
     >>> judge(Rate(-10.0, -12.0, -8.0), 8, 80).name
     'vanishing'
@@ -135,17 +175,18 @@ def judge(gain: Rate | Gain, sequences: int, steps: int) -> Verdict:
     if gain.value == -math.inf:
         return Verdict("dead")
     if math.isnan(gain.low):
-        return Verdict("inconclusive", "a second sequence (better ten)")
+        return Verdict("inconclusive", f"a second {unit} (better ten)")
     if gain.high < -LN_BAND:
         return Verdict("vanishing")
     if gain.low > LN_BAND:
         return Verdict("exploding")
     if gain.low > -LN_BAND and gain.high < LN_BAND:
         return Verdict("stable")
-    return Verdict("inconclusive", _needed(gain, sequences, steps))
+    units = "batches" if unit == "batch" else "sequences"
+    return Verdict("inconclusive", _needed(gain, sequences, steps, units))
 
 
-def _needed(gain: Rate | Gain, sequences: int, steps: int) -> str:
+def _needed(gain: Rate | Gain, sequences: int, steps: int, units: str) -> str:
     half = (gain.high - gain.low) / 2
     room = min(abs(gain.value - LN_BAND), abs(gain.value + LN_BAND))
     if room <= 0:
@@ -158,7 +199,7 @@ def _needed(gain: Rate | Gain, sequences: int, steps: int) -> str:
     count = max(sequences + 1, math.ceil((1.96 * spread / room) ** 2))
     while count < MOST_NEEDED and quantile(count - 1) * spread / math.sqrt(count) >= room:
         count += max(1, count // 100)
-    return f"about {_rounded(count)} sequences" if count < MOST_NEEDED else EDGE
+    return f"about {_rounded(count)} {units}" if count < MOST_NEEDED else EDGE
 
 
 def _rounded(count: int) -> int:

@@ -98,7 +98,7 @@ def _cut(e: Evidence) -> str:
 def _too_short(e: Evidence) -> str:
     """How many sequences are shorter than what the gain is measured over."""
     without = int((~e.sequence_gains.voting).sum())
-    if not without or math.isnan(e.gain.value) or e.no_gains:
+    if e.batches or not without or math.isnan(e.gain.value) or e.no_gains:
         return ""
     verb = "is" if without == 1 else "are"
     return (
@@ -195,8 +195,9 @@ def _inconclusive(e: Evidence) -> str:
     if math.isnan(e.gain.value):
         return "has no step without a cut to measure: no gain can be given"
     if math.isnan(e.gain.low):
+        one = "one batch" if e.batches else "one sequence"
         return (
-            f"is inconclusive: one sequence gives a gain of {number(e.decades)} decades over {e.over} "
+            f"is inconclusive: {one} gives a gain of {number(e.decades)} decades over {e.over} "
             f"but no interval; {e.verdict.needed} would decide"
         )
     low, high = (number(end / math.log(10)) for end in (e.gain.low, e.gain.high))

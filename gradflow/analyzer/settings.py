@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from gradflow.analyzer.rates import Vote
 from gradflow.errors import InputError, must_be
 from gradflow.recording import Recording
 
@@ -27,17 +29,20 @@ class Settings:
     layers: int  # how many share the budgets
     progress: Progress
     brief: bool = False  # the numbers of a verdict alone are wanted: nothing that is only shown
+    # layer -> votes of all batches, of which this recording is one; none where there is one batch
+    batches: Mapping[str, tuple[Vote, ...]] = field(default_factory=dict)
+    executor: Executor | None = None  # that makes the mapped sequences of a layer side by side
 
 
 def checked(
     recording: Recording,
-    span: int | None,
-    sequences: Sequence[int] | None,
-    maps: int,
-    method: str,
-    stride: int | None,
-    seed: int,
-    progress: Progress | None,
+    span: int | None = None,
+    sequences: Sequence[int] | None = None,
+    maps: int = 1,
+    method: str = "auto",
+    stride: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Settings:
     """The arguments of `analyze`, each refused in a sentence where it is out of its range."""
     if span is not None:

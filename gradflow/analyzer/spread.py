@@ -1,29 +1,35 @@
-"""Layers side by side, by any `concurrent.futures.Executor`, with the numbers of one after the other."""
+"""Layers, and mapped sequences of a layer, side by side by any `concurrent.futures.Executor`.
+
+The numbers are those of one after the other.
+"""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from gradflow.analyzer.settings import Settings
 from gradflow.errors import InputError
-from gradflow.process import require_executor, settled, so_many_threads
+from gradflow.process import settled, so_many_threads
 
 Made = TypeVar("Made")
 
 
-def silent(phase: str, share: float) -> None:
-    """The progress of a part that is made elsewhere."""
-
-
-def away(settings: Settings) -> Settings:
-    """The same settings for a part that is made elsewhere, in another process, say."""
-    return replace(settings, progress=silent)
+def each(
+    executor: Executor | None,
+    name: str,
+    make: Callable[..., Made],
+    parts: Iterable[tuple[Any, ...]],
+) -> Iterator[Made]:
+    """What is made of each part, in their order; without an executor only as it is asked for."""
+    if executor is None:
+        yield from (make(*part) for part in parts)
+        return
+    coming = [(started(executor, make, *part), part) for part in parts]
+    yield from (result_of(future, name, part) for future, part in coming)
 
 
 def started(executor: Executor | None, make: Callable[..., Made], *parts: Any) -> Future[Made]:
@@ -35,13 +41,9 @@ def started(executor: Executor | None, make: Callable[..., Made], *parts: Any) -
         executor: of the caller's.
         make: a function of a module.
         parts: its arguments.
-
-    Raises:
-        InputError: the executor is none.
     """
     if executor is None:
         return settled(Future(), make, *parts)
-    require_executor(executor, "ThreadPoolExecutor(), ProcessPoolExecutor()")
     return executor.submit(_made, torch.get_num_threads(), make, parts)
 
 
@@ -68,7 +70,7 @@ def result_of(future: Future[Made], name: str, parts: tuple[Any, ...]) -> Made:
             pickle.dumps(parts)
         except Exception as why:  # noqa: BLE001  whatever an object raises that is not to be sent
             raise InputError(
-                f"executor= hands layers to other processes, and {name} cannot be sent there "
+                f"executor= hands parts to other processes, and {name} cannot be sent there "
                 f"({type(why).__name__}: {why}); give a ThreadPoolExecutor, or leave it out"
             ) from error
         raise

@@ -13,16 +13,8 @@ CELLS: dict[str, CellSpec] = {spec.name: spec for spec in (TANH, RELU, LSTM, GRU
 IN_LOOP = " in a closed loop"  # what the kind of a cell is called there, whose loop is not its own
 
 __all__ = [
-    "CELLS",
-    "IN_LOOP",
-    "CellPaths",
-    "CellSpec",
-    "Keeper",
-    "Named",
-    "Scan",
-    "Steps",
-    "Weights",
-]
+    "CELLS", "IN_LOOP", "CellPaths", "CellSpec", "Keeper", "Named", "Scan", "Steps", "Weights",
+]  # fmt: skip
 __all__ += ["called", "kinds", "layer_names", "previous"]
 
 

@@ -25,23 +25,7 @@ from gradflow.history.series import History
 from gradflow.history.writer import Writer
 
 __all__ = [
-    "HISTORY_FILE",
-    "OF_GATE",
-    "OF_LAG",
-    "OF_LAYER",
-    "OF_STEP",
-    "History",
-    "LayerProbe",
-    "Note",
-    "Probe",
-    "Row",
-    "Source",
-    "Writer",
-    "failure_text",
-    "holds_history",
-    "is_swept",
-    "join_rows",
-    "lag_grid",
-    "row_facts",
-    "row_text",
-]
+    "HISTORY_FILE", "OF_GATE", "OF_LAG", "OF_LAYER", "OF_STEP", "History", "LayerProbe", "Note",
+    "Probe", "Row", "Source", "Writer", "failure_text", "holds_history", "is_swept", "join_rows",
+    "lag_grid", "row_facts", "row_text",
+]  # fmt: skip

@@ -143,6 +143,23 @@ class History:
         return any(self.sources)
 
     @property
+    def counted_in(self) -> str:
+        """What its training steps count: "update", or "epoch", "checkpoint" or "training step" of a sweep.
+
+        >>> from gradflow.history import History, Probe, Source
+        >>> said = "epoch in the checkpoint"
+        >>> History.of("LSTM", [Probe(9, {}, {}, source=Source("a.pt", "", said))]).counted_in
+        'epoch'
+        """
+        of_updates = dict.fromkeys(("step", "global_step", "iteration"), "update")
+        words = of_updates | {"epoch": "epoch", "place": "checkpoint"}
+        good = [one for one in self.sources if one is not None and not one.failed]
+        found = {words.get(one.step_from.partition(" ")[0], "training step") for one in good}
+        if not self.swept:
+            return "update"
+        return found.pop() if len(found) == 1 else "training step"
+
+    @property
     def runs(self) -> dict[str, History]:
         """The runs of a sweep, by name, each as a history of its own; a training is one run.
 

@@ -6,11 +6,12 @@ Where no module makes the call, only the graph of such a tensor says whose it is
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradflow.limits import LINK_NODES
 
@@ -31,6 +32,21 @@ def holder_of(weights: Iterable[Tensor], holders: Mapping[int, str]) -> str | No
 def clean(name: str) -> str:
     """A module path without what DataParallel and torch.compile put in front of it."""
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def fsdp_class() -> type | None:
+    """The class of modules that `fully_shard` of FSDP2 shards, where it is loaded."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+
+
+def class_of(module: nn.Module) -> type:
+    """A module's class; where `fully_shard` gave it another one, the one that was written.
+
+    >>> class_of(nn.Tanh()).__name__
+    'Tanh'
+    """
+    kind = type(module)
+    return kind.__bases__[-1] if fsdp_class() in kind.__bases__ else kind
 
 
 def parameters_of(weights: Iterable[Tensor]) -> list[Tensor]:

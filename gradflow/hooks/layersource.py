@@ -118,9 +118,8 @@ class LayerSource:
         """Step Jacobians in processing order, starting at each sequence's first real step."""
         replay = self.replay
         sequences = sequences.to(replay.mask.device)
-        layer = replay.layers[self.layer][self.direction]
         with torch.no_grad():
-            steps = layer.linearise(replay.call.cell, dtype, sequences)
+            steps = replay.steps_of(self.layer, self.direction, dtype, sequences)
             if replay.call.lengths is None:
                 return steps
             lengths = replay.lengths[sequences]

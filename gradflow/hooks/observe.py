@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gradflow._version import __version__
-from gradflow.distributed import AllProcesses, ApartError, can_be_sent
+from gradflow.distributed import AllProcesses, ApartError, can_be_sent, world
 from gradflow.errors import InputError, must_be, warn
 from gradflow.hooks import circumstances, mistakes
 from gradflow.hooks.ancestry import clean
@@ -76,29 +76,34 @@ def record(
     [0.729, 0.81, 0.9, 1.0]
     """
     patterns = _checked(model, layers, jacobians, scaler)
-    processes = AllProcesses(gather)
+    processes, apart = _all_processes(gather)
     recording = Recording(type(model).__name__)
     failed: list[str] = []
     given = (model, patterns, lengths, scaler, jacobians, recording)
     recorder = guarded(Point.OPENING, failed.append, Recorder, *given)
     if recorder is None:
         recording.empty_reason = f"nothing was recorded: {failed[0]}"
+        processes.leave("recorded nothing")
         yield recording
         warn(recording.empty_reason, stacklevel=3)
         return
     recorder.processes = processes.size
     block = OpenRecording(recorder)
+    whole = False
     try:
         try:
             block.open()
             yield recording
+            whole = True
         finally:
             sentences = block.close()
     finally:  # where Ctrl-C came before that line
         block.put_back()
+        if not whole:
+            processes.leave("left the block of its recording by an exception")
     if processes.size > 1:
         sentences += gathered(recording, processes)
-    for sentence in sentences:
+    for sentence in [*apart, *sentences]:
         warn(sentence, stacklevel=3)
 
 
@@ -115,6 +120,18 @@ def _checked(model: object, layers: object, jacobians: object, scaler: Any) -> l
         kind = type(scaler).__name__
         raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))
     return patterns_of(layers)
+
+
+def _all_processes(gather: object) -> tuple[AllProcesses, list[str]]:
+    """Those whose sequences are put together; where they do not meet this one alone, and why."""
+    try:
+        return AllProcesses(gather), []
+    except ApartError as error:
+        return AllProcesses(False), [_alone(error)]
+
+
+def _alone(error: ApartError) -> str:
+    return f"the recording is of rank {world()[0]} alone: {error}"
 
 
 def gathered(recording: Recording, processes: AllProcesses) -> list[str]:
@@ -135,7 +152,7 @@ def gathered(recording: Recording, processes: AllProcesses) -> list[str]:
     try:
         parts = processes.every("the end of a recording", mine)
     except ApartError as error:
-        return [f"the recording is of rank {processes.rank} alone: {error}"]
+        return [_alone(error)]
     of_all_processes(recording, parts)
     recording.notes += sentences
     return sentences

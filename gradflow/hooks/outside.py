@@ -14,20 +14,9 @@ from types import CodeType, TracebackType
 
 # instructions that neither fail nor call anything: what comes up there came from outside
 CANNOT_FAIL = [
-    "NOP",
-    "PUSH_NULL",
-    "PRECALL",
-    "LOAD_CONST",
-    "LOAD_FAST",
-    "STORE_FAST",
-    "POP_TOP",
-    "COPY",
-    "SWAP",
-    "JUMP_FORWARD",
-    "JUMP_BACKWARD",
-    "RETURN_VALUE",
-    "RETURN_CONST",
-]
+    "NOP", "PUSH_NULL", "PRECALL", "LOAD_CONST", "LOAD_FAST", "STORE_FAST", "POP_TOP", "COPY", "SWAP",
+    "JUMP_FORWARD", "JUMP_BACKWARD", "RETURN_VALUE", "RETURN_CONST",
+]  # fmt: skip
 
 
 def is_from_outside(error: BaseException) -> bool:

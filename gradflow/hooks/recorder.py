@@ -95,6 +95,7 @@ class Recorder:
             id(parameter): clean(name).rpartition(".")[0]
             for name, parameter in model.named_parameters(remove_duplicate=False)
         }
+        self.handles += self.watch.listen(self.withheld.remark)
 
     # -- what the patch calls ----------------------------------------------------------------
 

@@ -217,6 +217,13 @@ class Replay:
         """One layer's linearised steps in the dtype of the scan, processing order."""
         return self._linearised[layer][direction]
 
+    def steps_of(self, layer: int, direction: int, dtype: torch.dtype, sequences: Tensor) -> Steps:
+        """The same of some sequences in another dtype; taken from those of all where they are known."""
+        if dtype == self.work_dtype and "_linearised" in vars(self):
+            known = self.steps(layer, direction)
+            return known.each_step(lambda array: array.index_select(1, sequences))
+        return self.layers[layer][direction].linearise(self.call.cell, dtype, sequences)
+
 
 def take_steps(array: Tensor, index: Tensor) -> Tensor:
     """array[index[t, b], b] for every t and b; array (T, B, ...), index (T, B)."""

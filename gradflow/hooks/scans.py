@@ -126,8 +126,7 @@ class Scans:
         places = torch.arange(len(sequences), device=sequences.device).repeat(count)
 
         def steps_of(layer: int, direction: int) -> Steps:
-            known = self.replay.layers[layer][direction]
-            steps = known.linearise(self.replay.call.cell, dtype, sequences)
+            steps = self.replay.steps_of(layer, direction, dtype, sequences)
             return steps if count == 1 else steps.each_step(lambda array: array[:, places])
 
         return steps_of

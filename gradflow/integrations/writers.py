@@ -88,14 +88,24 @@ class ToTensorBoard:
 
     Args:
         writer: a SummaryWriter; it stays the caller's, who closes it.
+
+    Raises:
+        InputError: it is closed; it would go on in a file that nobody closes.
     """
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
         self._layers: list[str] = []
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if getattr(self.writer, "all_writers", self) is None:
+            advice = "make a new one, and close it after the watch"
+            raise InputError(must_be("to", "an open SummaryWriter", "one that was closed", advice))
 
     def __call__(self, step: int, scalars: dict[str, float], figures: Figures) -> None:
         """Write one probe."""
+        self._check_open()
         for tag, value in finite(scalars).items():
             self.writer.add_scalar(tag, value, step)
         for tag, draw in figures.items():

@@ -1,6 +1,14 @@
 """Loading: from files to models, batches, losses and probes. Nothing in a file runs unasked."""
 
-from gradflow.loading.batch import SUFFIXES, Batch, as_batch, fit_batch, read_batch
+from gradflow.loading.batch import (
+    Batch,
+    as_batch,
+    batch_files,
+    files_of,
+    fit_batch,
+    natural,
+    read_batch,
+)
 from gradflow.loading.description import Description, describe, save_snippet
 from gradflow.loading.labels import read_labels
 from gradflow.loading.losses import Loss, choose_output, make_loss, output_lengths, time_axis
@@ -12,34 +20,9 @@ from gradflow.loading.recurrent import RecurrentModule, from_model
 from gradflow.loading.training_step import TrainingStep, run_folder, step_in_name
 
 __all__ = [
-    "SUFFIXES",
-    "Batch",
-    "Description",
-    "Loss",
-    "Opened",
-    "Probe",
-    "RecurrentModule",
-    "TrainingStep",
-    "as_batch",
-    "build_loss",
-    "choose_output",
-    "describe",
-    "fit_batch",
-    "from_model",
-    "is_pretrained",
-    "make_loss",
-    "no_model_to_run",
-    "open_model",
-    "open_pretrained",
-    "output_lengths",
-    "probe_loss",
-    "probes",
-    "read_batch",
-    "read_labels",
-    "read_tokens",
-    "run_folder",
-    "save_snippet",
-    "source_of",
-    "step_in_name",
-    "time_axis",
-]
+    "Batch", "Description", "Loss", "Opened", "Probe", "RecurrentModule", "TrainingStep", "as_batch",
+    "batch_files", "build_loss", "choose_output", "describe", "files_of", "fit_batch", "from_model",
+    "is_pretrained", "make_loss", "natural", "no_model_to_run", "open_model", "open_pretrained",
+    "output_lengths", "probe_loss", "probes", "read_batch", "read_labels", "read_tokens", "run_folder",
+    "save_snippet", "source_of", "step_in_name", "time_axis",
+]  # fmt: skip

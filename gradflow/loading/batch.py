@@ -6,9 +6,11 @@ further keys are keyword arguments of the model. Nothing in it runs: no object a
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +45,58 @@ class Batch:
     target: Tensor | None = None
     lengths: Tensor | None = None  # (B,) real steps of each sequence
     notes: tuple[str, ...] = ()
+
+
+def files_of(pattern: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files that a path, a pattern or a folder stands for, in the order of their names.
+
+    Args:
+        pattern: as it was typed; it may match folders.
+        suffixes: of the files that are meant in a folder.
+
+    Returns:
+        Paths; none where nothing matches. A path without a file is given as it is.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        found = [path]
+    elif path.exists() or not glob.has_magic(pattern):
+        return [path]
+    else:
+        found = [Path(one) for one in glob.glob(pattern, recursive=True)]
+    inside = (file for one in found if one.is_dir() for file in one.rglob("*"))
+    known = [one for one in inside if one.suffix.lower() in suffixes]
+    return sorted({one for one in [*found, *known] if one.is_file()}, key=natural)
+
+
+def natural(name: str | Path) -> list[tuple[int, int, str]]:
+    """What names are sorted by: numbers in them by their size, step-9 before step-10."""
+    parts = re.split(r"(\d+)", str(name))
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def batch_files(given: str | os.PathLike[str], target: Path | None = None) -> list[Path]:
+    """The batches that a path, a folder or a pattern stands for, in the order of their names.
+
+    Args:
+        given: as it was typed.
+        target: the targets of a batch in a file of their own.
+
+    Raises:
+        FileError: no file matches.
+        InputError: targets in one file are given for several batches.
+    """
+    found = files_of(os.fspath(given), SUFFIXES)
+    if not found:
+        kinds = f"files that end in {', '.join(SUFFIXES)}"
+        raise FileError(
+            f"no batch matches {os.fspath(given)!r}; check the path: {kinds} are looked for"
+        )
+    if target is not None and len(found) > 1:
+        raise InputError(
+            f"--target is for one batch, got {len(found)}; save each batch with its target"
+        )
+    return found
 
 
 def read_batch(

@@ -18,25 +18,10 @@ from gradflow.loading.words import RESAVE, analyze_command, reason, some
 
 # What torch's and Python's readers raise on a damaged or hostile file; nothing else is expected.
 READ_ERRORS = (
-    pickle.UnpicklingError,
-    struct.error,
-    SyntaxError,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+    pickle.UnpicklingError, struct.error, SyntaxError, tokenize.TokenError, zipfile.BadZipFile,
+    zlib.error, ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,
+    MemoryError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # after the two protocol bytes of torch.save
 PICKLED = ("torch", "legacy", "pickle")  # kinds of files that may ask to run code
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")

@@ -27,29 +27,15 @@ from gradflow.process import quiet
 
 # Plain data that settings carry; everything else of Python's own library stays refused.
 _PLAIN_DATA = {
-    "argparse.Namespace",
-    "collections.defaultdict",
-    "collections.deque",
-    "datetime.date",
-    "datetime.datetime",
-    "datetime.timedelta",
-    "decimal.Decimal",
-    "fractions.Fraction",
-    "functools.partial",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.PurePath",
-    "pathlib.PurePosixPath",
-    "pathlib.PureWindowsPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.PosixPath",
-    "pathlib._local.WindowsPath",
-    "types.SimpleNamespace",
-    "uuid.UUID",
+    "argparse.Namespace", "collections.defaultdict", "collections.deque", "datetime.date",
+    "datetime.datetime", "datetime.timedelta", "decimal.Decimal", "fractions.Fraction",
+    "functools.partial", "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePath",
+    "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib.WindowsPath",
+    "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "types.SimpleNamespace", "uuid.UUID",
     *(f"builtins.{kind.__name__}" for kind in (bool, bytearray, bytes, complex, dict, float)),
     *(f"builtins.{kind.__name__}" for kind in (frozenset, int, list, object, range, set)),
     *(f"builtins.{kind.__name__}" for kind in (slice, str, tuple)),
-}
+}  # fmt: skip
 _TORCH_OWN = {"collections.OrderedDict", "collections.Counter", "_codecs.encode"}
 MAPPINGS = ("dict", "cfgnode", "munch", "box", "dotmap")  # ends of names of dict subclasses
 
@@ -265,15 +251,8 @@ def _arguments(kind: type[nn.Module], shell: Shell) -> dict[str, object]:
         ):
             raise ValueError(f"it does not say its {name}")
     # by these, which no weight bears out, a layer puts out more than it is given
-    windows = (
-        "padding",
-        "output_padding",
-        "output_size",
-        "stride",
-        "dilation",
-        "kernel_size",
-        "size",
-    )
+    windows = ("padding", "output_padding", "output_size", "stride", "dilation", "kernel_size",
+               "size")  # fmt: skip
     for name in windows:
         sizes = arguments.get(name)
         for size in sizes if isinstance(sizes, tuple | list) else (sizes,):

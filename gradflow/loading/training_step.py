@@ -61,23 +61,27 @@ def step_in_name(path: PurePath) -> TrainingStep | None:
     TrainingStep(number=400, found='digits of the name')
     >>> step_in_name(PurePath("a/checkpoint-500/model.safetensors")).number
     500
+    >>> step_in_name(PurePath("epoch_3.pt")).found
+    'epoch in the name'
     >>> step_in_name(PurePath("seed-3/last.pt")) is None
     True
     """
-    digits = _digits(path.stem)
-    if digits is None and _FOLDER.fullmatch(path.parent.name):
-        digits = _digits(path.parent.name)
-    return None if digits is None else TrainingStep(digits, "digits of the name")
+    for name in (path.stem, path.parent.name if _FOLDER.fullmatch(path.parent.name) else ""):
+        found = _digits(name)
+        if found is not None:
+            return found
+    return None
 
 
-def _digits(name: str) -> int | None:
+def _digits(name: str) -> TrainingStep | None:
     for word in _NAMED:
         found = re.search(rf"(?<![a-z]){word}[=_-]?(\d{{1,15}})", name, re.IGNORECASE)
         if found:
-            return int(found[1])
+            what = "epoch in the name" if word == "epoch" else "digits of the name"
+            return TrainingStep(int(found[1]), what)
     rest = re.sub(r"seed[=_-]?\d+", "", name, flags=re.IGNORECASE)
     every = re.findall(r"\d{1,15}", rest)
-    return int(every[-1]) if every else None
+    return TrainingStep(int(every[-1]), "digits of the name") if every else None
 
 
 def run_folder(path: PurePath) -> PurePath:

@@ -25,24 +25,7 @@ from gradflow.recording.track import Track
 from gradflow.recording.unseen import Unseen
 
 __all__ = [
-    "Backward",
-    "Contributions",
-    "Forward",
-    "Operator",
-    "Outer",
-    "Padding",
-    "Parity",
-    "Recording",
-    "Source",
-    "ThinOperator",
-    "Track",
-    "Unseen",
-    "as_one",
-    "chosen",
-    "matches_any",
-    "moved",
-    "of_all_processes",
-    "padding_of",
-    "pooled",
-    "where_computed",
-]
+    "Backward", "Contributions", "Forward", "Operator", "Outer", "Padding", "Parity", "Recording",
+    "Source", "ThinOperator", "Track", "Unseen", "as_one", "chosen", "matches_any", "moved",
+    "of_all_processes", "padding_of", "pooled", "where_computed",
+]  # fmt: skip

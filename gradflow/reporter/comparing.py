@@ -19,8 +19,11 @@ from gradflow.reporter.page import template
 from gradflow.reporter.picture import INK, SOFT, Picture, data_url, look
 from gradflow.reporter.scale import SERIES
 
-NUMBERS_SHOWN = ["run", "layer", "verdict", "gain", "gain_low", "gain_high", "rate", "rate_low", "rate_high",
-         "half_life", "window", "horizon", "channels"]  # fmt: skip
+HEADINGS = {  # of the numbers that are shown, in this order
+    "run": "run", "layer": "layer", "verdict": "verdict", "gain": "gain", "gain_low": "gain, from",
+    "gain_high": "gain, to", "rate": "rate", "rate_low": "rate, from", "rate_high": "rate, to",
+    "half_life": "half-life", "window": "window", "horizon": "horizon", "channels": "channels",
+}  # fmt: skip
 
 
 def comparison_page(
@@ -29,8 +32,10 @@ def comparison_page(
     notes: Sequence[str],
     picture: bytes,
     table: pd.DataFrame,
+    units: str = "Gain in nats (ln of the ratio), rate in nats per step, each with its 95 % interval; "
+    "half-life, window and horizon in steps; –: none, or not reached.",
 ) -> str:
-    """One file that reads offline: what changed, the picture, all numbers."""
+    """One file that reads offline: what changed, the picture, all numbers with their units in words."""
     return template("comparison.html").render(
         runs=runs,
         window_title=f"{', '.join(runs)}: gradient flow compared",
@@ -39,6 +44,7 @@ def comparison_page(
         source=data_url(picture, "png"),
         alt=f"{len(runs)} runs on one scale: {sentences[0]}",
         table=_table(table),
+        units=units,
         version=__version__,
     )
 
@@ -77,8 +83,10 @@ def comparison_summary(
 
 
 def _table(table: pd.DataFrame) -> Markup:
-    shown = table[[column for column in NUMBERS_SHOWN if column in table]]
-    shown = shown.astype(object).where(shown.notna(), "–")
+    found = table
+    if "run" in table:
+        found = table[[column for column in HEADINGS if column in table]].rename(columns=HEADINGS)
+    shown = found.astype(object).where(found.notna(), "–")
     # pandas escapes
     return Markup(shown.to_html(index=False, border=0, float_format="{:.4g}".format))
 

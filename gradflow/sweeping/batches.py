@@ -1,8 +1,6 @@
 """From several batches, or several probes, to one row: the numbers of one layer put together.
 
-Batches are the outer unit: each has one gain and one rate, the means over its sequences, and intervals are
-over batches. Sequences of one batch may have more in common with each other than with those of another, so
-that counting all of them as independent would make an interval too narrow.
+Batches are the outer unit of every interval, see `gradflow.analyzer.rates.over_batches`.
 """
 
 from __future__ import annotations
@@ -13,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from gradflow.analyzer.agreement import DEPENDS
-from gradflow.analyzer.rates import judge, rate_over_sequences
+from gradflow.analyzer.agreement import DEPENDS, batches_words
+from gradflow.analyzer.rates import over_batches
 from gradflow.history import LayerProbe
 
 # how a number of all batches is made; of those not named it is the mean
@@ -49,10 +47,7 @@ def pooled_batches(
     found = {name: _pooled([one[name] for one in batches if name in one]) for name in names}
     if len(batches) < 2:
         return found, []
-    return found, [
-        f"gain, rate and verdict are means over {len(batches)} batches with 95 % intervals over batches: "
-        "a batch is the unit, and its sequences are not counted as independent of each other"
-    ]
+    return found, [batches_words(len(batches))]
 
 
 def _pooled(parts: Sequence[LayerProbe]) -> LayerProbe:
@@ -63,11 +58,12 @@ def _pooled(parts: Sequence[LayerProbe]) -> LayerProbe:
     values = {name: _one(name, some) for name, some in each.items()}
     verdict = ""
     if "gain" in each:
-        gain, rate = rate_over_sequences(each["gain"]), rate_over_sequences(each["rate"])
+        steps = values.get("gain_steps", math.nan)
+        steps = int(steps) if math.isfinite(steps) else 1
+        gain, rate, found = over_batches(each["gain"], each["rate"], steps)
+        verdict = found.name
         values |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
         values |= {"rate": rate.value, "rate_low": rate.low, "rate_high": rate.high}
-        steps = values.get("gain_steps", math.nan)
-        verdict = judge(gain, len(parts), int(steps) if math.isfinite(steps) else 1).name
     gates = {
         gate: {name: float(np.mean([one.gates[gate][name] for one in parts if gate in one.gates]))
                for name in numbers}

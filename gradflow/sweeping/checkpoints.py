@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from torch import nn
 
 from gradflow.errors import FileError, InputError, must_be
-from gradflow.loading import TrainingStep, run_folder, step_in_name
+from gradflow.loading import TrainingStep, files_of, natural, run_folder, step_in_name
 
 MODEL_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl")  # looked for in a folder
 
@@ -76,40 +75,27 @@ def _of_models(models: Mapping[str, object]) -> list[Checkpoint]:
     return _in_runs(found)
 
 
-def files_of(pattern: str, suffixes: Sequence[str]) -> list[Path]:
-    """The files that a path, a pattern or a folder stands for, in the order of their names.
-
-    Args:
-        pattern: as it was typed.
-        suffixes: of the files that are meant in a folder.
-
-    Returns:
-        Paths; none where nothing matches. A path without a file is given as it is.
-    """
-    path = Path(pattern)
-    if path.is_dir():
-        every = [one for one in path.rglob("*") if one.suffix.lower() in suffixes]
-    elif path.exists() or not glob.has_magic(pattern):
-        return [path]
-    else:
-        every = [Path(one) for one in glob.glob(pattern, recursive=True)]
-    return sorted((one for one in every if one.is_file()), key=natural)
-
-
 def _files(pattern: str) -> list[Path]:
+    """The checkpoints that a path, a pattern or a folder stands for.
+
+    What transformers and accelerate write beside a model is none, unless it is given by its own path.
+    """
     found = files_of(pattern, MODEL_FILES)
     if not found or (len(found) == 1 and not found[0].exists()):
         advice = (
             "check the path; a pattern such as 'runs/**/*.pt' must be quoted, and ** is any folder"
         )
         raise FileError(f"no file matches {pattern!r}; {advice}")
-    return found
-
-
-def natural(name: str | Path) -> list[tuple[int, int, str]]:
-    """What names are sorted by: numbers in them by their size, step-9 before step-10."""
-    parts = re.split(r"(\d+)", str(name))
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+    beside = re.compile(
+        r"(optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states)(_\d+)?\.(pt|pth|bin|pkl)"
+    )
+    models = [one for one in found if not beside.fullmatch(one.name) or one == Path(pattern)]
+    if not models:
+        raise FileError(
+            f"{pattern!r} matches no model, only what trainers write beside one, such as {found[0]}; give "
+            "the folder, or a pattern such as 'runs/**/*.safetensors'"
+        )
+    return models
 
 
 def _in_runs(found: list[Checkpoint]) -> list[Checkpoint]:

@@ -76,7 +76,7 @@ class SpawnedPool:
     """Processes of this machine, each with one thread."""
 
     def __init__(self, jobs: int) -> None:
-        self.jobs, self.width = jobs, jobs + 1  # one waits, so that no process does
+        self.jobs, self.width = jobs, 2 * jobs  # as many wait, so that no process does
         self._pool = self._new()
 
     def _new(self) -> ProcessPoolExecutor:

@@ -13,17 +13,17 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradflow import loading
 from gradflow._version import __version__
+from gradflow.analyzer.rates import steps_in_common
 from gradflow.errors import FileError, GradflowError, InputError, collected_warnings
 from gradflow.history import LayerProbe, Note, Probe, row_text
 from gradflow.loading import TrainingStep
-from gradflow.passes import LossSettings, probed_pass, recorded_pass
+from gradflow.passes import loss_settings, probed_pass, recorded_pass
 from gradflow.process import fitting_threads, printed_to_stderr, random_numbers_kept
 from gradflow.sweeping.batches import agreed, pooled_batches
 from gradflow.watching.gradnorms import GradNorms
@@ -119,7 +119,8 @@ def measure_checkpoint(task: CheckpointTask) -> Outcome:
         "name": task.name,
         "title": opened.title,
         "trained": None if opened.trained is None else vars(opened.trained),
-        "widths": _widths(opened),
+        # what tells two architectures of the same names apart
+        "widths": [layer.width for layer in opened.recurrent],
         "gradflow": VERSIONS[0],
         "torch": VERSIONS[1],
     }
@@ -163,22 +164,18 @@ def _opened(task: CheckpointTask) -> loading.Opened:
         raise FileError(f"cannot read {task.path}: {error.strerror or error}") from error
 
 
-def _widths(opened: loading.Opened) -> list[int]:
-    """Widths of the recurrent layers: what tells two architectures of the same names apart."""
-    return [layer.width for layer in opened.recurrent]
-
-
 def _measured(
     opened: loading.Opened, settings: SweepSettings, sentences: list[str]
 ) -> tuple[Probe, dict[str, str]]:
     """All numbers of one checkpoint, and the kinds of its cells."""
     if settings.batches:
         values, updates = _on_batches(opened, settings)
-        found, layers, said = updates[0], *pooled_batches([one.layers for one in updates])
+        found, (layers, said) = updates[0], pooled_batches([one.layers for one in updates])
+        said += [note for one in updates for note in one.notes]
     else:
         values = {}
         found, layers, said = _on_probes(opened, settings)
-    notes = [*opened.said, *sentences, *said, *found.notes]
+    notes = [*opened.said, *sentences, *said]
     cells = {name: cell for name, cell in found.cells.items() if name in layers}
     told = tuple(Note(0, "warning", text) for text in dict.fromkeys(notes))
     return Probe(0, values, layers, notes=told), cells
@@ -201,17 +198,18 @@ def _on_batches(
     for _ in range(2):
         measured = [_on_batch(opened.model, one, settings, span) for one in settings.batches]
         values, updates = [one[0] for one in measured], [one[1] for one in measured]
-        over = _gain_steps(updates)
-        if len(over) < 2:
+        layers = dict.fromkeys(name for one in updates for name in one.layers)
+        fewest = steps_in_common({name: _gain_steps(name, updates) for name in layers})
+        if fewest is None:
             break
-        span = min(over)  # of batches of several lengths: what all of them have
+        span = fewest
     names = dict.fromkeys(name for one in values for name in one)
     return {name: statistics.fmean(one[name] for one in values) for name in names}, updates
 
 
-def _gain_steps(updates: list[MeasuredUpdate]) -> set[int]:
-    steps = [one.values.get("gain_steps", math.nan) for up in updates for one in up.layers.values()]
-    return {int(one) for one in steps if math.isfinite(one) and one > 0}
+def _gain_steps(layer: str, updates: list[MeasuredUpdate]) -> list[float]:
+    found = [one.layers[layer] for one in updates if layer in one.layers]
+    return [one.values.get("gain_steps", math.nan) for one in found]
 
 
 def _on_batch(
@@ -228,22 +226,11 @@ def _on_batch(
 
     with random_numbers_kept(devices=None):
         torch.manual_seed(settings.seed)
-        recording = recorded_pass(model, batch, _loss_settings(settings, told))
+        recording = recorded_pass(model, batch, loss_settings(settings.loss, settings.output, told))
     found = measure(recording, settings.preset, span)
     for name, layer in found.layers.items():
         layer.values["grad_norm"] = norms[0].of_layer(name) if norms else math.nan
     return values, found
-
-
-def _loss_settings(settings: SweepSettings, told: Callable[[Tensor], None]) -> LossSettings:
-    """The loss: one of gradflow's by its name, or one of the user's own."""
-    loss: Any = settings.loss
-    if callable(loss):
-        return LossSettings(loss=loss, output=settings.output, guard=True, told=told)
-    if loss is None or ":" not in loss:
-        return LossSettings(loss_name=loss, output=settings.output, guard=True, told=told)
-    own = loading.build_loss(loss)
-    return LossSettings(loss=own, reads_part=True, output=settings.output, guard=True, told=told)
 
 
 def _on_probes(

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gradflow.history import Note, Row, Source, join_rows, row_facts
-from gradflow.sweeping.checkpoints import natural
+from gradflow.loading import natural
 from gradflow.sweeping.result_files import Entry
-
-UNNUMBERED = "place in the order of names"  # the training step of a checkpoint that says none
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def _numbered(known: Sequence[_Known]) -> list[_Known]:
     for one in known:
         counts[one.entry.run] += 1
         if one.step is None:
-            one = replace(one, step=counts[one.entry.run], step_from=UNNUMBERED)
+            one = replace(one, step=counts[one.entry.run], step_from="place in the order of names")
         found.append(one)
     return found
 

@@ -20,7 +20,8 @@ from gradflow._version import __version__
 from gradflow.errors import FileError, InputError, must_be
 from gradflow.history import History
 from gradflow.limits import SWEEP_CHANGES
-from gradflow.sweeping.checkpoints import Checkpoint, checkpoints, files_of
+from gradflow.passes import check_options
+from gradflow.sweeping.checkpoints import Checkpoint, checkpoints
 from gradflow.sweeping.engines import Engine, InProcess, Running, dask, of_caller, spawned
 from gradflow.sweeping.one_checkpoint import (
     VERSIONS,
@@ -97,14 +98,8 @@ def sweep(
     settings = SweepSettings(
         spec=model, batches=batches_of(batch), loss=loss, preset=preset, trust=trust
     )
-    request = SweepRequest(
-        checkpoints=checkpoints(paths_or_models),
-        settings=settings,
-        folder=None if folder is None else Path(folder),
-        resume=resume,
-        executor=executor,
-    )
-    return run_sweep(request)
+    place, found = None if folder is None else Path(folder), checkpoints(paths_or_models)
+    return run_sweep(SweepRequest(found, settings, place, resume=resume, executor=executor))
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ def sweep_request(
     paths: Sequence[str],
     folder: Path | None,
     *,
-    input: str | None = None,
+    input: str | os.PathLike[str] | None = None,
     seq_len: int | None = None,
     batch: int | None = None,
     shard: tuple[int, int] = (1, 1),
@@ -150,21 +145,7 @@ def sweep_request(
     target: Path | None = None,
     **settings: Any,
 ) -> SweepRequest:
-    """What `gradflow sweep` was asked for.
-
-    Args:
-        paths: of checkpoints, or patterns.
-        folder: for the results; None: they are not kept.
-        input: of the batches.
-        seq_len: T of a probe.
-        batch: B of a probe.
-        shard: which of how many.
-        resume: go on with what is there.
-        force: throw away what is there.
-        jobs: processes.
-        dask: address of a scheduler.
-        target: of the batch, in a file of its own.
-        settings: the others of `SweepSettings`.
+    """What `gradflow sweep` was asked for; ``settings`` are the others of `SweepSettings`.
 
     Raises:
         InputError: options do not go together.
@@ -172,16 +153,8 @@ def sweep_request(
     """
     if not paths:
         raise InputError("sweep needs checkpoints, got none; type: gradflow sweep 'runs/**/*.pt'")
-    if input is not None and (seq_len is not None or batch is not None):
-        option = "--seq-len" if seq_len is not None else "--batch"
-        raise InputError(
-            f"{option} is the size of a probe and has no effect with --input; leave it out"
-        )
-    for option in ("loss", "output", "train"):
-        if input is None and settings.get(option) is not None:
-            raise InputError(f"--{option} needs a batch to run the models on; give --input as well")
-    if input is None and target is not None:
-        raise InputError("--target needs a batch to run the models on; give --input as well")
+    of_batch = {name: settings.get(name) for name in ("loss", "output", "train")}
+    check_options(input, seq_len=seq_len, batch=batch, target=target, **of_batch)
     if dask is not None and jobs is not None and dask != "local":
         raise InputError("--jobs is for this machine, and --dask has its own workers; leave it out")
     if resume and force:
@@ -189,15 +162,8 @@ def sweep_request(
     whole = SweepSettings(batches=batches_of(input, target), target=target, **settings)
     whole = replace(whole, probe_steps=seq_len or 100, probe_batch=batch or 16)
     return SweepRequest(
-        checkpoints=checkpoints(list(paths)),
-        settings=whole,
-        folder=folder,
-        resume=resume,
-        force=force,
-        shard=shard,
-        dask=dask,
-        jobs=jobs,
-    )
+        checkpoints(list(paths)), whole, folder, resume=resume, force=force, shard=shard, dask=dask, jobs=jobs
+    )  # fmt: skip
 
 
 def batches_of(given: object, target: Path | None = None) -> tuple[Path | loading.Batch, ...]:
@@ -216,14 +182,7 @@ def batches_of(given: object, target: Path | None = None) -> tuple[Path | loadin
     if isinstance(given, loading.Batch):
         return (given,)
     if isinstance(given, str | os.PathLike):
-        found = files_of(os.fspath(given), loading.SUFFIXES)
-        if not found:
-            raise FileError(f"no batch matches {os.fspath(given)!r}; check the path")
-        if target is not None and len(found) > 1:
-            raise InputError(
-                f"--target is for one batch, got {len(found)}; save each batch with its target"
-            )
-        return tuple(found)
+        return tuple(loading.batch_files(given, target))
     several = (
         isinstance(given, list) and given and not all(isinstance(one, Tensor) for one in given)
     )

@@ -113,12 +113,15 @@ def watch(
     >>> history.steps.tolist(), history["l0"]["verdict"].values.tolist()
     ([1, 3], ['vanishing', 'vanishing'])
     """
-    made = Watch()
+    made, processes = Watch(), None
     try:
+        processes = AllProcesses(gather)
         asked = checked(model, folder, optimizer, every, budget, preset, layers, lengths, scaler)
-        begun = read_rules(on), targets_of(to), AllProcesses(gather)
+        begun = read_rules(on), targets_of(to), processes
         made._begin(model, asked, *begun, resume=resume, force=force)
     except GradflowError as error:
+        if processes is not None:
+            processes.leave(f"does not watch: {error}")
         warn(f"{error}; this training is not watched", stacklevel=2)
     return made
 
@@ -196,7 +199,7 @@ class Watch:
         self._hooks = Hooks(self, model, asked.optimizer)
         self._on = True
         _watched[model] = self
-        self._finalizer = weakref.finalize(self, _ended, self._writer, targets)
+        self._finalizer = weakref.finalize(self, _ended, self._writer, targets, processes)
         if self._writer is None:
             return
         if self._done:
@@ -599,10 +602,9 @@ class Watch:
         except Exception as error:  # noqa: BLE001  the user's own code, which must not end the training
             some.remove(target)
             name = getattr(target, "__name__", type(target).__name__)
-            warn(
-                f"{name}, given to gradflow.watch, raised {briefly(error)}; it is left out from now on",
-                stacklevel=7,
-            )
+            said = f"{name}, given to gradflow.watch, raised {briefly(error)}"
+            said = str(error) if isinstance(error, InputError) else said
+            warn(f"{said}; it is left out from now on", stacklevel=7)
 
     def _failed(self, why: str) -> None:
         if why not in self._said:
@@ -618,6 +620,9 @@ class Watch:
 
     def _stop(self, why: str) -> None:
         if self._on:
+            if self._writer is not None:
+                with contextlib.suppress(OSError):  # that is perhaps why
+                    self._writer.note(Note(self._done + 1, "failed", f"the watching ended: {why}"))
             self._leave()
             warn(
                 f"gradflow.watch ends at step {self._done + 1}: {why}; the training goes on",
@@ -718,8 +723,9 @@ class Watch:
         return f"Watch into {self._folder}, {state}, {self._done} updates so far"
 
 
-def _ended(writer: Writer | None, targets: list[Target]) -> None:
+def _ended(writer: Writer | None, targets: list[Target], processes: AllProcesses) -> None:
     """The watching is over, by `close` or with the process."""
+    processes.leave("has ended its watch, which gather=True needs in every process")
     if writer is not None:
         writer.close()
     for target in targets:

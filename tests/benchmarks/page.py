@@ -13,7 +13,8 @@ from seam import DIRECT, INK, SOFT, VERDICT_COLOURS, Picture, look, png
 
 Found = dict[str, Any]
 TEMPLATE = Path(__file__).with_name("page.html")
-ON_THE_PAGE_ONLY = ("sketch, ", "peak above", "S = 512", "import gradflow")
+ON_THE_PAGE_ONLY = ("sketch, ", "peak above", "S = 512", "import gradflow", "memory of the ",
+                    "one process against two", "the history of a sweep")  # fmt: skip
 # the beginning of a goal -> what bounds it, by profiles of the very cases that are measured
 BOUNDS = {
     "recorded step": "the scan back over time is a Python loop: every step is a dozen small operations, "

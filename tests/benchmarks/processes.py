@@ -1,4 +1,4 @@
-"""Whole processes: starting Python, `gradflow --help`, `import gradflow`, a whole analysis."""
+"""Whole processes: starting Python, `gradflow --help`, `import gradflow`, a whole analysis, a sweep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.rows import Row
-from benchmarks.timing import seconds
+import gradflow
+from benchmarks.rows import Row, ratio_row
+from benchmarks.timing import in_pairs, seconds
+from gradflow.sweeping import run_sweep, sweep_request
 
 STARTS = (
     ("gradflow --help", ("-m", "gradflow", "--help"), 0.25),
@@ -43,6 +46,7 @@ def measure(*, quick: bool = False) -> Iterator[Row]:
     if not quick:
         yield whole_analysis()
         yield page_over_torch()
+    yield from sweeps(quick=quick)
 
 
 def whole_analysis() -> Row:
@@ -85,3 +89,86 @@ def spent(*arguments: str, folder: str) -> float:
     return (
         after.children_user + after.children_system - before.children_user - before.children_system
     )
+
+
+def write_checkpoints(folder: Path, count: int, layers: int) -> dict[str, str]:
+    """So many checkpoints of eight runs, all of other weights, and a batch; how a sweep asks for them."""
+    for number in range(count):
+        torch.manual_seed(number)
+        place = folder / "runs" / f"seed={number % 8}"
+        place.mkdir(parents=True, exist_ok=True)
+        state = {"state_dict": nn.LSTM(3, 16, layers).state_dict(), "global_step": number // 8}
+        torch.save(state, place / f"{number // 8}.pt")
+    torch.save({"input": torch.randn(50, 8, 3)}, folder / "batch.pt")
+    return {"spec": f"torch.nn:LSTM(3, 16, {layers})", "input": str(folder / "batch.pt")}
+
+
+def sweeps(*, quick: bool) -> Iterator[Row]:
+    """What a checkpoint of a sweep costs in time and memory, and what a second process brings."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        count, layers = (8, 2) if quick else (1000, 12)
+        asked = write_checkpoints(folder, count, layers)
+        case = {"checkpoints": count, "layers": layers, "T": 50, "B": 8}
+        runs = str(folder / "runs")
+        yield from large_sweep(folder, ["--model", asked["spec"], "--input", asked["input"]], case)
+        few = str(Path(runs) / ("seed=0" if quick else "seed=[0-3]")) + "/*.pt"
+
+        def swept(jobs: int) -> None:
+            run_sweep(sweep_request([few], None, jobs=jobs, **asked))
+
+        pairs = 1 if quick else 3
+        ratio = in_pairs(lambda: swept(1), lambda: swept(2), pairs=pairs, warm_up=False)
+        case |= {"checkpoints": count // 8 if quick else count // 2}
+        goal = {} if quick else {"least": 1.7}
+        yield ratio_row("sweeps", "one process against two, with their starts", ratio, case, **goal)
+
+
+def large_sweep(folder: Path, options: list[str], case: dict[str, int]) -> Iterator[Row]:
+    """A sweep by one process beside the one that hands out: time a row, memory as it goes on, opening."""
+    command = [sys.executable, "-m", "gradflow", "sweep", str(folder / "runs"), *options]
+    began = time.perf_counter()
+    held: list[tuple[int, float, float]] = []  # results, MiB of the parent, MiB of its process
+    with subprocess.Popen([*command, "--jobs", "1", "-q", "-o", str(folder / "swept")],
+                          stdout=subprocess.DEVNULL) as process:  # fmt: skip
+        while process.poll() is None:
+            done = sum(1 for _ in (folder / "swept" / "results").glob("*.jsonl"))
+            if 0 < done < case["checkpoints"]:
+                both = [
+                    resident(process.pid),
+                    max(map(resident, children(process.pid)), default=0.0),
+                ]
+                held.append((done, both[0], both[1]))
+            time.sleep(0.5)
+    spent = time.perf_counter() - began
+    what = "a checkpoint of a sweep by one process, its start and its page included"
+    yield Row("sweeps", what, spent / case["checkpoints"], "s", case, note=f"{spent:.0f} s in all")
+    for place, who in ((1, "the process that hands out"), (2, "the one that measures")):
+        early, late = (
+            [one[place] for one in held if low <= one[0] / case["checkpoints"] < high]
+            for low, high in ((0.1, 0.3), (0.9, 1.0))
+        )
+        if early and late:
+            note = (
+                f"{max(early):.0f} MiB at a tenth to three tenths, {max(late):.0f} MiB at the end"
+            )
+            ratio = max(late) / max(early)
+            yield Row("sweeps", f"memory of {who}, at the end against early on", ratio, "×", case,
+                      most=1.1, note=note)  # fmt: skip
+    opened = seconds(lambda: gradflow.load(folder / "swept").data)
+    yield Row("sweeps", "the history of a sweep opened", opened, "s", case, most=5.0)
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process started."""
+    listed = Path(f"/proc/{process}/task/{process}/children")
+    return [int(one) for one in listed.read_text().split()] if listed.exists() else []
+
+
+def resident(process: int) -> float:
+    """MiB of memory that a process holds now; 0 where the system does not tell, or it is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)

@@ -291,7 +291,8 @@ def test_lightning_loggers_get_the_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_transformers(accumulate: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=["single", "bf16"])
+def test_transformers(half: torch.dtype | None, accumulate: int, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -310,7 +311,7 @@ def test_transformers(accumulate: int, tmp_path: Path) -> None:
         output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=6 // accumulate,
         gradient_accumulation_steps=accumulate, max_grad_norm=0.2, report_to=["tensorboard"],
         use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True, optim="sgd",
-        learning_rate=0.1, lr_scheduler_type="constant",
+        learning_rate=0.1, lr_scheduler_type="constant", bf16=half is not None,
     )  # fmt: skip
     runner = transformers.Trainer(
         model=model,
@@ -324,7 +325,8 @@ def test_transformers(accumulate: int, tmp_path: Path) -> None:
     assert isinstance(history, gradflow.History)
     assert history.layers == ("rnn.l0",)
     assert history.ended
-    hold(history, 6 // accumulate, accumulate, 0.2)
+    hold(history, 6 // accumulate, accumulate, 0.2, half)
+    assert (history.data["scale"] == 1).all()
     events = EventAccumulator(str(tmp_path / "runs" / "gradflow"))
     events.Reload()
     steps = [one.step for one in events.Scalars("gradflow/rnn.l0/rate")]

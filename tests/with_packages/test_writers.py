@@ -69,6 +69,21 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert (series.value, series.lower, series.upper) == tuple(list(SHOWN)[:3])
 
 
+def test_tensorboard_that_was_closed_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(tmp_path))
+    target = writer_for(writer)
+    writer.close()
+    for late in (lambda: target(1, SCALARS, {}), lambda: writer_for(writer)):
+        with pytest.raises(
+            gradflow.GradflowError, match="to must be an open SummaryWriter, got one"
+        ):
+            late()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_tensorboard_lays_out_a_new_layer_too(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter

@@ -178,6 +178,8 @@ def _rate(e: Evidence) -> str:
 
 
 def _sequences(e: Evidence) -> str:
+    if e.batches:
+        return f"{len(e.batches)} batches"
     if e.track.batch == 1:
         return "one sequence"
     voting = int(e.sequence_gains.voting.sum())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradflow.cells import CELLS
+from gradflow.hooks.ancestry import class_of
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.marks import LastMark
@@ -109,7 +110,7 @@ def is_plain(cell: Candidate) -> bool:
 
 def cell_name(module: nn.Module) -> str:
     """The class name; with its module where it is that of one of torch's own cells."""
-    kind = type(module)
+    kind = class_of(module)
     taken = {*CELLS, *(spec.kind for spec in CELLS.values()), "tap"}
     return f"{kind.__module__}.{kind.__name__}" if kind.__name__ in taken else kind.__name__
 

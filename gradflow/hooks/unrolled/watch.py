@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import takewhile
 from types import FrameType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks.ancestry import clean
+from gradflow.hooks.ancestry import class_of, clean
 from gradflow.hooks.graph import Edge, edge_of
 from gradflow.hooks.marks import MarkOwner, Marks, newest
 from gradflow.hooks.mistakes import something_is_compiled
@@ -30,8 +31,10 @@ from gradflow.hooks.unrolled.weights import (
     computed_chains,
     frozen,
     frozen_chains,
+    given_back,
     in_attributes,
     origin,
+    when_whole,
 )
 from gradflow.hooks.unrolled.whole_graph import TooLarge, Unrolled
 from gradflow.limits import CALLER_FRAMES, OPEN_PIECES
@@ -74,6 +77,16 @@ class Watch:
         self.held = Held()
         self.pieces: dict[tuple[str, ...], list[Piece]] = {}  # names of weights -> loops over them
         self.unseen: dict[tuple[str, ...], Unseen] = {}
+        self.whole: dict[int, Tensor] = {}  # weights of FSDP2 while a forward runs, by id
+
+    def listen(self, failed: Callable[[str], object]) -> list[RemovableHandle]:
+        """Learn the names of weights that stand in for the model's parameters; gives the hooks."""
+
+        def note(name: str, weight: Tensor) -> None:
+            self.whole[id(weight)] = weight
+            self.names[id(weight)] = clean(name)
+
+        return [] if something_is_compiled() else when_whole(self.modules, failed, note)
 
     def saw_stock(self, given: Iterable[Tensor], results: Iterable[Tensor]) -> None:
         """A recurrent function of torch's own ran: its inside is stepped over."""
@@ -177,6 +190,7 @@ class Watch:
         self.given.clear()
         self.held.clear()
         self.pieces.clear()
+        self.whole.clear()
 
     # -- one recurrence ----------------------------------------------------------------------
 
@@ -251,7 +265,13 @@ class Watch:
         if foreign:
             raise NoState(foreign)
         uses = {place for chain in found.chains for place in chain.depth}
-        if any(graph.numbers[place] in self.walked for place in uses):
+        numbers = [graph.numbers[place] for place in uses]
+        if given_back(graph, min(numbers), max(numbers)):
+            raise NoState(
+                "fully_shard gave its weights back after its forward, and its steps are read right "
+                "before the backward; with reshard_after_forward=False it keeps them"
+            )
+        if any(number in self.walked for number in numbers):
             raise NoState("an earlier backward went through it that was not recorded")
         taken = {p: 0 for p, number in enumerate(graph.numbers) if number in self.taken_before}
         if any(since < FAR for place, since in enumerate(earliest(graph, taken)) if place in uses):
@@ -344,7 +364,7 @@ class Watch:
 
     def _is_users(self, path: str) -> bool:
         module = self.modules.get(path)
-        return module is not None and not type(module).__module__.startswith(sources.TORCH_CODE)
+        return module is not None and not class_of(module).__module__.startswith(sources.TORCH_CODE)
 
 
 def _common(names: list[str]) -> list[str]:

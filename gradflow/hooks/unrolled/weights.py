@@ -1,19 +1,28 @@
-"""Weights that are no trained parameters: frozen, plain tensors of modules, computed from parameters."""
+"""Weights that are no trained parameters: frozen, plain tensors of modules, computed from parameters.
+
+And those that stand in for them: while a forward of FSDP2 runs, whole weights in place of the parts.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from gradflow.distributed import is_shared_out
+from gradflow.hooks.ancestry import fsdp_class
+from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.saved_tensors import saved_by
 from gradflow.hooks.unreadable import has_no_numbers
 from gradflow.hooks.unrolled.chains import (
     PRODUCTS,
+    SAME,
     Uses,
     WeightChain,
     chains_of,
@@ -25,6 +34,56 @@ from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import LINK_NODES, RECURRENCE_USES
 
 HANDED_ON = frozenset(("T", "Transpose", "Permute", "Expand", "View", "ReshapeAlias", "Unsqueeze"))
+
+
+def when_whole(
+    modules: Mapping[str, nn.Module],
+    failed: Callable[[str], object],
+    note: Callable[[str, nn.Parameter], object],
+) -> list[RemovableHandle]:
+    """Tell of the whole weights that FSDP2 uses instead of a module's parameters, at each forward.
+
+    Args:
+        modules: of the model, by path.
+        failed: told why, where they cannot be looked at.
+        note: told of each, with the name of the parameter that it stands in for.
+    """
+
+    def put_together(path: str, module: nn.Module, args: object) -> None:
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if not is_shared_out(parameter):
+                note(f"{path}.{name}" if path else name, parameter)
+
+    kind = fsdp_class() or ()
+    return [
+        module.register_forward_pre_hook(
+            Hook(Point.ENTERED, failed, functools.partial(put_together, path))
+        )
+        for path, module in modules.items()
+        if isinstance(module, kind)
+    ]
+
+
+def given_back(graph: Unrolled, first: int, last: int) -> bool:
+    """Whether weights without any memory are used by a node of these numbers: FSDP2 took it back."""
+    empty = {
+        place
+        for place, node in enumerate(graph.nodes)
+        if graph.is_leaf(place) and _has_no_memory(getattr(node, "variable", None))
+    }
+    for place, inputs in enumerate(graph.inputs if empty else ()):
+        if any(child in empty for child, _ in inputs):
+            if first <= graph.numbers[place] <= last:
+                return True
+            if graph.kind(place) in SAME:
+                empty.add(place)
+    return False
+
+
+def _has_no_memory(tensor: Tensor | None) -> bool:
+    if tensor is None or not tensor.numel() or has_no_numbers(tensor):
+        return False
+    return tensor.layout == torch.strided and tensor.untyped_storage().nbytes() == 0
 
 
 def in_attributes(modules: Mapping[str, nn.Module]) -> dict[int, str]:

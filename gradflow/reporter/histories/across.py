@@ -37,6 +37,12 @@ class Shared:
     lags: float  # the largest step back from the loss
     courses: tuple[Course, ...]  # all that are drawn
 
+    @property
+    def counted_in(self) -> str:
+        """What the training steps of all count; of several kinds no more than that they are steps."""
+        found = {one.counted_in for one in self.courses}
+        return found.pop() if len(found) == 1 else "training step"
+
     def limits(self, what: str) -> tuple[float, float]:
         """Of an axis: "loss", "rate" as they are; "horizon", "norm" as log10."""
         if what == "loss":
@@ -219,7 +225,11 @@ def step_axis(ax: Axes, shared: Shared, *, label: bool) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: updates(value)))
     ax.tick_params(labelbottom=label)
     if label:
-        ax.set_xlabel("training step (updates)", labelpad=2)
+        words = {
+            "update": "training step (updates)",
+            "checkpoint": "checkpoint, in the order of names",
+        }
+        ax.set_xlabel(words.get(shared.counted_in, shared.counted_in), labelpad=2)
 
 
 def change_lines(ax: Axes, course: Course) -> None:

@@ -27,7 +27,7 @@ class Course:
     run: str  # the history's name where several are shown, else ""
     layer: str  # its name
     cell: str  # kind of cell
-    step: np.ndarray  # (N,) training step of every probe, in updates, rising
+    step: np.ndarray  # (N,) training step of every probe, rising
     verdict: np.ndarray  # (N,) a word, "" without one
     numbers: dict[str, np.ndarray]  # name of `OF_LAYER` or `OF_STEP` -> (N,)
     lag: np.ndarray  # (K,) steps back from the loss
@@ -38,6 +38,8 @@ class Course:
     gates: tuple[str, ...]  # names
     of_gate: dict[str, np.ndarray]  # name of a number -> (N, G)
     learning_rate: np.ndarray  # (N,) the largest of any group
+    counted_in: str  # what `step` counts: "update", "epoch", …
+    noun: str  # what a probe is: "probe" of a training, "checkpoint" of a sweep
 
     @property
     def name(self) -> str:
@@ -106,6 +108,8 @@ def course(history: History, layer: str, run: str = "", data: xr.Dataset | None 
         of_gate={name: one[name].values[:, known].astype(float) for name in
                  ("gate_mean", "gate_low", "gate_high", "gate_closed", "gate_open")},
         learning_rate=_largest(rates),
+        counted_in=history.counted_in,
+        noun="checkpoint" if history.swept else "probe",
     )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def history_summary(history: History, by: str = "seed") -> dict[str, Any]:
 
 
 def _layer(one: Now) -> dict[str, Any]:
-    numbers = {name: float(values[-1]) for name, values in one.course.numbers.items()}
+    numbers = {name: float(values[one.place]) for name, values in one.course.numbers.items()}
     reached = {
         name: {"value": numbers[name], "never": numbers[name] == float("inf")}
         for name in ("half_life", "horizon")
@@ -148,6 +148,7 @@ def _layer(one: Now) -> dict[str, Any]:
         "name": one.course.layer,
         "run": one.course.run,
         "cell": one.course.cell,
+        "step": int(one.course.step[one.place]),
         "verdict": one.verdict,
         "sentence": one.sentence,
         "rate": {

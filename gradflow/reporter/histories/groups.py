@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -141,6 +141,15 @@ def reach_words(reach: Rate) -> str:
     return f"{reach.value:.0f}{ends}"
 
 
+GROUP_COLUMNS: dict[str, Callable[[GroupRow], str]] = {  # heading -> what stands below it
+    "group": lambda row: row.group.said,
+    "layer": lambda row: row.group.layer,
+    "verdict at the\nlast checkpoint": lambda row: row.verdict_words,
+    "rate ± 95 %\nnats per step": lambda row: row.rate_words,
+    "steps reached\n[95 %]": lambda row: row.reach_words,
+}
+
+
 def rows_of(history: History, by: str = "seed") -> list[GroupRow]:
     """A row for every group and layer, the one that reaches least first.
 
@@ -204,10 +213,8 @@ def prepare(group: Sequence[RunGroup], shared: Shared) -> Lines:
     span = float(np.nanmax(spans)) if np.isfinite(spans).any() else math.nan
     levels = () if math.isnan(span) else ((math.log10(span), f"span {span:.0f}"),)
     panels = (
-        Panel("rate,\nnats per step", tuple(rates), shared.limits("rate"), ((0.0, ""),), high=1.7),
-        Panel(
-            "steps reached", tuple(reaches), shared.limits("horizon"), levels, steps=True, high=1.7
-        ),
+        _panel("rate,\nnats per step", rates, ((0.0, ""),), 0.02),
+        replace(_panel("steps reached", reaches, levels, 0.3), steps=True),
     )
     known = any(np.isfinite(curve.values).any() for panel in panels for curve in panel.curves)
     units = group[0].by
@@ -226,6 +233,29 @@ def prepare(group: Sequence[RunGroup], shared: Shared) -> Lines:
         panels=panels,
         changes=False,
     )
+
+
+def _panel(
+    what: str, curves: Sequence[Curve], levels: tuple[tuple[float, str], ...], least: float
+) -> Panel:
+    """A panel as high as what is drawn needs; a level that would leave half of it empty is left out.
+
+    Intervals of few runs are wide: at either end they get no more room than the curves themselves.
+    """
+    values, ends = (
+        np.concatenate([some[np.isfinite(some)] for some in every if some is not None] or [np.zeros(1)])
+        for every in ([one.values for one in curves],
+                      [end for one in curves for end in (one.low, one.high)])
+    )  # fmt: skip
+    values = values if len(values) else np.zeros(1)
+    low, high = float(values.min()), float(values.max())
+    room = max(high - low, least)
+    low = max(low - room, float(min([low, *ends])))
+    high = min(high + room, float(max([high, *ends])))
+    near = tuple(one for one in levels if low - room <= one[0] <= high + room)
+    low, high = min([low, *(at for at, _ in near)]), max([high, *(at for at, _ in near)])
+    margin = 0.08 * max(high - low, least)
+    return Panel(what, tuple(curves), (low - margin, high + margin), near, high=1.7)
 
 
 def _curves(group: RunGroup, values: object, colour: str) -> list[Curve]:
@@ -250,10 +280,19 @@ def _curves(group: RunGroup, values: object, colour: str) -> list[Curve]:
 def _message(groups: Sequence[RunGroup]) -> str:
     """How far each group reaches at the end, the farthest first."""
     rows = sorted((row_of(one) for one in groups), key=lambda row: -np.nan_to_num(row.reach.value))
-    last = max(int(one.step[-1]) for group in groups for one in group.runs)
     said = [" ".join(filter(None, [row.group.name, row.reach_words])) for row in rows[:3]]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
     counts = {len(one.runs) for one in groups}
     over = f", means of {count_words(max(counts), groups[0].by)}" if counts != {1} else ""
     over = over if len(counts) == 1 else over.replace("of ", "of up to ")
-    return f"steps reached at update {updates(last)}: {', '.join(said)}{more}{over}"
+    return f"steps reached at {_when(groups)}: {', '.join(said)}{more}{over}"
+
+
+def _when(groups: Sequence[RunGroup]) -> str:
+    """The training step of the last checkpoint that was measured, where it is that of all runs."""
+    runs = [one for group in groups for one in group.runs]
+    last = {int(one.step[at]) for one in runs if (at := _last(one)) is not None}
+    kinds = {one.counted_in for one in runs}
+    if len(last) == len(kinds) == 1:
+        return f"{kinds.pop()} {updates(last.pop())}"
+    return "the last checkpoint of each run"

@@ -17,7 +17,8 @@ STRIP_NAMES = 0.95  # inches for the names of the strips
 
 def _waterfall_specials(charts: Sequence[waterfall.Waterfall]) -> dict[str, str]:
     images = [(chart.values, chart.bad) for chart in charts]
-    return special_colours(images, "no such step, or no probe") | unwritten(charts)
+    none = f"no such step, or no {charts[0].course.noun}"
+    return special_colours(images, none) | unwritten(charts)
 
 
 def _curves(what: str, prepare: Callable[..., Any]) -> Kind:

@@ -123,7 +123,9 @@ def _rate_words(course: Course, rate: np.ndarray) -> str:
     best = [place for place in (top, low) if place not in known[[0, -1]]]
     best = [place for place in best if abs(rate[place] - rate[known]).min() == 0]
     if best and top == best[0]:
-        said += f", its highest {_rate(course, top)} at update {updates(course.step[top])}"
+        said += (
+            f", its highest {_rate(course, top)} at {course.counted_in} {updates(course.step[top])}"
+        )
     return said
 
 
@@ -194,7 +196,7 @@ def prepare_gates(course: Course, shared: Shared, *, first: bool = True) -> Line
         )
     note = "" if panels else "No gate was measured: this layer has none, or none that is known."
     return _lines(course, shared, note, _gate_words(course), tuple(panels),
-                  "Averages over units, steps and sequences of each probe.")  # fmt: skip
+                  f"Averages over units, steps and sequences of each {course.noun}.")  # fmt: skip
 
 
 def _gate_words(course: Course) -> str:
@@ -238,7 +240,7 @@ def _norm_words(course: Course) -> str:
     top = int(known[norm[known].argmax()])
     said = (
         f"the gradient's norm was {number_words(float(np.median(norm[known])))} in the median, at most "
-        f"{number_words(float(norm[top]))} at update {updates(course.step[top])}"
+        f"{number_words(float(norm[top]))} at {course.counted_in} {updates(course.step[top])}"
     )
     told = ~np.isnan(clipped)
     if (clipped == 1).any():

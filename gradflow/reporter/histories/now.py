@@ -20,6 +20,7 @@ class Now:
     """One layer at the last probe that measured it."""
 
     course: Course  # its whole training
+    place: int  # of that probe
     verdict: str  # "" without one
     sentence: str  # what happened to it
     rate: str  # nats per step, with its interval, in words
@@ -43,6 +44,7 @@ def now(course: Course) -> Now:
         reached = f"reaches {far_words(course, way.last, float(way.steps[way.last]))}"
     return Now(
         course=course,
+        place=place,
         verdict=str(course.verdict[place]),
         sentence=sentence(course),
         rate=rate_words(rate) if told else "not settled",

@@ -90,10 +90,12 @@ def history_page(
         undrawn=max(0, len(layers) - DRAWN_LAYERS),
         groups=groups,
         swept=history.swept,
+        counted_in=history.counted_in,
+        noun=layers[0].course.noun,
         first=next(key for key in heads if key in pictures or key == heads[-1]),
         second=("waterfall", "top") if ("groups", "top") in pictures else None,
-        head=[_note(note, history.swept) for note in head],
-        notes=[_note(note, history.swept) for note in notes[-NOTES:]],
+        head=[_note(note, history) for note in head],
+        notes=[_note(note, history) for note in notes[-NOTES:]],
         unsaid=max(0, len(notes) - NOTES),
         kinds=list(TITLES.items()),
         gone=GONE_WORDS,
@@ -142,10 +144,10 @@ def _embed(
     return shown, left_out
 
 
-def _note(note: Note, swept: bool) -> tuple[str, str, str]:
+def _note(note: Note, history: History) -> tuple[str, str, str]:
     """When, of what, and the sentence."""
-    start = note.about if swept else "at the start"
-    when = f"update {updates(note.step)}" if note.step else start
+    start = note.about if history.swept else "at the start"
+    when = f"{history.counted_in} {updates(note.step)}" if note.step else start
     return when, note.about, note.text
 
 
@@ -157,7 +159,10 @@ def extent_words(history: History) -> str:
     if history.swept:
         found = count_words(len(steps), "checkpoint")
         runs = f" of {count_words(len(history.runs), 'run')}" if len(history.runs) > 1 else ""
-        return f"{found}{runs}, updates {updates(steps.min())} to {updates(steps.max())}"
+        ends = [updates(end) for end in (steps.min(), steps.max())]
+        where = f"s {ends[0]} to {ends[1]}" if ends[0] != ends[1] else f" {ends[0]}"
+        named = f", {history.counted_in}{where}" if history.counted_in != "checkpoint" else ""
+        return f"{found}{runs}{named}"
     if len(steps) == 1:
         return f"1 probe, at update {updates(steps[0])}"
     return f"{len(steps):,} probes, updates {updates(steps.min())} to {updates(steps.max())}"

@@ -1,7 +1,8 @@
 """What happened to a layer during a training, in one sentence: what was reached, when, and when lost.
 
-Every number in it is one of a probe, and every update is the one at which a probe saw it: what happened
-between two probes is not known. That one thing came after another says nothing of causes.
+Every number in it is one of a probe, or of a saved checkpoint, and every update is the one at which it was
+seen: what happened between two of them is not known. That one thing came after another tells no
+causes.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def title(course: Course) -> str:
 
 
 def _joined(parts: list[str], course: Course) -> str:
-    probes = count_words(len(course.step), "probe")
+    probes = count_words(len(course.step), course.noun)
     return "; ".join(part for part in parts if part) or f"was not measured in {probes}"
 
 
@@ -129,7 +130,7 @@ def _reached(course: Course, *, short: bool = False) -> str:
     places = (way.first, way.best if way.learned else _top(way), way.last)
     far = [far_words(course, place, way.steps[place]) for place in places]
     if way.learned:
-        said = f"learned to reach {far[1]} by update {updates(course.step[way.best])}"
+        said = f"learned to reach {far[1]} by {course.counted_in} {_at(course, way.best)}"
         if way.lost:
             said += f", {far[2]} at the end" if short else f" and reached {far[2]} at the end"
     elif way.lost:
@@ -168,18 +169,18 @@ def _judged(course: Course, *, short: bool = False) -> str:
     if len(told) == 1:
         count = int((course.verdict == told[0].verdict).sum())
         known = int((course.verdict != "").sum())
-        where = "throughout" if count == known else f"at {count} of {known} probes"
+        where = "throughout" if count == known else f"at {count} of {known} {course.noun}s"
         return f"{told[0].verdict} {where}{_but_now(course, told[0].verdict)}"
     last = told[-1]
     again = "again " if last.verdict in [run.verdict for run in told[:-2]] else ""
-    since = f"since update {_at(course, last.start)}{_but_for(course, last)}"
+    since = f"since {course.counted_in} {_at(course, last.start)}{_but_for(course, last)}"
     end = f"{last.verdict} {again}{since}{_after_clipping(course, last)}"
     end += _but_now(course, last.verdict)
     if short:
         return end
     if len(told) > TOLD:
         return f"{len(told) - 1} changes of its verdict, {end}"
-    said = [f"{told[0].verdict} up to update {_at(course, told[0].stop - 1)}"]
+    said = [f"{told[0].verdict} up to {course.counted_in} {_at(course, told[0].stop - 1)}"]
     for run in told[1:-1]:
         first, stop = _at(course, run.start), _at(course, run.stop - 1)
         said.append(f"{run.verdict} from {first} to {stop}" if first != stop
@@ -192,13 +193,13 @@ def _but_for(course: Course, run: VerdictRun) -> str:
     here = course.verdict[run.start : run.stop]
     known = here[here != ""]
     others = int((known != run.verdict).sum()) - bool(_but_now(course, run.verdict))
-    return f" (but for {others} of {len(known)} probes)" if others > 0 else ""
+    return f" (but for {others} of {len(known)} {course.noun}s)" if others > 0 else ""
 
 
 def _but_now(course: Course, verdict: str) -> str:
     """The verdict of the last probe, where it is another one that has not lasted yet."""
     known = course.verdict[course.verdict != ""]
-    return f", {known[-1]} at the last probe" if known[-1] != verdict else ""
+    return f", {known[-1]} at the last {course.noun}" if known[-1] != verdict else ""
 
 
 def _between(runs: list[VerdictRun], place: int) -> bool:
@@ -245,5 +246,7 @@ def _broken(course: Course) -> str:
         return ""
     at = course.numbers["nonfinite_at"][places[0]]
     where = "" if math.isnan(at) else f", time step {at:.0f}"
-    more = f", at {count_words(len(places), 'probe')}" if len(places) > 1 else ""
-    return f"NaN or Inf first seen at update {_at(course, int(places[0]))}{where}{more}"
+    more = f", at {count_words(len(places), course.noun)}" if len(places) > 1 else ""
+    return (
+        f"NaN or Inf first seen at {course.counted_in} {_at(course, int(places[0]))}{where}{more}"
+    )

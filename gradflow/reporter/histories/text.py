@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gradflow.history import History
 from gradflow.reporter.histories.course import course, courses
-from gradflow.reporter.histories.groups import GroupRow, rows_of
+from gradflow.reporter.histories.groups import GROUP_COLUMNS, GroupRow, rows_of
 from gradflow.reporter.histories.now import Now, now, worst_first
 from gradflow.reporter.histories.page import extent_words
 from gradflow.reporter.text import STYLES, console_of, empty_table, encoded, print_words
@@ -75,7 +75,11 @@ def render_history(
     if shown:
         print_words(console, Text(""))
     for note in shown:
-        print_words(console, Text(f"update {note.step:,}: {note.text}", style="yellow"), hang=6)
+        print_words(
+            console,
+            Text(f"{history.counted_in} {note.step:,}: {note.text}", style="yellow"),
+            hang=6,
+        )
 
 
 def render_histories(
@@ -88,10 +92,7 @@ def render_histories(
         for name, history in runs.items()
         for layer in history.layers
     ]
-    console.print(now_table(layers, console))
-    print_words(console, Text(""))
-    for sentence in sentences:
-        print_words(console, Text(sentence), hang=2)
+    _tell(now_table(layers, console), sentences, console)
 
 
 def render_groups(
@@ -99,7 +100,11 @@ def render_groups(
 ) -> None:
     """Print the groups of sweeps in one table, and what differs between them."""
     console = console or console_of()
-    console.print(group_table(rows, console))
+    _tell(group_table(rows, console), sentences, console)
+
+
+def _tell(table: Table, sentences: Sequence[str], console: Console) -> None:
+    console.print(table)
     print_words(console, Text(""))
     for sentence in sentences:
         print_words(console, Text(sentence), hang=2)
@@ -108,17 +113,10 @@ def render_groups(
 def group_table(rows: Sequence[GroupRow], console: Console) -> Table:
     """A row per group of runs, the one that reaches least first."""
     table = empty_table(console)
-    for heading in ("group", "layer", "verdict", "rate ± 95 %\nper step", "steps reached\n[95 %]"):
+    for heading in GROUP_COLUMNS:
         table.add_column(encoded(Text(heading), console), overflow="fold")
     for row in rows:
-        cells = [
-            row.group.said,
-            row.group.layer,
-            row.verdict_words,
-            row.rate_words,
-            row.reach_words,
-        ]
-        texts = [Text(cell) for cell in cells]
+        texts = [Text(words(row)) for words in GROUP_COLUMNS.values()]
         texts[2].style = STYLES.get(row.verdict, "")
         table.add_row(*(encoded(text, console) for text in texts))
     return table

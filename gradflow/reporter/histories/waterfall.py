@@ -49,7 +49,7 @@ def prepare(course: Course, shared: Shared, *, first: bool = True) -> Waterfall:
     measured = ~np.isnan(course.profile).all(axis=1)
     note = ""
     if not (measured | course.bad).any():
-        note = "The gradient of the last loss step was not measured at any probe."
+        note = f"The gradient of the last loss step was not measured at any {course.noun}."
     grid = _grid(course, shared)
     image, bad = _image(grid, shared)
     pool = max(1, math.ceil(len(course.step) / DOTS_ACROSS))
@@ -88,7 +88,7 @@ def _grid(course: Course, shared: Shared) -> Grid:
     first, last = course.step[::pool], np.append(course.step[pool - 1 :: pool], course.step[-1])
     names = [updates(one) if pool == 1 else f"{updates(one)} to {updates(other)}"
              for one, other in zip(first, last, strict=False)]  # fmt: skip
-    when = f"update{'s' * (pool > 1)} {{x}}, {{y}} back from the loss"
+    when = f"{course.counted_in}{'s' * (pool > 1)} {{x}}, {{y}} back from the loss"
     median = ", median" * (pool > 1)
     return Grid(
         values=profile.T,
@@ -152,17 +152,17 @@ def _median(blocks: np.ndarray) -> np.ndarray:
 
 def _reading(course: Course, top: bool, pool: int, shared: Shared) -> str:
     words = (
-        "A column is one probe of the training: how much of the last loss step's gradient reaches the "
-        "state so many steps back, over its size at the loss; rows are even in the logarithm of the "
+        f"A column is one {course.noun} of the training: how much of the last loss step's gradient reaches "
+        "the state so many steps back, over its size at the loss; rows are even in the logarithm of the "
         "distance, and the gradient is gone where it is below "
         f"{GONE_WORDS} (the black line)."
     )
     if pool > 1:
-        words += f" Each column is the median of {pool} probes."
+        words += f" Each column is the median of {pool} {course.noun}s."
     if course.has_gains:
         words += " Sentence and verdict are of gains: the best direction may reach further than the loss's."
     if stretches(course.verdict)[1:]:
-        words += " Dotted: the verdict changed for at least three probes."
+        words += f" Dotted: the verdict changed for at least three {course.noun}s."
     return words
 
 
