@@ -216,7 +216,7 @@ def demo() -> None:
     \b
     gradflow demo
     """
-    from gradflow.demo.run import run_demo
+    from gradflow.demo import run_demo
 
     with Progress() as progress:
         text = run_demo(progress)

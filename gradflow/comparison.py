@@ -14,7 +14,7 @@ import pandas as pd
 
 from gradflow import reporter
 from gradflow.analysis import Analysis, LayerAnalysis
-from gradflow.analysis.intervals import welch
+from gradflow.analysis.results import welch
 from gradflow.errors import InputError, must_be
 from gradflow.limits import RATE_ROUNDING, ROUND_TELLS
 

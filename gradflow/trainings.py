@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from gradflow import reporter
-from gradflow.analysis.intervals import welch
+from gradflow.analysis.results import welch
 from gradflow.errors import InputError, must_be
 from gradflow.history import History
 from gradflow.reporter import Course, GroupRow, course, far_words, number_words, reach, updates

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from gradflow import loading
 from gradflow.analysis import Analysis, LayerAnalysis, checked_labels
 from gradflow.analyzer import analyze
-from gradflow.analyzer.agreement import agreed, agreed_by_votes, batches_words
+from gradflow.analyzer.agreement import agreed, agreed_by_votes, batches_words, votes
 from gradflow.analyzer.assemble import analyze_among
 from gradflow.analyzer.rates import Vote, steps_in_common
-from gradflow.analyzer.votes import votes
 from gradflow.cells import layer_names
 from gradflow.errors import FileError, InputError, collected_warnings, must_be
 from gradflow.history import History

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 import gradflow
-from gradflow.demo.task import AddingModel, adding_batch
+from gradflow.demo import AddingModel, adding_batch
 
 torch.set_num_threads(1)  # small layers: more threads only wait for each other
 _ = torch.manual_seed(0)

@@ -5,54 +5,64 @@ Everything else that a test uses is public: `gradflow` and the packages right be
 
 # ruff: noqa: F401
 
-from gradflow.analysis.intervals import welch
-from gradflow.analyzer.agreement import agreed, agreed_by_votes
-from gradflow.analyzer.blocks import Blocks
-from gradflow.analyzer.cellpath import log_diagonal_gains
-from gradflow.analyzer.constant import constant_exponents
+from gradflow.analysis.results import welch
+from gradflow.analyzer.agreement import agreed, agreed_by_votes, votes
+from gradflow.analyzer.blocks import Blocks, Sweep, log_dropped
+from gradflow.analyzer.causes.remedies import decades
 from gradflow.analyzer.contributions import Contributed, affordable, contributions
+from gradflow.analyzer.contributions import triangle as triangle_triangle
 from gradflow.analyzer.curve import lag_curve as curve_lag_curve
-from gradflow.analyzer.direction import log_loss_gains, loss_vectors
+from gradflow.analyzer.direction import log_diagonal_gains, log_loss_gains, loss_vectors
 from gradflow.analyzer.evidence import number
-from gradflow.analyzer.gains import SpanGains, collected, common_steps, span_windows
+from gradflow.analyzer.exponents import Growth, Leading, burn_in, log_growth
+from gradflow.analyzer.gains import (
+    Norms,
+    SpanGains,
+    Window,
+    collected,
+    common_steps,
+    log_norms,
+    span_windows,
+)
 from gradflow.analyzer.gains import crossing as gains_crossing
-from gradflow.analyzer.iteration import spectral_by_iteration
-from gradflow.analyzer.jacobians import DenseOperator, operator_of, step_jacobians
-from gradflow.analyzer.linear.logs import Logs, logs_of
-from gradflow.analyzer.linear.measure import measure_linear
+from gradflow.analyzer.jacobians import (
+    DenseOperator,
+    constant_exponents,
+    operator_of,
+    step_jacobians,
+)
+from gradflow.analyzer.linear_logs import Logs, logs_of
+from gradflow.analyzer.linear_measure import measure_linear
 from gradflow.analyzer.loss import masked_median
-from gradflow.analyzer.lyapunov import Growth, Leading, burn_in, log_growth
-from gradflow.analyzer.order import in_processing_order
+from gradflow.analyzer.norms import spectral_by_iteration
 from gradflow.analyzer.paths import PATHS, cell_paths, path_gains
 from gradflow.analyzer.products import log_gains
+from gradflow.analyzer.ranks import log_singular_along, survivors
 from gradflow.analyzer.rates import (
     Verdict,
     band,
     correlation_time,
     decays_as_power,
+    enough,
     judge,
+    mean_steps,
+    parted,
     quantile,
     rate_of_one,
     rate_over_sequences,
+    settled,
 )
 from gradflow.analyzer.read_states import read_part
-from gradflow.analyzer.reading import Reading, readings
+from gradflow.analyzer.read_steps import Reading, readings
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import enough, mean_steps, parted, settled
-from gradflow.analyzer.singular import log_singular_along, survivors
 from gradflow.analyzer.spectrum import spectrum
-from gradflow.analyzer.sweep import Sweep
-from gradflow.analyzer.triangle import triangle as triangle_triangle
-from gradflow.analyzer.tried import decades
-from gradflow.analyzer.truncation import log_dropped
-from gradflow.analyzer.votes import votes
-from gradflow.analyzer.windows import Norms, Window, log_norms
+from gradflow.analyzer.timeline import in_processing_order
 from gradflow.cells.linear import LinearSteps, side_by_side
-from gradflow.demo.task import AddingModel, adding_batch
+from gradflow.demo import AddingModel, adding_batch
 from gradflow.hooks.guard import Point
 from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.loops import stitch
-from gradflow.hooks.own import cells
+from gradflow.hooks.own import own_cells as cells
 from gradflow.hooks.rerun import WeightChange, rerun
 from gradflow.hooks.unrolled.chains import chains, recurrences
 from gradflow.hooks.unrolled.crossing import crossing as crossing_crossing
@@ -74,7 +84,6 @@ from gradflow.reporter.charts import (
     layers,
     lyapunov,
     paths,
-    plot_lines,
     rank,
     saturation,
     states,
@@ -83,7 +92,15 @@ from gradflow.reporter.charts import (
 )
 from gradflow.reporter.charts import lag_curve as charts_lag_curve
 from gradflow.reporter.charts import triangle as charts_triangle
-from gradflow.reporter.charts.step_labels import MOST_INCHES, readable, texts, width
+from gradflow.reporter.charts.chart import (
+    MOST_INCHES,
+    Line,
+    borders,
+    draw_log_lines,
+    readable,
+    texts,
+    width,
+)
 from gradflow.reporter.digest import summary, top_findings
 from gradflow.reporter.files import draw
 from gradflow.reporter.histories.across import edges, shared_by

@@ -9,7 +9,7 @@ import torch
 from seam import DenseOperator, log_gains, spectral_by_iteration
 from torch import Tensor
 
-from gradflow.analyzer import iteration
+from gradflow.analyzer import norms
 from gradflow.limits import NORM_KEPT, NORM_TOLERANCE
 
 F64 = torch.float64
@@ -101,14 +101,14 @@ def test_single_precision_is_enough_for_1e_4() -> None:
 
 def test_the_eigenvectors_are_left_for_last(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Tensor] = []
-    exactly = iteration._by_eigenvectors
+    exactly = norms._by_eigenvectors
     monkeypatch.setattr(
-        iteration, "_by_eigenvectors", lambda block: asked.append(block) or exactly(block)
+        norms, "_by_eigenvectors", lambda block: asked.append(block) or exactly(block)
     )
     blocks, left = with_singular_values(SPECTRA["graded"].to(F64))
     spectral_by_iteration(blocks, left[..., :NORM_KEPT])
     assert asked == []
-    monkeypatch.setattr(iteration, "NORM_STEPS", 1)
+    monkeypatch.setattr(norms, "NORM_STEPS", 1)
     blocks, _ = with_singular_values(SPECTRA["hardly spread"].to(F64))
     spectral_by_iteration(blocks, random_start())
     assert len(asked) == 2

@@ -160,7 +160,7 @@ def test_dropped_recurrent_weights_keep_the_advice_on_their_own_biases() -> None
 
 
 def test_too_dear_to_try_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradflow.analyzer.tried.TRIED_SECONDS", 0.0)
+    monkeypatch.setattr("gradflow.analyzer.causes.remedies.TRIED_SECONDS", 0.0)
     (finding,) = [
         f
         for f in analyze(recorded(nn.LSTM(INPUTS, HIDDEN), x()))["l0"].findings

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import Finding, LayerAnalysis
-from gradflow.analyzer import analyze, lyapunov
+from gradflow.analyzer import analyze, exponents
 from gradflow.errors import GradflowWarning
 from gradflow.recording import Recording, Track
 
@@ -277,8 +277,8 @@ def test_step_growth_is_in_input_time(name: str) -> None:
 def test_growth_can_be_watched() -> None:
     seen: list[Tensor] = []
     stack = torch.tensor([[2.0, 0.0], [0.0, 0.5]], dtype=torch.float64).expand(6, 1, -1, -1)
-    operator = lyapunov.DenseOperator(stack)
-    growth = lyapunov.log_growth(operator, torch.tensor([6]), 2, watch=lambda t, q: seen.append(q))
+    operator = exponents.DenseOperator(stack)
+    growth = exponents.log_growth(operator, torch.tensor([6]), 2, watch=lambda t, q: seen.append(q))
     pushed = [(stack[0, 0] @ q[0]).norm().log().item() for q in seen]
     assert growth.log_growth[:, 0, 0].tolist() == pytest.approx(pushed, rel=1e-12)
 

@@ -14,7 +14,7 @@ import gradflow
 ROOT = Path(gradflow.__file__).parent
 CELL = re.compile(r"\b(LSTM|GRU|RNN)(Cell)?\b|\bRNN_\w+|\b(lstm|gru|rnn_tanh|rnn_relu)(_cell)?\b")
 # The demo is a user's model; the others speak: of the demo, of how letters are read, an example.
-SPEAK = ("demo/run.py", "demo/task.py", "cli.py", "loading/words.py", "hooks/mistakes.py")
+SPEAK = ("demo.py", "demo.py", "cli.py", "loading/words.py", "hooks/mistakes.py")
 FILES = [
     file
     for file in sorted(ROOT.rglob("*.py"))

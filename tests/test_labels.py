@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from seam import MOST_INCHES, drawn, gain_map, layers, plot_lines, png, readable, texts, width
+from seam import MOST_INCHES, borders, drawn, gain_map, layers, png, readable, texts, width
 from seam import charts_triangle as triangle
 from test_reporter_figures import overlapping
 from torch import nn
@@ -272,7 +272,7 @@ def test_analyze_and_report_keep_the_labels(
 
 def test_the_contour_follows_the_borders_of_the_cells() -> None:
     values = np.array([[0.0, math.nan, math.nan], [-4.0, 0.0, math.nan], [-math.inf, -4.0, 0.0]])
-    lines = plot_lines.borders(values, np.arange(4) + 0.5, np.arange(4) + 0.5, -3.0)
+    lines = borders(values, np.arange(4) + 0.5, np.arange(4) + 0.5, -3.0)
     assert {tuple(map(tuple, line)) for line in lines.tolist()} == {
         ((1.5, 1.5), (1.5, 2.5)),
         ((2.5, 2.5), (2.5, 3.5)),

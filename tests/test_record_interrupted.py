@@ -18,7 +18,7 @@ from interrupts import ERRORS, RECURRENCES, Timeout, Trial, interrupted, lines_o
 
 import gradflow
 from gradflow import process
-from gradflow.hooks import guard, replaced
+from gradflow.hooks import guard
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -50,7 +50,7 @@ def test_a_patch_that_stays_and_a_held_lock_would_be_seen(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(process, "_release", lambda _: None)
         wrong = interrupted(trial, at, KeyboardInterrupt)
-    replaced.lock.release()
+    gradflow.hooks.patch.lock.release()
     assert any("a lock that is held" in one for one in wrong)
     with monkeypatch.context() as patch:
         patch.setattr(gradflow.hooks.observe.OpenRecording, "put_back", lambda _: None)

@@ -10,15 +10,16 @@ import pytest
 import synthetic
 from matplotlib.figure import Figure
 from seam import (
+    Line,
     Picture,
     blocks,
+    draw_log_lines,
     gain_map,
     gates,
     lag_gradient,
     layers,
     lyapunov,
     paths,
-    plot_lines,
     rank,
     saturation,
     states,
@@ -316,7 +317,7 @@ def test_no_tick_meets_the_zero_below_it(inches: float) -> None:
         figure = Picture(4, inches + 1)
         ax = figure.inches(0.8, 0.5, 3, inches)
         values = np.concatenate([[-np.inf], np.linspace(low, 0, 30)])
-        plot_lines.draw_log_lines(ax, np.arange(31), [plot_lines.Line(values, "x", "black")])
+        draw_log_lines(ax, np.arange(31), [Line(values, "x", "black")])
         assert overlapping(figure) == []
 
 

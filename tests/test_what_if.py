@@ -326,7 +326,7 @@ def test_the_error_of_truncation_is_that_of_the_window(monkeypatch: pytest.Monke
         }
         return replace(run, layers=layers)
 
-    monkeypatch.setattr("gradflow.prediction.trials.analyze", with_errors)
+    monkeypatch.setattr("gradflow.prediction.analyze", with_errors)
     row = gradflow.what_if(recording, truncate=4).iloc[0]
     assert row.truncation_error == errors[3]  # lags 0 … 3 are kept
     assert row.note == "∂L/∂W_hh is off by 80.7 % if nothing goes back 4 steps"
@@ -605,7 +605,7 @@ def test_a_stable_model_gets_none() -> None:
 
 
 def test_what_would_take_long_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradflow.prediction.suggestions.PREDICTION_SECONDS", 0.0)
+    monkeypatch.setattr("gradflow.prediction.PREDICTION_SECONDS", 0.0)
     run = diagnosed(nn.LSTM(3, 6))
     assert run["l0"].predictions == ()
     (note,) = run.provenance["notes"]

@@ -116,7 +116,6 @@ grad_input_norm     (step)                         median over sequences of â€–â
 ==================  =============================  =====================================================
 """
 
-from gradflow.analysis.attractor import entropy_rate, kaplan_yorke_dimension
 from gradflow.analysis.frames import FRAMES, HEADLINE, OPTIONAL
 from gradflow.analysis.results import (
     UNMEASURED,
@@ -127,6 +126,8 @@ from gradflow.analysis.results import (
     LayerAnalysis,
     Prediction,
     Rate,
+    entropy_rate,
+    kaplan_yorke_dimension,
 )
 from gradflow.analysis.run import Analysis, checked_labels, load
 from gradflow.analysis.saved import SCHEMA

@@ -1,17 +1,90 @@
-"""What one layer turned out to be: its verdict, findings, predictions and arrays."""
+"""What one layer turned out to be: its verdict, its numbers with their intervals, findings, predictions."""
 
 from __future__ import annotations
 
 import importlib
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import xarray as xr
+from scipy.special import stdtrit  # scipy.stats takes a second to import
 
-from gradflow.analysis.attractor import entropy_rate, kaplan_yorke_dimension
-from gradflow.limits import LAG_TOLERANCE
-from gradflow.recording import Parity
+from gradflow.errors import InputError, must_be
+from gradflow.limits import CONFIDENCE, LAG_TOLERANCE, RATE_ROUNDING
+from gradflow.recording.source import Parity
+
+
+def kaplan_yorke_dimension(exponents: Any, size: int | None = None) -> float:
+    """How many dimensions of the state the motion fills: j + (λ_1 + … + λ_j) / |λ_{j+1}|.
+
+    j is the largest number of leading exponents whose sum is not negative (Kaplan & Yorke 1979;
+    Engelken, Wolf & Abbott 2023 for recurrent networks). It is not the number of units that matter.
+
+    Args:
+        exponents: (k,) nats per step or per any time, in any order.
+        size: the state's width, where only its largest k exponents are given.
+
+    Returns:
+        From 0 (every direction contracts) to the state's width; NaN where an exponent is unknown, or
+        so few are given that their sum is not yet negative.
+
+    Raises:
+        InputError: they are not one spectrum.
+
+    >>> from gradflow.analyzer import kaplan_yorke_dimension
+    >>> round(kaplan_yorke_dimension([0.9056, 0.0, -14.5723]), 3)    # Lorenz 1963
+    2.062
+    """
+    values = _spectrum(exponents)
+    if not len(values) or np.isnan(values).any():
+        return math.nan
+    sums = np.cumsum(values)
+    negative = np.flatnonzero(sums < 0)
+    if not len(negative):
+        return float(len(values)) if len(values) == (size or len(values)) else math.nan
+    kept = int(negative[0])
+    before = float(sums[kept - 1]) if kept else 0.0
+    return kept + before / abs(float(values[kept]))
+
+
+def entropy_rate(exponents: Any, size: int | None = None) -> float:
+    """Sum of the positive exponents: how much per step nearby states tell themselves apart.
+
+    The most that the Kolmogorov–Sinai entropy can be (Ruelle 1978), and the entropy itself where
+    Pesin's identity holds (Pesin 1977). It is not the entropy of the outputs.
+
+    Args:
+        exponents: (k,) nats per step, in any order.
+        size: the state's width, where only its largest k exponents are given.
+
+    Returns:
+        Nats per step, 0 where nothing grows; NaN where an exponent is unknown, or so few are given
+        that the last is still positive.
+
+    Raises:
+        InputError: they are not one spectrum.
+
+    >>> from gradflow.analyzer import entropy_rate
+    >>> round(entropy_rate([0.9624, -0.9624]), 4)                    # Arnold's cat map
+    0.9624
+    """
+    values = _spectrum(exponents)
+    cut_short = len(values) != (size or len(values)) and bool((values > 0).all())
+    if not len(values) or np.isnan(values).any() or cut_short:
+        return math.nan
+    return float(values[values > 0].sum())
+
+
+def _spectrum(exponents: Any) -> np.ndarray:
+    """The exponents of one spectrum, the largest first."""
+    values = np.asarray(exponents, dtype=float)
+    if values.ndim != 1:
+        advice = "give those of one sequence, or their mean over sequences"
+        raise InputError(must_be("exponents", "one spectrum, (k,)", str(values.shape), advice))
+    return -np.sort(-values)
+
 
 WINDOW_OF = "weight_hh"  # the weight whose gradient flows through time
 FIRST = (  # findings on what the loss reads, which stand before those of all layers
@@ -293,3 +366,51 @@ def window_of(data: xr.Dataset) -> int | None:
 def loss_reach_of(data: xr.Dataset) -> float:
     """Steps before the last loss step at which its gradient is gone; inf if never, NaN if unknown."""
     return float(data["loss_reach"]) if "loss_reach" in data else np.nan
+
+
+def quantile(freedom: float, among: int = 1) -> float:
+    """How many standard errors a 95 % interval reaches, by Student's t.
+
+    Of so many intervals all hold what they are of 95 times in 100 (Bonferroni).
+
+    >>> round(quantile(9), 3), round(quantile(9, among=5), 3)
+    (2.262, 3.25)
+    """
+    return float(stdtrit(freedom, 1 - (1 - CONFIDENCE) / (2 * among)))
+
+
+def mean_interval(values: np.ndarray) -> Rate:
+    """The mean of independent values with its t-interval; bounds NaN of fewer than two.
+
+    >>> mean_interval(np.array([1.0, 1.0])), mean_interval(np.array([1.0]))
+    (Rate(value=1.0, low=1.0, high=1.0), Rate(value=1.0, low=nan, high=nan))
+    """
+    mean = float(np.mean(values))
+    if len(values) > 1 and float(np.ptp(values)) <= RATE_ROUNDING:
+        return Rate(mean, mean, mean)  # identical sequences: a point, not an error
+    if len(values) < 2:
+        return Rate(mean, math.nan, math.nan)
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = quantile(len(values) - 1) * error
+    return Rate(mean, mean - half, mean + half)
+
+
+def welch(before: np.ndarray, after: np.ndarray, among: int = 1) -> tuple[float, float]:
+    """Welch's interval of mean(after) − mean(before), one of so many.
+
+    NaN with fewer than two values in one.
+
+    >>> [round(end, 3) for end in welch(np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0]))]
+    [0.733, 5.267]
+    """
+    if min(len(before), len(after)) < 2:
+        return math.nan, math.nan
+    difference = float(after.mean() - before.mean())
+    errors = [float(values.var(ddof=1)) / len(values) for values in (before, after)]
+    if sum(errors) <= RATE_ROUNDING**2:
+        return difference, difference
+    freedom = sum(errors) ** 2 / sum(
+        error**2 / (len(values) - 1) for error, values in zip(errors, (before, after), strict=True)
+    )
+    half = quantile(freedom, among) * math.sqrt(sum(errors))
+    return difference - half, difference + half

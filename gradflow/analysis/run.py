@@ -15,8 +15,7 @@ from gradflow.analysis import saved
 from gradflow.analysis.frames import BUILDERS, FRAMES, HEADLINE
 from gradflow.analysis.results import FIRST, Finding, LayerAnalysis, display_form
 from gradflow.errors import InputError, must_be
-from gradflow.recording import Unseen
-from gradflow.recording.by_name import ByName
+from gradflow.recording.tracks import ByName, Unseen
 
 
 @dataclass(frozen=True)

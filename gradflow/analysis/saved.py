@@ -19,7 +19,7 @@ from gradflow.analysis.results import UNMEASURED, LayerAnalysis
 from gradflow.analysis.schema import built, checked_data
 from gradflow.errors import FileError, InputError, one_sentence, plain_text
 from gradflow.limits import ANNOUNCED, UNPACKED_TIMES, VERDICTS
-from gradflow.recording import Unseen
+from gradflow.recording.tracks import Unseen
 
 if TYPE_CHECKING:
     from gradflow.analysis.run import Analysis

@@ -1,9 +1,9 @@
 """From a recording to an analysis: Jacobians, products, exponents, verdicts, causes, words."""
 
-from gradflow.analysis import entropy_rate, kaplan_yorke_dimension
+from gradflow.analysis.results import entropy_rate, kaplan_yorke_dimension
 from gradflow.analyzer.assemble import analyze
+from gradflow.analyzer.exponents import lyapunov_spectrum
 from gradflow.analyzer.jacobians import step_jacobians
-from gradflow.analyzer.lyapunov import lyapunov_spectrum
 from gradflow.analyzer.products import log_gain_map
 
 __all__ = [

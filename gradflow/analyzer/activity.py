@@ -15,7 +15,7 @@ from torch import Tensor
 from gradflow.analyzer.loss import masked_median
 from gradflow.cells import called
 from gradflow.limits import GATE_CLOSED, GATE_OPEN, SATURATED
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 def gate_statistics(track: Track) -> dict[str, np.ndarray]:

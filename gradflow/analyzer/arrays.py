@@ -23,16 +23,16 @@ from gradflow.analyzer.activity import (
     state_norms,
     time_scales,
 )
-from gradflow.analyzer.certificates import SIDES, sum_rule
+from gradflow.analyzer.evidence import Measured
+from gradflow.analyzer.exponents import FACTORS, step_growth
 from gradflow.analyzer.flow import input_gradient_norms
-from gradflow.analyzer.leading import FACTORS, step_growth
-from gradflow.analyzer.linear.facts import DECAY_FACTS, decay_facts
+from gradflow.analyzer.linear_units import DECAY_FACTS, decay_facts
 from gradflow.analyzer.loss import GRADIENTS, grad_norms, loss_reach
-from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.order import segment_lengths
 from gradflow.analyzer.paths import PATHS, path_gains
 from gradflow.analyzer.ranks import stable_rank
 from gradflow.analyzer.rates import rate_over_sequences
+from gradflow.analyzer.spectrum import SIDES, sum_rule
+from gradflow.analyzer.timeline import segment_lengths
 from gradflow.limits import LAG_TOLERANCES, VERDICTS
 
 

@@ -1,4 +1,4 @@
-"""`analyze`: from a recording to an analysis, one layer after the other.
+"""`analyze`: from a recording to an analysis, layer after layer or side by side with the same numbers.
 
 Letters: T timesteps, B sequences, H units, S the state's width, k lag, t source, t' target.
 """
@@ -15,37 +15,40 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.analysis.results import LayerAnalysis
+from gradflow.analysis.run import Analysis
 from gradflow.analyzer import plan
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
-from gradflow.analyzer.causes.reading import perhaps_padding
-from gradflow.analyzer.closed import judged, told_once, with_alone
-from gradflow.analyzer.contributions import contributions
+from gradflow.analyzer.causes.read_by_loss import perhaps_padding
+from gradflow.analyzer.closed_loops import judged, told_once, with_alone
+from gradflow.analyzer.contributions import contributions, triangle
 from gradflow.analyzer.core import channels, half_life, pooled_over
 from gradflow.analyzer.curve import finite_extremes
-from gradflow.analyzer.evidence import Evidence
+from gradflow.analyzer.evidence import Evidence, Measured
+from gradflow.analyzer.exponents import rate_factors, watcher
 from gradflow.analyzer.flow import with_flow
 from gradflow.analyzer.jacobians import state_size
-from gradflow.analyzer.leading import rate_factors, watcher
-from gradflow.analyzer.linear.units import as_units
+from gradflow.analyzer.linear_units import as_units
 from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
-from gradflow.analyzer.measured import Measured
-from gradflow.analyzer.measuring import measure
-from gradflow.analyzer.notes import provenance_of, warnings_of
+from gradflow.analyzer.measuring import measure, without_gains
 from gradflow.analyzer.rates import Vote, decays_as_power
 from gradflow.analyzer.read_states import ReadPart, read_part
-from gradflow.analyzer.reading import Reading, readings
-from gradflow.analyzer.sentences import sentence, title
+from gradflow.analyzer.read_steps import Reading, readings
+from gradflow.analyzer.sentences import provenance_of, sentence, title, warnings_of
 from gradflow.analyzer.settings import Progress, Settings, checked
 from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.spread import result_of, started
-from gradflow.analyzer.triangle import triangle
-from gradflow.analyzer.unmeasured import without_gains
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.limits import LAG_SECONDS, SHORT, TRIANGLE_SECONDS
-from gradflow.process import fitting_threads, require_executor, without_modes
-from gradflow.recording import Recording, Track, pooled
+from gradflow.process import (
+    fitting_threads,
+    require_executor,
+    without_modes,
+)
+from gradflow.recording.pooled import pooled
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 
 @without_modes

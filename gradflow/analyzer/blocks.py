@@ -1,29 +1,50 @@
-"""Blocks of pushed vectors, all of one rank, carried as (matrix, log-scale of every row).
+"""Blocks of pushed vectors, all of one rank, carried as (matrix, log-scale of every row), and their sweep.
 
-Letters: B sequences, n starts, r rows (the rank kept), S columns, k states with their own columns.
-The rows of a block span what its start can still send on: singular values of the block are those of
-the product P(t'←t), and as long as nothing was truncated row i is P e_i, for the source's unit i.
+Letters: B sequences, n starts, T timesteps, r rows (the rank kept), S columns, k states with their own
+columns. The rows of a block span what its start can still send on: singular values of the block are
+those of the product P(t'←t), and as long as nothing was truncated row i is P e_i, for the source's
+unit i. A `Sweep` carries the blocks of all starts over the steps.
+
+The sketch truncates blocks that lost rank. A block V then stands for Pᵀ ≈ Q V with Q orthonormal;
+Δ = Pᵀ − Q V is what all truncations dropped, pushed on. Q and Δ have orthogonal columns, so that
+‖P‖_F² = ‖V‖_F² + ‖Δ‖_F² and ‖V‖₂² ≤ ‖P‖₂² ≤ ‖V‖₂² + ‖Δ‖_F²: a sketch is never too large. ‖Δ‖_F is
+estimated by two random vectors gᵀ Δ, E ‖gᵀ Δ‖² = ‖Δ‖_F² (Hutchinson 1989), pushed with the blocks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.iteration import spectral_by_iteration
-from gradflow.analyzer.norms import row_norms, spectral_by_gram, spectral_from
+from gradflow.analyzer.norms import (
+    row_norms,
+    spectral_by_gram,
+    spectral_by_iteration,
+    spectral_from,
+)
 from gradflow.limits import (
     EXACT_ROWS,
     IMAGE_DRIFT,
+    LADDER,
     NORM_KEPT,
+    NORM_TOLERANCE,
+    PRODUCT_FLOAT32,
+    PRODUCT_FLOAT64,
+    RANK_CALL_SECONDS,
     RESCALE_FLOAT32,
     RESCALE_FLOAT64,
     ROW_DEPTH,
+    SKETCH_PROBES,
+    SKETCH_SPOILED,
+    SKETCH_TRUNCATION,
+    SKETCHED,
     SMALL_ROWS,
 )
+from gradflow.recording.source import Operator
 
 RESCALED = {torch.float64: RESCALE_FLOAT64, torch.float32: RESCALE_FLOAT32}
 
@@ -277,3 +298,175 @@ def _highest(exponent: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     top = torch.where(alive, exponent, -math.inf).amax(-1)
     top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
     return top, (exponent - top[..., None]).clamp(-ROW_DEPTH, 0)
+
+
+SPEED = {torch.float64: PRODUCT_FLOAT64, torch.float32: PRODUCT_FLOAT32}
+
+
+@dataclass
+class Sweep:
+    """The sources of one sweep, their blocks by rank, and what was written so far."""
+
+    operator: Operator
+    sources: Tensor  # (n,) steps t, ascending
+    sketch: bool
+    generator: torch.Generator
+    result: dict[str, Tensor]  # norm -> (B, n, T), "blocks" -> (k·k, B, n, T)
+    widths: tuple[int, ...]  # of the states, none where blocks are not asked for
+    levels: dict[int, Blocks] = field(default_factory=dict)
+    dropped: Blocks | None = None  # random vectors through what a sketch dropped of each start
+    spent: float = 0.0  # predicted seconds so far
+
+    @property
+    def ladder(self) -> list[int]:
+        """The ranks that a block may have, largest first."""
+        ranks = [self.operator.size]
+        while self.sketch and ranks[-1] > 1:
+            ranks.append(max(1, int(ranks[-1] * LADDER)))
+        return ranks
+
+    def level(self, rank: int, capacity: int) -> Blocks:
+        """The blocks of that rank."""
+        if rank not in self.levels:
+            self.levels[rank] = self.blocks(rank, capacity)
+        return self.levels[rank]
+
+    def blocks(self, rank: int, capacity: int) -> Blocks:
+        """No blocks yet."""
+        batch, size = self.operator.batch, self.operator.size
+        tolerance = SKETCHED if self.sketch else NORM_TOLERANCE
+        if "spectral" not in self.result:
+            tolerance = 0.0
+        return Blocks(
+            batch, rank, size, self.operator.dtype, capacity, self.widths, tolerance=tolerance
+        )
+
+    @property
+    def live(self) -> list[Blocks]:
+        """All that a step pushes."""
+        every = [*self.levels.values(), *([] if self.dropped is None else [self.dropped])]
+        return [level for level in every if level.count]
+
+
+def truncate(sweep: Sweep, t: int) -> None:
+    """Move every block whose time has come to the rank it still needs."""
+    moved: list[tuple[int, tuple[Tensor, ...]]] = []
+    ladder = sweep.ladder
+    for rank, level in list(sweep.levels.items()):
+        if rank == 1 or t < level.soonest:
+            continue
+        level.align()
+        due = level.retry <= t
+        lag = (t - sweep.sources[level.start])[due]
+        target = ladder[ladder.index(rank) + 1]
+        values = level.values[:, due]
+        work = 6.0 * rank * target * level.size * values.shape[0] * values.shape[1]
+        sweep.spent += 4 * RANK_CALL_SECONDS + 2 * work / SPEED[level.norm.dtype]
+        rows, basis, needed = _compress(values, target, sweep.generator)
+        level.retry[due] = t + 2 + lag // 2
+        if not bool((needed <= target).any()):
+            continue
+        fitting = torch.tensor([_fitting(ladder, int(n)) for n in needed])
+        for fits in sorted(set(fitting[needed <= target].tolist())):
+            part = fitting == fits
+            piece = due.clone()
+            piece[due] = part
+            turn = basis[:, part, :, :fits]
+            _follow(sweep, level, piece, turn, rows[:, part, :fits])
+            moved.append(
+                (
+                    fits,
+                    (
+                        rows[:, part, :fits],
+                        level.exponent[:, piece, :fits],
+                        level.start[piece],
+                        level.retry[piece],
+                        turn.mT @ level.guess[:, piece],
+                        *([_turned_gram(level, piece, turn)] if sweep.widths else []),
+                    ),
+                )
+            )
+        gone = due.clone()
+        gone[due] = needed <= target
+        level.keep(~gone)
+    for fits, fields in moved:
+        sweep.level(fits, 4).add(*fields)
+
+
+def log_dropped(sweep: Sweep) -> Tensor | None:
+    """ln ‖Δ‖_F of every source, (B, n), −∞ where nothing was dropped; None if nowhere."""
+    if sweep.dropped is None:
+        return None
+    shape = (sweep.operator.batch, len(sweep.sources))
+    result = torch.full(shape, -math.inf, dtype=torch.float64)
+    result[:, sweep.dropped.start] = sweep.dropped.rescale() - math.log(SKETCH_PROBES) / 2
+    return result
+
+
+def known(log_gain: Tensor, dropped: Tensor | None) -> Tensor:
+    """The gains, NaN where what was dropped may count for more than 5 % of them."""
+    if dropped is None:
+        return log_gain
+    return log_gain.masked_fill(dropped > log_gain + math.log(SKETCH_SPOILED), math.nan)
+
+
+def _fitting(ladder: list[int], needed: int) -> int:
+    return min(rank for rank in ladder if rank >= min(needed, ladder[0]))
+
+
+def _follow(sweep: Sweep, level: Blocks, piece: Tensor, turn: Tensor, rows: Tensor) -> None:
+    """Add gᵀ (V − B Bᵀ V) to the vectors through what was dropped of these starts."""
+    values, start = level.values[:, piece], level.start[piece]
+    shape = (*values.shape[:2], SKETCH_PROBES, level.rank)
+    probe = torch.randn(shape, generator=sweep.generator, dtype=values.dtype)
+    lost = probe @ values - (probe @ turn) @ rows
+    exponent = level.exponent[:, piece, :1]
+    if sweep.dropped is None:
+        sweep.dropped = sweep.blocks(SKETCH_PROBES, 4)
+    dropped = sweep.dropped
+    new = start[~torch.isin(start, dropped.start)]
+    if len(new):
+        nothing = lost.new_zeros(len(lost), len(new), SKETCH_PROBES, level.size)
+        least = torch.full((len(lost), len(new), SKETCH_PROBES), -math.inf, dtype=torch.float64)
+        dropped.add(nothing, least, new, new)
+    place = (start[:, None] == dropped.start[None, :]).int().argmax(1)
+    before = dropped.exponent[:, place]
+    power = torch.maximum(before, exponent)
+    old = dropped.values[:, place] * (before - power).exp2().to(lost.dtype)[..., None]
+    added = lost * (exponent - power).exp2().to(lost.dtype)[..., None]
+    dropped.values[:, place] = old + added
+    dropped.exponent[:, place] = power
+
+
+def _turned_gram(level: Blocks, piece: Tensor, turn: Tensor) -> Tensor:
+    """Q_aᵀ Q_a after Q is turned by the basis that is kept, (B, n, k, r, r)."""
+    if level.mixed:
+        return turn[:, :, None].mT @ level.gram[:, piece] @ turn[:, :, None]
+    return torch.stack([part.mT @ part for part in turn.split(level.widths, 2)], 2)
+
+
+def _compress(
+    values: Tensor, target: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that keep all but SKETCH_TRUNCATION of ‖V‖_F, by a random range finder (Halko et al. 2011).
+
+    Returns the (B, n, target, S) rows Qᵀ V, the basis Q, and how many of them are needed, (n,).
+    """
+    probe = torch.randn(values.shape[-1], target, generator=generator, dtype=values.dtype)
+    finite = torch.isfinite(values).all(-1).all(-1)
+    clean = torch.where(finite[..., None, None], values, torch.zeros_like(values))
+    basis = torch.linalg.qr(clean @ probe)[0]
+    rows = basis.mT @ clean
+    whole = torch.linalg.vector_norm(clean, dim=(-2, -1))
+    lost = torch.linalg.vector_norm(clean - basis @ rows, dim=(-2, -1))
+    each = rows.double().square().sum(-1)  # (B, n, target)
+    # what is lost by keeping the first j rows, j = 0 … target
+    tail = each.flip(-1).cumsum(-1).flip(-1)
+    tail = (
+        torch.cat([tail, torch.zeros_like(tail[..., :1])], -1) + lost.double().square()[..., None]
+    )
+    allowed = (SKETCH_TRUNCATION * whole.double()).square()[..., None]
+    needed = (tail > allowed).sum(-1)  # target + 1 where even all rows lose too much
+    unfit = ~finite  # a block with NaN or Inf stays as it is
+    needed = torch.where(unfit, torch.full_like(needed, target + 1), needed)
+    return rows, basis, needed.amax(0).clamp_min(1)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from gradflow.analysis import UNMEASURED, Gain, Rate
+from gradflow.analysis.results import UNMEASURED, Gain, Rate
 from gradflow.analyzer import plan
 from gradflow.analyzer.curve import LagCurve, lag_curve
-from gradflow.analyzer.cuts import typical_length, typical_segment
+from gradflow.analyzer.exponents import Growth, Leading, WeightGrowth, log_growth
 from gradflow.analyzer.gains import SpanGains
 from gradflow.analyzer.jacobians import operator_of, state_size, vector_seconds
 from gradflow.analyzer.keeping import (
@@ -28,18 +28,14 @@ from gradflow.analyzer.keeping import (
     operator_for,
     qr_seconds,
 )
-from gradflow.analyzer.leading import WeightGrowth
-from gradflow.analyzer.linear.facts import LinearFacts
-from gradflow.analyzer.lyapunov import Growth, Leading, log_growth
-from gradflow.analyzer.order import cuts_before
-from gradflow.analyzer.ranks import Ranks, measure_ranks
-from gradflow.analyzer.rates import Verdict, Vote, judge, over_batches
+from gradflow.analyzer.linear_units import LinearFacts
+from gradflow.analyzer.ranks import Ranks, measure_ranks, survivors
+from gradflow.analyzer.rates import Verdict, Vote, enough, judge, over_batches
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import enough
-from gradflow.analyzer.singular import survivors
 from gradflow.analyzer.thin import thin_maps
+from gradflow.analyzer.timeline import cuts_before, typical_length, typical_segment
 from gradflow.limits import CHANNEL_WORK, EXACT_ROWS, MAP_SECONDS, RATE_ROUNDING, RATE_SECONDS
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What one layer's findings and words are made from: every measured quantity, gathered once."""
+"""What one layer's arrays, findings and words are made from: every measured quantity, gathered once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,30 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from gradflow.analysis import Rate
-from gradflow.analyzer.measured import Measured
+from gradflow.analysis.results import Rate
+from gradflow.analyzer.contributions import Contributed, Triangle
+from gradflow.analyzer.core import Core
+from gradflow.analyzer.loss import Profile
 from gradflow.analyzer.rates import band, rate_over_sequences
-from gradflow.analyzer.reading import Reading
-from gradflow.cells import CellSpec, Keeper
+from gradflow.analyzer.read_steps import Reading
+from gradflow.analyzer.spectrum import Spectrum
+from gradflow.cells.spec import CellSpec, Keeper
 from gradflow.limits import LN_BAND, LN_TELLING
-from gradflow.recording import Track
+from gradflow.recording.track import Track
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Core):
+    """The numbers of the verdict, and everything else measured on one track."""
+
+    track: Track
+    factors: np.ndarray  # (B, 2) what weights and activations add to the rate of an RNN
+    spectrum: Spectrum  # every exponent with its interval
+    profile: Profile
+    triangle: Triangle  # how each loss step is felt at each step
+    contributed: Contributed  # the gradient of the weights by lag
+    withheld: bool  # parity failed: what rests on the loss is not shown
+    share: float  # of every time budget that this layer may use
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from gradflow.analysis import Finding, LayerAnalysis
+from gradflow.analysis.results import Finding, LayerAnalysis
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.loss import median_norm
 from gradflow.errors import RecordingError
 from gradflow.limits import GONE, GONE_WORDS
-from gradflow.recording import Recording, Track
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 
 def input_gradient_norms(track: Track, withheld: bool) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""Dense step Jacobians A_t = ∂s_t/∂s_{t−1}, and an operator over a stack of them.
+"""Dense step Jacobians A_t = ∂s_t/∂s_{t−1}, an operator over a stack of them, and one that never changes.
 
 Letters: T timesteps, B sequences, S the width of the carried state, t a step in processing order.
+Where A_t = A at every step, P over n steps is Aⁿ, and ln ‖Aⁿ‖/n → ln ρ(A): exponents by eigenvalues.
 """
 
 from __future__ import annotations
@@ -8,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradflow.errors import InputError, must_be
-from gradflow.limits import JACOBIAN_BYTES, JACOBIAN_CHUNK, VECTOR_SPEED
+from gradflow.limits import (
+    CONSTANT_ALIKE,
+    CONSTANT_SEED,
+    EIGEN_WIDEST,
+    JACOBIAN_BYTES,
+    JACOBIAN_CHUNK,
+    VECTOR_SPEED,
+)
 from gradflow.process import without_modes
-from gradflow.recording import Operator, ThinOperator, Track, moved, where_computed
+from gradflow.recording.source import Operator, ThinOperator, moved, where_computed
+from gradflow.recording.track import Track
 
 
 class DenseOperator:
@@ -178,3 +188,46 @@ def step_jacobians(track: Track) -> Tensor:
             columns = operator.push(t, eye[start : start + rows].expand(batch, -1, -1)).mT
             stack[t, real, :, start : start + rows] = columns[real].to("cpu", torch.float64)
     return stack
+
+
+def constant_exponents(operator: Operator, counted: np.ndarray) -> np.ndarray | None:
+    """ln |eigenvalue| of A, largest first, (S,), if A_t = A at every counted step (T, B); else None.
+
+    >>> from gradflow.analyzer.jacobians import DenseOperator
+    >>> steps = torch.tensor([[0.5, 1.0], [0.0, 0.5]], dtype=torch.float64).expand(4, 1, 2, 2)
+    >>> found = constant_exponents(DenseOperator(steps), np.ones((4, 1), dtype=bool))
+    >>> found.round(6).tolist()                                                   # ln 0.5, twice
+    [-0.693147, -0.693147]
+    >>> steps = steps * torch.tensor([1.0, 1.0, 2.0, 1.0])[:, None, None, None]
+    >>> constant_exponents(DenseOperator(steps), np.ones((4, 1), dtype=bool)) is None
+    True
+    """
+    if operator.dtype != torch.float64:
+        return None
+    matrix = constant_step(operator, counted, CONSTANT_ALIKE)
+    if matrix is None:
+        return None
+    with np.errstate(divide="ignore"):
+        return np.log(np.sort(torch.linalg.eigvals(matrix).abs().numpy())[::-1])
+
+
+def constant_step(operator: Operator, counted: np.ndarray, alike: float) -> Tensor | None:
+    """A transposed, (S, S), if A_t = A at every counted step (T, B); else None.
+
+    Compared is what every step makes of one random vector; alike is by how much, relative to it, that
+    may differ.
+    """
+    if operator.size > EIGEN_WIDEST or counted.sum() < 2:
+        return None
+    generator = torch.Generator().manual_seed(CONSTANT_SEED)
+    probe = torch.randn(1, 1, operator.size, generator=generator, dtype=operator.dtype)
+    probe = probe.expand(operator.batch, -1, -1)
+    first: Tensor | None = None
+    for t in np.flatnonzero(counted.any(1)):
+        images = operator.push(int(t), probe)[torch.from_numpy(counted[t]), 0]
+        first = images[0] if first is None else first
+        room = alike * torch.linalg.vector_norm(first)
+        if not bool((torch.linalg.vector_norm(images - first, dim=1) <= room).all()):
+            return None
+    start, sequence = (int(place) for place in np.argwhere(counted)[0])
+    return transposed_step(operator, start)[sequence].double()

@@ -12,31 +12,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analysis import Gain, Rate
-from gradflow.analyzer.constant import constant_exponents
+from gradflow.analysis.results import Gain, Rate
+from gradflow.analyzer.exponents import Growth, Leading, burn_in
 from gradflow.analyzer.gains import (
+    Norms,
     SpanGains,
+    Window,
     collected,
     common_steps,
     crossing,
     dead_by_cuts,
+    log_norms,
     span_windows,
 )
-from gradflow.analyzer.jacobians import HostOperator, operator_of, state_size, vector_seconds
-from gradflow.analyzer.lyapunov import Growth, Leading, burn_in
-from gradflow.analyzer.order import cuts_before
-from gradflow.analyzer.rates import quantile, rate_of_one, rate_over_sequences
-from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import (
+from gradflow.analyzer.jacobians import (
+    HostOperator,
+    constant_exponents,
+    operator_of,
+    state_size,
+    vector_seconds,
+)
+from gradflow.analyzer.rates import (
     PARTS,
     Settled,
     beyond_noise,
     mean_steps,
     parted,
+    quantile,
+    rate_of_one,
+    rate_over_sequences,
     settled,
     unrest,
 )
-from gradflow.analyzer.windows import Norms, Window, log_norms
+from gradflow.analyzer.settings import Settings
+from gradflow.analyzer.timeline import cuts_before
 from gradflow.limits import (
     EXACT_WIDTH,
     GAIN_SECONDS,
@@ -54,7 +63,7 @@ from gradflow.limits import (
     WINDOW_ROUNDS,
     WINDOW_ROWS,
 )
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 UNKNOWN_RATE = Rate(math.nan, math.nan, math.nan)
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.finite import bad_gradient, bad_state
-from gradflow.analyzer.order import cuts_before, in_processing_order
+from gradflow.analyzer.timeline import bad_gradient, bad_state, cuts_before, in_processing_order
 from gradflow.limits import CARRIED_DECADES, GONE_DECADES
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 GRADIENTS = ("total", "direct", "last")
 

@@ -18,14 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analysis import Gain, Rate
+from gradflow.analysis.results import Gain, Rate
 from gradflow.analyzer.core import Voted, channels, half_life, vote
 from gradflow.analyzer.curve import LagCurve
+from gradflow.analyzer.exponents import Growth, burn_in, log_growth
 from gradflow.analyzer.gains import (
+    Norms,
+    Window,
     collected,
     common_steps,
     crossing,
     dead_by_cuts,
+    log_norms,
     span_windows,
     stretches,
 )
@@ -36,12 +40,10 @@ from gradflow.analyzer.keeping import (
     cuts_of,
     leading_of,
 )
-from gradflow.analyzer.linear.measure import measure_linear
-from gradflow.analyzer.lyapunov import Growth, burn_in, log_growth
+from gradflow.analyzer.linear_measure import measure_linear
 from gradflow.analyzer.measuring import is_linear
+from gradflow.analyzer.rates import mean_steps
 from gradflow.analyzer.settings import Settings
-from gradflow.analyzer.settling import mean_steps
-from gradflow.analyzer.windows import Norms, Window, log_norms
 from gradflow.limits import (
     EXACT_WIDTH,
     LN_GONE,
@@ -59,7 +61,9 @@ from gradflow.limits import (
     SEED,
     WINDOW_ROWS,
 )
-from gradflow.recording import Forward, Operator, Track, chosen
+from gradflow.recording.pooled import chosen
+from gradflow.recording.source import Forward, Operator
+from gradflow.recording.track import Track
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.iteration import spectral_by_iteration
 from gradflow.analyzer.jacobians import HostOperator, operator_of
 from gradflow.analyzer.loss import masked_median
-from gradflow.analyzer.norms import spectral_by_gram
-from gradflow.analyzer.order import cuts_before, in_processing_order, input_time
-from gradflow.cells import CellPaths
+from gradflow.analyzer.norms import spectral_by_gram, spectral_by_iteration
+from gradflow.analyzer.timeline import cuts_before, in_processing_order, input_time
+from gradflow.cells.spec import CellPaths
 from gradflow.limits import EXACT_ROWS, NORM_KEPT, PATH_SECONDS, PATHS_AGREED
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 PATHS = ("forget gate", "through f", "through i", "through g", "total")
 

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradflow.analyzer.cellpath import log_cell_path
-from gradflow.analyzer.direction import loss_map
+from gradflow.analyzer.blocks import SPEED
+from gradflow.analyzer.direction import log_cell_path, loss_map
 from gradflow.analyzer.jacobians import HostOperator, operator_of, state_size
 from gradflow.analyzer.products import NORMS, log_gains, spectral_work
 from gradflow.analyzer.spread import each
-from gradflow.analyzer.sweep import SPEED
 from gradflow.limits import (
     MAP_BYTES,
     NORM_TOLERANCE,
@@ -31,7 +30,7 @@ from gradflow.limits import (
     SKETCH_WIDE,
     SKETCHED,
 )
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 Progress = Callable[[float], None]
 

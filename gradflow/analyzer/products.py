@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.blocks import Blocks
+from gradflow.analyzer.blocks import SPEED, Blocks, Sweep, known, log_dropped, truncate
 from gradflow.analyzer.jacobians import DenseOperator, transposed_step
-from gradflow.analyzer.sweep import SPEED, Sweep
-from gradflow.analyzer.truncation import known, log_dropped, truncate
 from gradflow.errors import InputError, must_be
 from gradflow.limits import (
     BLOCK_BYTES,
@@ -26,7 +24,7 @@ from gradflow.limits import (
     SEED,
     SKETCH_FIRST,
 )
-from gradflow.recording import Operator
+from gradflow.recording.source import Operator
 
 # norm, 1 of the identity -> ln of it of every block, (B, n), from ln ‖V‖_F and ln ‖what was dropped‖_F
 NORMS: dict[str, Callable[[Blocks, Tensor, Tensor | None], Tensor]] = {

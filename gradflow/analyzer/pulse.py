@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradflow.analyzer.activity import between
-from gradflow.analyzer.finite import Bad, bad_gradient, bad_state
 from gradflow.analyzer.loss import back_index
-from gradflow.analyzer.order import in_processing_order
+from gradflow.analyzer.timeline import Bad, bad_gradient, bad_state, in_processing_order
 from gradflow.history import LayerProbe
 from gradflow.limits import GATE_CLOSED, GATE_OPEN, SATURATED
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 def broken(track: Track) -> tuple[Bad, str] | None:

@@ -17,16 +17,16 @@ from torch import Tensor
 from gradflow.analyzer.jacobians import operator_of, state_size, transposed_step
 from gradflow.errors import RecordingError
 from gradflow.limits import ENTRIES_WIDEST, SEED
-from gradflow.recording import (
+from gradflow.recording.source import (
     Backward,
     Contributions,
     Forward,
     Operator,
     Parity,
+    Source,
     ThinOperator,
-    Track,
 )
-from gradflow.recording.source import Source
+from gradflow.recording.track import Track
 
 
 @dataclass(frozen=True)

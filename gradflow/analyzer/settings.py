@@ -10,7 +10,7 @@ import numpy as np
 
 from gradflow.analyzer.rates import Vote
 from gradflow.errors import InputError, must_be
-from gradflow.recording import Recording
+from gradflow.recording.tracks import Recording
 
 Progress = Callable[[str, float], None]  # a phase in words, and the share done
 METHODS = ("auto", "exact", "sketch")

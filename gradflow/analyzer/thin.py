@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.analyzer.cellpath import log_cell_path
-from gradflow.analyzer.direction import loss_map
+from gradflow.analyzer.direction import log_cell_path, loss_map
+from gradflow.analyzer.gains import Norms, Window, WindowSweep, log_norms
 from gradflow.analyzer.jacobians import HostOperator, operator_of, vector_seconds
-from gradflow.analyzer.order import cuts_before
 from gradflow.analyzer.plan import NORMS, Maps
 from gradflow.analyzer.ranks import Ranks, dyadic
-from gradflow.analyzer.windows import Norms, Window, WindowSweep, log_norms
+from gradflow.analyzer.timeline import cuts_before
 from gradflow.limits import (
     LN_GONE,
     LN_HALF,
@@ -33,7 +32,7 @@ from gradflow.limits import (
     THIN_SOURCES,
     THIN_TOLERANCE,
 )
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 Progress = Callable[[float], None]
 

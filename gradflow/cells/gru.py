@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gradflow.cells.base import Steps, Weights, previous
-from gradflow.cells.spec import CellSpec, Keeper, Named
+from gradflow.cells.spec import CellSpec, Keeper, Named, Steps, Weights, previous
 from gradflow.limits import OVERWRITTEN
 
 

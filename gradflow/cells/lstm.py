@@ -13,8 +13,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradflow.cells.base import Scan, Steps, Weights, previous
-from gradflow.cells.spec import WEIGHTS, CellPaths, CellSpec, Keeper, Named
+from gradflow.cells.spec import (
+    WEIGHTS,
+    CellPaths,
+    CellSpec,
+    Keeper,
+    Named,
+    Scan,
+    Steps,
+    Weights,
+    previous,
+)
 from gradflow.limits import CELL_ROUNDING
 
 

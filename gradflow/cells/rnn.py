@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gradflow.cells.base import Steps, Weights
-from gradflow.cells.spec import CellSpec, Linearise, Named
+from gradflow.cells.spec import CellSpec, Linearise, Named, Steps, Weights
 
 
 def _linearise(slope: Callable[[Tensor], Tensor]) -> Linearise:

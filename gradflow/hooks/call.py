@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks.guard import Hook, Point
-from gradflow.hooks.unreadable import is_batched, why_hidden
+from gradflow.hooks.guard import Hook, Point, is_batched, why_hidden
 
 SECOND_ORDER = (
     "a backward with create_graph=True came through it, and what it brings is not a total; record a "

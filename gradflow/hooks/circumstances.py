@@ -9,7 +9,7 @@ from torch import nn
 from gradflow.distributed import world
 from gradflow.hooks import mistakes
 from gradflow.hooks.ancestry import clean
-from gradflow.hooks.unreadable import TRANSFORMED, WRAPPED
+from gradflow.hooks.guard import TRANSFORMED, WRAPPED
 
 
 def perhaps_scaled(scale: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from gradflow.cells import CELLS
 from gradflow.distributed import local_part
 from gradflow.hooks.call import Call
-from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.seen import SeenCall
 from gradflow.limits import SAMPLED
+
+if TYPE_CHECKING:
+    from gradflow.hooks.lengths import GivenLengths
 
 
 class Copies:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gradflow.hooks.loops.loop_source import LoopSource
-from gradflow.recording import Recording
+from gradflow.recording.tracks import Recording
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.call import SECOND_ORDER
 from gradflow.hooks.graph import Edge
-from gradflow.hooks.guard import Hook, Point
-from gradflow.hooks.unreadable import BATCHED, ONLY_BATCHED, is_batched, why_hidden
+from gradflow.hooks.guard import BATCHED, ONLY_BATCHED, Hook, Point, is_batched, why_hidden
 
 
 @dataclass(eq=False)

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradflow.cells import Scan
-from gradflow.hooks.kernels import weight_gradients
-from gradflow.hooks.replay import Replay, masked, take_steps
-from gradflow.hooks.scans import Scans
-from gradflow.recording import Backward, Forward, Operator
+from gradflow.cells.spec import Scan
+from gradflow.hooks.replay import Replay, Scans, masked, take_steps, weight_gradients
+from gradflow.recording.source import Backward, Forward, Operator
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from gradflow.hooks.tape import Constants, TooMuch
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.wide import MOVED, Moved, WideStep, wide_step, wide_within
 from gradflow.limits import JACOBIAN_WIDEST
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 
 class TrackOwner(Protocol):

@@ -15,12 +15,13 @@ from gradflow.cells import layer_names
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.joint_source import JointSource
+from gradflow.hooks.guard import foreign_code
 from gradflow.hooks.linear.linear_source import LinearSource, Stretch
 from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.tapped import TAP, Mark, TapSource
-from gradflow.hooks.unreadable import foreign_code
 from gradflow.limits import MANY_TRACKS
-from gradflow.recording import Recording, Track, Unseen
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording, Unseen
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 FEW = 8  # names in one sentence

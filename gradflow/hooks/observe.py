@@ -14,7 +14,7 @@ from gradflow.distributed import AllProcesses, ApartError, can_be_sent, world
 from gradflow.errors import InputError, must_be, warn
 from gradflow.hooks import circumstances, mistakes
 from gradflow.hooks.ancestry import clean
-from gradflow.hooks.guard import Point, guarded
+from gradflow.hooks.guard import BATCHED, Point, guarded
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.linear.linear_calls import tensors_of
 from gradflow.hooks.linear.linear_source import LinearSource
@@ -23,8 +23,9 @@ from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening
 from gradflow.hooks.recorder import Recorder
 from gradflow.hooks.tapped import TapSource
-from gradflow.hooks.unreadable import BATCHED
-from gradflow.recording import Recording, Track, of_all_processes
+from gradflow.recording.pooled import of_all_processes
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 
 @contextmanager

@@ -16,11 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.guard import Hook, Point
+from gradflow.hooks.guard import Hook, Point, is_batched, why_hidden
 from gradflow.hooks.patch import is_of_another_recording
-from gradflow.hooks.unreadable import is_batched, why_hidden
 from gradflow.limits import PARITY_FLOAT32, PARITY_FLOAT64, PARITY_HALF
-from gradflow.recording import Parity
+from gradflow.recording.source import Parity
 
 BOUNDS = {
     torch.float64: PARITY_FLOAT64,

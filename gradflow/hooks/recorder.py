@@ -20,8 +20,18 @@ from gradflow.hooks.closed.notice import ClosedLoops, is_of
 from gradflow.hooks.copies import Copies, stamp_of
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Edge
-from gradflow.hooks.guard import Point, guarded
-from gradflow.hooks.lengths import GivenLengths, Lengths
+from gradflow.hooks.guard import (
+    NO_NUMBERS,
+    NO_SEQUENCE,
+    WRAPPED,
+    Point,
+    Withheld,
+    guarded,
+    has_no_numbers,
+    is_wrapped,
+    why_hidden,
+)
+from gradflow.hooks.lengths import GivenLengths, Lengths, ShownPadding
 from gradflow.hooks.linear.linear_calls import LinearCalls
 from gradflow.hooks.linear.linear_source import LinearSource
 from gradflow.hooks.linear.scanned import Scanned
@@ -29,26 +39,17 @@ from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
 from gradflow.hooks.mistakes import Ran
-from gradflow.hooks.own.cells import OwnCells
 from gradflow.hooks.own.forwards import Watching
-from gradflow.hooks.own.nested import leaves
+from gradflow.hooks.own.own_cells import OwnCells
+from gradflow.hooks.own.returned import leaves
 from gradflow.hooks.parity import WeightUses
 from gradflow.hooks.seen import SeenCall
-from gradflow.hooks.shown_padding import ShownPadding
 from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
-from gradflow.hooks.unreadable import (
-    NO_NUMBERS,
-    NO_SEQUENCE,
-    WRAPPED,
-    has_no_numbers,
-    is_wrapped,
-    why_hidden,
-)
 from gradflow.hooks.unrolled.sources import FLAT, FLAT_IN_TIME, PLAIN
 from gradflow.hooks.unrolled.watch import Watch
-from gradflow.hooks.withheld import Withheld
-from gradflow.recording import Recording, Track, Unseen, matches_any
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording, Unseen, matches_any
 
 
 class Recorder:

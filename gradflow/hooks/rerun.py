@@ -19,14 +19,16 @@ from torch import Tensor
 from gradflow.cells import CELLS
 from gradflow.errors import RecordingError
 from gradflow.hooks.call import Call
-from gradflow.hooks.kernels import whole_call
 from gradflow.hooks.loops.linked import pushed
 from gradflow.hooks.loops.links import Factor, Link, close_to
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.loops.stitch import Chain
-from gradflow.recording import Parity, Recording, Track
+from gradflow.hooks.replay import whole_call
+from gradflow.recording.source import Parity
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 UNCHANGED = "the weights were changed and the loss was not run again"
 

@@ -16,7 +16,8 @@ from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.mistakes import gradient_marks
 from gradflow.hooks.observe import OpenRecording
 from gradflow.hooks.recorder import Recorder
-from gradflow.recording import Recording, Track
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
 
 AMBIGUOUS = "several GradScalers were used in one update: gradients are perhaps scaled"
 

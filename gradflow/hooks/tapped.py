@@ -22,7 +22,7 @@ from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.loop import difference, trimmed
 from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.limits import DIFFERENCE_ROUNDING
-from gradflow.recording import Backward, Forward, Operator, Parity, Source
+from gradflow.recording.source import Backward, Forward, Operator, Parity, Source
 
 TAP = "tap"  # the cell of a loop that is tapped
 

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from gradflow.errors import InputError, must_be
 from gradflow.hooks import patch
 from gradflow.hooks.dense import Place
-from gradflow.hooks.graph import Between
-from gradflow.hooks.guard import Point, guarded
+from gradflow.hooks.graph import Between, saved_by, saved_tensors_are_hooked
+from gradflow.hooks.guard import WRAPPED, Point, guarded, is_wrapped, why_hidden
 from gradflow.hooks.marks import LastMark, MarkOwner, Marks
-from gradflow.hooks.own.nested import leaves
-from gradflow.hooks.saved_tensors import saved_by, saved_tensors_are_hooked
+from gradflow.hooks.own.returned import leaves
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.unreadable import WRAPPED, is_wrapped, why_hidden
 from gradflow.hooks.unrolled.pieces import holds
 
 ADVICE = "call it as h, c = gradflow.tap(h=h, c=c) inside the loop, once per step"

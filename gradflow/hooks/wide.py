@@ -31,7 +31,7 @@ from gradflow.limits import (
     WIDE_WRITING,
 )
 from gradflow.process import autocast
-from gradflow.recording import Operator
+from gradflow.recording.source import Operator
 
 MOVED = (
     "a batch that shrinks, grows or is reordered while its states are too wide to be written out, of "

@@ -6,11 +6,8 @@ Time is the first axis. Index 0 is the first step. Track arrays are in input-tim
 sequences in the user's order; steps past a sequence's length hold NaN.
 """
 
-from gradflow.recording.chosen import chosen
-from gradflow.recording.devices import moved, where_computed
 from gradflow.recording.padding import Padding, padding_of
-from gradflow.recording.pooled import as_one, of_all_processes, pooled
-from gradflow.recording.recording import Recording, matches_any
+from gradflow.recording.pooled import as_one, chosen, of_all_processes, pooled
 from gradflow.recording.source import (
     Backward,
     Contributions,
@@ -20,9 +17,11 @@ from gradflow.recording.source import (
     Parity,
     Source,
     ThinOperator,
+    moved,
+    where_computed,
 )
 from gradflow.recording.track import Track
-from gradflow.recording.unseen import Unseen
+from gradflow.recording.tracks import Recording, Unseen, matches_any
 
 __all__ = [
     "Backward", "Contributions", "Forward", "Operator", "Outer", "Padding", "Parity", "Recording",

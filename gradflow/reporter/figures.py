@@ -12,7 +12,7 @@ from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.errors import InputError, must_be
 from gradflow.reporter import panels, prepare
 from gradflow.reporter.charts import states
-from gradflow.reporter.charts.step_labels import writable
+from gradflow.reporter.charts.chart import writable
 from gradflow.reporter.kinds import KINDS, OVERVIEW_SCALE, Kind
 from gradflow.reporter.layout import PanelBlock, bare, draw_blocks, finish_axes, title
 from gradflow.reporter.overview import NARROW, Entry, draw_overview

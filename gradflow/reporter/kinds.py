@@ -24,12 +24,11 @@ from gradflow.reporter.charts import (
     rank,
     saturation,
     states,
-    step_labels,
     time_scales,
     total_vs_direct,
     triangle,
 )
-from gradflow.reporter.charts.chart import Chart
+from gradflow.reporter.charts.chart import Chart, below, beside
 from gradflow.reporter.overview import special_colours
 
 
@@ -99,12 +98,12 @@ def _map_specials(charts: Sequence[gain_map.GainMap]) -> dict[str, str]:
 
 def _below(chart: Chart) -> float:
     """The last panel has the labels of the steps beneath it."""
-    return step_labels.below(chart.labels)
+    return below(chart.labels)
 
 
 def _beside(chart: Chart) -> float:
     """The panel has the labels of the steps on its left as well."""
-    return step_labels.beside(chart.labels)
+    return beside(chart.labels)
 
 
 def _saturation_heights(chart: saturation.Saturation) -> tuple[float, ...]:

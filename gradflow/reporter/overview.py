@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.reporter import panels, prepare
-from gradflow.reporter.charts.step_labels import below
+from gradflow.reporter.charts.chart import below
 from gradflow.reporter.picture import INK, SOFT, Picture
 from gradflow.reporter.prepare import Heat, LagLine
 from gradflow.reporter.scale import BAD, UNDEFINED, VERDICT_COLOURS, WRONG, ZERO

@@ -17,8 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from gradflow.analysis import LayerAnalysis
 from gradflow.limits import power
 from gradflow.reporter import prepare
-from gradflow.reporter.charts.plot_lines import whole
-from gradflow.reporter.charts.step_labels import label_steps
+from gradflow.reporter.charts.chart import label_steps, whole
 from gradflow.reporter.fonts import inches, legible
 from gradflow.reporter.numbers import ratio_words
 from gradflow.reporter.picture import FAINT, INK, SOFT

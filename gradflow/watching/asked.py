@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradflow.errors import InputError, must_be
+from gradflow.hooks.guard import foreign_code
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.observe import patterns_of
-from gradflow.hooks.unreadable import foreign_code
 
 PRESETS = ("pulse", "rate", "full")
 

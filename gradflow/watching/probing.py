@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analyzer import analyze
-from gradflow.analyzer.closed import judged
+from gradflow.analyzer.closed_loops import judged
 from gradflow.analyzer.evidence import counted, number
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.measuring import is_linear

@@ -10,21 +10,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from gradflow.analysis import Finding
-from gradflow.analyzer.causes.activations import idle_units, saturated_activations
-from gradflow.analyzer.causes.decays import decays, erasing_heads, kept_for_good
-from gradflow.analyzer.causes.gates import keeping_gates, saturated_gates
-from gradflow.analyzer.causes.linear import linear_recurrence
-from gradflow.analyzer.causes.paths import hidden_paths
-from gradflow.analyzer.causes.reading import mend_first, read_by_loss
-from gradflow.analyzer.causes.rnn_factors import (
+from gradflow.analysis.results import Finding
+from gradflow.analyzer.causes.factors import (
     activations_contract,
+    idle_units,
+    keeping_gates,
+    saturated_activations,
+    saturated_gates,
+    walls,
     weights_contract,
     weights_expand,
 )
+from gradflow.analyzer.causes.read_by_loss import mend_first, read_by_loss
+from gradflow.analyzer.causes.recurrences import (
+    decays,
+    erasing_heads,
+    kept_for_good,
+    linear_recurrence,
+)
 from gradflow.analyzer.causes.spoilers import cut, no_recurrence, not_finite, parity_failed
-from gradflow.analyzer.causes.verdicts import dead, exploding, few_channels, transient, vanishing
-from gradflow.analyzer.causes.walls import walls
+from gradflow.analyzer.causes.verdicts import (
+    dead,
+    exploding,
+    few_channels,
+    hidden_paths,
+    transient,
+    vanishing,
+)
 from gradflow.analyzer.evidence import Evidence
 
 __all__ = ["FINDERS", "SPOILERS", "Finder", "findings"]

@@ -7,16 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradflow.analysis import Finding
+from gradflow.analysis.results import Finding
 from gradflow.analyzer.causes.remedies import CLIP_CODE
-from gradflow.analyzer.cuts import (
-    cut_steps,
-    in_some_sequences,
-    typical_length,
-    typical_segment,
-)
 from gradflow.analyzer.evidence import Evidence, counted, module, number
-from gradflow.analyzer.finite import (
+from gradflow.analyzer.timeline import (
     Bad,
     arrives,
     bad_gradient,
@@ -24,8 +18,12 @@ from gradflow.analyzer.finite import (
     bad_start,
     bad_state,
     bad_weight,
+    cut_steps,
+    in_some_sequences,
+    segment_lengths,
+    typical_length,
+    typical_segment,
 )
-from gradflow.analyzer.order import segment_lengths
 
 LISTED = 6  # segments of one sequence that are named one by one
 

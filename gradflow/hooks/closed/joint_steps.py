@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gradflow.hooks.closed.boundaries import buffers_read, crossing, crossing_any
-from gradflow.hooks.closed.loops import ClosedLoop, State
 from gradflow.hooks.closed.parts import MarkedPart, Seen
 from gradflow.hooks.closed.standing import Standing, View, view_of_tensor
 from gradflow.hooks.dense import Step, within
@@ -23,6 +22,9 @@ from gradflow.hooks.tape import Constants
 from gradflow.hooks.tapped import TAPPED, Mark
 from gradflow.hooks.wide import MOVED, Moved, WideStep, wide_step, wide_within
 from gradflow.limits import JACOBIAN_WIDEST
+
+if TYPE_CHECKING:
+    from gradflow.hooks.closed.loops import ClosedLoop, State
 
 MORE = (
     "more goes around it than its states: what an earlier step made is read again later (attention "

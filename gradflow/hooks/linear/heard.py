@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.copies import copied
-from gradflow.hooks.guard import Point, guarded
-from gradflow.hooks.linear.registry import Entry, Seen, Unread
-from gradflow.hooks.linear.scanned import Scanned
-from gradflow.hooks.own.nested import leaves
-from gradflow.hooks.unreadable import NO_SEQUENCE, WRAPPED, is_wrapped, why_hidden
+from gradflow.hooks.guard import NO_SEQUENCE, WRAPPED, Point, guarded, is_wrapped, why_hidden
+from gradflow.hooks.linear.scanned import Entry, LibraryCall, Scanned, Unread
+from gradflow.hooks.own.returned import leaves
 from gradflow.limits import CALLER_FRAMES
 
 MASK = "attention_mask"  # what models call it: (B, T), 0 on padding
@@ -94,7 +92,7 @@ class Heard:
             if results is not None:  # without its kernel it does nothing
                 told.observer.missed_scan(told.name, self._entry.fused)
             return
-        seen = Seen(self._given, self._live, results, told.kind)
+        seen = LibraryCall(self._given, self._live, results, told.kind)
         try:
             fields = {"cell": self._entry.cell} | self._entry.read(seen)
         except Unread as why:

@@ -15,7 +15,7 @@ from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.linear.linear_source import LinearSource, Stretch
 from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.marks import TrackOwner
-from gradflow.recording import Track
+from gradflow.recording.track import Track
 
 CUT_AT = "its first state is handed from call to call, and no gradient comes back to it"
 

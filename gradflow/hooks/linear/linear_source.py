@@ -21,7 +21,7 @@ from gradflow.hooks.loops.loop import difference
 from gradflow.hooks.parity import BOUNDS
 from gradflow.hooks.replay import masked
 from gradflow.limits import PARITY_FLOAT32
-from gradflow.recording import Backward, Forward, Operator, Parity, Source
+from gradflow.recording.source import Backward, Forward, Operator, Parity, Source
 
 KIND = (
     "a linear recurrence: its states are made from what its function was given, and how its weights "

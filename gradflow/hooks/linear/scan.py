@@ -10,10 +10,9 @@ from torch import Tensor
 from gradflow.cells.linear import HEAD_AXES, LinearSteps
 from gradflow.errors import InputError, must_be
 from gradflow.hooks import patch
-from gradflow.hooks.guard import Point, guarded
+from gradflow.hooks.guard import WRAPPED, Point, guarded, is_wrapped, why_hidden
 from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.taps import callers_frame, place_of
-from gradflow.hooks.unreadable import WRAPPED, is_wrapped, why_hidden
 
 USAGE = "call it as h = gradflow.scan(h, decay=a) after the scan, h (batch, time, ...)"
 STACKED = ("StackBackward", "CumsumBackward", "LogcumsumexpBackward", "CumprodBackward")

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from gradflow.hooks.call import Call
-from gradflow.hooks.replay import Replay
-from gradflow.hooks.scans import Scans
+from gradflow.hooks.replay import Replay, Scans
 
 
 class Group:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gradflow.cells import Scan
 from gradflow.hooks.call import SECOND_ORDER, Call
+from gradflow.hooks.guard import ONLY_BATCHED
 from gradflow.hooks.layersource import LayerSource, alone, by_loss_step
 from gradflow.hooks.loops.arrivals import Arrivals, arrivals, arrivals_at_top, reached
 from gradflow.hooks.loops.lags import Lags
 from gradflow.hooks.loops.loop import Loop, trimmed
 from gradflow.hooks.loops.loss_steps import Sheet, by_time, gathered, placed, sheets
-from gradflow.hooks.parity import WeightUses
-from gradflow.hooks.unreadable import ONLY_BATCHED
 from gradflow.recording import Backward, Contributions, Forward, Operator, Parity, Source, moved
+
+if TYPE_CHECKING:
+    from gradflow.hooks.parity import WeightUses
 
 SEVERITY = ("not applicable", "passed", "failed")
 

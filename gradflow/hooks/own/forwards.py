@@ -17,8 +17,16 @@ import torch
 from torch import nn
 
 from gradflow.hooks.guard import Point, guarded
-from gradflow.hooks.patch import observers_here, run_as_it_is, traced_as, untraced
-from gradflow.hooks.replaced import Replaced, lock, put_back, replace
+from gradflow.hooks.patch import (
+    Replaced,
+    lock,
+    observers_here,
+    put_back,
+    replace,
+    run_as_it_is,
+    traced_as,
+    untraced,
+)
 from gradflow.process import held
 
 TORCH_NN = "torch.nn."

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradflow.hooks.graph import Edge, kind_of
+from gradflow.hooks.graph import Edge, kind_of, saved_by
 from gradflow.hooks.marks import LastMark
-from gradflow.hooks.saved_tensors import saved_by
 from gradflow.limits import PIECE_NODES
 
 

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from gradflow.hooks.axes import Axis, usual_axis
 from gradflow.hooks.dense import Place, Step
-from gradflow.hooks.graph import Between, Edge, NotReadable
+from gradflow.hooks.graph import Between, Edge, NotReadable, is_hooked
 from gradflow.hooks.loops.links import probe_of
 from gradflow.hooks.marks import LastMark, Marks
 from gradflow.hooks.own.returned import row_of
-from gradflow.hooks.saved_tensors import is_hooked
 from gradflow.hooks.tapped import UNROLLED, TapSource
 from gradflow.hooks.unrolled.loop_states import NO_VALUE, LoopStates, NoRows, NoState
 from gradflow.hooks.unrolled.values import Values

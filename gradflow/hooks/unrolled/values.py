@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradflow.hooks.graph import Edge, edge_of, kind_of
-from gradflow.hooks.saved_tensors import is_hooked, saved_by
+from gradflow.hooks.graph import Edge, edge_of, is_hooked, kind_of, saved_by
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import VALUE_DEPTH
 

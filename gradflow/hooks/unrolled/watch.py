@@ -13,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.ancestry import class_of, clean
 from gradflow.hooks.graph import Edge, edge_of
+from gradflow.hooks.guard import foreign_code, has_no_numbers
 from gradflow.hooks.marks import MarkOwner, Marks, newest
 from gradflow.hooks.mistakes import something_is_compiled
 from gradflow.hooks.own.candidates import cell_name
 from gradflow.hooks.tapped import TapSource
-from gradflow.hooks.unreadable import foreign_code, has_no_numbers
 from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
 from gradflow.hooks.unrolled.crossing import FAR, earliest, latest

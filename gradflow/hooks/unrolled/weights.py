@@ -17,9 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.distributed import is_shared_out
 from gradflow.hooks.ancestry import fsdp_class
-from gradflow.hooks.guard import Hook, Point
-from gradflow.hooks.saved_tensors import saved_by
-from gradflow.hooks.unreadable import has_no_numbers
+from gradflow.hooks.graph import saved_by
+from gradflow.hooks.guard import Hook, Point, has_no_numbers
 from gradflow.hooks.unrolled.chains import (
     PRODUCTS,
     SAME,

@@ -10,8 +10,19 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.reporter.charts.chart import LN10, Chart, absent, measured, running_median
-from gradflow.reporter.charts.plot_lines import DASHED, DOTTED, Line, draw_log_lines, key, whole
+from gradflow.reporter.charts.chart import (
+    DASHED,
+    DOTTED,
+    LN10,
+    Chart,
+    Line,
+    absent,
+    draw_log_lines,
+    key,
+    measured,
+    running_median,
+    whole,
+)
 from gradflow.reporter.numbers import count_words, percent_words, ratio_words
 from gradflow.reporter.picture import FAINT
 from gradflow.reporter.readout import Curves, tell

@@ -11,9 +11,7 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.limits import GONE_DECADES, GONE_WORDS
-from gradflow.reporter.charts.chart import LN10, Chart
-from gradflow.reporter.charts.plot_lines import draw_contour
-from gradflow.reporter.charts.step_labels import label_steps
+from gradflow.reporter.charts.chart import LN10, Chart, draw_contour, label_steps
 from gradflow.reporter.numbers import percent_words
 from gradflow.reporter.prepare import MAP_CELLS, measured_distances, pooled
 from gradflow.reporter.readout import Cells, Grid, tell

@@ -10,9 +10,15 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.cells import Keeper, called
-from gradflow.reporter.charts.chart import Chart, measured, own_cell
-from gradflow.reporter.charts.plot_lines import DASHED, DOTTED, key
-from gradflow.reporter.charts.step_labels import label_steps
+from gradflow.reporter.charts.chart import (
+    DASHED,
+    DOTTED,
+    Chart,
+    key,
+    label_steps,
+    measured,
+    own_cell,
+)
 from gradflow.reporter.numbers import number_words, percent_words
 from gradflow.reporter.readout import Curves, tell
 from gradflow.reporter.scale import SERIES

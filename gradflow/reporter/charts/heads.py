@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.limits import GONE_DECADES, VERDICTS
-from gradflow.reporter.charts.chart import LN10, Chart, absent, measured
-from gradflow.reporter.charts.plot_lines import count_ticks
+from gradflow.reporter.charts.chart import LN10, Chart, absent, count_ticks, measured
 from gradflow.reporter.numbers import count_words
 from gradflow.reporter.scale import paint
 

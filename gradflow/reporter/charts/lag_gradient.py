@@ -15,8 +15,18 @@ from matplotlib.axes import Axes
 from gradflow.analysis import LayerAnalysis
 from gradflow.cells import kinds
 from gradflow.limits import LAG_TOLERANCE, SMALLEST_SHARE, TOLERANCE_WORDS
-from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient, own_cell
-from gradflow.reporter.charts.plot_lines import DASHED, Line, draw_log_lines, key, whole
+from gradflow.reporter.charts.chart import (
+    DASHED,
+    Chart,
+    Line,
+    absent,
+    draw_log_lines,
+    key,
+    measured,
+    no_gradient,
+    own_cell,
+    whole,
+)
 from gradflow.reporter.numbers import count_words, number_words, percent_words
 from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import SERIES

@@ -10,9 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.reporter.charts.chart import Chart, measured
-from gradflow.reporter.charts.plot_lines import log_limits, power_ticks
-from gradflow.reporter.charts.step_labels import label_steps
+from gradflow.reporter.charts.chart import Chart, label_steps, log_limits, measured, power_ticks
 from gradflow.reporter.fonts import legible
 from gradflow.reporter.numbers import ratio_words
 from gradflow.reporter.prepare import HEAT_COLUMNS, pooled

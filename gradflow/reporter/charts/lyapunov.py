@@ -12,8 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gradflow.analysis import LayerAnalysis, Rate
 from gradflow.limits import CARRIED_WORDS
-from gradflow.reporter.charts.chart import LN10, Chart, absent, measured
-from gradflow.reporter.charts.plot_lines import whole
+from gradflow.reporter.charts.chart import LN10, Chart, absent, measured, whole
 from gradflow.reporter.numbers import gain_words, number_words, rate_words
 from gradflow.reporter.picture import FAINT
 from gradflow.reporter.readout import Curves, tell

@@ -10,9 +10,18 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.cells import CELLS, kinds
-from gradflow.reporter.charts.chart import Chart, absent, measured, running_median
-from gradflow.reporter.charts.plot_lines import DASHED, DOTTED, Line, draw_log_lines, key
-from gradflow.reporter.charts.step_labels import label_steps
+from gradflow.reporter.charts.chart import (
+    DASHED,
+    DOTTED,
+    Chart,
+    Line,
+    absent,
+    draw_log_lines,
+    key,
+    label_steps,
+    measured,
+    running_median,
+)
 from gradflow.reporter.numbers import ratio_words
 from gradflow.reporter.picture import FAINT, INK
 from gradflow.reporter.scale import SERIES

@@ -10,14 +10,16 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.limits import GONE_WORDS
-from gradflow.reporter.charts.chart import Chart, absent, measured
-from gradflow.reporter.charts.plot_lines import (
+from gradflow.reporter.charts.chart import (
     DASHED,
     DOTTED,
+    Chart,
     Line,
+    absent,
     count_ticks,
     draw_log_lines,
     key,
+    measured,
 )
 from gradflow.reporter.numbers import count_words, number_words
 from gradflow.reporter.picture import FAINT

@@ -12,9 +12,16 @@ from matplotlib.axes import Axes
 from gradflow.analysis import LayerAnalysis
 from gradflow.cells import called
 from gradflow.limits import CLOSED_WORDS, OPEN_WORDS, SATURATED_WORDS, STUCK
-from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
-from gradflow.reporter.charts.plot_lines import DASHED, key, whole
-from gradflow.reporter.charts.step_labels import label_steps
+from gradflow.reporter.charts.chart import (
+    DASHED,
+    Chart,
+    absent,
+    key,
+    label_steps,
+    measured,
+    own_cell,
+    whole,
+)
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.panels import ColourBar
 from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS

@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.cells import CELLS
-from gradflow.reporter.charts.chart import Chart, absent, measured, own_cell
-from gradflow.reporter.charts.plot_lines import count_ticks, whole
+from gradflow.reporter.charts.chart import Chart, absent, count_ticks, measured, own_cell, whole
 from gradflow.reporter.numbers import number_words
 from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import SERIES

@@ -9,9 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
-from gradflow.reporter.charts.chart import Chart
-from gradflow.reporter.charts.plot_lines import Line, draw_log_lines, key
-from gradflow.reporter.charts.step_labels import label_steps
+from gradflow.reporter.charts.chart import Chart, Line, draw_log_lines, key, label_steps
 from gradflow.reporter.picture import INK
 from gradflow.reporter.scale import DIRECT, SERIES
 

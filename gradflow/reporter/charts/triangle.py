@@ -14,9 +14,14 @@ from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.limits import GONE_DECADES
-from gradflow.reporter.charts.chart import Chart, absent, measured, no_gradient
-from gradflow.reporter.charts.plot_lines import draw_contour
-from gradflow.reporter.charts.step_labels import label_steps
+from gradflow.reporter.charts.chart import (
+    Chart,
+    absent,
+    draw_contour,
+    label_steps,
+    measured,
+    no_gradient,
+)
 from gradflow.reporter.numbers import count_words
 from gradflow.reporter.prepare import MAP_CELLS, pooled
 from gradflow.reporter.readout import Cells, Grid, tell

@@ -11,8 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
-from gradflow.reporter.charts.chart import Chart
-from gradflow.reporter.charts.plot_lines import log_limits, whole
+from gradflow.reporter.charts.chart import Chart, log_limits, whole
 from gradflow.reporter.fonts import inches
 from gradflow.reporter.histories.course import Course
 from gradflow.reporter.histories.story import stretches, updates

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gradflow.analysis import Rate
-from gradflow.analysis.intervals import mean_interval
+from gradflow.analysis.results import mean_interval
 from gradflow.errors import InputError, must_be
 from gradflow.history import History
 from gradflow.reporter.histories.across import Shared

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gradflow.analysis import Rate
 from gradflow.limits import GATE_CLOSED, GATE_OPEN, GONE_WORDS
-from gradflow.reporter.charts.plot_lines import DASHED, DOTTED, Dash, key, log_limits, power_ticks
+from gradflow.reporter.charts.chart import DASHED, DOTTED, Dash, key, log_limits, power_ticks
 from gradflow.reporter.histories.across import (
     STRIP,
     Along,

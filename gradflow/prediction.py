@@ -1,0 +1,489 @@
+"""What a remedy would do: tried on the recorded batch, without training.
+
+Joins the recording (run again with changed weights) and the analyzer (measured again). `what_if` tries
+every remedy that is asked for, on its own, before and after; a report suggests those that help a
+vanishing or exploding layer most. Remedies that need training are suggested by the findings, never
+predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gradflow.analysis.results import Gain, LayerAnalysis, Prediction, Rate
+from gradflow.analysis.run import Analysis
+from gradflow.analyzer import analyze
+from gradflow.analyzer.evidence import number
+from gradflow.analyzer.measuring import Brief, brief, brief_seconds
+from gradflow.analyzer.read_steps import readings
+from gradflow.cells import CELLS
+from gradflow.cells.spec import Keeper
+from gradflow.errors import InputError, RecordingError, must_be
+from gradflow.hooks.gradients import weight_norms
+from gradflow.hooks.rerun import WeightChange, rerun
+from gradflow.limits import (
+    FACTORS_ALIKE,
+    PREDICTION_LEAST,
+    PREDICTION_SECONDS,
+    QUICK,
+    REPORT_SHARE,
+    SHOWN_PREDICTIONS,
+    STEEPEST,
+)
+from gradflow.recording.track import Track
+from gradflow.recording.tracks import Recording
+
+
+def measured(
+    recording: Recording,
+    name: str,
+    span: int | None = None,
+    share: int = 1,
+    seed: int = 0,
+    sequences: tuple[int, ...] | None = None,
+) -> Brief | str:
+    """The numbers of a layer, or why there are none."""
+    try:
+        track = recording[name]
+        return brief(track, span=span, share=share, seed=seed, sequences=sequences)
+    except RecordingError as error:
+        return str(error)
+
+
+def helps(before: Brief | LayerAnalysis, after: Brief) -> float:
+    """Powers of ten over the span by which the gain comes nearer to 1."""
+    was, now = abs(before.gain.decades), abs(after.gain.decades)
+    return 0.0 if was == now else was - now
+
+
+def with_predictions(
+    recording: Recording, analysis: Analysis, *, batch: str = "this batch", seed: int = 0
+) -> Analysis:
+    """The analysis with, for every vanishing or exploding layer, the remedies that help most.
+
+    An LSTM or GRU that vanishes is tried with its forget (update) bias raised by 1 and by 2. Any
+    other layer is tried with W_hh multiplied by a = e^(−p), p being the gain over the span per step,
+    which would undo it in a linear layer, and by a e^(−p′), p′ being what the first try left. Layers
+    are changed together. Nothing is tried where the loss reads the wrong steps, which no weight mends,
+    where the weights that ran are no parameters of the module, nor where it would take more than a few
+    seconds, and then the provenance says so.
+    """
+    read = readings(recording)
+    ill = [
+        layer
+        for layer in analysis.values()
+        if layer.verdict in ("vanishing", "exploding")
+        and layer.name in recording.tracks
+        and not layer.part_of  # of a closed loop: alone it is not what ran
+        and recording[layer.name].batch == layer.sequences  # not several runs pooled
+        and not read[layer.name].amiss
+        and _can_be_set(recording[layer.name], _first_trial(layer)[0])
+    ]
+    share = REPORT_SHARE * max(1, len(ill))
+    seconds = 2 * sum(brief_seconds(recording[layer.name], layer.span, share) for layer in ill)
+    if seconds > PREDICTION_SECONDS:
+        note = (
+            f"remedies were not tried on the batch: that would take about {seconds:.0f} s; "
+            "gradflow.what_if(recording, forget_bias=1.0) does it"
+        )
+        known = list(analysis.provenance.get("notes", []))
+        return replace(analysis, provenance={**analysis.provenance, "notes": [*known, note]})
+    if len(ill) > 1:
+        batch += f", {len(ill)} layers changed together"
+    tried: dict[str, list[Prediction]] = {layer.name: [] for layer in ill}
+    trials = {layer.name: _first_trial(layer) for layer in ill}
+    for _ in range(SHOWN_PREDICTIONS):
+        changes = {
+            name: WeightChange(**{remedy: value}) for name, (remedy, value) in trials.items()
+        }
+        again = rerun(recording, changes)
+        for name in again.recording.tracks:
+            before, note = analysis.layers[name], again.notes[name]
+            # the sequence that the present numbers are of, so that both reach equally far
+            mapped = tuple(int(b) for b in before.data["sequence"].values)
+            after = measured(again.recording, name, before.span, share, seed, mapped)
+            if isinstance(after, Brief):
+                on = f"{batch} ({note})" if note else batch
+                tried[name].append(_predicted(before, after, *trials[name], on))
+                trials[name] = _next_trial(*trials[name], after)
+    layers = {layer.name: replace(layer, predictions=_best(tried[layer.name])) for layer in ill}
+    return replace(analysis, layers={**analysis.layers, **layers})
+
+
+def _can_be_set(track: Track, remedy: str) -> bool:
+    """Whether the weight that a remedy changes is a parameter that the user could change."""
+    weight = "bias_ih" if remedy == "forget_bias" and "bias_ih" in track.weights else "weight_hh"
+    return weight not in track.foreign
+
+
+def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
+    """Those that help, the best first; one of two that cannot be told apart."""
+    helping = sorted((p for p in tried if p.helps >= PREDICTION_LEAST), key=lambda p: -p.helps)
+    if len(helping) > 1 and abs(helping[0].value / helping[1].value - 1) < FACTORS_ALIKE:
+        return (helping[0],)
+    return tuple(helping)
+
+
+def _first_trial(layer: LayerAnalysis) -> tuple[str, float]:
+    if layer.verdict == "vanishing" and _keeper(layer.cell) is not None:
+        return "forget_bias", 1.0
+    return "scale_hh", _rounded(math.exp(min(-layer.pace, STEEPEST)))
+
+
+def _next_trial(remedy: str, value: float, after: Brief) -> tuple[str, float]:
+    if remedy == "forget_bias":
+        return remedy, value + 1
+    left = after.gain.pace if math.isfinite(after.gain.pace) else 0.0
+    return remedy, _rounded(value * math.exp(min(-left, STEEPEST)))
+
+
+def _rounded(value: float) -> float:
+    """Three digits, as one would type them."""
+    return float(f"{value:.3g}")
+
+
+def _predicted(
+    before: LayerAnalysis, after: Brief, remedy: str, value: float, batch: str
+) -> Prediction:
+    outcome = after.verdict if after.verdict != before.verdict else f"still {after.verdict}"
+    parts = [f"{number(before.decades)} → {number(after.gain.decades)} decades over the span"]
+    if before.horizon != after.horizon:
+        parts.append(f"gone in every direction after {_gone(before)} → {_gone(after)} steps")
+    if before.channels != after.channels and after.channels is not None:
+        parts.append(f"{before.channels} → {after.channels} of {before.size} channels")
+    words = _words(before.cell, remedy, value)
+    return Prediction(
+        remedy=remedy,
+        value=value,
+        words=words,
+        verdict=after.verdict,
+        rate=after.rate,
+        gain=after.gain,
+        half_life=after.half_life,
+        horizon=after.horizon,
+        searched=after.searched,
+        channels=after.channels,
+        helps=helps(before, after),
+        batch=batch,
+        message=f"{words}: {outcome}, {', '.join(parts)}",
+    )
+
+
+def _words(cell: str, remedy: str, value: float) -> str:
+    if remedy == "forget_bias":
+        keeper = _keeper(cell)
+        assert keeper is not None
+        return f"{keeper.name} bias + {value:g}"
+    return f"W_hh × {value:g}"
+
+
+def _keeper(cell: str) -> Keeper | None:
+    return CELLS[cell].keeper if cell in CELLS else None
+
+
+def _gone(found: Brief | LayerAnalysis) -> str:
+    return f"> {found.searched}" if found.horizon is None else str(found.horizon)
+
+
+COMPARED = ("gain", "rate", "rate_low", "rate_high", "half_life", "horizon", "channels", "verdict")
+TRIAL_COLUMNS = [
+    "layer",
+    "remedy",
+    "value",
+    *(f"{name}_{when}" for name in COMPARED for when in ("before", "after")),
+    "helps",
+    "truncation_error",
+    "norm_before",
+    "norm_after",
+    "note",
+]
+WHOLE_NUMBERS = [
+    f"{name}_{when}" for name in ("horizon", "channels") for when in ("before", "after")
+]
+
+
+def what_if(
+    recording: Recording,
+    *,
+    forget_bias: float | None = None,
+    scale_hh: float | None = None,
+    truncate: int | None = None,
+    clip: float | None = None,
+) -> pd.DataFrame:
+    """Try remedies on the recorded batch, each on its own, and hold the numbers before and after.
+
+    ``forget_bias`` and ``scale_hh`` run the recorded calls again with changed weights and take rate,
+    half-life, horizon, channels and verdict from the new states and step Jacobians, as `analyze`
+    does. The model's head and its loss are not run again and nothing is trained: the result is a
+    prediction for the present weights and this batch. A stack of layers runs again as a whole, all
+    its layers changed alike; what other modules feed it, and every step's input in a loop over a
+    cell, is taken as it was recorded.
+
+    Args:
+        recording: what ``gradflow.record`` saw; it stays as it is.
+        forget_bias: δ, added to the pre-activation of the forget gate of every LSTM, f = σ(a_f + δ)
+            (Jozefowicz et al. 2015), and of the update gate z of every GRU: PyTorch's z is the
+            share of the old state that is kept, so δ > 0 keeps more of it.
+        scale_hh: what every recurrent weight matrix W_hh is multiplied by (Pascanu et al. 2013).
+        truncate: K, how many steps each loss step's gradient may cover: gains at lags of K and more
+            are lost, so gain and verdict afterwards are those over K − 1 steps. The rate is not
+            changed. Truncation in chunks (a detach every K steps) keeps at most as much.
+        clip: θ, the norm to which the gradient of all recorded recurrent layers' weights together is
+            shortened if it is longer, g ← g · min(1, θ/‖g‖₂) (Pascanu et al. 2013). Weights of other
+            modules are not seen; in training their gradients count too. Clipping shortens a step
+            and changes no rate: it does not cure chaos (Mikhaeil et al. 2022).
+
+    Returns:
+        A tidy frame, one row per layer and remedy. Columns: ``layer``, ``remedy``, ``value``; then
+        ``gain`` (the largest over the span, nats), ``rate`` (nats per step), ``rate_low`` and
+        ``rate_high`` (95 %), ``half_life`` (steps),
+        ``horizon`` (steps; missing if not reached), ``channels`` and ``verdict``, each with
+        ``_before`` and ``_after``; ``helps``, the powers of ten over the span by which the gain comes
+        nearer to 1, (|gain_before| − |gain_after|)/ln 10, negative if it moves away;
+        ``truncation_error``, ‖truncated − full‖/‖full‖ of ∂L/∂W_hh; ``norm_before`` and
+        ``norm_after`` of the clipped gradient; ``note``, in words, also why a remedy could not be
+        tried. NaN or missing where there is no number.
+
+    Raises:
+        InputError: no remedy, or a value out of its range.
+        RecordingError: nothing was recorded.
+
+    An LSTM without recurrent weights is a leaky integrator, its gain at lag k is f^k with
+    f = σ(b): half-life 1 at b = 0, 2.2127 at b = 1.
+
+    >>> import torch, gradflow
+    >>> lstm = torch.nn.LSTM(2, 3)
+    >>> for weight in lstm.parameters():
+    ...     _ = torch.nn.init.zeros_(weight)
+    >>> with gradflow.record(lstm) as recording:
+    ...     lstm(torch.ones(60, 2, 2))[0][-1].sum().backward()
+    >>> row = gradflow.what_if(recording, forget_bias=1.0).iloc[0]
+    >>> print(f"{row.half_life_before:.4f} {row.half_life_after:.4f}")
+    1.0000 2.2127
+    """
+    if not isinstance(recording, Recording):
+        kind, advice = type(recording).__name__, "give what `with gradflow.record(...)` yields"
+        raise InputError(must_be("recording", "a Recording", kind, advice))
+    asked = _asked(forget_bias, scale_hh, truncate, clip)
+    recording.require_tracks()
+    share = QUICK * len(recording)
+    before = {t.name: measured(recording, t.name, share=share) for t in recording.values()}
+    rows = [row for name, value in asked.items() for row in _TRIALS[name](recording, before, value)]
+    return pd.DataFrame(rows, columns=TRIAL_COLUMNS).astype(dict.fromkeys(WHOLE_NUMBERS, "Int64"))
+
+
+# ---------------------------------------------------------------------------------- the remedies
+
+
+Before = Mapping[str, "Brief | str"]  # track name -> its numbers, or why there are none
+Row = dict[str, Any]
+
+
+def _asked(
+    forget_bias: object, scale_hh: object, truncate: object, clip: object
+) -> dict[str, float]:
+    """Remedy -> value, of those that were asked for, checked."""
+    found: dict[str, float] = {}
+    if forget_bias is not None:
+        advice = "1.0 is the usual start; a negative one forgets faster"
+        found["forget_bias"] = _finite("forget_bias", "a finite number", forget_bias, advice)
+    if scale_hh is not None:
+        advice = "a factor below 1 damps, above 1 strengthens the recurrence"
+        found["scale_hh"] = _above_zero("scale_hh", scale_hh, advice)
+    if truncate is not None:
+        whole = isinstance(truncate, int | np.integer) and not isinstance(truncate, bool)
+        if not whole or truncate < 1:  # type: ignore[operator]
+            expected, advice = "a whole number of at least 1", "it counts the steps that are kept"
+            raise InputError(must_be("truncate", expected, repr(truncate), advice))
+        found["truncate"] = int(truncate)  # type: ignore[call-overload]
+    if clip is not None:
+        found["clip"] = _above_zero("clip", clip, "it is the largest norm that is left as it is")
+    if not found:
+        raise InputError(
+            must_be(
+                "what_if",
+                "given at least one of forget_bias, scale_hh, truncate, clip",
+                "none",
+                "write gradflow.what_if(recording, forget_bias=1.0)",
+            )
+        )
+    return found
+
+
+def _finite(name: str, expected: str, value: object, advice: str) -> float:
+    known = isinstance(value, int | float | np.integer | np.floating)
+    if not known or isinstance(value, bool) or not math.isfinite(value):  # type: ignore[arg-type]
+        raise InputError(must_be(name, expected, repr(value), advice))
+    return float(value)  # type: ignore[arg-type]
+
+
+def _above_zero(name: str, value: object, advice: str) -> float:
+    number = _finite(name, "a finite number above 0", value, advice)
+    if number <= 0:
+        raise InputError(must_be(name, "a finite number above 0", repr(value), advice))
+    return number
+
+
+def _changed_weights(
+    remedy: str, recording: Recording, before: Before, value: float
+) -> Iterator[Row]:
+    """Rows of a remedy that changes weights: all layers at once, each measured again."""
+    again = rerun(recording, {name: WeightChange(**{remedy: value}) for name in before})
+    for name, known in before.items():
+        row = _row(name, remedy, value, known)
+        if isinstance(known, str):
+            yield row
+        elif name in again.refused:
+            yield row | {"note": f"not tried: {again.refused[name]}"}
+        else:
+            after = measured(again.recording, name, known.span, QUICK * len(before))
+            yield row | {"note": again.notes[name]} | _after(known, after)
+
+
+def _forget_bias(recording: Recording, before: Before, value: float) -> Iterator[Row]:
+    return _changed_weights("forget_bias", recording, before, value)
+
+
+def _scale_hh(recording: Recording, before: Before, value: float) -> Iterator[Row]:
+    return _changed_weights("scale_hh", recording, before, value)
+
+
+def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Row]:
+    """Rows of a shorter window: nothing is run again, gains at lags of K and more are lost."""
+    keep = int(value)
+    layers = analyze(recording, pool=False).layers
+    for name, known in before.items():
+        row = _row(name, "truncate", keep, known)
+        if isinstance(known, str):
+            yield row
+            continue
+        error, said = _truncation_error(layers[name], keep)
+        if math.isnan(error):
+            note = "how far that takes ∂L/∂W_hh off is not known"
+            if recording[name].trains_recurrence is False:
+                note = "∂L/∂W_hh is exactly 0: there is nothing to truncate"
+            if not recording[name].has_gradient:
+                note += ": there is no gradient to truncate"
+        else:
+            note = f"∂L/∂W_hh is off by {number(100 * error)} % if nothing goes back {keep} steps"
+            note += f" ({said})" if said else ""
+        reaches = known.horizon is None or known.horizon > keep
+        after = replace(
+            known,
+            half_life=min(known.half_life, float(keep)),
+            horizon=keep if reaches else known.horizon,
+            channels=0 if known.channels is not None and known.span >= keep else known.channels,
+        )
+        if keep > known.searched:  # no gain lies that far back
+            after = known
+        elif keep <= known.gain.steps:
+            after = _within(recording, name, after, keep - 1, QUICK * len(before))
+        growing = max(0.0, known.gain.pace) if known.gain.steps else 0.0
+        cut = growing * max(0, known.gain.steps - keep) / math.log(10)
+        yield (row | _after(known, after) | {"helps": cut, "truncation_error": error, "note": note})
+
+
+def _within(recording: Recording, name: str, after: Brief, steps: int, share: int) -> Brief:
+    """The numbers with gain and verdict over so many steps: beyond them nothing is left."""
+    if not steps:
+        nothing = Gain(-math.inf, -math.inf, -math.inf, 1)
+        return replace(after, gain=nothing, verdict="dead")
+    kept = measured(recording, name, steps, share)
+    return after if isinstance(kept, str) else replace(after, gain=kept.gain, verdict=kept.verdict)
+
+
+def _truncation_error(layer: LayerAnalysis, keep: int) -> tuple[float, str]:
+    """‖truncated − full‖/‖full‖ of ∂L/∂W_hh where lags 0 … K − 1 are kept, and what it rests on.
+
+    NaN where it is not known.
+    """
+    if "truncation_error" not in layer.data:
+        return math.nan, ""
+    errors = layer.data["truncation_error"]
+    if "weight_hh" not in errors["parameter"].values:
+        return math.nan, ""
+    values = errors.sel(parameter="weight_hh").values
+    return float(values[min(keep, len(values)) - 1]), str(errors.attrs.get("note", ""))
+
+
+def _clip(recording: Recording, before: Before, value: float) -> Iterator[Row]:
+    """Rows of norm clipping: the gradient becomes shorter, the network stays what it is."""
+    norms = weight_norms(recording)
+    for name, known in before.items():
+        row = _row(name, "clip", value, known)
+        if isinstance(known, str):
+            yield row
+            continue
+        yield (
+            row
+            | _after(known, known)
+            | {
+                "norm_before": norms.total,
+                "norm_after": min(norms.total, value),
+                "note": _clip_note(norms.total, norms.own.get(name), value),
+            }
+        )
+
+
+def _clip_note(total: float, own: float | None, limit: float) -> str:
+    if own is None:
+        return "no gradient of its weights was seen, so there is none to clip"
+    if not math.isfinite(total):
+        return (
+            "the gradient of the recorded recurrent weights is not finite: clipping cannot mend it"
+        )
+    share = f"{number(total)} over the recorded recurrent weights ({number(own)} of this layer)"
+    if total > limit:
+        said = f"hit: the norm {share} is multiplied by at most {number(limit / total)}"
+    else:
+        said = f"not hit by these weights alone: their norm is {share}"
+    return f"{said}; clipping changes no rate and does not cure chaos (Mikhaeil et al. 2022)"
+
+
+_TRIALS: dict[str, Callable[[Recording, Before, float], Iterator[Row]]] = {
+    "forget_bias": _forget_bias,
+    "scale_hh": _scale_hh,
+    "truncate": _truncate,
+    "clip": _clip,
+}
+
+
+# --------------------------------------------------------------------------------------- the rows
+
+
+def _row(name: str, remedy: str, value: float, before: Brief | str) -> Row:
+    """A row without an outcome yet."""
+    empty = dict.fromkeys(TRIAL_COLUMNS, math.nan) | dict.fromkeys(WHOLE_NUMBERS)
+    empty |= {"verdict_before": "", "verdict_after": ""}
+    row = empty | {"layer": name, "remedy": remedy, "value": value, "note": ""}
+    if isinstance(before, str):
+        return row | {"note": f"not measured: {before}"}
+    return row | {f"{name}_before": value for name, value in _numbers(before).items()}
+
+
+def _after(before: Brief, after: Brief | str) -> Row:
+    if isinstance(after, str):
+        return {"note": f"not measured: {after}"}
+    found = {f"{name}_after": value for name, value in _numbers(after).items()}
+    found["helps"] = helps(before, after)
+    if math.isnan(after.gain.value) and not math.isnan(before.gain.value):
+        found["note"] = "with this change its states are no longer finite"
+    return found
+
+
+def _numbers(found: Brief) -> dict[str, Any]:
+    values = asdict(found)
+    rate: Rate = found.rate
+    values |= {
+        "gain": found.gain.value,
+        "rate": rate.value,
+        "rate_low": rate.low,
+        "rate_high": rate.high,
+    }
+    return {name: values[name] for name in COMPARED}
