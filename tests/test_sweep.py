@@ -338,7 +338,9 @@ def test_a_full_disk_ends_the_sweep_and_is_no_failure_of_a_checkpoint(
         whole(path, text)
 
     monkeypatch.setattr(result_files, "write_whole", full)
-    with pytest.raises(FileError, match=r"cannot write the sweep to .*: No space left on device; what"):
+    with pytest.raises(
+        FileError, match=r"cannot write the sweep to .*: No space left on device; what"
+    ):
         swept(runs, "seed=0/*.pt", serial, folder=tmp_path / "a")
     assert len(list((tmp_path / "a/results").glob("*.jsonl"))) == 3 and len(written) == 4
     monkeypatch.undo()

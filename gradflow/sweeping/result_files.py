@@ -252,8 +252,8 @@ class SweepFolder:
             write_whole(self.path_of(key), text)
         except OSError as error:
             raise FileError(
-                f"cannot write the sweep to {self.folder}: {error.strerror or error}; what was measured before "
-                "is kept: make room, and go on with --resume"
+                f"cannot write the sweep to {self.folder}: {error.strerror or error}; what was measured "
+                "before is kept: make room, and go on with --resume"
             ) from error
 
     def keep_failure(self, key: str, name: str, outcome: Outcome) -> None:
