@@ -97,10 +97,10 @@ def write_checkpoints(folder: Path, count: int, layers: int) -> dict[str, str]:
         torch.manual_seed(number)
         place = folder / "runs" / f"seed={number % 8}"
         place.mkdir(parents=True, exist_ok=True)
-        state = {"state_dict": nn.LSTM(3, 16, layers).state_dict(), "global_step": number // 8}
+        state = {"state_dict": nn.LSTM(3, 4, layers).state_dict(), "global_step": number // 8}
         torch.save(state, place / f"{number // 8}.pt")
-    torch.save({"input": torch.randn(50, 8, 3)}, folder / "batch.pt")
-    return {"spec": f"torch.nn:LSTM(3, 16, {layers})", "input": str(folder / "batch.pt")}
+    torch.save({"input": torch.randn(12, 2, 3)}, folder / "batch.pt")
+    return {"spec": f"torch.nn:LSTM(3, 4, {layers})", "input": str(folder / "batch.pt")}
 
 
 def sweeps(*, quick: bool) -> Iterator[Row]:
@@ -109,7 +109,7 @@ def sweeps(*, quick: bool) -> Iterator[Row]:
         folder = Path(name)
         count, layers = (8, 2) if quick else (1000, 12)
         asked = write_checkpoints(folder, count, layers)
-        case = {"checkpoints": count, "layers": layers, "T": 50, "B": 8}
+        case = {"checkpoints": count, "layers": layers, "T": 12, "B": 2}
         runs = str(folder / "runs")
         yield from large_sweep(folder, ["--model", asked["spec"], "--input", asked["input"]], case)
         few = str(Path(runs) / ("seed=0" if quick else "seed=[0-3]")) + "/*.pt"
