@@ -38,7 +38,7 @@ from gradflow.hooks.graph import alone, refuse_alone
 from gradflow.hooks.guard import Point, busy, guarded, is_batched, is_wrapped, why_hidden
 from gradflow.hooks.linear.heard import Heard
 from gradflow.hooks.linear.registry import places
-from gradflow.hooks.linear.scanned import Entry, Scanned
+from gradflow.hooks.linear.scanned import LibraryFunction, Scanned
 from gradflow.hooks.seen import Listener, Telling
 from gradflow.process import held
 
@@ -305,7 +305,7 @@ def _watched(
 
 
 @functools.lru_cache(maxsize=256)
-def _watched_function(original: Callable[..., Any], entry: Entry) -> Callable[..., Any]:
+def _watched_function(original: Callable[..., Any], entry: LibraryFunction) -> Callable[..., Any]:
     """The same for a function of the registry; those that it calls itself are part of it."""
 
     @untraced
