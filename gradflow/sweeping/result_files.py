@@ -243,8 +243,18 @@ class SweepFolder:
         return facts is not None and ("failed" not in facts.header or facts.header["name"] == name)
 
     def keep(self, key: str, text: str) -> None:
-        """Write a result."""
-        write_whole(self.path_of(key), text)
+        """Write a result.
+
+        Raises:
+            FileError: it cannot be written, which no checkpoint is to blame for.
+        """
+        try:
+            write_whole(self.path_of(key), text)
+        except OSError as error:
+            raise FileError(
+                f"cannot write the sweep to {self.folder}: {error.strerror or error}; what was measured "
+                "before is kept: make room, and go on with --resume"
+            ) from error
 
     def keep_failure(self, key: str, name: str, outcome: Outcome) -> None:
         """Write why there is no result."""
