@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -322,6 +323,31 @@ def test_two_sweeps_into_one_folder_at_once(tmp_path: Path) -> None:
     two.close()
 
 
+def test_a_full_disk_ends_the_sweep_and_is_no_failure_of_a_checkpoint(
+    runs: Path, tmp_path: Path, serial: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradflow.sweeping import result_files
+
+    whole, written = result_files.write_whole, []
+
+    def full(path: Path, text: str) -> None:
+        if path.suffix == ".jsonl":
+            written.append(path)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path, text)
+
+    monkeypatch.setattr(result_files, "write_whole", full)
+    with pytest.raises(
+        FileError, match=r"cannot write the sweep to .*: No space left on device; what"
+    ):
+        swept(runs, "seed=0/*.pt", serial, folder=tmp_path / "a")
+    assert len(list((tmp_path / "a/results").glob("*.jsonl"))) == 3 and len(written) == 4
+    monkeypatch.undo()
+    history = swept(runs, "seed=0/*.pt", serial, folder=tmp_path / "a", resume=True)
+    assert len(history) == 8 and not any(history.data["failed"].values)
+
+
 def test_folders_are_left_alone(runs: Path, tmp_path: Path, serial: Executor) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
@@ -631,6 +657,20 @@ def test_folders_of_transformers_hold_one_model_each(tmp_path: Path, serial: Exe
         checkpoints(str(tmp_path / "out/**/*.pt"))
     optimizer = str(tmp_path / "out/seed=0/checkpoint-500/optimizer.pt")
     assert [one.name for one in checkpoints(optimizer)] == [optimizer]  # asked for by name
+
+
+def test_a_checkpoint_without_a_step_stands_behind_those_with_one(serial: Executor) -> None:
+    """It takes the place of none of them."""
+    names = ["a/best", "a/epoch1", "a/epoch2", "b/first", "b/second"]
+    history = gradflow.sweep(
+        {name: torch.nn.GRU(3, 4) for name in names}, batch=torch.randn(9, 2, 3)
+    )
+    assert {name: run.steps.tolist() for name, run in history.runs.items()} == {
+        "a": [1, 2, 3],
+        "b": [1, 2],
+    }
+    assert history.data["checkpoint"].values[2] == "a/best"
+    assert any("a: these steps are of several kinds" in note.text for note in history.notes)
 
 
 def test_two_layers_of_other_spans_keep_their_own(serial: Executor) -> None:

@@ -160,6 +160,18 @@ def test_report_page_tables_and_terminal(history: History, tmp_path: Path) -> No
     assert "3 more with -v, and on the page." in said
 
 
+def test_the_interval_of_a_rate_says_what_it_is_over() -> None:
+    for batches, unit in ((1.0, "sequences"), (3.0, "batches")):
+        probes = [
+            replace(one, layers={name: replace(layer, values=layer.values | {"batches": batches})
+                                 for name, layer in one.layers.items()})
+            for one in rows()
+        ]  # fmt: skip
+        figure = gradflow.plot(History.of("Net", probes).runs["lstm/seed=0"], kind="rates")
+        said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+        assert f"its 95 % interval over {unit}:" in said
+
+
 def test_a_broken_last_file_leaves_the_numbers_before_it(history: History) -> None:
     """The summary is of the last checkpoint that was measured, and says which."""
     (of_broken,) = [one for one in history_summary(history)["layers"] if one["run"] == "rnn/seed=3"]

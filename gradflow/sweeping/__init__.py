@@ -11,8 +11,8 @@ submitit           ``gradflow.sweep(..., executor=submitit.AutoExecutor("logs"))
 MPI                ``with mpi4py.futures.MPIPoolExecutor() as executor``, under ``mpiexec -m mpi4py.futures``
 =================  =======================================================================================
 
-The tests run all but the last. Workers read the checkpoints themselves, so that paths must be theirs too;
-what they find comes back and is written by the process that sweeps.
+The tests run all of them, MPI where there is an ``mpiexec``. Workers read the checkpoints themselves, so
+that paths must be theirs too; what they find comes back and is written by the process that sweeps.
 """
 
 from gradflow.sweeping.standing import held_in

@@ -325,9 +325,9 @@ class Running:
             self.tick()
         lost = []
         for future in finished:
-            task = flying.pop(future)
+            task, lasting = flying.pop(future), True
             try:
-                repeat = self.done(task, future.result(), True)
+                outcome = future.result()
             except BrokenExecutor:
                 lost.append(task)
                 continue
@@ -335,7 +335,8 @@ class Running:
                 raise
             except Exception as error:  # noqa: BLE001  whatever it is, it is the row of one checkpoint
                 said = " ".join(str(error).split())
-                repeat = self.done(task, Outcome(failed=f"{type(error).__name__}: {said}"), False)
+                outcome, lasting = Outcome(failed=f"{type(error).__name__}: {said}"), False
+            repeat = self.done(task, outcome, lasting)
             if repeat is not None:
                 self.again.append(repeat)
         return lost

@@ -235,9 +235,20 @@ class SweepFolder:
         return facts is not None and ("failed" not in facts.header or facts.header["name"] == name)
 
     def keep(self, key: str, text: str) -> None:
-        """Write a result."""
-        with whole_file(self.path_of(key)) as file:
-            file.write(text)
+        """Write a result.
+
+        Raises:
+            FileError: it cannot be written, which no checkpoint is to blame for.
+        """
+        try:
+            with whole_file(self.path_of(key)) as file:
+                file.write(text)
+        except FileError as error:
+            why = getattr(error.__cause__, "strerror", None) or error
+            raise FileError(
+                f"cannot write the sweep to {self.folder}: {why}; what was measured "
+                "before is kept: make room, and go on with --resume"
+            ) from error
 
     def keep_failure(self, key: str, name: str, outcome: Outcome) -> None:
         """Write why there is no result."""

@@ -97,13 +97,17 @@ def _known(entry: Entry, path_of: Callable[[str], Path]) -> _Known:
 
 
 def _numbered(known: Sequence[_Known]) -> list[_Known]:
-    """Checkpoints that say no training step, counted within their run."""
+    """Checkpoints that say no training step, counted within their run, behind those of it that say one."""
     counts: Counter[str] = Counter()
+    said: dict[str, int] = {}
+    for one in known:
+        said[one.entry.run] = max(said.get(one.entry.run, 0), one.step or 0)
     found = []
     for one in known:
-        counts[one.entry.run] += 1
         if one.step is None:
-            one = replace(one, step=counts[one.entry.run], step_from="place in the order of names")
+            counts[one.entry.run] += 1
+            place = said[one.entry.run] + counts[one.entry.run]
+            one = replace(one, step=place, step_from="place in the order of names")
         found.append(one)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def measure(*, quick: bool = False) -> Iterator[Row]:
         )  # fmt: skip
     if not quick:
         yield whole_analysis()
+        yield page_over_torch()
     yield from sweeps(quick=quick)
 
 
@@ -58,16 +60,47 @@ def whole_analysis() -> Row:
         return Row("whole runs", what, float(np.median(times)), "s", case)
 
 
+def page_over_torch(rounds: int = 5) -> Row:
+    """Processor seconds of the command on two small layers over those of importing torch, in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(nn.LSTM(10, 20, 2).state_dict(), Path(folder) / "model.pt")
+        command = ("-m", "gradflow", "analyze", "model.pt")
+        found = [
+            (spent(*command, folder=folder), spent("-c", "import torch", folder=folder))
+            for _ in range(rounds + 1)
+        ][1:]  # the first one compiles what is imported
+    pages, imports = np.array(found).T
+    low, median, high = np.quantile(pages / imports, [0.25, 0.5, 0.75])
+    return Row(
+        "whole runs", "a page from weights alone over importing torch, processor time", float(median), "×",
+        {"cell": "LSTM", "H": 20, "layers": 2, "T": 100}, float(low), float(high), most=3.0,
+        note=f"{np.median(pages):.3g} s against {np.median(imports):.3g} s, {rounds} pairs",
+    )  # fmt: skip
+
+
+def spent(*arguments: str, folder: str) -> float:
+    """Processor seconds of one process; what it imports stays compiled, as where it is installed."""
+    before = os.times()
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{folder}/compiled"}
+    environment = {**os.environ, **compiled}
+    command = [sys.executable, *arguments]
+    subprocess.run(command, capture_output=True, check=True, cwd=folder, env=environment)
+    after = os.times()
+    return (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
+
+
 def write_checkpoints(folder: Path, count: int, layers: int) -> dict[str, str]:
     """So many checkpoints of eight runs, all of other weights, and a batch; how a sweep asks for them."""
     for number in range(count):
         torch.manual_seed(number)
         place = folder / "runs" / f"seed={number % 8}"
         place.mkdir(parents=True, exist_ok=True)
-        state = {"state_dict": nn.LSTM(3, 16, layers).state_dict(), "global_step": number // 8}
+        state = {"state_dict": nn.LSTM(3, 4, layers).state_dict(), "global_step": number // 8}
         torch.save(state, place / f"{number // 8}.pt")
-    torch.save({"input": torch.randn(50, 8, 3)}, folder / "batch.pt")
-    return {"spec": f"torch.nn:LSTM(3, 16, {layers})", "input": str(folder / "batch.pt")}
+    torch.save({"input": torch.randn(12, 2, 3)}, folder / "batch.pt")
+    return {"spec": f"torch.nn:LSTM(3, 4, {layers})", "input": str(folder / "batch.pt")}
 
 
 def sweeps(*, quick: bool) -> Iterator[Row]:
@@ -76,7 +109,7 @@ def sweeps(*, quick: bool) -> Iterator[Row]:
         folder = Path(name)
         count, layers = (8, 2) if quick else (1000, 12)
         asked = write_checkpoints(folder, count, layers)
-        case = {"checkpoints": count, "layers": layers, "T": 50, "B": 8}
+        case = {"checkpoints": count, "layers": layers, "T": 12, "B": 2}
         runs = str(folder / "runs")
         yield from large_sweep(folder, ["--model", asked["spec"], "--input", asked["input"]], case)
         few = str(Path(runs) / ("seed=0" if quick else "seed=[0-3]")) + "/*.pt"

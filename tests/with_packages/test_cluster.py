@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -117,6 +119,40 @@ def test_submitit_by_the_same_door(
     whole = gradflow.load(runs / "whole").runs["seed=1"].data.isel(step=[0, -1])
     assert (found.data["rate"].values == whole["rate"].values).all()
     assert (found.data["profile"].values == whole["profile"].values).all()
+
+
+MPI = """
+import sys
+from mpi4py.futures import MPIPoolExecutor
+import gradflow
+files, model, batch, folder = sys.argv[1:]
+with MPIPoolExecutor() as executor:
+    gradflow.sweep(files, model=model, batch=batch, executor=executor, folder=folder)
+"""
+
+
+def test_mpi_by_the_same_door(runs: Path, tmp_path: Path) -> None:
+    """Two workers and the process that hands out, under a real mpiexec."""
+    pytest.importorskip("mpi4py")
+    mpiexec = shutil.which("mpiexec")
+    if mpiexec is None:
+        pytest.skip("no mpiexec is installed")
+    (tmp_path / "script.py").write_text(MPI)
+    one = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
+           "OMPI_MCA_rmaps_base_oversubscribe": "1", "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
+    command = [
+        mpiexec,
+        "-n",
+        "3",
+        sys.executable,
+        "-m",
+        "mpi4py.futures",
+        str(tmp_path / "script.py"),
+    ]
+    given = [str(runs / "runs/seed=1"), made.SPEC, str(runs / "batch.pt"), str(tmp_path / "swept")]
+    subprocess.run([*command, *given], env=os.environ | one, check=True, timeout=300)
+    found, whole = gradflow.load(tmp_path / "swept"), gradflow.load(runs / "whole").runs["seed=1"]
+    assert found.data["rate"].identical(whole.data["rate"])  # type: ignore[union-attr]
 
 
 def test_a_cluster_that_cannot_be_reached(

@@ -99,6 +99,7 @@ def prepare_rates(course: Course, shared: Shared, *, first: bool = True) -> Line
     note = ""
     if np.isnan(rate).all():
         note = "No rate was measured: the preset pulse has none, or so few steps do not show it."
+    unit = "batches" if (numbers["batches"] > 1).any() else "sequences"
     panel = Panel(
         what="nats per step",
         curves=(Curve("rate", rate, INK, low=low, high=high),),
@@ -106,7 +107,7 @@ def prepare_rates(course: Course, shared: Shared, *, first: bool = True) -> Line
         levels=((0.0, ""),),
     )
     return _lines(course, shared, note, _rate_words(course, rate), (panel,),
-                  "Growth of ln gain per step in the long run, with its 95 % interval over sequences: below "
+                  f"Growth of ln gain per step in the long run, with its 95 % interval over {unit}: below "
                   "0 the gain vanishes with the distance, above it explodes. "
                   + "Where so few steps do not show it, there is none." * (not settled.all()))  # fmt: skip
 
