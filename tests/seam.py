@@ -66,8 +66,6 @@ from gradflow.hooks.own import own_cells as cells
 from gradflow.hooks.rerun import WeightChange, rerun
 from gradflow.hooks.unrolled.chains import chains, recurrences
 from gradflow.hooks.unrolled.crossing import crossing as crossing_crossing
-from gradflow.hooks.unrolled.repeats import without_repeats
-from gradflow.hooks.unrolled.weights import computed_chains
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.hooks.wide import Wide
 from gradflow.loading.ages import lacking

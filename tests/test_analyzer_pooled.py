@@ -275,15 +275,3 @@ def test_short_runs_are_said_to_be_at_most_so_long(lengths: tuple[int, ...], wor
             module(torch.randn(n, 1, INPUTS).double())[0].sum().backward()
     (note,) = [n for n in gradflow.analyze(recording).warnings if "steps only" in n]
     assert note.startswith(f"l0 ran for {words}")
-
-
-def test_a_padded_call_that_hands_its_state_on_is_told_to_pack() -> None:
-    gru, lengths = nn.GRU(3, 4), torch.tensor([6, 4])
-    with gradflow.record(gru, lengths=lengths) as recording:
-        state = None
-        for x in torch.randn(2, 6, 2, 3):
-            output, _ = gru(x, state)
-            state = output[lengths - 1, torch.arange(2)].unsqueeze(0)
-        state.sum().backward()
-    (note,) = [n for n in gradflow.analyze(recording).warnings if "one upon the other" in n]
-    assert "pack the batch (pack_padded_sequence) in place of lengths=" in note

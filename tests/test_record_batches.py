@@ -203,6 +203,101 @@ def test_a_packed_call_and_the_next_are_one_loop(
         assert mine.parity.status == "passed"
 
 
+# ------------------------------------------------------------------- a padded call that is gone on with
+
+
+def _padded_and_packed(
+    module: nn.RNNBase, given: bool, detached: bool = False
+) -> tuple[gradflow.Recording, gradflow.Recording]:
+    """Three calls; the state of every sequence's last real step goes on, not that of the padding."""
+    x, y, z = (torch.randn(n, 3, INPUTS).double() for n in (6, 4, 5))
+    reads = [torch.randn(n, 3, HIDDEN).double() for n in (6, 4, 5)]
+    every = [[4, 6, 2], [4, 1, 3], [5, 5, 2] if given else [5, 5, 5]]
+    some = iter(every)
+    with gradflow.record(module, lengths=(lambda _: next(some)) if given else None) as mine:
+        state, loss = None, 0.0
+        for data, read, lengths in zip((x, y, z), reads, every, strict=True):
+            data = data.transpose(0, 1) if module.batch_first else data
+            output, _ = module(data, state)
+            output = output.transpose(0, 1) if module.batch_first else output
+            real = (torch.arange(len(output)).unsqueeze(1) < torch.tensor(lengths)).unsqueeze(2)
+            loss = loss + (output * read * real).sum()
+            state = output[torch.tensor(lengths) - 1, torch.arange(3)].unsqueeze(0)
+            state = state.detach() if detached else state
+        loss.backward()
+    module.zero_grad()
+    with gradflow.record(module) as theirs:
+        state, loss = None, 0.0
+        for data, read, lengths in zip((x, y, z), reads, every, strict=True):
+            data = data.transpose(0, 1) if module.batch_first else data
+            packed_data = pack_padded_sequence(
+                data, torch.tensor(lengths), module.batch_first, enforce_sorted=False
+            )
+            output, state = module(packed_data, state)
+            state = state.detach() if detached else state
+            output = pad_packed_sequence(output)[0]
+            loss = loss + (output * read[: len(output)]).sum()
+        loss.backward()
+    return mine, theirs
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["lengths", "plain"])
+@pytest.mark.parametrize("detached", [False, True], ids=["attached", "detached"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", ["GRU", "tanh"])
+def test_a_padded_call_that_goes_on_from_its_real_steps_is_the_packed_one(
+    kind: str, batch_first: bool, detached: bool, given: bool
+) -> None:
+    torch.manual_seed(0)
+    module = CELLS[kind][1](INPUTS, HIDDEN, batch_first=batch_first, dtype=torch.float64)
+    one, other = _padded_and_packed(module, given, detached)
+    (mine,), (theirs,) = one.values(), other.values()
+    assert mine.lengths.tolist() == [13, 12, 7] if given else [13, 12, 10]
+    assert torch.equal(mine.cuts, theirs.cuts)
+    mine.cuts = theirs.cuts = torch.zeros_like(theirs.cuts)  # `check_equal` wants none
+    check_equal(mine, theirs)
+    assert mine.parity.status == "passed"
+    found, wanted = (gradflow.analyze(recording)["l0"] for recording in (one, other))
+    assert found.verdict == wanted.verdict
+    assert found.rate.value == pytest.approx(wanted.rate.value, rel=1e-9, abs=0)
+    if not detached:
+        changes = [gradflow.what_if(recording, scale_hh=0.9) for recording in (one, other)]
+        numbers = [torch.tensor(f.select_dtypes("number").to_numpy(float)) for f in changes]
+        assert torch.allclose(*numbers, rtol=1e-9, atol=0, equal_nan=True)
+
+
+def test_a_state_that_goes_on_through_padding_counts_it_as_steps() -> None:
+    """The oracle is autograd on the loop: the product of A_t is the last state by the first."""
+    torch.manual_seed(0)
+    gru, x = nn.GRU(INPUTS, HIDDEN).double(), torch.randn(2, 6, 2, INPUTS).double()
+    start = torch.randn(1, 2, HIDDEN).double().requires_grad_()
+    lengths = torch.tensor([6, 4])
+    with gradflow.record(gru, lengths=lengths) as recording:
+        _, state = gru(x[0], start)
+        output, _ = gru(x[1], state)
+        last = output[lengths - 1, torch.arange(2)]
+        last.sum().backward(retain_graph=True)
+    (track,) = recording.values()
+    assert track.lengths.tolist() == [12, 10]
+    assert any("goes on through the padding" in note for note in track.notes)
+    for b, steps in enumerate([12, 10]):
+        rows = [torch.autograd.grad(u, start, retain_graph=True)[0][0, b] for u in last[b]]
+        compare.assert_whole_close(product_of(track, b, steps), torch.stack(rows))
+        compare.assert_whole_close(
+            track.grad_h[0, b] @ step_jacobians(track)[0, b], start.grad[0, b]
+        )
+
+
+def test_an_output_beside_the_last_cell_state_is_refused_in_words() -> None:
+    lstm, lengths = nn.LSTM(INPUTS, HIDDEN), torch.tensor([4, 2])
+    with gradflow.record(lstm) as recording:
+        output, (_, c) = lstm(torch.randn(4, 2, INPUTS))
+        h = output[lengths - 1, torch.arange(2)].unsqueeze(0)
+        lstm(torch.randn(3, 2, INPUTS), (h, c))[0].sum().backward()
+    (track,) = recording.values()
+    assert "an output of one step beside the last state of another" in " ".join(track.notes)
+
+
 def test_a_sequence_that_joins_later_begins_at_the_first_step() -> None:
     torch.manual_seed(0)
     cell, x = nn.LSTMCell(INPUTS, HIDDEN).double(), torch.randn(6, 3, INPUTS).double()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import compare
 import pytest
 import torch
 from torch import Tensor, nn
@@ -245,24 +246,41 @@ def test_buffers_that_swap_finished_sequences_are_not_called_dead(kind: str, way
     assert sorted(track.lengths.tolist()) == ([24] * 4 if cuts else [6, 6, 12, 12, 18, 18, 24])
 
 
+@pytest.mark.parametrize("kind", ["GRUCell", "LSTMCell"])
 @pytest.mark.parametrize("way", ["index_copy", "in place"])
-def test_nodes_that_rest_and_return_are_cut_off_from_no_other_node(way: str) -> None:
-    """As in the memory of a temporal graph: each call updates some nodes, as many as the one before."""
+def test_nodes_that_rest_and_return_go_on_where_they_were(way: str, kind: str) -> None:
+    """As in the memory of a temporal graph, or episodes of uneven pace: each call updates some nodes."""
     torch.manual_seed(0)
-    cell, memory, made = nn.GRUCell(WIDTH, WIDTH).double(), torch.zeros(5, WIDTH).double(), {}
+    cell, step, count = step_of(kind)
+    start = [torch.randn(5, WIDTH).double().requires_grad_() for _ in range(count)]
+    memory, made, steps = [s * 1.0 for s in start], {}, {n: [] for n in range(5)}
     with gradflow.record(cell) as recording:
-        for t, nodes in enumerate([[0, 1, 2, 4], [0, 1, 3, 4], [0, 2, 3, 4], [1, 2, 3, 4]]):
-            new = cell(torch.randn(4, WIDTH).double(), memory[nodes])
-            made |= {tuple(row.tolist()): (t, node) for row, node in zip(new, nodes, strict=True)}
-            if way == "index_copy":
-                memory = memory.index_copy(0, torch.tensor(nodes), new)
-            else:
-                memory = memory.clone()
-                memory[nodes] = new
-        memory.pow(2).sum().backward()
+        for t, nodes in enumerate([[0, 1, 2, 4], [0, 1, 3, 4], [0, 2, 3, 4], [3, 4], [4, 3, 2, 1]]):
+            new = step(torch.randn(len(nodes), WIDTH).double(), tuple(m[nodes] for m in memory))
+            for row, node in enumerate(nodes):
+                made[tuple(new[0][row].tolist())] = t, node
+                steps[node].append((new, row))
+            for place, part in enumerate(new):
+                if way == "index_copy":
+                    memory[place] = memory[place].index_copy(0, torch.tensor(nodes), part)
+                else:
+                    memory[place] = memory[place].clone()
+                    memory[place][nodes] = part
+        for new, _ in {id(new): (new, 0) for each in steps.values() for new, _ in each}.values():
+            [part.retain_grad() for part in new]
+        sum(m.pow(2).sum() for m in memory).backward(retain_graph=True)
     (track,) = recording.values()
     assert not track.cuts.any()
+    assert sorted(track.lengths.tolist()) == [3, 3, 3, 4, 5]
     for b, length in enumerate(track.lengths.tolist()):
         seen = [made[tuple(track.h[t, b].tolist())] for t in range(length)]
-        assert len({node for _, node in seen}) == 1
-        assert [t for t, _ in seen] == list(range(seen[0][0], seen[0][0] + length))
+        (node,) = {node for _, node in seen}
+        assert [t for t, _ in seen] == sorted(t for t, n in made.values() if n == node)
+        product = torch.eye(WIDTH * count).double()
+        for t, (new, row) in enumerate(steps[node]):
+            compare.assert_whole_close(track.grad_h[t, b], new[0].grad[row])
+            product = step_jacobians(track)[t, b] @ product
+        new, row = steps[node][-1]
+        compare.assert_whole_close(product, jacobian(new, row, tuple(start), node))
+    (layer,) = gradflow.analyze(recording).values()
+    assert "no gains" not in layer.labels

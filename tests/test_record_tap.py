@@ -6,6 +6,7 @@ function by torch.autograd.functional.jacobian, closed forms. All in float64.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import re
@@ -20,12 +21,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from compare import assert_jacobians_close, assert_steps_close
+from compare import assert_jacobians_close, assert_steps_close, assert_whole_close
 from seam import KINDS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradflow
+from gradflow.analyzer import step_jacobians
 from gradflow.errors import GradflowWarning, InputError, RecordingError
 from gradflow.recording import Track
 
@@ -167,7 +169,7 @@ def test_states_and_totals_are_those_of_autograd(kind: str) -> None:
 @pytest.mark.parametrize("kind", STEP_FUNCTIONS)
 def test_step_jacobians_are_those_of_independent_states(kind: str) -> None:
     found = run(kind)
-    got = gradflow.analyzer.step_jacobians(found.track)
+    got = step_jacobians(found.track)
     eye = torch.eye(got.shape[-1], dtype=F64).expand(BATCH, -1, -1)
     assert torch.equal(got[0], eye)  # nothing before the first tap was seen
     want = [eye] + [
@@ -179,7 +181,7 @@ def test_step_jacobians_are_those_of_independent_states(kind: str) -> None:
 @pytest.mark.parametrize("kind", STEP_FUNCTIONS)
 def test_the_operator_pushes_and_pulls(kind: str) -> None:
     track = run(kind).track
-    stack = gradflow.analyzer.step_jacobians(track)
+    stack = step_jacobians(track)
     chosen = torch.tensor([2, 0])
     operator = track.operator(torch.float64, chosen)
     assert (operator.length, operator.batch, operator.size) == (STEPS, 2, stack.shape[-1])
@@ -284,7 +286,7 @@ def test_the_worked_lstm_has_one_wall() -> None:
     assert outputs == [0, 0, 0, 0, 0, 7, 0, 0, 6]
     track = recording["loop"]
     assert not track.cuts.any()  # a gate that shuts is no cut
-    stack = gradflow.analyzer.step_jacobians(track)
+    stack = step_jacobians(track)
     cc = stack[:, :, 1:, 1:]
     gains = gradflow.analyzer.log_gain_map(cc)[0]
     for t in range(9):
@@ -308,7 +310,7 @@ def test_a_scalar_sigmoid_loop_never_explodes(w: float, rate: float) -> None:
     track = recording["loop"]
     assert track.h.shape == (100, 1, 1)
     assert gradflow.analyze(recording)["loop"].rate.value == pytest.approx(rate, abs=5e-4)
-    got = gradflow.analyzer.step_jacobians(track)[1:].flatten()
+    got = step_jacobians(track)[1:].flatten()
     want = w * track.h[1:].flatten() * (1 - track.h[1:].flatten())
     assert_steps_close(got[:, None, None], want[:, None, None], track.mask[1:], bound=1e-13)
 
@@ -342,7 +344,7 @@ def test_interleaved_layers_are_told_apart() -> None:
             low = gradflow.tap("low", h=torch.tanh(x_t + low @ u.T))
             high = gradflow.tap("high", h=torch.tanh(low + high @ v.T))
         high.sum().backward()
-    stack = gradflow.analyzer.step_jacobians(recording["high"])
+    stack = step_jacobians(recording["high"])
     slope = 1 - recording["high"].h ** 2
     want = slope[1:].unsqueeze(3) * v.detach()
     assert_jacobians_close(stack[1:], want, recording["high"].mask[1:], bound=1e-14)
@@ -433,7 +435,7 @@ def test_tapping_at_the_head_where_the_state_is_detached() -> None:
 
 def test_one_product_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(2)
-    together = gradflow.analyzer.step_jacobians(run("three").track)
+    together = step_jacobians(run("three").track)
 
     def refuses(*_: object, **__: object) -> object:
         raise RuntimeError("an operation that cannot be batched")
@@ -441,7 +443,7 @@ def test_one_product_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "vmap", refuses)
     torch.manual_seed(2)
     found = run("three")
-    one_by_one = gradflow.analyzer.step_jacobians(found.track)
+    one_by_one = step_jacobians(found.track)
     assert_jacobians_close(together, one_by_one, found.track.mask, bound=1e-15)
 
 
@@ -496,7 +498,7 @@ def test_an_unbatched_loop_is_a_batch_of_one() -> None:
     track = recording["loop"]
     assert track.h.shape == (STEPS, 1, HIDDEN)
     want = [side_by_side(step, x[t : t + 1], marked[t - 1]) for t in range(1, STEPS)]
-    got = gradflow.analyzer.step_jacobians(track)[1:]
+    got = step_jacobians(track)[1:]
     assert_jacobians_close(got, torch.stack(want), track.mask[1:], bound=1e-14)
 
 
@@ -507,7 +509,7 @@ def test_lengths_of_a_padded_batch() -> None:
     assert bool(track.h[3:, 1].isnan().all())
     assert bool(track.grad_h[3:, 1].isnan().all())
     assert not bool(track.h[:3, 1].isnan().any())
-    assert bool(gradflow.analyzer.step_jacobians(track)[3:, 1].isnan().all())
+    assert bool(step_jacobians(track)[3:, 1].isnan().all())
     with pytest.raises(InputError, match="one length per sequence"):
         run("lstm", lengths=[7, 3])
 
@@ -570,7 +572,7 @@ def test_dropout_is_part_of_the_jacobian() -> None:
     with gradflow.record(model) as recording:
         y = model(torch.randn(STEPS, BATCH, INPUTS, dtype=F64))
         y[-1].sum().backward()
-    stack = gradflow.analyzer.step_jacobians(recording["loop"])
+    stack = step_jacobians(recording["loop"])
     dropped = recording["loop"].h == 0
     assert bool(dropped[1:].any())
     assert bool((stack[1:, :, :HIDDEN][dropped[1:]] == 0).all())
@@ -607,8 +609,8 @@ def test_nested_recordings_both_see_the_loop() -> None:
         h.sum().backward()
     assert torch.equal(outer["loop"].grad_h, inner["loop"].grad_h)
     assert torch.equal(
-        gradflow.analyzer.step_jacobians(outer["loop"]),
-        gradflow.analyzer.step_jacobians(inner["loop"]),
+        step_jacobians(outer["loop"]),
+        step_jacobians(inner["loop"]),
     )
 
 
@@ -728,7 +730,7 @@ def test_a_fused_layer_of_one_step_inside_a_tapped_loop() -> None:
             state = h.unsqueeze(0), c.unsqueeze(0)
         h.sum().backward()
     mine, theirs = recording["tapped"], recording["l0"]
-    stacks = [gradflow.analyzer.step_jacobians(track)[1:] for track in (mine, theirs)]
+    stacks = [step_jacobians(track)[1:] for track in (mine, theirs)]
     assert_jacobians_close(*stacks, mine.mask[1:])
     assert_steps_close(mine.grad_h, theirs.grad_h, mine.mask)
 
@@ -743,27 +745,109 @@ def test_sequences_that_are_mixed_have_no_jacobian() -> None:
     assert re.search("mixes the sequences of a batch", without_gains(recording))
 
 
-class Doubled(torch.autograd.Function):
+class Spike(torch.autograd.Function):
+    """A step, whose derivative is taken to be that of a smooth one (Zenke and Ganguli 2018)."""
+
     @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
+    def forward(ctx: Any, v: Tensor, slope: float) -> Tensor:
+        ctx.save_for_backward(v)
+        ctx.slope = slope
+        return (v > 0).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (v,) = ctx.saved_tensors
+        result = grad.clone()
+        result.mul_((1 + ctx.slope * v.abs()) ** -2)
+        return result, None
+
+
+@pytest.mark.parametrize("width", [HIDDEN, 70], ids=["dense", "wide"])
+def test_an_autograd_function_is_read_by_its_backward(width: int) -> None:
+    """A spiking neuron: the product of A_t is what autograd gives over the whole loop."""
+    torch.manual_seed(0)
+    u, first = weights(width, width), torch.randn(BATCH, width, dtype=F64).requires_grad_()
+    with gradflow.record(nn.Module()) as recording:
+        v = gradflow.tap(v=first)
+        for _ in range(5):
+            spikes = Spike.apply(v - 1.0, 5.0)
+            v = gradflow.tap(v=0.9 * v * (1 - spikes) + spikes @ u.T)
+        v.pow(2).sum().backward(retain_graph=True)
+    track = recording["loop"]
+    product = torch.eye(width, dtype=F64).expand(BATCH, -1, -1)
+    for matrix in step_jacobians(track)[1:]:
+        product = matrix @ product
+    for unit in range(0, width, 11):
+        (wanted,) = torch.autograd.grad(v[:, unit].sum(), first, retain_graph=True)
+        assert_whole_close(product[:, unit], wanted)
+    assert_whole_close(track.grads["v"][0], first.grad)
+
+
+class Sly(torch.autograd.Function):
+    """A backward that does more than compute."""
+
+    weight = torch.ones(1, dtype=F64, requires_grad=True)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, noise: Tensor) -> Tensor:
+        ctx.save_for_backward(noise)
         return 2 * x
 
+
+class Keeping(Sly):
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return 2 * grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.seen = grad
+        return 2 * grad, None
 
 
-def test_an_autograd_function_of_the_users_own() -> None:
-    u = weights(HIDDEN, HIDDEN)
-    with gradflow.record(nn.Module()) as recording:
-        h = torch.ones(BATCH, HIDDEN, dtype=F64)
+class InPlace(Sly):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.saved_tensors[0].add_(1.0)
+        return 2 * grad, None
+
+
+class Drawing(Sly):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return 2 * grad * torch.rand(()), None
+
+
+class AddingUp(Sly):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            (Sly.weight * 2.0).sum().backward()
+        return 2 * grad, None
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (Keeping, "changes what it keeps"),
+        (InPlace, "changes a tensor in place"),
+        (Drawing, "draws random numbers"),
+        (AddingUp, "adds to the gradients of weights"),
+    ],
+)
+def test_a_backward_that_does_more_than_compute_is_never_run_once_more(
+    function: type[Sly], words: str
+) -> None:
+    Sly.weight.grad = None
+    u, noise = weights(HIDDEN, HIDDEN), torch.zeros(1, dtype=F64)
+    quiet = pytest.warns(GradflowWarning) if function is InPlace else contextlib.nullcontext()
+    with quiet, gradflow.record(nn.Module()) as recording:
+        h, before = torch.ones(BATCH, HIDDEN, dtype=F64), torch.get_rng_state()
         for _ in range(5):
-            h = gradflow.tap(h=torch.tanh(Doubled.apply(h @ u.T)))
-        h.sum().backward()
-    assert bool((recording["loop"].grad_h != 0).all())
-    assert re.search(
-        r"an autograd\.Function written in Python between two taps", without_gains(recording)
-    )
+            h = gradflow.tap(h=torch.tanh(function.apply(h @ u.T, noise)))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not bool(noise)
+        assert Sly.weight.grad is None
+        if function is not InPlace:  # which torch itself refuses
+            h.sum().backward()
+            assert bool((recording["loop"].grad_h != 0).all())
+    assert words in " ".join(recording["loop"].notes)
 
 
 @pytest.mark.parametrize(
@@ -947,7 +1031,7 @@ def test_the_rate_is_that_of_the_same_cell_in_torch() -> None:
     assert analysis["tapped"].rate.value == pytest.approx(analysis["cell"].rate.value, rel=1e-3)
     mine, theirs = recording["tapped"], recording["cell"]
     assert torch.equal(mine.grad_h, theirs.grad_h)
-    stacks = [gradflow.analyzer.step_jacobians(track)[1:] for track in (mine, theirs)]
+    stacks = [step_jacobians(track)[1:] for track in (mine, theirs)]
     assert_jacobians_close(*stacks, mine.mask[1:])
     assert mine.last_grads is not None
     assert theirs.last_grads is not None

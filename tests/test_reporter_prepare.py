@@ -45,7 +45,8 @@ def test_the_stored_palette_keeps_every_colour_of_the_scale() -> None:
     special = paint(np.array([[-np.inf, np.nan, 0.0]]), np.array([[False, False, True]]))
     pixels = np.concatenate([every, special], axis=1)
     known = np.array(palette(), dtype=np.uint8).reshape(256, 3)
-    np.testing.assert_array_equal(known[_nearest(pixels)], pixels)
+    opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    np.testing.assert_array_equal(known[_nearest(opaque)], pixels)
 
 
 def test_heat_puts_the_longest_memory_on_top_and_the_loss_on_the_right() -> None:

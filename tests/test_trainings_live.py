@@ -52,7 +52,9 @@ def test_a_line_per_layer_and_its_waterfall() -> None:
     )
     assert found[1].startswith("rnn.l0  vanishing  rate −0.20 ± 0.01  horizon 36  halves in 3.5")
     assert found[2].startswith(" loss " + "█" * 60)
-    assert len(found) == 2 + 2 * (1 + max(FALL_LINES))
+    assert len(found) == 3 + 2 * (1 + max(FALL_LINES))
+    assert found[-2].strip() == "█ as at the loss ▓>0.1 ▒>0.01 ░>0.001, blank gone, ^ grown"
+    assert found[-1].strip() == "across: the last probes; down: steps back; bars: reach"
 
 
 @pytest.mark.parametrize("size", [(80, 24), (60, 14), (40, 9), (200, 60), (30, 5)])
@@ -61,6 +63,11 @@ def test_the_view_fits_the_window(size: tuple[int, int]) -> None:
     found = shown(histories.history(60), one)
     assert len(found) <= size[1]
     assert max(map(len, found)) <= size[0]
+
+
+def test_a_narrow_line_leaves_out_whole_words() -> None:
+    found = shown(histories.history(60), console(56, 24, **PLAIN))
+    assert found[1].split("  ")[:3] == ["rnn.l0", "vanishing", "horizon 36"]
 
 
 def test_what_does_not_fit_is_counted() -> None:

@@ -101,6 +101,14 @@ STORIES = {
         series((5, "stable", 9.0, 0.0), (2, "vanishing", 9.0, 0.0), (5, "stable", 9.0, 0.0)),
         "l0 reached 9 steps at first and at the end; stable at 10 of 12 probes.",
     ),
+    "another verdict at both ends": (
+        series(
+            (1, "vanishing", 9.0, 0.0), (5, "stable", 9.0, 0.0), (1, "inconclusive", 9.0, 0.0),
+            (3, "vanishing", 9.0, 0.0),
+        ),
+        "l0 reached 9 steps at first and at the end; stable from update 200 to 600, vanishing since update "
+        "800.",
+    ),
     "another verdict at the last probe": (
         series((8, "stable", 9.0, 0.0), (1, "exploding", 9.0, 0.0)),
         "l0 reached 9 steps at first and at the end; stable at 8 of 9 probes, exploding at the last probe.",

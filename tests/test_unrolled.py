@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from seam import Unrolled, chains, computed_chains, recurrences, without_repeats
+from seam import Unrolled, chains, recurrences
 from seam import crossing_crossing as crossing
 from torch import Tensor, nn
 
@@ -183,51 +183,3 @@ def test_a_memory_of_all_steps_crosses_as_it_grows() -> None:
     marks = {places[node]: step for step, node in enumerate(uses)}
     found = crossing(graph, marks, [node._sequence_nr() for node in uses[1:]])
     assert [len(edges) for edges in found] == [2, 3, 1]  # h alone where no later use is left
-
-
-def drawn(seed: int) -> tuple[Tensor, nn.Module]:
-    """A graph of random operations on a few weights, side by side and in a row."""
-    torch.manual_seed(seed)
-    m = nn.Module()
-    for name in "abc":
-        m.register_parameter(name, nn.Parameter(torch.rand(3, 3)))
-    made: list[Tensor] = [torch.rand(3, 3), torch.rand(3, 3)]
-    weights = list(m.parameters())
-    count, in_a_row = int(torch.randint(4, 16, ())), float(torch.rand(()))
-    for kind in torch.randint(9, (count,)).tolist():
-        w = weights[min(torch.randint(3, (2,)).tolist())]
-        w = [w, w.T, w[:2].repeat(2, 1)[:3], w.exp()][int(torch.randint(4, ()))]
-        one, other = (made[int(torch.randint(len(made), ()))] for _ in range(2))
-        one = made[-1] if float(torch.rand(())) < in_a_row else one
-        product = one @ w
-        new = (product, product, product, one * w, one + other, one.tanh(), one @ other, one.T,
-               w @ weights[0])[kind]  # fmt: skip
-        made.append(new)
-    return torch.stack(made[-3:]).sum(), m
-
-
-def test_nothing_that_is_used_in_a_row_is_taken_for_a_graph_without_repeats() -> None:
-    told, found = 0, 0
-    for seed in range(400):
-        loss, m = drawn(seed)
-        if loss.grad_fn is None:
-            continue
-        graph, weights = graph_of(loss, m)
-        known = chains(graph, weights, ())
-        known += computed_chains(graph, known, weights, ())
-        numbers = without_repeats([loss.grad_fn], {}, ())
-        assert numbers is None or (not known and numbers == set(graph.numbers)), seed
-        told += numbers is not None
-        found += bool(known)
-    assert told > 50
-    assert found > 10
-
-
-def test_where_a_whole_layer_may_be_unseen_the_graph_is_looked_at_closely() -> None:
-    rnn = nn.LSTM(2, 2)
-    loss = rnn(torch.rand(3, 1, 2))[0].sum()
-    kinds = {
-        type(node).__name__.removesuffix("Backward0") for node in Unrolled([loss.grad_fn]).nodes
-    }
-    fused = kinds & {"MkldnnRnnLayer"}
-    assert without_repeats([loss.grad_fn], {}, fused) is None or not fused

@@ -175,6 +175,40 @@ def test_clipping_is_seen_and_the_norms_are_those_before_and_after(tmp_path: Pat
     assert layer["grad_norm"][1] > 10 * layer["grad_norm_clipped"][1]
 
 
+def test_a_cell_that_is_called_cell_has_its_norms_and_a_cut_loop_the_span_of_its_stretches(
+    tmp_path: Path,
+) -> None:
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.GRUCell(2, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, found = x.new_zeros(x.shape[1], 4), []
+            for t, one in enumerate(x):
+                h = self.cell(one, h * (t % 6 > 0))  # an episode ends every six steps
+                found.append(h)
+            return self.head(torch.stack(found))
+
+    net = Policy()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with gradflow.record(net) as recording:
+        net(torch.randn(30, 4, 2, generator=torch.Generator().manual_seed(0))).mean().backward()
+    norm = torch.stack([p.grad.norm() for p in net.cell.parameters()]).norm()
+    whole = gradflow.analyze(recording)["cell"]
+    optimizer.zero_grad()
+    watch = gradflow.watch(net, tmp_path, every=1)
+    net(torch.randn(30, 4, 2, generator=torch.Generator().manual_seed(0))).mean().backward()
+    optimizer.step()
+    watch.close()
+    layer = watch.history["cell"].isel(step=0)
+    assert layer["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+    assert layer["span"].item() == whole.span == 6 and layer["verdict"].item() == whole.verdict
+    # of the five stretches of each sequence a probe takes four
+    assert layer["gain"].item() == pytest.approx(whole.gain.value, rel=0.02)
+    assert watch.history.notes == ()
+
+
 def test_a_scaler_is_found_and_its_scale_divided_out(tmp_path: Path) -> None:
     def plain(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for _ in range(2):

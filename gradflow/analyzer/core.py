@@ -29,6 +29,7 @@ from gradflow.analyzer.keeping import (
     qr_seconds,
 )
 from gradflow.analyzer.linear_units import LinearFacts
+from gradflow.analyzer.products import NORMS
 from gradflow.analyzer.ranks import Ranks, measure_ranks, survivors
 from gradflow.analyzer.rates import Verdict, Vote, enough, judge, over_batches
 from gradflow.analyzer.settings import Settings
@@ -169,16 +170,18 @@ def finite_sequences(track: Track) -> np.ndarray:
 def growth_of(
     track: Track, settings: Settings, watch: WeightGrowth | None, leading: Leading
 ) -> Growth:
-    """The QR iteration over all sequences, with as many exponents as the budget allows.
+    """The QR iteration over all sequences, with as many exponents as are wanted and can be afforded.
 
     It starts from the direction that keeps most.
     """
     length, batch, size = int(track.lengths.max()), track.batch, state_size(track)
     allowed = RATE_SECONDS / settings.layers
-    affordable = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < size] + [size]
+    wanted = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < size] + [size]
     operator = operator_for(track, settings)
     vector = vector_seconds(operator)
-    fitting = [k for k in affordable if qr_seconds(length, batch, size, k, vector) <= allowed]
+    if settings.brief:  # a verdict rests on the largest
+        wanted = [1]
+    fitting = [k for k in wanted if qr_seconds(length, batch, size, k, vector) <= allowed]
     return log_growth(
         operator,
         track.lengths,
@@ -232,6 +235,7 @@ def _maps(
         seconds=MAP_SECONDS / settings.layers,
         withheld=withheld,
         progress=lambda share: settings.progress(f"{track.name}: gains", share),
+        norms=("spectral",) if settings.brief else tuple(NORMS),
         executor=settings.executor,
     )
     segments = cuts_before(track)[:, list(mapped)].T.numpy()  # (M, T)

@@ -101,7 +101,7 @@ class LinearMaps:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _MapPlan:
     """What of the maps fits the budget."""
 
     stride: int  # of the sources
@@ -184,7 +184,9 @@ def _vectors(track: Track, b: int) -> Tensor | None:
 # ------------------------------------------------------------------------------------- the budget
 
 
-def _planned(track: Track, steps: LinearSteps, mapped: Sequence[int], settings: Settings) -> _Plan:
+def _planned(
+    track: Track, steps: LinearSteps, mapped: Sequence[int], settings: Settings
+) -> _MapPlan:
     lengths = [int(track.lengths[b]) for b in mapped]
     seconds = MAP_SECONDS / settings.layers
     least = 1
@@ -201,7 +203,7 @@ def _planned(track: Track, steps: LinearSteps, mapped: Sequence[int], settings: 
     stride = settings.stride or least
     while settings.stride is None and whole / stride > seconds and stride < track.steps:
         stride *= 2
-    return _Plan(stride, dtype, whole)
+    return _MapPlan(stride, dtype, whole)
 
 
 def _elementwise_seconds(
@@ -219,7 +221,7 @@ def _elementwise_seconds(
     return found, torch.float32
 
 
-def _words(track: Track, plan: _Plan) -> str:
+def _words(track: Track, plan: _MapPlan) -> str:
     words = f"exact, {every_step(plan.stride)} a source"
     if plan.dtype == torch.float32:
         words += ", sums over entries in float32"
@@ -238,7 +240,7 @@ class _Sequence:
     like: LinearSteps  # of some sequence: shapes alone are read
     length: int
     sources: Tensor  # (n,)
-    plan: _Plan
+    plan: _MapPlan
     vectors: Tensor | None  # (T, S)
     lags: np.ndarray
     crossed: np.ndarray  # (n, T) true across a cut

@@ -175,7 +175,7 @@ def brief(
     ('vanishing', 6.5788, 66, 0)
     """
     settings = core.Settings(
-        span, sequences, 1, "auto", None, seed, share, lambda phase, done: None
+        span, sequences, 1, "auto", None, seed, share, lambda phase, done: None, brief=True
     )
     track = track if track.state_shape else read_part(track).judged
     with fitting_threads(state_size(track)):

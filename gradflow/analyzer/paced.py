@@ -44,6 +44,7 @@ from gradflow.analyzer.linear_measure import measure_linear
 from gradflow.analyzer.measuring import is_linear
 from gradflow.analyzer.rates import mean_steps
 from gradflow.analyzer.settings import Settings
+from gradflow.analyzer.timeline import typical_segment
 from gradflow.limits import (
     EXACT_WIDTH,
     LN_GONE,
@@ -100,7 +101,7 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
 
     Args:
         track: one layer in one direction; its gradients are not read.
-        span: the distance of interest in steps; the median length of all sequences by default.
+        span: the distance of interest in steps; by default `usual_span`.
         seed: of the random start.
 
     Returns:
@@ -118,7 +119,7 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
     >>> found.verdict, round(found.rate.value, 4), round(found.half_life, 3), found.horizon
     ('vanishing', -0.1054, 6.579, 66)
     """
-    span = span or median_length(track.lengths)
+    span = span or usual_span(track, track.lengths)
     some = spread(track)
     operator = operator_of(some, _dtype(some))
     lengths, cuts = some.lengths.cpu(), cuts_of(some)
@@ -149,7 +150,7 @@ def paced_linear(track: Track, *, span: int | None = None, seed: int = SEED) -> 
 
     Args:
         track: of a linear recurrence.
-        span: the distance of interest in steps; the median length of all sequences by default.
+        span: the distance of interest in steps; by default `usual_span`.
         seed: of the random start.
 
     Returns:
@@ -158,7 +159,7 @@ def paced_linear(track: Track, *, span: int | None = None, seed: int = SEED) -> 
     Raises:
         RecordingError: its step maps are not known.
     """
-    span = span or median_length(track.lengths)
+    span = span or usual_span(track, track.lengths)
     some = spread(track)
     settings = Settings(span, None, 1, "auto", None, seed, PROBE_SHARE, lambda phase, done: None)
     found = measure_linear(some, settings, withheld=True)
@@ -166,9 +167,14 @@ def paced_linear(track: Track, *, span: int | None = None, seed: int = SEED) -> 
     return _paced(track, some, found, found.curve, half_life(found, ()), passed)
 
 
-def median_length(lengths: Tensor) -> int:
-    """The span where none is given: of (B,) lengths in steps."""
-    return max(1, round(float(lengths.cpu().double().quantile(0.5))))
+def usual_span(track: Track, lengths: Tensor) -> int:
+    """The span where none is given, as of `analyze`: of the stretches between cuts, else the median length.
+
+    Args:
+        track: of some sequences.
+        lengths: (B,) in steps, of all.
+    """
+    return typical_segment(track) or max(1, round(float(lengths.cpu().double().quantile(0.5))))
 
 
 def _paced(

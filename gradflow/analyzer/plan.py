@@ -68,17 +68,18 @@ def make_maps(
     withheld: bool,
     progress: Progress,
     executor: Executor | None = None,
+    norms: Sequence[str] = tuple(NORMS),
 ) -> Maps:
     """ln gain from every chosen source to every later step of the mapped sequences.
 
     Method "auto" without a stride makes the map with the most sources that is predicted to take no
     longer than `seconds` and to fit 256 MiB: exact, if a sketch has no more. The direction of the
-    loss is left out, NaN, where it is withheld.
+    loss is left out, NaN, where it is withheld. Of an exact map of fewer norms nothing else is made.
     """
     size = state_size(track)
     predicted = sum(exact_seconds(size, int(track.lengths[b])) for b in sequences)
     auto = method == "auto" and stride is None
-    begun = functools.partial(_Making, track, sequences, seed=seed, executor=executor)
+    begun = functools.partial(_Making, track, sequences, seed=seed, executor=executor, norms=norms)
     if auto:
         making = _fitting(begun, seconds, progress)
     else:
@@ -90,10 +91,12 @@ def make_maps(
     )
     names = list(track.states)
     return Maps(
-        log_gain={norm: making.gains[norm] for norm in NORMS} | {"loss": loss},
+        log_gain={norm: making.gains[norm] for norm in making.norms} | {"loss": loss},
         blocks=making.gains.get("blocks", np.zeros((0, *loss.shape))),
         block_names=tuple(b + a for b in names for a in names) if len(names) > 1 else (),
-        cell_path=log_cell_path(track, sequences, sources),
+        cell_path=log_cell_path(track, sequences, sources)
+        if making.whole
+        else np.full(loss.shape, np.nan),
         sources=sources,
         method="sketch" if making.sketch else "exact",
         stride=making.stride,
@@ -144,6 +147,7 @@ class _Making:
         sketch: bool,
         seed: int,
         executor: Executor | None = None,
+        norms: Sequence[str] = tuple(NORMS),
     ) -> None:
         self.name, self.executor = track.name, executor
         self.steps, self.sketch, self.seed = track.steps, sketch, seed
@@ -151,7 +155,11 @@ class _Making:
         self.dtype = torch.float32 if wide else torch.float64
         self.operators = [operator_of(track, self.dtype, [b]) for b in sequences]
         widths = [int(state.shape[-1]) for state in track.states.values()]
-        self.size, self.widths = sum(widths), tuple(widths) if len(widths) > 1 else ()
+        # the cost of a sketch is foretold by that of all norms
+        self.norms = tuple(NORMS) if sketch else tuple(norms)
+        self.whole = len(self.norms) == len(NORMS)
+        self.blocks = len(widths) ** 2 if len(widths) > 1 else 0
+        self.size, self.widths = sum(widths), tuple(widths) if self.blocks and self.whole else ()
         self.stride = 1
         self.total, self.limit = 0.0, math.inf  # predicted seconds of this map so far, and at most
         self.tell: Progress | None = None
@@ -160,7 +168,7 @@ class _Making:
 
     def least_stride(self) -> int:
         """The least power of two at which the maps fit the memory."""
-        planes = len(NORMS) + len(self.widths) ** 2 + 2  # and the loss direction, the cell path
+        planes = len(NORMS) + self.blocks + 2  # and the loss direction, the cell path
         row = 8.0 * planes * len(self.operators) * self.steps
         stride = 1
         while row * math.ceil(self.steps / stride) > MAP_BYTES and stride < self.steps:
@@ -171,9 +179,9 @@ class _Making:
         """Make the maps of every stride-th source."""
         self.stride, places = stride, np.arange(0, self.steps, stride)
         shape = (len(self.operators), len(places), self.steps)
-        self.gains = {norm: np.full(shape, np.nan) for norm in NORMS}
+        self.gains = {norm: np.full(shape, np.nan) for norm in self.norms}
         if self.widths:
-            self.gains["blocks"] = np.full((len(self.widths) ** 2, *shape), np.nan)
+            self.gains["blocks"] = np.full((self.blocks, *shape), np.nan)
         inside = [places[places < operator.length].tolist() for operator in self.operators]
         known = self.piloted if self.piloted and all(len(some) == 1 for some in inside) else None
         for number, made in enumerate(known or (gains for gains, _ in self._made(inside))):
@@ -192,7 +200,17 @@ class _Making:
         self.total = 0.0
         tell = self.tell if self.executor is None else None
         parts = (
-            (operator, some, self.widths, self.sketch, self.seed, self.total, self.limit, tell)
+            (
+                operator,
+                some,
+                self.norms,
+                self.widths,
+                self.sketch,
+                self.seed,
+                self.total,
+                self.limit,
+                tell,
+            )
             for operator, some in zip(self.operators, sources, strict=True)
         )
         for gains, spent in each(self.executor, self.name, _of_sequence, parts):
@@ -232,6 +250,7 @@ class _Making:
 def _of_sequence(
     operator: HostOperator,
     sources: list[int],
+    norms: tuple[str, ...],
     widths: tuple[int, ...],
     sketch: bool,
     seed: int,
@@ -251,7 +270,9 @@ def _of_sequence(
         if total > limit:
             raise _OverBudget
 
-    gains = log_gains(operator, sources, widths=widths, sketch=sketch, seed=seed, spend=spend)
+    gains = log_gains(
+        operator, sources, norms, widths=widths, sketch=sketch, seed=seed, spend=spend
+    )
     return {name: values.squeeze(-3).numpy() for name, values in gains.items()}, spent
 
 

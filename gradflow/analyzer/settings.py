@@ -28,6 +28,7 @@ class Settings:
     seed: int
     layers: int  # how many share the budgets
     progress: Progress
+    brief: bool = False  # the numbers of a verdict alone are wanted: nothing that is only shown
     # layer -> votes of all batches, of which this recording is one; none where there is one batch
     batches: Mapping[str, tuple[Vote, ...]] = field(default_factory=dict)
     executor: Executor | None = None  # that makes the mapped sequences of a layer side by side

@@ -159,7 +159,7 @@ def latest(history: History, most: int) -> list[str]:
         one = last.sel(layer=name)
         rate, horizon = float(one["rate"]), float(one["horizon"])
         said = str(one[VERDICT].item()) or "no verdict"
-        if np.isfinite(rate):
+        if np.isfinite(rate) and float(one["rate_settled"]) != 0:
             said += f", rate {rate:.4g} nats per step"
         if np.isfinite(horizon):
             said += f", horizon {horizon:g} steps"

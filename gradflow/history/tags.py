@@ -17,8 +17,8 @@ class Target(Protocol):
 # name of a number of a layer -> its tag
 LAYER_TAGS = {
     name: "gradflow/{layer}/" + name
-    for name in ("rate", "rate_low", "rate_high", "gain", "half_life", "horizon", "channels", "level",
-                 "state_norm", "saturated", "cuts", "grad_norm", "grad_norm_clipped", "nonfinite")
+    for name in ("rate", "rate_low", "rate_high", "rate_settled", "gain", "half_life", "horizon", "channels",
+                 "level", "state_norm", "saturated", "cuts", "grad_norm", "grad_norm_clipped", "nonfinite")
 }  # fmt: skip
 
 # name of a number of a probe -> its tag; and "gradflow/learning_rate", of further groups with "_1", …

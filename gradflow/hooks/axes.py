@@ -22,11 +22,7 @@ def usual_axis(shape: torch.Size) -> Axis:
 
 
 def batch_axes(shape: torch.Size, inputs: Iterable[torch.Size]) -> list[Axis]:
-    """The axes of a state that may be the batch, the likeliest first.
-
-    Args:
-        shape: of the state.
-        inputs: shapes of the other arguments of its step.
+    """The axes of a state that may be the batch, the likeliest first; inputs: shapes of other arguments.
 
     >>> size = torch.Size
     >>> batch_axes(size([2, 5, 6]), [size([5, 3])]), batch_axes(size([5, 2, 6]), [size([5, 3])])

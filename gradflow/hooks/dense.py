@@ -304,16 +304,6 @@ class Step:
         left = picked(self._left(), self.rows, 0)
         return ~flows & (~left | self._shut(self._exits()))
 
-    def _parents(self) -> dict[Any, list[Any]]:
-        parents: dict[Any, list[Any]] = {}
-        for node in self.between.order:
-            if node in self.between.ends:
-                continue
-            for child, _ in node.next_functions:
-                if child in self.between.on_path:
-                    parents.setdefault(child, []).append(node)
-        return parents
-
     def _left(self, *, opened: bool = False) -> Tensor:
         """(B before,) whether anything of a sequence's states gets to an operation of the step.
 
@@ -346,7 +336,7 @@ class Step:
 
     def _first_operations(self) -> tuple[set[Any], set[Any]]:
         """The first operations on the states before, and what lies between these and them."""
-        parents, summed = self._parents(), self._summed()
+        parents, summed = self.between.parents(), self._summed()
         first: set[Any] = set()
         before = {node for node in self.between.ends if node in self.between.on_path}
         stack = list(before)

@@ -10,14 +10,22 @@ the code of those hooks, and such tensors are not touched.
 from __future__ import annotations
 
 import contextlib
+import dis
 import heapq
+import inspect
+import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradflow.hooks.guard import briefly
 from gradflow.limits import BETWEEN_NODES, LINK_DEPTH, LINK_NODES, STEP_NODES
@@ -152,7 +160,7 @@ class Between:
             children = self._collect([node for node, _ in roots], BETWEEN_NODES)
         self.children = children
         self.seen = children.keys()
-        self.on_path = self._leading_to_ends(children)
+        self.on_path = self._leading_to_ends()
         self.order = self._sorted(roots, children, self.on_path)
         self.reached = {node for node in self.order if node in ends}
         self._plan: list[_Planned] | None = None
@@ -164,22 +172,7 @@ class Between:
 
         A state taken out of a stack of several leads to that one alone, not to its neighbours.
         """
-        found = {node for node, _ in roots}
-        entries: dict[Edge, Tensor] = {edge: ones_at(edge) for edge in roots}
-        for node in self._sorted(roots, self.children, set(self.children)):
-            if node not in found or node in self.ends or not self.children[node]:
-                continue
-            given = [entries.pop((node, place), None) for place in range(outputs(node))]
-            passed = _entries(node, given)
-            for place, edge in enumerate(node.next_functions):
-                if edge[0] is None or edge[0] not in self.children:
-                    continue
-                one = ones_at(edge) if passed is None else passed[place]
-                if one is None or not bool(one.any()):
-                    continue
-                found.add(edge[0])
-                entries[edge] = entries[edge] + one if edge in entries else one
-        return found
+        return {node for node, _ in descended(roots, lambda node: not self.children.get(node))}
 
     def _collect(self, roots: list[Any], most: int | None = None) -> dict[Any, list[Any]]:
         children: dict[Any, list[Any]] = {}
@@ -202,12 +195,17 @@ class Between:
             queue.extend((child, depth + 1) for child in children[node])
         return children
 
-    def _leading_to_ends(self, children: dict[Any, list[Any]]) -> set[Any]:
-        parents: dict[Any, list[Any]] = {}
-        for node, below in children.items():
+    def parents(self) -> dict[Any, list[Any]]:
+        """Of every node on a path those that it was used by."""
+        found: dict[Any, list[Any]] = {}
+        for node, below in self.children.items():
             for child in below:
-                parents.setdefault(child, []).append(node)
-        found = {node for node in children if node in self.ends}
+                found.setdefault(child, []).append(node)
+        return found
+
+    def _leading_to_ends(self) -> set[Any]:
+        parents = self.parents()
+        found = {node for node in self.children if node in self.ends}
         stack = list(found)
         while stack:
             for parent in parents.get(stack.pop(), []):
@@ -334,7 +332,9 @@ def kind_of(node: Any) -> str:
     """The operation a node is of: "Mul" for MulBackward0."""
     kind = type(node)
     if kind not in _KINDS:
-        _KINDS[kind] = kind.__name__.rstrip("0123456789").removesuffix("Backward")
+        known = kind.__name__.rstrip("0123456789").removesuffix("Backward")
+        # a Function of the user's own may have any name
+        _KINDS[kind] = f"{known} of one's own" if issubclass(kind, BackwardCFunction) else known
     return _KINDS[kind]
 
 
@@ -412,13 +412,10 @@ def check(node: Any) -> None:
         return
     if name == "CheckpointFunctionBackward":
         raise NotReadable("what a checkpoint recomputes")
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
-        own: Any = node
-        if own._forward_cls.__module__.startswith("torch.distributed.tensor"):
-            raise NotReadable(
-                "a step whose weights are shared out among processes (tensor parallelism)"
-            )
-        raise NotReadable("an autograd.Function written in Python")
+    if isinstance(node, BackwardCFunction):
+        reason = _why_not_alone(type(node), node._forward_cls)  # type: ignore[attr-defined]
+        if reason:
+            raise NotReadable(reason)
     if name == "CppFunction":  # called before the engine does, it can break later
         raise NotReadable(_foreign(node.name()))
     if runs_code(node):
@@ -429,8 +426,9 @@ def run(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """What a node that can be called makes of the gradients at its outputs."""
     if type(node).__name__ == PLACE_FOR_HOOKS:
         return tuple(grads)
+    own = isinstance(node, BackwardCFunction)
     try:
-        found = node(*grads)
+        found = _run_own(node, grads) if own else node(*grads)
     except RuntimeError as error:  # freed by a backward, or a node that only the engine can run
         raise NotReadable(
             f"{type(node).__name__}, which could not be read ({briefly(error)})"
@@ -443,3 +441,96 @@ def _foreign(name: str) -> str:
     if "jit" in name or "DifferentiableGraph" in name:
         return "a function of torch.jit.script (its derivative runs in torch's own backward only)"
     return f"an operation written in C++ ({name.split('::')[-1]})"
+
+
+# ------------------------------------------------------ Functions written in Python, by their backward
+
+
+OWN = "an autograd.Function written in Python"
+_refused = WeakKeyDictionary[type, str]()  # kinds of nodes -> why they are not run, "" if they are
+_unchanging = WeakSet[type]()  # those that were seen to change nothing
+alone: set[int] = set()  # threads in which such a backward runs by itself
+
+
+def _why_not_alone(kind: type, function: Any) -> str:
+    """Why the backward of a Function cannot be run once more, "" if it can."""
+    talks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if function.__module__.startswith("torch.distributed.tensor"):
+        return "a step whose weights are shared out among processes (tensor parallelism)"
+    if talks or function.__module__.startswith("torch."):
+        return f"{OWN}, which may talk to other processes" if talks else OWN
+    if kind not in _refused:
+        vjp = function.vjp is not torch.autograd.Function.vjp
+        given = inspect.unwrap(function.vjp if vjp else function.backward)
+        code = getattr(given, "__code__", None)
+        names = {one.opname for one in dis.get_instructions(code)} if code else {"STORE_ATTR"}
+        changes = names & {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
+        _refused[kind] = f"{OWN} whose backward changes what it keeps" if changes else ""
+    return _refused[kind]
+
+
+class _Unchanging(TorchDispatchMode):
+    """Within it nothing is drawn, and nothing is written to that was made before."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()
+        self.held: dict[int, Any] = {id(t): t for t in map(_bare, given)}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler to leave this method alone
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotReadable(f"{OWN} whose backward draws random numbers")
+        written = [
+            a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
+        ]
+        given = [*itertools.compress(args, written), (kwargs or {}).get("out")]
+        if any(isinstance(t, Tensor) and id(t) not in self.held for t in tree_leaves(given)):
+            raise NotReadable(f"{OWN} whose backward changes a tensor in place")
+        found = func(*args, **(kwargs or {}))
+        self.held.update((id(t), t) for t in tree_leaves(found) if isinstance(t, Tensor))
+        return found
+
+
+def _bare(tensor: Any) -> Any:
+    """The tensor that a batched one (of vmap) stands for."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _run_own(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What the backward of a Function written in Python makes of the gradients at its outputs."""
+    given = [
+        torch.zeros_like(ones_at((node, place))) if grad is None else grad.clone()
+        for place, grad in enumerate(grads)
+    ]
+    alone.add(threading.get_ident())
+    try:
+        known = type(node) in _unchanging
+        with contextlib.nullcontext() if known else _Unchanging(given):
+            found = node.apply(*given)
+    except NotReadable as error:
+        _refused[type(node)] = str(error)
+        raise
+    finally:
+        alone.discard(threading.get_ident())
+    _unchanging.add(type(node))
+    # there is one for every argument, but edges are of tensors alone
+    every = zip(
+        found if isinstance(found, tuple) else (found,), node.needs_input_grad, strict=False
+    )
+    needed = [grad for grad, needs in every if needs]
+    if len(needed) != sum(child is not None for child, _ in node.next_functions):
+        raise NotReadable(OWN)
+    return tuple(None if child is None else needed.pop(0) for child, _ in node.next_functions)
+
+
+def refuse_alone(accumulate: bool) -> None:
+    """A backward begins: a Function that runs by itself must not add to anybody's gradients."""
+    if accumulate and threading.get_ident() in alone:
+        raise NotReadable(f"{OWN} whose backward adds to the gradients of weights")

@@ -21,10 +21,6 @@ from gradflow.limits import FIRST_NODES, INPUT_NODES, SHOWN_CALLS
 from gradflow.recording.padding import Padding, padding_of
 
 Lengths = Tensor | list[int] | Callable[..., Any] | None
-ASKED_OF_SEQUENCES = (
-    "lengths= was a function, which is asked of whole sequences and not of single steps: all steps "
-    "count as real; give the lengths themselves"
-)
 
 
 class GivenLengths:
@@ -70,7 +66,11 @@ class GivenLengths:
     @property
     def notes(self) -> list[str]:
         """What a reader of a loop over single steps should know of them."""
-        return [ASKED_OF_SEQUENCES] if callable(self._given) else []
+        said = (
+            "lengths= was a function, which is asked of whole sequences and not of single steps: all steps "
+            "count as real; give the lengths themselves"
+        )
+        return [said] if callable(self._given) else []
 
 
 def _whole(lengths: Any) -> Tensor | None:

@@ -18,6 +18,7 @@ from gradflow.hooks.guard import BATCHED, Point, guarded
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.linear.linear_calls import tensors_of
 from gradflow.hooks.linear.linear_source import LinearSource
+from gradflow.hooks.loops.arrivals import read_beyond
 from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.own.forwards import Watching
 from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening
@@ -235,6 +236,16 @@ def _notes(track: Track) -> list[str]:
         notes.append(
             "between two calls its state is mixed with the one before (zoneout): gains are those of "
             "the states that enter the calls, and the last loss step alone is not told apart"
+        )
+    if read_beyond(source.loop):
+        notes.append(
+            "the loss also reads steps of a call that come after those of this track (padding, or what its "
+            "state does not go on from): they are not shown, and the last loss step alone is not told apart"
+        )
+    if chain.layout.padding:
+        notes.append(
+            "its state goes on through the padding of a call, which therefore counts as steps; to go on from "
+            "the last real step, pack the batch (pack_padded_sequence)"
         )
     if len({tuple(id(weight) for weight in call.weights) for call in chain.calls}) > 1:
         notes.append("its weights changed within the loop; every step is read with its own")

@@ -34,10 +34,11 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
 from gradflow.cells import CELLS
+from gradflow.hooks.graph import alone, refuse_alone
 from gradflow.hooks.guard import Point, busy, guarded, is_batched, is_wrapped, why_hidden
 from gradflow.hooks.linear.heard import Heard
 from gradflow.hooks.linear.registry import places
-from gradflow.hooks.linear.scanned import Entry, Scanned
+from gradflow.hooks.linear.scanned import LibraryFunction, Scanned
 from gradflow.hooks.seen import Listener, Telling
 from gradflow.process import held
 
@@ -304,7 +305,7 @@ def _watched(
 
 
 @functools.lru_cache(maxsize=256)
-def _watched_function(original: Callable[..., Any], entry: Entry) -> Callable[..., Any]:
+def _watched_function(original: Callable[..., Any], entry: LibraryFunction) -> Callable[..., Any]:
     """The same for a function of the registry; those that it calls itself are part of it."""
 
     @untraced
@@ -348,6 +349,8 @@ def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
             guarded(Point.BACKWARD, observer.graph_unknown, observer.after_backward)
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
+        if alone:
+            refuse_alone(bool(kwargs.get("accumulate_grad")))
         heard(args)
         result = original(*args, **kwargs)
         over()

@@ -66,13 +66,8 @@ class ChangedSource(LoopSource):
 def rerun(recording: Recording, changes: Mapping[str, WeightChange]) -> Rerun:
     """Run the recorded calls again with changed weights; the recording stays as it is.
 
-    Args:
-        recording: what ``gradflow.record`` saw.
-        changes: track name -> what to change there; layers that are not named keep their weights.
-
-    Returns:
-        The named tracks with their new states, gates, weights and step Jacobians, and why some of
-        them could not be run again.
+    changes: track name -> what to change there; layers that are not named keep their weights. Gives the
+    named tracks with new states, gates, weights and step Jacobians, and why some could not be run again.
     """
     known: dict[int, Chain | str] = {}  # by id of the recorded chain: run again, or why not
     made = Recording(recording.model_name)
@@ -176,6 +171,8 @@ def _track(track: Track, chain: Chain) -> Track:
 
 def _again(chain: Chain, changes: Mapping[tuple[int, int], WeightChange]) -> Chain | str:
     """The chain with changed weights by (layer, direction), or why it cannot be run again."""
+    if chain.rests:
+        return "sequences rest for some of its calls, and that is not run again with other weights"
     weights = _ChangedWeights(changes)
     calls: list[Call] = []
     try:
@@ -291,19 +288,19 @@ def _started(link: Link, earlier: Call, call: Call, before: Call) -> dict[str, T
 
 def _past_a_cut(link: Link, earlier: Call, before: Call, entered: Tensor) -> Tensor:
     """States without a gradient: carried where they were what was returned, else as recorded."""
-    returned = picked(_returned(earlier), link.rows, 1)
+    returned = picked(_returned(earlier, link), link.rows, 1)
     carried = (entered == returned).transpose(0, 1).flatten(1).all(1)
     reset = (entered == 0).transpose(0, 1).flatten(1).all(1)
     if link.into is None and not bool((carried | reset)[link.cut].all()):
         raise RecordingError("the state is changed in place between two of its calls")
     if link.into is not None:
         carried = carried & ~reset  # multiplied by zero
-    return torch.where(carried.view(-1, 1), picked(_returned(before), link.rows, 1), entered)
+    return torch.where(carried.view(-1, 1), picked(_returned(before, link), link.rows, 1), entered)
 
 
 def _through(link: Link, call: Call, *, absolute: bool = False) -> Tensor:
     """What the link makes of the state a call returned, and of the one that entered it."""
-    result = _times(link.into, picked(_returned(call), link.rows, 1), absolute)
+    result = _times(link.into, picked(_returned(call, link), link.rows, 1), absolute)
     if link.around is not None:
         entered = _in_users_order(call, call.started())
         result = result + _times(link.around, picked(entered, link.rows, 1), absolute)
@@ -320,8 +317,17 @@ def _times(factor: Factor, state: Tensor, absolute: bool) -> Tensor:
     return torch.stack(layers).squeeze(2)
 
 
-def _returned(call: Call) -> Tensor:
-    return _in_users_order(call, call.ended())
+def _returned(call: Call, link: Link) -> Tensor:
+    """What the call returned last, or at the steps of a padded call from which its sequences go on."""
+    states = _in_users_order(call, call.ended())
+    if link.ends is None:
+        return states
+    output = call.returned["output"]
+    output = output.transpose(0, 1) if call.batch_first else output
+    h = output[link.ends.clamp(min=0), torch.arange(output.shape[1], device=output.device)]
+    on = (link.ends >= 0).unsqueeze(1)
+    states[-1, :, call.columns()["h"]] = torch.where(on, h, states[-1, :, call.columns()["h"]])
+    return states
 
 
 def _in_users_order(call: Call, state: Tensor) -> Tensor:

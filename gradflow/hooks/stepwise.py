@@ -25,14 +25,9 @@ AMBIGUOUS = "several GradScalers were used in one update: gradients are perhaps 
 class Stepwise:
     """One recording of one update of a model, open from `open` to `close`.
 
-    Args:
-        model: any module.
-        layers: patterns of the names of the tracks to keep, None for all.
-        lengths: as of `gradflow.record`.
-        scaler: a GradScaler that is given; else one that scales a loss meanwhile is found.
-        jacobians: as of `gradflow.record`.
-        reached: called after each backward that brought something to a parameter's ``.grad``, with
-            the scale that its loss was multiplied by.
+    Arguments are as of `gradflow.record`; where no scaler is given one that scales a loss meanwhile is found.
+    reached is called after each backward that brought something to a parameter's ``.grad``, with the scale
+    that its loss was multiplied by.
     """
 
     def __init__(

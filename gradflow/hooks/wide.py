@@ -196,13 +196,9 @@ class ThroughStep(WideStep):
 
 
 def wide_step(step: Step, constants: Constants, number: int) -> TapedStep:
-    """The tape of a step that was found in the user's graph.
+    """The tape of a step that was found in the user's graph; its number in the loop is given.
 
-    Args:
-        step: the way from one step's states back to those of the step before.
-        constants: what all tapes of the recording share.
-        number: of the step in its loop. Whether sequences mix is asked of some at every step, of
-            others at the next; the first ones ask for all.
+    Whether sequences mix is asked of some at every step, of others at the next; the first ones ask for all.
 
     Raises:
         NotReadable: an operation is not to be read, too much would be kept, sequences mix, or are

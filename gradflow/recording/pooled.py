@@ -202,7 +202,7 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
             known.append(track)
     groups = [run for alike in runs.values() for run in alike]
     several = [run for run in groups if len(run) > 1]
-    said = [_words(run) for run in several] + _applied_words(groups, recording)
+    said = [_words(run) for run in several] + _applied_words(groups)
     said += [_changed_words(alike) for alike in runs.values() if len(alike) > 1]
     if not several:
         return recording, list(dict.fromkeys(filter(None, said)))
@@ -292,7 +292,7 @@ def _changed_words(alike: list[list[Track]]) -> str:
     )
 
 
-def _applied_words(groups: list[list[Track]], recording: Recording) -> list[str]:
+def _applied_words(groups: list[list[Track]]) -> list[str]:
     """On layers that ran on what came of their own runs: those are no more sequences."""
     deepest: dict[str, int] = {}
     for run in groups:
@@ -301,14 +301,9 @@ def _applied_words(groups: list[list[Track]], recording: Recording) -> list[str]
     alike: dict[int, list[str]] = {}
     for name, depth in deepest.items():
         alike.setdefault(depth, []).append(name)
-    padded = (
-        "; if it is the state that goes on from run to run, pack the batch (pack_padded_sequence) in place "
-        "of lengths=: then they are one track"
-    )
     return [
         f"{', '.join(names)}: {depth} runs one upon the other, each on what came of the one before; each of "
         "these is a layer of its own in this report, and no more sequences of one"
-        + (padded if recording.lengths_given else "")
         for depth, names in alike.items()
         if depth > 1
     ]

@@ -73,6 +73,11 @@ def plot_narrow(analysis: Analysis) -> Figure:
         return draw_overview(_entries(analysis, None), NARROW)
 
 
+def blocks_of(kind: Kind, analysis: Analysis) -> list[PanelBlock]:
+    """What is drawn of all layers of an analysis, made ready."""
+    return _blocks(kind, _entries(analysis, None))
+
+
 def _entries(x: Analysis | Sequence[Analysis], layer: str | None) -> list[Entry]:
     """The layers to draw, with a prefix where they come from several analyses."""
     many = [x] if isinstance(x, Analysis) else list(x) if isinstance(x, Sequence) else [x]

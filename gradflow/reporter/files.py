@@ -12,11 +12,12 @@ from pathlib import Path
 from gradflow.analysis import FRAMES, OPTIONAL, Analysis
 from gradflow.errors import InputError, must_be
 from gradflow.reporter.digest import summary
-from gradflow.reporter.figures import plot, plot_narrow
+from gradflow.reporter.figures import blocks_of, plot, plot_narrow
 from gradflow.reporter.folders import check_folder, whole_folder
 from gradflow.reporter.kinds import KINDS
+from gradflow.reporter.layout import draw_blocks
 from gradflow.reporter.page import TOP, FigureKey, page
-from gradflow.reporter.picture import VECTORS, Drawn, write_pictures
+from gradflow.reporter.picture import VECTORS, Drawn, look, write_pictures
 from gradflow.reporter.readout import drawn
 
 FORMATS = ("html", "json", "csv", "png", "nc")  # written unless others are asked for
@@ -52,6 +53,7 @@ def report(
     return {name.as_posix(): folder / name for name in names}
 
 
+@look()  # put on once for all pictures
 def draw(analysis: Analysis, formats: Iterable[str] = ("html",)) -> dict[FigureKey, Drawn]:
     """Every picture of an analysis, by (kind, layer name); as PDF or SVG too where asked for."""
     shown = functools.partial(drawn, formats=formats)
@@ -64,19 +66,21 @@ def draw(analysis: Analysis, formats: Iterable[str] = ("html",)) -> dict[FigureK
     if len(analysis) > len(top):
         pictures["overview", ""] = shown(plot(analysis))
     for name, kind in KINDS.items():
-        if kind is not None and kind.together:
-            if not kind.prepare(list(analysis.values())).note:
-                pictures[name, ""] = shown(plot(analysis, name))
-        elif kind is not None:
-            for layer in analysis.values():
-                if layer.part_of in analysis.layers and kind.of_gains:
-                    continue  # they are those of its loop
-                # a picture with only words in its place is left out, and so is the detail of all
-                # but the worst layers of a deep stack, which would take minutes and megabytes
-                near = {layer.name, layer.part_of} & set(worst[:TOP])
-                wanted = near and not kind.prepare(layer).note
-                if kind.always or wanted:
-                    pictures[name, layer.name] = shown(plot(_part(analysis, [layer.name]), name))
+        if kind is None:
+            continue
+        for layers in [list(analysis)] if kind.together else [[layer] for layer in analysis]:
+            layer = analysis.layers[layers[0]]
+            if not kind.together and layer.part_of in analysis.layers and kind.of_gains:
+                continue  # they are those of its loop
+            # a picture with only words in its place is left out, and so is the detail of all
+            # but the worst layers of a deep stack, which would take minutes and megabytes
+            if not (kind.together or kind.always or {layer.name, layer.part_of} & set(worst[:TOP])):
+                continue
+            blocks = blocks_of(kind, _part(analysis, layers))
+            chart = blocks[0].chart
+            if kind.always or not chart.note:
+                key = (name, "" if kind.together else layer.name)
+                pictures[key] = shown(draw_blocks(kind, blocks), message=chart.message)
     return pictures
 
 

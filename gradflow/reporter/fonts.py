@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 from matplotlib.font_manager import FontProperties, fontManager, get_font
@@ -27,15 +27,14 @@ def installed() -> tuple[str, ...]:
 
 def families() -> tuple[str, ...]:
     """The reader's own choice in matplotlib's rcParams, where it differs from the default; then ours."""
-    chosen: dict[str, Any] = dict(matplotlib.rcParams.items())
-    default: dict[str, Any] = dict(matplotlib.rcParamsDefault.items())
+    chosen, default = cast("Any", matplotlib.rcParams), cast("Any", matplotlib.rcParamsDefault)
+    if all(chosen[key] == default[key] for key in ("font.family", "font.sans-serif")):
+        return installed()
     named: list[str] = []
     for family in chosen["font.family"]:
         named += chosen.get(f"font.{family}", [family])  # "serif", "sans-serif" stand for a list
-    same = all(chosen[key] == default[key] for key in ("font.family", "font.sans-serif"))
     known = set(fontManager.get_font_names())
-    own = () if same else (family for family in named if family in known)
-    return tuple(dict.fromkeys((*own, *installed())))
+    return tuple(dict.fromkeys((*(one for one in named if one in known), *installed())))
 
 
 @functools.cache

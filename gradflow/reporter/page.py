@@ -345,8 +345,9 @@ def embed(
         wide, high = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
         kind = KINDS[key[0]]
         title = (kind and kind.title) or key[0].replace("-", " ")
-        alt = alternative(analysis, key)
-        shown[key] = Shown(source, alt, title, _message(analysis, key), wide, high, told)
+        message = figures[key].message
+        alt = alternative(analysis, key, message)
+        shown[key] = Shown(source, alt, title, message, wide, high, told)
     return shown, _names(left_out)
 
 
@@ -382,25 +383,15 @@ def _importance(analysis: Analysis, key: FigureKey) -> tuple[int, int, int]:
     return (part, place, order)
 
 
-def _message(analysis: Analysis, key: FigureKey) -> str:
-    """What a picture shows, in its own words."""
-    name, kind = key[1], KINDS[key[0]]
-    if kind is None:
-        return ""
-    if kind.together:
-        return str(kind.prepare(list(analysis.values())).message)
-    return str(kind.prepare(analysis.layers[name]).message)
-
-
-def alternative(analysis: Analysis, key: FigureKey) -> str:
+def alternative(analysis: Analysis, key: FigureKey, message: str) -> str:
     """The words that stand for a picture where it cannot be seen."""
     kind, name = key
     if name in analysis.layers:
         layer = analysis.layers[name]
-        words = _message(analysis, key) or layer.gradient_note or layer.sentence
+        words = message or layer.gradient_note or layer.sentence
         return f"{kind} of {name}: {words}"
     if kind != "overview":
-        return f"{kind} of all {len(analysis)} layers: {_message(analysis, key)}"
+        return f"{kind} of all {len(analysis)} layers: {message}"
     titles = "; ".join(layer.title for layer in analysis.told[:4])
     return f"{kind}: gradient of every unit over the steps, and gain over the distance. {titles}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -65,10 +66,19 @@ _drawing = (
 @contextmanager
 def look() -> Iterator[None]:
     """matplotlib's defaults and the user's fonts, while drawing only; the user's style comes back."""
+    if _drawing._is_owned():  # all that is drawn inside has them already
+        yield
+        return
     with _drawing:
         style = _LOOK | {"font.family": list(families())}
         with matplotlib.style.context(["default", style]):
             yield
+
+
+@functools.cache
+def _measuring(dpi: float) -> RendererAgg:
+    """What measures words: one for all figures, since it remembers those it has measured."""
+    return RendererAgg(1, 1, dpi)
 
 
 class Picture(Figure):
@@ -97,7 +107,7 @@ class Picture(Figure):
 
     def width_of(self, text: Text) -> float:
         """The drawn width of a text, in inches."""
-        return text.get_window_extent(FigureCanvasAgg(self).get_renderer()).width / self.dpi
+        return text.get_window_extent(_measuring(self.dpi)).width / self.dpi
 
     def folded(self, words: str, width: float, **style: Any) -> list[str]:
         """Words on one line where they fit a width in inches, else on two."""
@@ -148,6 +158,7 @@ class Drawn:
     web: bytes  # the same for a page, as WebP
     told: Mapping[str, list[dict[str, Any]]]  # what it says under the pointer
     vectors: Mapping[str, bytes]  # "pdf", "svg" -> the same picture, where asked for
+    message: str = ""  # what it shows, in its own words
 
 
 def write_pictures(place: Path, pictures: Mapping[str, Drawn], kind: str) -> None:
@@ -162,7 +173,7 @@ def webp(png: bytes) -> bytes:
     """The very same pixels in a quarter fewer bytes, for a page, which has little room."""
     packed = io.BytesIO()
     image = Image.open(io.BytesIO(png)).convert("RGB")
-    image.save(packed, "WEBP", lossless=True, quality=50, method=2)
+    image.save(packed, "WEBP", lossless=True, quality=25, method=2)
     return packed.getvalue()
 
 
@@ -188,37 +199,43 @@ def png(figure: Figure, dpi: int = 180) -> bytes:
     image = Image.fromarray(_nearest(_drawn(figure, dpi)))
     image.putpalette(palette())
     packed = io.BytesIO()
-    image.save(packed, format="PNG", optimize=True)
+    image.save(packed, format="PNG", compress_level=6)
     return packed.getvalue()
 
 
 def _drawn(figure: Figure, dpi: int) -> np.ndarray:
-    """The figure's pixels, (height, width, 3); its own resolution and canvas come back."""
+    """The figure's pixels, (height, width, 4); its own resolution and canvas come back."""
     found_dpi, found_canvas = figure.dpi, figure.canvas
     try:
         figure.dpi = dpi
         canvas = FigureCanvasAgg(figure)
         with look():
             canvas.draw()
-        return np.array(canvas.buffer_rgba())[..., :3]
+        return np.array(canvas.buffer_rgba())
     finally:
         figure.dpi = found_dpi
         figure.set_canvas(found_canvas)
 
 
+@functools.cache
+def _places() -> np.ndarray:
+    """For every colour, 1 + its place in the palette, or 0 where it was not looked for yet."""
+    return np.zeros(1 << 24, dtype=np.uint16)
+
+
 def _nearest(pixels: np.ndarray) -> np.ndarray:
-    """The place in the palette of every pixel; a colour that is in it stays exactly that."""
-    known = np.array(palette(), dtype=np.int32).reshape(-1, 3)
-    codes = pixels.astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
+    """The place in the palette of every pixel (…, 4); a colour that is in it stays exactly that."""
     # a table over all colours is faster than sorting the pixels
-    seen = np.zeros(1 << 24, dtype=bool)
-    seen[codes] = True
-    used = np.flatnonzero(seen)
-    colours = np.stack([used >> 16, (used >> 8) & 255, used & 255], axis=1).astype(np.int32)
-    place = np.zeros(1 << 24, dtype=np.uint8)
-    for some, rgb in zip(_chunks(used), _chunks(colours), strict=True):
-        place[some] = np.square(rgb[:, None] - known).sum(axis=2).argmin(axis=1)
-    return place[codes]
+    table, codes = _places(), pixels.view(np.dtype("<u4"))[..., 0] & 0xFFFFFF
+    found = table[codes]
+    if not found.all():
+        new = np.unique(codes[found == 0])
+        known = np.array(palette(), dtype=np.int32).reshape(-1, 3)
+        rgb = np.stack([new & 255, (new >> 8) & 255, new >> 16], axis=1).astype(np.int32)
+        for some, colours in zip(_chunks(new), _chunks(rgb), strict=True):
+            table[some] = 1 + np.square(colours[:, None] - known).sum(axis=2).argmin(axis=1)
+        found = table[codes]
+    return (found - 1).astype(np.uint8)
 
 
 def _chunks(values: np.ndarray) -> list[np.ndarray]:

@@ -72,12 +72,13 @@ def tell(ax: Axes, said: Grid | Curves) -> None:
         figure.readouts.append((ax, said))
 
 
-def drawn(figure: Figure, formats: Iterable[str] = ("html",)) -> Drawn:
+def drawn(figure: Figure, formats: Iterable[str] = ("html",), message: str = "") -> Drawn:
     """A figure with what it says under the pointer, ready for what is to be written of a report."""
     pixels = png(figure)  # axes that keep an aspect have their place once they are drawn
     told = packed(figure) if isinstance(figure, Picture) else {"panels": [], "places": []}
     vectors = {kind: vector(figure, kind) for kind in VECTORS if kind in formats}
-    return Drawn(pixels, webp(pixels) if "html" in formats else b"", told, vectors)
+    web = webp(pixels) if "html" in formats else b""
+    return Drawn(pixels, web, told, vectors, message)
 
 
 def as_json(picture: Drawn, narrow: Drawn | None = None) -> Markup:

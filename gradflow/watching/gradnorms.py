@@ -98,7 +98,7 @@ class GradNorms:
         ]
         whole = layer.partition("@")[0]
         inside = [name for name in self._norms if name.startswith(f"{whole}.")]
-        if layer == "cell":
+        if layer == "cell" and not inside:  # the model is the cell
             inside = [name for name in self._norms if "." not in name]
         return own or inside
 

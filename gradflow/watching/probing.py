@@ -17,11 +17,11 @@ from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.measuring import is_linear
 from gradflow.analyzer.paced import (
     Paced,
-    median_length,
     paced,
     paced_linear,
     sent,
     spread_places,
+    usual_span,
 )
 from gradflow.analyzer.pulse import LayerSums, broken, layer_sums, pulse_of
 from gradflow.analyzer.read_states import read_part
@@ -96,7 +96,7 @@ def measure(recording: Recording, preset: str, span: int | None = None) -> Measu
     Args:
         recording: of one update, closed.
         preset: "pulse", "rate" or "full".
-        span: the distance of interest in steps; by default the median length of the sequences.
+        span: the distance of interest in steps; by default as of `analyze`.
 
     Raises:
         RecordingError: nothing was recorded, or nothing can be read.
@@ -121,7 +121,7 @@ def seen(
         preset: "pulse", "rate" or "full".
         lengths: of all processes.
         rank: its place among them.
-        span: the distance of interest in steps; by default the median length.
+        span: the distance of interest in steps; by default as of `analyze`.
 
     Raises:
         RecordingError: of no layer anything can be read.
@@ -183,7 +183,7 @@ def joined(parts: Sequence[SeenUpdate], span: int | None = None) -> MeasuredUpda
 
     Args:
         parts: of each, in the order of their ranks.
-        span: the distance of interest in steps; by default the median length.
+        span: the distance of interest in steps; by default as of `analyze`.
     """
     notes = list(dict.fromkeys(note for part in parts for note in part.notes))
     names = dict.fromkeys(name for part in parts for name in part.layers)
@@ -203,8 +203,8 @@ def joined(parts: Sequence[SeenUpdate], span: int | None = None) -> MeasuredUpda
         if analysis is not None and name in analysis.layers:
             standings[name] = analysis[name]
         elif any(one.judged for one in each):
-            runs, over = [run for one in each for run in one.judged], span or median_length(lengths)
-            standing = _standing(name, runs, over, notes)
+            runs = [run for one in each for run in one.judged]
+            standing = _standing(name, runs, lengths, span, notes)
             standings |= {} if standing is None else {name: standing}
         found[name], cells[name] = _with(probe, values, standings.get(name)), each[0].cell
     return MeasuredUpdate(
@@ -230,11 +230,14 @@ def _base(track: Track) -> str:
     return track.name.partition("@")[0]
 
 
-def _standing(name: str, runs: list[Track], span: int, notes: list[str]) -> Paced | None:
+def _standing(
+    name: str, runs: list[Track], lengths: Tensor, span: int | None, notes: list[str]
+) -> Paced | None:
     """A layer's verdict, where it has a recurrence whose step Jacobians are known."""
     try:
         with fitting_threads(state_size(runs[0])):
             part = as_one(runs)
+            span = span or usual_span(part, lengths)
             linear = part.state_shape and is_linear(part)
             found = paced_linear(part, span=span) if linear else paced(part, span=span)
         return replace(found, name=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import threading
 import time
 import weakref
@@ -303,11 +304,10 @@ class Watch:
         self._in_closure = closure
         self._unseen += 1
         if self._unseen == WATCH_UNSEEN and not self._forwards:
-            warn(
+            _warn(
                 f"{WATCH_UNSEEN} updates were made, and the forward of {type(self._model()).__name__} "
                 "was never called with gradients on and in training mode, so no step was measured; "
-                "give gradflow.watch the module that the training loop calls",
-                stacklevel=4,
+                "give gradflow.watch the module that the training loop calls"
             )
 
     # -- one probe ----------------------------------------------------------------------------
@@ -573,7 +573,7 @@ class Watch:
         if not self._alerts.callbacks:
             for event in events:
                 if event.holds:
-                    warn(f"step {event.step}: {event.sentence}", stacklevel=6)
+                    _warn(f"step {event.step}: {event.sentence}")
         scalars = scalars_of(probe) if self._targets else {}
         figures = self._figures() if self._probes % WATCH_FIGURES == 0 else {}
         self._probes += 1
@@ -604,12 +604,12 @@ class Watch:
             name = getattr(target, "__name__", type(target).__name__)
             said = f"{name}, given to gradflow.watch, raised {briefly(error)}"
             said = str(error) if isinstance(error, InputError) else said
-            warn(f"{said}; it is left out from now on", stacklevel=7)
+            _warn(f"{said}; it is left out from now on")
 
     def _failed(self, why: str) -> None:
         if why not in self._said:
             self._said.add(why)
-            warn(f"step {self._done + 1}: {why}; the training goes on", stacklevel=7)
+            _warn(f"step {self._done + 1}: {why}; the training goes on")
             self._note(Note(self._done + 1, "failed", why))
 
     def _new_warnings(self, sentences: list[str]) -> None:
@@ -624,10 +624,7 @@ class Watch:
                 with contextlib.suppress(OSError):  # that is perhaps why
                     self._writer.note(Note(self._done + 1, "failed", f"the watching ended: {why}"))
             self._leave()
-            warn(
-                f"gradflow.watch ends at step {self._done + 1}: {why}; the training goes on",
-                stacklevel=7,
-            )
+            _warn(f"gradflow.watch ends at step {self._done + 1}: {why}; the training goes on")
 
     # -- the user's side ----------------------------------------------------------------------
 
@@ -732,6 +729,15 @@ def _ended(writer: Writer | None, targets: list[Target], processes: AllProcesses
         close = getattr(target, "close", None)
         if callable(close):
             close()
+
+
+def _warn(sentence: str) -> None:
+    """Warn at the line of the training that is under way, whatever lies between it and here."""
+    between, level = ("torch", "gradflow", "contextlib"), 2
+    frame = sys._getframe(1)
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] in between:
+        frame, level = frame.f_back, level + 1
+    warn(sentence, stacklevel=level)
 
 
 def _as_number(loss: Any) -> float:

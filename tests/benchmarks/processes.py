@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def measure(*, quick: bool = False) -> Iterator[Row]:
         )  # fmt: skip
     if not quick:
         yield whole_analysis()
+        yield page_over_torch()
     yield from sweeps(quick=quick)
 
 
@@ -56,6 +58,37 @@ def whole_analysis() -> Row:
         case = {"cell": "LSTM", "H": 64, "layers": 2, "T": 100}
         what = "gradflow analyze model.pt, a whole process"
         return Row("whole runs", what, float(np.median(times)), "s", case)
+
+
+def page_over_torch(rounds: int = 5) -> Row:
+    """Processor seconds of the command on two small layers over those of importing torch, in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(nn.LSTM(10, 20, 2).state_dict(), Path(folder) / "model.pt")
+        command = ("-m", "gradflow", "analyze", "model.pt")
+        found = [
+            (spent(*command, folder=folder), spent("-c", "import torch", folder=folder))
+            for _ in range(rounds + 1)
+        ][1:]  # the first one compiles what is imported
+    pages, imports = np.array(found).T
+    low, median, high = np.quantile(pages / imports, [0.25, 0.5, 0.75])
+    return Row(
+        "whole runs", "a page from weights alone over importing torch, processor time", float(median), "×",
+        {"cell": "LSTM", "H": 20, "layers": 2, "T": 100}, float(low), float(high), most=3.0,
+        note=f"{np.median(pages):.3g} s against {np.median(imports):.3g} s, {rounds} pairs",
+    )  # fmt: skip
+
+
+def spent(*arguments: str, folder: str) -> float:
+    """Processor seconds of one process; what it imports stays compiled, as where it is installed."""
+    before = os.times()
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{folder}/compiled"}
+    environment = {**os.environ, **compiled}
+    command = [sys.executable, *arguments]
+    subprocess.run(command, capture_output=True, check=True, cwd=folder, env=environment)
+    after = os.times()
+    return (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
 
 
 def write_checkpoints(folder: Path, count: int, layers: int) -> dict[str, str]:

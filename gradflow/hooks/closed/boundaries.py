@@ -20,18 +20,12 @@ from gradflow.limits import STEP_NODES
 def crossing(
     roots: Iterable[Any], states: Collection[Any], boundaries: Sequence[int]
 ) -> list[set[Edge]]:
-    """The edges that cross each boundary on the way from the roots to any of the states.
+    """The edges that cross each boundary, in ascending order, on the way from the roots to any state.
 
-    Args:
-        roots: the nodes of the states; what leads to none of them (to the loss alone) is not seen.
-        states: the nodes of all states of the loop, the oldest first or not.
-        boundaries: ascending numbers.
-
-    Returns:
-        One set per boundary, the states' own edges among them.
+    Roots and states are nodes; what leads to no root (to the loss alone) is not seen.
 
     Raises:
-        NotReadable: the loop has more than `MOST` operations.
+        NotReadable: the loop has too many operations.
     """
     oldest = min(node._sequence_nr() for node in states)
     known = set(states)
@@ -83,12 +77,8 @@ def buffers_read(
     """The buffers that are read in a step, tensors written in place -> whether they are read as a whole.
 
     Of a buffer that takes one step after the other only the last row is read, as a rule, and that is
-    what was written there: the buffer itself goes nowhere, though the graph leads through it.
-
-    Args:
-        roots: nodes of what the calls of the step were given.
-        ends: the nodes of all its states.
-        buffers: the edges of such tensors.
+    what was written there: the buffer itself goes nowhere, though the graph leads through it. roots are
+    nodes of what the calls of the step were given, ends those of all its states.
     """
     found: dict[Edge, Tensor] = {}
     since = min((node._sequence_nr() for node in ends), default=LEAF)

@@ -8,7 +8,7 @@ where the path ends. An input that is given, or embedded, is left after a node o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from gradflow.hooks.closed.parts import MarkedPart, Seen, StockPart
@@ -22,10 +22,11 @@ NOTHING: frozenset[Seen] = frozenset()
 class Dependence:
     """What each of some calls, given in the order in which they were made, depends on.
 
-    A set of parts is a whole number, one bit for each.
+    A set of parts is a whole number, one bit for each. Of the parts with these ids it is known already
+    from which of their calls each sequence comes.
     """
 
-    def __init__(self, calls: Sequence[Seen]) -> None:
+    def __init__(self, calls: Sequence[Seen], rests: Collection[int] = ()) -> None:
         self._owner = {node: seen for seen in calls for node, _ in seen.edges}
         self._since = min((seen.since for seen in calls if seen.edges), default=LEAF)
         self._near: dict[Any, frozenset[Seen]] = {}
@@ -33,12 +34,17 @@ class Dependence:
         self.bit = {id(part): 1 << number for number, part in enumerate(parts)}
         self._above: dict[int, int] = {}  # id of a call -> the parts it descends from
         self.into: dict[int, int] = {}  # id of a call -> the parts that its input descends from
+        self.further: dict[
+            Part, None
+        ] = {}  # whose calls start from the states of several calls ago
         feeds = dict.fromkeys(self.bit.values(), 0)
         before: dict[int, Seen] = {}
         for seen in calls:
             own, starts = self.bit[id(seen.part)], self._parts(seen.starts)
-            if self._reaches_further(seen, before.get(id(seen.part))):
+            last = before.get(id(seen.part))
+            if id(seen.part) not in rests and self._reaches_further(seen, last):
                 feeds[own] |= own
+                self.further[seen.part] = None
             before[id(seen.part)] = seen
             into = self.into[id(seen)] = self._parts(seen.inputs)
             self._above[id(seen)] = starts | into
@@ -84,7 +90,9 @@ class Dependence:
         if seen.call is None or before is None or before.place != seen.place - 1:
             return False
         ends = before.nodes | set(before.starts)
-        for node, _ in descended(seen.entry, lambda node: self._is_old(node) or node in ends):
+        for node, _ in descended(
+            seen.entry.values(), lambda node: self._is_old(node) or node in ends
+        ):
             owner = self._owner.get(node)
             if node not in ends and owner is not None and owner.part is seen.part:
                 return True

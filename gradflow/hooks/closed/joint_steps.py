@@ -39,7 +39,10 @@ UNEQUAL = (
     "its calls have different numbers of steps, and what they return of all of them goes on; give chunks "
     "of one length"
 )
-PACKED = "its calls are packed, and the states between them are read of padded calls only"
+PACKED = (
+    "its sequences have lengths of their own within a call, and the states between calls are read of calls "
+    "in which all are as long"
+)
 NO_GRAPH = "some of its steps ran without a graph; run the whole loop with gradients enabled"
 LATE = "a backward in the middle of it freed what its later steps depend on"
 NOT_A_STATE = "depends on more of the past"  # of a marked loop that was read step by step

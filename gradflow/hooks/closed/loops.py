@@ -107,7 +107,7 @@ class ClosedLoop:
         device = part.calls[0].h0.device
         alone = part.loop.operator(part.layer, dtype, sequences.to(device))
         kind = OwnThin if isinstance(found, ThinOperator) else OwnOperator
-        return kind(found, alone)
+        return kind(found, alone, found.length, found.batch, found.size, found.dtype)
 
     def _member(self, part: LoopSource) -> PartLayer:
         return self.source.member_of(part.loop.chain, part.layer)
@@ -231,26 +231,10 @@ class OwnOperator:
 
     loop: Operator
     alone: Operator  # of the first step
-
-    @property
-    def length(self) -> int:
-        """T."""
-        return self.loop.length
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return self.loop.batch
-
-    @property
-    def size(self) -> int:
-        """S."""
-        return self.loop.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its blocks."""
-        return self.loop.dtype
+    length: int  # T
+    batch: int  # B
+    size: int  # S
+    dtype: torch.dtype  # of its blocks
 
     def push(self, t: int, block: Tensor) -> Tensor:
         """Map every row v of block (B, m, S) to A_t v."""

@@ -65,6 +65,7 @@ class ClosedLoops:
         self._parts: dict[int, Any] = {}  # id of a chain or of a source -> the part
         self._calls: list[Seen] = []
         self._fresh = False
+        self._rests: set[int] = set()  # ids of parts whose sequences rest for some calls
         self._loss: list[Any] = []
 
     # -- what the recorder calls -------------------------------------------------------------
@@ -103,6 +104,8 @@ class ClosedLoops:
         whole = {id(part) for part in self._parts.values() if self._is_whole(part, calls)}
         calls = [seen for seen in calls if id(seen.part) not in whole]
         dependence = Dependence(calls)
+        if self._follow_rests(dependence, calls):
+            dependence = Dependence(calls, self._rests)
         closed = dependence.closed()
         known = [part for parts in closed for part in parts]
         every = dict.fromkeys(seen.part for seen in calls if isinstance(seen.part, MarkedPart))
@@ -123,7 +126,7 @@ class ClosedLoops:
         nodes = [node for seen in self._calls for node in seen.nodes]
         for seen in self._calls:
             seen.edges, seen.starts, seen.inputs, seen.mark = {}, [], [], None
-            seen.entry = []
+            seen.entry = {}
         for loop in self.loops:
             loop.ended = {}
         self._calls.clear()
@@ -151,6 +154,17 @@ class ClosedLoops:
             for track in (track for part in loop.parts for track in part.tracks):
                 track.loop = ""
 
+    def _follow_rests(self, dependence: Dependence, calls: Sequence[Seen]) -> bool:
+        """Follow sequences that rest for some calls of a chain and come back; whether there are such."""
+        before = len(self._rests)
+        for part in dependence.further:
+            mine = [seen for seen in calls if seen.part is part]
+            known = [(seen.call, seen.edges, seen.entry) for seen in mine if seen.call is not None]
+            whole = isinstance(part, StockPart) and len(known) == part.count
+            if whole and part.holder.follow_rests(known):
+                self._rests.add(id(part))
+        return len(self._rests) > before
+
     def _prune(self) -> None:
         """Of every chain its last call is enough to tell what the next one depends on."""
         last = {id(seen.part): seen for seen in self._calls}
@@ -170,7 +184,7 @@ class ClosedLoops:
 
         In a tapped loop the states are what the user says; that there are more is said, not mended.
         """
-        if not isinstance(part, MarkedPart) or part.closed is not None:
+        if not isinstance(part, MarkedPart) or part.holder.closed is not None:
             return False
         more = carries_more(part, [seen for seen in calls if seen.part is part])
         if more and part.source.cell == TAP:
@@ -211,10 +225,10 @@ class ClosedLoops:
     def _begin(self, parts: list[Any]) -> ClosedLoop:
         source = JointSource(self.owner.scale, members=_members(parts))
         loop = ClosedLoop(parts, source)
-        if any(part.closed is not None for part in parts):
+        if any(part.holder.closed is not None for part in parts):
             loop.unknown = LATE
         for part in parts:
-            part.closed = loop
+            part.holder.closed = loop
         self.loops.append(loop)
         return loop
 

@@ -70,8 +70,11 @@ class StockPart:
 
     @property
     def packed(self) -> bool:
-        """Whether some call is packed."""
-        return any(call.batch_sizes is not None for call in self.chain.calls)
+        """Whether sequences have lengths of their own within some call."""
+        layout = self.chain.layout
+        return any(call.batch_sizes is not None for call in self.chain.calls) or (
+            not layout.even and any(bool((p.lengths != p.extent).any()) for p in layout.parts)
+        )
 
     @property
     def read_at_ends(self) -> bool:
@@ -109,13 +112,9 @@ class StockPart:
         return any(call.batched for call in self.chain.calls)
 
     @property
-    def closed(self) -> Any:
-        """The closed loop that it is a part of, if any."""
-        return self.chain.closed
-
-    @closed.setter
-    def closed(self, loop: Any) -> None:
-        self.chain.closed = loop
+    def holder(self) -> Any:
+        """What holds the `ClosedLoop` that it is a part of, if any, as `closed`."""
+        return self.chain
 
     def leave_unread(self, why: str) -> None:
         """Whether more than its states goes around was not looked at."""
@@ -216,13 +215,9 @@ class MarkedPart:
         return self.source.batched
 
     @property
-    def closed(self) -> Any:
-        """The closed loop that it is a part of, if any."""
-        return self.source.closed
-
-    @closed.setter
-    def closed(self, loop: Any) -> None:
-        self.source.closed = loop
+    def holder(self) -> Any:
+        """See `StockPart`."""
+        return self.source
 
     def leave_unread(self, why: str) -> None:
         """Whether more than its states goes around was not looked at."""
@@ -255,7 +250,8 @@ class Seen:
     since: int  # of its oldest
     call: Call | None = None
     mark: tuple[Place, Mark] | None = None
-    entry: list[Edge] = field(default_factory=list)  # of a call: where its initial states sat
+    # of a call: state name -> where its initial value sat
+    entry: dict[str, Edge] = field(default_factory=dict)
 
     @staticmethod
     def of_call(part: StockPart, end: End, data: Tensor) -> Seen:
@@ -268,7 +264,7 @@ class Seen:
             [] if data.grad_fn is None else [data.grad_fn],
             *_numbers(end.edges),
             call=end.call,
-            entry=[edge for edge in end.entry.values() if edge is not None],
+            entry={name: edge for name, edge in end.entry.items() if edge is not None},
         )
 
     @staticmethod

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradflow.hooks.copies import copied
 from gradflow.hooks.guard import NO_SEQUENCE, WRAPPED, Point, guarded, is_wrapped, why_hidden
-from gradflow.hooks.linear.scanned import Entry, LibraryCall, Scanned, Unread
+from gradflow.hooks.linear.scanned import LibraryCall, LibraryFunction, Scanned, Unread
 from gradflow.hooks.own.returned import leaves
 from gradflow.limits import CALLER_FRAMES
 
@@ -37,7 +37,9 @@ class Told:
 class Heard:
     """One call on its way to those recordings whose model makes it."""
 
-    def __init__(self, observers: list[Any], entry: Entry, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, observers: list[Any], entry: LibraryFunction, function: Callable[..., Any]
+    ) -> None:
         self._entry, self._function, self._observers = entry, function, observers
         self._told: list[Told] = []
         self._given: dict[str, Any] = {}

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from gradflow.cells.linear import LinearSteps
 from gradflow.hooks.linear.scanned import (
-    Entry,
     LibraryCall,
+    LibraryFunction,
     Unread,
     repeated,
     time_first,
@@ -124,18 +124,18 @@ _GATED = "gated delta rule"
 _KIMI = "Kimi delta attention"
 
 
-def _of_transformers(name: str, cell: str, *, chunks: bool) -> Entry:
+def _of_transformers(name: str, cell: str, *, chunks: bool) -> LibraryFunction:
     reads = f"query key value g beta {_ENDS} use_qk_l2norm_in_kernel"
     ignores = "chunk_size" if chunks else ""
-    return Entry(
+    return LibraryFunction(
         ("transformers.models",), name, cell, reads, Rule(), refuses=_PACKED, ignores=ignores
     )
 
 
-def _of_fla(name: str, cell: str, terms: str, rule: Rule, ignores: str = "") -> Entry:
+def _of_fla(name: str, cell: str, terms: str, rule: Rule, ignores: str = "") -> LibraryFunction:
     reads = f"q k v {terms} scale {_ENDS}"
     ignored = f"cu_seqlens_cpu chunk_indices disable_recompute safe_gate {ignores}"
-    return Entry(("fla",), name, cell, reads, rule, refuses=_PACKED, ignores=ignored)
+    return LibraryFunction(("fla",), name, cell, reads, rule, refuses=_PACKED, ignores=ignored)
 
 
 _QKV = "q k v"
@@ -304,7 +304,7 @@ _MLSTM = "queries keys values igate_preact fgate_preact"
 
 MATRIX_MEMORIES = (
     *_OF_THE_DELTA_RULE,
-    Entry(
+    LibraryFunction(
         ("transformers.models.rwkv",),
         "rwkv_linear_attention",
         "RWKV",
@@ -312,7 +312,7 @@ MATRIX_MEMORIES = (
         rwkv,
         ignores="return_state",
     ),
-    Entry(
+    LibraryFunction(
         ("xlstm.blocks.mlstm",),
         "parallel_stabilized_simple",
         "mLSTM",
@@ -321,7 +321,7 @@ MATRIX_MEMORIES = (
         ignores="lower_triangular_matrix",
     ),
     *(
-        Entry(
+        LibraryFunction(
             (package,),
             name,
             "mLSTM",

@@ -1,7 +1,7 @@
 """The registry: functions of other packages that run a linear recurrence, and where they can be called from.
 
 Nothing of another package is imported here: a function is found where the user has loaded its module,
-and only then. A name that a version does not have is skipped. A new function is one `Entry` in
+and only then. A name that a version does not have is skipped. A new function is one `LibraryFunction` in
 ``state_spaces`` or ``matrix_memories``, and a test of its mapping against a slow loop.
 """
 
@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from gradflow.hooks.linear.matrix_memories import MATRIX_MEMORIES
-from gradflow.hooks.linear.scanned import Entry
+from gradflow.hooks.linear.scanned import LibraryFunction
 from gradflow.hooks.linear.state_spaces import STATE_SPACES
 
 ENTRIES = (*STATE_SPACES, *MATRIX_MEMORIES)  # every function of the registry
@@ -27,7 +27,7 @@ class Attribute:
 
     space: Any
     name: str
-    entry: Entry
+    entry: LibraryFunction
 
 
 def places(parts: Iterable[Any]) -> Iterator[Attribute]:
@@ -35,7 +35,7 @@ def places(parts: Iterable[Any]) -> Iterator[Attribute]:
     has taken them from there, and in these parts of a model, which may hold them as attributes."""
     last = next(reversed(sys.modules), "")
     holding = _holding((len(sys.modules), last, id(sys.modules.get(last))))
-    known: dict[int, Entry] = {}
+    known: dict[int, LibraryFunction] = {}
     for entry in ENTRIES:
         holder, name = entry.owner
         for module, path, held in holding:

@@ -1,8 +1,8 @@
 """One call of a function that runs a linear recurrence: how its arguments are read, what is handed over.
 
-An `Entry` names a function of another package by its module and its name, and maps the arguments of one
-call to A_t, B_t and C_t, the fields of a `Scanned`; what the mappings share of layouts and precision
-stands below.
+A `LibraryFunction` names a function of another package by its module and its name, and maps the
+arguments of one call to A_t, B_t and C_t, the fields of a `Scanned`; what the mappings share of layouts
+and precision stands below.
 
 Letters: T steps, B sequences, D channels, N numbers a channel, H heads, d_k, d_v sizes of keys, values.
 """
@@ -87,7 +87,7 @@ def _nothing(seen: LibraryCall) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LibraryFunction:
     """A function that runs a linear recurrence over all steps of its arguments."""
 
     modules: tuple[str, ...]  # names, each a whole module or a package with all that is below it

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from gradflow.cells.linear import LinearSteps
 from gradflow.hooks.linear.scanned import (
-    Entry,
     LibraryCall,
+    LibraryFunction,
     Unread,
     repeated,
     swapped,
@@ -43,11 +43,6 @@ def _delta(given: dict[str, Any], bias: str, softplus: str, shape: tuple[int, ..
     if given.get(bias) is not None:
         delta = delta + given[bias].to(delta.dtype).view(shape)
     return F.softplus(delta) if given.get(softplus) else delta
-
-
-def _gated(y: Tensor, u: Tensor, d: Tensor | None, z: Tensor | None) -> Tensor:
-    y = y if d is None else y + u * d
-    return y if z is None else y * F.silu(z)
 
 
 def _by_channel(
@@ -208,7 +203,7 @@ _CHUNKED = "dt A B C chunk_size D"
 _CHUNKED_ENDS = "dt_bias initial_states dt_softplus dt_limit return_final_states"
 
 _MAMBAS = (
-    Entry(
+    LibraryFunction(
         ("transformers.models",),
         "mamba_selective_scan",
         "Mamba",
@@ -216,7 +211,7 @@ _MAMBAS = (
         selective_scan("hidden_states dt B C", rounds=True),
         ignores="use_mambapy use_associative_scan",
     ),
-    Entry(
+    LibraryFunction(
         ("mamba_ssm",),
         "selective_scan_fn",
         "Mamba",
@@ -224,10 +219,12 @@ _MAMBAS = (
         selective_scan("u delta B C", rounds=False),
     ),
     *(
-        Entry(("mambapy",), f"MambaBlock.{name}", "Mamba", "x delta A B C D", mambapy_scan)
+        LibraryFunction(
+            ("mambapy",), f"MambaBlock.{name}", "Mamba", "x delta A B C D", mambapy_scan
+        )
         for name in ("selective_scan", "selective_scan_seq")
     ),
-    Entry(
+    LibraryFunction(
         ("transformers.models",),
         "mamba2_chunk_scan",
         "Mamba-2",
@@ -235,7 +232,7 @@ _MAMBAS = (
         by_head("hidden_states"),
         refuses=("z", "seq_idx", "cu_seqlens"),
     ),
-    Entry(
+    LibraryFunction(
         ("mamba_ssm",),
         "mamba_chunk_scan_combined",
         "Mamba-2",
@@ -244,7 +241,7 @@ _MAMBAS = (
         refuses=("seq_idx", "cu_seqlens", "return_varlen_states"),
     ),
     *(
-        Entry((package,), name, cell, fused=FUSED_MIXER.format(name))
+        LibraryFunction((package,), name, cell, fused=FUSED_MIXER.format(name))
         for package, name, cell in (
             ("mamba_ssm", "mamba_inner_fn", "Mamba"),
             ("mamba_ssm", "mamba_split_conv1d_scan_combined", "Mamba-2"),
@@ -327,7 +324,7 @@ def _cuts(resets: Tensor) -> Tensor:
 
 STATE_SPACES = (
     *_MAMBAS,
-    Entry(
+    LibraryFunction(
         ("transformers.models.recurrent_gemma",),
         "RecurrentGemmaRglru._rnn_scan",
         "RG-LRU",
@@ -342,14 +339,14 @@ STATE_SPACES = (
         ),
         ignores="acc_dtype",
     ),
-    Entry(
+    LibraryFunction(
         ("minGRU_pytorch",),
         "heinsen_associative_scan_log",
         "minGRU",
         "log_coeffs log_values",
         min_gru,
     ),
-    Entry(
+    LibraryFunction(
         ("mambapy",),
         "pscan",
         "parallel scan",
@@ -357,7 +354,7 @@ STATE_SPACES = (
         of_states(lambda given: (given["A"], given["X"]), "X"),
     ),
     *(
-        Entry(
+        LibraryFunction(
             ("fla",),
             f"{how}_hgrn",
             "HGRN",

@@ -17,12 +17,15 @@ Arrivals = list[dict[str, Tensor]]  # per layer: state name -> (T, B, width)
 def arrivals(loop: Loop) -> Arrivals | None:
     """Gradients that arrive at every layer's states, processing order.
 
-    None without a gradient, and where the way back between two calls is not known.
+    None without a gradient, where the way back between two calls is not known, and where a gradient
+    comes to steps of padding that the loop does not go on through.
     """
     layers = loop.chain.calls[0].layers
     links = loop.chain.links[1:]
     unknown = any(link is None or link.unknown or link.around is not None for link in links)
-    if unknown or loop.chain.unread or any(loop.scans(layer) is None for layer in range(layers)):
+    if unknown or loop.chain.unread or read_beyond(loop):
+        return None
+    if any(loop.scans(layer) is None for layer in range(layers)):
         return None
     with torch.no_grad():
         return _of_loop(loop, layers)
@@ -69,6 +72,23 @@ def reached(found: Arrivals) -> Tensor:
     """(T, B) whether anything arrives."""
     some = [(part != 0).any(2) for layer in found for part in layer.values()]
     return torch.stack(some).any(0)
+
+
+def read_beyond(loop: Loop) -> bool:
+    """Whether a gradient comes to a call after the step at which one of its sequences ends there."""
+    if loop.layout.even:
+        return False
+    for call, part in zip(loop.chain.calls, loop.layout.parts, strict=True):
+        if call.batch_sizes is not None:
+            continue
+        short = part.lengths < part.extent
+        for name, grad in call.grads.items():
+            late = torch.arange(part.extent).unsqueeze(1) >= part.lengths
+            late = late.T if call.batch_first else late
+            late = late if name == "output" else short.expand(len(grad), -1)  # of the last states
+            if bool((grad[late.to(grad.device)] != 0).any()):
+                return True
+    return False
 
 
 def _of_loop(loop: Loop, layers: int) -> Arrivals:

@@ -1,7 +1,7 @@
 """Layout: where the steps of the calls of a loop lie in the loop's own time, sequence by sequence.
 
-Batches may shrink, grow or be reordered between calls, and calls may be packed. Every sequence goes
-through the calls that it is in, without a hole; a sequence that begins in a later call has its first
+Batches may shrink, grow or be reordered between calls, and calls may be packed, or padded. Every sequence
+goes through the calls that it is in, without a hole; a sequence that begins in a later call has its first
 step at index 0 like all others.
 
 Letters: T steps of the longest sequence, B sequences, t and b of one call.
@@ -9,7 +9,7 @@ Letters: T steps of the longest sequence, B sequences, t and b of one call.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,8 +45,12 @@ class Layout:
     batch: int = 0  # B
     extents: list[int] = field(default_factory=list)  # t of every call
     cuts: dict[int, Tensor] = field(default_factory=dict)  # place of a call -> `note_cut`
+    padding: bool = (
+        False  # whether sequences went on through steps of padding, which count as steps
+    )
     _parts: list[Part] = field(default_factory=list)  # of the calls whose part was asked for
     _totals: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # after these
+    _given: Tensor | None = None  # (b,) of the last call, the user's own
 
     @property
     def parts(self) -> list[Part]:
@@ -80,10 +84,32 @@ class Layout:
         """T."""
         return sum(self.extents) if self.even else int(self.totals.max())
 
-    def add(self, call: Call, link: Link | None) -> None:
-        """Go on with one more call."""
+    def add(self, call: Call, link: Link | None, origins: Tensor | None = None) -> None:
+        """Go on with one more call; origins (b,) are the rows of all calls before, −1 a new one."""
         rows = None if link is None else link.rows
-        self.join(int(call.h0.shape[1]), _extent(call), _lengths(call), rows)
+        if link is not None and (link.ends is not None or self._given is not None):
+            self._go_on(link)
+        lengths = _lengths(call)
+        self._given = None if call.lengths is None else call.lengths.cpu()
+        if (
+            self.extents and lengths is None
+        ):  # what is known of a call alone is read without a layout
+            lengths = self._given
+        self.join(int(call.h0.shape[1]), _extent(call), lengths, rows, origins)
+
+    def _go_on(self, link: Link) -> None:
+        """Of the last call so far, let every sequence end at the step after which it goes on."""
+        part = self.parts[-1]
+        every = torch.arange(len(part.sequences))
+        on = every if link.rows is None else link.rows[link.rows >= 0].cpu()
+        lengths = part.lengths.clone() if self._given is None else self._given.clone()
+        ends = torch.full_like(every, part.extent - 1) if link.ends is None else link.ends.cpu()
+        ends = torch.where(ends < 0, lengths - 1, ends)
+        self.padding |= self._given is not None and bool((ends[on] >= lengths[on]).any())
+        lengths[on] = ends[on] + 1
+        self.even &= bool((lengths == part.lengths).all())
+        self._parts[-1] = replace(part, lengths=lengths)
+        self._totals[part.sequences] += lengths - part.lengths
 
     def join(
         self,
@@ -91,19 +117,22 @@ class Layout:
         extent: int = 1,
         lengths: Tensor | None = None,
         rows: Tensor | None = None,
+        origins: Tensor | None = None,
     ) -> None:
         """Go on with t = extent steps of b sequences, or of each as many as its length (b,).
 
-        rows as in `Link`.
+        rows as in `Link`, origins as in `add`.
         """
         if not self.extents:
             self.batch = batch
         alike = lengths is None or bool((lengths == extent).all())
-        if self.even and alike and batch == self.batch and self._are_the_same(rows):
+        same = origins is None and self._are_the_same(rows)
+        if self.even and alike and batch == self.batch and same:
             self.extents.append(extent)
             return
         known = self.parts
-        sequences = self._sequences(batch, rows)
+        known_by = known[-1:] if origins is None else known
+        sequences = self._sequences(batch, rows if origins is None else origins, known_by)
         begins = sequences < 0
         fresh = int(begins.sum())
         if fresh:
@@ -119,10 +148,11 @@ class Layout:
         """Whether all sequences go on, each where it was."""
         return rows is None or bool((rows.cpu() == torch.arange(len(rows))).all())
 
-    def _sequences(self, count: int, rows: Tensor | None) -> Tensor:
-        if not self._parts:
+    @staticmethod
+    def _sequences(count: int, rows: Tensor | None, parts: list[Part]) -> Tensor:
+        if not parts:
             return torch.full((count,), -1, dtype=torch.long)
-        before = self._parts[-1].sequences
+        before = torch.cat([part.sequences for part in parts])
         if rows is None:
             return before.clone()
         rows = rows.cpu()

@@ -9,7 +9,7 @@ Sequences are in the user's order, also of packed calls; B are those of the late
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Link:
     unknown: str = ""  # why the factors are not known, if they are not
     # (B,) the sequence before that each is, −1 a new one; None: the same
     rows: Tensor | None = None
+    # (B before,) the step of a padded call after which each goes on, −1 none; None: the last one
+    ends: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -85,7 +87,7 @@ def _in_users_order(link: Link, known: Call, call: Call) -> Link | None:
         into = None if into is None else into.index_select(1, order)
         around = None if around is None else around.index_select(1, order)
     same = known.h0.shape[1] == count and bool((rows == torch.arange(count)).all())
-    return Link(into, around, cut, link.unknown, None if same else rows)
+    return Link(into, around, cut, link.unknown, None if same else rows, link.ends)
 
 
 # ------------------------------------------------------------------------------- in the graph
@@ -107,7 +109,11 @@ def _by_graph(end: End, initial: dict[str, Tensor], call: Call) -> Link | None:
     if not between.reached & returned_nodes:
         return None
     pull = _Pull(end, entry, roots, between, call)
-    same = end.call.h0.shape[1] == batch
+    link = _pulled_through(pull, no_cut, same=end.call.h0.shape[1] == batch)
+    return None if link is None else replace(link, ends=pull.known_ends())
+
+
+def _pulled_through(pull: _Pull, no_cut: Tensor, *, same: bool) -> Link | None:
     try:
         into, around, rows = pull.factors()
     except NotReadable as error:
@@ -128,7 +134,7 @@ def _touches(factor: Factor) -> Tensor:
     return (factor != 0).transpose(0, 1).flatten(1).any(1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pull:
     """Vector-Jacobian products of the new initial state, as flat blocks (layers, B, S)."""
 
@@ -137,6 +143,7 @@ class _Pull:
     roots: dict[str, Edge]
     between: Between
     call: Call
+    ends: Tensor | None = None  # see `Link`
 
     def __call__(self, seed: Tensor, *, opened: bool = False) -> tuple[Tensor, Tensor]:
         blocks = self.call.columns()
@@ -151,23 +158,41 @@ class _Pull:
         for edge, grad in found.items():
             if edge in self.end.edges:
                 name = self.end.edges[edge]
-                if name == "output":
-                    into[-1, :, blocks["h"]] += self._at_last_step(grad)
-                else:
+                if name != "output":
                     into[..., blocks[name]] += grad
             elif edge in self.entry:
                 around[..., blocks[self.entry[edge]]] += grad
+        beside = (into != 0).transpose(0, 1).flatten(1).any(1)
+        for edge, grad in found.items():
+            if self.end.edges.get(edge) == "output":
+                into[-1, :, blocks["h"]] += self._at_one_step(grad, beside)
         return into, around
 
-    def _at_last_step(self, grad: Tensor) -> Tensor:
+    def _at_one_step(self, grad: Tensor, beside: Tensor) -> Tensor:
+        """(b, P) at the step of every sequence that goes on; beside (b,) where a last state does, too."""
         known = self.end.call
         if known.batch_sizes is not None:
             return _at_ends(grad, known.batch_sizes)
-        if known.batch_first:
-            grad = grad.transpose(0, 1)
-        if bool((grad[:-1] != 0).any()):
+        grad = grad.transpose(0, 1) if known.batch_first else grad
+        arrives, last = (grad != 0).any(2), len(grad) - 1
+        ends = torch.where(arrives.any(0), arrives.byte().argmax(0), -1)
+        if self.ends is None:
+            self.ends = ends
+        apart = (ends >= 0) & (self.ends >= 0) & (ends != self.ends)
+        if bool((arrives.sum(0) > 1).any() | apart.any()):
             raise NotReadable("a mixture of several steps' outputs")
-        return grad[-1]
+        self.ends = torch.maximum(ends, self.ends)
+        if bool((beside & (ends >= 0) & (ends < last)).any()):
+            raise NotReadable("an output of one step beside the last state of another")
+        return grad.sum(0)
+
+    def known_ends(self) -> Tensor | None:
+        """See `Link`."""
+        known = self.end.call
+        if self.ends is None or known.single or known.batch_sizes is not None:
+            return None
+        steps = known.returned["output"].shape[1 if known.batch_first else 0]
+        return self.ends if bool(((self.ends >= 0) & (self.ends < steps - 1)).any()) else None
 
     def factors(self) -> tuple[Factor | str, Factor | str, Tensor | None]:
         """into and around, each elementwise, dense, or the reason why it is neither; and the rows."""
@@ -287,6 +312,54 @@ def close_to(mine: Tensor, theirs: Tensor, size: Tensor) -> bool:
     return bool(((mine - theirs).abs() <= bound).all())
 
 
+def after_rest(
+    earlier: list[tuple[Call, dict[Edge, str], dict[str, Edge]]],
+    call: Call,
+    entry: dict[str, Edge],
+) -> tuple[Link, Tensor] | None:
+    """The link into a call of one step whose sequences come from any of the calls before it.
+
+    With it (b,) which of the rows of all calls before each is, −1 a new one. None where a sequence comes
+    from several of them, or is not only multiplied on the way.
+    """
+    like, blocks = call.started(), call.columns()
+    nodes = {node for _, edges, _ in earlier for node, _ in edges}
+    if not call.single or not entry:
+        return None
+    between = Between(list(entry.values()), nodes)
+
+    def pull(seed: Tensor, *, opened: bool = False) -> Tensor:
+        seeds = [(edge, seed[0][:, blocks[name]]) for name, edge in entry.items()]
+        found = between.pull(seeds, opened=opened)
+        every = []
+        for known, edges, _ in earlier:
+            into = torch.zeros_like(known.started())
+            for edge, name in edges.items():
+                if edge in found:
+                    into[0, :, blocks[name]] += found[edge]
+            every.append(into)
+        return torch.cat(every, dim=1)
+
+    probe = probe_of(like)
+
+    def of_rows(chosen: Tensor, *, opened: bool = False) -> Tensor:
+        return pull(probe * chosen.to(probe.dtype).view(1, -1, 1), opened=opened)[0]
+
+    try:
+        rows = rows_of.found(of_rows, like.shape[1], like.device)
+        if rows is None:
+            return None
+        ones, probed = (
+            rows_of.picked(pull(seed), rows, 1) for seed in (torch.ones_like(like), probe)
+        )
+    except NotReadable:
+        return None
+    if not close_to(probed, probe * ones, ones * probe):
+        return None
+    held = bool((ones[:, rows >= 0] == 1).all())
+    return Link(None if held else ones, None, ~_touches(ones) & (rows >= 0)), rows
+
+
 # ------------------------------------------------------------------------------ outside a graph
 
 
@@ -304,6 +377,10 @@ def _by_value(end: End, initial: dict[str, Tensor], call: Call) -> Link | None:
     moved = None if fits else _moved(end, call)
     if moved is not None:
         return moved
+    ends = None if fits or shared else _ends_by_value(end, call)
+    if ends is not None:
+        cut = torch.full_like(equal, call.differentiable or end.call.differentiable)
+        return Link(None, None, cut, ends=ends)
     if not (fits or shared):
         return None
     if call.differentiable or end.call.differentiable:
@@ -332,6 +409,17 @@ def _moved(end: End, call: Call) -> Link | None:
     if call.differentiable or end.call.differentiable:
         return Link(None, None, rows >= 0, rows=rows)
     return Link(_keeping(call, zero), None, zero, rows=rows)
+
+
+def _ends_by_value(end: End, call: Call) -> Tensor | None:
+    """The steps (B,) of a padded call whose outputs this call starts from; None where it does not."""
+    known, h = end.call, call.h0[-1]
+    if known.single or known.batch_sizes is not None or known.layers > 1 or len(known.initial) > 1:
+        return None
+    output = known.returned["output"]
+    output = output.transpose(0, 1) if known.batch_first else output
+    same = (output == h).all(2) & (h != 0).any(1)
+    return len(same) - 1 - same.flip(0).byte().argmax(0) if bool(same.any(0).all()) else None
 
 
 def _compared(end: End, call: Call) -> tuple[Tensor, Tensor, Tensor]:

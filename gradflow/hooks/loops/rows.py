@@ -27,14 +27,9 @@ def origins(pull: Callable[[Tensor], Tensor], count: int, device: torch.device) 
 
     Every row of the earlier call is pulled to from all rows of the later one, then from those whose
     number has a certain binary digit: it must get the same, or nothing.
+    None where a row came from several, or several from one.
 
-    Args:
-        pull: what seeds in the chosen rows (b,) bring to the earlier call, (B, ·).
-        count: b.
-        device: of the result.
-
-    Returns:
-        The rows, or None where a row came from several, or several from one.
+    pull gives what seeds in the chosen rows (b,) bring to the earlier call, (B, ·); count is b.
     """
     whole = pull(torch.ones(count, dtype=torch.bool, device=device)).flatten(1)
     bound = ROW_ROUNDING * torch.finfo(whole.dtype).eps * whole.abs().amax(dim=1)
@@ -59,14 +54,8 @@ def origins(pull: Callable[[Tensor], Tensor], count: int, device: torch.device) 
 def completed(rows: Tensor, opened: Tensor | None) -> Tensor:
     """Give rows that nothing came to the rows that they were multiplied by zero of: they are cut.
 
-    The others are −1 still, sequences that are new: nothing of them was in the earlier call.
-
-    Args:
-        rows: as `origins` tells them.
-        opened: the same with masks and gates left out, None where that is not known.
-
-    >>> completed(torch.tensor([0, -1, -1]), torch.tensor([0, 2, -1]))
-    tensor([ 0,  2, -1])
+    The others are −1 still, sequences that are new: nothing of them was in the earlier call. Both are as
+    `origins` tells them, opened with masks and gates left out, None where that is not known.
     """
     if opened is None:
         return rows
@@ -94,9 +83,6 @@ def between_neighbours(rows: Tensor, batch: int) -> Tensor:
 
     Only where there are as many as are missing, at the end only if no row has moved; the others are
     −1 still, sequences that are new.
-
-    >>> between_neighbours(torch.tensor([0, -1, 2]), 3), between_neighbours(torch.tensor([1, -1]), 4)
-    (tensor([0, 1, 2]), tensor([ 1, -1]))
     """
     if not bool((rows < 0).any()) or bool((rows < 0).all()):
         return rows

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from gradflow.hooks.call import Call
-from gradflow.hooks.graph import edge_of
+from gradflow.hooks.graph import Edge, edge_of
 from gradflow.hooks.loops import links
 from gradflow.hooks.loops.groups import Group, grouped
 from gradflow.hooks.loops.layout import Layout
@@ -31,6 +31,7 @@ class Chain:
     lengths: Tensor | None = None  # the user's own, over the whole loop
     unread: str = ""  # why it is not known whether more than its states goes around the loop
     changes: int = 0
+    rests: bool = False  # whether sequences rest for some calls: `rows` of links are not known then
     closed: Any = None  # the `ClosedLoop` that it is a part of, if any
     layout: Layout = field(default_factory=Layout)
     _groups: tuple[int, list[Group]] = (-1, [])
@@ -80,6 +81,30 @@ class Chain:
     def _shape(self) -> dict[str, Tensor]:
         return self.layout.shape(self.lengths, self.calls[0].h0.device)
 
+    def follow_rests(self, calls: list[tuple[Call, dict[Edge, str], dict[str, Edge]]]) -> bool:
+        """Lay the calls out anew, each sequence going on from whichever of them it was in last.
+
+        They come with the edges of what they returned and of what they started from. Returns whether
+        every sequence comes from one of an earlier call, or begins.
+        """
+        found = [
+            links.after_rest(calls[:place], *calls[place][::2]) for place in range(1, len(calls))
+        ]
+        if any(one is None for one in found):
+            return False
+        layout, self.links = Layout(), [None]
+        layout.add(self.calls[0], None)
+        for place, (call, one) in enumerate(zip(self.calls[1:], found, strict=True), start=1):
+            assert one is not None
+            self.links.append(one[0])
+            layout.add(call, *one)
+            layout.note_cut(place, one[0].cut)
+        self.layout, self.rests = layout, True
+        self.changes += 1
+        for track in self.tracks:
+            track.grow(self._shape)
+        return True
+
     def replace_link(self, place: int, link: Link) -> None:
         """What a checkpoint's second run shows of a link that its first run hid."""
         known = self.links[place]
@@ -106,7 +131,7 @@ class Stitcher:
     ) -> tuple[Chain, End]:
         """The chain this call belongs to, new if it is the only one, and its end."""
         end = _end(call, initial, results)
-        if not _can_go_on(call):
+        if call.bidirectional:
             return Chain([call], [None]), end
         ends = self._ends.setdefault(call.owner, [])
         for number in reversed(range(len(ends))):
@@ -152,10 +177,6 @@ def _end(call: Call, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]) -
     names = [*call.initial] if call.single else ["output", *call.initial]
     entry = {n: edge_of(tensor) for n, tensor in zip(call.initial, initial, strict=True)}
     return End(call, dict(zip(names, results, strict=True)), entry)
-
-
-def _can_go_on(call: Call) -> bool:
-    return not call.bidirectional and call.lengths is None
 
 
 def _same_kind(one: Call, other: Call) -> bool:

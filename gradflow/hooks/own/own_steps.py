@@ -88,12 +88,6 @@ def _is_mixture(roots: list[Edge], ends: set[Any]) -> bool:
     return bool(((whole - len(roots)).abs() <= SHARES_ALIKE * len(roots)).all())
 
 
-MOVED_BATCH = (
-    "the batch changes between two calls while a state is mixed with the one before "
-    "(zoneout, a mask)"
-)
-
-
 class OwnSteps:
     """Begins loops over cells and goes on with them."""
 
@@ -225,7 +219,10 @@ class OwnSteps:
                 return False
             self.marks.without_graph(loop.end, place, mark)
         elif mixed and mark.rows is not None:
-            mark.unknown = MOVED_BATCH
+            mark.unknown = (
+                "the batch changes between two calls while a state is mixed with the one before "
+                "(zoneout, a mask)"
+            )
         loop.around = loop.around.next(entering, values, place)
         Marks.extend(loop.end, mark)
         self.marks.settle(loop.end, {}, place, mark)

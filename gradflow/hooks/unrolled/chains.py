@@ -76,12 +76,7 @@ class WeightChain:
 
 
 def uses_of(graph: Unrolled, weights: Mapping[int, object]) -> list[Uses]:
-    """The uses of every weight that has at least `LEAST` of them.
-
-    Args:
-        graph: a whole graph.
-        weights: place of a leaf -> anything; the leaves that are the model's parameters.
-    """
+    """The uses of every weight, a leaf at one of these places, that has enough of them."""
     made_of = _Labels(graph, weights)
     found: dict[int, Uses] = {}
     alone = made_of.places
@@ -159,12 +154,8 @@ def chains_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> list[Weig
     """The uses of a weight, in lines: each use follows the newest of those that it descends from.
 
     Uses of which neither descends from the other are of different lines: those of two sequences, of
-    two directions, or of two layers that share the weight.
-
-    Args:
-        graph: the graph they are of.
-        uses: of one weight.
-        states: places of nodes that made states of some track: a chain ends there.
+    two directions, or of two layers that share the weight. A chain ends at a node at one of the places
+    where states of some track were made.
     """
     first, last = uses.nodes[0], uses.nodes[-1]
     own = set(uses.nodes)
@@ -190,7 +181,7 @@ def chains_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> list[Weig
 def chains(
     graph: Unrolled, weights: Mapping[int, object], states: Collection[int]
 ) -> list[WeightChain]:
-    """All lines of at least `LEAST` uses of one weight; see `chains_of`.
+    """All lines of enough uses of one weight; see `chains_of`.
 
     A weight that only enters elementwise (a bias, a gain, a shared activation) counts if all matrices
     between two of its uses repeat as well: a PReLU shared by the layers of a stack is no recurrence.

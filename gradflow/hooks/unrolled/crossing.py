@@ -23,28 +23,9 @@ def crossing(
 ) -> list[list[Edge]]:
     """The edges that cross into each of the steps 1 … T − 1, in the order in which they were made.
 
-    Args:
-        graph: a whole graph, of a backward that is about to run.
-        marks: place of a node in it -> the step (0 … T − 1) that it marks: a use of the weight, a
-            call of the cell. All nodes of one step that lead on to the next may be given.
-        boundaries: n_1 … n_{T − 1}, growing: everything with a smaller number was made before.
-
-    Returns:
-        One list of edges per boundary; empty where nothing of the past arrives.
-
-    >>> import torch
-    >>> w = torch.ones(1, requires_grad=True)
-    >>> h, uses = w * 1, []
-    >>> for _ in range(3):
-    ...     u = h * w
-    ...     uses.append(u.grad_fn)
-    ...     h = u.tanh()
-    >>> graph = Unrolled([h.grad_fn])
-    >>> places = graph.places()
-    >>> marks = {places[node]: step for step, node in enumerate(uses)}
-    >>> found = crossing(graph, marks, [node._sequence_nr() for node in uses[1:]])
-    >>> [[type(node).__name__ for node, _ in edges] for edges in found]
-    [['TanhBackward0'], ['TanhBackward0']]
+    marks: place of a node -> the step (0 … T − 1) that it marks, by a use of the weight; all nodes of a
+    step that lead on to the next may be given. boundaries: n_1 … n_{T − 1}. One list of edges for each,
+    empty where nothing of the past arrives.
     """
     since = earliest(graph, marks)
     until = latest(graph, marks)

@@ -177,17 +177,8 @@ def take_up(
 ) -> LastMark:
     """The track of a loop; its hooks are set, and the gradients come with the backward.
 
-    Args:
-        marks: of the recording.
-        name: of the track.
-        cell: class name of the module that loops.
-        steps: the states, as edges.
-        names: of the states, in that order.
-        rows: their values, from `with_rows`.
-        end: of the loop that it goes on with, cut off from it; without one it begins a track.
-
-    Returns:
-        Where the loop has come to.
+    cell is the class of the module that loops; names are of the states, rows their values from `with_rows`.
+    Given the end of a loop that it goes on with, it is cut off from that. Returns where it has come to.
     """
     for edges, values in zip(steps.edges, rows, strict=True):
         states = dict(zip(names, values, strict=True))

@@ -19,12 +19,7 @@ from gradflow.limits import VALUE_DEPTH
 
 
 class Values:
-    """Values of edges of one graph.
-
-    Args:
-        graph: a whole graph, nothing of which is freed yet.
-        held: tensors that were seen while the graph was made, by their edges.
-    """
+    """Values of edges of one graph, nothing of which is freed; held are tensors that were seen, by edges."""
 
     def __init__(self, graph: Unrolled, held: Mapping[Edge, Tensor]) -> None:
         self.graph = graph

@@ -24,7 +24,6 @@ from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
 from gradflow.hooks.unrolled.held import Held
 from gradflow.hooks.unrolled.loop_states import LoopStates, NoRows, NoState, steps_of
 from gradflow.hooks.unrolled.pieces import Piece
-from gradflow.hooks.unrolled.repeats import without_repeats
 from gradflow.hooks.unrolled.takeup import checked, take_up, with_rows
 from gradflow.hooks.unrolled.values import Values
 from gradflow.hooks.unrolled.weights import (
@@ -106,12 +105,6 @@ class Watch:
         self._since = newest() if create_graph else -1
         self.taken_before = frozenset(self.taken)
         nodes = [node for root in roots if (node := _node_of(root)) is not None]
-        if not self.differentiated and all(s is None for s in self.states.values()):
-            numbers = without_repeats(nodes, self.given, FUSED)
-            if numbers is not None and not frozen(self.modules):
-                self.walked |= numbers
-                self.held.clear()
-                return
         try:
             graph = Unrolled(nodes, self.given)
         except TooLarge:

@@ -42,10 +42,8 @@ def when_whole(
 ) -> list[RemovableHandle]:
     """Tell of the whole weights that FSDP2 uses instead of a module's parameters, at each forward.
 
-    Args:
-        modules: of the model, by path.
-        failed: told why, where they cannot be looked at.
-        note: told of each, with the name of the parameter that it stands in for.
+    modules are by path; failed is told why, where they cannot be looked at; note of each, with the name of
+    the parameter that it stands in for.
     """
 
     def put_together(path: str, module: nn.Module, args: object) -> None:

@@ -17,14 +17,11 @@ class Unrolled:
     """All nodes that some roots were made from, in the order in which they were made.
 
     A node is named by its place, 0 for the first. Nodes that a call of torch's own recurrent
-    functions made inside are stepped over: what it returned was made from what it was given.
-
-    Args:
-        roots: nodes to start from.
-        given: number of a node -> edges that stand for what it was made from.
+    functions made inside are stepped over: what it returned was made from the edges that are given for
+    the number of its node.
 
     Raises:
-        TooLarge: there are more than `MOST` nodes.
+        TooLarge: there are too many nodes.
     """
 
     def __init__(self, roots: Iterable[Any], given: Mapping[int, list[Edge]] | None = None) -> None:

@@ -17,7 +17,7 @@ from gradflow.reporter.scale import paint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heads(Chart):
+class HeadChart(Chart):
     """ln gain of every head at every distance, as powers of ten; the longest memory on top."""
 
     values: np.ndarray  # (G, columns) log10 of the median gain; NaN where there is no pair
@@ -25,13 +25,13 @@ class Heads(Chart):
     edges: tuple[float, float]  # log10 of the distances at the left and right edge
 
 
-def prepare(layer: LayerAnalysis) -> Heads:
+def prepare(layer: LayerAnalysis) -> HeadChart:
     """Heads sorted by what they keep over the longest distance that was measured of all."""
     found = measured(layer, "head_log_gain")
     if found is None:
         why = "This layer has no heads beside each other."
         note = absent(layer, "head_log_gain", why)
-        return Heads(note=note, values=np.empty((0, 0)), heads=(), edges=(0.0, 0.0))
+        return HeadChart(note=note, values=np.empty((0, 0)), heads=(), edges=(0.0, 0.0))
     lags, values = found["head_lag"].values.astype(float), found.values / LN10
     gains = layer.data["head_gain"].values
     order = np.argsort(-np.nan_to_num(gains, nan=-np.inf, neginf=-1e300), kind="stable")
@@ -39,7 +39,7 @@ def prepare(layer: LayerAnalysis) -> Heads:
     columns = np.geomspace(lags[0], lags[-1] + 1e-9, 240)
     middles = np.sqrt(lags[:-1] * lags[1:])
     places = np.searchsorted(middles, columns)
-    return Heads(
+    return HeadChart(
         message=_message(layer, gains),
         reading=(
             "A row is a head, the longest memory on top: how much of any direction of its state is "
@@ -77,7 +77,7 @@ def _message(layer: LayerAnalysis, gains: np.ndarray) -> str:
     return f"{words}; gone in every direction after {shortest} to {count_words(longest, 'step')}"
 
 
-def draw(axes: Sequence[Axes], chart: Heads) -> None:
+def draw(axes: Sequence[Axes], chart: HeadChart) -> None:
     """Heads down, the distance across on a logarithmic axis, in the fixed colours."""
     ax = axes[0]
     count = len(chart.heads)

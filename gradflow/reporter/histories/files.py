@@ -22,7 +22,7 @@ from gradflow.reporter.histories.groups import GroupRow, rows_of
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.now import Now, now
 from gradflow.reporter.histories.page import drawn_layers, history_page, top_layers
-from gradflow.reporter.picture import VECTORS, Drawn, write_pictures
+from gradflow.reporter.picture import VECTORS, Drawn, look, write_pictures
 from gradflow.reporter.readout import drawn
 
 SCHEMA = 1  # of summary.json of a history; raised when a reader would be misled
@@ -90,6 +90,7 @@ def report_history(
     return {name.as_posix(): folder / name for name in names}
 
 
+@look()  # put on once for all pictures
 def draw(
     history: History, layers: list[Now], formats: Iterable[str] = ("html",), by: str = "seed"
 ) -> dict[FigureKey, Drawn]:

@@ -28,6 +28,7 @@ SECONDS = 1.0  # between two looks at the file
 PATIENCE = 4.0  # times what drawing took, between two drawings
 FALL_LINES = (8, 6, 4, 3, 2)  # lines of a waterfall: the largest for which all layers fit
 MARGIN = 6  # letters left of it
+TALL = 12  # lines of a window that has room for a second line of the key
 BESIDE = MARGIN + PROBES + 2  # letters of a run, for another one to stand beside it
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = "_.-=+*#@"
@@ -100,7 +101,7 @@ def lines(run: Followed, start: int, *, several: bool) -> Iterator[str]:
         words += ["clipping acted"] if float(probe["clipped"].item()) == 1 else []
         for layer in run.history.layers:
             words.append(line_of(now(course(run.history, layer, data=probe))))
-        yield "  ".join(words)
+        yield "  ".join(words).removesuffix(";")
 
 
 def line_of(one: Now) -> str:
@@ -109,7 +110,7 @@ def line_of(one: Now) -> str:
     if one.rate != "none":
         said.append(f"rate {one.rate}")
     if one.horizon != "none":
-        said.append(f"horizon {one.horizon}")
+        said.append("never gone" if one.horizon == "never" else f"horizon {one.horizon}")
     elif np.isfinite(one.course.gone[-1]):
         said.append(f"this loss's gradient gone after {one.course.gone[-1]:.0f}")
     if one.course.bad.any():
@@ -124,7 +125,7 @@ def view(runs: Sequence[Followed], console: Console) -> RenderableType:
     """All runs, side by side where they fit, else one below the other."""
     beside = max(1, min(len(runs), (console.width + 2) // (BESIDE + 2)))
     rows = -(-len(runs) // beside)
-    room = max(4, (console.height - 2) // rows)
+    room = max(4, (console.height - 3) // rows)
     width = min(console.width, BESIDE) if beside > 1 else console.width
     shown = [_run(run, console, room, width) for run in runs]
     if beside == 1:
@@ -133,18 +134,23 @@ def view(runs: Sequence[Followed], console: Console) -> RenderableType:
 
 
 def _key(console: Console) -> Text:
-    """What the colours, or the letters, mean."""
+    """What the colours, or the letters, mean, and the axes."""
     text = Text(" " * MARGIN, no_wrap=True)
     if _coloured(console):
         decades = np.linspace(-DECADES, DECADES, 2 * DECADES + 1)
         text.append("vanished ", style="dim")
         for rgb in paint(decades).tolist():
             text.append("█", style=f"rgb({','.join(map(str, rgb))})")
-        return encoded(text.append(" exploded; pale: as at the loss", style="dim"), console)
-    shades = PLAIN_SHADES if is_plain(console) else SHADES
-    less = "".join(shades[3:0:-1])
-    words = f"{shades[4]} as at the loss, then {less} a tenth less each, blank gone, {GREW} grown"
-    return encoded(text.append(words, style="dim"), console)
+        text.append(" exploded; pale: as at the loss", style="dim")
+    else:
+        shades = PLAIN_SHADES if is_plain(console) else SHADES
+        far = ("0.1", "0.01", "0.001")
+        less = " ".join(f"{one}>{share}" for one, share in zip(shades[3:0:-1], far, strict=True))
+        text.append(f"{shades[4]} as at the loss {less}, blank gone, {GREW} grown", style="dim")
+    if console.height >= TALL:
+        words = "across: the last probes; down: steps back; bars: reach"
+        text.append("\n" + " " * MARGIN + words, style="dim")
+    return encoded(text, console)
 
 
 def _coloured(console: Console) -> bool:
@@ -159,7 +165,7 @@ def _run(run: Followed, console: Console, room: int, width: int) -> RenderableTy
         return Group(head, encoded(Text("no probe yet", style="dim"), console))
     layers = history.layers
     data = history.data.isel(step=slice(-PROBES, None))
-    high = next((lines for lines in FALL_LINES if 2 + len(layers) * (lines + 2) <= room), 0)
+    high = next((lines for lines in FALL_LINES if 1 + len(layers) * (lines + 1) <= room), 0)
     fits = len(layers) if high else max(1, min(len(layers), room - 3))
     parts: list[RenderableType] = [head]
     shown = [now(course(history, layer, data=data)) for layer in layers[:fits]]
@@ -203,9 +209,11 @@ def _words(one: Now, console: Console, width: int) -> Text:
     gone = {"none": "", "never": "never gone"}.get(one.horizon, f"horizon {one.horizon}")
     rate = "" if one.rate in ("none", "not settled") else f"rate {one.rate}"
     half = "" if one.half_life in ("none", "never") or not rate else f"halves in {one.half_life}"
-    said = [part for part in (one.course.layer, verdict, rate, gone, half) if part]
-    if half and len("  ".join([*said, spark])) > width:
-        said.pop()
+    for left_out in ((), (half,), (half, rate)):
+        parts = (one.course.layer, verdict, rate, gone, half)
+        said = [part for part in parts if part and part not in left_out]
+        if len("  ".join([*said, spark])) <= width:
+            break
     text = encoded(Text("  ".join(said)), console)
     text.truncate(max(8, width - len(spark) - 2), overflow="crop")
     place = text.plain.find(verdict, len(one.course.layer))

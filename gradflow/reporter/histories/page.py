@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 from markupsafe import Markup
@@ -191,7 +192,14 @@ def _warnings(history: History) -> list[str]:
 
 def _facts(history: History) -> list[tuple[str, str]]:
     """How the run was watched, and what that cost."""
-    rows = provenance_rows({k: v for k, v in history.header.items() if k != "title"})
+    known = {name: value for name, value in history.header.items() if name != "title"}
+    if isinstance(known.get("started"), int | float) and 0 <= known["started"] < 2**33:
+        when = datetime.fromtimestamp(known["started"], UTC)
+        known["started"] = f"{when:%Y-%m-%d %H:%M:%S} UTC"
+    if "budget" in known:
+        share = known["budget"]
+        known["budget"] = percent_words(share) if isinstance(share, int | float) else "no limit"
+    rows = provenance_rows(known)
     data = history.data
     probe, plain = data["probe_seconds"].values, data["step_seconds"].values
     gaps = np.diff(history.steps)

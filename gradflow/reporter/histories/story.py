@@ -173,26 +173,36 @@ def _judged(course: Course, *, short: bool = False) -> str:
         return f"{told[0].verdict} {where}{_but_now(course, told[0].verdict)}"
     last = told[-1]
     again = "again " if last.verdict in [run.verdict for run in told[:-2]] else ""
-    since = f"since {course.counted_in} {_at(course, last.start)}{_but_for(course, last)}"
+    told_apart = bool(_but_now(course, last.verdict))
+    since = (
+        f"since {course.counted_in} {_at(course, last.start)}{_but_for(course, last, told_apart)}"
+    )
     end = f"{last.verdict} {again}{since}{_after_clipping(course, last)}"
     end += _but_now(course, last.verdict)
     if short:
         return end
     if len(told) > TOLD:
         return f"{len(told) - 1} changes of its verdict, {end}"
-    said = [f"{told[0].verdict} up to {course.counted_in} {_at(course, told[0].stop - 1)}"]
-    for run in told[1:-1]:
-        first, stop = _at(course, run.start), _at(course, run.stop - 1)
-        said.append(f"{run.verdict} from {first} to {stop}" if first != stop
-                    else f"{run.verdict} at {first}")  # fmt: skip
-    return ", ".join([*said, end])
+    return ", ".join([*(_while(course, run, run is told[0]) for run in told[:-1]), end])
 
 
-def _but_for(course: Course, run: VerdictRun) -> str:
+def _while(course: Course, run: VerdictRun, first: bool) -> str:
+    """From where to where a verdict held; probes at its ends that had another one are none of it."""
+    places = np.flatnonzero(course.verdict[run.start : run.stop] == run.verdict) + run.start
+    run = VerdictRun(run.verdict, int(places[0]), int(places[-1]) + 1)
+    start, last = _at(course, run.start), _at(course, run.stop - 1)
+    word = f"{course.counted_in} " if first else ""
+    where = f"from {word}{start} to {last}" if start != last else f"at {word}{start}"
+    if not (course.verdict[: run.start] != "").any():
+        where = f"up to {course.counted_in} {last}"
+    return f"{run.verdict} {where}{_but_for(course, run)}"
+
+
+def _but_for(course: Course, run: VerdictRun, told_apart: int = 0) -> str:
     """How many probes of a stretch had another verdict, each too few to count as a change."""
     here = course.verdict[run.start : run.stop]
     known = here[here != ""]
-    others = int((known != run.verdict).sum()) - bool(_but_now(course, run.verdict))
+    others = int((known != run.verdict).sum()) - told_apart
     return f" (but for {others} of {len(known)} {course.noun}s)" if others > 0 else ""
 
 

@@ -161,6 +161,10 @@ def _reading(course: Course, top: bool, pool: int, shared: Shared) -> str:
         words += f" Each column is the median of {pool} {course.noun}s."
     if course.has_gains:
         words += " Sentence and verdict are of gains: the best direction may reach further than the loss's."
+    if (course.numbers["cuts"] > 0).any():
+        words += (
+            " Grey: no sequence reaches so far back, from the loss to where it was last cut off."
+        )
     if stretches(course.verdict)[1:]:
         words += f" Dotted: the verdict changed for at least three {course.noun}s."
     return words
