@@ -8,7 +8,8 @@ a dask cluster     ``--dask tcp://host:8786``, ``--dask local``, or ``Client(...
 a Slurm array      ``gradflow sweep 'runs/**/*.pt' -o DIR --shard $SLURM_ARRAY_TASK_ID/8`` in each job of
                    ``sbatch --array=1-8``, then ``gradflow sweep --gather DIR``
 submitit           ``gradflow.sweep(..., executor=submitit.AutoExecutor("logs"))``, a job for each checkpoint
-MPI                ``with mpi4py.futures.MPIPoolExecutor() as executor``, under ``mpiexec -m mpi4py.futures``
+MPI                ``with mpi4py.futures.MPIPoolExecutor() as executor`` below ``if __name__ == "__main__"``,
+                   under ``mpiexec -n 8 python -m mpi4py.futures script.py``
 =================  =======================================================================================
 
 The tests run all of them, MPI where there is an ``mpiexec``. Workers read the checkpoints themselves, so

@@ -125,9 +125,10 @@ MPI = """
 import sys
 from mpi4py.futures import MPIPoolExecutor
 import gradflow
-files, model, batch, folder = sys.argv[1:]
-with MPIPoolExecutor() as executor:
-    gradflow.sweep(files, model=model, batch=batch, executor=executor, folder=folder)
+if __name__ == "__main__":  # each worker imports this file
+    files, model, batch, folder = sys.argv[1:]
+    with MPIPoolExecutor() as executor:
+        gradflow.sweep(files, model=model, batch=batch, executor=executor, folder=folder)
 """
 
 
