@@ -326,18 +326,16 @@ def test_two_sweeps_into_one_folder_at_once(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_sweep_and_is_no_failure_of_a_checkpoint(
     runs: Path, tmp_path: Path, serial: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gradflow.sweeping import result_files
+    replace, written = Path.replace, []
 
-    whole, written = result_files.write_whole, []
-
-    def full(path: Path, text: str) -> None:
-        if path.suffix == ".jsonl":
-            written.append(path)
+    def full(self: Path, target: Path) -> Path:
+        if target.parent.name == "results":
+            written.append(target)
         if len(written) > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        whole(path, text)
+        return replace(self, target)
 
-    monkeypatch.setattr(result_files, "write_whole", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(
         FileError, match=r"cannot write the sweep to .*: No space left on device; what"
     ):
