@@ -28,31 +28,16 @@ if TYPE_CHECKING:
     from gradflow.workflow import diagnose, plot, report
 
 _HOMES = {
-    "Analysis": "gradflow.analysis",
-    "Finding": "gradflow.analysis",
-    "GradflowError": "gradflow.errors",
-    "GradflowWarning": "gradflow.errors",
-    "History": "gradflow.history",
-    "LayerAnalysis": "gradflow.analysis",
-    "Prediction": "gradflow.analysis",
-    "Recording": "gradflow.recording",
-    "StopTraining": "gradflow.errors",
-    "Track": "gradflow.recording",
-    "Watch": "gradflow.watching",
-    "analyze": "gradflow.analyzer",
-    "analyzer": "gradflow",
-    "compare": "gradflow.comparison",
-    "diagnose": "gradflow.workflow",
-    "load": "gradflow.runs",
-    "plot": "gradflow.workflow",
-    "record": "gradflow.hooks",
-    "report": "gradflow.workflow",
-    "scan": "gradflow.hooks",
-    "sweep": "gradflow.sweeping",
-    "tap": "gradflow.hooks",
-    "watch": "gradflow.watching",
-    "what_if": "gradflow.prediction",
-}
+    "Analysis": "gradflow.analysis", "Finding": "gradflow.analysis", "GradflowError": "gradflow.errors",
+    "GradflowWarning": "gradflow.errors", "History": "gradflow.history",
+    "LayerAnalysis": "gradflow.analysis", "Prediction": "gradflow.analysis",
+    "Recording": "gradflow.recording", "StopTraining": "gradflow.errors", "Track": "gradflow.recording",
+    "Watch": "gradflow.watching", "analyze": "gradflow.analyzer", "analyzer": "gradflow",
+    "compare": "gradflow.comparison", "diagnose": "gradflow.workflow", "load": "gradflow.runs",
+    "plot": "gradflow.workflow", "record": "gradflow.hooks", "report": "gradflow.workflow",
+    "scan": "gradflow.hooks", "sweep": "gradflow.sweeping", "tap": "gradflow.hooks",
+    "watch": "gradflow.watching", "what_if": "gradflow.prediction",
+}  # fmt: skip
 
 __all__ = [
     "Analysis", "Finding", "GradflowError", "GradflowWarning", "History", "LayerAnalysis", "Prediction",

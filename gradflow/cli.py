@@ -59,6 +59,10 @@ FORCE = click.option("--force", is_flag=True, help="Replace the folder if it is 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, only.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print a sentence per layer, only.")
 NO_REPORT = click.option("--no-report", is_flag=True, help="Print only; write and draw nothing.")
+FIGURES = click.option(
+    "--figures/--no-figures", default=None,
+    help="Draw page and pictures; by default, but not with --json or -q.",
+)  # fmt: skip
 VERBOSE = click.option(
     "-v",
     "--verbose",
@@ -162,6 +166,7 @@ def gradflow() -> None:
 @TOKENS
 @LABELS
 @NO_REPORT
+@FIGURES
 @SHOWING
 @TRUST
 def analyze(
@@ -169,6 +174,7 @@ def analyze(
     folder: Path | None,
     force: bool,
     no_report: bool,
+    figures: bool | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -188,22 +194,26 @@ def analyze(
     gradflow analyze mamba-130m --tokens ids.npy
     """
     conditions = parse_conditions(fail_on)
-    if no_report and (folder is not None or force):
-        given = "--force" if folder is None else "-o"
+    _one_manner(as_json, quiet, verbose)
+    if no_report and (folder is not None or force or figures):
+        given = "-o" if folder is not None else "--force" if force else "--figures"
         raise InputError(
             f"--no-report writes nothing, but {given} was given; leave one of them out"
         )
-    from gradflow.reporter import check_folder, free_folder, report
+    from gradflow.reporter import FORMATS, check_folder, free_folder, report
 
+    draws = _draws(figures, as_json, quiet)
     place = None if no_report else folder or free_folder(Path("reports") / model.stem)
     if place is not None:
         check_folder(place, force=force)
     with Progress() as progress:
         analysis = _analyzed(model, progress, options)
         if place is not None:
-            progress("drawing the report", 0.99)
-            report(analysis, place, force=force)
-    _show(analysis, place, as_json, quiet, verbose)
+            progress("drawing the report" if draws else "writing the numbers", 0.99)
+            report(
+                analysis, place, force=force, formats=FORMATS if draws else ("json", "csv", "nc")
+            )
+    _show(analysis, place, as_json, quiet, verbose, drawn=draws)
     _fail_on(analysis, conditions)
 
 
@@ -260,6 +270,7 @@ def report(
     gradflow report runs/a
     """
     conditions = parse_conditions(fail_on)
+    _one_manner(as_json, quiet, verbose)
     from gradflow import reporter
     from gradflow.analysis import Analysis
     from gradflow.comparison import run_name
@@ -291,6 +302,7 @@ def report(
 @FOLDER
 @FORCE
 @BY
+@FIGURES
 @AS_JSON
 @TRUST
 @click.pass_context
@@ -300,6 +312,7 @@ def compare(
     folder: Path | None,
     force: bool,
     by: str,
+    figures: bool | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -322,10 +335,8 @@ def compare(
             f"compare needs at least two runs, got {len(runs)}; type for example: "
             f"gradflow compare {first} reports/after"
         )
-    from gradflow.analysis import Analysis
-    from gradflow.comparison import compare_runs, is_run, names_of
-    from gradflow.reporter import check_folder, free_folder
-    from gradflow.trainings import compare_histories
+    from gradflow import comparison, reporter
+    from gradflow.comparison import is_run, names_of
 
     typed = _typed(context)
     if typed and all(map(is_run, runs)):
@@ -333,31 +344,25 @@ def compare(
             f"the options of compare are for model files, got{typed} with saved runs only; leave them "
             "out, or give the model files"
         )
-    folder = folder or free_folder(Path("reports") / "comparison")
-    check_folder(folder, force=force)
+    folder = folder or reporter.free_folder(Path("reports") / "comparison")
+    reporter.check_folder(folder, force=force)
+    if _is_typed(context, "by") and not any(map(is_swept, runs)):
+        raise InputError(
+            "--by names what runs of a sweep differ in, got no sweep; leave it out, or give the folder of "
+            "gradflow sweep"
+        )
     found: dict[str, Any] = {}
     with Progress() as progress:
         for name, path in zip(names_of(runs), runs, strict=True):
             found[name] = _loaded(path) if is_run(path) else _analyzed(path, progress, options)
-    trainings = [name for name, run in found.items() if not isinstance(run, Analysis)]
-    if trainings and len(trainings) < len(found):
-        raise InputError(
-            f"compare needs runs of one kind, got the history of a training, {trainings[0]}, beside the "
-            "analysis of a batch; compare trainings with trainings"
-        )
-    if trainings and as_json:
-        raise InputError(
-            "--json of compare is for analyses, got trainings; read their numbers from comparison.csv "
-            "and changes.csv in the folder"
-        )
-    if trainings:
-        said = compare_histories(found, folder, force=force, by=by)
-    else:
-        said = compare_runs(found, folder, force=force, as_json=as_json)
+    made = comparison.compare(found, by=by)
+    draws = _draws(figures, as_json, quiet=False)
+    made.save(folder, force=force, draw=draws)
     if as_json:
-        click.echo(said)
+        click.echo(json.dumps(made.summary(), allow_nan=False, indent=2))
         return
-    click.echo(f"\n{said}")
+    reporter.render_comparison(made.numbers, made.sentences, made.notes)
+    click.echo(f"\npage: {folder / 'comparison.html'}" if draws else f"\nnumbers: {folder}")
     last = shlex.quote(str(runs[-1]))
     again = f"report {last}" if is_run(runs[-1]) else f"analyze {last}{typed}"
     click.echo(f"next: gradflow {again}")
@@ -418,16 +423,19 @@ SWEPT = _all(
     click.option("--resume", is_flag=True, help="Go on with what is in the folder."),
     FORCE,
     BY,
-    AS_JSON, QUIET, VERBOSE, FAIL_ON, TRUST,
+    FIGURES, AS_JSON, QUIET, VERBOSE, FAIL_ON, TRUST,
 )  # fmt: skip
 
 
 @gradflow.command(short_help="Measure many checkpoints: which seeds suffer, and since when.")
 @click.argument("paths", metavar="PATHS...", nargs=-1)
 @SWEPT
+@click.pass_context
 def sweep(
+    context: click.Context,
     paths: Sequence[str],
     gather: Path | None,
+    figures: bool | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -451,13 +459,15 @@ def sweep(
     gradflow sweep --gather sweeps/a
     """
     conditions = parse_conditions(fail_on)
+    _one_manner(as_json, quiet, verbose)
     from gradflow import reporter
     from gradflow.sweeping import gather as gathered
     from gradflow.sweeping import run_sweep, sweep_request
 
     if gather is not None:
-        if paths or folder is not None:
-            given = "-o" if not paths else repr(paths[0])
+        other = next((name for name in ("folder", *options) if _is_typed(context, name)), "")
+        if paths or other:
+            given = repr(paths[0]) if paths else f"--{other}".replace("--folder", "-o")
             raise InputError(
                 f"--gather DIR joins what is in DIR, got {given} as well; leave it out"
             )
@@ -481,6 +491,8 @@ def sweep(
     if history.layers:  # else all failed, which is said below
         last = f"next, when all shards have ended: gradflow sweep --gather {place}"
         if whole:
+            last = f"numbers: {place}"
+        if whole and _draws(figures, as_json, quiet):
             reporter.report_history(history, place / "report", force=True, by=by)
             last = f"page: {place / 'report' / 'report.html'}"
         _show_history(history, as_json, quiet, verbose, last, by)
@@ -499,12 +511,17 @@ def _analyzed(path: Path, progress: Progress, options: dict[str, Any]) -> Analys
         return analyze_file(FileRequest(path=path, **options), progress)
 
 
+def _is_typed(context: click.Context, name: str) -> bool:
+    """Whether an option was given, be it with its default."""
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
 def _typed(context: click.Context) -> str:
     """The options of `RUNNING` and --trust as they were typed, to be typed again."""
     words = []
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]
-        if parameter.name in ("runs", "folder", "force", "by", "as_json") or value in (
+        if parameter.name in ("runs", "folder", "force", "by", "figures", "as_json") or value in (
             None,
             parameter.default,
         ):
@@ -523,8 +540,27 @@ def _loaded(path: Path) -> Analysis | History:
     return load(path)
 
 
+def _one_manner(as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Refuse options of which one would have no effect."""
+    given = [n for n, on in (("--json", as_json), ("-q", quiet), ("-v", verbose)) if on]
+    if len(given) > 1:
+        said = f"--json, -q and -v each say what is printed, got {' and '.join(given)}"
+        raise InputError(f"{said}; give one of them")
+
+
+def _draws(figures: bool | None, as_json: bool, quiet: bool) -> bool:
+    """Whether page and pictures are drawn: not where only words are wanted, unless asked for."""
+    return not (as_json or quiet) if figures is None else figures
+
+
 def _show(
-    analysis: Analysis, folder: Path | None, as_json: bool, quiet: bool, verbose: bool
+    analysis: Analysis,
+    folder: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    *,
+    drawn: bool = True,
 ) -> None:
     """Print the summary, the path of the page if there is one, and the next command."""
     from gradflow import reporter
@@ -537,7 +573,7 @@ def _show(
         return
     reporter.render(analysis, verbose=verbose)
     if folder is not None:
-        click.echo(f"\npage: {folder / 'report.html'}")
+        click.echo(f"\npage: {folder / 'report.html'}" if drawn else f"\nnumbers: {folder}")
     # from weights alone: the lines that save a batch end in the command that uses it
     snippet = str(analysis.provenance.get("snippet", ""))
     if snippet:

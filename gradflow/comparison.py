@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from gradflow import reporter
 from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.analysis.results import welch
 from gradflow.errors import InputError, must_be
+from gradflow.history import History
 from gradflow.limits import RATE_ROUNDING, ROUND_TELLS
 
 if TYPE_CHECKING:
@@ -48,37 +49,41 @@ class Change:
 class Comparison:
     """What `gradflow.compare` gives: what changed from the first run to each of the others."""
 
-    runs: Mapping[str, Analysis]  # by name, in the order given
-    table: pd.DataFrame  # a row per run and layer, as of `Analysis.frame("layers")`
-    changes: pd.DataFrame  # a row per layer and other run, as `Change` has them
+    runs: Mapping[str, Analysis] | Mapping[str, History]  # by name, in the order given
+    # a row per run and layer, of trainings also per probe, as `frame("layers")` has them; of sweeps a
+    # row per group of runs
+    table: pd.DataFrame
+    changes: pd.DataFrame  # a row per layer and other run
     sentences: tuple[str, ...]  # how many differences are more than chance, and each in words
     notes: tuple[str, ...]  # what else than the model differs between the runs
+    numbers: reporter.Numbers  # the last of them as people read them
+    drawn: Callable[[], Figure]  # makes the figure
 
     @property
     def figure(self) -> Figure:
         """The runs on one scale; of more than four, gain and horizon from run to run."""
-        if len(self.runs) > OVERVIEWS:
-            return reporter.draw_trend(self.runs)
-        return reporter.plot([run.titled(name) for name, run in self.runs.items()])
+        return self.drawn()
 
     def summary(self) -> dict[str, Any]:
         """The same for a script, in the types of strict JSON."""
         return reporter.comparison_summary(self.runs, self.changes, self.sentences, self.notes)
 
-    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+    def save(self, folder: str | Path, *, force: bool = False, draw: bool = True) -> Path:
         """Write comparison.html, .json, .png, .csv and changes.csv into a folder, whole or not at all.
 
         Args:
             folder: the files go here.
             force: replace an earlier comparison.
+            draw: whether page and picture are made, too.
 
         Returns:
             The path of the page.
         """
-        picture = reporter.png(self.figure)
+        picture = reporter.png(self.figure) if draw else b""
         with reporter.whole_folder(Path(folder), force=force) as work:
-            (work / "comparison.png").write_bytes(picture)
-            (work / "comparison.html").write_text(self._page(picture), "utf-8")
+            if draw:
+                (work / "comparison.png").write_bytes(picture)
+                (work / "comparison.html").write_text(self._page(picture), "utf-8")
             words = json.dumps(self.summary(), allow_nan=False, indent=2)
             (work / "comparison.json").write_text(words, "utf-8")
             self.table.to_csv(work / "comparison.csv", index=False)
@@ -86,33 +91,37 @@ class Comparison:
         return Path(folder) / "comparison.html"
 
     def _page(self, picture: bytes) -> str:
-        return reporter.comparison_page(
-            list(self.runs), self.sentences, self.notes, picture, self.table
-        )
+        names = list(dict.fromkeys(map(self.numbers.columns[0].value, self.numbers.things)))
+        return reporter.comparison_page(names, self.sentences, self.notes, picture, self.numbers)
 
     def __repr__(self) -> str:
         return "\n".join([*self.sentences, *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         return reporter.comparison_html(
-            self.sentences, self.notes, reporter.png(self.figure), self.table
+            self.sentences, self.notes, reporter.png(self.figure), self.numbers
         )
 
 
-def compare(*runs: Analysis | Mapping[str, Analysis]) -> Comparison:
+def compare(
+    *runs: Analysis | History | Mapping[str, Analysis] | Mapping[str, History], by: str = "seed"
+) -> Comparison:
     """Say what changed from the first run to each of the others, and whether by more than chance.
 
     Layers are paired by name, and compared by the gain over the span in decades, or the rate in nats
-    per step, with a 95 % interval over sequences (Welch 1947) that holds for all of them at once.
+    per step, with a 95 % interval over sequences (Welch 1947) that holds for all of them at once. Of
+    trainings the last probes are compared, of sweeps the groups of runs.
 
     Args:
-        runs: two or more analyses, or one mapping from the names that they shall have.
+        runs: two or more analyses or two or more histories, or one mapping from the names that they
+            shall have; of sweeps one is enough.
+        by: of sweeps, what the runs of one group differ in.
 
     Returns:
         A `Comparison`: prints as sentences; ``.table``, ``.changes``, ``.figure``, ``.save(folder)``.
 
     Raises:
-        InputError: fewer than two runs, or something that is not an analysis.
+        InputError: fewer than two runs, or something that cannot be compared.
 
     >>> import torch, gradflow
     >>> x = torch.randn(20, 4, 3)
@@ -121,22 +130,34 @@ def compare(*runs: Analysis | Mapping[str, Analysis]) -> Comparison:
     >>> list(found.table["run"]), list(found.changes["larger"])
     (['RNN', 'GRU'], [True])
     """
-    named: dict[str, Analysis] = {}
+    named: dict[str, Any] = {}
     for run in runs:
         given = run if isinstance(run, Mapping) else {_free(run, named): run}
         for name, one in given.items():
-            if not isinstance(one, Analysis):
-                advice = "analyze the recording first; trainings are compared by gradflow compare"
+            if not isinstance(one, Analysis | History):
+                advice = "analyze a recording first, or give gradflow.load(path)"
                 raise InputError(
-                    must_be("what is compared", "an Analysis", type(one).__name__, advice)
+                    must_be(
+                        "what is compared", "an Analysis or a History", type(one).__name__, advice
+                    )
                 )
             named[str(name)] = one
-    if len(named) < 2:
+    trainings = [name for name, one in named.items() if isinstance(one, History)]
+    if trainings and len(trainings) < len(named):
+        raise InputError(
+            f"compare needs runs of one kind, got the history of a training, {trainings[0]}, beside the "
+            "analysis of a batch; compare trainings with trainings"
+        )
+    if len(named) < 2 and not any(named[name].swept for name in trainings):
         raise InputError(
             must_be(
                 "what is compared", "two runs or more", len(named), "give the one before as well"
             )
         )
+    if trainings:
+        from gradflow.trainings import compared  # which makes Comparisons, too
+
+        return compared(named, by)
     found = changes(named)
     rows = pd.DataFrame([asdict(change) for change in found])
     tables = [run.frame("layers").assign(run=name) for name, run in named.items()]
@@ -147,7 +168,15 @@ def compare(*runs: Analysis | Mapping[str, Analysis]) -> Comparison:
         changes=rows.reindex(columns=list(Change.__dataclass_fields__)),
         sentences=(headline(found), *(change.sentence for change in found), *unpaired(named)),
         notes=tuple(circumstances(named)),
+        numbers=reporter.of_runs(named),
+        drawn=lambda: _figure(named),
     )
+
+
+def _figure(runs: Mapping[str, Analysis]) -> Figure:
+    if len(runs) > OVERVIEWS:
+        return reporter.draw_trend(runs)
+    return reporter.plot([run.titled(name) for name, run in runs.items()])
 
 
 def _free(run: Any, taken: Mapping[str, Analysis]) -> str:
@@ -373,18 +402,6 @@ def _verdict(change: Change, after: LayerAnalysis) -> str:
 
 def _number(value: float) -> str:
     return f"{value:+.3g}".replace("-", "−")
-
-
-def compare_runs(
-    runs: Mapping[str, Analysis], folder: Path, *, force: bool = False, as_json: bool = False
-) -> str:
-    """Compare runs and write the files of `Comparison.save`; print it; return what else to print."""
-    found = compare(runs)
-    page = found.save(folder, force=force)
-    if as_json:
-        return json.dumps(found.summary(), allow_nan=False, indent=2)
-    reporter.render_comparison(runs, found.sentences, found.notes)
-    return f"page: {page}"
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

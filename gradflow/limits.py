@@ -119,7 +119,7 @@ TRIED_SECONDS = _limit(1.0, "seconds", "predicted, of one try, of all layers tog
 PREDICTION_LEAST = _limit(0.05, "decades", "that are worth saying")
 PREDICTION_SECONDS = _limit(5.0, "seconds", "predicted, of all predictions for a report together")
 SHOWN_LETTERS = _limit(64, "letters", "of a name in a file that are shown")
-SHOWN_PREDICTIONS = _limit(2, "predictions", "shown for a layer")
+SHOWN_PREDICTIONS = _limit(3, "predictions", "tried and shown for a layer")
 REPORT_SHARE = _limit(16, "one part in", "of the budgets of `analyze`, for a prediction for a report")
 QUICK = _limit(4, "one part in", "of the budgets of `analyze`, for one measurement of `what_if`")
 STEEPEST = _limit(10.0, "nats per step", "that a factor is asked to make up for")
@@ -374,6 +374,11 @@ INTERVAL_WORDS = f"{CONFIDENCE * 100:g} %"
 
 # what the words of table and page mean, as the page explains them; the README has some of them
 GLOSSARY: dict[str, str] = {
+    "layer, cell": "one recurrent layer in one direction (l0 is the lowest, l0_reverse reads from the end, "
+    "l0@2 is another run of it); its kind of cell and how many hidden units it has",
+    "decade": "a factor of ten: a gain of −3 decades is a thousandth",
+    "direction": "a change of the state, as a mixture of its entries: what is gone in every direction is "
+    "gone whatever the loss reads",
     "gain": "how much a change of the state at step t is still felt at step t′: the norm of ∂s(t′)/∂s(t); "
     "the largest gain is that of the direction that survives best: if it vanishes, everything does",
     "vanishing, exploding": "the gain over the span: the largest of any direction from the first step to "
@@ -395,6 +400,11 @@ GLOSSARY: dict[str, str] = {
     "hand it down at every step, so it may be gone later",
     "one loss step's gradient": "the same for each loss step of one sequence, the triangle: the median of "
     "those with half of the sequence before them",
+    "cut": "a step at which nothing of the previous state arrives: detached (its values go on, no gradient "
+    "does), masked with zeros, or reset; nothing is measured across it",
+    "run, group": "one analysis or training; runs whose folders differ in the seed alone are a group",
+    "steps reached": "how far back the last loss step's gradient is felt: a geometric mean over a group",
+    "parity": "whether gradients of weights, rebuilt from the recorded ones, are the model's own",
     "channels": f"how many directions still pass {GONE_WORDS} over the whole span; a stable layer with 1 of "
     "64 is fragile",
     "span": "the distance of interest: the median sequence length, the typical stretch between cuts where a "

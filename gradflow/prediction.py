@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,10 @@ def with_predictions(
 ) -> Analysis:
     """The analysis with, for every vanishing or exploding layer, the remedies that help most.
 
-    An LSTM or GRU that vanishes is tried with its forget (update) bias raised by 1 and by 2. Any
-    other layer is tried with W_hh multiplied by a = e^(−p), p being the gain over the span per step,
-    which would undo it in a linear layer, and by a e^(−p′), p′ being what the first try left. Layers
+    An LSTM or GRU that vanishes is tried with its forget (update) bias raised by 1 and by 2, and with
+    biases for all distances of the span (chrono initialisation). Any other layer is tried with W_hh
+    multiplied by a = e^(−p), p being the gain over the span per step, which would undo it in a linear
+    layer, and by a e^(−p′), p′ being what the first try left. Layers
     are changed together. Nothing is tried where the loss reads the wrong steps, which no weight mends,
     where the weights that ran are no parameters of the module, nor where it would take more than a few
     seconds, and then the provenance says so.
@@ -83,10 +85,11 @@ def with_predictions(
         and not layer.part_of  # of a closed loop: alone it is not what ran
         and recording[layer.name].batch == layer.sequences  # not several runs pooled
         and not read[layer.name].amiss
-        and _can_be_set(recording[layer.name], _first_trial(layer)[0])
+        and _can_be_set(recording[layer.name], layer)
     ]
     share = REPORT_SHARE * max(1, len(ill))
-    seconds = 2 * sum(brief_seconds(recording[layer.name], layer.span, share) for layer in ill)
+    each = sum(brief_seconds(recording[layer.name], layer.span, share) for layer in ill)
+    seconds = SHOWN_PREDICTIONS * each
     if seconds > PREDICTION_SECONDS:
         note = (
             f"remedies were not tried on the batch: that would take about {seconds:.0f} s; "
@@ -97,8 +100,8 @@ def with_predictions(
     if len(ill) > 1:
         batch += f", {len(ill)} layers changed together"
     tried: dict[str, list[Prediction]] = {layer.name: [] for layer in ill}
-    trials = {layer.name: _first_trial(layer) for layer in ill}
     for _ in range(SHOWN_PREDICTIONS):
+        trials = {layer.name: trial for layer in ill if (trial := _next(layer, tried[layer.name]))}
         changes = {
             name: WeightChange(**{remedy: value}) for name, (remedy, value) in trials.items()
         }
@@ -111,13 +114,13 @@ def with_predictions(
             if isinstance(after, Brief):
                 on = f"{batch} ({note})" if note else batch
                 tried[name].append(_predicted(before, after, *trials[name], on))
-                trials[name] = _next_trial(*trials[name], after)
     layers = {layer.name: replace(layer, predictions=_best(tried[layer.name])) for layer in ill}
     return replace(analysis, layers={**analysis.layers, **layers})
 
 
-def _can_be_set(track: Track, remedy: str) -> bool:
-    """Whether the weight that a remedy changes is a parameter that the user could change."""
+def _can_be_set(track: Track, layer: LayerAnalysis) -> bool:
+    """Whether the weight that its remedies change is a parameter that the user could change."""
+    remedy, _ = _next(layer, []) or ("", 0.0)
     weight = "bias_ih" if remedy == "forget_bias" and "bias_ih" in track.weights else "weight_hh"
     return weight not in track.foreign
 
@@ -125,22 +128,22 @@ def _can_be_set(track: Track, remedy: str) -> bool:
 def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
     """Those that help, the best first; one of two that cannot be told apart."""
     helping = sorted((p for p in tried if p.helps >= PREDICTION_LEAST), key=lambda p: -p.helps)
-    if len(helping) > 1 and abs(helping[0].value / helping[1].value - 1) < FACTORS_ALIKE:
+    alike = len(helping) > 1 and helping[0].remedy == helping[1].remedy
+    if alike and abs(helping[0].value / helping[1].value - 1) < FACTORS_ALIKE:
         return (helping[0],)
     return tuple(helping)
 
 
-def _first_trial(layer: LayerAnalysis) -> tuple[str, float]:
+def _next(layer: LayerAnalysis, tried: list[Prediction]) -> tuple[str, float] | None:
+    """The remedy that is tried next, or none where all are."""
     if layer.verdict == "vanishing" and _keeper(layer.cell) is not None:
-        return "forget_bias", 1.0
-    return "scale_hh", _rounded(math.exp(min(-layer.pace, STEEPEST)))
-
-
-def _next_trial(remedy: str, value: float, after: Brief) -> tuple[str, float]:
-    if remedy == "forget_bias":
-        return remedy, value + 1
-    left = after.gain.pace if math.isfinite(after.gain.pace) else 0.0
-    return remedy, _rounded(value * math.exp(min(-left, STEEPEST)))
+        every = [("forget_bias", 1.0), ("forget_bias", 2.0), ("chrono", max(3.0, layer.span))]
+        return every[len(tried)] if len(tried) < len(every) else None
+    if not tried:
+        return "scale_hh", _rounded(math.exp(min(-layer.pace, STEEPEST)))
+    left = tried[0].gain.pace if math.isfinite(tried[0].gain.pace) else 0.0
+    found = _rounded(tried[0].value * math.exp(min(-left, STEEPEST)))
+    return ("scale_hh", found) if len(tried) == 1 else None
 
 
 def _rounded(value: float) -> float:
@@ -180,6 +183,8 @@ def _words(cell: str, remedy: str, value: float) -> str:
         keeper = _keeper(cell)
         assert keeper is not None
         return f"{keeper.name} bias + {value:g}"
+    if remedy == "chrono":
+        return f"chrono biases for {value:g} steps"
     return f"W_hh × {value:g}"
 
 
@@ -215,12 +220,13 @@ def what_if(
     scale_hh: float | None = None,
     truncate: int | None = None,
     clip: float | None = None,
+    chrono: int | None = None,
 ) -> pd.DataFrame:
     """Try remedies on the recorded batch, each on its own, and hold the numbers before and after.
 
-    ``forget_bias`` and ``scale_hh`` run the recorded calls again with changed weights and take rate,
-    half-life, horizon, channels and verdict from the new states and step Jacobians, as `analyze`
-    does. The model's head and its loss are not run again and nothing is trained: the result is a
+    ``forget_bias``, ``chrono`` and ``scale_hh`` run the recorded calls again with changed weights and
+    take rate, half-life, horizon, channels and verdict from the new states and step Jacobians, as
+    `analyze` does. The model's head and its loss are not run again and nothing is trained: the result is a
     prediction for the present weights and this batch. A stack of layers runs again as a whole, all
     its layers changed alike; what other modules feed it, and every step's input in a loop over a
     cell, is taken as it was recorded.
@@ -238,6 +244,9 @@ def what_if(
             shortened if it is longer, g ← g · min(1, θ/‖g‖₂) (Pascanu et al. 2013). Weights of other
             modules are not seen; in training their gradients count too. Clipping shortens a step
             and changes no rate: it does not cure chaos (Mikhaeil et al. 2022).
+        chrono: T_max, the longest distance that matters in the task: the biases of the forget gates
+            (of a GRU's update gates z) become ln u, u spread evenly over 1 … T_max − 1, those of an
+            LSTM's input gates −ln u (chrono initialisation, Tallec & Ollivier 2018, who draw u).
 
     Returns:
         A tidy frame, one row per layer and remedy. Columns: ``layer``, ``remedy``, ``value``; then
@@ -270,7 +279,7 @@ def what_if(
     if not isinstance(recording, Recording):
         kind, advice = type(recording).__name__, "give what `with gradflow.record(...)` yields"
         raise InputError(must_be("recording", "a Recording", kind, advice))
-    asked = _asked(forget_bias, scale_hh, truncate, clip)
+    asked = _asked(forget_bias, scale_hh, truncate, clip, chrono)
     recording.require_tracks()
     share = QUICK * len(recording)
     before = {t.name: measured(recording, t.name, share=share) for t in recording.values()}
@@ -286,7 +295,7 @@ Row = dict[str, Any]
 
 
 def _asked(
-    forget_bias: object, scale_hh: object, truncate: object, clip: object
+    forget_bias: object, scale_hh: object, truncate: object, clip: object, chrono: object
 ) -> dict[str, float]:
     """Remedy -> value, of those that were asked for, checked."""
     found: dict[str, float] = {}
@@ -297,23 +306,28 @@ def _asked(
         advice = "a factor below 1 damps, above 1 strengthens the recurrence"
         found["scale_hh"] = _above_zero("scale_hh", scale_hh, advice)
     if truncate is not None:
-        whole = isinstance(truncate, int | np.integer) and not isinstance(truncate, bool)
-        if not whole or truncate < 1:  # type: ignore[operator]
-            expected, advice = "a whole number of at least 1", "it counts the steps that are kept"
-            raise InputError(must_be("truncate", expected, repr(truncate), advice))
-        found["truncate"] = int(truncate)  # type: ignore[call-overload]
+        found["truncate"] = _whole("truncate", 1, truncate, "it counts the steps that are kept")
+    if chrono is not None:
+        found["chrono"] = _whole("chrono", 3, chrono, "it is the longest distance of the task")
     if clip is not None:
         found["clip"] = _above_zero("clip", clip, "it is the largest norm that is left as it is")
     if not found:
         raise InputError(
             must_be(
                 "what_if",
-                "given at least one of forget_bias, scale_hh, truncate, clip",
+                "given at least one of forget_bias, scale_hh, truncate, clip, chrono",
                 "none",
                 "write gradflow.what_if(recording, forget_bias=1.0)",
             )
         )
     return found
+
+
+def _whole(name: str, least: int, value: object, advice: str) -> int:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:  # type: ignore[operator]
+        raise InputError(must_be(name, f"a whole number of at least {least}", repr(value), advice))
+    return int(value)  # type: ignore[call-overload]
 
 
 def _finite(name: str, expected: str, value: object, advice: str) -> float:
@@ -344,14 +358,6 @@ def _changed_weights(
         else:
             after = measured(again.recording, name, known.span, QUICK * len(before))
             yield row | {"note": again.notes[name]} | _after(known, after)
-
-
-def _forget_bias(recording: Recording, before: Before, value: float) -> Iterator[Row]:
-    return _changed_weights("forget_bias", recording, before, value)
-
-
-def _scale_hh(recording: Recording, before: Before, value: float) -> Iterator[Row]:
-    return _changed_weights("scale_hh", recording, before, value)
 
 
 def _truncate(recording: Recording, before: Before, value: float) -> Iterator[Row]:
@@ -447,8 +453,7 @@ def _clip_note(total: float, own: float | None, limit: float) -> str:
 
 
 _TRIALS: dict[str, Callable[[Recording, Before, float], Iterator[Row]]] = {
-    "forget_bias": _forget_bias,
-    "scale_hh": _scale_hh,
+    **{name: partial(_changed_weights, name) for name in ("forget_bias", "chrono", "scale_hh")},
     "truncate": _truncate,
     "clip": _clip,
 }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from gradflow import reporter
 from gradflow.analysis.results import welch
+from gradflow.comparison import Comparison
 from gradflow.errors import InputError, must_be
 from gradflow.history import History
 from gradflow.reporter import Course, GroupRow, course, far_words, number_words, reach, updates
@@ -219,13 +219,26 @@ def _group_sentence(one: GroupDifference, first: GroupRow, other: GroupRow) -> s
     return f"{said}: {'more' if one.larger else 'no more'} than {one.by}s differ by chance"
 
 
-def compare_groups(
-    runs: Mapping[str, History], folder: Path, *, force: bool = False, by: str = "seed"
-) -> str:
-    """Compare the groups of one or several sweeps; write the same files; return what to print."""
+def compared(runs: Mapping[str, History], by: str = "seed") -> Comparison:
+    """What differs between trainings, or between the groups of one or several sweeps.
+
+    Args:
+        runs: by name, the first is the one that the others are compared with.
+        by: of sweeps, what the runs of one group differ in.
+
+    Raises:
+        InputError: a history has no probe, or there is one group of runs only.
+    """
+    swept = any(history.swept for history in runs.values())
     for name, history in runs.items():
-        if not history.layers:
-            raise InputError(must_be(name, "a sweep with a layer", "none", "see its notes"))
+        if not history.layers or not len(history):
+            kind, advice = ("a sweep with a layer", "see its notes") if swept else (
+                "a history with probes", "wait for the first one")  # fmt: skip
+            raise InputError(must_be(name, kind, "none", advice))
+    return _of_groups(runs, by) if swept else _of_trainings(runs)
+
+
+def _of_groups(runs: Mapping[str, History], by: str) -> Comparison:
     shown = reporter.courses(list(runs.values()), names=list(runs) if len(runs) > 1 else None)
     rows = [reporter.row_of(group) for group in reporter.groups_of(shown, by)]
     found = group_differences(rows)
@@ -234,52 +247,32 @@ def compare_groups(
             f"there is one group of runs, {rows[0].group.said}, and nothing to compare it with; give "
             "another sweep, or --by another label of the folders"
         )
-    sentences = [one.sentence for one in found]
-    picture = reporter.png(reporter.draw_courses("groups", shown, by=by))
-    words = [
-        {name.replace("\n", " "): said(row) for name, said in reporter.GROUP_COLUMNS.items()}
-        for row in rows
-    ]
-    page = reporter.comparison_page(
-        list(dict.fromkeys(row.group.said for row in rows)), sentences, [], picture,
-        pd.DataFrame(words), f"Of the last checkpoint of each run; intervals are over {found[0].by}s.",
-    )  # fmt: skip
-    with reporter.whole_folder(folder, force=force) as work:
-        (work / "comparison.png").write_bytes(picture)
-        (work / "comparison.html").write_text(page, "utf-8")
-        pd.DataFrame([row.numbers for row in rows]).to_csv(work / "comparison.csv", index=False)
-        pd.DataFrame([asdict(one) for one in found]).to_csv(work / "changes.csv", index=False)
-    reporter.render_groups(rows, sentences)
-    return f"page: {folder / 'comparison.html'}"
+    return Comparison(
+        runs=runs,
+        table=pd.DataFrame([row.numbers for row in rows]),
+        changes=pd.DataFrame([asdict(one) for one in found]),
+        sentences=tuple(one.sentence for one in found),
+        notes=(),
+        numbers=reporter.of_groups(rows),
+        drawn=lambda: reporter.draw_courses("groups", shown, by=by),
+    )
 
 
-def compare_histories(
-    runs: Mapping[str, History], folder: Path, *, force: bool = False, by: str = "seed"
-) -> str:
-    """Compare trainings; write comparison.png, comparison.csv, changes.csv; return what to print."""
-    if any(history.swept for history in runs.values()):
-        return compare_groups(runs, folder, force=force, by=by)
-    for name, history in runs.items():
-        if not len(history) or not history.layers:
-            raise InputError(
-                must_be(name, "a history with probes", "none", "wait for the first one")
-            )
+def _of_trainings(runs: Mapping[str, History]) -> Comparison:
     found = differences(runs)
-    tables = []
-    for name, history in runs.items():
-        table = history.frame("layers")
+    tables = [history.frame("layers") for history in runs.values()]
+    for name, table in zip(runs, tables, strict=True):
         table.insert(0, "run", name)
-        tables.append(table)
-    with reporter.whole_folder(folder, force=force) as work:
-        figure = reporter.plot_histories(list(runs.values()), names=list(runs))
-        (work / "comparison.png").write_bytes(reporter.png(figure))
-        pd.concat(tables, ignore_index=True).to_csv(work / "comparison.csv", index=False)
-        rows = pd.DataFrame([asdict(one) for one in found])
-        rows.reindex(columns=list(Difference.__dataclass_fields__)).to_csv(
-            work / "changes.csv", index=False
-        )
+    rows = pd.DataFrame([asdict(one) for one in found])
     sentences = [one.sentence for one in found] or [
         "Nothing is compared: no layer of one training is in another, and they are paired by name."
     ]
-    reporter.render_histories(runs, [*sentences, *alone(runs)])
-    return f"picture: {folder / 'comparison.png'}"
+    return Comparison(
+        runs=runs,
+        table=pd.concat(tables, ignore_index=True),
+        changes=rows.reindex(columns=list(Difference.__dataclass_fields__)),
+        sentences=(*sentences, *alone(runs)),
+        notes=(),
+        numbers=reporter.of_histories(runs),
+        drawn=lambda: reporter.plot_histories(list(runs.values()), names=list(runs)),
+    )

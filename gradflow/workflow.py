@@ -272,6 +272,9 @@ def _from_pretrained(request: FileRequest, progress: Progress | None) -> Analysi
                 f"--{named} has no effect on a folder of transformers, whose model is its own and whose "
                 "loss is that of the next token; leave it out, and give --tokens FILE for a batch"
             )
+    if request.tokens is not None and (request.seq_len is not None or request.batch is not None):
+        said = "are the size of random tokens and have no effect with --tokens; leave them out"
+        raise InputError(f"--seq-len and --batch {said}")
     labels = None if request.labels is None else loading.read_labels(request.labels)
     with collected_warnings() as sentences:
         model = loading.open_pretrained(request.path)

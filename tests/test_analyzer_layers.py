@@ -134,8 +134,8 @@ def test_scalar_linear_layer() -> None:
     assert layer.horizon == 66
     assert layer.channels == 0
     assert layer.sentence == (
-        "l0 vanishes: the gradient halves every 6.58 steps and is gone in every direction after 66 "
-        "of your 100 steps"
+        "l0 vanishes: the gradient is gone in every direction after 66 of your 100 steps; it halves "
+        "every 6.58 steps"
     )
     assert layer.title == (
         "RNN: this loss's gradient is gone 66 steps before it; the layer's own best direction lasts 66"
@@ -364,7 +364,7 @@ def test_exploding() -> None:
     nn.init.orthogonal_(rnn.weight_hh_l0, gain=3.0)
     layer = only(analyze(record(rnn, 80, 8, inputs=0.1)))
     assert layer.verdict == "exploding"
-    assert "explodes: the gradient grows by" in layer.sentence  # chaos of 80 steps has no rate yet
+    assert "the gradient grows by" in layer.sentence  # chaos of 80 steps has no rate yet
     assert "not settled" in layer.labels
     assert layer.title.startswith("RNN: the gradient grows by ")
     (finding,) = [f for f in layer.findings if f.name == "exploding"]
@@ -452,8 +452,8 @@ def test_a_healthy_layer_has_no_findings() -> None:
     assert layer.verdict == "stable"
     assert layer.findings == ()
     assert layer.sentence == (
-        f"l0 is stable: all 8 directions survive 39 steps; a window of {layer.window} steps keeps "
-        "∂L/∂W_hh within 5 %"
+        f"l0 is stable: a window of {layer.window} steps keeps ∂L/∂W_hh within 5 %, and all 8 directions "
+        "survive 39 steps"
     )
 
 
@@ -751,6 +751,23 @@ def test_an_inconclusive_rate_says_what_would_decide() -> None:
     assert f"the largest gain over {layer.span} steps" in layer.sentence
     assert "], straddles the edge of one decade; about " in layer.sentence
     assert "would decide" in layer.sentence
+
+
+def test_a_chaotic_network_is_called_so_and_growth_alone_is_not() -> None:
+    torch.manual_seed(1)
+    chaotic = nn.RNN(1, 64)
+    with torch.no_grad():  # Sompolinsky, Crisanti & Sommers 1988: above a gain of 1
+        chaotic.weight_hh_l0.normal_(0, 3 / 64**0.5)
+    layer = only(analyze(record(chaotic, 300, 4, inputs=0.01)))
+    assert layer.verdict == "exploding" and "chaotic" in layer.labels
+    assert f"grow apart e-fold every {1 / layer.rate.value:.3g} steps" in layer.sentence
+    linear = nn.RNN(1, 64, nonlinearity="relu")
+    with torch.no_grad():
+        for weight in linear.parameters():
+            weight.fill_(0.02)
+    layer = only(analyze(record(linear, 300, 4)))
+    assert layer.verdict == "exploding" and "chaotic" not in layer.labels
+    assert "chaotic" not in layer.sentence
 
 
 def test_without_a_gradient_the_title_is_about_the_gain(analyses: dict[str, Analysis]) -> None:

@@ -363,13 +363,40 @@ def test_segments_between_cuts() -> None:
     finding = named(layer, "cut")
     assert finding.message == (
         "the state is cut off from its past at steps 36, 71: no gradient crosses there; segments of "
-        "35, 35, 30 steps, of sequences of 100; in all sequences at once, as where the state is detached "
-        "or reset"
+        "35, 35, 30 steps, of sequences of 100; detached in all sequences at once"
     )
     assert (finding.value, finding.threshold, finding.severity) == (35.0, 100.0, -math.inf)
     assert finding.advice.startswith(
         "nothing where an episode or a document ends there; if the task"
     )
+
+
+def rollout(module: nn.Module, steps: int, *, window: int) -> gradflow.Recording:
+    """Four environments whose episodes end at steps of their own; detached every `window` steps."""
+    ends = torch.rand(steps, 4, generator=torch.Generator().manual_seed(1)) < 0.08
+    with gradflow.record(module) as recording:
+        h, total = torch.zeros(4, 8), torch.zeros(())
+        for t in range(steps):
+            h = module(torch.randn(4, 3), h.detach() if t and t % window == 0 else h)
+            total, h = total + h.square().sum(), h * ~ends[t].unsqueeze(1)
+        total.backward()
+    return recording
+
+
+def test_done_masks_are_told_from_truncation() -> None:
+    (layer,) = analyze(rollout(nn.GRUCell(3, 8), 128, window=1000)).values()
+    finding = named(layer, "cut")
+    assert "masked with zeros in some sequences at a time, as done masks do" in finding.message
+    assert "detached" not in finding.message and finding.code == "" and finding.severity is None
+    assert f"typically {layer.span} steps, however long the rollout" in finding.advice
+    assert "(masked with zeros in some sequences at a time, as done masks do)" in layer.sentence
+    leak = named(layer, "update-gates-overwrite")
+    assert f", of the {layer.span} steps of a typical stretch" in leak.message
+    assert f"uniform_(1, {layer.span - 1})" in leak.code  # in units of segments
+    (layer,) = analyze(rollout(nn.GRUCell(3, 8), 128, window=16)).values()
+    finding = named(layer, "cut")
+    assert "detached in all sequences at once; masked with zeros in some" in finding.message
+    assert "if the task reaches across where the state is detached" in finding.advice
 
 
 def test_what_is_passed_down_is_the_gradient_of_the_input() -> None:

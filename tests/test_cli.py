@@ -187,6 +187,10 @@ def test_json_is_one_object_and_nothing_else(
     out = capsys.readouterr().out
     summary = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
     assert summary == json.loads((here / "reports/model/summary.json").read_text())
+    numbers = {path.name for path in (here / "reports/model").iterdir()}
+    assert {"run.nc", "layers.csv"} < numbers and not {"report.html", "figures"} & numbers
+    assert run("analyze", "model.pt", "-q", "--figures", "--seq-len", "20", "-o", "drawn") == 0
+    assert {"report.html", "figures"} <= {path.name for path in (here / "drawn").iterdir()}
 
 
 def test_the_same_input_gives_the_same_bytes(here: Path) -> None:
@@ -271,6 +275,11 @@ def test_report_and_compare_of_saved_runs(here: Path, capsys: pytest.CaptureFixt
     assert run("compare", "reports/rnn", "reports/gru", "--json", "-o", "told") == 0
     assert json.loads(capsys.readouterr().out)["changes"][0]["before"] == "rnn"
     assert run("compare", "reports/rnn") == 2
+    assert {path.name for path in (here / "told").iterdir()} == {
+        "comparison.json", "comparison.csv", "changes.csv"
+    }  # fmt: skip
+    assert run("compare", "reports/rnn", "reports/gru", "--by", "seed") == 2
+    assert "--by names what runs of a sweep differ in, got no sweep" in capsys.readouterr().err
     assert run("compare", "reports/rnn", "reports/gru", "--seq-len", "9") == 2
     assert "for model files, got --seq-len 9 with saved runs only" in capsys.readouterr().err
 
@@ -403,6 +412,8 @@ def test_files_that_are_no_models_are_refused_in_one_sentence(
         (["--span", "0"], ["span"]),
         (["--no-report", "-o", "out"], ["--no-report writes nothing, but -o was given"]),
         (["--no-report", "--force"], ["--no-report writes nothing, but --force was given"]),
+        (["--no-report", "--figures"], ["--no-report writes nothing, but --figures was given"]),
+        (["--json", "-q"], ["got --json and -q; give one of them"]),
         (["--seq-len", "0"], ["--seq-len", "at least 1"]),
         (["--batch", "-3"], ["--batch"]),
         (["--seed", "-1"], ["--seed must be a whole number of at least 0"]),

@@ -229,7 +229,7 @@ def test_quiet_and_verbose(
     assert len(lines) == 2 and all("vanishes" in line for line in lines)
     assert call("report", "reports/m", "-v") == 0
     said = capsys.readouterr().out
-    assert "more finding" not in said and "4. " in said
+    assert "more finding" not in said and "; likewise l" in said  # one remedy for the stack
 
 
 @pytest.mark.parametrize(
@@ -324,5 +324,5 @@ def test_more_than_four_runs_are_a_trend_and_a_name_is_escaped() -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(gradflow.GradflowError, match="must be two runs or more, got 1"):
         gradflow.compare(run(0.0))
-    with pytest.raises(gradflow.GradflowError, match="must be an Analysis, got str"):
+    with pytest.raises(gradflow.GradflowError, match="must be an Analysis or a History, got str"):
         gradflow.compare(run(0.0), "reports/run")  # type: ignore[arg-type]

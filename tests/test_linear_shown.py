@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from linear_oracles import random, unit
-from seam import LinearSteps, decay_words, heads, is_linear, time_scales
+from seam import LinearSteps, decay_words, heads, is_linear, paint, time_scales
 from test_linear_measured import recorded
 
 import gradflow
@@ -54,6 +54,27 @@ def test_the_table_of_heads(mixed: Analysis) -> None:
     assert table["horizon"].isna().tolist() == [False, True, False]
     assert table["horizon"][0] in (10, 11)  # 0.5¹⁰ < 10⁻³
     assert (table["gain_low"] <= table["gain"]).all()
+
+
+def test_the_picture_of_heads_is_drawn_by_hand(mixed: Analysis) -> None:
+    """A row per head, the longest memory on top; a column per distance, on a logarithmic axis."""
+    gains = mixed.frame("head_lags").pivot(index="head", columns="lag", values="median") / np.log(
+        10
+    )
+    order = mixed.frame("heads").sort_values("gain", ascending=False, kind="stable")["head"]
+    lags = gains.columns.to_numpy(dtype=float)
+    distances = np.log(np.geomspace(lags[0], lags[-1], 240))
+    nearest = np.abs(distances[:, None] - np.log(lags)).argmin(1)
+    wanted = paint(gains.loc[order].to_numpy()[:, nearest])
+    images = [
+        np.asarray(one.get_array())
+        for ax in gradflow.plot(mixed, "heads").axes
+        for one in ax.images
+    ]
+    assert any(image.shape == wanted.shape and (image == wanted).all() for image in images)
+    assert not any(
+        image.shape == wanted.shape and (image == wanted[::-1]).all() for image in images
+    )
 
 
 def test_the_picture_of_heads_is_sorted_by_memory(mixed: Analysis) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
 
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradflow
 from gradflow.errors import GradflowWarning, RecordingError
-from gradflow.recording import Recording, Track
+from gradflow.recording import CUT_KINDS, Recording, Track
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, INPUTS, HIDDEN = 3, 3, 4
@@ -447,6 +448,49 @@ def test_masks_between_two_calls() -> None:
         assert track.cuts.nonzero().tolist() == [[2, 2], [4, 1]]
         assert track.grad_h[1, 2].count_nonzero() == 0
         assert track.grad_h[1, 0].count_nonzero() > 0
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of a state and (B,) which sequences end
+    "masked with zeros": lambda s, done: s * ~done.unsqueeze(1),
+    "reset to zeros": lambda s, done: s.detach() * ~done.unsqueeze(1),
+    "reset to other values": lambda s, done: torch.where(
+        done.unsqueeze(1), torch.full_like(s, 0.3), s
+    ),
+    "detached": lambda s, done: torch.where(done.unsqueeze(1), s.detach(), s),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.LSTM], ids=lambda c: c.__name__
+)
+def test_a_cut_says_what_it_is(cell: type[nn.Module], way: str) -> None:
+    """Done masks of a rollout: two episodes end, each in a sequence of its own, at steps 3 and 6."""
+    module, x = cell(2, 4), torch.randn(8, 3, 2)
+    done = torch.zeros(8, 3, dtype=torch.bool)
+    done[2, 0] = done[5, 2] = True
+    with gradflow.record(module) as recording:
+        state, total = None, torch.zeros(())
+        for x_t, ended in zip(x, [torch.zeros_like(done[0]), *done[:-1]], strict=True):
+            if state is not None:
+                parts = [
+                    WAYS[way](s, ended) for s in (state if isinstance(state, tuple) else (state,))
+                ]
+                state = tuple(parts) if len(parts) > 1 else parts[0]
+            out = module(x_t[None] if cell is nn.LSTM else x_t, state)
+            state = out[1] if cell is nn.LSTM else out
+            total = total + (out[0] if isinstance(out, tuple) else out).sum()
+        total.backward()
+    (track,) = recording.values()
+    kinds = track.cut_kinds
+    assert kinds is not None and kinds.shape == track.cuts.shape
+    named = {(t, b): CUT_KINDS[int(kinds[t, b])] for t, b in track.cuts.nonzero().tolist()}
+    if way == "reset to zeros":  # of all sequences, those that go on are detached
+        assert {named.pop((3, 0)), named.pop((6, 2))} == {"reset to zeros"}
+        assert len(named) == 3 * 7 - 2 and set(named.values()) == {"detached"}
+    else:
+        assert named == {(3, 0): way, (6, 2): way}
+    assert not kinds[~track.cuts].any()
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)

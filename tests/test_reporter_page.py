@@ -13,8 +13,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import synthetic
+import torch
 from seam import LABEL_WORDS, Drawn, decays_as_power, draw, embed, page, summary, top_findings
+from torch import nn
 
+import gradflow
 from gradflow.analysis import Analysis
 from gradflow.analyzer import agreement, assemble
 from gradflow.limits import PAGE_BYTES
@@ -148,6 +151,26 @@ def test_one_finding_of_each_name_comes_before_a_second_of_any() -> None:
     assert [(one.layer, one.name) for one in shown] == [
         ("a", "vanishing"), ("b", "saturated"), ("a", "vanishing")
     ]  # fmt: skip
+
+
+def test_a_stack_gets_one_remedy_and_its_code_mends_every_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(3, 8, 3))
+    run = gradflow.diagnose(model, torch.randn(60, 4, 3))
+    assert [layer.verdict for layer in run.values()] == ["vanishing"] * 3
+    shown = top_findings(run, 99)
+    assert len({finding.name for finding in shown}) == len(shown)
+    vanishing = next(finding for finding in shown if finding.name == "vanishing")
+    others = sorted(set(run) - {vanishing.layer})
+    assert vanishing.message.endswith(f"; likewise {', '.join(others)}")
+    before = {name: bias.detach().clone() for name, bias in model[0].named_parameters()}
+    exec(vanishing.code, {"model": model, "torch": torch})  # noqa: S102 - a line to paste
+    for layer in range(3):
+        name = f"bias_ih_l{layer}"
+        raised = dict(model[0].named_parameters())[name].detach() - before[name]
+        assert raised.tolist() == pytest.approx([0.0] * 8 + [1.0] * 8 + [0.0] * 16)
+    said = [finding["name"] for finding in summary(run)["findings"]]
+    assert said.count("vanishing") == 3  # a script reads of every layer
 
 
 def test_a_healthy_model_has_no_findings() -> None:

@@ -12,12 +12,16 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from gradflow.analysis import Analysis
-from gradflow.reporter import render
+from gradflow.limits import GLOSSARY, VERDICTS
+from gradflow.reporter import of_groups, of_histories, of_runs, render
 
 
-def rendered(analysis: Analysis, width: int = 80, **options: object) -> str:
+def rendered(
+    analysis: Analysis, width: int = 80, *, verbose: bool = False, **options: object
+) -> str:
     file = io.StringIO()
-    render(analysis, Console(file=file, width=width, **options))  # type: ignore[arg-type]
+    console = Console(file=file, width=width, **options)  # type: ignore[arg-type]
+    render(analysis, console, verbose=verbose)
     return file.getvalue()
 
 
@@ -35,7 +39,7 @@ def test_at_80_columns_every_layer_is_one_line() -> None:
     for layer in synthetic.everything().values():
         (row,) = re.findall(rf"^{re.escape(layer.name)}  .*{layer.verdict} .*$", text, re.MULTILINE)
         assert layer.verdict in row
-    assert "−0.980 ± 0.003   0.71        8   0 of 32" in text
+    assert "−0.980 ± 0.003        8  0 of 32 at 99" in text
     assert "1 of 64" in text
 
 
@@ -113,3 +117,15 @@ def test_verbose_says_what_the_numbers_rest_on() -> None:
     for name in analysis.provenance:
         assert f"{name.replace('_', ' ')}: " in text or name in ("snippet", "next_command")
     assert "what the numbers rest on" not in rendered(analysis)
+
+
+def test_every_word_of_the_terminal_is_in_the_glossary() -> None:
+    names = [name for entry in GLOSSARY for name in re.split(r", (?:and )?| and ", entry)]
+    tables = [of_runs({}), of_histories({}), of_groups([])]
+    for heading in {column.heading for table in tables for column in table.columns}:
+        words = heading.replace("half-\nlife", "half-life").replace("\n", " ")
+        assert any(re.match(rf"{name}\b", words) for name in [*names, "verdict"]), words
+    assert set(VERDICTS) <= set(names)  # what a verdict is
+    said = " ".join(rendered(case(), 120, verbose=True) for case in synthetic.CASES.values())
+    for word in ("decade", "direction", "parity", "prediction", "span", "window"):
+        assert word in said.lower() and word in names

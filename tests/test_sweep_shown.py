@@ -227,7 +227,7 @@ def test_compare_takes_one_sweep_or_several(
     assert compare(both, "-o", str(tmp_path / "a")) == 0
     assert "more than seeds differ by chance" in " ".join(capsys.readouterr().out.split())
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
-        "comparison.png", "comparison.csv", "comparison.html", "changes.csv"
+        "comparison.html", "comparison.json", "comparison.png", "comparison.csv", "changes.csv"
     }  # fmt: skip
     page = (tmp_path / "a/comparison.html").read_text()
     assert "steps reached [95 %]" in page and "intervals are over seeds" in page

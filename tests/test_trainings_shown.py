@@ -373,9 +373,16 @@ def test_compare_holds_trainings_against_each_other(
     code, printed = run("compare", "runs/a", "runs/b")
     assert code == 0
     assert "rnn.l0, a → b:" in printed
-    assert {p.name for p in Path("reports/comparison").iterdir()} == {
-        "comparison.png", "comparison.csv", "changes.csv"
-    }  # fmt: skip
+    found = gradflow.compare({name: gradflow.load(f"runs/{name}") for name in "ab"})
+    page = Path("reports/comparison/comparison.html").read_text()
+    assert "rnn.l0, a → b:" in repr(found) and found.sentences[0] in page
+    assert "horizon_low" not in page and '<td data-of="horizon steps">' in page
+    code, printed = run("compare", "runs/a", "runs/b", "--json", "-o", "told")
+    told = json.loads(printed)
+    assert (code, set(told["runs"]), told["sentences"][0]) == (0, {"a", "b"}, found.sentences[0])
+    assert told == json.loads(Path("told/comparison.json").read_text())
+    with pytest.raises(gradflow.GradflowError, match="must be two runs or more, got 1"):
+        gradflow.compare(gradflow.load("runs/a"))
 
 
 def test_a_training_is_not_compared_with_a_batch(

@@ -98,6 +98,29 @@ def test_forget_bias_is_that_of_a_model_whose_bias_was_raised(case: Case) -> Non
     assert_same(frame, recorded(case, more_bias(1.3)))
 
 
+def spread_biases(longest: int) -> Callable[[nn.RNNBase], None]:
+    """Chrono initialisation with evenly spread time scales, written down a second time."""
+
+    def change(module: nn.RNNBase) -> None:
+        hidden = module.hidden_size
+        steps = [1 + k * (longest - 2) / (hidden - 1) for k in range(hidden)]
+        drawn = torch.tensor(steps, dtype=torch.float64)
+        for name, bias in module.named_parameters():
+            if name.startswith("bias_hh"):
+                bias[: 2 * hidden] = 0.0
+            elif name.startswith("bias_ih"):
+                bias[hidden : 2 * hidden] = drawn.log()
+                if isinstance(module, nn.LSTM):
+                    bias[:hidden] = -drawn.log()
+
+    return change
+
+
+@pytest.mark.parametrize("case", [FUSED[1], FUSED[5]], ids=str)
+def test_chrono_is_that_of_a_model_whose_biases_were_set(case: Case) -> None:
+    assert_same(gradflow.what_if(recorded(case), chrono=29), recorded(case, spread_biases(29)))
+
+
 @pytest.mark.parametrize("cell", ["RNN_TANH", "RNN_RELU", "LSTM", "GRU"])
 def test_scale_hh_is_that_of_a_model_whose_weights_were_scaled(cell: str) -> None:
     case = Case(cell, layers=2, bidirectional=True, dropout=0.2, **LONG)
@@ -423,7 +446,7 @@ def test_what_cannot_be_tried_is_said() -> None:
     [
         (
             {},
-            "what_if must be given at least one of forget_bias, scale_hh, truncate, clip, got none",
+            "what_if must be given at least one of forget_bias, scale_hh, truncate, clip, chrono, got none",
         ),
         ({"forget_bias": math.nan}, "forget_bias must be a finite number, got nan"),
         ({"forget_bias": "1"}, "forget_bias must be a finite number, got '1'"),
@@ -495,6 +518,7 @@ def test_a_vanishing_lstm_is_told_what_a_larger_forget_bias_would_do() -> None:
     model = nn.LSTM(3, 6)
     layer = diagnosed(model)["l0"]
     assert [(p.remedy, p.value) for p in layer.predictions] == [
+        ("chrono", 40.0),
         ("forget_bias", 2.0),
         ("forget_bias", 1.0),
     ]
@@ -502,7 +526,7 @@ def test_a_vanishing_lstm_is_told_what_a_larger_forget_bias_would_do() -> None:
     with gradflow.record(model) as recording:
         model(torch.randn(40, 6, 3))[0][-1].sum().backward()
     row = gradflow.what_if(recording, forget_bias=2.0).iloc[0]
-    best = layer.predictions[0]
+    best = layer.predictions[1]
     assert best.rate.value == row.rate_after
     assert (best.half_life, best.verdict) == (row.half_life_after, row.verdict_after)
     assert best.helps == pytest.approx(row.helps)

@@ -12,8 +12,8 @@ import pandas as pd
 from gradflow.analysis.results import Finding, LayerAnalysis
 from gradflow.limits import LN_GONE, VERDICTS
 
-FRAMES = ("layers", "steps", "lags", "units", "heads", "findings")
-OPTIONAL = ("heads",)  # tables that most analyses have no row for
+FRAMES = ("layers", "steps", "lags", "units", "heads", "head_lags", "findings")
+OPTIONAL = ("heads", "head_lags")  # tables that most analyses have no row for
 HEADLINE = [
     "layer", "verdict", "gain", "gain_low", "gain_high", "rate", "rate_low", "rate_high", "half_life",
     "horizon", "channels",
@@ -46,6 +46,7 @@ def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
             "horizon": layer.horizon,
             "searched": layer.searched,
             "channels": layer.channels,
+            "channel_steps": layer.channel_steps,
             "kaplan_yorke": layer.kaplan_yorke,
             "entropy_rate": layer.entropy_rate,
             "parity": layer.parity.status,
@@ -56,7 +57,9 @@ def _layers_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows)
     return (
-        frame.astype({"window": "Int64", "horizon": "Int64", "channels": "Int64"})
+        frame.astype(
+            {"window": "Int64", "horizon": "Int64", "channels": "Int64", "channel_steps": "Int64"}
+        )
         if rows
         else frame
     )
@@ -165,6 +168,16 @@ def _heads_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
+def _head_lags_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
+    """What the picture of the heads is drawn from: their gain at the distances that were measured."""
+    tables = [pd.DataFrame(columns=["layer", "head", "lag", "median"])]
+    for layer in layers:
+        if "head_log_gain" in layer.data and layer.data.sizes["head"]:  # older runs do not have it
+            table = layer.data["head_log_gain"].rename(head_lag="lag").to_dataframe("median")
+            tables = [*tables[len(tables[0]) == 0 :], table.reset_index().assign(layer=layer.name)]
+    return pd.concat(tables, ignore_index=True)[["layer", "head", "lag", "median"]]
+
+
 def _findings_frame(layers: Iterable[LayerAnalysis]) -> pd.DataFrame:
     columns = list(Finding.__dataclass_fields__)
     return pd.DataFrame(
@@ -178,5 +191,6 @@ BUILDERS = {
     "lags": _lags_frame,
     "units": _units_frame,
     "heads": _heads_frame,
+    "head_lags": _head_lags_frame,
     "findings": _findings_frame,
 }

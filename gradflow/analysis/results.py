@@ -327,6 +327,12 @@ class LayerAnalysis:
         return window_of(self.data)
 
     @property
+    def channel_steps(self) -> int | None:
+        """Over how many steps `channels` are counted: the span, or what cuts and lengths leave of it."""
+        lags = self.data["rank_lag"].values if "rank_lag" in self.data.coords else ()
+        return int(max(lags)) if len(lags) else None
+
+    @property
     def loss_reach(self) -> float:
         """Steps before the last loss step at which its gradient is gone; inf: never, NaN: not known.
 

@@ -145,7 +145,8 @@ class Analysis(ByName[LayerAnalysis]):
                 Kaplan–Yorke dimension, entropy rate in nats per step),
                 "steps" (norms of states and gradients, gates), "lags" (ln gain against distance),
                 "units" (memory and time scales, saturation), "heads" (of a linear recurrence that
-                has some: verdict, gain, rate, first measured distance below 10⁻³) or "findings".
+                has some: verdict, gain, rate, first measured distance below 10⁻³), "head_lags" (their
+                ln gain against distance) or "findings".
 
         Returns:
             A frame with the column ``layer``; steps and units count from 1.

@@ -172,10 +172,7 @@ def _loss_steps(m: Measured) -> Variables:
     seen = m.contributed
     return Variables(
         {
-            "log10_triangle": (
-                ("state", "sequence", "loss_step", "step"),
-                m.triangle.log10_norm,
-            ),
+            "log10_triangle": (("state", "sequence", "loss_step", "step"), m.triangle.log10_norm),
             "lag_contribution": (("parameter", "lag"), seen.norm),
             "truncation_error": (("parameter", "lag"), seen.error),
             "cancellation": (("parameter",), seen.cancellation),

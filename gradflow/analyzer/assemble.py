@@ -18,6 +18,7 @@ import torch
 from gradflow.analysis.results import LayerAnalysis
 from gradflow.analysis.run import Analysis
 from gradflow.analyzer import plan
+from gradflow.analyzer.activity import state_norms
 from gradflow.analyzer.arrays import dataset
 from gradflow.analyzer.causes import findings
 from gradflow.analyzer.causes.read_by_loss import perhaps_padding
@@ -41,11 +42,7 @@ from gradflow.analyzer.spectrum import spectrum
 from gradflow.analyzer.spread import result_of, started
 from gradflow.errors import InputError, RecordingError, must_be
 from gradflow.limits import LAG_SECONDS, SHORT, TRIANGLE_SECONDS
-from gradflow.process import (
-    fitting_threads,
-    require_executor,
-    without_modes,
-)
+from gradflow.process import fitting_threads, require_executor, without_modes
 from gradflow.recording.pooled import pooled
 from gradflow.recording.track import Track
 from gradflow.recording.tracks import Recording
@@ -312,6 +309,7 @@ def _labels(m: Measured) -> tuple[str, ...]:
         # growth that goes on is no transient
         "transient growth": m.curve.transient_growth
         and (m.verdict.name != "exploding" or (m.settled and m.rate.high < 0)),
+        "chaotic": _chaotic(m),
         "not settled": math.isfinite(m.rate.value) and not m.settled,
         "not exponential": decays_as_power(m.log_curves),
         "range-limited": _leaves_range(m.track, m.maps),
@@ -320,6 +318,18 @@ def _labels(m: Measured) -> tuple[str, ...]:
         and (int((~np.isnan(m.sequence_rates)).sum()) == 1 or m.track.batch == 1),
     }
     return tuple(label for label, holds in found.items() if holds)
+
+
+def _chaotic(m: Measured) -> bool:
+    """Whether states that differ by little part for good, while the states themselves do not grow."""
+    grows = m.verdict.name in ("exploding", "inconclusive") and m.settled and m.rate.low > 0
+    if not grows or m.linear is not None or m.constant is not None:
+        return False
+    sizes = state_norms(m.track).max(0)[int(m.track.steps / 2) :]
+    sizes = sizes[np.isfinite(sizes)]
+    if len(sizes) < 2 or not (sizes > 0).all():  # at rest where nothing moves it
+        return False
+    return bool(math.log(sizes[-1] / sizes[0]) < m.rate.value * (len(sizes) - 1) / 2)
 
 
 def _leaves_range(track: Track, maps: plan.Maps) -> bool:

@@ -18,6 +18,7 @@ from gradflow.analyzer.loss import Profile
 from gradflow.analyzer.rates import band, rate_over_sequences
 from gradflow.analyzer.read_steps import Reading
 from gradflow.analyzer.spectrum import Spectrum
+from gradflow.analyzer.timeline import typical_segment
 from gradflow.cells.spec import CellSpec, Keeper
 from gradflow.limits import LN_BAND, LN_TELLING
 from gradflow.recording.track import Track
@@ -109,6 +110,13 @@ class Evidence(Measured):
     def over(self) -> str:
         """The steps that the gain was measured over, in words."""
         return counted(self.gain.steps, "step")
+
+    @property
+    def span_words(self) -> str:
+        """The span in words: a stretch between cuts is nobody's wish."""
+        steps = counted(self.span, "step")
+        between = self.span == typical_segment(self.track)
+        return f"the {steps} of a typical stretch" if between else f"your {steps}"
 
     @property
     def told(self) -> bool:

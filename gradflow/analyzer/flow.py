@@ -93,7 +93,7 @@ def _lost_above(track: Track, layers: Mapping[str, LayerAnalysis]) -> Finding | 
         advice="look at the layer above: gates or activations at their flat ends, or tiny input "
         "weights, stop the gradient there; add a residual connection around it",
         source="He et al. 2016",
-        code="y = y + x  # y the upper layer's output, x its input, of the same width",
+        code=_residual(),
     )
 
 
@@ -130,7 +130,15 @@ def _lost_in_depth(
         severity=decades,
         advice="one remedy for the whole stack: a residual connection around every layer, or fewer layers",
         source="He et al. 2016",
-        code="y = y + x  # y a layer's output, x its input, of the same width; in every layer",
+        code=_residual(),
+    )
+
+
+def _residual() -> str:
+    """Code for what a fused stack has no place for."""
+    return (
+        "for layer in layers:  # built of one layer each, num_layers=1, input as wide as output\n"
+        "    x = x + layer(x)[0]"
     )
 
 

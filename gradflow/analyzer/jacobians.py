@@ -122,9 +122,7 @@ def vector_seconds(operator: HostOperator) -> float:
 
 
 def operator_of(
-    track: Track,
-    dtype: torch.dtype = torch.float64,
-    sequences: Sequence[int] | None = None,
+    track: Track, dtype: torch.dtype = torch.float64, sequences: Sequence[int] | None = None
 ) -> HostOperator:
     """The step Jacobians of some sequences, up to the last real step of the longest of them."""
     chosen = torch.arange(track.batch) if sequences is None else torch.as_tensor(sequences)

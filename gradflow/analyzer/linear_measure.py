@@ -227,11 +227,7 @@ def _no_leading(batch: int) -> Leading:
 
 
 def _elementwise(
-    track: Track,
-    each: LogsOf,
-    windows: list[Window],
-    counted: np.ndarray,
-    crossed: np.ndarray,
+    track: Track, each: LogsOf, windows: list[Window], counted: np.ndarray, crossed: np.ndarray
 ) -> _Kept:
     """One sequence after the other: sums of logarithms."""
     length, batch, real = len(counted), track.batch, track.lengths.cpu().tolist()

@@ -34,12 +34,7 @@ from gradflow.analyzer.gains import (
     stretches,
 )
 from gradflow.analyzer.jacobians import HostOperator, operator_of, state_size
-from gradflow.analyzer.keeping import (
-    Keeping,
-    counted_steps,
-    cuts_of,
-    leading_of,
-)
+from gradflow.analyzer.keeping import Keeping, counted_steps, cuts_of, leading_of
 from gradflow.analyzer.linear_measure import measure_linear
 from gradflow.analyzer.measuring import is_linear
 from gradflow.analyzer.rates import mean_steps

@@ -301,11 +301,9 @@ class PartSource:
         part = ThinPart if isinstance(found, ThinOperator) else PartOperator
         return part(found, kept.nonzero().flatten())
 
-    def changed(
-        self, *, forget_bias: float, scale_hh: float, scale_ih: float
-    ) -> tuple[Source, dict[str, Tensor]]:
+    def changed(self, **changes: float) -> tuple[Source, dict[str, Tensor]]:
         """As of the whole."""
-        return self.inner.changed(forget_bias=forget_bias, scale_hh=scale_hh, scale_ih=scale_ih)
+        return self.inner.changed(**changes)
 
     def parity(self) -> Parity:
         """As of the whole."""

@@ -19,7 +19,7 @@ from gradflow.analyzer.exponents import burn_in
 from gradflow.analyzer.loss import carriers, rms_over_units
 from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.spectrum import broken
-from gradflow.analyzer.timeline import cut_steps, in_some_sequences, typical_segment
+from gradflow.analyzer.timeline import cut_steps, cut_words, typical_segment
 from gradflow.limits import BAND_WORDS, GONE_WORDS, SHORT, TOLERANCE_WORDS, VERDICTS
 from gradflow.recording.track import Track
 from gradflow.recording.tracks import Recording
@@ -109,11 +109,16 @@ def _is_said(note: str, layer: LayerAnalysis) -> bool:
 
 
 def _listed(names: list[str], every: list[str]) -> str:
-    """Layers by name, as long as that is short.
+    """Layers by name, as long as that is short; several runs of a layer are not several layers.
 
     >>> _listed(["a", "b"], ["a", "b", "c"]), _listed(["a", "b"], ["a", "b"]), _listed(["a"], ["a"])
     ('a, b', 'both layers', 'a')
+    >>> _listed(["a", "a@2", "a@3"], ["a", "a@2", "a@3"])
+    'a in each of its runs'
     """
+    layers = list(dict.fromkeys(name.partition("@")[0] for name in names))
+    if len(layers) < len(names) == len(every):
+        return f"{_listed(layers, layers)} in each of {'its' if len(layers) == 1 else 'their'} runs"
     if 1 < len(names) == len(every):
         return "both layers" if len(names) == 2 else f"all {len(names)} layers"
     shown = ", ".join(names[:3])
@@ -150,24 +155,33 @@ def provenance_of(layers: dict[str, LayerAnalysis], settings: Settings) -> dict[
 def sentence(evidence: Evidence) -> str:
     """The verdict on a layer in words with its numbers."""
     said = _SENTENCES[evidence.verdict.name](evidence)
-    said += (
-        _window(evidence) + _in_the_long_run(evidence, said) + _cut(evidence) + _too_short(evidence)
-    )
-    said += _heads(evidence)
+    said += _chaos(evidence) + _in_the_long_run(evidence, said)
+    said += _cut(evidence) + _too_short(evidence) + _heads(evidence)
     first = opening(evidence)
     if first and evidence.labels[:1] != ("no recurrence",):
         return f"{evidence.track.name} {first}; the layer itself {said}"
     return f"{evidence.track.name} {said}"
 
 
-def _window(e: Evidence) -> str:
-    """The steps back that training needs, if what the loss reads is in order."""
+def _first(e: Evidence, then: str) -> str:
+    """The steps back that training needs come first, if what the loss reads is in order."""
     window = window_of(e.data)
-    if window is None or e.reading.amiss or math.isnan(e.gain.value) or e.verdict.name == "dead":
-        return ""
+    if window is None or e.reading.amiss or math.isnan(e.gain.value):
+        return then
+    need = f"a window of {_steps(window)} keeps"
     if window >= int(e.track.lengths.max()):
-        return f"; only the whole sequence keeps ∂L/∂W_hh within {TOLERANCE_WORDS}"
-    return f"; a window of {_steps(window)} keeps ∂L/∂W_hh within {TOLERANCE_WORDS}"
+        need = "only the whole sequence keeps"
+    return f"{need} ∂L/∂W_hh within {TOLERANCE_WORDS}, and {then}"
+
+
+def _chaos(e: Evidence) -> str:
+    """What a positive exponent means for learning, where the states stay bounded."""
+    if "chaotic" not in e.labels:
+        return ""
+    return (
+        "; it is chaotic: states that differ by little grow apart e-fold every "
+        f"{number(1 / e.rate.value)} steps, and so does the gradient from farther back, clipped or not"
+    )
 
 
 def _heads(e: Evidence) -> str:
@@ -218,10 +232,9 @@ def _cut(e: Evidence) -> str:
     where = f"at step {steps[0] + 1}" if len(steps) == 1 else f"at {len(steps)} steps"
     typical = typical_segment(e.track)
     lengths = f"{_steps(typical)} as a rule, at most" if 0 < typical < longest else "up to"
-    kind = "in some sequences at a time, " if in_some_sequences(e.track) else ""
     return (
-        f"; it is cut off from its past {kind}{where}, which no gradient crosses, in stretches of "
-        f"{lengths} {_steps(longest)}"
+        f"; it is cut off from its past {where} ({cut_words(e.track)}), which no gradient crosses, in "
+        f"stretches of {lengths} {_steps(longest)}"
     )
 
 
@@ -240,52 +253,43 @@ def _too_short(e: Evidence) -> str:
 def _vanishing(e: Evidence) -> str:
     gone = e.curve.horizon
     if gone is None:
-        end = f"and is still above {GONE_WORDS} after the {counted(e.curve.searched, 'step')} measured"
-    elif gone < e.span:
-        end = f"and is gone in every direction after {gone} of {_span(e)}"
+        measured = counted(e.curve.searched, "step")
+        far = f"its best direction is still above {GONE_WORDS} after the {measured} measured"
     else:
-        end = f"and is gone in every direction after {counted(gone, 'step')}"
-    return f"vanishes: {_halving(e)} {end}"
-
-
-def _span(e: Evidence) -> str:
-    """The span in words: a stretch between cuts is nobody's wish."""
-    if e.span == typical_segment(e.track):
-        return f"the {_steps(e.span)} of a typical stretch"
-    return f"your {_steps(e.span)}"
+        of = f"{gone} of {e.span_words}" if gone < e.span else _steps(gone)
+        far = f"the gradient is gone in every direction after {of}"
+    return f"vanishes: {_first(e, far)}; it {_halving(e)}"
 
 
 def _halving(e: Evidence) -> str:
     if not math.isfinite(e.half_life) or not (e.told and e.curve.falls_with(e.rate.value)):
-        return f"the gradient loses {number(-e.decades)} decades over {e.over}"
+        return f"loses {number(-e.decades)} decades over {e.over}"
     if "not exponential" in e.labels:
-        return f"the gradient has halved after {number(e.half_life)} steps, slowing down since,"
+        return f"has halved after {number(e.half_life)} steps, slowing down since"
     if e.half_life < 0.95:
-        return f"the gradient shrinks {number(math.exp(-e.rate.value))}-fold at every step"
-    steps = "step" if number(e.half_life) == "1" else f"{number(e.half_life)} steps"
-    return f"the gradient halves every {steps}"
-
-
-def _exploding(e: Evidence) -> str:
-    if not e.told or not e.rate.value > 0:
-        return f"explodes: the gradient grows by {number(e.decades)} decades over {e.over}"
-    tenfold = number(math.log(10) / e.rate.value)
-    every = "step" if tenfold == "1" else f"{tenfold} steps"
+        return f"shrinks {number(math.exp(-e.rate.value))}-fold at every step"
     return (
-        f"explodes: the gradient grows tenfold every {every}, by {number(e.decades)} decades over "
-        f"{e.over}"
+        f"halves every {'step' if number(e.half_life) == '1' else f'{number(e.half_life)} steps'}"
     )
 
 
+def _exploding(e: Evidence) -> str:
+    grows = f"the gradient grows by {number(e.decades)} decades over {e.over}"
+    if e.told and e.rate.value > 0:
+        tenfold = number(math.log(10) / e.rate.value)
+        every = "step" if tenfold == "1" else f"{tenfold} steps"
+        grows = f"the gradient grows tenfold every {every}, by {number(e.decades)} decades over {e.over}"
+    return f"explodes: {_first(e, grows)}"
+
+
 def _stable(e: Evidence) -> str:
+    changes = f"{number(e.decades)} decades over {e.over}"
     if e.channels is None:
-        return f"is stable: the largest gain changes by {number(e.decades)} decades over {e.over}"
+        return f"is stable: {_first(e, f'the largest gain changes by {changes}')}"
     if e.channels == 0:
-        return (
-            f"is stable by its largest gain ({number(e.decades)} decades over {e.over}), yet no "
-            f"direction of {e.size} survives {_steps(e.ranks.reach)} of the sequence mapped"
-        )
-    return f"is stable: {_surviving(e)}"
+        none = f"no direction of {e.size} survives {_steps(e.ranks.reach)} of the sequence mapped"
+        return f"is stable by its largest gain ({changes}): {_first(e, none)}"
+    return f"is stable: {_first(e, _surviving(e))}"
 
 
 def _surviving(e: Evidence) -> str:
@@ -324,17 +328,15 @@ def _inconclusive(e: Evidence) -> str:
         return f"gets no verdict, since its gains are not known: {e.no_gains}"
     if math.isnan(e.gain.value):
         return "has no step without a cut to measure: no gain can be given"
+    low, high = (number(end / math.log(10)) for end in (e.gain.low, e.gain.high))
+    why = (
+        f"the largest gain over {e.over}, {number(e.decades)} decades [{low}, {high}], straddles the "
+        f"edge of {BAND_WORDS}"
+    )
     if math.isnan(e.gain.low):
         one = "one batch" if e.batches else "one sequence"
-        return (
-            f"is inconclusive: {one} gives a gain of {number(e.decades)} decades over {e.over} "
-            f"but no interval; {e.verdict.needed} would decide"
-        )
-    low, high = (number(end / math.log(10)) for end in (e.gain.low, e.gain.high))
-    return (
-        f"is inconclusive: the largest gain over {e.over}, {number(e.decades)} decades "
-        f"[{low}, {high}], straddles the edge of {BAND_WORDS}; {e.verdict.needed} would decide"
-    )
+        why = f"{one} gives a gain of {number(e.decades)} decades over {e.over} but no interval"
+    return f"is inconclusive: {_first(e, why)}; {e.verdict.needed} would decide"
 
 
 _SENTENCES: dict[str, Callable[[Evidence], str]] = {
@@ -389,7 +391,9 @@ def _by_loss(e: Evidence, profile: np.ndarray) -> str:
         if e.verdict.name == "stable":  # not for want of the layer
             return f"{where}, though the layer could carry it"
         if e.curve.horizon is None:
-            return where
+            return (
+                f"{where}; the layer's own best direction outlives the {e.curve.searched} measured"
+            )
         return f"{where}; the layer's own best direction lasts {e.curve.horizon}"
     level = rms_over_units(profile)
     known = np.flatnonzero(~np.isnan(level))

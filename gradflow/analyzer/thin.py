@@ -252,12 +252,7 @@ def _probed(
 
 
 def _filled(
-    track: Track,
-    mapped: Sequence[int],
-    pairs: _Pairs,
-    stride: int,
-    seconds: float,
-    withheld: bool,
+    track: Track, mapped: Sequence[int], pairs: _Pairs, stride: int, seconds: float, withheld: bool
 ) -> Maps:
     sources = np.arange(0, track.steps, stride)
     shape = (len(mapped), len(sources), track.steps)

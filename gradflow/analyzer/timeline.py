@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.recording.track import Track
+from gradflow.recording.track import CUT_KINDS, Track
 
 
 def input_time(track: Track) -> Tensor:
@@ -74,11 +74,34 @@ def _cuts(track: Track) -> Tensor:
     return inside & ~begins_late(track, inside)
 
 
-def in_some_sequences(track: Track) -> bool:
-    """Whether a cut takes some of the sequences that go on there and not all, as a done mask does."""
-    cut = _cuts(track).sum(1)
+def kinds_of_cuts(track: Track) -> list[tuple[str, bool]]:
+    """What the user's cuts are, as far as that is known, and whether each kind takes but some sequences."""
+    cut = _cuts(track)
+    kinds = torch.zeros_like(cut, dtype=torch.int8)
+    if track.cut_kinds is not None:
+        kinds = in_processing_order(track, track.cut_kinds)
+    masked, zeros = (CUT_KINDS.index(name) for name in ("masked with zeros", "reset to zeros"))
+    if bool((cut & (kinds == masked)).any()):  # the mask of states that were detached before
+        kinds = torch.where(kinds == zeros, masked, kinds)
     going_on = (torch.arange(track.steps)[:, None] < track.lengths.cpu()).sum(1)
-    return bool(((cut > 0) & (cut < going_on)).any())
+    found = []
+    for kind in kinds[cut].unique().tolist():
+        here = (cut & (kinds == kind)).sum(1)
+        # of all that are detached at once some may be masked as well
+        taken = cut.sum(1) if CUT_KINDS[kind] == "detached" else here
+        found.append((CUT_KINDS[kind], bool(((here > 0) & (taken < going_on)).any())))
+    return found
+
+
+def cut_words(track: Track) -> str:
+    """What the cuts are and whom they take: "detached in all sequences at once"."""
+    said = []
+    for kind, some in kinds_of_cuts(track):
+        whom = "some sequences at a time" if some else "all sequences at once"
+        masks = ", as done masks do" if some and kind.startswith("masked") else ""
+        said.append(kind or "detached, masked or reset")
+        said[-1] += f" in {whom}{masks}" if track.batch > 1 else ""
+    return "; ".join(said)
 
 
 def typical_length(track: Track) -> int:

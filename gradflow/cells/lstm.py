@@ -121,13 +121,7 @@ def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> LSTMSte
             c[t].addcmul_(f[t], before[t])
     squashed = c.tanh()
     factor = torch.stack(
-        [
-            g * i * (1 - i),
-            before * f * (1 - f),
-            i * (1 - g * g),
-            squashed * o * (1 - o),
-        ],
-        dim=2,
+        [g * i * (1 - i), before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)], dim=2
     )
     return LSTMSteps(
         weight_hh=weights.weight_hh,

@@ -57,11 +57,7 @@ class History:
 
     @classmethod
     def of(
-        cls,
-        title: str,
-        probes: Sequence[Probe],
-        cells: dict[str, str] | None = None,
-        **header: Any,
+        cls, title: str, probes: Sequence[Probe], cells: dict[str, str] | None = None, **header: Any
     ) -> History:
         """A history of probes that are at hand, in no file.
 

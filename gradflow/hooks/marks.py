@@ -24,7 +24,7 @@ from gradflow.hooks.tape import Constants, TooMuch
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.hooks.wide import MOVED, Moved, WideStep, wide_step, wide_within
 from gradflow.limits import JACOBIAN_WIDEST
-from gradflow.recording.track import Track
+from gradflow.recording.track import CUT_KINDS, Track
 
 
 class TrackOwner(Protocol):
@@ -138,6 +138,7 @@ class Marks:
         step = Step.find(end.place, place, end.older, end.since)
         if step is None:
             return False
+        mark.cut_kind = CUT_KINDS.index("masked or reset")
         if end.place.twice or place.twice:
             mark.unknown = "a tap that was given one tensor as two states; give each its own"
         elif self.wanted and not self.wide(place):
@@ -165,6 +166,7 @@ class Marks:
         """No path leads back: a detached state, or no graph at all."""
         if torch.is_grad_enabled() and (place.edges or end.place.edges):
             mark.cut = torch.ones_like(mark.cut)
+            mark.cut_kind = CUT_KINDS.index("detached or reset")
             if not self.wanted:
                 mark.unknown = self._why_not()
             elif self.wide(place):
@@ -198,7 +200,7 @@ def begun(recorder: TrackOwner, base: str, source: TapSource, **more: Any) -> Tr
     """The new track of a loop that has its first mark, under a name of its own."""
     cut = source.marks[0].cut
     source.layout.join(len(cut))
-    source.layout.note_cut(0, cut)
+    source.layout.note_cut(0, cut, source.marks[0].cut_kind)
     track = Track(
         name=base,
         cell=source.cell,
@@ -220,7 +222,7 @@ def grown(source: TapSource, track: Track) -> None:
     """The track of a loop that has one more mark."""
     mark = source.marks[-1]
     source.layout.join(len(mark.cut), rows=mark.rows)
-    source.layout.note_cut(len(source.layout.extents) - 1, mark.cut)
+    source.layout.note_cut(len(source.layout.extents) - 1, mark.cut, mark.cut_kind)
     track.grow(source.shape)
 
 

@@ -320,11 +320,7 @@ class Recorder:
         return bool(self.closed.loops)
 
     def _admit(
-        self,
-        call: Call,
-        data: Tensor,
-        initial: tuple[Tensor, ...],
-        results: tuple[Tensor, ...],
+        self, call: Call, data: Tensor, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
     ) -> None:
         task = torch._C._current_graph_task_id()
         if task != -1:

@@ -104,10 +104,7 @@ def weight_gradients(call: Call, beside: dict[str, Tensor]) -> dict[int, Tensor]
         results = _run(replace(call, weights=weights))
         named = dict(zip(call.returned, results, strict=True))
         grads = torch.autograd.grad(
-            [named[name] for name in caught],
-            weights,
-            list(caught.values()),
-            allow_unused=True,
+            [named[name] for name in caught], weights, list(caught.values()), allow_unused=True
         )
     return {place: grad for place, grad in enumerate(grads) if grad is not None}
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradflow.cells import CELLS
+from gradflow.cells import CELLS, CellSpec, Keeper
 from gradflow.errors import RecordingError
 from gradflow.hooks.call import Call
 from gradflow.hooks.loops.linked import pushed
@@ -38,8 +38,14 @@ class WeightChange:
     """What to change in one layer and direction."""
 
     forget_bias: float = 0.0  # added to the pre-activation of the gate that keeps the state
+    chrono: float = 0.0  # T: these gates' biases become ln u, u spread evenly over 1 … T − 1
     scale_hh: float = 1.0  # what W_hh is multiplied by
     scale_ih: float = 1.0  # what W_ih is multiplied by: as if it read so much of its input
+
+    @property
+    def of_biases(self) -> bool:
+        """Whether it is the keeping gate's biases that change."""
+        return bool(self.forget_bias or self.chrono)
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def _refuses(source: LoopSource, change: WeightChange) -> str:
             "it is part of a closed loop: its inputs would change with it, and are the user's own"
         )
     spec = CELLS[source.calls[0].cell]
-    if change.forget_bias and spec.keeper is None:
+    if change.of_biases and spec.keeper is None:
         return f"a {'vanilla ' if spec.vanilla else ''}{spec.kind} has no gate that keeps its state"
     if change.scale_hh != 1.0 and "weight_hh" not in spec.weights:
         return f"a {spec.kind} has no recurrent weights"
@@ -220,7 +226,7 @@ class _ChangedWeights:
 
     def __init__(self, changes: Mapping[tuple[int, int], WeightChange]) -> None:
         self.changes = changes
-        self.with_biases = any(change.forget_bias for change in changes.values())
+        self.with_biases = any(change.of_biases for change in changes.values())
         self._known: dict[tuple[int, ...], list[Tensor]] = {}
 
     def of(self, call: Call) -> tuple[Tensor, ...]:
@@ -244,15 +250,33 @@ class _ChangedWeights:
         if self.with_biases and not call.has_biases:
             nothing = named["weight_ih"].new_zeros(len(named["weight_ih"]))
             named |= {name: nothing for name in spec.weights if name.startswith("bias")}
-        if change.forget_bias and spec.keeper is not None:
-            kept = spec.block(spec.keeper.gate, len(named["weight_ih"]) // spec.blocks)
-            named["bias_ih"] = named["bias_ih"].clone()
-            named["bias_ih"][kept] += change.forget_bias
+        if change.of_biases and spec.keeper is not None:
+            named |= _with_biases(named, spec, spec.keeper, change)
         if change.scale_ih != 1.0:
             named["weight_ih"] = named["weight_ih"] * change.scale_ih
         if "weight_hh" in named:
             named["weight_hh"] = named["weight_hh"] * change.scale_hh
         return [named[name] for name in spec.weights if name in named]
+
+
+def _with_biases(
+    named: Mapping[str, Tensor], spec: CellSpec, keeper: Keeper, change: WeightChange
+) -> dict[str, Tensor]:
+    """The biases of a layer with those of its keeping gate changed, with chrono also of its opposite."""
+    hidden = len(named["weight_ih"]) // spec.blocks
+    kept, biases = spec.block(keeper.gate, hidden), named["bias_ih"].clone()
+    biases[kept] += change.forget_bias
+    if not change.chrono:
+        return {"bias_ih": biases}
+    longest = max(change.chrono - 1, 2.0)
+    biases[kept] = torch.linspace(1.0, longest, hidden, dtype=torch.float64).log().to(biases)
+    found = {"bias_ih": biases}
+    if keeper.opposite:
+        biases[spec.block(keeper.opposite, hidden)] = -biases[kept]
+    if "bias_hh" in named:
+        found["bias_hh"] = named["bias_hh"].clone()
+        found["bias_hh"][: kept.stop] = 0.0
+    return found
 
 
 # ------------------------------------------------------------------------------- between two calls

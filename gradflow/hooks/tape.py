@@ -57,9 +57,7 @@ def attention_backward(
 
 
 # operations without a derivative -> the same by operations that have one
-REPLACED = {
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": attention_backward,
-}
+REPLACED = {"aten._scaled_dot_product_flash_attention_for_cpu_backward.default": attention_backward}
 
 
 class TooMuch(NotReadable):

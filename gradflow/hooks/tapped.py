@@ -43,6 +43,7 @@ class Mark:
     grads: dict[str, Tensor] = field(default_factory=dict)
     axes: dict[str, Axis] = field(default_factory=dict)  # of the states' own tensors
     rows: Tensor | None = None  # (B,) the sequence of the mark before that each is; see `Link`
+    cut_kind: int = 0  # what its cuts are, a place in CUT_KINDS
 
 
 @dataclass(frozen=True)
@@ -390,11 +391,7 @@ class TapSource(HeardGradients):
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""
-        return Parity(
-            "not applicable",
-            None,
-            self.words.kind,
-        )
+        return Parity("not applicable", None, self.words.kind)
 
     def notes(self) -> list[str]:
         """What a reader should know about the track."""

@@ -83,13 +83,20 @@ def about_dangling(path: Path) -> str:
 
 def _near_names(path: Path) -> str:
     try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.exists()]
+        names = [entry.name for entry in path.parent.iterdir() if _may_be_model(entry)]
     except OSError:
         return f"nor a readable folder {path.parent}; check the path with ls"
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:
-        return f"did you mean: {analyze_command(path.with_name(near[0]))}"
+        return f"did you mean {shlex.quote(str(path.with_name(near[0])))}"
     return f"list what is there with: ls {shlex.quote(str(path.parent))}"
+
+
+def _may_be_model(path: Path) -> bool:
+    """Whether it is worth a suggestion: a file of weights by its name, or a folder of transformers."""
+    if path.is_dir():
+        return (path / "config.json").exists()
+    return path.suffix.lower() in WEIGHT_SUFFIXES and path.exists()
 
 
 def _about_folder(path: Path) -> str:

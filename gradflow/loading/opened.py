@@ -151,9 +151,7 @@ def open_any(
         typed = (str(path), spec if isinstance(spec, str) else "", member or "")
         raise type(error)(one_sentence(said, *typed, most=most)) from error
     return replace(
-        opened,
-        notes=tuple(map(printable, opened.notes)),
-        said=tuple(map(printable, opened.said)),
+        opened, notes=tuple(map(printable, opened.notes)), said=tuple(map(printable, opened.said))
     )
 
 

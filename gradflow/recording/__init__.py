@@ -20,11 +20,11 @@ from gradflow.recording.source import (
     moved,
     where_computed,
 )
-from gradflow.recording.track import Track
+from gradflow.recording.track import CUT_KINDS, Track
 from gradflow.recording.tracks import Recording, Unseen, matches_any
 
 __all__ = [
-    "Backward", "Contributions", "Forward", "Operator", "Outer", "Padding", "Parity", "Recording",
-    "Source", "ThinOperator", "Track", "Unseen", "as_one", "chosen", "matches_any", "moved",
-    "of_all_processes", "padding_of", "pooled", "where_computed",
+    "CUT_KINDS", "Backward", "Contributions", "Forward", "Operator", "Outer", "Padding",
+    "Parity", "Recording", "Source", "ThinOperator", "Track", "Unseen", "as_one", "chosen",
+    "matches_any", "moved", "of_all_processes", "padding_of", "pooled", "where_computed",
 ]  # fmt: skip

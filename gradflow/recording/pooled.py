@@ -58,6 +58,7 @@ def chosen(track: Track, sequences: Sequence[int]) -> Track:
         lengths=track.lengths[index.to(track.lengths.device)],
         mask=track.mask[:, at],
         cuts=track.cuts[:, at],
+        cut_kinds=None if track.cut_kinds is None else track.cut_kinds[:, at],
         source=ChosenSource(track.source, index),
         _cache={},
     )
@@ -133,13 +134,9 @@ class ChosenSource:
         """Step Jacobians."""
         return self.inner.operator(dtype, self.index[sequences])
 
-    def changed(
-        self, *, forget_bias: float, scale_hh: float, scale_ih: float
-    ) -> tuple[Source, dict[str, Tensor]]:
+    def changed(self, **changes: float) -> tuple[Source, dict[str, Tensor]]:
         """The calls again with changed weights."""
-        source, weights = self.inner.changed(
-            forget_bias=forget_bias, scale_hh=scale_hh, scale_ih=scale_ih
-        )
+        source, weights = self.inner.changed(**changes)
         return ChosenSource(source, self.index), weights
 
     def alone(self) -> Source | None:
@@ -328,11 +325,17 @@ def as_one(run: list[Track]) -> Track:
         lengths=torch.cat([track.lengths.to(device) for track in run]),
         mask=joined([track.mask for track in run]),
         cuts=joined([track.cuts for track in run]),
+        cut_kinds=joined([_kinds(track) for track in run]),
         notes=list(dict.fromkeys(note for track in run for note in track.notes)),
         source=PooledSource(run),
         runs=tuple(track.batch for track in run),
         _cache={},
     )
+
+
+def _kinds(track: Track) -> Tensor:
+    known = track.cut_kinds
+    return torch.zeros_like(track.cuts, dtype=torch.int8) if known is None else known
 
 
 def _longer(array: Tensor, steps: int, value: float) -> Tensor:
@@ -519,14 +522,9 @@ class PooledSource:
         made = Side if not any(isinstance(one, ThinOperator) for one, _ in parts) else ThinSide
         return made(parts, self._steps, len(sequences))
 
-    def changed(
-        self, *, forget_bias: float, scale_hh: float, scale_ih: float
-    ) -> tuple[PooledSource, dict[str, Tensor]]:
+    def changed(self, **changes: float) -> tuple[PooledSource, dict[str, Tensor]]:
         """All runs again with changed weights."""
-        runs = [
-            track.changed(forget_bias=forget_bias, scale_hh=scale_hh, scale_ih=scale_ih)
-            for track in self.runs
-        ]
+        runs = [track.changed(**changes) for track in self.runs]
         return PooledSource(runs), runs[0].weights
 
     def parity(self) -> Parity:

@@ -14,7 +14,12 @@ from gradflow.errors import RecordingError, must_be
 from gradflow.recording.padding import Padding
 from gradflow.recording.source import Backward, Contributions, Forward, Operator, Parity, Source
 
-GROWING = ("lengths", "mask", "cuts")  # what changes in a `Track` while its loop goes on
+# what changes in a `Track` while its loop goes on
+GROWING = ("lengths", "mask", "cuts", "cut_kinds")
+# what a cut is, by the state that goes on behind it and by whether a path of the graph leads there;
+# 0: not known. The values of states that a loop marks are not seen on their way into the next step
+CUT_KINDS = ("", "detached", "masked with zeros", "reset to zeros", "reset to other values",
+             "masked or reset", "detached or reset")  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -37,6 +42,8 @@ class Track:
     cuts: Tensor  # (T, B) true where no previous state arrives
     weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies; stock cells only
     source: Source = field(repr=False)  # where its numbers come from, when they are read
+    # (T, B) what each cut is, a place in CUT_KINDS; None where that is not known
+    cut_kinds: Tensor | None = field(default_factory=lambda: None)
     foreign: frozenset[str] = frozenset()  # weights that were computed or given, no parameters
     training: bool = True  # whether its module was in training mode
     batch_first: bool = False  # how the layer itself was given its input
@@ -57,7 +64,7 @@ class Track:
     state_shape: tuple[int, ...] = ()  # of a linear recurrence: (heads, d_k, d_v), (channels, N)
     code: tuple[object, ...] = ()  # tells loops of one name apart: weights, or the line of a tap
     _cache: dict[str, tuple[int, object]] = field(default_factory=dict, repr=False)
-    # makes lengths, mask and cuts of a loop that goes on, when they are read
+    # makes what is GROWING of a loop that goes on, when it is read
     _shape: Callable[[], dict[str, Tensor]] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -84,10 +91,10 @@ class Track:
                 self.__dict__.pop(name, None)
 
     def grow(self, shape: Callable[[], dict[str, Tensor]]) -> None:
-        """The loop went on: its lengths, mask and cuts are made anew when they are next read.
+        """The loop went on: what is `GROWING` is made anew when it is next read.
 
         Args:
-            shape: makes the three, by name. What is done per step so does not grow with the steps.
+            shape: makes it, by name. What is done per step so does not grow with the steps.
 
         >>> import torch, gradflow
         >>> cell = torch.nn.RNNCell(1, 1)
@@ -107,11 +114,11 @@ class Track:
     if not TYPE_CHECKING:  # for a type checker all attributes are there
 
         def __getattr__(self, name: str) -> Tensor:
-            """Lengths, mask or cuts that are not made yet."""
+            """What is `GROWING` and not made yet."""
             shape = self.__dict__.get("_shape")
             if name not in GROWING or shape is None:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            self.__dict__.update(shape())
+            self.__dict__.update(dict.fromkeys(GROWING) | shape())
             return self.__dict__[name]
 
     def _read(self, what: str) -> object:
@@ -496,15 +503,14 @@ class Track:
         source = self.source.alone()
         return None if source is None else replace(self, source=source, loop="", _cache={})
 
-    def changed(
-        self, *, forget_bias: float = 0.0, scale_hh: float = 1.0, scale_ih: float = 1.0
-    ) -> Track:
+    def changed(self, **changes: float) -> Track:
         """The recorded calls run again with changed weights of this layer: no gradient, new gains.
 
         Args:
-            forget_bias: added to the pre-activation of an LSTM's f, of a GRU's z.
-            scale_hh: what W_hh is multiplied by.
-            scale_ih: what W_ih is multiplied by, as if the layer read so much of its input.
+            changes: ``forget_bias``, added to the pre-activation of an LSTM's f, of a GRU's z;
+                ``chrono``, the longest distance that the biases of these gates are set for;
+                ``scale_hh``, what W_hh is multiplied by; ``scale_ih``, the same of W_ih, as if the
+                layer read so much of its input.
 
         Returns:
             A track of the same layer with its new states, gates, weights and step Jacobians.
@@ -521,9 +527,7 @@ class Track:
         >>> recording["l0"].changed(scale_hh=2.0).h.flatten().tolist()
         [0.5, 1.0, 1.5]
         """
-        source, weights = self.source.changed(
-            forget_bias=forget_bias, scale_hh=scale_hh, scale_ih=scale_ih
-        )
+        source, weights = self.source.changed(**changes)
         return replace(self, source=source, weights=weights, _cache={})
 
     @property

@@ -13,28 +13,22 @@ from gradflow.reporter.folders import check_folder, free_folder, whole_folder
 from gradflow.reporter.histories.course import Course, course, courses
 from gradflow.reporter.histories.figures import draw_courses, plot_histories
 from gradflow.reporter.histories.files import HISTORY_FORMATS, history_summary, report_history
-from gradflow.reporter.histories.groups import (
-    GROUP_COLUMNS,
-    GroupRow,
-    groups_of,
-    row_of,
-    rows_of,
-)
+from gradflow.reporter.histories.groups import GroupRow, groups_of, row_of, rows_of
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.live import Followed, follow
 from gradflow.reporter.histories.story import far_words, reach, sentence, updates
-from gradflow.reporter.histories.text import render_groups, render_histories, render_history
+from gradflow.reporter.histories.text import of_groups, of_histories, render_history
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import gone_words, number_words
 from gradflow.reporter.picture import png
-from gradflow.reporter.text import render, render_comparison, render_sentences
+from gradflow.reporter.text import Numbers, of_runs, render, render_comparison, render_sentences
 
 __all__ = [
-    "FORMATS", "GROUP_COLUMNS", "HISTORY_FORMATS", "HISTORY_KINDS", "KINDS", "Course", "Followed",
-    "GroupRow", "check_folder", "comparison_html", "comparison_page", "comparison_summary", "course",
-    "courses", "draw_courses", "draw_trend", "far_words", "follow", "free_folder", "gone_words",
-    "groups_of", "history_summary", "number_words", "plot", "plot_histories", "png", "reach", "render",
-    "render_comparison", "render_groups", "render_histories", "render_history", "render_sentences",
-    "report", "report_history", "row_of", "rows_of", "sentence", "summary", "top_findings", "updates",
-    "whole_folder",
+    "FORMATS", "HISTORY_FORMATS", "HISTORY_KINDS", "KINDS", "Course", "Followed", "GroupRow",
+    "Numbers", "check_folder", "comparison_html", "comparison_page", "comparison_summary",
+    "course", "courses", "draw_courses", "draw_trend", "far_words", "follow", "free_folder",
+    "gone_words", "groups_of", "history_summary", "number_words", "of_groups", "of_histories",
+    "of_runs", "plot", "plot_histories", "png", "reach", "render", "render_comparison",
+    "render_history", "render_sentences", "report", "report_history", "row_of", "rows_of",
+    "sentence", "summary", "top_findings", "updates", "whole_folder",
 ]  # fmt: skip

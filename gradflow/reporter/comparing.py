@@ -13,17 +13,14 @@ from matplotlib.figure import Figure
 
 from gradflow._version import __version__
 from gradflow.analysis import SCHEMA, Analysis
+from gradflow.history import History
 from gradflow.limits import BAND
 from gradflow.reporter.digest import strict, summary
+from gradflow.reporter.histories.files import history_summary
 from gradflow.reporter.page import template
 from gradflow.reporter.picture import INK, SOFT, Picture, data_url, look
 from gradflow.reporter.scale import SERIES
-
-HEADINGS = {  # of the numbers that are shown, in this order
-    "run": "run", "layer": "layer", "verdict": "verdict", "gain": "gain", "gain_low": "gain, from",
-    "gain_high": "gain, to", "rate": "rate", "rate_low": "rate, from", "rate_high": "rate, to",
-    "half_life": "half-life", "window": "window", "horizon": "horizon", "channels": "channels",
-}  # fmt: skip
+from gradflow.reporter.text import Numbers
 
 
 def comparison_page(
@@ -31,9 +28,7 @@ def comparison_page(
     sentences: Sequence[str],
     notes: Sequence[str],
     picture: bytes,
-    table: pd.DataFrame,
-    units: str = "Gain in nats (ln of the ratio), rate in nats per step, each with its 95 % interval; "
-    "half-life, window and horizon in steps; –: none, or not reached.",
+    numbers: Numbers,
 ) -> str:
     """One file that reads offline: what changed, the picture, all numbers with their units in words."""
     return template("comparison.html").render(
@@ -43,14 +38,14 @@ def comparison_page(
         notes=notes,
         source=data_url(picture, "png"),
         alt=f"{len(runs)} runs on one scale: {sentences[0]}",
-        table=_table(table),
-        units=units,
+        table=_table(numbers),
+        units=numbers.units,
         version=__version__,
     )
 
 
 def comparison_html(
-    sentences: Sequence[str], notes: Sequence[str], picture: bytes, table: pd.DataFrame
+    sentences: Sequence[str], notes: Sequence[str], picture: bytes, numbers: Numbers
 ) -> str:
     """The same at the end of a notebook's cell."""
     words = "".join(Markup("<li>{}</li>").format(sentence) for sentence in sentences)
@@ -58,12 +53,23 @@ def comparison_html(
     return (
         f'<div class="gradflow" style="max-width:60em;text-align:left"><ul>{words}</ul>'
         f'<img alt="runs on one scale" src="{data_url(picture, "png")}" style="width:100%;max-width:44em">'
-        f"{small}<details><summary>all numbers</summary>{_table(table)}</details></div>"
+        f"{small}<details><summary>all numbers</summary>{_table(numbers)}</details></div>"
     )
 
 
+def _table(numbers: Numbers) -> Markup:
+    named = [(" ".join(column.heading.split()), column.value) for column in numbers.columns]
+    head = Markup().join(Markup("<th>{}").format(name) for name, _ in named)
+    cell, row = Markup('<td data-of="{}">{}'), Markup("<tr>{}</tr>\n")
+    rows = [
+        Markup().join(cell.format(n, value(one)) for n, value in named) for one in numbers.things
+    ]
+    body = Markup().join(map(row.format, rows))
+    return Markup("<table><thead><tr>{}</tr></thead><tbody>\n{}</tbody></table>").format(head, body)
+
+
 def comparison_summary(
-    runs: Mapping[str, Analysis],
+    runs: Mapping[str, Analysis] | Mapping[str, History],
     changes: pd.DataFrame,
     sentences: Sequence[str],
     notes: Sequence[str],
@@ -72,7 +78,10 @@ def comparison_summary(
     made = {
         "schema": SCHEMA,
         "gradflow": __version__,
-        "runs": {name: summary(run) for name, run in runs.items()},
+        "runs": {
+            name: summary(run) if isinstance(run, Analysis) else history_summary(run)
+            for name, run in runs.items()
+        },
         "changes": changes.to_dict("records"),
         "sentences": list(sentences),
         "notes": list(notes),
@@ -80,15 +89,6 @@ def comparison_summary(
     strictly = strict(made)
     assert isinstance(strictly, dict)
     return strictly
-
-
-def _table(table: pd.DataFrame) -> Markup:
-    found = table
-    if "run" in table:
-        found = table[[column for column in HEADINGS if column in table]].rename(columns=HEADINGS)
-    shown = found.astype(object).where(found.notna(), "–")
-    # pandas escapes
-    return Markup(shown.to_html(index=False, border=0, float_format="{:.4g}".format))
 
 
 def draw_trend(runs: Mapping[str, Analysis]) -> Figure:

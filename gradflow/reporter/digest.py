@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from gradflow._version import __version__
@@ -24,19 +26,62 @@ PREDICTED = ("vanishing", "exploding")  # findings below which predictions are s
 
 
 def top_findings(analysis: Analysis, most: int = SHOWN) -> list[Finding]:
-    """The findings to show first: of the worst layers, one of each name before a second of any."""
-    first: list[Finding] = []
-    again: list[Finding] = []
-    seen: set[str] = set()
-    for finding in analysis.findings:
-        (again if finding.name in seen else first).append(finding)
-        seen.add(finding.name)
-    return (first + again)[:most]
+    """The findings to show first: of the worst layers, one of each name before a second of any.
+
+    One for a whole stack where its layers have the same and one line of code mends all of them.
+    """
+    return _one_of_each_first(_for_stacks(analysis.findings))[:most]
 
 
 def other_findings(analysis: Analysis, most: int = SHOWN) -> list[Finding]:
     """All the findings that `top_findings` leaves out."""
     return top_findings(analysis, len(analysis.findings))[most:]
+
+
+def _one_of_each_first(findings: Sequence[Finding]) -> list[Finding]:
+    first: list[Finding] = []
+    again: list[Finding] = []
+    seen: set[str] = set()
+    for finding in findings:
+        (again if finding.name in seen else first).append(finding)
+        seen.add(finding.name)
+    return first + again
+
+
+def _for_stacks(findings: Sequence[Finding]) -> list[Finding]:
+    """The same, in the place of its worst layer one for all layers of a stack that need the same."""
+    alike: dict[tuple[object, ...], list[Finding]] = {}
+    for place, finding in enumerate(findings):
+        stack, code = _in_any_layer(finding)
+        own = "" if stack and finding.code else place
+        alike.setdefault((finding.name, stack, code, own), []).append(finding)
+    return [_of_all(some) for some in alike.values()]
+
+
+def _in_any_layer(finding: Finding) -> tuple[str, str]:
+    """The module of a layer of a stack, "" for others, and the code of a finding with a name for it."""
+    found = re.fullmatch(r"(.*?)(l\d+(?:_reverse)?)(?:@\d+)?", finding.layer)
+    if found is None:
+        return "", finding.code
+    owner, layer = found[1], found[2]
+    code = re.sub(
+        rf"\b(model[^\s=]*?)\.(\w+)_{layer}\b", r'getattr(\1, f"\2_{layer}")', finding.code
+    )
+    return owner or "model", code
+
+
+def _of_all(some: Sequence[Finding]) -> Finding:
+    """One finding for the same one of several layers, whose numbers are those of the worst."""
+    worst = some[0]
+    names = sorted(finding.layer for finding in some)
+    if len(names) == 1:
+        return worst
+    code, layers = worst.code, sorted({name.rpartition(".")[2].partition("@")[0] for name in names})
+    if (general := _in_any_layer(worst)[1]) != code and len(layers) > 1:
+        lines = "\n".join(f"    {line}" for line in general.splitlines())
+        code = f"for layer in ({', '.join(map(repr, layers))}):\n{lines}"
+    others = ", ".join(name for name in names if name != worst.layer)
+    return replace(worst, message=f"{worst.message}; likewise {others}", code=code)
 
 
 def predictions(analysis: Analysis, finding: Finding) -> tuple[Prediction, ...]:
@@ -62,7 +107,7 @@ def summary(analysis: Analysis) -> dict[str, Any]:
         "title": analysis.title,
         "verdicts": {layer.name: layer.verdict for layer in analysis.values()},
         "layers": [_layer(layer) for layer in analysis.values()],
-        "findings": [asdict(finding) for finding in top_findings(analysis, len(analysis.findings))],
+        "findings": [asdict(finding) for finding in _one_of_each_first(analysis.findings)],
         "warnings": list(analysis.warnings),
         "unseen": [asdict(one) for one in analysis.unseen],
         "provenance": dict(analysis.provenance),
@@ -88,6 +133,7 @@ def _layer(layer: LayerAnalysis) -> dict[str, Any]:
         "window": {"value": layer.window, "of": WINDOW_OF, "tolerance": LAG_TOLERANCE},
         "loss_reach": {"value": layer.loss_reach, "never": layer.loss_reach == math.inf},
         **_reach(layer),
+        "channel_steps": layer.channel_steps,
         "lyapunov": None if layer.lyapunov is None else layer.lyapunov.tolist(),
         "kaplan_yorke": layer.kaplan_yorke,
         "entropy_rate": layer.entropy_rate,
@@ -137,11 +183,7 @@ def _rate(rate: Rate) -> dict[str, Any]:
 def _reach(found: LayerAnalysis | Prediction) -> dict[str, Any]:
     return {
         "half_life": {"value": found.half_life, "never": found.half_life == math.inf},
-        "horizon": {
-            "value": found.horizon,
-            "never": found.never_gone,
-            "searched": found.searched,
-        },
+        "horizon": {"value": found.horizon, "never": found.never_gone, "searched": found.searched},
         "channels": found.channels,
     }
 

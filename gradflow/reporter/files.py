@@ -24,11 +24,7 @@ FORMATS = ("html", "json", "csv", "png", "nc")  # written unless others are aske
 
 
 def report(
-    analysis: Analysis,
-    folder: str | Path,
-    *,
-    formats: Iterable[str] = FORMATS,
-    force: bool = False,
+    analysis: Analysis, folder: str | Path, *, formats: Iterable[str] = FORMATS, force: bool = False
 ) -> dict[str, Path]:
     """Write page, summary, tables, pictures and run into a folder; `gradflow.report` says all of it.
 

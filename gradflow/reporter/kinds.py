@@ -125,10 +125,7 @@ KINDS: dict[str, Kind | None] = {
         beside=_beside,
         heights=lambda chart: (3.3,),
         width=3.3,
-        scale=Scale(
-            ratios("1: unchanged"),
-            _map_specials,
-        ),
+        scale=Scale(ratios("1: unchanged"), _map_specials),
         columns=2,
         stepped=True,
         folded=False,

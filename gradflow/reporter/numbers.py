@@ -67,9 +67,13 @@ def steps_words(value: float | int | None) -> str:
     return f"{value:.2f}" if value < 1 else f"{value:.1f}"
 
 
-def channel_words(layer: LayerAnalysis) -> str:
-    """How many directions survive the span."""
-    return "unknown" if layer.channels is None else f"{layer.channels} of {layer.size}"
+def channel_words(layer: LayerAnalysis, found: LayerAnalysis | Prediction | None = None) -> str:
+    """How many directions survive, and so many steps; of a prediction for the layer, likewise."""
+    channels = (found or layer).channels
+    if channels is None:
+        return "unknown"
+    steps = layer.channel_steps
+    return f"{channels} of {layer.size}" + ("" if steps is None else f" at {steps}")
 
 
 def cell_words(layer: LayerAnalysis) -> str:

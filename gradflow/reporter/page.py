@@ -54,6 +54,10 @@ BOXED = ("snippet", "next_command")  # provenance shown in a box of its own
 
 LABEL_WORDS = {  # in plain words; a page explains those it shows
     "depends on the input": "The verdict is not the same under all probes; your own data decides.",
+    "chaotic": "States that differ by little grow apart, e-fold every 1/rate steps, while the states "
+    "themselves do not grow: the largest Lyapunov exponent is above 0. The gradient from farther back "
+    "grows as fast and drowns what is near; clipping makes it shorter and changes nothing else. Cut the "
+    "state or force it back to the data (teacher forcing) every ln 2/rate steps, or shrink W_hh.",
     "no recurrence": "One step only: no state was handed on.",
     "not finite": "NaN or infinity occurs, so no rate can be given.",
     "no gains": "How one step's state depends on the one before is not known; states and gradients of "
@@ -292,13 +296,12 @@ def outlooks(analysis: Analysis, finding: Finding) -> tuple[str, list[Outlook]]:
 
 
 def _outlook(prediction: Prediction, layer: LayerAnalysis) -> Outlook:
-    known = prediction.channels is not None
     return Outlook(
         words=prediction.words,
         rate=rate_words(prediction.rate),
         half_life=half_life_words(prediction),
         gone=gone_words(prediction),
-        channels=f"{prediction.channels} of {layer.size}" if known else "unknown",
+        channels=channel_words(layer, prediction),
         verdict=prediction.verdict,
     )
 

@@ -178,10 +178,7 @@ def _curves(ax: Axes, said: Curves) -> dict[str, Any]:
         "log10": said.log10,
         "share": said.share,
         "lines": [
-            {
-                "name": name,
-                "values": [_number(value, said.log10) for value in values.tolist()],
-            }
+            {"name": name, "values": [_number(value, said.log10) for value in values.tolist()]}
             for name, values in lines
             if not np.isnan(values).all()
         ],

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
+from gradflow.analysis import Analysis, Finding, Prediction
 from gradflow.reporter.digest import other_findings, predicted, predictions, top_findings
 from gradflow.reporter.numbers import (
     cell_words,
@@ -41,13 +42,41 @@ SENTENCES = 5  # the worst layers; the table holds all
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table; on a narrow console it is left out."""
+    """One column of a table; on a narrow console it is left out."""
 
-    heading: str
-    value: Callable[[LayerAnalysis], str]
-    from_width: int = 0
-    words: bool = False
-    may_fold: bool = False
+    heading: str  # its words, on lines
+    value: Callable[[Any], str]  # of what a row is about
+    from_width: int = 0  # letters of the console that it needs
+    words: bool = False  # whether it holds words, else numbers
+    may_fold: bool = False  # whether its cells may be broken
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A table in words, for the terminal, a page, a notebook."""
+
+    columns: Sequence[Column]  # one of them is headed "verdict"
+    things: Sequence[Any]  # what the rows are about
+    units: str = "Rate in nats per step; half-life, window and horizon in steps."  # on a page
+
+    def shown(self, console: Console) -> Table:
+        """As much of it as the console has room for, in what it can encode."""
+        columns = [column for column in self.columns if console.width >= column.from_width]
+        table = empty_table(console)
+        for column in columns:
+            table.add_column(
+                encoded(Text(column.heading), console),
+                justify="left" if column.words else "right",
+                overflow="fold",
+                no_wrap=not column.may_fold,
+            )
+        for thing in self.things:
+            cells = [Text(column.value(thing)) for column in columns]
+            for column, cell in zip(columns, cells, strict=True):
+                if column.heading == "verdict":
+                    cell.style = STYLES.get(cell.plain.partition(" ")[0], "")
+            table.add_row(*(encoded(cell, console) for cell in cells))
+        return table
 
 
 COLUMNS = (
@@ -56,11 +85,23 @@ COLUMNS = (
     Column("verdict", lambda layer: layer.verdict, words=True),
     Column("gain over\nthe span", gain_words, from_width=88),
     Column("rate ± 95 %\nper step", lambda layer: rate_words(layer.rate), may_fold=True),
-    Column("half-\nlife", half_life_words, from_width=70),
+    Column("half-\nlife", half_life_words, from_width=86),
     Column("window\nfor 5 %", window_words, from_width=90),
     Column("horizon\nsteps", gone_words),
-    Column("channels", channel_words, from_width=50),
+    Column("channels\nat distance", channel_words, from_width=50),
 )
+
+
+def of_runs(runs: Mapping[str, Analysis]) -> Numbers:
+    """The layers of several runs, under the names of the runs."""
+
+    def of_layer(column: Column) -> Column:
+        return replace(column, value=lambda named: column.value(named[1]))
+
+    run = Column("run", lambda named: str(named[0]), words=True, may_fold=True)
+    layers = [(name, layer) for name, analysis in runs.items() for layer in analysis.values()]
+    return Numbers([run, *map(of_layer, COLUMNS)], layers)
+
 
 _PLAIN = str.maketrans(
     {"−": "-", "∞": "inf", "∂": "d", "′": "'", "·": ".", "×": "x", "≤": "<=", "≥": ">=", "–": "-",
@@ -92,7 +133,7 @@ def render(analysis: Analysis, console: Console | None = None, *, verbose: bool 
     console = console or console_of()
     print_words(console, Text(f"gradflow: {analysis.title}", style="bold"))
     print_words(console, Text(""))
-    console.print(_table(analysis, console))
+    console.print(Numbers(COLUMNS, list(analysis.values())).shown(console))
     print_words(console, Text(""))
     _sentences(console, analysis)
     others = other_findings(analysis)
@@ -117,63 +158,24 @@ def render_sentences(analysis: Analysis, console: Console | None = None) -> None
 
 
 def render_comparison(
-    runs: Mapping[str, Analysis],
+    numbers: Numbers,
     sentences: Sequence[str],
     notes: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
     """Print several runs in one table, what changed between them, and what to know about that."""
     console = console or console_of()
-    table = _columns(console, "run")
-    for name, analysis in runs.items():
-        _add_rows(table, analysis, console, name)
-    console.print(table)
+    console.print(numbers.shown(console))
     print_words(console, Text(""))
     for sentence in sentences:
         print_words(console, Text(sentence), hang=2)
     _notes(console, notes)
 
 
-def _table(analysis: Analysis, console: Console) -> Table:
-    table = _columns(console)
-    _add_rows(table, analysis, console)
-    return table
-
-
-def _shown(console: Console) -> list[Column]:
-    return [column for column in COLUMNS if console.width >= column.from_width]
-
-
 def empty_table(console: Console) -> Table:
     """A table without columns, in what the console can encode."""
     look = ASCII_HEAD if is_plain(console) else box.SIMPLE_HEAD
     return Table(box=look, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-
-
-def _columns(console: Console, first: str = "") -> Table:
-    """An empty table with as many columns as the console has room for."""
-    table = empty_table(console)
-    if first:
-        table.add_column(first, overflow="fold")
-    for column in _shown(console):
-        table.add_column(
-            encoded(Text(column.heading), console),
-            justify="left" if column.words else "right",
-            overflow="fold",
-            no_wrap=not column.may_fold,
-        )
-    return table
-
-
-def _add_rows(table: Table, analysis: Analysis, console: Console, run: str = "") -> None:
-    """A row per layer, under the name of the run where there are several."""
-    columns = _shown(console)
-    for layer in analysis.values():
-        cells = [Text(column.value(layer)) for column in columns]
-        cells[[column.heading for column in columns].index("verdict")].style = STYLES[layer.verdict]
-        if run:
-            cells.insert(0, Text(run))
-        table.add_row(*(encoded(cell, console) for cell in cells))
 
 
 def _sentences(console: Console, analysis: Analysis) -> None:

@@ -17,12 +17,6 @@ that paths must be theirs too; what they find comes back and is written by the p
 """
 
 from gradflow.sweeping.standing import held_in
-from gradflow.sweeping.swept import (
-    SweepRequest,
-    gather,
-    run_sweep,
-    sweep,
-    sweep_request,
-)
+from gradflow.sweeping.swept import SweepRequest, gather, run_sweep, sweep, sweep_request
 
 __all__ = ["SweepRequest", "gather", "held_in", "run_sweep", "sweep", "sweep_request"]

@@ -16,7 +16,6 @@ from torch import Tensor
 from gradflow.analysis.results import Finding, Rate
 from gradflow.analyzer.activity import between, masked_mean, over_all, sigmoid_and_other
 from gradflow.analyzer.causes.remedies import (
-    FOREIGN,
     MAJORITY,
     OVER_BAND,
     calmer,
@@ -112,17 +111,18 @@ def keeping_gates(e: Evidence) -> Iterator[Finding]:
     fast = pace.value < -e.band if keeper.overwritten is None else mean < keeper.overwritten
     if not (fast and _at_most_steps(gate.log(), e) < -e.band):
         return
+    advice, code = chrono(e, keeper)
     yield Finding(
         name=f"{keeper.name}-gates-{keeper.fault}",
         layer=e.track.name,
         message=f"{keeper.name} gates average {mean:.2f}: {keeper.keeps} for "
-        f"{number(-1 / pace.value)} steps, of your {e.span}",
+        f"{number(-1 / pace.value)} steps, of {e.span_words}",
         where=_shut(keeper.gate, f"{keeper.shut}below", gate, e),
         **_scale(e, pace),
         basis=OVER_BAND,
         source="" if foreign_biases(e) else "Tallec & Ollivier 2018",
-        code=chrono(e),
-        advice=FOREIGN if foreign_biases(e) else keeper.chrono,
+        code=code,
+        advice=advice,
     )
 
 

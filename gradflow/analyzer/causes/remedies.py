@@ -47,26 +47,16 @@ class Try:
         return self.won >= self.least
 
 
-def tried(
-    e: Evidence,
-    *,
-    forget_bias: float = 0.0,
-    scale_hh: float = 1.0,
-    scale_ih: float = 1.0,
-    opens: str = "",
-) -> Try:
+def tried(e: Evidence, *, opens: str = "", **changes: float) -> Try:
     """Run a layer again with changed weights, and see whether it does what the remedy promises.
 
     Args:
         e: of the layer.
-        forget_bias: see `Track.changed`, as the others.
-        scale_hh: a factor.
-        scale_ih: a factor.
         opens: a gate that is to be shut less often; by default the gain is to come nearer to 1.
+        changes: see `Track.changed`.
     """
-    key = (opens, forget_bias, scale_hh, scale_ih)
+    key = (opens, *sorted(changes.items()))
     if key not in e.tries:
-        changes = {"forget_bias": forget_bias, "scale_hh": scale_hh, "scale_ih": scale_ih}
         e.tries[key] = _try(e, changes, opens)
     return e.tries[key]
 
@@ -207,12 +197,28 @@ def foreign_biases(e: Evidence) -> bool:
     return not e.track.foreign.isdisjoint(names)
 
 
-def chrono(e: Evidence) -> str:
+def chrono(e: Evidence, keeper: Keeper) -> tuple[str, str]:
+    """Advice and code for biases drawn from the range of distances, if they help on this batch."""
+    if foreign_biases(e):
+        return FOREIGN, ""
+    longest = max(3, e.span)
+    found = tried(e, chrono=longest)
+    if found.why_not:
+        asked = f"print(gradflow.what_if(recording, chrono={longest}))"
+        return f"see whether this helps ({found.why_not}): {keeper.chrono}", asked
+    if found.helps:
+        return keeper.chrono, _chrono_code(e)
+    return (
+        f"look at what shuts them, inputs or weights: {keeper.name} biases drawn from the range of "
+        "distances (chrono initialisation) do not bring the gain nearer to 1 on this batch",
+        "",
+    )
+
+
+def _chrono_code(e: Evidence) -> str:
     """Biases log(u), u uniform in [1, span − 1]; the input gate of a cell gets the opposite."""
     if "bias_ih" not in e.track.weights:
         return NO_BIAS
-    if foreign_biases(e):
-        return ""
     assert e.spec is not None and e.keeper is not None
     kept, longest = _bias(e, "bias_ih", e.keeper.gate), max(e.span - 1, 2)
     end = e.spec.block(e.keeper.gate, e.track.hidden).stop

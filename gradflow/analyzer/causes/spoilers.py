@@ -19,7 +19,8 @@ from gradflow.analyzer.timeline import (
     bad_state,
     bad_weight,
     cut_steps,
-    in_some_sequences,
+    cut_words,
+    kinds_of_cuts,
     segment_lengths,
     typical_length,
     typical_segment,
@@ -154,23 +155,21 @@ def cut(e: Evidence) -> Iterator[Finding]:
     noun = "step" if len(steps) == 1 else "steps"
     longest = int(e.data["segment_length"].max())
     whole = max(e.span, typical_length(e.track))
-    episodes = in_some_sequences(e.track)
-    short = longest < whole and not episodes
+    # whether an episode ends there, by all that is known: then nothing is to be mended
+    cuts = kinds_of_cuts(e.track)
+    ends = [some or kind.startswith(("masked", "reset")) for kind, some in cuts]
+    short = longest < whole and not all(ends)
     yield Finding(
         name="cut",
         layer=e.track.name,
         message=f"the state is cut off from its past at {noun} {shown}: no gradient crosses there; "
-        f"{_segments(e)}, of sequences of {whole}; {_how(e, episodes)}",
+        f"{_segments(e)}, of sequences of {whole}; {cut_words(e.track)}",
         where=f"{noun} {shown}",
         value=float(longest),
         threshold=float(whole),
         basis="the longest stretch against span and sequence",
         severity=-math.inf if short else None,
-        advice="nothing where an episode ends there: what is learned reaches back to its start at most, "
-        f"typically {counted(typical_segment(e.track) or 1, 'step')}, however long the rollout"
-        if episodes
-        else "nothing where an episode or a document ends there; if the task reaches across, carry "
-        "the state without detach(), or use a longer window",
+        advice=_across(e, ends),
         source="Williams & Peng 1990",
         code=f"windows = x.split({whole}{', dim=1' if e.track.batch_first else ''})"
         "  # one backward per window"
@@ -179,13 +178,19 @@ def cut(e: Evidence) -> Iterator[Finding]:
     )
 
 
-def _how(e: Evidence, episodes: bool) -> str:
-    """What kind of cut it is, as far as its place in the batch tells."""
-    if e.track.batch == 1:
-        return "it was detached, reset or masked with zeros there"
-    if episodes:
-        return "in some sequences at a time, as where done masks reset the state"
-    return "in all sequences at once, as where the state is detached or reset"
+def _across(e: Evidence, ends: list[bool]) -> str:
+    """What to do about cuts, some of which may be the ends of episodes."""
+    if all(ends):
+        typical = counted(typical_segment(e.track) or 1, "step")
+        return (
+            "nothing where an episode ends there: what is learned reaches back to its start at most, "
+            f"typically {typical}, however long the rollout"
+        )
+    return (
+        "nothing where an episode or a document ends there; if the task reaches across"
+        f"{' where the state is detached' if any(ends) else ''}, carry it without detach(), or use a "
+        "longer window"
+    )
 
 
 def _segments(e: Evidence) -> str:

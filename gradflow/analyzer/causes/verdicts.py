@@ -17,13 +17,7 @@ from gradflow.analyzer.causes.remedies import (
     orthogonal,
 )
 from gradflow.analyzer.evidence import Evidence, counted, number
-from gradflow.limits import (
-    BAND_WORDS,
-    FEW_CHANNELS,
-    FEW_CHANNELS_UNITS,
-    GONE_WORDS,
-    LN_BAND,
-)
+from gradflow.limits import BAND_WORDS, FEW_CHANNELS, FEW_CHANNELS_UNITS, GONE_WORDS, LN_BAND
 
 
 def dead(e: Evidence) -> Iterator[Finding]:
@@ -89,8 +83,10 @@ def exploding(e: Evidence) -> Iterator[Finding]:
             advice += ", and β‖k‖² below 2: normalise the keys"
     elif e.settled and e.rate.value > 0:
         steps = counted(max(1, round(math.log(2) / e.rate.value)), "step")
-        advice += "; that does not cure chaos: a positive rate also asks to cut or teacher-force "
-        advice += f"every ln 2/λ₁ = {steps}"
+        advice += (
+            "; that does not cure chaos: " if "chaotic" in e.labels else "; the growth stays: "
+        )
+        advice += f"a positive rate also asks to cut or teacher-force every ln 2/λ₁ = {steps}"
     yield Finding(
         name="exploding",
         layer=e.track.name,
@@ -228,5 +224,6 @@ def hidden_paths(e: Evidence) -> Iterator[Finding]:
         source="Kanuparthi et al. 2019",
         advice="block the gradient through h at random steps (h-detach), or shrink the recurrent "
         "weights",
-        code="h = h.detach() if torch.rand(()) < 0.25 else h  # at every step of the loop",
+        code="h = h.detach() if torch.rand(()) < 0.25 else h  # at every step of the loop"
+        + (" over nn.LSTMCell" if e.fused else ""),
     )

@@ -43,12 +43,7 @@ class Standing(Place):
     batch: int = 0  # 0: every sequence has rows of its own
 
     @staticmethod
-    def holding(
-        views: dict[Edge, list[View]],
-        rows: dict[str, Tensor],
-        *,
-        one: bool,
-    ) -> Standing:
+    def holding(views: dict[Edge, list[View]], rows: dict[str, Tensor], *, one: bool) -> Standing:
         """The place of states seen at these edges, with their values (B, width)."""
         batch = len(next(iter(rows.values())))
         if one:

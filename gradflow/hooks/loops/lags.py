@@ -11,15 +11,7 @@ from torch import Tensor
 from gradflow.cells import Scan
 from gradflow.hooks.loops.arrivals import Arrivals
 from gradflow.hooks.loops.loop import Loop
-from gradflow.hooks.loops.loss_steps import (
-    Sheet,
-    by_lag,
-    by_time,
-    gathered,
-    placed,
-    sheets,
-    taken,
-)
+from gradflow.hooks.loops.loss_steps import Sheet, by_lag, by_time, gathered, placed, sheets, taken
 from gradflow.recording import Contributions, Outer, moved
 
 

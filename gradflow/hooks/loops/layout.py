@@ -45,6 +45,7 @@ class Layout:
     batch: int = 0  # B
     extents: list[int] = field(default_factory=list)  # t of every call
     cuts: dict[int, Tensor] = field(default_factory=dict)  # place of a call -> `note_cut`
+    kinds: dict[int, Tensor | int] = field(default_factory=dict)  # the same, of what it is
     padding: bool = (
         False  # whether sequences went on through steps of padding, which count as steps
     )
@@ -175,23 +176,30 @@ class Layout:
         more = self.totals[len(given) :]  # some joined in later calls
         return torch.minimum(self.totals, torch.cat([given.cpu(), more]))
 
-    def note_cut(self, place: int, cut: Tensor) -> None:
-        """Nothing comes into these sequences (b,) of a call from before it."""
+    def note_cut(self, place: int, cut: Tensor, kind: Tensor | int | None = None) -> None:
+        """Nothing comes into these sequences (b,) of a call from before it; kind as in `Link`."""
         self.cuts[place] = cut
+        if kind is not None:
+            self.kinds[place] = kind
 
     def shape(self, given: Tensor | None, device: torch.device) -> dict[str, Tensor]:
-        """Lengths (B,), mask (T, B) and cuts (T, B) as a `Track` has them; given as in `real`."""
+        """Lengths (B,), mask, cuts and their kinds (T, B) as a `Track` has them; given as in `real`."""
         steps, real = self.steps, self.real(given)
         lengths = torch.full((self.batch,), steps) if real is None else real.clone()
         lengths = lengths.to(device)
         cuts = torch.zeros(steps, self.batch, dtype=torch.bool, device=device)
+        kinds = torch.zeros(steps, self.batch, dtype=torch.int8, device=device)
         for place, cut in self.cuts.items():
             if bool(cut.any()):
                 part, cut = self.parts[place], cut.to(device)
                 cut = cut & ~part.begins.to(device) if place else cut
-                cuts[part.starts.to(device), part.sequences.to(device)] = cut
+                at = part.starts.to(device), part.sequences.to(device)
+                cuts[at] = cut
+                kinds[at] = cut * torch.as_tensor(self.kinds.get(place, 0), dtype=torch.int8).to(
+                    device
+                )
         mask = torch.arange(steps, device=device).unsqueeze(1) < lengths
-        return {"lengths": lengths, "mask": mask, "cuts": cuts}
+        return {"lengths": lengths, "mask": mask, "cuts": cuts, "cut_kinds": kinds}
 
     def placed(self, arrays: dict[int, Tensor]) -> Tensor:
         """(T, B, ...) from (t, b, ...) of some calls; zero at the steps of the others."""

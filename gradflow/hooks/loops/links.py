@@ -19,6 +19,7 @@ from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of
 from gradflow.hooks.loops import rows as rows_of
 from gradflow.hooks.loops.rows import MIXED
 from gradflow.limits import LINK_WIDEST, ROW_ROUNDING
+from gradflow.recording import CUT_KINDS
 
 Factor = Tensor | None  # (layers, B, S) elementwise, (layers, B, S, S) dense, None: see `Link`
 
@@ -33,6 +34,7 @@ class Link:
     unknown: str = ""  # why the factors are not known, if they are not
     # (B,) the sequence before that each is, −1 a new one; None: the same
     rows: Tensor | None = None
+    kind: Tensor | None = None  # (B,) what each cut is, a place in CUT_KINDS; None: there is none
     # (B before,) the step of a padded call after which each goes on, −1 none; None: the last one
     ends: Tensor | None = None
 
@@ -60,7 +62,31 @@ def find(end: End, initial: dict[str, Tensor], call: Call) -> Link | None:
         return None
     link = _by_graph(end, initial, call)
     link = link if link is not None else _by_value(end, initial, call)
+    if link is not None and bool(link.cut.any()):
+        link = replace(link, kind=_kind(link, known, call))
     return None if link is None else _in_users_order(link, known, call)
+
+
+def _kind(link: Link, known: Call, call: Call) -> Tensor | None:
+    """(B,) by value: the state that was returned goes on, or zeros do, or others; kernel's order."""
+    new, old = call.started(), rows_of.picked(known.ended(), link.rows, 1)
+    if new.shape != old.shape or link.ends is not None:
+        return None
+    alike, zero = (whole(marks) for marks in (new == old, new == 0))
+    masked = zero if link.into is not None else torch.zeros_like(zero)
+    kind = torch.full_like(zero, CUT_KINDS.index("reset to other values"), dtype=torch.int8)
+    for name, holds in (
+        ("reset to zeros", zero),
+        ("detached", alike),
+        ("masked with zeros", masked),
+    ):
+        kind[holds] = CUT_KINDS.index(name)
+    return kind
+
+
+def whole(marks: Tensor) -> Tensor:
+    """(B,) whether all of (layers, B, ·) are true."""
+    return marks.transpose(0, 1).flatten(1).all(1)
 
 
 def _but_sequences(state: Tensor) -> tuple[int, int]:
@@ -77,17 +103,18 @@ def _in_users_order(link: Link, known: Call, call: Call) -> Link | None:
         return link
     count = call.h0.shape[1]
     rows = torch.arange(count, device=call.h0.device) if rows is None else rows
-    cut, into, around = link.cut, link.into, link.around
+    cut, kind, into, around = link.cut, link.kind, link.into, link.around
     if known.unsorted is not None:  # kernel row -> user's row
         places = known.unsorted.to(rows.device).argsort()
         rows = torch.where(rows < 0, -1, places[rows.clamp(min=0)])
     if call.unsorted is not None:
         order = call.unsorted.to(rows.device)
         rows, cut = rows[order], cut[order]
+        kind = None if kind is None else kind[order]
         into = None if into is None else into.index_select(1, order)
         around = None if around is None else around.index_select(1, order)
     same = known.h0.shape[1] == count and bool((rows == torch.arange(count)).all())
-    return Link(into, around, cut, link.unknown, None if same else rows, link.ends)
+    return Link(into, around, cut, link.unknown, None if same else rows, kind, link.ends)
 
 
 # ------------------------------------------------------------------------------- in the graph
@@ -425,10 +452,6 @@ def _ends_by_value(end: End, call: Call) -> Tensor | None:
 def _compared(end: End, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(B,) each: all states equal, all zero, equal and not all zero."""
     pairs = [(state, end.call.returned[name]) for name, state in call.initial.items()]
-
-    def whole(marks: Tensor) -> Tensor:
-        return marks.transpose(0, 1).flatten(1).all(1)
-
     equal = torch.stack([whole(new == old) for new, old in pairs]).all(0)
     zero = torch.stack([whole(new == 0) for new, _ in pairs]).all(0)
     return equal, zero, equal & ~zero

@@ -271,13 +271,11 @@ class LoopSource:
             sequences = sequences.to(self.calls[0].h0.device)
             return self.loop.operator(self.layer, dtype, sequences)
 
-    def changed(
-        self, *, forget_bias: float, scale_hh: float, scale_ih: float
-    ) -> tuple[Source, dict[str, Tensor]]:
+    def changed(self, **changes: float) -> tuple[Source, dict[str, Tensor]]:
         """The layer run again with changed weights, and these."""
         from gradflow.hooks.rerun import WeightChange, changed  # which is made of these sources
 
-        return changed(self, WeightChange(forget_bias, scale_hh, scale_ih))
+        return changed(self, WeightChange(**changes))
 
     def _lost(self) -> str:
         return next((call.lost for call in self.calls if call.lost), "")

@@ -74,7 +74,7 @@ class Chain:
         self.links.append(link)
         self.changes += 1
         self.layout.add(call, link)
-        self.layout.note_cut(len(self.calls) - 1, link.cut)
+        self.layout.note_cut(len(self.calls) - 1, link.cut, link.kind)
         for track in self.tracks:
             track.grow(self._shape)
 
@@ -113,7 +113,7 @@ class Chain:
             link = replace(link, rows=known.rows)
         self.links[place] = link
         self.changes += 1
-        self.layout.note_cut(place, link.cut)
+        self.layout.note_cut(place, link.cut, link.kind)
         for track in self.tracks:
             track.read_anew()
 

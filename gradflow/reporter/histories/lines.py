@@ -252,12 +252,7 @@ def _norm_words(course: Course) -> str:
 
 
 def _lines(
-    course: Course,
-    shared: Shared,
-    note: str,
-    message: str,
-    panels: tuple[Panel, ...],
-    reading: str,
+    course: Course, shared: Shared, note: str, message: str, panels: tuple[Panel, ...], reading: str
 ) -> Lines:
     return Lines(
         message="" if note else message,
