@@ -225,5 +225,5 @@ def hidden_paths(e: Evidence) -> Iterator[Finding]:
         advice="block the gradient through h at random steps (h-detach), or shrink the recurrent "
         "weights",
         code="h = h.detach() if torch.rand(()) < 0.25 else h  # at every step of the loop"
-        + (" over nn.LSTMCell" if e.fused else ""),
+        + (" over torch's cell of this kind" if e.fused else ""),
     )
