@@ -19,7 +19,7 @@ from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of
 from gradflow.hooks.loops import rows as rows_of
 from gradflow.hooks.loops.rows import MIXED
 from gradflow.limits import LINK_WIDEST, ROW_ROUNDING
-from gradflow.recording import CUT_KINDS
+from gradflow.recording.track import CUT_KINDS
 
 Factor = Tensor | None  # (layers, B, S) elementwise, (layers, B, S, S) dense, None: see `Link`
 
