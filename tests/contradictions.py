@@ -384,7 +384,7 @@ def everything_said(run: Analysis, layer: LayerAnalysis) -> dict[str, str]:
         "triangle": triangle.prepare(layer).message,
         "lag gradient": lag_gradient.prepare(layer).message,
         "page": " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body) + labels).split()),
-        "terminal": screen.export_text(),
+        "terminal": " ".join(screen.export_text().split()),
     }
 
 
