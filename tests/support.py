@@ -503,7 +503,7 @@ REFUSED = [
     Refused(
         "the same over packed calls",
         "states, totals, the layer alone",
-        "its calls are packed, and the states between them are read of padded calls only",
+        "lengths of their own within a call, and the states between calls are read of calls in which all",
         closed_packed,
     ),
     Refused(

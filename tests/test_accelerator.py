@@ -266,7 +266,8 @@ def test_the_host_does_not_wait_at_every_step(name: str) -> None:
 
 
 # cells of torch's are called step by step: what lies between two calls is looked at call by call
-AT_EVERY_STEP = {"LSTMCell": 16, "GRUCell, cut": 16, "closed loop": 40}
+# (a third of LSTMCell's are of the chrono initialisation, which is tried as a remedy)
+AT_EVERY_STEP = {"LSTMCell": 24, "GRUCell, cut": 16, "closed loop": 40}
 
 
 def test_kernel_calls_of_a_step() -> None:
@@ -286,4 +287,4 @@ def test_kernel_calls_of_a_step() -> None:
             gradflow.analyze(recording)
         found.append((record.calls - plain.calls, totals.calls, analysis.calls))
     added, read, analyzed = [(later - one) / 20 for one, later in zip(*found, strict=True)]
-    assert (added, read, analyzed) == (0, 7, 40)
+    assert (added, read, analyzed) == (0, 7, 47)  # with two remedies of each layer tried

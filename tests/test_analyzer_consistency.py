@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import gradflow
 from gradflow import analysis as nouns
 from gradflow.analysis import FRAMES, Analysis, LayerAnalysis
+from gradflow.analysis.frames import OPTIONAL
 from gradflow.analyzer import analyze
 from gradflow.errors import GradflowWarning
 from gradflow.recording import Recording
@@ -79,8 +80,8 @@ def listed_variables(docstring: str) -> set[str]:
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.RNN])
 def test_the_docstring_lists_every_variable_and_no_other(kind: type[nn.Module]) -> None:
     data = only(analyze(record(kind(2, 3), torch.randn(12, 2, 2)))).data
-    wide = {"log_rms_error"}  # which only wide states have
-    assert listed_variables(str(nouns.__doc__)) - wide == set(data.data_vars)
+    others = {"log_rms_error", "file_gain", "file_rate"}  # of wide states, of several batches
+    assert listed_variables(str(nouns.__doc__)) - others == set(data.data_vars)
 
 
 def test_the_reading_of_the_table_can_fail() -> None:
@@ -131,7 +132,7 @@ def test_the_lags_frame_carries_the_contributions() -> None:
         np.testing.assert_array_equal(frame[f"truncation_error_{name}"], expected.truncation_error)
     older = Analysis("old", {"l0": only(found)}, (), {})
     object.__setattr__(only(older), "data", data.drop_dims("parameter"))
-    assert all(len(older.frame(kind)) or kind in ("findings", "heads") for kind in FRAMES)
+    assert all(len(older.frame(kind)) or kind in ("findings", *OPTIONAL) for kind in FRAMES)
 
 
 # ---------------------------------------------------------------------------------------- numbers

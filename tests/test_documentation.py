@@ -288,6 +288,10 @@ def data() -> list[Any]:
 def test_the_table_lists_the_variables_that_there_are(data: list[Any]) -> None:
     listed = table(analysis.__doc__ or "")
     assert listed.pop("log_rms_error") == listed["log_cell_path"]  # of wide layers only
+    assert (listed.pop("file_gain"), listed.pop("file_rate")) == (
+        ("file",),
+        ("file",),
+    )  # of several
     for found in data:
         assert {name: found[name].dims for name in found.data_vars} == listed
 

@@ -48,7 +48,9 @@ def runs(code: str, visit: Visit) -> bool:
     state = torch.zeros(visit.x.shape[1], 4, requires_grad=True)
     optimised = copy.deepcopy(visit.model)
     optimised(visit.x)[0].sum().backward()
+    width = visit.x.shape[2]
     names = {
+        "layers": [nn.GRU(width, width)],
         "model": optimised, "x": visit.x, "y": visit.x, "h": state, "c": state,
         "output": optimised(visit.x)[0], "outputs": list(optimised(visit.x)[0]), "packed": visit.x,
         "lengths": torch.full((visit.x.shape[1],), len(visit.x)), "x_t": visit.x[0],

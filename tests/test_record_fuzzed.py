@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import BFLOAT16_LSTM
 from hostile import Cell
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -137,7 +138,7 @@ def run(seed: int, *, recorded: bool) -> tuple[dict[str, Any], Any]:
         for name, weight in model.named_parameters():
             weight.register_hook(count(f"{name} grad"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    dtype = torch.bfloat16 if rng.random() < 0.2 else None
+    dtype = torch.bfloat16 if rng.random() < 0.2 and BFLOAT16_LSTM else None
     twice, last, found = rng.random() < 0.2, rng.random() < 0.5, dict[str, Any]()
     with gradflow.record(model) if recorded else nullcontext() as recording:
         for number in range(2):

@@ -38,8 +38,9 @@ def printed(analysis: Analysis) -> str:
 def test_the_page_holds_new_numbers_beside_the_present_ones() -> None:
     analysis = with_predictions(predicted())
     text = words(page(analysis, {}))
-    said = "rate half-life horizon channels verdict now −0.980 ± 0.003 0.71 8 0 of 32 vanishing"
-    after = "forget bias + 1 −0.31 ± 0.02 2.2 22 3 of 32 vanishing"
+    said = "rate half-life horizon channels at distance verdict "
+    said += "now −0.980 ± 0.003 0.71 8 0 of 32 at 99 vanishing"
+    after = "forget bias + 1 −0.31 ± 0.02 2.2 22 3 of 32 at 99 vanishing"
     assert f"{HEADING} {said} {after}" in text
     first = text.index("model.rnn.bias_ih_l0.data[32:64] += 1.0")
     assert first < text.index(HEADING) < text.index("Everything else")
@@ -100,4 +101,4 @@ def test_the_summary_is_strict_json(rate: Rate) -> None:
 
 def test_a_layer_that_was_seen_to_vanish_is_not_said_to_last_for_ever() -> None:
     text = words(page(with_predictions(predicted(horizon=None, verdict="vanishing")), {}))
-    assert "forget bias + 1 −0.31 ± 0.02 2.2 > 99 3 of 32 vanishing" in text
+    assert "forget bias + 1 −0.31 ± 0.02 2.2 > 99 3 of 32 at 99 vanishing" in text

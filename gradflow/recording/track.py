@@ -42,8 +42,7 @@ class Track:
     cuts: Tensor  # (T, B) true where no previous state arrives
     weights: dict[str, Tensor]  # "weight_ih", "weight_hh", ... as used, copies; stock cells only
     source: Source = field(repr=False)  # where its numbers come from, when they are read
-    # (T, B) what each cut is, a place in CUT_KINDS; None where that is not known
-    cut_kinds: Tensor | None = field(default_factory=lambda: None)
+    cut_kinds: Tensor | None = None  # (T, B) of each cut, in CUT_KINDS; None: unknown
     foreign: frozenset[str] = frozenset()  # weights that were computed or given, no parameters
     training: bool = True  # whether its module was in training mode
     batch_first: bool = False  # how the layer itself was given its input

@@ -36,7 +36,14 @@ def test_a_folder_is_analyzed_on_tokens(tmp_path: Path) -> None:
     folder = saved(tmp_path / "tiny")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, VOCABULARY, (3, 20)))
     code, text = run(
-        "analyze", folder, "--tokens", tmp_path / "ids.npy", "--json", "-o", tmp_path / "run"
+        "analyze",
+        folder,
+        "--tokens",
+        tmp_path / "ids.npy",
+        "--json",
+        "--figures",
+        "-o",
+        tmp_path / "run",
     )
     assert code == 0, text
     found = json.loads(text[text.index("{\n") : text.rindex("}") + 1])

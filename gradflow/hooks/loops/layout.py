@@ -195,9 +195,9 @@ class Layout:
                 cut = cut & ~part.begins.to(device) if place else cut
                 at = part.starts.to(device), part.sequences.to(device)
                 cuts[at] = cut
-                kinds[at] = cut * torch.as_tensor(self.kinds.get(place, 0), dtype=torch.int8).to(
-                    device
-                )
+                if place in self.kinds:
+                    kind = torch.as_tensor(self.kinds[place], dtype=torch.int8)
+                    kinds[at] = cut * kind.to(device)
         mask = torch.arange(steps, device=device).unsqueeze(1) < lengths
         return {"lengths": lengths, "mask": mask, "cuts": cuts, "cut_kinds": kinds}
 
