@@ -124,7 +124,7 @@ def source_of(text: str, option: str = "--model") -> Path | None:
         option: "--model" or "--loss".
 
     >>> source_of("gradflow.demo:AddingModel('LSTM')").name
-    '__init__.py'
+    'demo.py'
     """
     spec = parse_spec(text, option)
     if spec.module.endswith(".py"):
