@@ -21,9 +21,8 @@ from gradflow.errors import FileError
 
 try:
     import fcntl
-except (
-    ImportError
-):  # not on Windows: there nothing hinders two writers, and nothing is cleared away
+# not on Windows: there nothing hinders two writers, and nothing is cleared away
+except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 

@@ -486,12 +486,15 @@ def test_packed_data_with_its_own_sorting() -> None:
     assert torch.equal(recording["1.l0"].inputs.nan_to_num(), recording["0.l0"].h.nan_to_num())
 
 
-@pytest.mark.skipif(not BFLOAT16_LSTM, reason="torch has no bfloat16 LSTM for this processor")
-def test_autocast_on_the_cpu() -> None:
-    model, x = nn.LSTM(3, 4, 2), data().float()
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("layer", [nn.GRU, *[nn.LSTM][: int(BFLOAT16_LSTM)]])
+def test_autocast_on_the_cpu(layer: type[nn.RNNBase], batch_first: bool) -> None:
+    """Run again in another layout a call rounds otherwise, in the bits of the autocast."""
+    model, x = layer(12, 20, 2, batch_first=batch_first), data(10, 4, 12).float()
     with gradflow.record(model) as recording, torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model(x)[0]
-        out[-1].float().sum().backward()
+        out = model(x.transpose(0, 1) if batch_first else x)[0]
+        (out[:, -1] if batch_first else out[-1]).float().sum().backward()
+    model.batch_first = False
     expected = oracle_totals(model.double(), x)
     track = recording["l0"]
     compare.assert_steps_close(track.grad_h.float(), expected.h, track.mask, bound=0.1)

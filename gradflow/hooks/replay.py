@@ -282,7 +282,8 @@ class Replay:
         finite = returned.isfinite()
         scale = returned[finite].abs().max() if bool(finite.any()) else returned.new_tensor(1.0)
         difference = (output - returned)[finite].abs().max() if bool(finite.any()) else scale * 0
-        tolerance = TOLERANCES.get(returned.dtype, REPLAY_HALF)
+        _, enabled, dtype = self.call.autocast
+        tolerance = TOLERANCES.get(dtype if enabled else returned.dtype, REPLAY_HALF)
         if not bool(difference <= tolerance * scale):
             raise RecordingError(
                 f"the layers of {self.call.owner or 'the model'} cannot be replayed: run again, the "

@@ -46,9 +46,7 @@ class Layout:
     extents: list[int] = field(default_factory=list)  # t of every call
     cuts: dict[int, Tensor] = field(default_factory=dict)  # place of a call -> `note_cut`
     kinds: dict[int, Tensor | int] = field(default_factory=dict)  # the same, of what it is
-    padding: bool = (
-        False  # whether sequences went on through steps of padding, which count as steps
-    )
+    padding: bool = False  # whether sequences went on through padding, whose steps count
     _parts: list[Part] = field(default_factory=list)  # of the calls whose part was asked for
     _totals: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # after these
     _given: Tensor | None = None  # (b,) of the last call, the user's own
@@ -92,9 +90,8 @@ class Layout:
             self._go_on(link)
         lengths = _lengths(call)
         self._given = None if call.lengths is None else call.lengths.cpu()
-        if (
-            self.extents and lengths is None
-        ):  # what is known of a call alone is read without a layout
+        # what is known of a call alone is read without a layout
+        if self.extents and lengths is None:
             lengths = self._given
         self.join(int(call.h0.shape[1]), _extent(call), lengths, rows, origins)
 
