@@ -58,6 +58,7 @@ class Comparison:
     notes: tuple[str, ...]  # what else than the model differs between the runs
     numbers: reporter.Numbers  # the last of them as people read them
     drawn: Callable[[], Figure]  # makes the figure
+    narrow: Callable[[], Figure] | None = None  # the same for a telephone, where there is one
 
     @property
     def figure(self) -> Figure:
@@ -92,7 +93,10 @@ class Comparison:
 
     def _page(self, picture: bytes) -> str:
         names = list(dict.fromkeys(map(self.numbers.columns[0].value, self.numbers.things)))
-        return reporter.comparison_page(names, self.sentences, self.notes, picture, self.numbers)
+        narrow = reporter.png(self.narrow()) if self.narrow else b""
+        return reporter.comparison_page(
+            names, self.sentences, self.notes, picture, narrow, self.numbers
+        )
 
     def __repr__(self) -> str:
         return "\n".join([*self.sentences, *(f"note: {note}" for note in self.notes)])
@@ -169,14 +173,18 @@ def compare(
         sentences=(headline(found), *(change.sentence for change in found), *unpaired(named)),
         notes=tuple(circumstances(named)),
         numbers=reporter.of_runs(named),
-        drawn=lambda: _figure(named),
+        **_figures(named),
     )
 
 
-def _figure(runs: Mapping[str, Analysis]) -> Figure:
+def _figures(runs: Mapping[str, Analysis]) -> dict[str, Callable[[], Figure]]:
     if len(runs) > OVERVIEWS:
-        return reporter.draw_trend(runs)
-    return reporter.plot([run.titled(name) for name, run in runs.items()])
+        return {"drawn": lambda: reporter.draw_trend(runs)}
+    titled = [run.titled(name) for name, run in runs.items()]
+    return {
+        "drawn": lambda: reporter.plot(titled),
+        "narrow": lambda: reporter.plot_narrow(titled),
+    }
 
 
 def _free(run: Any, taken: Mapping[str, Analysis]) -> str:

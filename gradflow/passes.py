@@ -87,6 +87,7 @@ def probed_pass(module: loading.RecurrentModule, probe: loading.Probe) -> Record
         loading.probe_loss(
             output, probe.r, module.module.batch_first, module.bidirectional
         ).backward()
+    recording.provenance["probe"] = probe.name
     if module.from_cell:  # it was run as a layer; its track has the cell's own path
         (track,) = recording.values()
         recording.drop(track)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gradflow
 from gradflow.analysis import Analysis
 from gradflow.errors import InputError
+from gradflow.recording import chosen
 
 
 def recorded(model: nn.Module, x: Tensor) -> gradflow.Recording:
@@ -117,3 +118,11 @@ def test_what_is_no_executor_or_cannot_be_sent_is_said() -> None:
 
     with pytest.raises(InputError, match=r"l0 cannot be sent there .*give a ThreadPoolExecutor"):
         gradflow.analyze(recording, executor=Pickling())
+
+
+def test_some_sequences_of_a_track_can_be_sent() -> None:
+    """A source made from another one has none while it is unpacked, and must not look for it."""
+    (track,) = recorded(nn.LSTM(3, 4), torch.randn(9, 3, 3)).values()
+    some = chosen(track, [2, 0])
+    again = pickle.loads(pickle.dumps(some))  # noqa: S301
+    assert torch.equal(again.h, track.h[:, [2, 0]]) and again.parity == track.parity

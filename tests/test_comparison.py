@@ -305,6 +305,10 @@ def test_a_comparison_in_python_is_table_figure_page_and_json(tmp_path: Path) ->
     assert any("LSTM (2)" in text for text in words)
     page = found.save(tmp_path / "both").read_text()
     assert "vanishing → stable" in page and "<script>" in page and len(page) < 1e6
+    assert "half-life" in page and "half- life" not in page
+    assert (
+        'class="fits"' in page and page.count("data:image/png") == 2
+    )  # one of them for a telephone
     told = json.loads((tmp_path / "both/comparison.json").read_text())
     assert set(told["runs"]) == {"LSTM", "LSTM (2)"}
     assert told["changes"][0]["sentence"] == found.changes["sentence"][0]

@@ -14,13 +14,13 @@ import pytest
 import seaborn
 import synthetic
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from seam import Picture, look, narrowed, paint, png
 
 from gradflow.errors import InputError
-from gradflow.reporter import KINDS, plot
+from gradflow.reporter import KINDS, plot, plot_narrow
 
 
 def overlapping(figure: Figure) -> list[tuple[str, str]]:
@@ -127,11 +127,18 @@ def test_what_lies_before_the_first_step_is_said_in_its_place() -> None:
     layer = synthetic.layer("rnn.l0_reverse", steps=40)
     data = layer.data.copy(deep=True)
     data["log10_grad"][..., 1:] = np.nan
-    figure = plot(synthetic.analysis(replace(layer, data=data)))
-    assert any(
-        "no earlier step: the layer starts" in text.get_text() for text in figure.axes[0].texts
-    )
-    assert overlapping(figure) == []
+    data["log10_grad"][..., :12] = 0.0
+    run = synthetic.analysis(replace(layer, data=data))
+    for figure in (plot(run), plot_narrow(run)):
+        panel = figure.axes[0]
+        (said,) = (text for text in panel.texts if "no earlier step" in text.get_text())
+        box = said.get_window_extent(RendererAgg(1, 1, figure.dpi))
+        coloured = panel.transData.transform((11.5, 0))[
+            0
+        ]  # where the first cell with a colour begins
+        assert panel.bbox.x0 <= box.x0 and box.x1 <= coloured
+        assert panel.bbox.y0 <= box.y0 and box.y1 <= panel.bbox.y1
+        assert overlapping(figure) == []
 
 
 def test_several_analyses_share_one_scale() -> None:

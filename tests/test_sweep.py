@@ -105,6 +105,7 @@ def test_a_row_is_what_a_batch_says_of_the_checkpoint(runs: Path, serial: Execut
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert history.steps.tolist() == list(range(0, 40, 5))
     assert row["step_from"].item() == "global_step in the checkpoint"
+    assert history.counted_in == "update"
     assert float(history.data["rate"][0, 0]) != float(row["rate"])
 
 

@@ -180,17 +180,17 @@ def test_a_broken_last_file_leaves_the_numbers_before_it(history: History) -> No
 
 
 @pytest.mark.parametrize(
-    ("said", "extent", "when"),
+    ("counts", "extent", "when"),
     [
-        ("epoch in the checkpoint", ", epochs 0 to 150", "epoch 150"),
-        ("global_step in the checkpoint", ", updates 0 to 150", "update 150"),
-        ("digits of the name", ", training steps 0 to 150", "training step 150"),
-        ("place in the order of names", "", "checkpoint 150"),
+        ("epoch", ", epochs 0 to 150", "epoch 150"),
+        ("update", ", updates 0 to 150", "update 150"),
+        ("", ", training steps 0 to 150", "training step 150"),
+        ("checkpoint", "", "checkpoint 150"),
     ],
 )
-def test_a_step_is_called_what_its_checkpoint_says(said: str, extent: str, when: str) -> None:
+def test_a_step_is_called_what_its_checkpoint_says(counts: str, extent: str, when: str) -> None:
     probes = [
-        replace(one, source=replace(one.source, step_from=said)) for one in rows() if one.source
+        replace(one, source=replace(one.source, counts=counts)) for one in rows() if one.source
     ]
     found = History.of("Net", probes, {"l0": "LSTM"})
     console = Console(width=200, record=True)
@@ -200,7 +200,7 @@ def test_a_step_is_called_what_its_checkpoint_says(said: str, extent: str, when:
         f"Net, 25 checkpoints of 8 runs{extent}\n" in words
         and f"\n{when}: 150.pt is damaged" in words
     )
-    assert ("update" in words) == (said[0] == "g")
+    assert ("update" in words) == (counts == "update")
     figure = gradflow.plot(found.runs["lstm/seed=0"])
     words = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     assert "A column is one checkpoint of the training" in words and "probe" not in words

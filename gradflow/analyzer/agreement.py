@@ -14,7 +14,6 @@ from gradflow.analyzer.rates import Vote
 from gradflow.analyzer.read_states import read_part
 from gradflow.analyzer.settings import checked
 from gradflow.errors import RecordingError
-from gradflow.limits import TOLERANCE_WORDS
 from gradflow.process import fitting_threads
 from gradflow.recording.pooled import pooled
 from gradflow.recording.tracks import Recording
@@ -44,7 +43,7 @@ def agreed(runs: Sequence[Analysis], probes: Sequence[str], command: str = "") -
         name: _agreed_layer([run.layers[name] for run in runs], probes, command)
         for name in shown.layers
     }
-    return _of_probes(shown, layers)
+    return replace(shown, layers=layers)
 
 
 def agreed_by_votes(
@@ -60,15 +59,7 @@ def agreed_by_votes(
         if len(others) < len(cast) or any(vote.verdict != layer.verdict for vote in others):
             return None
         layers[name] = _widened(layer, [*others, layer], probes[-1]) if others else layer
-    return _of_probes(shown, layers)
-
-
-def _of_probes(shown: Analysis, layers: Mapping[str, LayerAnalysis]) -> Analysis:
-    """The analysis with these layers, whose windows are those of the probe's loss, and say so."""
-    mine = f"within {TOLERANCE_WORDS}"
-    more = f"{mine} (for the probe's loss, not yours)"
-    said = {n: replace(one, sentence=one.sentence.replace(mine, more)) for n, one in layers.items()}
-    return replace(shown, layers=said)
+    return replace(shown, layers=layers)
 
 
 def _widened(

@@ -257,6 +257,7 @@ def _layer(track: Track, loop: Track, read: Reading, settings: Settings) -> Laye
     evidence = Evidence(
         **vars(measured),
         alone=settings.layers == 1,
+        probed=settings.probed,
         reading=read,
         size=state_size(loop),
         labels=labels,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -21,20 +20,16 @@ from gradflow.analyzer.measuring import Brief, brief
 from gradflow.analyzer.settings import Settings
 from gradflow.cells import IN_LOOP
 from gradflow.errors import RecordingError
-from gradflow.recording.source import Operator
+from gradflow.recording.source import Operator, WrappedSource
 from gradflow.recording.track import Track
 from gradflow.recording.tracks import Recording
 
 
-@dataclass(frozen=True)
-class _Judged:
+@dataclass(frozen=True, eq=False)
+class _Judged(WrappedSource):
     """What a layer's track reads, but for the step Jacobians: those of the loop it is a part of."""
 
-    source: Any
     loop: Track
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
 
     def operator(self, dtype: torch.dtype, sequences: torch.Tensor) -> Operator:
         return self.loop.operator(dtype, sequences)

@@ -43,6 +43,7 @@ class Evidence(Measured):
     """Everything measured on one track, and how it was judged."""
 
     alone: bool  # the only layer of its recording
+    probed: bool  # see `Settings`
     reading: Reading  # at which steps of which sequences the loss reaches it
     size: int  # S
     labels: tuple[str, ...]

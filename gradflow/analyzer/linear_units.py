@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from gradflow.analysis.results import Gain, Rate
 from gradflow.analyzer.rates import Verdict
 from gradflow.cells.linear import HEAD_AXES
 from gradflow.limits import LN_GONE, LOSS_BYTES, NEVER_FORGETS, UNITS_EACH, UNITS_MOST
-from gradflow.recording.source import Backward, Forward
+from gradflow.recording.source import Backward, Forward, WrappedSource
 from gradflow.recording.track import Track
 
 
@@ -119,16 +118,12 @@ def slowest_of_units(shape: tuple[int, ...], axes: Sequence[int], decays: Decays
     return found
 
 
-@dataclass(frozen=True)
-class UnitsSource:
+@dataclass(frozen=True, eq=False)
+class UnitsSource(WrappedSource):
     """A source whose states are sizes of units."""
 
-    inner: Any  # a `Source`
     width: int  # w
     shape: tuple[int, ...]  # of one state
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
     def _sized(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {

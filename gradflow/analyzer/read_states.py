@@ -17,15 +17,7 @@ from torch import Tensor
 from gradflow.analyzer.jacobians import operator_of, state_size, transposed_step
 from gradflow.errors import RecordingError
 from gradflow.limits import ENTRIES_WIDEST, SEED
-from gradflow.recording.source import (
-    Backward,
-    Contributions,
-    Forward,
-    Operator,
-    Parity,
-    Source,
-    ThinOperator,
-)
+from gradflow.recording.source import Backward, Forward, Operator, ThinOperator, WrappedSource
 from gradflow.recording.track import Track
 
 
@@ -236,12 +228,11 @@ class ThinPart(PartOperator):
         return self.inner.seconds
 
 
-@dataclass(frozen=True)
-class PartSource:
-    """A source without what the loss never reads; state name -> (width,) true on what is kept."""
+@dataclass(frozen=True, eq=False)
+class PartSource(WrappedSource):
+    """A source without what the loss never reads."""
 
-    inner: Source
-    kept: dict[str, Tensor]
+    kept: dict[str, Tensor]  # state name -> (width,) true on what is kept
 
     def _of(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -271,23 +262,11 @@ class PartSource:
         """Their gradients of the last loss step alone."""
         return self._part(self.inner.last())
 
-    def reached(self) -> Tensor | None:
-        """Where the loss reaches the module."""
-        return self.inner.reached()
-
-    def arriving(self) -> Tensor | None:
-        """Where a gradient comes from outside the layer."""
-        return self.inner.arriving()
-
     def loss_steps(
         self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
     ) -> Backward | None:
         """Their gradients of single loss steps."""
         return self._part(self.inner.loss_steps(sequences, loss_steps, dtype))
-
-    def contributions(self, sequences: Tensor) -> Contributions | None:
-        """The gradients of the weights by lag."""
-        return self.inner.contributions(sequences)
 
     def partial(self) -> dict[str, Tensor] | None:
         """Their state-partial gradients."""
@@ -300,32 +279,3 @@ class PartSource:
         found = self.inner.operator(dtype, sequences)
         part = ThinPart if isinstance(found, ThinOperator) else PartOperator
         return part(found, kept.nonzero().flatten())
-
-    def changed(self, **changes: float) -> tuple[Source, dict[str, Tensor]]:
-        """As of the whole."""
-        return self.inner.changed(**changes)
-
-    def parity(self) -> Parity:
-        """As of the whole."""
-        return self.inner.parity()
-
-    def why_no_gradient(self) -> str:
-        """As of the whole."""
-        return self.inner.why_no_gradient()
-
-    def alone(self) -> Source | None:
-        """As of the whole."""
-        return self.inner.alone()
-
-    def unread(self) -> bool:
-        """As of the whole."""
-        return self.inner.unread()
-
-    def trains_recurrence(self) -> bool | None:
-        """As of the whole."""
-        return self.inner.trains_recurrence()
-
-    @property
-    def version(self) -> int:
-        """How many backwards reached the layer."""
-        return self.inner.version

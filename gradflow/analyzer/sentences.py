@@ -171,7 +171,8 @@ def _first(e: Evidence, then: str) -> str:
     need = f"a window of {_steps(window)} keeps"
     if window >= int(e.track.lengths.max()):
         need = "only the whole sequence keeps"
-    return f"{need} ∂L/∂W_hh within {TOLERANCE_WORDS}, and {then}"
+    whose = " (for the probe's loss, not yours)" if e.probed else ""
+    return f"{need} ∂L/∂W_hh within {TOLERANCE_WORDS}{whose}, and {then}"
 
 
 def _chaos(e: Evidence) -> str:
@@ -245,8 +246,8 @@ def _too_short(e: Evidence) -> str:
         return ""
     verb = "is" if without == 1 else "are"
     return (
-        f"; {without} of {counted(e.track.batch, 'sequence')} {verb} too short for these "
-        f"{counted(e.gain.steps, 'step')} and {'has' if without == 1 else 'have'} no say in it"
+        f"; {without} of {counted(e.track.batch, 'sequence')} {verb} too short for the gain over "
+        f"{e.over} and {'has' if without == 1 else 'have'} no say in it"
     )
 
 

@@ -32,6 +32,7 @@ class Settings:
     # layer -> votes of all batches, of which this recording is one; none where there is one batch
     batches: Mapping[str, tuple[Vote, ...]] = field(default_factory=dict)
     executor: Executor | None = None  # that makes the mapped sequences of a layer side by side
+    probed: bool = False  # the batch is a probe, and its loss not the user's
 
 
 def checked(
@@ -87,6 +88,7 @@ def checked(
         seed,
         len(recording),
         progress or (lambda phase, share: None),
+        probed="probe" in recording.provenance,
     )
 
 

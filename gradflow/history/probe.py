@@ -43,6 +43,9 @@ class Source:
     run: str  # its folder, below the one that all have in common: a seed, a run; "" where there is one
     step_from: str = ""  # where its training step stands, in words
     failed: str = ""  # why it could not be measured, one sentence; "" where it was
+    counts: str = (
+        ""  # what its training step counts: "update", "epoch", "checkpoint"; "" if not known
+    )
 
 
 @dataclass(frozen=True)

@@ -143,17 +143,14 @@ class History:
         """What its training steps count: "update", or "epoch", "checkpoint" or "training step" of a sweep.
 
         >>> from gradflow.history import History, Probe, Source
-        >>> said = "epoch in the checkpoint"
-        >>> History.of("LSTM", [Probe(9, {}, {}, source=Source("a.pt", "", said))]).counted_in
+        >>> one = Source("a.pt", "", counts="epoch")
+        >>> History.of("LSTM", [Probe(9, {}, {}, source=one)]).counted_in
         'epoch'
         """
-        of_updates = dict.fromkeys(("step", "global_step", "iteration"), "update")
-        words = of_updates | {"epoch": "epoch", "place": "checkpoint"}
-        good = [one for one in self.sources if one is not None and not one.failed]
-        found = {words.get(one.step_from.partition(" ")[0], "training step") for one in good}
         if not self.swept:
             return "update"
-        return found.pop() if len(found) == 1 else "training step"
+        found = {one.counts for one in self.sources if one is not None and not one.failed}
+        return (found.pop() if len(found) == 1 else "") or "training step"
 
     @property
     def runs(self) -> dict[str, History]:

@@ -21,6 +21,7 @@ class TrainingStep:
 
     number: int  # of updates, or of epochs
     found: str  # "global_step in the checkpoint"
+    counts: str = ""  # what it counts: "update", "epoch"; "" where that is not known
 
 
 def step_in(value: object) -> TrainingStep | None:
@@ -30,14 +31,15 @@ def step_in(value: object) -> TrainingStep | None:
         value: what the file held.
 
     >>> step_in({"epoch": 3, "global_step": 900, "state_dict": {}})
-    TrainingStep(number=900, found='global_step in the checkpoint')
+    TrainingStep(number=900, found='global_step in the checkpoint', counts='update')
     """
     if not isinstance(value, Mapping):
         return None
     for key in STEP_KEYS:
         number = _whole(value.get(key))
         if number is not None:
-            return TrainingStep(number, f"{key} in the checkpoint")
+            counts = "epoch" if key == "epoch" else "update"
+            return TrainingStep(number, f"{key} in the checkpoint", counts)
     return None
 
 
@@ -58,7 +60,7 @@ def step_in_name(path: PurePath) -> TrainingStep | None:
         path: of the file.
 
     >>> step_in_name(PurePath("seed-3/epoch=2-step=400.ckpt"))
-    TrainingStep(number=400, found='digits of the name')
+    TrainingStep(number=400, found='digits of the name', counts='')
     >>> step_in_name(PurePath("a/checkpoint-500/model.safetensors")).number
     500
     >>> step_in_name(PurePath("epoch_3.pt")).found
@@ -77,8 +79,9 @@ def _digits(name: str) -> TrainingStep | None:
     for word in _NAMED:
         found = re.search(rf"(?<![a-z]){word}[=_-]?(\d{{1,15}})", name, re.IGNORECASE)
         if found:
-            what = "epoch in the name" if word == "epoch" else "digits of the name"
-            return TrainingStep(int(found[1]), what)
+            if word == "epoch":
+                return TrainingStep(int(found[1]), "epoch in the name", "epoch")
+            return TrainingStep(int(found[1]), "digits of the name")
     rest = re.sub(r"seed[=_-]?\d+", "", name, flags=re.IGNORECASE)
     every = re.findall(r"\d{1,15}", rest)
     return TrainingStep(int(every[-1]), "digits of the name") if every else None

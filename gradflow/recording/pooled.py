@@ -28,6 +28,7 @@ from gradflow.recording.source import (
     Parity,
     Source,
     ThinOperator,
+    WrappedSource,
 )
 from gradflow.recording.track import Track
 from gradflow.recording.tracks import Recording
@@ -65,16 +66,10 @@ def chosen(track: Track, sequences: Sequence[int]) -> Track:
 
 
 @dataclass(frozen=True, eq=False)
-class ChosenSource:
+class ChosenSource(WrappedSource):
     """What is read of another source, of some sequences."""
 
-    inner: Source  # of all sequences
     index: Tensor  # (m,) which
-
-    @property
-    def version(self) -> int:
-        """How many backwards came."""
-        return self.inner.version
 
     def _columns(self, array: Tensor) -> Tensor:
         return array[:, self.index.to(array.device)]
@@ -143,22 +138,6 @@ class ChosenSource:
         """The layer with its inputs held fixed."""
         source = self.inner.alone()
         return None if source is None else ChosenSource(source, self.index)
-
-    def unread(self) -> bool:
-        """Whether a backward ran that did not come to it."""
-        return self.inner.unread()
-
-    def trains_recurrence(self) -> bool | None:
-        """Whether something is brought to W_hh, by any sequence."""
-        return self.inner.trains_recurrence()
-
-    def parity(self) -> Parity:
-        """Of the whole batch: parameter gradients are sums over it."""
-        return self.inner.parity()
-
-    def why_no_gradient(self) -> str:
-        """Why there is none."""
-        return self.inner.why_no_gradient()
 
 
 SEVERITY = ("not applicable", "passed", "failed")

@@ -119,6 +119,18 @@ class Source(Protocol):
     def version(self) -> int: ...
 
 
+@dataclass(frozen=True, eq=False)
+class WrappedSource:
+    """A source made from another one; what it does not give itself is as of that one."""
+
+    inner: Any  # a `Source`
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a copy that is being made asks before it has an inner one
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
 CPU = torch.device("cpu")
 Numbers = TypeVar("Numbers")
 

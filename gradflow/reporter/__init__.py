@@ -7,7 +7,7 @@ from gradflow.reporter.comparing import (
     draw_trend,
 )
 from gradflow.reporter.digest import summary, top_findings
-from gradflow.reporter.figures import plot
+from gradflow.reporter.figures import plot, plot_narrow
 from gradflow.reporter.files import FORMATS, report
 from gradflow.reporter.folders import check_folder, free_folder, whole_folder
 from gradflow.reporter.histories.course import Course, course, courses
@@ -28,7 +28,7 @@ __all__ = [
     "Numbers", "check_folder", "comparison_html", "comparison_page", "comparison_summary",
     "course", "courses", "draw_courses", "draw_trend", "far_words", "follow", "free_folder",
     "gone_words", "groups_of", "history_summary", "number_words", "of_groups", "of_histories",
-    "of_runs", "plot", "plot_histories", "png", "reach", "render", "render_comparison",
-    "render_history", "render_sentences", "report", "report_history", "row_of", "rows_of",
-    "sentence", "summary", "top_findings", "updates", "whole_folder",
+    "of_runs", "plot", "plot_histories", "plot_narrow", "png", "reach", "render",
+    "render_comparison", "render_history", "render_sentences", "report", "report_history", "row_of",
+    "rows_of", "sentence", "summary", "top_findings", "updates", "whole_folder",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ def comparison_page(
     sentences: Sequence[str],
     notes: Sequence[str],
     picture: bytes,
+    narrow: bytes,
     numbers: Numbers,
 ) -> str:
     """One file that reads offline: what changed, the picture, all numbers with their units in words."""
@@ -37,6 +38,7 @@ def comparison_page(
         sentences=sentences,
         notes=notes,
         source=data_url(picture, "png"),
+        narrow=narrow and data_url(narrow, "png"),
         alt=f"{len(runs)} runs on one scale: {sentences[0]}",
         table=_table(numbers),
         units=numbers.units,
@@ -58,7 +60,7 @@ def comparison_html(
 
 
 def _table(numbers: Numbers) -> Markup:
-    named = [(" ".join(column.heading.split()), column.value) for column in numbers.columns]
+    named = [(column.said, column.value) for column in numbers.columns]
     head = Markup().join(Markup("<th>{}").format(name) for name, _ in named)
     cell, row = Markup('<td data-of="{}">{}'), Markup("<tr>{}</tr>\n")
     rows = [

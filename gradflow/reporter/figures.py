@@ -67,10 +67,10 @@ def plot(
         return draw_blocks(drawn, blocks if captions else [bare(block) for block in blocks])
 
 
-def plot_narrow(analysis: Analysis) -> Figure:
+def plot_narrow(x: Analysis | Sequence[Analysis]) -> Figure:
     """The overview for a narrow screen: every curve below its heat map."""
     with look():
-        return draw_overview(_entries(analysis, None), NARROW)
+        return draw_overview(_entries(x, None), NARROW)
 
 
 def blocks_of(kind: Kind, analysis: Analysis) -> list[PanelBlock]:

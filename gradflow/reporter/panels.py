@@ -58,8 +58,10 @@ def draw_heat(ax: Axes, heat: Heat, *, label: bool = True) -> None:
     ax.set_ylim(heat.units + 0.5, 0.5)
     tell(ax, _heat_grid(heat, (left, -0.5), (0.5, bottom)))
     if heat.beyond > 0.6 * columns:  # wide enough for words
+        grey = heat.beyond / columns
+        wide = grey * ax.bbox.width / ax.figure.dpi  # inches
         ax.text(
-            heat.beyond / columns / 2, 0.5, BEYOND, transform=ax.transAxes, ha="center",
+            grey / 2, 0.5, textwrap.fill(BEYOND, int(wide / 0.075)), transform=ax.transAxes, ha="center",
             va="center", fontsize=8, color=INK,
         )  # fmt: skip
     if heat.labels:

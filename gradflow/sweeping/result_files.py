@@ -45,6 +45,7 @@ class Entry:
     key: str = ""  # of its result; "" where it could not be read
     step: int | None = None  # the training step that its name says
     step_from: str = ""  # in words
+    counts: str = ""  # what it counts, as in `Source`
     failed: str = ""  # why there is no result
 
 

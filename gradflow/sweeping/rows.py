@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradflow.history import Note, Row, Source, join_rows, row_facts
-from gradflow.loading import natural
+from gradflow.loading import TrainingStep, natural
 from gradflow.sweeping.result_files import Entry
 
 
@@ -21,8 +21,7 @@ class _Known:
     path: Path | None  # of its result; None where there is none
     title: str  # of its model; "" where that is not known
     kind: str  # its architecture in words; "" where that is not known
-    step: int | None  # the training step
-    step_from: str  # where that stands
+    trained: TrainingStep  # the training step; found nowhere where none is said
     failed: str  # why there are no numbers
 
 
@@ -51,11 +50,13 @@ def joined(
     known, said = _by_architecture(_numbered(known))
     rows = [
         Row(
-            one.step or 0,
-            Source(one.entry.name, one.entry.run, one.step_from, one.failed),
+            one.trained.number,
+            Source(
+                one.entry.name, one.entry.run, one.trained.found, one.failed, one.trained.counts
+            ),
             one.path,
         )
-        for one in sorted(known, key=lambda one: (natural(one.entry.run), one.step or 0))
+        for one in sorted(known, key=lambda one: (natural(one.entry.run), one.trained.number))
     ]
     titles = dict.fromkeys(one.title for one in known if one.title)
     notes = [Note(0, "sweep", text) for text in [*_about_steps(known), *said]]
@@ -80,12 +81,12 @@ def _known(entry: Entry, path_of: Callable[[str], Path]) -> _Known:
     """What the result of a checkpoint says of it."""
     path = path_of(entry.key) if entry.key else None
     facts = None if path is None or not path.is_file() else row_facts(path)
-    step, step_from = entry.step, entry.step_from
+    trained = TrainingStep(entry.step or 0, entry.step_from, entry.counts)
     failed = entry.failed
     if facts is None:
-        return _Known(entry, None, "", "", step, step_from, failed)
+        return _Known(entry, None, "", "", trained, failed)
     if facts.header.get("trained"):
-        step, step_from = facts.header["trained"]["number"], facts.header["trained"]["found"]
+        trained = TrainingStep(**facts.header["trained"])
     failed = failed or str(facts.header.get("failed", ""))
     widths = facts.header.get("widths", [])
     cells = list(dict.fromkeys(facts.cells.values()))
@@ -93,7 +94,7 @@ def _known(entry: Entry, path_of: Callable[[str], Path]) -> _Known:
     kind = f"{kind} ({len(facts.cells)} layers)" if len(facts.cells) > 1 else kind
     shown = None if failed else path
     title = str(facts.header.get("title", ""))
-    return _Known(entry, shown, title, kind, step, step_from, failed)
+    return _Known(entry, shown, title, kind, trained, failed)
 
 
 def _numbered(known: Sequence[_Known]) -> list[_Known]:
@@ -101,13 +102,14 @@ def _numbered(known: Sequence[_Known]) -> list[_Known]:
     counts: Counter[str] = Counter()
     said: dict[str, int] = {}
     for one in known:
-        said[one.entry.run] = max(said.get(one.entry.run, 0), one.step or 0)
+        said[one.entry.run] = max(said.get(one.entry.run, 0), one.trained.number)
     found = []
     for one in known:
-        if one.step is None:
+        if not one.trained.found:
             counts[one.entry.run] += 1
             place = said[one.entry.run] + counts[one.entry.run]
-            one = replace(one, step=place, step_from="place in the order of names")
+            named = TrainingStep(place, "place in the order of names", "checkpoint")
+            one = replace(one, trained=named)
         found.append(one)
     return found
 
@@ -139,12 +141,12 @@ def _by_architecture(known: Sequence[_Known]) -> tuple[list[_Known], list[str]]:
 
 def _about_steps(known: Sequence[_Known]) -> list[str]:
     """Where the training steps stand, and where that differs within a run."""
-    where = Counter(one.step_from for one in known)
+    where = Counter(one.trained.found for one in known)
     parts = [f"{words} ({count})" if len(where) > 1 else words for words, count in where.items()]
     said = [f"training steps are from: {'; '.join(parts)}"] if parts else []
     by_run: dict[str, set[str]] = {}
     for one in known:
-        by_run.setdefault(one.entry.run, set()).add(one.step_from)
+        by_run.setdefault(one.entry.run, set()).add(one.trained.found)
     several = [run or "the run" for run, found in by_run.items() if len(found) > 1]
     if several:
         said.append(

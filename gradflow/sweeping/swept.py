@@ -379,7 +379,7 @@ def _minutes(minutes: float) -> str:
 def _entry(one: Checkpoint) -> Entry:
     if one.named is None:
         return Entry(one.name, one.run)
-    return Entry(one.name, one.run, step=one.named.number, step_from=one.named.found)
+    return Entry(one.name, one.run, "", one.named.number, one.named.found, one.named.counts)
 
 
 def gather(folder: str | os.PathLike[str]) -> History:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numpy as np
-
 from gradflow.analysis.results import Finding
 from gradflow.analyzer.causes.remedies import CLIP_CODE
-from gradflow.analyzer.evidence import Evidence, counted, module, number
+from gradflow.analyzer.evidence import Evidence, counted, module
 from gradflow.analyzer.timeline import (
     Bad,
     arrives,
@@ -199,7 +197,10 @@ def _segments(e: Evidence) -> str:
     if all(sequence == every[0] for sequence in every) and len(every[0]) <= LISTED:
         return f"segments of {', '.join(str(n) for n in every[0])} steps"
     lengths = e.data["segment_length"].values
-    low, middle, high = int(lengths.min()), float(np.median(lengths)), int(lengths.max())
+    low, high = int(lengths.min()), int(lengths.max())
     if low == high:
         return f"{len(lengths)} segments of {counted(low, 'step')} each"
-    return f"{len(lengths)} segments of {low} to {high} steps, {number(middle)} at the median"
+    return (
+        f"{len(lengths)} segments of {low} to {high} steps, typically {typical_segment(e.track) or 1} "
+        "(half of all steps lie in segments at least so long)"
+    )
