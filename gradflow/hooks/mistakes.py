@@ -26,8 +26,8 @@ from gradflow.recording.tracks import Recording, Unseen
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 FEW = 8  # names in one sentence
 ONCE = (
-    "was called once, so no state came back and no recurrence is exercised; run it in a loop that "
-    "gives each call the state of the one before"
+    "so no state came back and no recurrence is exercised; run it in a loop that gives each call the "
+    "state of the one before"
 )
 
 
@@ -225,6 +225,12 @@ def found(recording: Recording) -> list[str]:
     return sentences
 
 
+def _runs(names: Iterable[str]) -> list[str]:
+    """Tracks by the layer they are runs of, with how many there are."""
+    counts = Counter(name.partition("@")[0] for name in names)
+    return [name if count == 1 else f"{name} ({count} runs)" for name, count in counts.items()]
+
+
 def _too_short(recording: Recording) -> list[str]:
     """Tracks of one step, which exercise no recurrence."""
     once = [track for track in recording.values() if track.steps == 1]
@@ -235,8 +241,8 @@ def _too_short(recording: Recording) -> list[str]:
     short = [t for t in once if t not in marked and t.owner not in known]
     scanned = [track.name for track in short if isinstance(track.source, LinearSource)]
     short = [track for track in short if track.name not in scanned]
-    cells = [track.name for track in short if _calls(track)[0].single]
-    layers = [track.name for track in short if not _calls(track)[0].single]
+    cells = _runs([track.name for track in short if _calls(track)[0].single])
+    layers = _runs([track.name for track in short if not _calls(track)[0].single])
     sentences = []
     if tapped:
         sentences.append(
@@ -254,7 +260,9 @@ def _too_short(recording: Recording) -> list[str]:
             "two steps or more"
         )
     if cells:
-        sentences.append(f"{listed(cells)} {ONCE}")
+        once_each = all(not name.endswith(" runs)") for name in cells)
+        how = "was called once" if once_each else "started afresh at each call"
+        sentences.append(f"{listed(cells)} {how}, {ONCE}")
     if layers:
         sentences.append(
             f"{listed(layers)} ran on T = 1 step, so no recurrence is exercised; give sequences of "

@@ -229,12 +229,13 @@ def _kind(track: Track) -> tuple[object, ...]:
         return (track.name,)
     widths = tuple((name, state.shape[2]) for name, state in track.states.items())
     place = (_base(track), track.cell, track.owner, track.reverse, track.code)
-    return *place, track.training, track.depth, widths
+    # a run of one step is not joined to longer ones: it exercises no recurrence
+    return *place, track.training, track.depth, track.steps < 2, widths
 
 
 def _is_known(track: Track) -> bool:
-    """Whether it has a recurrence, known step Jacobians, and weights that can be compared."""
-    if track.steps < 2 or not (track.weights or track.stamp):
+    """Whether it has known step Jacobians, and weights that can be compared."""
+    if not (track.weights or track.stamp):
         return False
     try:
         track.operator(sequences=torch.zeros(1, dtype=torch.long))
