@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import histories
 import numpy as np
@@ -22,7 +24,7 @@ from gradflow.cli import _code
 from gradflow.cli import gradflow as group
 from gradflow.errors import InputError
 from gradflow.history import History, LayerProbe, Probe, lag_grid
-from gradflow.limits import PAGE_BYTES
+from gradflow.limits import PAGE_BYTES, VERDICTS
 from gradflow.reporter import HISTORY_KINDS, plot_histories
 
 STEPS = 100  # of the sequences
@@ -122,6 +124,22 @@ STORIES = {
         [probe(100, "vanishing", math.nan, searched=40.0)],
         "l0 reached at least 40 steps; vanishing throughout.",
     ),
+    "mostly another verdict than at first": (
+        [probe(100 * n, word) for n, word in enumerate(
+            ["exploding", "stable", "stable", "inconclusive", "stable", "stable"], start=1)],
+        "l0 reached 10 steps at first and at the end; stable at 4 of 6 probes.",
+    ),
+    "no verdict that lasts": (
+        [probe(100 * n, word) for n, word in enumerate(
+            ["exploding", "stable", "dead", "stable", "inconclusive", "dead"], start=1)],
+        "l0 reached 10 steps at first and at the end; changing: stable at 2, dead at 2, exploding at 1, "
+        "inconclusive at 1 of 6 probes.",
+    ),
+    "probes without a verdict are no stretch": (
+        series((6, "exploding", 9.0, 0.0), (4, "", 9.0, 0.0), (1, "dead", 9.0, 0.0),
+               (1, "stable", 9.0, 0.0)),
+        "l0 reached 9 steps at first and at the end; exploding at 6 of 8 probes, stable at the last probe.",
+    ),
 }  # fmt: skip
 
 
@@ -129,6 +147,109 @@ STORIES = {
 def test_what_happened_is_told_in_a_sentence(name: str) -> None:
     probes, said = STORIES[name]
     assert story(*probes) == said
+
+
+def made_up(random: np.random.Generator) -> list[Probe]:
+    """Some stretches of verdicts, some of them disturbed, with probes that gave none."""
+    words, rows = random.choice([*VERDICTS, ""], 3), []
+    for _ in range(random.integers(1, 6)):
+        word, disturbed = random.choice(words), random.random() < 0.4
+        far = random.choice([3.0, 9.0, 20.0, 84.0, math.inf, math.nan])
+        clipped = float(random.integers(2))
+        for _ in range(random.integers(1, 9)):
+            now = random.choice(words) if disturbed and random.random() < 0.5 else word
+            rows.append((1, str(now), far + random.integers(2), clipped))
+    return series(*rows)
+
+
+def untrue(found: Any, said: str) -> Iterator[str]:
+    """What a sentence says of verdicts and is not so, by counting in the probes themselves."""
+    verdict, place = found.verdict, {f"{int(n):,}": k for k, n in enumerate(found.step)}
+    known, number, end = verdict[verdict != ""], r"([\d,]*\d)", -1
+    last = re.search(r", (\w+) at the last probe", said)
+    if last and known[-1] != last[1]:
+        yield last[0]
+    for whole in re.finditer(r"; (\w+) throughout", said):
+        if set(known) != {whole[1]}:
+            yield whole[0]
+    for some in re.finditer(r"; (\w+) at (\d+) of (\d+) probes", said):
+        count = int((known == some[1]).sum())
+        if (count, len(known)) != (int(some[2]), int(some[3])) or 2 * count < len(known):
+            yield some[0]
+    for each in re.finditer(r"((?:\w+ at \d+, )+\w+ at \d+) of (\d+) probes", said):
+        if sum(int(n) for n in re.findall(r" at (\d+)", each[1])) != int(each[2]):
+            yield each[0]
+    when = (
+        rf"(?:(from) (?:update )?{number} to {number}|(up to|at|(?:again )?since) update {number})"
+    )
+    for told in re.finditer(rf"(\w+) {when}(?: \(but for (\d+) of (\d+) probes\))?", said):
+        word, how = told[1], told[2] or told[5]
+        if word in ("by", "seen"):
+            continue
+        first = place[told[3] or told[6]]
+        stop = place[told[4]] if told[4] else first if how in ("up to", "at") else len(verdict) - 1
+        first = 0 if how == "up to" else first
+        here = verdict[first : stop + 1][verdict[first : stop + 1] != ""]
+        others = int((here != word).sum())
+        listed = others - (last is not None and told[5] in ("since", "again since"))
+        if (
+            first <= end
+            or len(here) == 0
+            or (
+                word != "changing"
+                and (
+                    here[0] != word
+                    or 2 * others > len(here)
+                    or (told[7] and (int(told[7]), int(told[8])) != (listed, len(here)))
+                    or (not told[7] and listed)
+                )
+            )
+        ):
+            yield told[0]
+        end = stop
+
+
+REACHED = re.compile(
+    r"l0 (?:learned to reach|reached) (?:all |at least )?(?P<far>\d+) steps?"
+    r"(?P<when> by update [\d,]*\d| at best| at first)?"
+    r"(?P<same> and at the end)?"
+    r"(?:(?:,| and reached) (?:all |at least )?(?P<end>\d+) steps? at the end)?[;.]"
+)
+
+
+def unreached(found: Any, said: str) -> Iterator[str]:
+    """The same of how far it reached: each number is that of a probe at the place it is told of."""
+    steps, told = np.fmin(found.reach, 99), REACHED.match(said)
+    assert told is not None, said
+    when = told["when"] or " at first"
+    around = {" at best": steps, " at first": steps[:2]}.get(when)
+    if around is None:
+        at = int(when.removeprefix(" by update ").replace(",", "")) // 100 - 1
+        around = steps[max(0, at - 1) : at + 2]
+    if int(told["far"]) not in around:
+        yield told[0]
+    end = told["far"] if told["same"] else told["end"]
+    if end and int(end) not in steps[-2:]:
+        yield told[0]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_the_sentence_on_any_training_is_what_its_probes_say(seed: int) -> None:
+    found = course(History.of("Net", made_up(np.random.default_rng(seed))), "l0")
+    said = sentence(found)
+    assert [*untrue(found, said), *unreached(found, said)] == [], (said, found.verdict.tolist())
+
+
+def test_a_sentence_that_is_not_so_is_seen() -> None:
+    found = course(History.of("Net", series((5, "stable", 9, 0), (5, "dead", 3, 0))), "l0")
+    for wrong in (
+        "l0 reached 3 steps at first; stable up to update 500",
+        "l0 reached 9 steps; stable up to update 600, dead since update 700",
+        "l0 reached 9 steps; dead throughout",
+        "l0 reached 9 steps; stable at 6 of 10 probes",
+        "l0 reached 9 steps; stable up to update 500 (but for 1 of 5 probes), dead since update 600",
+    ):
+        assert [*untrue(found, wrong), *unreached(found, wrong)] != [], wrong
 
 
 def test_without_gains_the_reach_is_that_of_the_gradient() -> None:

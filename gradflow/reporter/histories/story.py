@@ -8,6 +8,7 @@ causes.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,28 +163,56 @@ def far_words(course: Course, place: int, steps: float) -> str:
 
 def _judged(course: Course, *, short: bool = False) -> str:
     """Its verdicts one after the other; what was inconclusive between two others is left out."""
-    runs = [run for run in stretches(course.verdict) if run.verdict]
+    runs = _measured(course)
     told = [run for place, run in enumerate(runs) if not _between(runs, place)]
     if not told:
         return ""
-    if len(told) == 1:
-        count = int((course.verdict == told[0].verdict).sum())
-        known = int((course.verdict != "").sum())
-        where = "throughout" if count == known else f"at {count} of {known} {course.noun}s"
-        return f"{told[0].verdict} {where}{_but_now(course, told[0].verdict)}"
     last = told[-1]
-    again = "again " if last.verdict in [run.verdict for run in told[:-2]] else ""
-    told_apart = bool(_but_now(course, last.verdict))
+    if len(told) == 1:
+        words = Counter(_known(course, last).tolist())
+        word, count = words.most_common(1)[0]
+        if count == words.total():
+            return f"{word} throughout"
+        if 2 * count < words.total():
+            return f"changing: {_each(course, words)}"
+        return f"{word} at {count} of {words.total()} {course.noun}s{_but_now(course, word)}"
+    word = _word(course, last)
+    again = "again " if word in [run.verdict for run in told[:-2]] else ""
+    now = _but_now(course, last.verdict)
     since = (
-        f"since {course.counted_in} {_at(course, last.start)}{_but_for(course, last, told_apart)}"
+        f"since {course.counted_in} {_at(course, last.start)}{_but_for(course, last, bool(now))}"
     )
-    end = f"{last.verdict} {again}{since}{_after_clipping(course, last)}"
-    end += _but_now(course, last.verdict)
+    end = f"{word} {again}{since}{_after_clipping(course, last)}{now}"
     if short:
         return end
     if len(told) > TOLD:
         return f"{len(told) - 1} changes of its verdict, {end}"
     return ", ".join([*(_while(course, run, run is told[0]) for run in told[:-1]), end])
+
+
+def _measured(course: Course) -> list[VerdictRun]:
+    """The stretches of the probes that gave a verdict."""
+    known = np.flatnonzero(course.verdict != "")
+    return [
+        VerdictRun(run.verdict, int(known[run.start]), int(known[run.stop - 1]) + 1)
+        for run in stretches(course.verdict[known])
+    ]
+
+
+def _known(course: Course, run: VerdictRun) -> np.ndarray:
+    here = course.verdict[run.start : run.stop]
+    return here[here != ""]
+
+
+def _word(course: Course, run: VerdictRun) -> str:
+    """The verdict of a stretch; where more than half of its probes had others, none of them is."""
+    return run.verdict if (_known(course, run) == run.verdict).mean() >= 0.5 else "changing"
+
+
+def _each(course: Course, words: Counter[str]) -> str:
+    """How many probes had which verdict."""
+    said = ", ".join(f"{word} at {count}" for word, count in words.most_common())
+    return f"{said} of {count_words(words.total(), course.noun)}"
 
 
 def _while(course: Course, run: VerdictRun, first: bool) -> str:
@@ -195,13 +224,14 @@ def _while(course: Course, run: VerdictRun, first: bool) -> str:
     where = f"from {word}{start} to {last}" if start != last else f"at {word}{start}"
     if not (course.verdict[: run.start] != "").any():
         where = f"up to {course.counted_in} {last}"
-    return f"{run.verdict} {where}{_but_for(course, run)}"
+    return f"{_word(course, run)} {where}{_but_for(course, run)}"
 
 
 def _but_for(course: Course, run: VerdictRun, told_apart: int = 0) -> str:
     """How many probes of a stretch had another verdict, each too few to count as a change."""
-    here = course.verdict[run.start : run.stop]
-    known = here[here != ""]
+    known = _known(course, run)
+    if _word(course, run) != run.verdict:
+        return f" ({_each(course, Counter(known.tolist()))})"
     others = int((known != run.verdict).sum()) - told_apart
     return f" (but for {others} of {len(known)} {course.noun}s)" if others > 0 else ""
 
