@@ -107,10 +107,12 @@ class LSTMSteps(Steps):
 
 def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> LSTMSteps:
     """All steps, with or without a projection (Sak et al. 2014)."""
-    pre = weights.project_input(x) + weights.project_state(previous(h, initial["h"]))
+    pre = weights.project_state(previous(h, initial["h"])).add_(weights.project_input(x))
     i, f, g, o = pre.chunk(4, dim=2)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c, c0 = i * g, initial["c"]
+    factor = pre.new_empty(*c.shape[:2], 4, c.shape[2])  # written in place: large arrays are dear
+    torch.mul(c, 1 - i, out=factor[:, :, 0])
     if c0.dim() == c.dim():
         before = c0
         c.addcmul_(f, before)
@@ -120,9 +122,9 @@ def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> LSTMSte
             before[t] = c[t - 1] if t else c0
             c[t].addcmul_(f[t], before[t])
     squashed = c.tanh()
-    factor = torch.stack(
-        [g * i * (1 - i), before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)], dim=2
-    )
+    torch.mul(before * f, 1 - f, out=factor[:, :, 1])
+    torch.mul(i, 1 - g * g, out=factor[:, :, 2])
+    torch.mul(squashed * o, 1 - o, out=factor[:, :, 3])
     return LSTMSteps(
         weight_hh=weights.weight_hh,
         gates={"i": i, "f": f, "g": g, "o": o},

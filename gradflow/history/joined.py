@@ -14,16 +14,12 @@ from gradflow.errors import FileError
 from gradflow.history.lines import (
     HISTORY_FILE,
     HISTORY_SCHEMA,
-    PROBE,
     ProbeLayout,
-    layout_line,
     layout_of,
     line,
-    note_line,
-    packed_line,
+    line_of,
+    numbers_line,
     probe_line,
-    read_probe,
-    source_line,
 )
 from gradflow.history.probe import Note, Probe, Source
 from gradflow.history.reader import Reader
@@ -51,8 +47,8 @@ def row_text(probe: Probe, cells: dict[str, str], **header: Any) -> str:
         Lines, each with its end.
     """
     layout = layout_of(probe, cells)
-    text = line("header", schema=HISTORY_SCHEMA, **header) + layout_line(layout)
-    return text + probe_line(probe, layout) + "".join(map(note_line, probe.notes)) + line("end")
+    text = line("header", schema=HISTORY_SCHEMA, **header) + line_of(layout)
+    return text + probe_line(probe, layout) + "".join(map(line_of, probe.notes)) + line("end")
 
 
 def failure_text(**header: Any) -> str:
@@ -116,7 +112,7 @@ def join_rows(
     said: set[str] = set()
     with whole_file(path) as file:
         file.write(line("header", schema=HISTORY_SCHEMA, **header))
-        file.writelines(map(note_line, notes))
+        file.writelines(map(line_of, notes))
         layout: ProbeLayout | None = None
         for row in rows:
             for text, found in _lines_of(row, layout, said):
@@ -134,24 +130,16 @@ def _lines_of(
     if row.text is None:
         empty = layout if layout is not None else layout_of(Probe(0, {}, {}), {})
         if layout is None:
-            yield layout_line(empty), empty
-        yield source_line(row.source) + probe_line(Probe(row.step, {}, {}), empty), empty
+            yield line_of(empty), empty
+        yield line_of(row.source) + probe_line(Probe(row.step, {}, {}), empty), empty
         return
     reader = Reader(row.text)
     reader.more()
     (block,) = reader.read.blocks
     if block.layout != layout:
-        yield layout_line(block.layout), block.layout
-    yield source_line(row.source) + packed_line(row.step, _packed(row.text)), block.layout
+        yield line_of(block.layout), block.layout
+    yield line_of(row.source) + numbers_line(row.step, block.table()), block.layout
     for note in reader.read.notes:
         if note.text not in said:
             said.add(note.text)
-            yield note_line(replace(note, step=0)), block.layout
-
-
-def _packed(path: Path) -> str:
-    """The numbers of a row as they stand in its file."""
-    for text in path.read_bytes().splitlines():
-        if text.startswith(PROBE.encode()) and (found := read_probe(text)) is not None:
-            return found[1].decode()
-    raise ValueError(f"{path} holds no numbers")
+            yield line_of(replace(note, step=0)), block.layout

@@ -3,7 +3,7 @@
 A line is appended with one write, and is valid alone, so that another process may read while it is
 written, on any file system, and whatever ends the writer costs at most the last line. A line that was cut
 off is skipped; what follows it begins on a line of its own. The numbers of a probe stand in base64, a
-multiple of three bytes each, so that those of 100,000 probes are unpacked in one piece. (SQLite would need
+multiple of three bytes each, so that those of many are unpacked together. (SQLite would need
 shared memory, which network file systems lack, or more than one fsync a probe; HDF5 leaves a file that is
 cut off unreadable; zarr makes a file of every chunk.)
 
@@ -24,8 +24,11 @@ end        the writer was closed
 from __future__ import annotations
 
 import base64
+import functools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
 
 import numpy as np
@@ -107,19 +110,10 @@ def line(kind: str, **content: Any) -> str:
     return json.dumps({"kind": kind} | content, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def layout_line(layout: ProbeLayout) -> str:
-    """The line of a layout."""
-    return line("layout", **asdict(layout))
-
-
-def note_line(note: Note) -> str:
-    """The line of a note."""
-    return line("note", **asdict(note))
-
-
-def source_line(source: Source) -> str:
-    """The line of a source."""
-    return line("source", **asdict(source))
+def line_of(said: ProbeLayout | Note | Source) -> str:
+    """The line of a layout, a note or a source."""
+    kind = {ProbeLayout: "layout", Note: "note", Source: "source"}[type(said)]
+    return line(kind, **asdict(said))
 
 
 PROBE = '{"kind": "probe", "step": '  # how the line of a probe begins
@@ -145,12 +139,12 @@ def probe_line(probe: Probe, layout: ProbeLayout) -> str:
         at = np.searchsorted(layout.lags, layer.lags)
         for number, field in enumerate(layout.of_lag):
             numbers["lags"][place, number, at] = getattr(layer, field)
+    return numbers_line(probe.step, numbers)
+
+
+def numbers_line(step: int, numbers: np.ndarray) -> str:
+    """The line of a probe from its numbers, of its layout's dtype."""
     packed = base64.b64encode(numbers.tobytes()).decode()
-    return packed_line(probe.step, packed)
-
-
-def packed_line(step: int, packed: str) -> str:
-    """The line of a probe whose numbers are packed already."""
     return f"{PROBE}{step}{NUMBERS}{packed}{CLOSE}\n"
 
 
@@ -171,6 +165,34 @@ def read_probe(text: bytes) -> tuple[int, bytes] | None:
     if not step.isdigit() or len(step) > 18 or text[end:at] != between:
         return None
     return int(step), text[at : -len(close)]
+
+
+@functools.cache
+def _pairs() -> np.ndarray:
+    """Of two characters of base64, read as one number, the 12 bits that they stand for; else 2¹² or more."""
+    six = np.arange(64, dtype=np.uint16)
+    letters = np.frombuffer((ascii_uppercase + ascii_lowercase + digits + "+/").encode(), np.uint8)
+    found = np.full(2**16, 2**12, np.uint16)
+    found[letters[:, None] + 2**8 * letters.astype(int)] = six[:, None] << 6 | six
+    return found
+
+
+def unpacked(packed: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of those texts in base64 that are whole, and which these are; all have one length.
+
+    >>> found, fine = unpacked([b"AAEC", b"A?EC"])
+    >>> found.tolist(), fine.tolist()
+    ([0, 1, 2], [True, False])
+    """
+    twelve = _pairs().take(np.frombuffer(b"".join(packed), "<u2")).reshape(len(packed), -1)
+    fine = np.ones(len(packed), dtype=bool)
+    if twelve.max() >= 2**12:
+        fine = twelve.max(1) < 2**12
+        twelve = twelve[fine]
+    first, second = twelve.reshape(-1, 2).T
+    found = np.empty((len(first), 3), np.uint8)
+    found[:, 0], found[:, 1], found[:, 2] = first >> 4, first << 4 | second >> 8, second
+    return found.reshape(-1), fine
 
 
 def packed_size(layout: ProbeLayout) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import binascii
 import json
 import os
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,22 @@ from gradflow.history.lines import (
     packed_size,
     read_probe,
     source_from,
+    unpacked,
 )
 from gradflow.history.probe import Note, Source
 from gradflow.limits import ANNOUNCED, LINE_BYTES
 
 LINE_OF_PROBE = PROBE.encode()
-PIECE_READ = 2**22  # bytes that are read at a time: the same memory is used again
+PIECE_READ = 2**18  # bytes that are unpacked at a time: what a processor keeps at hand
 
 
 @dataclass
 class ProbeBlock:
-    """Probes in a row that have one layout; the arrays are unpacked when they are asked for."""
+    """Probes in a row that have one layout; their numbers are unpacked some lines at a time."""
 
     layout: ProbeLayout  # what the arrays hold
     steps: list[int] = field(default_factory=list)  # the training step of each probe
-    numbers: list[bytes] = field(default_factory=list)  # of the probes, unpacked, in a few pieces
+    numbers: bytearray = field(default_factory=bytearray)  # of the probes, unpacked
     packed: list[bytes] = field(default_factory=list)  # of the last ones, not yet unpacked
     sources: list[Source | None] = field(default_factory=list)  # of each probe; None of a training
 
@@ -56,24 +57,23 @@ class ProbeBlock:
 
     def unpack(self) -> int:
         """Take the numbers of the last lines out of their text; how many lines were none and are left out."""
-        packed, damaged = self.packed, 0
+        if not self.packed:
+            return 0
+        first = len(self.steps) - len(self.packed)
+        found, fine = unpacked(self.packed)
         self.packed = []
+        self.steps[first:] = compress(self.steps[first:], fine)
+        self.sources[first:] = compress(self.sources[first:], fine)
         try:
-            self.numbers.append(binascii.a2b_base64(b"".join(packed), strict_mode=True))
-        except binascii.Error:
-            first = len(self.steps) - len(packed)
-            kept = [n for n, text in enumerate(packed) if _is_base64(text)]
-            self.steps[first:] = [self.steps[first + n] for n in kept]
-            self.sources[first:] = [self.sources[first + n] for n in kept]
-            self.numbers += [binascii.a2b_base64(packed[n]) for n in kept]
-            damaged = len(packed) - len(kept)
-        return damaged
+            self.numbers += found.data
+        except BufferError:  # a table was made of them, which stays as it is
+            self.numbers = self.numbers + found.data
+        return int((~fine).sum())
 
     def table(self) -> np.ndarray:
         """The numbers of every probe, (probe,) of the layout's dtype."""
         self.unpack()
-        self.numbers = [b"".join(self.numbers)]
-        return np.frombuffer(self.numbers[0], dtype=self.layout.dtype)
+        return np.frombuffer(self.numbers, dtype=self.layout.dtype)
 
     def only(self, run: str) -> ProbeBlock:
         """Those of one run of a sweep."""
@@ -81,17 +81,9 @@ class ProbeBlock:
         return ProbeBlock(
             self.layout,
             steps=[self.steps[at] for at in kept],
-            numbers=[self.table()[kept].tobytes()],
+            numbers=bytearray(self.table()[kept].data),
             sources=[self.sources[at] for at in kept],
         )
-
-
-def _is_base64(text: bytes) -> bool:
-    try:
-        binascii.a2b_base64(text, strict_mode=True)
-    except binascii.Error:
-        return False
-    return True
 
 
 @dataclass
@@ -117,25 +109,23 @@ class Reader:
 
     def more(self) -> int:
         """Take in the lines that were completed since the last time; how many probes they hold."""
-        found, rest = 0, b""
+        found = 0
         if self.path.exists() and not self.path.is_file():  # of a pipe the end is waited for
             raise FileError(self._not_a_history())
         try:
             with self.path.open("rb") as opened:
                 self._begin_again_if_replaced(os.fstat(opened.fileno()))
                 opened.seek(self._offset)
-                while some := opened.read(PIECE_READ):
-                    whole = rest + some
-                    complete = whole.rfind(b"\n") + 1
-                    rest = whole[complete:]
-                    self._offset += complete
-                    if len(rest) > (
-                        LINE_BYTES if self.read.headers or complete else PIECE_READ // 2
-                    ):
-                        raise FileError(self._not_a_history())
-                    found += sum(self._take(text) for text in whole[:complete].splitlines())
-                    found -= self._unpack()
-                    self._check_extent(self._offset)
+                checked = self._offset
+                while (text := opened.readline(LINE_BYTES)).endswith(b"\n"):
+                    self._offset += len(text)
+                    found += self._take(text.rstrip(b"\r\n"))
+                    if self._offset > checked + PIECE_READ:
+                        checked = self._offset
+                        found -= self._check()
+                found -= self._check()
+                if len(text) == LINE_BYTES:
+                    raise FileError(self._not_a_history())
         except OSError as error:
             raise FileError(
                 f"cannot read {self.path}: {error.strerror or error}; give the folder of a run that "
@@ -181,17 +171,25 @@ class Reader:
         self.read.damaged += damaged
         return damaged
 
-    def _check_extent(self, size: int) -> None:
-        """Probes that each have layers of their own would make a table of far more than the file holds."""
+    def _check(self) -> int:
+        """Unpack what was read; how many lines of probes were none.
+
+        Probes that each have layers of their own would make a table of far more than the file holds.
+        """
+        damaged = self._unpack()
         blocks = [block for block in self.read.blocks if block.steps]
         if len(blocks) < 2:
-            return
+            return damaged
         layers = len({name for block in blocks for name in block.layout.layers})
         lags = len({lag for block in blocks for lag in block.layout.lags})
         gates = len({name for block in blocks for name in block.layout.gates})
         numbers = 8 * len(OF_LAYER) + 4 * len(OF_GATE) * gates + 4 * len(OF_LAG) * lags
-        if sum(len(block.steps) for block in blocks) * layers * numbers > 8 * size + ANNOUNCED:
+        if (
+            sum(len(block.steps) for block in blocks) * layers * numbers
+            > 8 * self._offset + ANNOUNCED
+        ):
             raise FileError(self._not_a_history())
+        return damaged
 
     def _not_a_history(self) -> str:
         return one_sentence(

@@ -39,7 +39,7 @@ def dataset(read: Read) -> xr.Dataset:
     }
     numbers = [block.table() for block in blocks]
     whole = {name: _joined(name, some, numbers, layouts) for name, some in axes.items()}
-    codes = whole["layers"][:, :, 0]
+    codes = np.ascontiguousarray(whole["layers"][:, :, 0])
     codes = np.where((codes >= 0) & (codes < len(VERDICTS)), codes, len(VERDICTS))  # NaN: none
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         VERDICT: (("step", "layer"), VERDICT_WORDS[codes.astype(int)])
@@ -82,6 +82,7 @@ def _possible(name: str, numbers: np.ndarray) -> np.ndarray:
     """NaN, not measured, where a file says what no count can be."""
     if name not in COUNTED:
         return numbers
+    numbers = np.ascontiguousarray(numbers)  # it is read several times
     fine = ((numbers >= COUNTED[name]) & (numbers < 2**53)) | np.isinf(numbers) & (numbers > 0)
     return numbers if (fine | np.isnan(numbers)).all() else np.where(fine, numbers, np.nan)
 

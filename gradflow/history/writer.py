@@ -12,12 +12,10 @@ from gradflow.history.lines import (
     HISTORY_FILE,
     HISTORY_SCHEMA,
     ProbeLayout,
-    layout_line,
     layout_of,
     line,
-    note_line,
+    line_of,
     probe_line,
-    source_line,
 )
 from gradflow.history.probe import Note, Probe
 from gradflow.history.reader import Reader
@@ -98,9 +96,9 @@ class Writer:
         layout, text = layout_of(probe, cells), ""
         if self._layout is None or not self._layout.holds(layout):
             self._layout = layout if self._layout is None else self._layout.joined(layout)
-            text = layout_line(self._layout)
-        text += "" if probe.source is None else source_line(probe.source)
-        text += probe_line(probe, self._layout) + "".join(map(note_line, probe.notes))
+            text = line_of(self._layout)
+        text += "" if probe.source is None else line_of(probe.source)
+        text += probe_line(probe, self._layout) + "".join(map(line_of, probe.notes))
         self._append(text)
         os.fsync(self._file)
 
@@ -113,7 +111,7 @@ class Writer:
         Raises:
             OSError: it could not be written.
         """
-        self._append(note_line(note))
+        self._append(line_of(note))
 
     def close(self) -> None:
         """Say that the run ended."""
