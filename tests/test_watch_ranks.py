@@ -339,7 +339,8 @@ def test_only_the_first_of_two_processes_is_measured_and_says_so(tmp_path: Path)
         assert all(torch.equal(one, two) for one, two in zip(weights[0], other, strict=True))
     history = gradflow.load(tmp_path / "run")
     assert isinstance(history, History)
-    assert history.steps.tolist() == [1, 3, 5] and history.layers == ("rnn.l0",)
+    assert history.title == "Net" and history.steps.tolist() == [1, 3, 5]
+    assert history.layers == ("rnn.l0",)
     assert history["rnn.l0"]["sequences"].values.tolist() == [3, 3, 3]
     assert "of 2 processes that train together only rank 0 is measured" in history.notes[0].text
 
@@ -356,7 +357,7 @@ def test_what_two_processes_gather_is_what_one_would_have_seen(tmp_path: Path) -
         gathered = gradflow.load(tmp_path / wrap)
         assert isinstance(gathered, History)
         assert unlike(one, gathered) == []
-        assert "all are measured" in gathered.notes[0].text
+        assert "all are measured" in gathered.notes[0].text and gathered.title == "Net"
     gathered = gradflow.load(tmp_path / "ddp-full")
     assert isinstance(gathered, History) and unlike(full, gathered) == []
     first = gradflow.load(tmp_path / "fsdp-first")

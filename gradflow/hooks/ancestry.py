@@ -49,6 +49,17 @@ def class_of(module: nn.Module) -> type:
     return kind.__bases__[-1] if fsdp_class() in kind.__bases__ else kind
 
 
+def title_of(model: nn.Module) -> str:
+    """The name of a model's class; of the model inside where a wrapper of torch's is around it.
+
+    >>> title_of(nn.DataParallel(nn.Tanh()))
+    'Tanh'
+    """
+    while type(model).__module__.startswith("torch.") and [*map(clean, model._modules)] == [""]:
+        (model,) = (one for one in model._modules.values() if one is not None)
+    return class_of(model).__name__
+
+
 def parameters_of(weights: Iterable[Tensor]) -> list[Tensor]:
     """The leaves of the weights' graphs, nearest first; at most `NODES` nodes are looked at.
 

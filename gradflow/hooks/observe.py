@@ -13,7 +13,7 @@ from gradflow._version import __version__
 from gradflow.distributed import AllProcesses, ApartError, can_be_sent, world
 from gradflow.errors import InputError, must_be, warn
 from gradflow.hooks import circumstances, mistakes
-from gradflow.hooks.ancestry import clean
+from gradflow.hooks.ancestry import clean, title_of
 from gradflow.hooks.guard import BATCHED, Point, guarded
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.linear.linear_calls import tensors_of
@@ -79,7 +79,7 @@ def record(
     """
     patterns = _checked(model, layers, jacobians, scaler)
     processes, apart = _all_processes(gather)
-    recording = Recording(type(model).__name__)
+    recording = Recording(title_of(model))
     failed: list[str] = []
     given = (model, patterns, lengths, scaler, jacobians, recording)
     recorder = guarded(Point.OPENING, failed.append, Recorder, *given)

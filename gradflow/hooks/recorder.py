@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks.ancestry import clean, holder_of
+from gradflow.hooks.ancestry import clean, holder_of, title_of
 from gradflow.hooks.call import Call
 from gradflow.hooks.closed.afresh import REASON
 from gradflow.hooks.closed.notice import ClosedLoops, is_of
@@ -73,7 +73,7 @@ class Recorder:
         self.processes = 1  # whose losses are taken as one, their mean
         self.jacobians = jacobians
         self.training = model.training
-        self.recording = Recording(type(model).__name__) if recording is None else recording
+        self.recording = Recording(title_of(model)) if recording is None else recording
         self.recording.lengths_given = self.lengths.known
         self.uses = WeightUses(model)
         self.calls: list[Call] = []

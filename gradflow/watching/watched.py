@@ -22,6 +22,7 @@ from gradflow.distributed import AllProcesses, ApartError, is_shared_out, world
 from gradflow.errors import FileError, GradflowError, InputError, StopTraining, warn
 from gradflow.history import History, Note, Probe, Writer
 from gradflow.history.tags import Target
+from gradflow.hooks.ancestry import title_of
 from gradflow.hooks.guard import Point, briefly, guarded, lenient
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.observe import gathered
@@ -172,7 +173,7 @@ class Watch:
         self._asked, self._alerts, self._targets = asked, alerts, targets
         self._processes = processes
         header = {
-            "title": type(model).__name__,
+            "title": title_of(model),
             "preset": asked.preset,
             "every": asked.every,
             "budget": asked.budget,

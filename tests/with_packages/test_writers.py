@@ -167,6 +167,7 @@ def test_wandb_offline(tmp_path: Path, logs: str) -> None:
             run.log({"loss": 1.0 / step}, step=step)
     target.close()  # type: ignore[attr-defined]
     run.finish()
+    wandb.teardown()  # waits for the process that writes the file; without, its end may be missing
     rows = rows_of(tmp_path)
     mine = [row for row in rows if "gradflow/step" in row]
     assert [int(row["gradflow/step"]) for row in mine] == list(STEPS)
