@@ -235,10 +235,7 @@ def _tensorboard(x: Any, run: Any) -> Target:
 
 
 def _wandb(x: Any, run: Any) -> Target:
-    found = x.run if isinstance(x, types.ModuleType) else x
-    if found is None:
-        raise InputError(must_be("to", "a W&B run", "none", "call wandb.init() first"))
-    return ToWandb(found)
+    return ToWandb(_begun("wandb", x.run if isinstance(x, types.ModuleType) else x))
 
 
 def _mlflow(x: Any, run: Any) -> Target:
@@ -259,10 +256,14 @@ def _mlflow(x: Any, run: Any) -> Target:
 
 
 def _trackio(x: Any, run: Any) -> Target:
-    found = trackio_run(x) if isinstance(x, types.ModuleType) else x
-    if found is None:
-        raise InputError(must_be("to", "a trackio run", "none", "call trackio.init() first"))
-    return ToTrackio(found)
+    return ToTrackio(_begun("trackio", trackio_run(x) if isinstance(x, types.ModuleType) else x))
+
+
+def _begun(package: str, run: Any) -> Any:
+    if run is None:
+        advice = f"call {package}.init() first"
+        raise InputError(must_be("to", f"a run of {package}", "none", advice))
+    return run
 
 
 def trackio_run(trackio: Any) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -148,9 +147,6 @@ class GradientMarks:
     def moved(self) -> bool:
         """Whether the weights were written to."""
         return any(one._version != version for one, version in self._marked)
-
-
-Reached = Callable[[float], object]
 
 
 def trains(module: nn.Module) -> bool:
