@@ -214,7 +214,8 @@ def analyze(
                 analysis, place, force=force, formats=FORMATS if draws else ("json", "csv", "nc")
             )
     _show(analysis, place, as_json, quiet, verbose, drawn=draws)
-    _fail_on(analysis, conditions)
+    if _fail_on(list(analysis.values()), conditions):
+        raise SystemExit(CONDITION_HOLDS)
 
 
 @gradflow.command(short_help="Train an RNN and an LSTM and compare their gradients.")
@@ -293,7 +294,8 @@ def report(
         progress("drawing the report", 0.5)
         reporter.report(analysis, folder, force=force)
     _show(analysis, folder, as_json, quiet, verbose)
-    _fail_on(analysis, conditions)
+    if _fail_on(list(analysis.values()), conditions):
+        raise SystemExit(CONDITION_HOLDS)
 
 
 @gradflow.command(short_help="Say what changed between runs, and whether it is chance.")
@@ -482,11 +484,11 @@ def sweep(
         try:
             with Progress(lines=True) as progress:
                 history = run_sweep(request, progress)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, or told to end
             click.echo(
                 f"interrupted; what was measured is in {folder}: go on with --resume", err=True
             )
-            raise SystemExit(INTERRUPTED) from None
+            raise SystemExit(getattr(stop, "code", INTERRUPTED)) from None
         place, whole = folder, request.shard == (1, 1)
     if history.layers:  # else all failed, which is said below
         last = f"next, when all shards have ended: gradflow sweep --gather {place}"
@@ -599,12 +601,10 @@ def _show_history(
 def _end_sweep(history: History, fail_on: str | None, conditions: Sequence[Any]) -> None:
     """The count of failures last; exit code 1 with --fail-on where there are some, or a condition holds."""
     from gradflow.limits import SHOWN_FAILURES
-    from gradflow.sweeping import held_in
+    from gradflow.sweeping import standings
 
     failed = [one for one in history.sources if one is not None and one.failed]
-    held = held_in(history, conditions)
-    for text in held:
-        click.echo(f"--fail-on: {text}", err=True)
+    held = _fail_on(standings(history) if conditions else [], conditions)
     for row in failed[:SHOWN_FAILURES]:
         named = row.failed.startswith(row.checkpoint)
         click.echo(f"failed: {'' if named else f'{row.checkpoint}: '}{row.failed}", err=True)
@@ -614,13 +614,13 @@ def _end_sweep(history: History, fail_on: str | None, conditions: Sequence[Any])
         raise SystemExit(CONDITION_HOLDS)
 
 
-def _fail_on(analysis: Analysis, conditions: Sequence[Any]) -> None:
-    held = [text for condition in conditions for text in condition.held_by(analysis)]
-    still_open = [text for condition in conditions for text in condition.open_in(analysis)]
+def _fail_on(layers: Sequence[Any], conditions: Sequence[Any]) -> bool:
+    """Say which conditions hold and which cannot be tested; whether one holds."""
+    held = [text for condition in conditions for text in condition.held_by(layers)]
+    still_open = [text for condition in conditions for text in condition.open_in(layers)]
     for text in [*held, *still_open]:
         click.echo(f"--fail-on: {text}", err=True)
-    if held:
-        raise SystemExit(CONDITION_HOLDS)
+    return bool(held)
 
 
 _interrupts: list[int] = []

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from gradflow import reporter
-from gradflow.analysis import Analysis, LayerAnalysis
+from gradflow.analysis import Analysis, LayerAnalysis, Rate
 from gradflow.analysis.results import welch
 from gradflow.errors import InputError, must_be
 from gradflow.history import History
@@ -113,8 +113,8 @@ def compare(
     """Say what changed from the first run to each of the others, and whether by more than chance.
 
     Layers are paired by name, and compared by the gain over the span in decades, or the rate in nats
-    per step, with a 95 % interval over sequences (Welch 1947) that holds for all of them at once. Of
-    trainings the last probes are compared, of sweeps the groups of runs.
+    per step, with a 95 % interval over sequences, of several batches over batches (Welch 1947), that
+    holds for all of them at once. Of trainings the last probes are compared, of sweeps the groups of runs.
 
     Args:
         runs: two or more analyses or two or more histories, or one mapping from the names that they
@@ -199,7 +199,7 @@ def changes(runs: Mapping[str, Analysis]) -> list[Change]:
 
     Layers are paired by name; in the order in which they ran where no name is in both runs and each
     has as many. Compared are the gains over the span, or, where these are of different steps, the
-    rates. The interval of a difference is Welch's (1947), over the sequences of both runs; of rates it is
+    rates. The interval of a difference is Welch's (1947), over the sequences, or the batches, of both runs; of rates it is
     widened by what has not settled in either. Of n differences each interval is one of 1 − 0.05/n, so
     that where nothing but the batch differs, 95 of 100 comparisons find none beyond chance (Bonferroni).
 
@@ -299,10 +299,12 @@ def _change(
 ) -> Change:
     by_gain = before.gain.steps == after.gain.steps > 0
     one, two = (layer.gain if by_gain else layer.rate for layer in (before, after))
-    low, high = welch(_each(before, by_gain), _each(after, by_gain), among)
     difference = two.value - one.value
-    if not by_gain:
-        low, high = _widened(difference, low, high, before, after)
+    found = Rate(difference, *welch(_each(before, by_gain), _each(after, by_gain), among))
+    if not by_gain:  # what has not settled in either run
+        unsettled = [one.data.get("rate_settling", 0.0) for one in (before, after)]
+        found = found.wider(*map(float, unsettled))
+    low, high = found.low, found.high
     least = _least(by_gain)
     larger = None if math.isnan(low) else low > least or high < -least
     if math.isinf(difference):
@@ -345,19 +347,6 @@ def _least(by_gain: bool) -> float:
     return ROUND_TELLS if by_gain else RATE_ROUNDING
 
 
-def _widened(
-    difference: float, low: float, high: float, before: LayerAnalysis, after: LayerAnalysis
-) -> tuple[float, float]:
-    """The interval of a difference of rates, wider by what has not settled in either run."""
-    unsettled = [
-        float(layer.data["rate_settling"])
-        for layer in (before, after)
-        if "rate_settling" in layer.data
-    ]
-    half = math.hypot((high - low) / 2, *unsettled)
-    return difference - half, difference + half
-
-
 def _sentence(change: Change, before: LayerAnalysis, after: LayerAnalysis) -> str:
     """The change in words: verdicts, reach, and whether the difference counts."""
     name = change.layer if before.name == after.name else f"{before.name} → {after.name}"
@@ -368,7 +357,7 @@ def _sentence(change: Change, before: LayerAnalysis, after: LayerAnalysis) -> st
     reach = f"{gone[0]} in both" if gone[0] == gone[1] else f"{gone[0]} → {gone[1]}"
     return (
         f"{name}, {change.before} → {change.after}: {verdicts}; horizon in steps: {reach}; "
-        f"{_verdict(change, after)}"
+        f"{_verdict(change, after, _units(before, after))}"
     )
 
 
@@ -380,7 +369,13 @@ def _pace(change: Change, verdict: str) -> str:
     return ", faster" if faster else ", more slowly"
 
 
-def _verdict(change: Change, after: LayerAnalysis) -> str:
+def _units(*layers: LayerAnalysis) -> str:
+    """What the intervals are over: of a run of several batches they are over batches."""
+    found = ["batches" if "file_gain" in layer.data else "sequences" for layer in layers]
+    return " and ".join(dict.fromkeys(found))
+
+
+def _verdict(change: Change, after: LayerAnalysis, units: str) -> str:
     what = f"largest gain over {after.gain.steps} steps" if change.compared == "gain" else "rate"
     if math.isnan(change.difference):
         values = (
@@ -399,13 +394,11 @@ def _verdict(change: Change, after: LayerAnalysis) -> str:
     unit, scale = ("decades", math.log(10)) if change.compared == "gain" else ("per step", 1.0)
     said = f"the {what} {way} by {abs(change.difference) / scale:.3g} {unit}"
     if change.larger is None:
-        return f"{said}, without an interval: give two sequences or more in each run"
+        return f"{said}, without an interval: give two {units} or more in each run"
     ends = f"[{_number(change.low / scale)}, {_number(change.high / scale)}]"
     together = f" for all {change.among} at once" if change.among > 1 else ""
     said = f"{said}, 95 % interval {ends}{together}"
-    if change.larger:
-        return f"{said}: more than sequences differ by chance"
-    return f"{said}: no more than sequences differ by chance"
+    return f"{said}: {'more' if change.larger else 'no more'} than {units} differ by chance"
 
 
 def _number(value: float) -> str:

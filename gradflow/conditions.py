@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,7 +13,7 @@ from gradflow.errors import InputError
 from gradflow.limits import LN_GONE, VERDICTS
 
 if TYPE_CHECKING:
-    from gradflow.analysis import Analysis, Rate
+    from gradflow.analysis import Rate
 
 
 class JudgedLayer(Protocol):
@@ -80,19 +80,19 @@ class Condition:
     measured: Callable[[JudgedLayer], str] = lambda layer: ""  # for the reader of a log
     untold: Callable[[JudgedLayer], str] = lambda layer: ""  # why it cannot be told, "" if it can
 
-    def held_by(self, analysis: Analysis) -> list[str]:
+    def held_by(self, layers: Iterable[JudgedLayer]) -> list[str]:
         """A sentence for every layer for which the condition holds."""
         return [
             f"{layer.name}: {self.text}{self.measured(layer)}"
-            for layer in analysis.values()
+            for layer in layers
             if self.holds(layer)
         ]
 
-    def open_in(self, analysis: Analysis) -> list[str]:
+    def open_in(self, layers: Iterable[JudgedLayer]) -> list[str]:
         """A sentence for every layer for which nobody can tell whether it holds."""
         return [
             f"{layer.name}: {self.text} is not tested: {why}"
-            for layer in analysis.values()
+            for layer in layers
             if (why := self.untold(layer)) and not self.holds(layer)
         ]
 

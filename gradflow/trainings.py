@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from gradflow import reporter
+from gradflow.analysis import Rate
 from gradflow.analysis.results import welch
 from gradflow.comparison import Comparison
 from gradflow.errors import InputError, must_be
@@ -179,8 +180,14 @@ def group_differences(rows: Sequence[GroupRow]) -> list[GroupDifference]:
 def _between(first: GroupRow, other: GroupRow, among: int) -> GroupDifference:
     means = [[values.mean() if len(values) else math.nan for values in (row.rates, row.reaches)]
              for row in (first, other)]  # fmt: skip
-    rate, reach = welch(first.rates, other.rates, among), welch(first.reaches, other.reaches, among)
-    beyond = [not low <= 0 <= high for low, high in (rate, reach) if not math.isnan(low)]
+    rate, reach = (
+        Rate(float(after - before), *welch(*values, among))
+        for before, after, values in zip(
+            *means, ((first.rates, other.rates), (first.reaches, other.reaches)), strict=True
+        )
+    )
+    rate = rate.wider(first.settling, other.settling)
+    beyond = [not one.low <= 0 <= one.high for one in (rate, reach) if not math.isnan(one.low)]
     made = GroupDifference(
         layer=first.group.layer,
         by=first.group.by,
@@ -188,12 +195,12 @@ def _between(first: GroupRow, other: GroupRow, among: int) -> GroupDifference:
         after=other.group.name,
         runs_before=len(first.group.runs),
         runs_after=len(other.group.runs),
-        rate_difference=float(means[1][0] - means[0][0]),
-        rate_low=rate[0],
-        rate_high=rate[1],
-        reach_ratio=float(10 ** (means[1][1] - means[0][1])),
-        reach_low=10 ** reach[0],
-        reach_high=10 ** reach[1],
+        rate_difference=rate.value,
+        rate_low=rate.low,
+        rate_high=rate.high,
+        reach_ratio=10**reach.value,
+        reach_low=10**reach.low,
+        reach_high=10**reach.high,
         among=among,
         larger=any(beyond) if beyond else None,
         sentence="",

@@ -128,7 +128,7 @@ from gradflow.reporter.scale import (
 from gradflow.reporter.text import render
 from gradflow.sweeping.batches import pooled_batches
 from gradflow.sweeping.checkpoints import checkpoints
-from gradflow.sweeping.engines import Running
+from gradflow.sweeping.engines import Engine, Running
 from gradflow.sweeping.one_checkpoint import (
     VERSIONS,
     CheckpointTask,

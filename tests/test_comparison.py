@@ -330,3 +330,31 @@ def test_what_cannot_be_compared_is_refused() -> None:
         gradflow.compare(run(0.0))
     with pytest.raises(gradflow.GradflowError, match="must be an Analysis or a History, got str"):
         gradflow.compare(run(0.0), "reports/run")  # type: ignore[arg-type]
+
+
+def test_runs_of_folders_of_batches_are_compared_over_batches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Welch's interval over the batches' own gains, and it says that these are the unit."""
+    (tmp_path / "batches").mkdir()
+    for n in range(4):
+        torch.manual_seed(n)
+        np.save(tmp_path / f"batches/{n}.npy", torch.randn(30, 5, 3).numpy())
+    files = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        files.append(str(tmp_path / f"{seed}.pt"))
+        torch.save(nn.GRU(3, 8).state_dict(), files[-1])
+    options = ["--model", "torch.nn:GRU(3, 8)", "--input", str(tmp_path / "batches"), "--json"]
+    assert call("compare", *files, *options, "-o", str(tmp_path / "made")) == 0
+    (change,) = json.loads(capsys.readouterr().out)["changes"]
+    each = []
+    for file in files:
+        model = nn.GRU(3, 8)
+        model.load_state_dict(torch.load(file))
+        paths = [tmp_path / f"batches/{n}.npy" for n in range(4)]
+        runs = [gradflow.diagnose(model, torch.from_numpy(np.load(path))) for path in paths]
+        each.append(np.array([run["l0"].gain.value for run in runs]))
+    assert change["difference"] == pytest.approx(each[1].mean() - each[0].mean(), rel=1e-9)
+    assert (change["low"], change["high"]) == pytest.approx(welch(*each), rel=1e-6)
+    assert "more than batches differ by chance" in change["sentence"]

@@ -25,6 +25,7 @@ from seam import (
     VERSIONS,
     AddingModel,
     CheckpointTask,
+    Engine,
     Outcome,
     Running,
     SweepFolder,
@@ -213,6 +214,44 @@ def test_it_is_killed_at_ten_moments_and_goes_on(runs: Path, whole: Path) -> Non
     assert (place / HISTORY_FILE).read_bytes() == (whole / HISTORY_FILE).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
+def test_told_to_end_it_takes_its_workers_along_and_goes_on(runs: Path, whole: Path) -> None:
+    """In the background of a shell, where Ctrl-C is ignored, with a model that ignores SIGTERM itself."""
+    (runs / "deaf.py").write_text(
+        "import signal\nfrom gradflow.demo import AddingModel as Net\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    )
+    place, pattern = runs / "told", str(runs / "runs" / "**" / "*.pt")
+    options = ["-m", "gradflow", "sweep", pattern, "--input", str(runs / "batch.pt"), "-q", "--jobs", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(runs)])}
+    deaf = [*options, "--model", "deaf:Net('RNN', 12)", "-o", str(place)]
+    with subprocess.Popen(
+        [sys.executable, *deaf], env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # noqa: PLW1509
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        while not list((place / "results").glob("*.jsonl")) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        process.terminate()
+        said = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said == f"interrupted; what was measured is in {place}: go on with --resume\n"
+    with pytest.raises(ProcessLookupError):  # nobody is left of them
+        for _ in range(1000):
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
+    before = {path.name: path.stat().st_mtime_ns for path in (place / "results").glob("*.jsonl")}
+    assert 0 < len(before) < 64
+    again = [*options, "--resume", "--model", "deaf:Net('RNN', 12)", "-o", str(place)]
+    subprocess.run([sys.executable, *again], env=environment, check=True, capture_output=True)
+    after = {path.name: path.stat().st_mtime_ns for path in (place / "results").glob("*.jsonl")}
+    assert len(after) == 64 and before.items() <= after.items()
+    found, wanted = (gradflow.load(one).data for one in (place, whole))
+    assert (found["rate"].values == wanted["rate"].values).all()
+
+
 # ------------------------------------------------------------------------------ what can go wrong
 
 
@@ -392,14 +431,16 @@ def test_options_that_cannot_be_meant(
     assert re.search(words, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(("way", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
 def test_ctrl_c_says_what_is_kept(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    way: BaseException, code: int,
+) -> None:  # fmt: skip
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise way
 
     monkeypatch.setattr("gradflow.sweeping.run_sweep", interrupted)
-    assert run(str(runs / "runs/seed=0"), "-o", str(tmp_path / "a")) == 130
+    assert run(str(runs / "runs/seed=0"), "-o", str(tmp_path / "a")) == code
     said = f"interrupted; what was measured is in {tmp_path / 'a'}: go on with --resume\n"
     assert capsys.readouterr().err == said
 
@@ -444,7 +485,7 @@ def test_workers_with_other_versions_are_said_before_anything_runs(runs: Path) -
         swept(runs, "seed=0/*.pt", 3)  # type: ignore[arg-type]
 
 
-class Killing:
+class Killing(Engine):
     """An engine whose process is killed by some of its tasks, each time or once."""
 
     width = 3
@@ -596,11 +637,16 @@ def test_analyze_takes_a_folder_of_batches_as_a_sweep_does(
     for end, name in (("value", "gain"), ("low", "gain_low"), ("high", "gain_high")):
         assert layer["gain"][end] == pytest.approx(float(row[name]), rel=1e-6)
     assert layer["verdict"] == row["verdict"].item()
+    full = swept(runs, "seed=2/20.pt", serial, batch=tmp_path / "batches", preset="full").data
+    for end, name in (("value", "rate"), ("low", "rate_low"), ("high", "rate_high")):
+        assert layer["rate"][end] == pytest.approx(float(full[name][0, 0]), rel=1e-9)
+    assert float(full["rate_settling"][0, 0]) > 0  # what has not settled is in both
     alone = [analyzed(str(path))["layers"][0] for path in paths]
     rates = [one["rate"]["value"] for one in alone]
     assert layer["rate"]["value"] == pytest.approx(np.mean(rates), rel=1e-9)
     half = 4.302653 * np.std(rates, ddof=1) / np.sqrt(3)  # t of two degrees of freedom
-    assert layer["rate"]["value"] - layer["rate"]["low"] >= half * (1 - 1e-6)
+    half = np.hypot(half, float(full["rate_settling"][0, 0]))
+    assert layer["rate"]["value"] - layer["rate"]["low"] == pytest.approx(half, rel=1e-6)
     middle = int(np.argsort([one["gain"]["value"] for one in alone])[1])
     assert found["warnings"][0].startswith(
         "gain, rate and verdict are means over 3 batches with 95 %"

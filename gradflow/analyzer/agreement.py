@@ -142,5 +142,5 @@ def votes(recording: Recording, *, span: int | None, seed: int) -> dict[str, Vot
                     known = voted(read_part(loop).judged, settings)
         except RecordingError:
             continue
-        found[track.name] = Vote(known.verdict.name, known.gain, known.rate)
+        found[track.name] = Vote(known.verdict.name, known.gain, known.rate, known.settling)
     return found

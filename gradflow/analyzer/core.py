@@ -132,23 +132,10 @@ def mapped_core(
 
 
 def pooled_over(core: Core, batches: Sequence[Vote]) -> Core:
-    """The same with gain, rate and verdict over several batches, of which this one is one.
-
-    The interval of the rate is wider by what has not settled, which more batches do not mend.
-    """
+    """The same with gain, rate and verdict over several batches, of which this one is one."""
     if len(batches) < 2:
         return core
-    gains = np.array([vote.gain.value for vote in batches])
-    rates = np.array([vote.rate.value for vote in batches])
-    gain, rate, verdict = over_batches(gains, rates, core.gain.steps)
-    half = math.hypot((rate.high - rate.low) / 2, core.settling)
-    return replace(
-        core,
-        gain=Gain(gain.value, gain.low, gain.high, core.gain.steps),
-        rate=Rate(rate.value, rate.value - half, rate.value + half),
-        verdict=verdict,
-        batches=tuple(batches),
-    )
+    return replace(core, **vars(over_batches(batches, core.span)), batches=tuple(batches))
 
 
 def span_of(track: Track, settings: Settings) -> int:

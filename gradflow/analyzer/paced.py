@@ -70,6 +70,7 @@ class Paced:
     verdict: str  # one of gradflow.limits.VERDICTS
     gain: Gain  # nats over its steps
     rate: Rate  # nats per step
+    settling: float  # nats per step that the rates of all sequences may be off alike
     settled: bool  # whether the rate may be told
     half_life: float  # steps; inf if the gain never halves, NaN if not known
     horizon: int | None  # first lag with gain < 1e-3; None if not reached
@@ -190,6 +191,7 @@ def _paced(
         verdict=found.verdict.name,
         gain=found.gain,
         rate=found.rate,
+        settling=found.settling,
         settled=found.settled,
         half_life=halved,
         horizon=curve.horizon,

@@ -71,25 +71,50 @@ class Vote:
     verdict: str  # one of gradflow.limits.VERDICTS
     gain: Gain  # over the span, mean over sequences
     rate: Rate  # nats per step, mean over sequences
+    settling: float = 0.0  # nats per step that the rates of all sequences may be off alike
 
 
-def over_batches(gains: np.ndarray, rates: np.ndarray, steps: int) -> tuple[Rate, Rate, Verdict]:
+@dataclass(frozen=True)
+class OverBatches:
+    """Gain, rate and verdict of several batches; intervals are over batches."""
+
+    gain: Gain  # nats over the span
+    rate: Rate  # nats per step; its interval holds what has not settled, which more batches do not mend
+    settling: float  # nats per step of that, the mean over batches
+    settled: bool  # whether the rate may be told
+    verdict: Verdict
+
+
+def over_batches(votes: Sequence[Vote], span: int) -> OverBatches:
     """Gain, rate and verdict of several batches, each of which has one gain and one rate.
 
     They are the means over its sequences, which may have more in common with each other than with those
     of another batch: an interval that counted all of them as independent would be too narrow.
 
     Args:
-        gains: (N,) nats, of each batch, all over as many steps.
-        rates: (N,) nats per step.
-        steps: that the gains are over.
+        votes: of each batch; gains are all over as many steps.
+        span: the distance of interest in steps.
 
-    >>> gain, rate, verdict = over_batches(np.array([-4.0, -5.0, -6.0]), np.array([-0.4, -0.5, -0.6]), 10)
-    >>> round(gain.low, 2), round(gain.high, 2), verdict.name
-    (-7.48, -2.52, 'vanishing')
+    >>> votes = [Vote("", Gain(10.0 * r, math.nan, math.nan, 10), Rate(r, math.nan, math.nan), 0.3)
+    ...          for r in (-0.4, -0.5, -0.6)]
+    >>> found = over_batches(votes, 10)
+    >>> round(found.gain.low, 2), round(found.gain.high, 2), found.verdict.name, found.settled
+    (-7.48, -2.52, 'vanishing', False)
+    >>> round(found.rate.low, 3), round(found.rate.high, 3)                     # 0.248 and 0.3 together
+    (-0.889, -0.111)
     """
-    gain, rate = rate_over_sequences(gains), rate_over_sequences(rates)
-    return gain, rate, judge(gain, len(gains), steps, "batch")
+    steps = max(vote.gain.steps for vote in votes)
+    gain = rate_over_sequences(np.array([vote.gain.value for vote in votes]))
+    rate = rate_over_sequences(np.array([vote.rate.value for vote in votes]))
+    known = [vote.settling for vote in votes if math.isfinite(vote.rate.value + vote.settling)]
+    settling = math.fsum(known) / len(known) if known else 0.0
+    return OverBatches(
+        gain=Gain(gain.value, gain.low, gain.high, steps),
+        rate=rate.wider(settling) if math.isfinite(rate.value) else rate,
+        settling=settling,
+        settled=enough(settling, rate.value, span),
+        verdict=judge(gain, len(votes), steps, "batch"),
+    )
 
 
 def steps_in_common(steps: Mapping[str, Sequence[float]]) -> int | None:

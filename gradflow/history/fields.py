@@ -16,6 +16,7 @@ OF_LAYER: dict[str, str] = {
     "rate": "nats per step, the largest Lyapunov exponent",
     "rate_low": "lower end of its 95 % interval",
     "rate_high": "upper end",
+    "rate_settling": "nats per step that the rates of all sequences may be off alike, in its interval too",
     "rate_settled": "1 where the rate may be told, 0 where so few steps do not show it",
     "gain": "nats over `gain_steps`: ln of the largest gain of any direction, what the verdict judges",
     "gain_low": "lower end of its 95 % interval",

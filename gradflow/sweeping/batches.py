@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from gradflow.analysis import Gain, Rate
 from gradflow.analyzer.agreement import DEPENDS, batches_words
-from gradflow.analyzer.rates import over_batches
+from gradflow.analyzer.rates import Vote, over_batches
 from gradflow.history import LayerProbe
 
 # how a number of all batches is made; of those not named it is the mean
@@ -20,7 +21,7 @@ POOLED: dict[str, str] = {
     **dict.fromkeys(("steps", "nonfinite"), "largest"),
     **dict.fromkeys(("sequences", "sequences_rated", "cuts"), "sum"),
     **dict.fromkeys(
-        ("searched", "nonfinite_at", "rate_settled", "channels", "gain_steps"), "smallest"
+        ("searched", "nonfinite_at", "channels", "gain_steps"), "smallest"
     ),
     **dict.fromkeys(("half_life", "span"), "middle"),  # infinite ones among them
     **dict.fromkeys(("level", "level_h"), "rms"),
@@ -58,12 +59,11 @@ def _pooled(parts: Sequence[LayerProbe]) -> LayerProbe:
     values = {name: _one(name, some) for name, some in each.items()}
     verdict = ""
     if "gain" in each:
-        steps = values.get("gain_steps", math.nan)
-        steps = int(steps) if math.isfinite(steps) else 1
-        gain, rate, found = over_batches(each["gain"], each["rate"], steps)
-        verdict = found.name
-        values |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
-        values |= {"rate": rate.value, "rate_low": rate.low, "rate_high": rate.high}
+        found = over_batches([_vote(one) for one in parts], _whole(values, "span"))
+        verdict = found.verdict.name
+        for name, one in (("gain", found.gain), ("rate", found.rate)):
+            values |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+        values |= {"rate_settling": found.settling, "rate_settled": float(found.settled)}
     gates = {
         gate: {name: float(np.mean([one.gates[gate][name] for one in parts if gate in one.gates]))
                for name in numbers}
@@ -78,6 +78,22 @@ def _pooled(parts: Sequence[LayerProbe]) -> LayerProbe:
         profile=_rms([_at(one.lags, one.profile, lags) for one in parts]),
         direct=_rms([_at(one.lags, one.direct, lags) for one in parts]),
     )
+
+
+def _vote(one: LayerProbe) -> Vote:
+    """What a batch brings to the verdict of all."""
+    gain, rate, settling = (
+        one.values.get(name, math.nan) for name in ("gain", "rate", "rate_settling")
+    )
+    steps = _whole(one.values, "gain_steps")
+    return Vote(
+        one.verdict, Gain(gain, math.nan, math.nan, steps), Rate(rate, math.nan, math.nan), settling
+    )
+
+
+def _whole(values: Mapping[str, float], name: str) -> int:
+    """A number of steps; 1 where it is not known."""
+    return int(np.nan_to_num(values.get(name, 1.0), nan=1.0))
 
 
 def _one(name: str, values: np.ndarray) -> float:

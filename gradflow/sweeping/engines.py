@@ -8,6 +8,8 @@ affair: dask runs the tasks of a lost worker again.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -25,7 +27,7 @@ from concurrent.futures import (
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import connection
-from typing import Any, Protocol
+from typing import Any
 
 from gradflow.errors import GradflowError, InputError
 from gradflow.limits import DASK_SECONDS, SWEEP_WAITING
@@ -46,73 +48,19 @@ WORKER_KILLED = (
 )
 
 
-class Engine(Protocol):
-    """Runs tasks, so many at a time."""
-
-    width: int  # tasks that it has at a time
-
-    def submit(self, task: CheckpointTask) -> Future[Outcome]: ...
-
-    def renewed(self) -> bool:
-        """Made anew after a process of it was killed; false where that is not its own affair."""
-        ...
-
-
-class InProcess:
+class InProcess(Executor):
     """This process, one task after the other."""
 
-    width = 1
-
-    def submit(self, task: CheckpointTask) -> Future[Outcome]:
-        """Measure at once."""
-        return settled(Future(), measure_checkpoint, task)
-
-    def renewed(self) -> bool:
-        """There is nothing to make anew."""
-        return False
+    def submit(self, work: Any, /, *args: Any, **names: Any) -> Future[Any]:
+        """Do it at once."""
+        return settled(Future(), functools.partial(work, *args, **names))
 
 
-class SpawnedPool:
-    """Processes of this machine, each with one thread."""
-
-    def __init__(self, jobs: int) -> None:
-        self.jobs, self.width = jobs, 2 * jobs  # as many wait, so that no process does
-        self._pool = self._new()
-
-    def _new(self) -> ProcessPoolExecutor:
-        spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.jobs, mp_context=spawn, initializer=_begin)
-
-    def submit(self, task: CheckpointTask) -> Future[Outcome]:
-        """Hand a task to the next free process."""
-        return self._pool.submit(measure_checkpoint, task)
-
-    def renewed(self) -> bool:
-        """A pool is broken for good once a process of it is killed."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool = self._new()
-        try:
-            self._pool.submit(int).result()
-        except BrokenExecutor:
-            raise InputError(
-                "no process of the sweep could begin; what it printed stands above. In a script "
-                "gradflow.sweep must stand below if __name__ == '__main__':, as each process imports it"
-            ) from None
-        return True
-
-    def end(self, *, now: bool) -> None:
-        """End the processes; ``now`` in the middle of what they do."""
-        processes = list((self._pool._processes or {}).values())
-        self._pool.shutdown(wait=not now, cancel_futures=True)
-        for process in processes if now else []:
-            process.terminate()
-
-
-class OfCaller:
-    """An executor of the caller's, or a cluster's."""
+class Engine:
+    """Runs tasks, so many at a time, by an executor that has its owner."""
 
     def __init__(self, executor: Executor, width: int | None = None) -> None:
-        known = getattr(executor, "_max_workers", None)
+        known = getattr(executor, "_max_workers", None)  # as many wait, so that no process does
         self.executor = executor
         self.width = width or (2 * known if isinstance(known, int) else SWEEP_WAITING)
 
@@ -122,8 +70,42 @@ class OfCaller:
         return job if isinstance(job, Future) else _future_of(job)
 
     def renewed(self) -> bool:
-        """Only its owner could."""
+        """Made anew after a process of it was killed; false where only its owner could."""
         return False
+
+
+class SpawnedPool(Engine):
+    """Processes of this machine, each with one thread."""
+
+    executor: ProcessPoolExecutor
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        super().__init__(self._new())
+
+    def _new(self) -> ProcessPoolExecutor:
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self.jobs, mp_context=spawn, initializer=_begin)
+
+    def renewed(self) -> bool:
+        """A pool is broken for good once a process of it is killed."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        self.executor = self._new()
+        try:
+            self.executor.submit(int).result()
+        except BrokenExecutor:
+            raise InputError(
+                "no process of the sweep could begin; what it printed stands above. In a script "
+                "gradflow.sweep must stand below if __name__ == '__main__':, as each process imports it"
+            ) from None
+        return True
+
+    def end(self, *, now: bool) -> None:
+        """End the processes; ``now`` in the middle of what they do."""
+        processes = list((self.executor._processes or {}).values())
+        self.executor.shutdown(wait=not now, cancel_futures=True)
+        for process in processes if now else []:
+            process.kill()
 
 
 def _future_of(job: Any) -> Future[Outcome]:
@@ -199,7 +181,7 @@ def of_caller(executor: object) -> Iterator[Engine]:
     require_executor(executor, "ProcessPoolExecutor(), Client(...).get_executor()")
     found: Any = executor
     _same_versions([_asked(lambda: found.submit(eval, ASK_VERSIONS).result())])
-    yield OfCaller(found)
+    yield Engine(found)
 
 
 @contextmanager
@@ -220,6 +202,7 @@ def dask(address: str, jobs: int) -> Iterator[Engine]:
         raise InputError("--dask needs dask; type: pip install 'gradflow-rnn[cluster]'") from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_thread_each())
+        stack.callback(logging.disable, logging.NOTSET)
         try:
             if address == "local":
                 cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
@@ -237,7 +220,11 @@ def dask(address: str, jobs: int) -> Iterator[Engine]:
                 f"the dask cluster at {address} has no worker; start one: dask worker {address}"
             )
         _same_versions(_asked(lambda: list(client.run(eval, ASK_VERSIONS).values())))
-        yield OfCaller(client.get_executor(pure=False), 2 * sum(client.ncores().values()))
+        try:
+            yield Engine(client.get_executor(pure=False), 2 * sum(client.ncores().values()))
+        except BaseException:  # what dask says of tasks that end with it helps nobody
+            logging.disable()
+            raise
 
 
 def _asked(ask: Callable[[], Any]) -> Any:

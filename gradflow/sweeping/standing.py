@@ -3,70 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from gradflow.analysis import Rate
-from gradflow.conditions import Condition
+from gradflow.analysis import Gain, Rate
+from gradflow.analyzer.paced import Paced
 from gradflow.history import History
 
 
-@dataclass(frozen=True)
-class SweptLayer:
-    """The last checkpoint of one layer of one run, as a condition of --fail-on reads it."""
-
-    name: str  # of run and layer
-    verdict: str  # one of gradflow.limits.VERDICTS, "" without one
-    labels: tuple[str, ...]  # "not finite", "not settled"
-    rate: Rate  # nats per step
-    half_life: float  # steps
-    horizon: int | None  # steps; None where it was not reached
-    searched: int  # lags
-    channels: int | None  # where they were counted
-    never_gone: bool  # whether the gain never falls below its limit
-    pace: float  # nats per step over the span
-
-
-def held_in(history: History, conditions: Sequence[Condition]) -> list[str]:
-    """A sentence for every run and layer whose last checkpoint holds a condition.
+def standings(history: History) -> list[Paced]:
+    """Every layer of every run at its last checkpoint that was measured, named by both.
 
     Args:
         history: of a sweep.
-        conditions: of --fail-on.
     """
     found = []
-    for run, one in history.runs.items() if conditions else ():
-        data = one.data
-        good = [place for place, words in enumerate(data["failed"].values) if not words]
+    for run, one in history.runs.items():
+        good = [place for place, words in enumerate(one.data["failed"].values) if not words]
         for layer in one.layers if good else ():
-            standing = _standing(
-                f"{run} {layer}".strip(), data.isel(step=good[-1]).sel(layer=layer)
-            )
-            found += [
-                f"{standing.name}: {condition.text}{condition.measured(standing)}"
-                for condition in conditions
-                if condition.holds(standing)
-            ]
+            row = one.data.isel(step=good[-1]).sel(layer=layer)
+            found.append(_standing(f"{run} {layer}".strip(), row))
     return found
 
 
-def _standing(name: str, one: Any) -> SweptLayer:
+def _standing(name: str, row: Any) -> Paced:
     def number(what: str) -> float:
-        return float(one[what])
+        return float(row[what])
+
+    def whole(what: str) -> int | None:
+        return int(number(what)) if math.isfinite(number(what)) else None
 
     labels = ("not finite",) * (number("nonfinite") == 1)
     labels += ("not settled",) * (number("rate_settled") == 0)
-    horizon, channels, steps = number("horizon"), number("channels"), number("gain_steps")
-    return SweptLayer(
+    gain, rate = (
+        [number(f"{what}{end}") for end in ("", "_low", "_high")] for what in ("gain", "rate")
+    )
+    return Paced(
         name=name,
-        verdict=str(one["verdict"].item()),
-        labels=labels,
-        rate=Rate(number("rate"), number("rate_low"), number("rate_high")),
+        verdict=str(row["verdict"].item()),
+        gain=Gain(*gain, whole("gain_steps") or 0),
+        rate=Rate(*rate),
+        settling=number("rate_settling"),
+        settled=number("rate_settled") != 0,
         half_life=number("half_life"),
-        horizon=int(horizon) if math.isfinite(horizon) else None,
-        searched=0 if math.isnan(number("searched")) else int(number("searched")),
-        channels=None if math.isnan(channels) else int(channels),
-        never_gone=horizon == math.inf,
-        pace=number("gain") / steps if steps > 0 else math.nan,
+        horizon=whole("horizon"),
+        searched=whole("searched") or 0,
+        span=whole("span") or 0,
+        sequences=whole("sequences_rated") or 0,
+        channels=whole("channels"),
+        labels=labels,
     )

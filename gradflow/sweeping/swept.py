@@ -236,7 +236,7 @@ def _engine(request: SweepRequest) -> Iterator[Engine]:
     elif request.dask is not None:
         chosen = dask(request.dask, request.processes)
     elif in_memory:
-        yield InProcess()
+        yield Engine(InProcess(), 1)
         return
     else:
         chosen = spawned(request.processes)

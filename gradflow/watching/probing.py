@@ -251,13 +251,17 @@ def _with(layer: LayerProbe, values: dict[str, float], standing: Standing | None
     if standing is None:
         return replace(layer, values=layer.values | values)
     gain, rate = standing.gain, standing.rate
-    settled = standing.settled if isinstance(standing, Paced) else standing.rate_told
+    if isinstance(standing, Paced):
+        settling, settled = standing.settling, standing.settled
+    else:
+        settling, settled = float(standing.data["rate_settling"]), standing.rate_told
     rated = standing.sequences
     horizon = math.inf if standing.never_gone else math.nan
     values |= {
         "rate": rate.value,
         "rate_low": rate.low,
         "rate_high": rate.high,
+        "rate_settling": settling,
         "rate_settled": float(settled),
         "gain": gain.value,
         "gain_low": gain.low,

@@ -80,6 +80,7 @@ class GroupRow:
     verdicts: dict[str, int]  # verdict -> how many of them have it
     rates: np.ndarray  # (n,) nats per step, of the runs whose rate may be told
     reaches: np.ndarray  # (n,) log10 of the steps that each reaches
+    settling: float = 0.0  # nats per step that these rates may be off alike
 
     @property
     def verdict(self) -> str:
@@ -95,7 +96,9 @@ class GroupRow:
     @property
     def rate(self) -> Rate:
         """Mean over the runs, with its interval over them; NaN where no rate may be told."""
-        return mean_interval(self.rates) if len(self.rates) else Rate(math.nan, math.nan, math.nan)
+        if not len(self.rates):
+            return Rate(math.nan, math.nan, math.nan)
+        return mean_interval(self.rates).wider(self.settling)
 
     @property
     def reach(self) -> Rate:
@@ -165,16 +168,17 @@ def rows_of(history: History, by: str = "seed") -> list[GroupRow]:
 
 def row_of(group: RunGroup) -> GroupRow:
     """Where a group stands at the last checkpoint of each of its runs."""
-    lasts = [_last(one) for one in group.runs]
-    pairs = zip(group.runs, lasts, strict=True)
-    verdicts = Counter(str(one.verdict[at]) for one, at in pairs if at is not None)
-    rates = [_rates(one)[at] for one, at in zip(group.runs, lasts, strict=True) if at is not None]
-    reaches = [
-        _reaches(one)[at] for one, at in zip(group.runs, lasts, strict=True) if at is not None
-    ]
-    told, known = np.array(rates), np.array(reaches)
+    lasts = [(one, at) for one in group.runs if (at := _last(one)) is not None]
+    verdicts = Counter(str(one.verdict[at]) for one, at in lasts)
+    rates, reaches = (
+        np.array([values(one)[at] for one, at in lasts]) for values in (_rates, _reaches)
+    )
     return GroupRow(
-        group, dict(verdicts.most_common()), told[np.isfinite(told)], known[np.isfinite(known)]
+        group=group,
+        verdicts=dict(verdicts.most_common()),
+        rates=rates[np.isfinite(rates)],
+        reaches=reaches[np.isfinite(reaches)],
+        settling=_unsettled([_settling(one)[at] for one, at in lasts]),
     )
 
 
@@ -188,6 +192,22 @@ def _rates(one: Course) -> np.ndarray:
     """(N,) the rates that may be told."""
     told = one.numbers["rate_settled"] != 0
     return np.where(told & np.isfinite(one.numbers["rate"]), one.numbers["rate"], np.nan)
+
+
+def _settling(one: Course) -> np.ndarray:
+    """(N,) by how much these may be off, alike in all sequences."""
+    return np.where(np.isfinite(_rates(one)), one.numbers["rate_settling"], np.nan)
+
+
+def _nothing(one: Course) -> np.ndarray:
+    """(N,) of what is measured without a limit: nothing."""
+    return np.zeros(len(one.step))
+
+
+def _unsettled(values: Sequence[float] | np.ndarray) -> float:
+    """The mean over runs of what has not settled; 0 where it is not known."""
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else 0.0
 
 
 def _reaches(one: Course) -> np.ndarray:
@@ -205,10 +225,10 @@ def prepare(group: Sequence[RunGroup], shared: Shared) -> Lines:
         [
             curve
             for place, one in enumerate(group)
-            for curve in _curves(one, values, SERIES[place % len(SERIES)])
+            for curve in _curves(one, values, unsettled, SERIES[place % len(SERIES)])
         ]
-        for values in (_rates, _reaches)
-    )  # fmt: skip
+        for values, unsettled in ((_rates, _settling), (_reaches, _nothing))
+    )
     spans = np.concatenate([one.numbers["span"] for part in group for one in part.runs])
     span = float(np.nanmax(spans)) if np.isfinite(spans).any() else math.nan
     levels = () if math.isnan(span) else ((math.log10(span), f"span {span:.0f}"),)
@@ -258,19 +278,24 @@ def _panel(
     return Panel(what, tuple(curves), (low - margin, high + margin), near, high=1.7)
 
 
-def _curves(group: RunGroup, values: object, colour: str) -> list[Curve]:
+def _curves(
+    group: RunGroup,
+    values: Callable[[Course], np.ndarray],
+    unsettled: Callable[[Course], np.ndarray],
+    colour: str,
+) -> list[Curve]:
     """The runs of a group, and their mean where there are several."""
-    assert callable(values)
     each = [(one.step, values(one)) for one in group.runs]
     if len(each) == 1:
         return [Curve(group.said, each[0][1], colour, step=each[0][0])]
     thin = [Curve("", found, colour, step=step, faint=True) for step, found in each]
     steps = np.unique(np.concatenate([step for step, _ in each]))
-    rows = np.full((len(each), len(steps)), np.nan)
-    for row, (step, found) in zip(rows, each, strict=True):
-        row[np.searchsorted(steps, step)] = found
-    means = [mean_interval(column[np.isfinite(column)]) if np.isfinite(column).sum() > 1
-             else Rate(math.nan, math.nan, math.nan) for column in rows.T]  # fmt: skip
+    rows = np.full((len(steps), len(each), 2), np.nan)  # the value of each run, what has not settled
+    for place, (one, (step, found)) in enumerate(zip(group.runs, each, strict=True)):
+        rows[np.searchsorted(steps, step), place] = np.stack([found, unsettled(one)], axis=1)
+    means = [mean_interval(found[np.isfinite(found)]).wider(_unsettled(off))
+             if np.isfinite(found).sum() > 1 else Rate(math.nan, math.nan, math.nan)
+             for found, off in rows.transpose(0, 2, 1)]  # fmt: skip
     mean, low, high = (
         np.array([getattr(one, end) for one in means]) for end in ("value", "low", "high")
     )
