@@ -607,7 +607,8 @@ def _end_sweep(history: History, fail_on: str | None, conditions: Sequence[Any])
     held = _fail_on(standings(history) if conditions else [], conditions)
     for row in failed[:SHOWN_FAILURES]:
         named = row.failed.startswith(row.checkpoint)
-        click.echo(f"failed: {'' if named else f'{row.checkpoint}: '}{row.failed}", err=True)
+        said = f"failed: {'' if named else f'{row.checkpoint}: '}{row.failed}"
+        click.echo(one_sentence(said, row.checkpoint), err=True)
     if failed:
         click.echo(f"{len(failed)} of {len(history)} checkpoints failed", err=True)
     if fail_on is not None and (failed or held):

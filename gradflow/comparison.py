@@ -199,9 +199,10 @@ def changes(runs: Mapping[str, Analysis]) -> list[Change]:
 
     Layers are paired by name; in the order in which they ran where no name is in both runs and each
     has as many. Compared are the gains over the span, or, where these are of different steps, the
-    rates. The interval of a difference is Welch's (1947), over the sequences, or the batches, of both runs; of rates it is
-    widened by what has not settled in either. Of n differences each interval is one of 1 − 0.05/n, so
-    that where nothing but the batch differs, 95 of 100 comparisons find none beyond chance (Bonferroni).
+    rates. The interval of a difference is Welch's (1947), over the sequences, or the batches, of both
+    runs; of rates it is widened by what has not settled in either. Of n differences each interval is one
+    of 1 − 0.05/n, so that where nothing but the batch differs, 95 of 100 comparisons find none beyond
+    chance (Bonferroni).
 
     >>> import torch, gradflow
     >>> x = torch.randn(20, 4, 3)

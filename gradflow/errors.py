@@ -10,7 +10,8 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from gradflow.limits import NAME_LETTERS, SENTENCE_LETTERS, TEXT_LETTERS
 
@@ -139,6 +140,23 @@ def plain_value(value: Any, depth: int = 3) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     raise TypeError("lists in lists in lists")
+
+
+Record = TypeVar("Record")
+
+
+def plain_record(kind: type[Record], content: Any) -> Record:
+    """A dataclass of texts and whole numbers as JSON holds it; TypeError or ValueError where it is none."""
+    known = {one.name: str(one.type) for one in fields(kind)}  # type: ignore[arg-type]
+    if type(content) is not dict:
+        raise TypeError("no record")
+    for name, value in content.items():
+        text, whole = type(value) is str, type(value) is int and 0 <= value < 2**63
+        if not (
+            text if known.get(name) == "str" else whole or (value is None and "None" in known[name])
+        ):
+            raise TypeError(f"{name} of another type")
+    return kind(**{name: plain_value(value) for name, value in content.items()})
 
 
 def one_sentence(text: object, *typed: str, most: int = SENTENCE_LETTERS) -> str:

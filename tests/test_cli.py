@@ -242,7 +242,9 @@ def test_fail_on_does_not_believe_a_rate_that_has_not_settled(
     assert "l0: rate<0 is not tested: a rate per step has not settled" in said.err
     settled = gradflow.diagnose(nn.RNN(4, 8), torch.randn(60, 8, 4))
     (condition,) = parse_conditions("rate<0")
-    assert condition.open_in(settled.values()) == [] and len(condition.held_by(settled.values())) == 1
+    assert (
+        condition.open_in(settled.values()) == [] and len(condition.held_by(settled.values())) == 1
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradflow.errors import FileError
+from gradflow.errors import FileError, plain_record
 from gradflow.history.lines import (
     HISTORY_FILE,
     HISTORY_SCHEMA,
@@ -21,7 +21,7 @@ from gradflow.history.lines import (
     numbers_line,
     probe_line,
 )
-from gradflow.history.probe import Note, Probe, Source
+from gradflow.history.probe import Note, Probe, Source, TrainingStep
 from gradflow.history.reader import Reader
 from gradflow.writing import whole_file
 
@@ -64,8 +64,11 @@ def failure_text(**header: Any) -> str:
 class RowFacts:
     """What a row's file says besides its numbers."""
 
-    header: dict[str, Any]  # as it was written
-    cells: dict[str, str]  # layer name -> kind of cell; none where it holds no probe
+    name: str  # of the checkpoint that it was first measured of
+    title: str  # of the model
+    trained: TrainingStep | None  # the training step that the checkpoint says
+    kind: str  # the architecture in words
+    failed: str  # why it holds no probe; "" where it holds one
 
 
 def row_facts(path: Path) -> RowFacts | None:
@@ -75,19 +78,29 @@ def row_facts(path: Path) -> RowFacts | None:
         path: of the file.
 
     Returns:
-        None where the file is cut off or none of a row.
+        None where there is no file, or it is cut off, or none of a row.
     """
     reader = Reader(path)
     try:
         reader.more()
-    except FileError:
+        read, (header, *more) = reader.read, reader.read.headers
+        texts = [header.get(name, "") for name in ("name", "title", "failed")]
+        trained = header.get("trained")
+        cells = [cell for block in read.blocks for cell in block.layout.cells]
+        kind = " ".join([*dict.fromkeys(cells), ", ".join(map(str, header.get("widths", [])))])
+        kind = f"{kind} ({len(cells)} layers)" if len(cells) > 1 else kind
+        found = RowFacts(
+            name=texts[0],
+            title=texts[1],
+            trained=None if trained is None else plain_record(TrainingStep, trained),
+            kind=kind.strip() if cells else "",
+            failed=texts[2],
+        )
+    except (FileError, ValueError, TypeError, LookupError):
         return None
-    read = reader.read
-    if not read.ended or not read.headers:
-        return None
-    cells = {name: cell for block in read.blocks
-             for name, cell in zip(block.layout.layers, block.layout.cells, strict=True)}  # fmt: skip
-    return RowFacts(read.headers[-1], cells)
+    rows = [len(block.steps) for block in read.blocks]
+    whole = read.ended and not more and not read.damaged and rows == ([] if texts[2] else [1])
+    return found if whole and all(type(text) is str for text in texts) else None
 
 
 def join_rows(

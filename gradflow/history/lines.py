@@ -27,13 +27,13 @@ import base64
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
 
 import numpy as np
 
-from gradflow.errors import plain_name, plain_text
+from gradflow.errors import plain_name, plain_record
 from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER, OF_STEP, VERDICT
 from gradflow.history.probe import Note, Probe, Source
 from gradflow.limits import GROUPS, VERDICTS
@@ -222,14 +222,5 @@ def layout_from(content: dict[str, Any]) -> ProbeLayout:
 
 def note_from(content: dict[str, Any]) -> Note:
     """A note as a line holds it; ValueError, TypeError or KeyError where it is none."""
-    step, texts = content["step"], [content["about"], content["text"], content.get("layer", "")]
-    if type(step) is not int or not 0 <= step < 2**63 or not all(type(t) is str for t in texts):
-        raise TypeError("a note of other types")
-    return Note(step, plain_text(texts[0]), plain_text(texts[1]), plain_name(texts[2]))
-
-
-def source_from(content: dict[str, Any]) -> Source:
-    """What a probe of a sweep is of, as a line holds it; TypeError or ValueError where it is none."""
-    if not all(type(text) is str for text in content.values()):
-        raise TypeError("a source of other types")
-    return Source(**{name: plain_text(text) for name, text in content.items()})
+    note = plain_record(Note, content)
+    return replace(note, layer=plain_name(note.layer))

@@ -36,6 +36,15 @@ class Note:
 
 
 @dataclass(frozen=True)
+class TrainingStep:
+    """A training step, and where it stands."""
+
+    number: int  # of updates, or of epochs
+    found: str  # "global_step in the checkpoint"
+    counts: str = ""  # what it counts: "update", "epoch"; "" where that is not known
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a row of a sweep is from: one checkpoint of one run."""
 

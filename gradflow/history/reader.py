@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gradflow.errors import FileError, one_sentence, plain_value
+from gradflow.errors import FileError, one_sentence, plain_record, plain_value
 from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER
 from gradflow.history.lines import (
     HISTORY_FILE,
@@ -22,7 +22,6 @@ from gradflow.history.lines import (
     note_from,
     packed_size,
     read_probe,
-    source_from,
     unpacked,
 )
 from gradflow.history.probe import Note, Source
@@ -158,7 +157,7 @@ class Reader:
             elif kind == "note":
                 self.read.notes.append(note_from(content))
             elif kind == "source":
-                self._source = source_from(content)
+                self._source = plain_record(Source, content)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             self._cut_off()
             return False

@@ -17,10 +17,10 @@ from gradflow.loading.opened import Opened, no_model_to_run, open_model
 from gradflow.loading.pretrained import is_pretrained, open_pretrained, read_tokens
 from gradflow.loading.probe import Probe, probe_loss, probes
 from gradflow.loading.recurrent import RecurrentModule, from_model
-from gradflow.loading.training_step import TrainingStep, run_folder, step_in_name
+from gradflow.loading.training_step import run_folder, step_in_name
 
 __all__ = [
-    "Batch", "Description", "Loss", "Opened", "Probe", "RecurrentModule", "TrainingStep", "as_batch",
+    "Batch", "Description", "Loss", "Opened", "Probe", "RecurrentModule", "as_batch",
     "batch_files", "build_loss", "choose_output", "describe", "files_of", "fit_batch", "from_model",
     "is_pretrained", "make_loss", "natural", "no_model_to_run", "open_model", "open_pretrained",
     "output_lengths", "probe_loss", "probes", "read_batch", "read_labels", "read_tokens", "run_folder",

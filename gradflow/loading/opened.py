@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from gradflow.errors import FileError, InputError, one_sentence, printable
+from gradflow.history.probe import TrainingStep
 from gradflow.limits import SENTENCE_LETTERS, TRUSTED_LETTERS
 from gradflow.loading import model_spec as specs
 from gradflow.loading.ages import about_age, aged_layers, lacking
@@ -21,7 +22,7 @@ from gradflow.loading.members import Member, named_list, pick
 from gradflow.loading.recurrent import RecurrentModule, from_model, from_tensors, recurrent_layers
 from gradflow.loading.shells import Rebuilder, Shell
 from gradflow.loading.state_dicts import fold, renamed, shapes_of
-from gradflow.loading.training_step import TrainingStep, step_in
+from gradflow.loading.training_step import step_in
 from gradflow.loading.words import RESAVE, RESAVE_OR_TRUST, analyze_command, reason, some
 from gradflow.process import many_objects
 

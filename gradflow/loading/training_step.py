@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import PurePath
 
 import torch
 from torch import Tensor
 
+from gradflow.history.probe import TrainingStep
+
 STEP_KEYS = ("step", "global_step", "iteration", "epoch")  # of a checkpoint, the first one counts
 _NAMED = ("global_step", "step", "iteration", "iter", "epoch")  # the same in its name
 _FOLDER = re.compile(r"(checkpoint|ckpt|global_?step|step|iter|epoch)[-_=]?\d+", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class TrainingStep:
-    """A training step, and where it stands."""
-
-    number: int  # of updates, or of epochs
-    found: str  # "global_step in the checkpoint"
-    counts: str = ""  # what it counts: "update", "epoch"; "" where that is not known
 
 
 def step_in(value: object) -> TrainingStep | None:

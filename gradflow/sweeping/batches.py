@@ -20,9 +20,7 @@ from gradflow.history import LayerProbe
 POOLED: dict[str, str] = {
     **dict.fromkeys(("steps", "nonfinite"), "largest"),
     **dict.fromkeys(("sequences", "sequences_rated", "cuts"), "sum"),
-    **dict.fromkeys(
-        ("searched", "nonfinite_at", "channels", "gain_steps"), "smallest"
-    ),
+    **dict.fromkeys(("searched", "nonfinite_at", "channels", "gain_steps"), "smallest"),
     **dict.fromkeys(("half_life", "span"), "middle"),  # infinite ones among them
     **dict.fromkeys(("level", "level_h"), "rms"),
 }

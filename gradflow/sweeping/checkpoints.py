@@ -11,7 +11,8 @@ from pathlib import Path, PurePath
 from torch import nn
 
 from gradflow.errors import FileError, InputError, must_be
-from gradflow.loading import TrainingStep, files_of, natural, run_folder, step_in_name
+from gradflow.history.probe import TrainingStep
+from gradflow.loading import files_of, natural, run_folder, step_in_name
 
 MODEL_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl")  # looked for in a folder
 

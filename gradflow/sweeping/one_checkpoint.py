@@ -22,7 +22,7 @@ from gradflow._version import __version__
 from gradflow.analyzer.rates import steps_in_common
 from gradflow.errors import FileError, GradflowError, InputError, collected_warnings
 from gradflow.history import LayerProbe, Note, Probe, row_text
-from gradflow.loading import TrainingStep
+from gradflow.history.probe import TrainingStep
 from gradflow.passes import loss_settings, probed_pass, recorded_pass
 from gradflow.process import fitting_threads, printed_to_stderr, random_numbers_kept
 from gradflow.sweeping.batches import agreed, pooled_batches

@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -27,13 +28,15 @@ import torch
 from torch import Tensor, nn
 
 from gradflow import loading
-from gradflow.errors import FileError
+from gradflow.errors import FileError, plain_record, plain_value
 from gradflow.history import HISTORY_FILE, failure_text, row_facts
 from gradflow.sweeping.checkpoints import Checkpoint
 from gradflow.sweeping.one_checkpoint import VERSIONS, Outcome, SweepSettings
 from gradflow.writing import claim, clear, is_left, whole_file
 
 RESULTS, SHARDS = "results", "shards"
+# how a sweep was asked for, as its files say it
+ASKED = "kind", "preset", "model", "batches", "seed", "gradflow", "torch", "settings"
 
 
 @dataclass(frozen=True)
@@ -231,9 +234,8 @@ class SweepFolder:
 
     def holds(self, key: str, name: str) -> bool:
         """Whether there is a result, whole; the sentence of a failure is of one name only."""
-        path = self.path_of(key)
-        facts = row_facts(path) if path.is_file() else None
-        return facts is not None and ("failed" not in facts.header or facts.header["name"] == name)
+        facts = row_facts(self.path_of(key))
+        return facts is not None and (not facts.failed or facts.name == name)
 
     def keep(self, key: str, text: str) -> None:
         """Write a result.
@@ -308,18 +310,31 @@ def read_shards(folder: Path) -> list[ShardList]:
     Raises:
         FileError: there is none, or one cannot be read.
     """
-    paths = sorted((folder / SHARDS).glob("*.json"), key=lambda path: int(path.stem.split("-")[0]))
-    if not paths:
+    found = []
+    for path in (folder / SHARDS).glob("*.json"):
+        try:
+            found.append(_shard_list(path.name, json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise FileError(
+                f"{path} is not the list of a shard, or damaged; sweep that shard again with --resume, or "
+                "remove it"
+            ) from error
+    if not found:
         raise FileError(
             f"{folder} is not the folder of a sweep; give the one that was given to gradflow sweep as -o"
         )
-    found = []
-    for path in paths:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            entries = [Entry(**one) for one in content.pop("entries")]
-            shard = tuple(content.pop("shard"))
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise FileError(f"{path} is damaged; sweep that shard again with --resume") from error
-        found.append(ShardList(shard, content["settings"], content, entries))
-    return found
+    return sorted(found, key=lambda one: one.shard)
+
+
+def _shard_list(name: str, content: dict[str, Any]) -> ShardList:
+    """What a file of this name holds; ValueError, LookupError or TypeError where that is no list."""
+    number, count = content["shard"]
+    entries = [plain_record(Entry, one) for one in content["entries"]]
+    whole = type(number) is int and type(count) is int and 1 <= number <= count
+    keys = all(re.fullmatch("([0-9a-f]{32})?", one.key) for one in entries)  # no path elsewhere
+    if not (whole and keys and entries) or name != f"{number}-of-{count}.json":
+        raise ValueError("not as a sweep writes it")
+    asked = {word: plain_value(content[word]) for word in ASKED}
+    if not all(type(asked[word]) is str for word in ("settings", "preset", "gradflow", "torch")):
+        raise TypeError("settings of another type")
+    return ShardList((number, count), asked["settings"], asked, entries)

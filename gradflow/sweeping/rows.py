@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gradflow.history import Note, Row, Source, join_rows, row_facts
-from gradflow.loading import TrainingStep, natural
+from gradflow.history.probe import TrainingStep
+from gradflow.loading import natural
 from gradflow.sweeping.result_files import Entry
 
 
@@ -30,7 +31,7 @@ def joined(
     entries: Sequence[Entry],
     path_of: Callable[[str], Path],
     asked: dict[str, Any],
-    absent: Sequence[str] = (),
+    absent: str = "",
 ) -> Path:
     """Write the history of a sweep.
 
@@ -39,7 +40,7 @@ def joined(
         entries: all checkpoints, those of one run together.
         path_of: where the result of a key is.
         asked: how the sweep was asked for.
-        absent: shards that have not begun.
+        absent: which shards have not begun, in words.
 
     Returns:
         The path of its file.
@@ -61,7 +62,9 @@ def joined(
     titles = dict.fromkeys(one.title for one in known if one.title)
     notes = [Note(0, "sweep", text) for text in [*_about_steps(known), *said]]
     if missing or absent:
-        notes.append(Note(0, "warning", _about_missing(len(missing), absent)))
+        parts = [f"{len(missing)} checkpoints have no result yet"] if missing else []
+        said = " and ".join([*parts, *([absent] if absent else [])])
+        notes.append(Note(0, "warning", f"{said}: this is the part of the sweep that is there"))
     notes += [Note(row.step, "failed", row.source.failed) for row in rows if row.source.failed]
     header = {name: value for name, value in asked.items() if name != "kind"}
     return join_rows(
@@ -80,21 +83,13 @@ def joined(
 def _known(entry: Entry, path_of: Callable[[str], Path]) -> _Known:
     """What the result of a checkpoint says of it."""
     path = path_of(entry.key) if entry.key else None
-    facts = None if path is None or not path.is_file() else row_facts(path)
-    trained = TrainingStep(entry.step or 0, entry.step_from, entry.counts)
-    failed = entry.failed
+    facts = None if path is None else row_facts(path)
+    said = TrainingStep(entry.step or 0, entry.step_from, entry.counts)
     if facts is None:
-        return _Known(entry, None, "", "", trained, failed)
-    if facts.header.get("trained"):
-        trained = TrainingStep(**facts.header["trained"])
-    failed = failed or str(facts.header.get("failed", ""))
-    widths = facts.header.get("widths", [])
-    cells = list(dict.fromkeys(facts.cells.values()))
-    kind = " ".join([*cells, ", ".join(map(str, widths))]).strip() if facts.cells else ""
-    kind = f"{kind} ({len(facts.cells)} layers)" if len(facts.cells) > 1 else kind
+        return _Known(entry, None, "", "", said, entry.failed)
+    failed = entry.failed or facts.failed
     shown = None if failed else path
-    title = str(facts.header.get("title", ""))
-    return _Known(entry, shown, title, kind, trained, failed)
+    return _Known(entry, shown, facts.title, facts.kind, facts.trained or said, failed)
 
 
 def _numbered(known: Sequence[_Known]) -> list[_Known]:
@@ -153,9 +148,3 @@ def _about_steps(known: Sequence[_Known]) -> list[str]:
             f"{', '.join(several)}: these steps are of several kinds, so that their order may be wrong"
         )
     return said
-
-
-def _about_missing(missing: int, absent: Sequence[str]) -> str:
-    parts = [f"{missing} checkpoints have no result yet"] if missing else []
-    parts += [f"shard {', '.join(absent)} has not begun"] if absent else []
-    return f"{' and '.join(parts)}: this is the part of the sweep that is there"

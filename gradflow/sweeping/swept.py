@@ -392,7 +392,8 @@ def gather(folder: str | os.PathLike[str]) -> History:
         The history; where a shard has not ended, of what there is, with a note.
 
     Raises:
-        FileError: it is not the folder of a sweep, or its shards were swept with different settings.
+        FileError: it is not the folder of a sweep, nothing was measured yet, or its shards were swept with
+            different settings.
     """
     place = Path(folder)
     shards = read_shards(place)
@@ -404,12 +405,24 @@ def gather(folder: str | os.PathLike[str]) -> History:
                 f"{place} were swept with different settings or numbers of shards, and are not joined; "
                 "sweep them into folders of their own"
             )
-    count = first.shard[1]
-    there = {one.shard[0] for one in shards}
-    absent = [f"{number} of {count}" for number in range(1, count + 1) if number not in there]
+    count, there = first.shard[1], {one.shard[0] for one in shards}
+    out = [
+        str(number) for number in range(1, min(count, len(there) + 3) + 1) if number not in there
+    ]
+    more = ["…"] * (count > len(there) + len(out))
+    absent = (
+        f"of {count} shards {', '.join(out + more)} {'has' if len(out) == 1 else 'have'} not begun"
+    )
     files = SweepFolder(place, (1, 1), resume=True)
     try:
         entries = list({one.name: one for shard in shards for one in shard.entries}.values())
-        return History.read(joined(place, entries, files.path_of, first.asked, absent))
+        history = History.read(
+            joined(place, entries, files.path_of, first.asked, absent if out else "")
+        )
     finally:
         files.close()
+    if not len(history):
+        raise FileError(
+            f"no shard in {place} has a result yet; wait until one has measured a checkpoint"
+        )
+    return history

@@ -12,9 +12,9 @@ from gradflow.history import History
 from gradflow.limits import GONE_DECADES
 
 # fmt: off
-OF_LAYER = ("rate", "rate_low", "rate_high", "rate_settling", "rate_settled", "half_life", "horizon", "searched", "span",
-            "nonfinite", "nonfinite_at", "grad_norm", "grad_norm_clipped", "saturated", "cuts", "steps",
-            "sequences", "batches")
+OF_LAYER = ("rate", "rate_low", "rate_high", "rate_settling", "rate_settled", "half_life", "horizon",
+            "searched", "span", "nonfinite", "nonfinite_at", "grad_norm", "grad_norm_clipped", "saturated",
+            "cuts", "steps", "sequences", "batches")
 OF_STEP = ("loss", "clipped", "grad_norm_all", "grad_norm_all_clipped", "updated", "probe_seconds",
            "step_seconds")
 # fmt: on

@@ -290,7 +290,9 @@ def _curves(
         return [Curve(group.said, each[0][1], colour, step=each[0][0])]
     thin = [Curve("", found, colour, step=step, faint=True) for step, found in each]
     steps = np.unique(np.concatenate([step for step, _ in each]))
-    rows = np.full((len(steps), len(each), 2), np.nan)  # the value of each run, what has not settled
+    rows = np.full(
+        (len(steps), len(each), 2), np.nan
+    )  # the value of each run, what has not settled
     for place, (one, (step, found)) in enumerate(zip(group.runs, each, strict=True)):
         rows[np.searchsorted(steps, step), place] = np.stack([found, unsettled(one)], axis=1)
     means = [mean_interval(found[np.isfinite(found)]).wider(_unsettled(off))
