@@ -423,7 +423,7 @@ def test_shards_that_are_not_there_are_said(runs: Path, tmp_path: Path) -> None:
 
 HOSTILE: dict[str, Any] = {
     "no settings": {"settings": None}, "settings are a list": {"settings": []}, "no preset": {"preset": None},
-    "shard of three": {"shard": [1, 2, 3]}, "shard of words": {"shard": ["1", "2"]}, 
+    "shard of three": {"shard": [1, 2, 3]}, "shard of words": {"shard": ["1", "2"]},
     "shard 0": {"shard": [0, 2]},
     "no entries": {"entries": []}, "entries are words": {"entries": ["a"]},
     "an entry without a name": {"entries": [{}]},

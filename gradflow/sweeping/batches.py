@@ -6,7 +6,7 @@ Batches are the outer unit of every interval, see `gradflow.analyzer.rates.over_
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,15 +15,6 @@ from gradflow.analysis import Gain, Rate
 from gradflow.analyzer.agreement import DEPENDS, batches_words
 from gradflow.analyzer.rates import Vote, over_batches
 from gradflow.history import LayerProbe
-
-# how a number of all batches is made; of those not named it is the mean
-POOLED: dict[str, str] = {
-    **dict.fromkeys(("steps", "nonfinite"), "largest"),
-    **dict.fromkeys(("sequences", "sequences_rated", "cuts"), "sum"),
-    **dict.fromkeys(("searched", "nonfinite_at", "channels", "gain_steps"), "smallest"),
-    **dict.fromkeys(("half_life", "span"), "middle"),  # infinite ones among them
-    **dict.fromkeys(("level", "level_h"), "rms"),
-}
 
 
 def pooled_batches(
@@ -94,27 +85,21 @@ def _whole(values: Mapping[str, float], name: str) -> int:
     return int(np.nan_to_num(values.get(name, 1.0), nan=1.0))
 
 
+def _middle(known: np.ndarray) -> float:
+    """The lower median of numbers in order."""
+    return float(known[(len(known) - 1) // 2])
+
+
 def _one(name: str, values: np.ndarray) -> float:
     """One number of all batches."""
     if name == "horizon":  # NaN lies beyond what was searched, inf beyond everything
-        order = np.sort(np.where(np.isnan(values), np.finfo(float).max, values))
-        middle = float(order[(len(order) - 1) // 2])
-        return math.nan if middle == np.finfo(float).max else middle
-    known = np.sort(values[~np.isnan(values)])
-    if not len(known):
+        beyond = np.finfo(float).max
+        middle = _middle(np.sort(np.where(np.isnan(values), beyond, values)))
+        return math.nan if middle == beyond else middle
+    known, way = np.sort(values[~np.isnan(values)]), POOLED.get(name, np.mean)
+    if not len(known) or (way is _middle and len(known) < len(values)):
         return math.nan
-    way = POOLED.get(name, "mean")
-    if way == "largest":
-        return float(known[-1])
-    if way == "smallest":
-        return float(known[0])
-    if way == "sum":
-        return float(known.sum())
-    if way == "middle":
-        return float(known[(len(known) - 1) // 2]) if len(known) == len(values) else math.nan
-    if way == "rms":
-        return float(_rms([np.array([one]) for one in known])[0])
-    return float(np.mean(known))
+    return float(way(known))
 
 
 def _at(lags: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -125,7 +110,7 @@ def _at(lags: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return found
 
 
-def _rms(decades: Sequence[np.ndarray]) -> np.ndarray:
+def _rms(decades: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """log10 of the root mean square over batches of numbers given as log10; NaN where no batch has one."""
     rows = np.stack(decades)
     known = ~np.isnan(rows)
@@ -136,6 +121,16 @@ def _rms(decades: Sequence[np.ndarray]) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = scale + np.log10(squares / count) / 2
     return np.where(count == 0, np.nan, np.where(np.isposinf(peak), np.inf, mean))
+
+
+# how a number of all batches is made of those that are known; of those not named it is the mean
+POOLED: dict[str, Callable[[np.ndarray], float]] = {
+    **dict.fromkeys(("steps", "nonfinite"), np.max),
+    **dict.fromkeys(("sequences", "sequences_rated", "cuts"), np.sum),
+    **dict.fromkeys(("searched", "nonfinite_at", "channels", "gain_steps"), np.min),
+    **dict.fromkeys(("half_life", "span"), _middle),  # infinite ones among them
+    **dict.fromkeys(("level", "level_h"), lambda known: _rms(known[:, None])[0]),
+}
 
 
 def agreed(

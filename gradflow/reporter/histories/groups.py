@@ -170,15 +170,16 @@ def row_of(group: RunGroup) -> GroupRow:
     """Where a group stands at the last checkpoint of each of its runs."""
     lasts = [(one, at) for one in group.runs if (at := _last(one)) is not None]
     verdicts = Counter(str(one.verdict[at]) for one, at in lasts)
-    rates, reaches = (
-        np.array([values(one)[at] for one, at in lasts]) for values in (_rates, _reaches)
+    rates, off, reaches = (
+        np.array([values(one)[at] for one, at in lasts]) for values in (_rates, _off, _reaches)
     )
+    known = np.isfinite(rates)
     return GroupRow(
         group=group,
         verdicts=dict(verdicts.most_common()),
-        rates=rates[np.isfinite(rates)],
+        rates=rates[known],
         reaches=reaches[np.isfinite(reaches)],
-        settling=_unsettled([_settling(one)[at] for one, at in lasts]),
+        settling=float(off[known].mean()) if known.any() else 0.0,
     )
 
 
@@ -194,20 +195,9 @@ def _rates(one: Course) -> np.ndarray:
     return np.where(told & np.isfinite(one.numbers["rate"]), one.numbers["rate"], np.nan)
 
 
-def _settling(one: Course) -> np.ndarray:
-    """(N,) by how much these may be off, alike in all sequences."""
-    return np.where(np.isfinite(_rates(one)), one.numbers["rate_settling"], np.nan)
-
-
-def _nothing(one: Course) -> np.ndarray:
-    """(N,) of what is measured without a limit: nothing."""
-    return np.zeros(len(one.step))
-
-
-def _unsettled(values: Sequence[float] | np.ndarray) -> float:
-    """The mean over runs of what has not settled; 0 where it is not known."""
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else 0.0
+def _off(one: Course) -> np.ndarray:
+    """(N,) nats per step that these may be off, alike in all sequences; 0 where it is not known."""
+    return np.nan_to_num(one.numbers["rate_settling"])
 
 
 def _reaches(one: Course) -> np.ndarray:
@@ -225,9 +215,9 @@ def prepare(group: Sequence[RunGroup], shared: Shared) -> Lines:
         [
             curve
             for place, one in enumerate(group)
-            for curve in _curves(one, values, unsettled, SERIES[place % len(SERIES)])
+            for curve in _curves(one, values, SERIES[place % len(SERIES)])
         ]
-        for values, unsettled in ((_rates, _settling), (_reaches, _nothing))
+        for values in (_rates, _reaches)
     )
     spans = np.concatenate([one.numbers["span"] for part in group for one in part.runs])
     span = float(np.nanmax(spans)) if np.isfinite(spans).any() else math.nan
@@ -278,30 +268,30 @@ def _panel(
     return Panel(what, tuple(curves), (low - margin, high + margin), near, high=1.7)
 
 
-def _curves(
-    group: RunGroup,
-    values: Callable[[Course], np.ndarray],
-    unsettled: Callable[[Course], np.ndarray],
-    colour: str,
-) -> list[Curve]:
+def _curves(group: RunGroup, values: Callable[[Course], np.ndarray], colour: str) -> list[Curve]:
     """The runs of a group, and their mean where there are several."""
     each = [(one.step, values(one)) for one in group.runs]
     if len(each) == 1:
         return [Curve(group.said, each[0][1], colour, step=each[0][0])]
     thin = [Curve("", found, colour, step=step, faint=True) for step, found in each]
     steps = np.unique(np.concatenate([step for step, _ in each]))
-    rows = np.full(
-        (len(steps), len(each), 2), np.nan
-    )  # the value of each run, what has not settled
-    for place, (one, (step, found)) in enumerate(zip(group.runs, each, strict=True)):
-        rows[np.searchsorted(steps, step), place] = np.stack([found, unsettled(one)], axis=1)
-    means = [mean_interval(found[np.isfinite(found)]).wider(_unsettled(off))
-             if np.isfinite(found).sum() > 1 else Rate(math.nan, math.nan, math.nan)
-             for found, off in rows.transpose(0, 2, 1)]  # fmt: skip
+    rows = np.full((2, len(each), len(steps)), np.nan)  # the values of each run, and what is off
+    for place, one in enumerate(group.runs):
+        both = values(one), _off(one) * (values is _rates)
+        rows[:, place, np.searchsorted(steps, one.step)] = both
+    means = [_mean(found, off) for found, off in rows.transpose(2, 0, 1)]
     mean, low, high = (
         np.array([getattr(one, end) for one in means]) for end in ("value", "low", "high")
     )
     return [*thin, Curve(group.said, mean, colour, step=steps, low=low, high=high)]
+
+
+def _mean(values: np.ndarray, off: np.ndarray) -> Rate:
+    """Mean over the runs that have a value, two or more, wider by what these are off alike."""
+    known = np.isfinite(values)
+    if known.sum() < 2:
+        return Rate(math.nan, math.nan, math.nan)
+    return mean_interval(values[known]).wider(float(off[known].mean()))
 
 
 def _message(groups: Sequence[RunGroup]) -> str:
