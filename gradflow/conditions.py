@@ -7,39 +7,16 @@ import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from gradflow.errors import InputError
 from gradflow.limits import LN_GONE, VERDICTS
 
 if TYPE_CHECKING:
-    from gradflow.analysis import Rate
+    from gradflow.analysis import LayerAnalysis
+    from gradflow.analyzer.paced import Paced
 
-
-class JudgedLayer(Protocol):
-    """What conditions read of a layer: a `LayerAnalysis`, or what a probe of a training found."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def verdict(self) -> str: ...
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-    @property
-    def rate(self) -> Rate: ...
-    @property
-    def half_life(self) -> float: ...
-    @property
-    def horizon(self) -> int | None: ...
-    @property
-    def searched(self) -> int: ...
-    @property
-    def channels(self) -> int | None: ...
-    @property
-    def never_gone(self) -> bool: ...
-    @property
-    def pace(self) -> float: ...
-
+    JudgedLayer = LayerAnalysis | Paced  # what conditions read: an analysis, a probe, a checkpoint
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,

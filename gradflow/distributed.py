@@ -94,38 +94,26 @@ class AllProcesses:
         """Whether this is the process that writes and says what all have measured."""
         return self.rank == 0
 
-    def every(self, where: object, brought: Any) -> list[Any]:
+    def every(self, where: object, brought: Any, *, at_first: bool = False) -> list[Any]:
         """What each process brought to this point, in the order of their ranks; each gets all of it.
 
         Args:
             where: what the point is, the same for all of them: by it they know that they are at the
                 same one.
             brought: anything that can be pickled.
+            at_first: whether the first process alone gets it; the others get an empty list.
 
         Raises:
             ApartError: they are at different points, or one did not come.
         """
         if self.size == 1:
             return [brought]
-        found: list[Any] = [None] * self.size
-        self._meet(distributed.all_gather_object, found, (where, brought))
+        found: list[Any] = [None] * self.size if self.first or not at_first else []
+        if at_first:
+            self._meet(distributed.gather_object, (where, brought), found or None)
+        else:
+            self._meet(distributed.all_gather_object, found, (where, brought))
         return self._at_one_point(where, found)
-
-    def at_first(self, where: object, brought: Any) -> list[Any] | None:
-        """The same for the first process alone; the others get None.
-
-        Args:
-            where: what the point is.
-            brought: anything that can be pickled.
-
-        Raises:
-            ApartError: they are at different points, or one did not come.
-        """
-        if self.size == 1:
-            return [brought]
-        found: list[Any] | None = [None] * self.size if self.first else None
-        self._meet(distributed.gather_object, (where, brought), found)
-        return None if found is None else self._at_one_point(where, found)
 
     def leave(self, why: str) -> None:
         """Say that this process meets the others no more; they go on without it.

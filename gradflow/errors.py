@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 from gradflow.limits import NAME_LETTERS, SENTENCE_LETTERS, TEXT_LETTERS
 
@@ -142,12 +142,9 @@ def plain_value(value: Any, depth: int = 3) -> Any:
     raise TypeError("lists in lists in lists")
 
 
-Record = TypeVar("Record")
-
-
-def plain_record(kind: type[Record], content: Any) -> Record:
+def plain_record(kind: type[Any], content: Any) -> Any:
     """A dataclass of texts and whole numbers as JSON holds it; TypeError or ValueError where it is none."""
-    known = {one.name: str(one.type) for one in fields(kind)}  # type: ignore[arg-type]
+    known = {one.name: str(one.type) for one in fields(kind)}
     if type(content) is not dict:
         raise TypeError("no record")
     for name, value in content.items():

@@ -180,12 +180,8 @@ def group_differences(rows: Sequence[GroupRow]) -> list[GroupDifference]:
 def _between(first: GroupRow, other: GroupRow, among: int) -> GroupDifference:
     means = [[values.mean() if len(values) else math.nan for values in (row.rates, row.reaches)]
              for row in (first, other)]  # fmt: skip
-    rate, reach = (
-        Rate(float(after - before), *welch(*values, among))
-        for before, after, values in zip(
-            *means, ((first.rates, other.rates), (first.reaches, other.reaches)), strict=True
-        )
-    )
+    rate = Rate(means[1][0] - means[0][0], *welch(first.rates, other.rates, among))
+    reach = Rate(means[1][1] - means[0][1], *welch(first.reaches, other.reaches, among))
     rate = rate.wider(first.settling, other.settling)
     beyond = [not one.low <= 0 <= one.high for one in (rate, reach) if not math.isnan(one.low)]
     made = GroupDifference(

@@ -16,7 +16,7 @@ history of its own.
 """
 
 from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER, OF_STEP
-from gradflow.history.joined import Row, failure_text, join_rows, row_facts, row_text
+from gradflow.history.joined import Row, join_rows, row_facts, row_text
 from gradflow.history.lags import lag_grid
 from gradflow.history.lines import HISTORY_FILE
 from gradflow.history.probe import LayerProbe, Note, Probe, Source
@@ -26,6 +26,6 @@ from gradflow.history.writer import Writer
 
 __all__ = [
     "HISTORY_FILE", "OF_GATE", "OF_LAG", "OF_LAYER", "OF_STEP", "History", "LayerProbe", "Note",
-    "Probe", "Row", "Source", "Writer", "failure_text", "holds_history", "is_swept", "join_rows",
+    "Probe", "Row", "Source", "Writer", "holds_history", "is_swept", "join_rows",
     "lag_grid", "row_facts", "row_text",
 ]  # fmt: skip

@@ -35,29 +35,22 @@ class Row:
     text: Path | None  # the file of its numbers; None where it could not be measured
 
 
-def row_text(probe: Probe, cells: dict[str, str], **header: Any) -> str:
+def row_text(probe: Probe | None, cells: dict[str, str], **header: Any) -> str:
     """The history of one probe as a text of its own.
 
     Args:
-        probe: what was measured.
+        probe: what was measured; None where that could not be, and the header says why.
         cells: layer name -> kind of cell.
         header: what else is known of it.
 
     Returns:
         Lines, each with its end.
     """
-    layout = layout_of(probe, cells)
-    text = line("header", schema=HISTORY_SCHEMA, **header) + line_of(layout)
-    return text + probe_line(probe, layout) + "".join(map(line_of, probe.notes)) + line("end")
-
-
-def failure_text(**header: Any) -> str:
-    """The same of what could not be measured: a header, and no probe.
-
-    Args:
-        header: why, and what else is known of it.
-    """
-    return line("header", schema=HISTORY_SCHEMA, **header) + line("end")
+    text = line("header", schema=HISTORY_SCHEMA, **header)
+    if probe is not None:
+        layout = layout_of(probe, cells)
+        text += line_of(layout) + probe_line(probe, layout) + "".join(map(line_of, probe.notes))
+    return text + line("end")
 
 
 @dataclass(frozen=True)

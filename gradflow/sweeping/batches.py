@@ -110,7 +110,7 @@ def _at(lags: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return found
 
 
-def _rms(decades: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+def _rms(decades: Sequence[np.ndarray]) -> np.ndarray:
     """log10 of the root mean square over batches of numbers given as log10; NaN where no batch has one."""
     rows = np.stack(decades)
     known = ~np.isnan(rows)
@@ -129,7 +129,7 @@ POOLED: dict[str, Callable[[np.ndarray], float]] = {
     **dict.fromkeys(("sequences", "sequences_rated", "cuts"), np.sum),
     **dict.fromkeys(("searched", "nonfinite_at", "channels", "gain_steps"), np.min),
     **dict.fromkeys(("half_life", "span"), _middle),  # infinite ones among them
-    **dict.fromkeys(("level", "level_h"), lambda known: _rms(known[:, None])[0]),
+    **dict.fromkeys(("level", "level_h"), lambda known: _rms(list(known[:, None]))[0]),
 }
 
 

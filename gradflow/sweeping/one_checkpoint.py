@@ -199,17 +199,14 @@ def _on_batches(
         measured = [_on_batch(opened.model, one, settings, span) for one in settings.batches]
         values, updates = [one[0] for one in measured], [one[1] for one in measured]
         layers = dict.fromkeys(name for one in updates for name in one.layers)
-        fewest = steps_in_common({name: _gain_steps(name, updates) for name in layers})
+        steps = {name: [one.layers[name].values.get("gain_steps", math.nan) for one in updates
+                        if name in one.layers] for name in layers}  # fmt: skip
+        fewest = steps_in_common(steps)
         if fewest is None:
             break
         span = fewest
     names = dict.fromkeys(name for one in values for name in one)
     return {name: statistics.fmean(one[name] for one in values) for name in names}, updates
-
-
-def _gain_steps(layer: str, updates: list[MeasuredUpdate]) -> list[float]:
-    found = [one.layers[layer] for one in updates if layer in one.layers]
-    return [one.values.get("gain_steps", math.nan) for one in found]
 
 
 def _on_batch(

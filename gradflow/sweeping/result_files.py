@@ -29,14 +29,12 @@ from torch import Tensor, nn
 
 from gradflow import loading
 from gradflow.errors import FileError, plain_record, plain_value
-from gradflow.history import HISTORY_FILE, failure_text, row_facts
+from gradflow.history import HISTORY_FILE, row_facts, row_text
 from gradflow.sweeping.checkpoints import Checkpoint
 from gradflow.sweeping.one_checkpoint import VERSIONS, Outcome, SweepSettings
 from gradflow.writing import claim, clear, is_left, whole_file
 
 RESULTS, SHARDS = "results", "shards"
-# how a sweep was asked for, as its files say it
-ASKED = "kind", "preset", "model", "batches", "seed", "gradflow", "torch", "settings"
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,7 @@ class SweepFolder:
     def keep_failure(self, key: str, name: str, outcome: Outcome) -> None:
         """Write why there is no result."""
         trained = None if outcome.trained is None else vars(outcome.trained)
-        self.keep(key, failure_text(name=name, failed=outcome.failed, trained=trained))
+        self.keep(key, row_text(None, {}, name=name, failed=outcome.failed, trained=trained))
 
     def list_entries(self, entries: Iterable[Entry], asked: dict[str, Any]) -> None:
         """Write what this shard was asked for, and what came of it."""
@@ -334,7 +332,8 @@ def _shard_list(name: str, content: dict[str, Any]) -> ShardList:
     keys = all(re.fullmatch("([0-9a-f]{32})?", one.key) for one in entries)  # no path elsewhere
     if not (whole and keys and entries) or name != f"{number}-of-{count}.json":
         raise ValueError("not as a sweep writes it")
-    asked = {word: plain_value(content[word]) for word in ASKED}
+    words = ("kind", "preset", "model", "batches", "seed", "gradflow", "torch", "settings")
+    asked = {word: plain_value(content[word]) for word in words}
     if not all(type(asked[word]) is str for word in ("settings", "preset", "gradflow", "torch")):
         raise TypeError("settings of another type")
     return ShardList((number, count), asked["settings"], asked, entries)

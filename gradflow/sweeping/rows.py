@@ -62,9 +62,9 @@ def joined(
     titles = dict.fromkeys(one.title for one in known if one.title)
     notes = [Note(0, "sweep", text) for text in [*_about_steps(known), *said]]
     if missing or absent:
-        parts = [f"{len(missing)} checkpoints have no result yet"] if missing else []
-        said = " and ".join([*parts, *([absent] if absent else [])])
-        notes.append(Note(0, "warning", f"{said}: this is the part of the sweep that is there"))
+        none = f"{len(missing)} checkpoints have no result yet" if missing else ""
+        words = " and ".join(filter(None, [none, absent]))
+        notes.append(Note(0, "warning", f"{words}: this is the part of the sweep that is there"))
     notes += [Note(row.step, "failed", row.source.failed) for row in rows if row.source.failed]
     header = {name: value for name, value in asked.items() if name != "kind"}
     return join_rows(

@@ -34,14 +34,15 @@ def _standing(name: str, row: Any) -> Paced:
 
     labels = ("not finite",) * (number("nonfinite") == 1)
     labels += ("not settled",) * (number("rate_settled") == 0)
-    gain, rate = (
-        [number(f"{what}{end}") for end in ("", "_low", "_high")] for what in ("gain", "rate")
+    rate, gain = (
+        Rate(*(number(f"{what}{end}") for end in ("", "_low", "_high")))
+        for what in ("rate", "gain")
     )
     return Paced(
         name=name,
         verdict=str(row["verdict"].item()),
-        gain=Gain(*gain, whole("gain_steps") or 0),
-        rate=Rate(*rate),
+        gain=Gain(gain.value, gain.low, gain.high, whole("gain_steps") or 0),
+        rate=rate,
         settling=number("rate_settling"),
         settled=number("rate_settled") != 0,
         half_life=number("half_life"),

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -227,21 +228,15 @@ def run_sweep(request: SweepRequest, progress: Progress | None = None) -> Histor
         return history if join.parent == request.folder else history.detached()
 
 
-@contextlib.contextmanager
-def _engine(request: SweepRequest) -> Iterator[Engine]:
+def _engine(request: SweepRequest) -> AbstractContextManager[Engine]:
     """What runs the tasks of a request."""
-    in_memory = request.mine[0].path is None
     if request.executor is not None:
-        chosen = of_caller(request.executor)
-    elif request.dask is not None:
-        chosen = dask(request.dask, request.processes)
-    elif in_memory:
-        yield Engine(InProcess(), 1)
-        return
-    else:
-        chosen = spawned(request.processes)
-    with chosen as engine:
-        yield engine
+        return of_caller(request.executor)
+    if request.dask is not None:
+        return dask(request.dask, request.processes)
+    if request.mine[0].path is None:  # models in memory
+        return contextlib.nullcontext(Engine(InProcess(), 1))
+    return spawned(request.processes)
 
 
 @dataclass

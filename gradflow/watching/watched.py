@@ -468,11 +468,11 @@ class Watch:
                 mine = guarded(Point.PROBE, failed.append, seen, known, preset, lengths, rank)
             brought = (mine, self._before, self._after, self._told_loss(opened), failed)
             try:
-                every = self._processes.at_first(("seen", self._done + 1), brought)
+                every = self._processes.every(("seen", self._done + 1), brought, at_first=True)
             except ApartError as error:
                 self._stop(str(error))
                 return None
-        if every is None:
+        if not every:
             return None
         why = next((one[4][0] for one in every if one[4]), "")
         if why:

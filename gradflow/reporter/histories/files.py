@@ -21,7 +21,12 @@ from gradflow.reporter.histories.figures import blocks_of, draw_courses
 from gradflow.reporter.histories.groups import GroupRow, rows_of
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.now import Now, now
-from gradflow.reporter.histories.page import drawn_layers, history_page, top_layers
+from gradflow.reporter.histories.page import (
+    DRAWN_LAYERS,
+    HEAD_LAYERS,
+    history_page,
+    worst_layers,
+)
 from gradflow.reporter.picture import VECTORS, Drawn, look, write_pictures
 from gradflow.reporter.readout import drawn
 
@@ -95,13 +100,13 @@ def draw(
     history: History, layers: list[Now], formats: Iterable[str] = ("html",), by: str = "seed"
 ) -> dict[FigureKey, Drawn]:
     """Every picture: of the layers at the head of the page together, of others alone."""
-    top = [one.course for one in top_layers(layers)]
+    top = [one.course for one in worst_layers(layers, HEAD_LAYERS)]
     found: dict[FigureKey, Drawn] = {}
     if len(history.runs) > 1:
         every = [one.course for one in layers]
         found["groups", "top"] = drawn(draw_courses("groups", every, by=by), formats)
     for kind in [name for name, one in HISTORY_KINDS.items() if not one.together]:
-        for one in drawn_layers(layers):  # of a deep stack all would take minutes
+        for one in worst_layers(layers, DRAWN_LAYERS):  # of a deep stack all would take minutes
             if _has(kind, one.course):
                 found[kind, one.course.name] = drawn(draw_courses(kind, [one.course]), formats)
     if len(top) > 1:

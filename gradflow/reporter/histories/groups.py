@@ -121,16 +121,6 @@ class GroupRow:
                for name, one in ends.items() for end in ("", "_low", "_high")},
         }  # fmt: skip
 
-    @property
-    def rate_words(self) -> str:
-        """The rate with its interval."""
-        return rate_words(self.rate)
-
-    @property
-    def reach_words(self) -> str:
-        """Steps with their interval."""
-        return reach_words(self.reach)
-
 
 def reach_words(reach: Rate) -> str:
     """Steps that a group reaches, with their interval.
@@ -148,8 +138,8 @@ GROUP_COLUMNS: dict[str, Callable[[GroupRow], str]] = {  # heading -> what stand
     "group": lambda row: row.group.said,
     "layer": lambda row: row.group.layer,
     "verdict at the\nlast checkpoint": lambda row: row.verdict_words,
-    "rate ± 95 %\nnats per step": lambda row: row.rate_words,
-    "steps reached\n[95 %]": lambda row: row.reach_words,
+    "rate ± 95 %\nnats per step": lambda row: rate_words(row.rate),
+    "steps reached\n[95 %]": lambda row: reach_words(row.reach),
 }
 
 
@@ -297,7 +287,7 @@ def _mean(values: np.ndarray, off: np.ndarray) -> Rate:
 def _message(groups: Sequence[RunGroup]) -> str:
     """How far each group reaches at the end, the farthest first."""
     rows = sorted((row_of(one) for one in groups), key=lambda row: -np.nan_to_num(row.reach.value))
-    said = [" ".join(filter(None, [row.group.name, row.reach_words])) for row in rows[:3]]
+    said = [" ".join(filter(None, [row.group.name, reach_words(row.reach)])) for row in rows[:3]]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
     counts = {len(one.runs) for one in groups}
     over = f", means of {count_words(max(counts), groups[0].by)}" if counts != {1} else ""

@@ -50,15 +50,9 @@ class Embedded:
     told: Markup  # its numbers for page.js
 
 
-def top_layers(layers: Sequence[Now]) -> list[Now]:
-    """The layers whose waterfall heads the page: the worst, in the order in which they ran."""
-    chosen = worst_first(list(layers))[:HEAD_LAYERS]
-    return [one for one in layers if one in chosen]
-
-
-def drawn_layers(layers: Sequence[Now]) -> list[Now]:
-    """The layers that have pictures: the worst, in the order in which they ran."""
-    chosen = worst_first(list(layers))[:DRAWN_LAYERS]
+def worst_layers(layers: Sequence[Now], most: int) -> list[Now]:
+    """So many of the worst layers, in the order in which they ran."""
+    chosen = worst_first(list(layers))[:most]
     return [one for one in layers if one in chosen]
 
 
@@ -123,7 +117,7 @@ def _embed(
         return (-1, 0) if layer == "top" else (order.index(layer), list(HISTORY_KINDS).index(kind))
 
     if ("waterfall", "top") in pictures:  # those in it are not shown once more
-        inside = {("waterfall", one.course.name) for one in top_layers(layers)}
+        inside = {("waterfall", one.course.name) for one in worst_layers(layers, HEAD_LAYERS)}
         pictures = {key: picture for key, picture in pictures.items() if key not in inside}
     for key in sorted(pictures, key=importance):
         picture, web = pictures[key].png, pictures[key].web
@@ -134,7 +128,9 @@ def _embed(
             continue
         room -= size
         wide, high = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
-        layer = said.get(key[1], " ".join(said[one.course.name] for one in top_layers(layers)))
+        layer = said.get(
+            key[1], " ".join(said[one.course.name] for one in worst_layers(layers, HEAD_LAYERS))
+        )
         shown[key] = Embedded(
             source=data_url(web, "webp"),
             alt=f"{key[0]}: {layer}",
