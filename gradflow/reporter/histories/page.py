@@ -17,11 +17,11 @@ from markupsafe import Markup
 from gradflow._version import __version__
 from gradflow.history import History, Note
 from gradflow.limits import GONE_WORDS, PAGE_BYTES
-from gradflow.reporter.histories.groups import GroupRow
+from gradflow.reporter.histories.groups import GroupRow, reach_words
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.now import Now, worst_first
 from gradflow.reporter.histories.story import updates
-from gradflow.reporter.numbers import count_words, percent_words
+from gradflow.reporter.numbers import count_words, percent_words, rate_words
 from gradflow.reporter.page import provenance_rows, template
 from gradflow.reporter.picture import Drawn, data_url
 from gradflow.reporter.readout import as_json
@@ -84,6 +84,8 @@ def history_page(
         layers=list(layers),
         undrawn=max(0, len(layers) - DRAWN_LAYERS),
         groups=groups,
+        rate_words=rate_words,
+        reach_words=reach_words,
         swept=history.swept,
         counted_in=history.counted_in,
         noun=layers[0].course.noun,
