@@ -219,11 +219,9 @@ class History:
         return table.frame(self, kind)
 
     def __repr__(self) -> str:
-        lines = [f"gradflow history of {self.title}: {table.extent(self)}"]
-        lines += table.latest(self, LAYERS_SHOWN)
-        if len(self.layers) > LAYERS_SHOWN:
-            lines.append(f"  and {len(self.layers) - LAYERS_SHOWN} more, see .layers")
-        return "\n".join(lines)
+        kind = "sweep" if self.swept else "history"
+        head = f"gradflow {kind} of {self.title}: {table.extent(self)}"
+        return "\n".join([head, *table.latest(self, LAYERS_SHOWN)])
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(repr(self))}</pre>"

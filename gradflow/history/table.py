@@ -142,27 +142,34 @@ def frame(history: History, kind: str) -> pd.DataFrame:
 
 
 def extent(history: History) -> str:
-    """How much there is, in words."""
-    if not len(history):
+    """How many probes or checkpoints there are, and of which training steps, in words."""
+    steps, swept = history.steps, history.swept
+    if not len(steps):
         return "no probe yet"
-    steps = history.steps
-    probes = "1 probe" if len(steps) == 1 else f"{len(steps)} probes"
-    return f"{probes}, steps {steps[0]} to {steps[-1]}"
+    first, last, word = steps.min(), steps.max(), "checkpoint" if swept else "probe"
+    said = f"{len(steps):,} {word}{'s' if len(steps) > 1 else ''}"
+    if len(history.runs) > 1:
+        said += f" of {len(history.runs):,} runs"
+    if history.counted_in == "checkpoint":  # numbered by their places, which say nothing
+        return said
+    where = f"s {first:,} to {last:,}" if first != last else f" {first:,}"
+    return f"{said}, {'at ' if len(steps) == 1 and not swept else ''}{history.counted_in}{where}"
 
 
 def latest(history: History, most: int) -> list[str]:
-    """A line for each layer, with its last verdict."""
-    if not len(history):
-        return []
-    last = history.data.isel(step=-1)
+    """A line for each layer of each run, with its last verdict; of so many."""
+    every = [(run, one, name) for run, one in history.runs.items() for name in one.layers]
     lines = []
-    for name in history.layers[:most]:
-        one = last.sel(layer=name)
-        rate, horizon = float(one["rate"]), float(one["horizon"])
-        said = str(one[VERDICT].item()) or "no verdict"
-        if np.isfinite(rate) and float(one["rate_settled"]) != 0:
+    for run, one, name in every[:most]:
+        of_layer = one.data.sel(layer=name)
+        told = np.flatnonzero(of_layer[VERDICT].values != "")
+        last = of_layer.isel(step=told[-1] if len(told) else -1)
+        rate, horizon = float(last["rate"]), float(last["horizon"])
+        said = str(last[VERDICT].item()) or "no verdict"
+        if np.isfinite(rate) and float(last["rate_settled"]) != 0:
             said += f", rate {rate:.4g} nats per step"
         if np.isfinite(horizon):
             said += f", horizon {horizon:g} steps"
-        lines.append(f"  {name}  {history.cells[name]}  {said}")
-    return lines
+        lines.append("  ".join(["", *filter(None, [run, name, one.cells[name], said])]))
+    more = len(every) - most
+    return [*lines, f"  and {more} more, see .frame()"] if more > 0 else lines

@@ -80,6 +80,7 @@ class GroupRow:
     verdicts: dict[str, int]  # verdict -> how many of them have it
     rates: np.ndarray  # (n,) nats per step, of the runs whose rate may be told
     reaches: np.ndarray  # (n,) log10 of the steps that each reaches
+    most: float  # log10 of all the steps that there are to reach
     settling: float = 0.0  # nats per step that these rates may be off alike
 
     @property
@@ -105,7 +106,8 @@ class GroupRow:
         """Steps: geometric mean over the runs, with its interval over them."""
         if not len(self.reaches):
             return Rate(math.nan, math.nan, math.nan)
-        return Rate(*(10.0**end for end in vars(mean_interval(self.reaches)).values()))
+        found = mean_interval(self.reaches)
+        return Rate(*(10.0 ** np.clip(end, 0.0, self.most) for end in vars(found).values()))
 
     @property
     def numbers(self) -> dict[str, object]:
@@ -169,6 +171,7 @@ def row_of(group: RunGroup) -> GroupRow:
         verdicts=dict(verdicts.most_common()),
         rates=rates[known],
         reaches=reaches[np.isfinite(reaches)],
+        most=_most(group),
         settling=float(off[known].mean()) if known.any() else 0.0,
     )
 
@@ -188,6 +191,11 @@ def _rates(one: Course) -> np.ndarray:
 def _off(one: Course) -> np.ndarray:
     """(N,) nats per step that these may be off, alike in all sequences; 0 where it is not known."""
     return np.nan_to_num(one.numbers["rate_settling"])
+
+
+def _most(group: RunGroup) -> float:
+    """log10 of all the steps that there are to reach."""
+    return math.log10(max([1.0, *(float(farthest(one).max()) for one in group.runs)]))
 
 
 def _reaches(one: Course) -> np.ndarray:
@@ -223,8 +231,9 @@ def prepare(group: Sequence[RunGroup], shared: Shared) -> Lines:
         reading=(
             f"A thin line is one {units}; a thick one the mean of a group at each training step that two or "
             f"more of its {units}s have, with its 95 % interval over {units}s: a {units} is the unit, not a "
-            "sequence. Steps reached are those after which the gain of the best direction is gone, at most "
-            "as many as were searched; their mean is that of the logarithm."
+            "sequence; of rates it holds what so few steps leave open. Steps reached are those after which the "
+            "gain of the best direction is gone, at most as many as were searched; their mean is that of the "
+            "logarithm."
         ),
         note="" if known else "No run was measured.",
         course=group[0].runs[0],
@@ -270,9 +279,9 @@ def _curves(group: RunGroup, values: Callable[[Course], np.ndarray], colour: str
         both = values(one), _off(one) * (values is _rates)
         rows[:, place, np.searchsorted(steps, one.step)] = both
     means = [_mean(found, off) for found, off in rows.transpose(2, 0, 1)]
-    mean, low, high = (
-        np.array([getattr(one, end) for one in means]) for end in ("value", "low", "high")
-    )
+    mean, low, high = np.array([(one.value, one.low, one.high) for one in means]).T
+    if values is _reaches:  # no interval reaches further than there are steps
+        low, high = np.clip([low, high], 0.0, _most(group))
     return [*thin, Curve(group.said, mean, colour, step=steps, low=low, high=high)]
 
 
@@ -287,12 +296,12 @@ def _mean(values: np.ndarray, off: np.ndarray) -> Rate:
 def _message(groups: Sequence[RunGroup]) -> str:
     """How far each group reaches at the end, the farthest first."""
     rows = sorted((row_of(one) for one in groups), key=lambda row: -np.nan_to_num(row.reach.value))
-    said = [" ".join(filter(None, [row.group.name, reach_words(row.reach)])) for row in rows[:3]]
+    said = [" ".join(filter(None, [row.group.name, f"{row.reach.value:.0f}"])) for row in rows[:3]]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
     counts = {len(one.runs) for one in groups}
-    over = f", means of {count_words(max(counts), groups[0].by)}" if counts != {1} else ""
+    over = f" (means of {count_words(max(counts), groups[0].by)})" if counts != {1} else ""
     over = over if len(counts) == 1 else over.replace("of ", "of up to ")
-    return f"steps reached at {_when(groups)}: {', '.join(said)}{more}{over}"
+    return f"steps reached at {_when(groups)}{over}: {', '.join(said)}{more}"
 
 
 def _when(groups: Sequence[RunGroup]) -> str:

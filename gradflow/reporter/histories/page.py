@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from gradflow._version import __version__
 from gradflow.history import History, Note
+from gradflow.history.table import extent
 from gradflow.limits import GONE_WORDS, PAGE_BYTES
 from gradflow.reporter.histories.groups import GroupRow, reach_words
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
@@ -77,7 +78,7 @@ def history_page(
         template("history.html").render,
         title=history.title or "model",
         window_title=f"{history.title or 'model'}: gradient flow during training",
-        extent=extent_words(history),
+        extent=extent(history),
         warnings=_warnings(history),
         top=ordered[:3],
         others=ordered[3:],
@@ -150,23 +151,6 @@ def _note(note: Note, history: History) -> tuple[str, str, str]:
     return when, note.about, note.text
 
 
-def extent_words(history: History) -> str:
-    """How many probes there are, and of which updates."""
-    steps = history.steps
-    if not len(steps):
-        return "no probe yet"
-    if history.swept:
-        found = count_words(len(steps), "checkpoint")
-        runs = f" of {count_words(len(history.runs), 'run')}" if len(history.runs) > 1 else ""
-        ends = [updates(end) for end in (steps.min(), steps.max())]
-        where = f"s {ends[0]} to {ends[1]}" if ends[0] != ends[1] else f" {ends[0]}"
-        named = f", {history.counted_in}{where}" if history.counted_in != "checkpoint" else ""
-        return f"{found}{runs}{named}"
-    if len(steps) == 1:
-        return f"1 probe, at update {updates(steps[0])}"
-    return f"{len(steps):,} probes, updates {updates(steps.min())} to {updates(steps.max())}"
-
-
 def _warnings(history: History) -> list[str]:
     """What to know before the rest."""
     found = []
@@ -190,7 +174,8 @@ def _warnings(history: History) -> list[str]:
 
 def _facts(history: History) -> list[tuple[str, str]]:
     """How the run was watched, and what that cost."""
-    known = {name: value for name, value in history.header.items() if name != "title"}
+    known = {name: value for name, value in history.header.items()
+             if name != "title" and value is not None}  # fmt: skip
     if isinstance(known.get("started"), int | float) and 0 <= known["started"] < 2**33:
         when = datetime.fromtimestamp(known["started"], UTC)
         known["started"] = f"{when:%Y-%m-%d %H:%M:%S} UTC"

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.text import Text
 
 from gradflow.history import History
+from gradflow.history.table import extent
 from gradflow.reporter.histories.course import course, courses
 from gradflow.reporter.histories.groups import GROUP_COLUMNS, GroupRow, rows_of
 from gradflow.reporter.histories.now import Now, now, worst_first
-from gradflow.reporter.histories.page import extent_words
 from gradflow.reporter.text import SENTENCES, Column, Numbers, console_of, print_words
 
 NOW_COLUMNS = (
@@ -43,7 +43,7 @@ def render_history(
         for one in ordered:
             print_words(console, Text(one.sentence))
         return
-    head = f"gradflow: {history.title}, {extent_words(history)}"
+    head = f"gradflow: {history.title}, {extent(history)}"
     print_words(console, Text(head, style="bold"))
     print_words(console, Text(""))
     several = len(history.runs) > 1
