@@ -128,7 +128,10 @@ def test_the_picture_of_groups(history: History) -> None:
     assert (ends.min(), ends.max()) == pytest.approx(known, rel=1e-6)
     assert reach.get_ylim()[1] > np.log10(LENGTH)
     said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
-    assert "steps reached at training step 100: lstm" in said and "means of 4 seeds" in said
+    assert "steps reached at training step 100 (means of 4 seeds): lstm 59, rnn 19" in said
+    assert max(line.get_ydata().max() for line in reach.lines) <= np.log10(LENGTH)
+    ends = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in reach.collections])
+    assert 0 <= ends.min() and ends.max() <= np.log10(LENGTH)  # of an interval too
     assert overlapping(figure) == []
     two = History.of("Net", rows(("l0", "l1")))
     assert len(gradflow.plot(two, kind="groups").axes) == 4

@@ -231,9 +231,9 @@ def prepare(group: Sequence[RunGroup], shared: Shared) -> Lines:
         reading=(
             f"A thin line is one {units}; a thick one the mean of a group at each training step that two or "
             f"more of its {units}s have, with its 95 % interval over {units}s: a {units} is the unit, not a "
-            "sequence; of rates it holds what so few steps leave open. Steps reached are those after which the "
-            "gain of the best direction is gone, at most as many as were searched; their mean is that of the "
-            "logarithm."
+            "sequence; of rates it holds what so few steps leave open. Steps reached are those after which "
+            "the gain of the best direction is gone, at most as many as were searched; their mean is that of "
+            "the logarithm."
         ),
         note="" if known else "No run was measured.",
         course=group[0].runs[0],
