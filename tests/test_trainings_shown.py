@@ -42,7 +42,8 @@ def probe(
     lags = lag_grid(STEPS)
     fall = 3 / horizon if math.isfinite(horizon) and horizon > 0 else 0.0
     values = {"horizon": horizon, "searched": 99.0, "span": 100.0, "rate": -0.1, **more}
-    one = LayerProbe(values, verdict, lags=lags, profile=-fall * lags, direct=-fall * lags)
+    falling = more.pop("profile", -fall) * lags
+    one = LayerProbe(values, verdict, lags=lags, profile=falling, direct=falling)
     return Probe(step, {"clipped": clipped}, {"l0": one})
 
 
@@ -115,6 +116,17 @@ STORIES = {
         series((8, "stable", 9.0, 0.0), (1, "exploding", 9.0, 0.0)),
         "l0 reached 9 steps at first and at the end; stable at 8 of 9 probes, exploding at the last probe.",
     ),
+    "lost and won again": (
+        series((5, "vanishing", 44.0, 0.0), (5, "vanishing", 3.0, 0.0), (5, "vanishing", 42.0, 0.0)),
+        "l0 reached 44 steps at first, 42 steps at the end, only 3 steps at update 600; vanishing "
+        "throughout.",
+    ),
+    "not finite, and not measured from there on": (
+        [probe(100), *(probe(n, "inconclusive", math.nan, searched=0.0, rate=math.nan, nonfinite=1.0,
+                             profile=math.nan) for n in (200, 300))],
+        "l0 reached 10 steps at first; vanishing up to update 100, inconclusive since update 200; NaN or "
+        "Inf first seen at update 200, at 2 probes.",
+    ),
     "not finite": (
         [probe(100), probe(200, nonfinite=1.0, nonfinite_at=17.0), probe(300)],
         "l0 reached 10 steps at first and at the end; vanishing throughout; NaN or Inf first seen at update "
@@ -184,7 +196,7 @@ def untrue(found: Any, said: str) -> Iterator[str]:
     )
     for told in re.finditer(rf"(\w+) {when}(?: \(but for (\d+) of (\d+) probes\))?", said):
         word, how = told[1], told[2] or told[5]
-        if word in ("by", "seen"):
+        if word in ("by", "seen", "step", "steps"):
             continue
         first = place[told[3] or told[6]]
         stop = place[told[4]] if told[4] else first if how in ("up to", "at") else len(verdict) - 1
@@ -213,7 +225,8 @@ REACHED = re.compile(
     r"l0 (?:learned to reach|reached) (?:all |at least )?(?P<far>\d+) steps?"
     r"(?P<when> by update [\d,]*\d| at best| at first)?"
     r"(?P<same> and at the end)?"
-    r"(?:(?:,| and reached) (?:all |at least )?(?P<end>\d+) steps? at the end)?[;.]"
+    r"(?:(?:,| and reached) (?:all |at least )?(?P<end>\d+) steps? at the end)?"
+    r"(?:, only (?:at least )?(?P<low>\d+) steps? at update (?P<at>[\d,]*\d))?[;.]"
 )
 
 
@@ -221,12 +234,18 @@ def unreached(found: Any, said: str) -> Iterator[str]:
     """The same of how far it reached: each number is that of a probe at the place it is told of."""
     steps, told = np.fmin(found.reach, 99), REACHED.match(said)
     assert told is not None, said
+
+    def near(update: str) -> np.ndarray:
+        at = int(update.replace(",", "")) // 100 - 1
+        return np.asarray(steps[max(0, at - 1) : at + 2])
+
     when = told["when"] or " at first"
     around = {" at best": steps, " at first": steps[:2]}.get(when)
-    if around is None:
-        at = int(when.removeprefix(" by update ").replace(",", "")) // 100 - 1
-        around = steps[max(0, at - 1) : at + 2]
-    if int(told["far"]) not in around:
+    if int(told["far"]) not in (
+        near(when.removeprefix(" by update ")) if around is None else around
+    ):
+        yield told[0]
+    if told["low"] and int(told["low"]) not in near(told["at"]):
         yield told[0]
     end = told["far"] if told["same"] else told["end"]
     if end and int(end) not in steps[-2:]:

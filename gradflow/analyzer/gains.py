@@ -241,9 +241,7 @@ class WindowSweep:
 class SpanGains:
     """What each sequence keeps over the span."""
 
-    values: (
-        np.ndarray
-    )  # (B,) nats; −inf where exact zeros or cuts leave nothing, NaN if not measured
+    values: np.ndarray  # (B,) nats; −inf where zeros or cuts leave nothing, NaN if not measured
     steps: np.ndarray  # (B,) how many steps that is over, the median of its windows; 0 if none
     over: int  # n: how many steps it is over where a sequence has a vote; 0 if none has
 

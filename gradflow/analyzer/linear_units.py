@@ -35,9 +35,7 @@ class Heads:
     verdict: tuple[Verdict, ...]  # (G,)
     lags: np.ndarray  # (K,) distances
     log_gain: np.ndarray  # (G, K) median over pairs of the mapped sequences, nats
-    erased: (
-        np.ndarray
-    )  # (G,) share of steps whose rank-one part all but erases a direction; NaN without
+    erased: np.ndarray  # (G,) share of steps whose rank-one part all but erases a direction
 
 
 @dataclass(frozen=True)

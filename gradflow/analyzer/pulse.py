@@ -250,7 +250,7 @@ def _gate_numbers(parts: Sequence[dict[str, GateSums]]) -> dict[str, dict[str, f
         entries = sum(one.count for one in each) * len(units)
         closed = [one.closed for one in each if one.closed is not None]
         opened = [one.opened for one in each if one.opened is not None]
-        if closed and opened:
+        if closed and opened and math.isfinite(numbers["gate_mean"]):
             numbers["gate_closed"] = _share(closed, entries)
             numbers["gate_open"] = _share(opened, entries)
         found[name] = numbers

@@ -16,9 +16,7 @@ class LayerProbe:
 
     values: dict[str, float]  # name of `OF_LAYER` -> number; those not measured are left out
     verdict: str = ""  # one of gradflow.limits.VERDICTS, "" without one
-    gates: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # gate -> name of `OF_GATE` -> number
+    gates: dict[str, dict[str, float]] = field(default_factory=dict)  # gate -> of `OF_GATE`
     lags: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))  # (K,) of `lag_grid`
     profile: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (K,) log10
     direct: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (K,) log10

@@ -27,9 +27,7 @@ class GradNorms:
     def __init__(self, model: nn.Module, scale: float) -> None:
         self.scale = scale
         self._norms: dict[str, float] = {}
-        self._shared: dict[
-            str, int
-        ] = {}  # names of those shared out -> processes with the same part
+        self._shared: dict[str, int] = {}  # those shared out -> processes with the same part
         names, norms = [], []
         for name, parameter in nn.Module.named_parameters(model):
             if parameter.grad is not None:

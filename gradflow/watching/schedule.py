@@ -31,9 +31,7 @@ class Schedule:
         self._steps = math.nan  # seconds of a whole step without one, since the last probe
         self._ended, self._ended_at = math.nan, 0  # the last probe, and its step
         self._told = every
-        self._unparted = (
-            0.0  # seconds of a probe of which it was not known what the step itself took
-        )
+        self._unparted = 0.0  # seconds of a probe, with those of its step, which were not known
 
     def is_due(self, step: int) -> bool:
         """Whether the step under way is to be probed; looked at only from `due` on."""

@@ -218,9 +218,8 @@ class Watch:
             try:
                 self._writer = Writer(asked.folder, resume=resume, force=force, **header)
                 self._folder, self._done = asked.folder, self._writer.last_step
-                for old in (
-                    asked.folder.glob("step-*.nc") if force else ()
-                ):  # of what is thrown away
+                gone = asked.folder.glob("step-*.nc") if force else ()
+                for old in gone:
                     old.unlink()
             except GradflowError as error:
                 why = str(error)

@@ -134,7 +134,7 @@ def _limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
         return 0.0, 1.0
     # of many, the very highest may leave the axis
     low, high = float(known.min()), float(np.quantile(known, 0.995 if len(known) > 400 else 1.0))
-    margin = max(0.06 * (high - low), 1e-6 * max(1.0, abs(high)))
+    margin = max(0.06 * (high - low), 0.01 * abs(high), 1e-6)
     return low - margin, high + margin
 
 

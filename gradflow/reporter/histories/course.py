@@ -31,9 +31,7 @@ class Course:
     verdict: np.ndarray  # (N,) a word, "" without one
     numbers: dict[str, np.ndarray]  # name of `OF_LAYER` or `OF_STEP` -> (N,)
     lag: np.ndarray  # (K,) steps back from the loss
-    profile: (
-        np.ndarray
-    )  # (N, K) log10 over its value at the loss; -inf exact zero, NaN no such step
+    profile: np.ndarray  # (N, K) log10 over that at the loss; -inf exact zero, NaN no such step
     direct: np.ndarray  # (N, K) the same of the direct part
     gates: tuple[str, ...]  # names
     of_gate: dict[str, np.ndarray]  # name of a number -> (N, G)
@@ -59,7 +57,7 @@ class Course:
         measured, the same of the gradient of the last loss step.
         """
         horizon, searched = self.numbers["horizon"], self.numbers["searched"]
-        known = np.where(np.isnan(horizon), searched, horizon)
+        known = np.where(np.isnan(horizon) & (searched > 0), searched, horizon)
         return np.where(np.isnan(known), self.gone, known)
 
     @property

@@ -17,6 +17,7 @@ from gradflow.reporter.histories.across import (
     STRIP,
     Along,
     Shared,
+    Strip,
     change_lines,
     draw_strip,
     step_axis,
@@ -146,7 +147,7 @@ def prepare_horizons(course: Course, shared: Shared, *, first: bool = True) -> L
     span = course.numbers["span"]
     known = span[~np.isnan(span)]
     levels = ((math.log10(known[-1]), f"span {known[-1]:.0f}"),) if len(known) else ()
-    unknown = np.isnan(horizon) & ~np.isnan(course.numbers["searched"]) & (course.verdict != "")
+    unknown = np.isnan(horizon) & (course.numbers["searched"] > 0) & (course.verdict != "")
     panel = Panel(
         what="steps",
         curves=tuple(curves),
@@ -211,6 +212,9 @@ def _gate_words(course: Course) -> str:
         if len(known):
             changes.append((abs(known[-1] - known[0]), gate, known[0], known[-1]))
     _, gate, first, last = max(changes)
+    if (~np.isnan(mean).all(axis=1)).sum() == 1:
+        said = (f"{gate} {number_words(value)}" for _, gate, value, _ in changes)
+        return f"on average the gates stood at {', '.join(said)}"
     if abs(last - first) < 0.05:
         return f"no gate's mean moved by more than {number_words(abs(last - first))}"
     return f"gate {gate} went from {number_words(first)} to {number_words(last)} on average"
@@ -239,10 +243,12 @@ def _norm_words(course: Course) -> str:
     if not len(known):
         return ""
     top = int(known[norm[known].argmax()])
-    said = (
-        f"the gradient's norm was {number_words(float(np.median(norm[known])))} in the median, at most "
-        f"{number_words(float(norm[top]))} at {course.counted_in} {updates(course.step[top])}"
-    )
+    said = f"the gradient's norm was {number_words(float(np.median(norm[known])))}"
+    if len(known) > 1:
+        said += (
+            f" in the median, at most {number_words(float(norm[top]))} at {course.counted_in} "
+            f"{updates(course.step[top])}"
+        )
     told = ~np.isnan(clipped)
     if (clipped == 1).any():
         said += (
@@ -260,7 +266,7 @@ def _lines(
         note=note,
         course=course,
         shared=shared,
-        strips=strips_of(course),
+        strips=strips_of(course) or (Strip("", ()),),  # room for a key
         panels=panels,
     )
 

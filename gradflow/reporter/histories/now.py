@@ -38,7 +38,7 @@ def now(course: Course) -> Now:
     rate = Rate(*(numbers[name] for name in ("rate", "rate_low", "rate_high")))
     way = reach(course)
     share, reached = 0.0, "not measured"
-    if way is not None:
+    if way is not None and way.last >= place:
         every = _span(course)
         share = 100 * min(1.0, float(way.steps[way.last]) / every) if every else 0.0
         reached = f"reaches {far_words(course, way.last, float(way.steps[way.last]))}"
@@ -78,7 +78,7 @@ def horizon_words(horizon: float, searched: float) -> str:
     ('84', 'never', '> 99')
     """
     if math.isnan(horizon):
-        return "none" if math.isnan(searched) else f"> {searched:.0f}"
+        return f"> {searched:.0f}" if searched > 0 else "none"
     return steps_words(horizon if math.isinf(horizon) else int(horizon))
 
 

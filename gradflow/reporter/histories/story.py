@@ -94,9 +94,7 @@ class Reach:
     last: int  # place of the last probe that knows it
     learned: bool  # whether it rose much from first to best
     lost: bool  # whether it fell much from there to last
-    steps: (
-        np.ndarray
-    )  # (N,) smoothed over a few probes, never below 10⁻³ as all that there is to reach
+    steps: np.ndarray  # (N,) smoothed over a few probes; never below 10⁻³: all there is to reach
 
 
 def reach(course: Course) -> Reach | None:
@@ -105,14 +103,14 @@ def reach(course: Course) -> Reach | None:
     known = np.flatnonzero(~np.isnan(whole))
     if not len(known):
         return None
-    steps = np.fmin(whole, farthest(course))
+    steps = np.minimum(whole, farthest(course))
     steps = steps if len(known) < 2 * LASTING else smooth(steps, LASTING)
     first, last = int(known[0]), int(known[-1])
     low, high = steps[first], np.nanmax(steps)
     learned = bool(high >= LEARNED * low and high - low >= 2)
     won = np.flatnonzero(steps >= low + 0.9 * (high - low))
     best = int(won[0]) if learned else first
-    lost = bool(steps[last] <= LOST * high and high - steps[last] >= 2)
+    lost = _fell(float(steps[last]), float(high))
     return Reach(first, best, last, learned, lost, steps)
 
 
@@ -130,19 +128,33 @@ def _reached(course: Course, *, short: bool = False) -> str:
         return ""
     places = (way.first, way.best if way.learned else _top(way), way.last)
     far = [far_words(course, place, way.steps[place]) for place in places]
+    first, end = _when(course, way.first), _when(course, way.last)
     if way.learned:
         said = f"learned to reach {far[1]} by {course.counted_in} {_at(course, way.best)}"
         if way.lost:
-            said += f", {far[2]} at the end" if short else f" and reached {far[2]} at the end"
+            said += f"{',' if short else ' and reached'} {far[2]} {end}"
     elif way.lost:
-        said = f"reached {far[1]} at best, {far[2]} at the end"
+        said = f"reached {far[1]} at best, {far[2]} {end}"
     elif way.first == way.last:
-        said = f"reached {far[0]}"
+        said = f"reached {far[0]}{f' {first}' if len(course.step) > 1 else ''}"
     elif far[0] == far[2]:
-        said = f"reached {far[0]} at first and at the end"
+        said = f"reached {far[0]} {first} and {end}"
     else:
-        said = f"reached {far[0]} at first, {far[2]} at the end"
+        said = f"reached {far[0]} {first}, {far[2]} {end}"
+    start = way.best if way.learned else way.first
+    low = start + int(np.nanargmin(way.steps[start : way.last + 1]))
+    if _fell(way.steps[low], min(way.steps[start], way.steps[way.last])):
+        said += f", only {far_words(course, low, way.steps[low])} {_when(course, low)}"
     return said if course.has_gains else f"the gradient of the last loss step {said}"
+
+
+def _when(course: Course, place: int) -> str:
+    words = {0: "at first", len(course.step) - 1: "at the end"}
+    return words.get(place, f"at {course.counted_in} {_at(course, place)}")
+
+
+def _fell(steps: float, before: float) -> bool:
+    return bool(steps <= LOST * before and before - steps >= 2)
 
 
 def _top(way: Reach) -> int:

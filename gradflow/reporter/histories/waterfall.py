@@ -35,9 +35,7 @@ LOSS_HIGH, FALL_HIGH = 0.62, 1.9  # inches
 class Waterfall(Along):
     """Training steps across, steps back from the loss down."""
 
-    values: (
-        np.ndarray
-    )  # (rows, columns) log10 over the value at the loss; -inf zero, NaN no such step
+    values: np.ndarray  # (rows, columns) log10 over that at the loss; -inf zero, NaN no such step
     bad: np.ndarray  # (rows, columns) true where the gradient was NaN or Inf
     top: bool  # whether its loss is drawn above it
     pool: int  # probes of a column; their median is shown
@@ -206,6 +204,7 @@ def draw_loss(ax: Axes, course: Course, shared: Shared) -> None:
     ax.set_ylim(*shared.limits("loss"))
     ax.set_ylabel("loss", labelpad=2)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=3))
+    ax.ticklabel_format(axis="y", useOffset=False)
     step_axis(ax, shared, label=False)
 
 
