@@ -174,16 +174,8 @@ def prepare_gates(course: Course, shared: Shared, *, first: bool = True) -> Line
                            ("gate_mean", "gate_low", "gate_high"))  # fmt: skip
         shut, opened = (course.of_gate[name][:, place] for name in ("gate_closed", "gate_open"))
         tanh = bool(np.nanmin(np.append(low, 0.0)) < 0)
-        colour = SERIES[place % len(SERIES)]
-        curves = [
-            Curve(
-                "mean, and from the lowest unit's to the highest's",
-                mean,
-                colour,
-                low=low,
-                high=high,
-            )
-        ]
+        words = "mean, and from the lowest unit's to the highest's"
+        curves = [Curve(words, mean, SERIES[place % len(SERIES)], low=low, high=high)]
         if not (np.isnan(shut).all() or np.isnan(opened).all() or tanh):
             curves += [Curve(f"share open (> {GATE_OPEN:g})", opened, SOFT, DASHED),
                        Curve(f"share closed (< {GATE_CLOSED:g})", shut, SOFT, DOTTED)]  # fmt: skip
