@@ -210,10 +210,15 @@ def test_ctrl_c_ends_it(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "gradflow", "watch", str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ),
+        # what a shell starts in the background ignores it, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as running:  # fmt: skip
         assert running.stdout is not None
         assert running.stderr is not None
         assert running.stdout.readline().startswith("update 1")
         running.send_signal(signal.SIGINT)
-        assert running.wait(60) == 130
+        try:
+            assert running.wait(60) == 130
+        finally:
+            running.kill()
         assert running.stderr.read() == ""
