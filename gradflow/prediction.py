@@ -20,6 +20,7 @@ import pandas as pd
 from gradflow.analysis.results import Gain, LayerAnalysis, Prediction, Rate
 from gradflow.analysis.run import Analysis
 from gradflow.analyzer import analyze
+from gradflow.analyzer.causes.remedies import remedy
 from gradflow.analyzer.evidence import number
 from gradflow.analyzer.measuring import Brief, brief, brief_seconds
 from gradflow.analyzer.read_steps import readings
@@ -41,18 +42,10 @@ from gradflow.recording.track import Track
 from gradflow.recording.tracks import Recording
 
 
-def measured(
-    recording: Recording,
-    name: str,
-    span: int | None = None,
-    share: int = 1,
-    seed: int = 0,
-    sequences: tuple[int, ...] | None = None,
-) -> Brief | str:
-    """The numbers of a layer, or why there are none."""
+def measured(recording: Recording, name: str, **asked: Any) -> Brief | str:
+    """The numbers of a layer, as `brief` is asked for them, or why there are none."""
     try:
-        track = recording[name]
-        return brief(track, span=span, share=share, seed=seed, sequences=sequences)
+        return brief(recording[name], **asked)
     except RecordingError as error:
         return str(error)
 
@@ -71,10 +64,11 @@ def with_predictions(
     An LSTM or GRU that vanishes is tried with its forget (update) bias raised by 1 and by 2, and with
     biases for all distances of the span (chrono initialisation). Any other layer is tried with W_hh
     multiplied by a = e^(−p), p being the gain over the span per step, which would undo it in a linear
-    layer, and by a e^(−p′), p′ being what the first try left. Layers
-    are changed together. Nothing is tried where the loss reads the wrong steps, which no weight mends,
-    where the weights that ran are no parameters of the module, nor where it would take more than a few
-    seconds, and then the provenance says so.
+    layer, and by a e^(−p′), p′ being what the first try left; a vanilla RNN that vanishes also with an
+    orthogonal W_hh. What makes a layer stable comes first, and then what helps most; the finding
+    advises the first. Layers are changed together. Nothing is tried where the loss reads the wrong
+    steps, which no weight mends, where the weights that ran are no parameters of the module, nor where
+    it would take more than a few seconds, and then the provenance says so.
     """
     read = readings(recording)
     ill = [
@@ -97,8 +91,8 @@ def with_predictions(
         )
         known = list(analysis.provenance.get("notes", []))
         return replace(analysis, provenance={**analysis.provenance, "notes": [*known, note]})
-    if len(ill) > 1:
-        batch += f", {len(ill)} layers changed together"
+    if (count := len({layer.name.partition("@")[0] for layer in ill})) > 1:
+        batch += f", {count} layers changed together"
     tried: dict[str, list[Prediction]] = {layer.name: [] for layer in ill}
     for _ in range(SHOWN_PREDICTIONS):
         trials = {layer.name: trial for layer in ill if (trial := _next(layer, tried[layer.name]))}
@@ -110,11 +104,15 @@ def with_predictions(
             before, note = analysis.layers[name], again.notes[name]
             # the sequence that the present numbers are of, so that both reach equally far
             mapped = tuple(int(b) for b in before.data["sequence"].values)
-            after = measured(again.recording, name, before.span, share, seed, mapped)
+            asked = {"span": before.span, "share": share, "seed": seed, "sequences": mapped}
+            after = measured(again.recording, name, **asked)
             if isinstance(after, Brief):
                 on = f"{batch} ({note})" if note else batch
                 tried[name].append(_predicted(before, after, *trials[name], on))
-    layers = {layer.name: replace(layer, predictions=_best(tried[layer.name])) for layer in ill}
+    layers = {
+        layer.name: _advised(layer, recording[layer.name], _best(tried[layer.name]))
+        for layer in ill
+    }
     return replace(analysis, layers={**analysis.layers, **layers})
 
 
@@ -126,12 +124,42 @@ def _can_be_set(track: Track, layer: LayerAnalysis) -> bool:
 
 
 def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
-    """Those that help, the best first; one of two that cannot be told apart."""
-    helping = sorted((p for p in tried if p.helps >= PREDICTION_LEAST), key=lambda p: -p.helps)
-    alike = len(helping) > 1 and helping[0].remedy == helping[1].remedy
-    if alike and abs(helping[0].value / helping[1].value - 1) < FACTORS_ALIKE:
-        return (helping[0],)
-    return tuple(helping)
+    """Those that help: first what makes it stable, a start before a factor, then by how much it helps."""
+
+    def rank(one: Prediction) -> tuple[bool, bool, float]:
+        stable = one.verdict == "stable"
+        return not stable, stable and one.remedy == "scale_hh", -one.helps
+
+    found: list[Prediction] = []
+    for one in sorted((p for p in tried if p.helps >= PREDICTION_LEAST), key=rank):
+        same = [other for other in found if other.remedy == one.remedy]  # and not to be told apart
+        if not any(abs(other.value / one.value - 1) < FACTORS_ALIKE for other in same):
+            found.append(one)
+    return tuple(found)
+
+
+def _advised(
+    layer: LayerAnalysis, track: Track, predictions: tuple[Prediction, ...]
+) -> LayerAnalysis:
+    """The layer with its predictions, whose finding advises the first.
+
+    Other than for a gate's bias only if that is enough, or is what the finding advises anyway.
+    """
+    layer = replace(layer, predictions=predictions)
+    codes, gated = {one.code for one in layer.findings}, _keeper(layer.cell) is not None
+    made = [(one, remedy(track, one.remedy, one.value)) for one in predictions]
+    led = [pair for pair in made if gated or pair[0].verdict == "stable" or pair[1][2] in codes]
+    if layer.verdict != "vanishing" or not led:
+        return layer
+    first, (advice, source, code) = led[0]
+    still = "" if first.verdict != layer.verdict else "still "
+    decades = f"{number(layer.decades)} → {number(first.gain.decades)} decades over the span"
+    advice += f"; tried on {first.batch}: {still}{first.verdict}, {decades}"
+    findings = tuple(
+        replace(one, advice=advice, source=source, code=code) if one.name == "vanishing" else one
+        for one in layer.findings
+    )
+    return replace(layer, findings=findings)
 
 
 def _next(layer: LayerAnalysis, tried: list[Prediction]) -> tuple[str, float] | None:
@@ -141,9 +169,13 @@ def _next(layer: LayerAnalysis, tried: list[Prediction]) -> tuple[str, float] | 
         return every[len(tried)] if len(tried) < len(every) else None
     if not tried:
         return "scale_hh", _rounded(math.exp(min(-layer.pace, STEEPEST)))
-    left = tried[0].gain.pace if math.isfinite(tried[0].gain.pace) else 0.0
-    found = _rounded(tried[0].value * math.exp(min(-left, STEEPEST)))
-    return ("scale_hh", found) if len(tried) == 1 else None
+    if len(tried) == 1:
+        left = tried[0].gain.pace if math.isfinite(tried[0].gain.pace) else 0.0
+        return "scale_hh", _rounded(tried[0].value * math.exp(min(-left, STEEPEST)))
+    vanilla = layer.cell in CELLS and CELLS[layer.cell].vanilla
+    if layer.verdict == "vanishing" and vanilla and len(tried) == 2:
+        return "orthogonal", 1.0
+    return None
 
 
 def _rounded(value: float) -> float:
@@ -161,20 +193,15 @@ def _predicted(
     if before.channels != after.channels and after.channels is not None:
         parts.append(f"{before.channels} → {after.channels} of {before.size} channels")
     words = _words(before.cell, remedy, value)
+    numbers: dict[str, Any] = {name: one for name, one in vars(after).items() if name != "span"}
     return Prediction(
         remedy=remedy,
         value=value,
         words=words,
-        verdict=after.verdict,
-        rate=after.rate,
-        gain=after.gain,
-        half_life=after.half_life,
-        horizon=after.horizon,
-        searched=after.searched,
-        channels=after.channels,
         helps=helps(before, after),
         batch=batch,
         message=f"{words}: {outcome}, {', '.join(parts)}",
+        **numbers,
     )
 
 
@@ -185,6 +212,8 @@ def _words(cell: str, remedy: str, value: float) -> str:
         return f"{keeper.name} bias + {value:g}"
     if remedy == "chrono":
         return f"chrono biases for {value:g} steps"
+    if remedy == "orthogonal":
+        return "W_hh orthogonal"
     return f"W_hh × {value:g}"
 
 
@@ -221,15 +250,16 @@ def what_if(
     truncate: int | None = None,
     clip: float | None = None,
     chrono: int | None = None,
+    orthogonal: float | None = None,
 ) -> pd.DataFrame:
     """Try remedies on the recorded batch, each on its own, and hold the numbers before and after.
 
-    ``forget_bias``, ``chrono`` and ``scale_hh`` run the recorded calls again with changed weights and
-    take rate, half-life, horizon, channels and verdict from the new states and step Jacobians, as
-    `analyze` does. The model's head and its loss are not run again and nothing is trained: the result is a
-    prediction for the present weights and this batch. A stack of layers runs again as a whole, all
-    its layers changed alike; what other modules feed it, and every step's input in a loop over a
-    cell, is taken as it was recorded.
+    ``forget_bias``, ``chrono``, ``orthogonal`` and ``scale_hh`` run the recorded calls again with
+    changed weights and take rate, half-life, horizon, channels and verdict from the new states and step
+    Jacobians, as `analyze` does. The model's head and its loss are not run again and nothing is
+    trained: the result is a prediction for the present weights and this batch. A stack of layers runs
+    again as a whole, all its layers changed alike; what other modules feed it, and every step's input
+    in a loop over a cell, is taken as it was recorded.
 
     Args:
         recording: what ``gradflow.record`` saw; it stays as it is.
@@ -247,6 +277,8 @@ def what_if(
         chrono: T_max, the longest distance that matters in the task: the biases of the forget gates
             (of a GRU's update gates z) become ln u, u spread evenly over 1 … T_max − 1, those of an
             LSTM's input gates −ln u (chrono initialisation, Tallec & Ollivier 2018, who draw u).
+        orthogonal: a gain, 1.0 mostly: every W_hh is replaced by a random orthogonal matrix times it,
+            gate by gate, as a start would be (Arjovsky et al. 2016).
 
     Returns:
         A tidy frame, one row per layer and remedy. Columns: ``layer``, ``remedy``, ``value``; then
@@ -279,7 +311,8 @@ def what_if(
     if not isinstance(recording, Recording):
         kind, advice = type(recording).__name__, "give what `with gradflow.record(...)` yields"
         raise InputError(must_be("recording", "a Recording", kind, advice))
-    asked = _asked(forget_bias, scale_hh, truncate, clip, chrono)
+    given = (forget_bias, scale_hh, truncate, clip, chrono, orthogonal)
+    asked = _asked(dict(zip(_CHECKS, given, strict=True)))
     recording.require_tracks()
     share = QUICK * len(recording)
     before = {t.name: measured(recording, t.name, share=share) for t in recording.values()}
@@ -294,54 +327,40 @@ Before = Mapping[str, "Brief | str"]  # track name -> its numbers, or why there 
 Row = dict[str, Any]
 
 
-def _asked(
-    forget_bias: object, scale_hh: object, truncate: object, clip: object, chrono: object
-) -> dict[str, float]:
+def _asked(given: Mapping[str, object]) -> dict[str, float]:
     """Remedy -> value, of those that were asked for, checked."""
-    found: dict[str, float] = {}
-    if forget_bias is not None:
-        advice = "1.0 is the usual start; a negative one forgets faster"
-        found["forget_bias"] = _finite("forget_bias", "a finite number", forget_bias, advice)
-    if scale_hh is not None:
-        advice = "a factor below 1 damps, above 1 strengthens the recurrence"
-        found["scale_hh"] = _above_zero("scale_hh", scale_hh, advice)
-    if truncate is not None:
-        found["truncate"] = _whole("truncate", 1, truncate, "it counts the steps that are kept")
-    if chrono is not None:
-        found["chrono"] = _whole("chrono", 3, chrono, "it is the longest distance of the task")
-    if clip is not None:
-        found["clip"] = _above_zero("clip", clip, "it is the largest norm that is left as it is")
+    found = {name: _CHECKS[name](name, value) for name, value in given.items() if value is not None}
     if not found:
-        raise InputError(
-            must_be(
-                "what_if",
-                "given at least one of forget_bias, scale_hh, truncate, clip, chrono",
-                "none",
-                "write gradflow.what_if(recording, forget_bias=1.0)",
-            )
-        )
+        names, advice = ", ".join(_CHECKS), "write gradflow.what_if(recording, forget_bias=1.0)"
+        raise InputError(must_be("what_if", f"given at least one of {names}", "none", advice))
     return found
 
 
-def _whole(name: str, least: int, value: object, advice: str) -> int:
+def _whole(name: str, value: object, *, least: int, advice: str) -> int:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least:  # type: ignore[operator]
         raise InputError(must_be(name, f"a whole number of at least {least}", repr(value), advice))
     return int(value)  # type: ignore[call-overload]
 
 
-def _finite(name: str, expected: str, value: object, advice: str) -> float:
+def _number(name: str, value: object, *, above: float = -math.inf, advice: str) -> float:
     known = isinstance(value, int | float | np.integer | np.floating)
-    if not known or isinstance(value, bool) or not math.isfinite(value):  # type: ignore[arg-type]
-        raise InputError(must_be(name, expected, repr(value), advice))
-    return float(value)  # type: ignore[arg-type]
+    if known and not isinstance(value, bool) and math.isfinite(value) and value > above:  # type: ignore[arg-type, operator]
+        return float(value)  # type: ignore[arg-type]
+    expected = "a finite number above 0" if above == 0 else "a finite number"
+    raise InputError(must_be(name, expected, repr(value), advice))
 
 
-def _above_zero(name: str, value: object, advice: str) -> float:
-    number = _finite(name, "a finite number above 0", value, advice)
-    if number <= 0:
-        raise InputError(must_be(name, "a finite number above 0", repr(value), advice))
-    return number
+_CHECKS: dict[str, Callable[[str, object], float]] = {
+    "forget_bias": partial(_number, advice="1.0 is the usual start; a negative one forgets faster"),
+    "scale_hh": partial(
+        _number, above=0, advice="a factor below 1 damps, above 1 strengthens the recurrence"
+    ),
+    "truncate": partial(_whole, least=1, advice="it counts the steps that are kept"),
+    "clip": partial(_number, above=0, advice="it is the largest norm that is left as it is"),
+    "chrono": partial(_whole, least=3, advice="it is the longest distance of the task"),
+    "orthogonal": partial(_number, above=0, advice="1.0 keeps every length"),
+}
 
 
 def _changed_weights(
@@ -356,7 +375,8 @@ def _changed_weights(
         elif name in again.refused:
             yield row | {"note": f"not tried: {again.refused[name]}"}
         else:
-            after = measured(again.recording, name, known.span, QUICK * len(before))
+            asked = {"span": known.span, "share": QUICK * len(before)}
+            after = measured(again.recording, name, **asked)
             yield row | {"note": again.notes[name]} | _after(known, after)
 
 
@@ -400,7 +420,7 @@ def _within(recording: Recording, name: str, after: Brief, steps: int, share: in
     if not steps:
         nothing = Gain(-math.inf, -math.inf, -math.inf, 1)
         return replace(after, gain=nothing, verdict="dead")
-    kept = measured(recording, name, steps, share)
+    kept = measured(recording, name, span=steps, share=share)
     return after if isinstance(kept, str) else replace(after, gain=kept.gain, verdict=kept.verdict)
 
 
@@ -452,8 +472,9 @@ def _clip_note(total: float, own: float | None, limit: float) -> str:
     return f"{said}; clipping changes no rate and does not cure chaos (Mikhaeil et al. 2022)"
 
 
+WEIGHTS = ("forget_bias", "chrono", "orthogonal", "scale_hh")  # remedies that change them
 _TRIALS: dict[str, Callable[[Recording, Before, float], Iterator[Row]]] = {
-    **{name: partial(_changed_weights, name) for name in ("forget_bias", "chrono", "scale_hh")},
+    **{name: partial(_changed_weights, name) for name in WEIGHTS},
     "truncate": _truncate,
     "clip": _clip,
 }

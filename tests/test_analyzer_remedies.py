@@ -104,8 +104,25 @@ def test_a_bias_that_does_not_help_is_not_advised() -> None:
     layer = analyze(recording)["l0"]
     assert layer.verdict == "vanishing"
     (finding,) = [f for f in layer.findings if f.name == "vanishing"]
-    assert finding.code == ""
-    assert "do not bring the gain nearer to 1" in finding.advice
+    assert "raise" not in finding.advice and "uniform_(1, 39)" in finding.code  # what helps is
+    every = list(range(SEQUENCES))
+    before = abs(decades(recording["l0"], every, STEPS))
+    exec(finding.code, {"model": module})  # noqa: S102
+    again = recorded(module, torch.zeros(STEPS, SEQUENCES, INPUTS).double())
+    assert abs(decades(again["l0"], every, STEPS)) < before - 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(nn.GRU, "raised by 1, or drawn"), (nn.RNN, "orthogonal")]
+)
+def test_where_nothing_helps_nothing_is_advised(
+    kind: type[nn.RNNBase], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradflow.analyzer.causes.remedies.TRIED_LEAST", math.inf)
+    layer = analyze(recorded(kind(INPUTS, HIDDEN), x()))["l0"]
+    (finding,) = [f for f in layer.findings if f.name == "vanishing"]
+    assert (finding.code, finding.source) == ("", "")
+    assert said in finding.advice and "do not bring the gain nearer to 1" in finding.advice
 
 
 def bias_lines(layer: LayerAnalysis) -> list[str]:

@@ -92,8 +92,8 @@ def test_the_verdict_names_its_gate_and_a_remedy_that_was_tried(cell: MinGRUCell
     layer = gradflow.analyze(recording)["cell"]
     found = {finding.name: finding for finding in layer.findings}
     assert layer.verdict == "vanishing"
-    assert found["vanishing"].advice.startswith("raise the keep gate's bias by 1")
-    assert found["vanishing"].code == f"model.bias_ih.data[:{HIDDEN}] += 1.0"
+    assert found["vanishing"].advice.startswith("draw the keep biases from the range of distances")
+    assert found["vanishing"].code == found["keep-gates-leak"].code  # raised by 1 is not enough
     assert found["keep-gates-leak"].code == f"model.bias_ih.data[:{HIDDEN}].uniform_(1, 39).log_()"
 
 

@@ -8,9 +8,13 @@ from dataclasses import replace
 
 import pytest
 import synthetic
+import torch
 from rich.cells import cell_len
 from rich.console import Console
+from seam import page
+from torch import nn
 
+import gradflow
 from gradflow.analysis import Analysis
 from gradflow.limits import GLOSSARY, VERDICTS
 from gradflow.reporter import of_groups, of_histories, of_runs, render
@@ -129,3 +133,23 @@ def test_every_word_of_the_terminal_is_in_the_glossary() -> None:
     said = " ".join(rendered(case(), 120, verbose=True) for case in synthetic.CASES.values())
     for word in ("decade", "direction", "parity", "prediction", "span", "window"):
         assert word in said.lower() and word in names
+
+
+def test_updates_of_one_layer_are_said_once_and_are_no_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with gradflow.record(model) as recording:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(30, 4, 3))[0][-1].pow(2).sum().backward()
+            optimizer.step()
+    run = gradflow.analyze(recording)
+    (told,) = run.told
+    others = sorted({"l0", "l0@2", "l0@3"} - {told.name})
+    assert told.sentence.endswith(
+        f"; the same verdict for {', '.join(others)}, which are other runs of this layer"
+    )
+    assert run[told.name].sentence in told.sentence and repr(run).count("a window of") == 1
+    text = page(run, {})
+    assert run.counted() == "3 runs" and "3 layers" not in text and text.count("a window of") == 1

@@ -127,6 +127,29 @@ def test_scale_hh_is_that_of_a_model_whose_weights_were_scaled(cell: str) -> Non
     assert_same(gradflow.what_if(recorded(case), scale_hh=1.4), recorded(case, scaled(1.4)))
 
 
+def orthogonal(gain: float) -> Callable[[nn.RNNBase], None]:
+    """The same start, written down a second time."""
+
+    def change(module: nn.RNNBase) -> None:
+        for name, weight in module.named_parameters():
+            if name.startswith("weight_hh"):
+                generator = torch.Generator().manual_seed(0)
+                for block in weight.split(module.hidden_size):
+                    start = torch.empty(block.shape, dtype=torch.float64)
+                    block.copy_(nn.init.orthogonal_(start, gain, generator))
+                    near = block.T @ block - gain**2 * torch.eye(block.shape[1], dtype=block.dtype)
+                    assert near.abs().max() < 1e-12
+
+    return change
+
+
+@pytest.mark.parametrize("cell", ["RNN_TANH", "LSTM", "GRU"])
+def test_orthogonal_is_that_of_a_model_that_starts_so(cell: str) -> None:
+    case = Case(cell, layers=2, bidirectional=True, dropout=0.2, **LONG)
+    frame = gradflow.what_if(recorded(case), orthogonal=1.1)
+    assert_same(frame, recorded(case, orthogonal(1.1)))
+
+
 @pytest.mark.parametrize("case", FUSED[:3], ids=str)
 def test_every_state_and_gate_is_that_of_the_changed_model(case: Case) -> None:
     recording = recorded(case)
@@ -446,7 +469,8 @@ def test_what_cannot_be_tried_is_said() -> None:
     [
         (
             {},
-            "what_if must be given at least one of forget_bias, scale_hh, truncate, clip, chrono, got none",
+            "what_if must be given at least one of forget_bias, scale_hh, truncate, clip, chrono, "
+            "orthogonal, got none",
         ),
         ({"forget_bias": math.nan}, "forget_bias must be a finite number, got nan"),
         ({"forget_bias": "1"}, "forget_bias must be a finite number, got '1'"),
@@ -456,6 +480,8 @@ def test_what_cannot_be_tried_is_said() -> None:
         ({"scale_hh": math.inf}, "scale_hh must be a finite number above 0, got inf"),
         ({"truncate": 0}, "truncate must be a whole number of at least 1, got 0"),
         ({"truncate": 2.5}, r"truncate must be a whole number of at least 1, got 2\.5"),
+        ({"orthogonal": 0}, "orthogonal must be a finite number above 0, got 0"),
+        ({"chrono": 2}, "chrono must be a whole number of at least 3, got 2"),
         ({"clip": 0.0}, r"clip must be a finite number above 0, got 0\.0"),
     ],
 )
@@ -534,6 +560,25 @@ def test_a_vanishing_lstm_is_told_what_a_larger_forget_bias_would_do() -> None:
     assert (
         f"−{abs(layer.decades):.3g} → " in best.message and "decades over the span" in best.message
     )
+
+
+@pytest.mark.parametrize("make", [nn.RNN, nn.LSTM, nn.GRU])
+def test_the_first_advice_is_the_remedy_that_helped_most(make: type[nn.RNNBase]) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layer = diagnosed(make(3, 6))["l0"]
+        assert layer.verdict == "vanishing"
+        (finding,) = (one for one in layer.findings if one.name == "vanishing")
+        stable = [one.verdict == "stable" for one in layer.predictions]
+        assert stable == sorted(stable, reverse=True)
+        first = layer.predictions[0]
+        assert not any(p.helps > first.helps for p in layer.predictions[1:]) or stable[0]
+        if first.verdict == "stable" or make is not nn.RNN:
+            still = "" if stable[0] else "still "
+            assert f"tried on this batch: {still}{first.verdict}, " in finding.advice
+            named = {"chrono": "uniform_(1, 39)", "forget_bias": f"+= {first.value:.1f}"}
+            named |= {"orthogonal": "orthogonal_(", "scale_hh": f"*= {first.value:g}"}
+            assert named[first.remedy] in finding.code
 
 
 def test_an_exploding_rnn_is_told_which_factor_would_hold_it() -> None:

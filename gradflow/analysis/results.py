@@ -194,7 +194,7 @@ class Prediction:
     ('W_hh × 2', 'stable')
     """
 
-    remedy: str  # an argument of `gradflow.what_if`: "forget_bias" or "scale_hh"
+    remedy: str  # an argument of `gradflow.what_if`: "forget_bias", "chrono", "orthogonal" or "scale_hh"
     value: float  # of that argument
     words: str  # the remedy as people write it: "forget bias + 1"
     verdict: str  # one of gradflow.limits.VERDICTS

@@ -106,8 +106,26 @@ class Analysis(ByName[LayerAnalysis]):
 
     @property
     def told(self) -> list[LayerAnalysis]:
-        """The worst first, without parts of a closed loop: the loop's verdict is theirs."""
-        return [layer for layer in self.worst_first if layer.part_of not in self.layers]
+        """The worst first, without parts of a closed loop: the loop's verdict is theirs.
+
+        Of several runs of a layer with one verdict the worst is told, and its sentence names the others.
+        """
+        alike: dict[tuple[str, str], list[LayerAnalysis]] = {}
+        for layer in self.worst_first:
+            if layer.part_of not in self.layers:
+                alike.setdefault((_without_run(layer.name), layer.verdict), []).append(layer)
+        return [_of_runs(some) for some in alike.values()]
+
+    def counted(self, more: int = 0) -> str:
+        """How many layers there are, or runs of layers, less so many, in words.
+
+        >>> import torch, gradflow
+        >>> gradflow.diagnose(torch.nn.GRU(3, 8, 2), torch.randn(20, 4, 3)).counted()
+        '2 layers'
+        """
+        count = len(self) - more
+        runs = len({_without_run(name) for name in self}) < len(self)
+        return f"{count} {'run' if runs else 'layer'}{'' if count == 1 else 's'}"
 
     def alone_of(self, layer: LayerAnalysis) -> list[str]:
         """What a layer of a closed loop, or each part of it, does with its inputs held fixed.
@@ -200,6 +218,20 @@ class Analysis(ByName[LayerAnalysis]):
 
     def _repr_html_(self) -> str:
         return display_form("analysis_html", self)
+
+
+def _without_run(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _of_runs(some: Sequence[LayerAnalysis]) -> LayerAnalysis:
+    """The first of several runs of a layer, whose sentence stands for all of them."""
+    if len(some) == 1:
+        return some[0]
+    others = ", ".join(sorted(layer.name for layer in some[1:]))
+    said = f"{some[0].sentence}; the same verdict for {others}, which {'is' if len(some) == 2 else 'are'}"
+    said += f" {'another run' if len(some) == 2 else 'other runs'} of this layer"
+    return replace(some[0], sentence=said)
 
 
 def _half_life(layer: LayerAnalysis) -> str:

@@ -91,7 +91,8 @@ def _lost_above(track: Track, layers: Mapping[str, LayerAnalysis]) -> Finding | 
         basis=f"gone below {GONE_WORDS}, as for the horizon",
         severity=decades,
         advice="look at the layer above: gates or activations at their flat ends, or tiny input "
-        "weights, stop the gradient there; add a residual connection around it",
+        "weights, stop the gradient there; add a residual connection around it, "
+        "and train again (not tried here)",
         source="He et al. 2016",
         code=_residual(),
     )
@@ -128,7 +129,8 @@ def _lost_in_depth(
         threshold=GONE,
         basis=f"gone below {GONE_WORDS}, as for the horizon",
         severity=decades,
-        advice="one remedy for the whole stack: a residual connection around every layer, or fewer layers",
+        advice="one remedy for the whole stack: a residual connection around every layer, or fewer layers, "
+        "and train again (not tried here)",
         source="He et al. 2016",
         code=_residual(),
     )

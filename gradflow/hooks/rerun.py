@@ -26,6 +26,7 @@ from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.loops.rows import picked
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.replay import whole_call
+from gradflow.limits import SEED
 from gradflow.recording.source import Parity
 from gradflow.recording.track import Track
 from gradflow.recording.tracks import Recording
@@ -39,6 +40,7 @@ class WeightChange:
 
     forget_bias: float = 0.0  # added to the pre-activation of the gate that keeps the state
     chrono: float = 0.0  # T: these gates' biases become ln u, u spread evenly over 1 … T − 1
+    orthogonal: float = 0.0  # W_hh starts orthogonal times this, gate by gate; 0: as it is
     scale_hh: float = 1.0  # what W_hh is multiplied by
     scale_ih: float = 1.0  # what W_ih is multiplied by: as if it read so much of its input
 
@@ -146,7 +148,7 @@ def _refuses(source: LoopSource, change: WeightChange) -> str:
     spec = CELLS[source.calls[0].cell]
     if change.of_biases and spec.keeper is None:
         return f"a {'vanilla ' if spec.vanilla else ''}{spec.kind} has no gate that keeps its state"
-    if change.scale_hh != 1.0 and "weight_hh" not in spec.weights:
+    if (change.scale_hh != 1.0 or change.orthogonal) and "weight_hh" not in spec.weights:
         return f"a {spec.kind} has no recurrent weights"
     return ""
 
@@ -255,8 +257,19 @@ class _ChangedWeights:
         if change.scale_ih != 1.0:
             named["weight_ih"] = named["weight_ih"] * change.scale_ih
         if "weight_hh" in named:
+            if change.orthogonal:
+                named["weight_hh"] = _orthogonal(named["weight_hh"], spec.blocks, change.orthogonal)
             named["weight_hh"] = named["weight_hh"] * change.scale_hh
         return [named[name] for name in spec.weights if name in named]
+
+
+def _orthogonal(weight: Tensor, blocks: int, gain: float) -> Tensor:
+    """Recurrent weights that neither shrink nor stretch, but by the gain: the same ones every time."""
+    generator = torch.Generator().manual_seed(SEED)
+    parts = [torch.empty(part.shape, dtype=torch.float64) for part in weight.chunk(blocks)]
+    for part in parts:
+        torch.nn.init.orthogonal_(part, gain, generator)
+    return torch.cat(parts).to(weight)
 
 
 def _with_biases(

@@ -25,21 +25,11 @@ AMBIGUOUS = "several GradScalers were used in one update: gradients are perhaps 
 class Stepwise:
     """One recording of one update of a model, open from `open` to `close`.
 
-    Arguments are as of `gradflow.record`; where no scaler is given one that scales a loss meanwhile is found.
-    reached is called after each backward that brought something to a parameter's ``.grad``, with the scale
-    that its loss was multiplied by.
+    Arguments are those of `StepRecorder`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: list[str] | None,
-        lengths: Lengths,
-        scaler: Any,
-        jacobians: bool | None,
-        reached: Callable[[float], object],
-    ) -> None:
-        self.recorder = StepRecorder(model, layers, lengths, scaler, jacobians, reached)
+    def __init__(self, *given: Any) -> None:
+        self.recorder = StepRecorder(*given)
         self.recording: Recording = self.recorder.recording
         self._block = OpenRecording(self.recorder)
 
@@ -67,7 +57,12 @@ class Stepwise:
 
 
 class StepRecorder(Recorder):
-    """The observer of one update, which also notes the loss and finds the scaler by itself."""
+    """The observer of one update, which also notes the loss.
+
+    Arguments are as of `gradflow.record`; where no scaler is given one that scales a loss meanwhile is found.
+    reached is called after each backward that brought something to a parameter's ``.grad``, with the scale
+    that its loss was multiplied by.
+    """
 
     def __init__(
         self,

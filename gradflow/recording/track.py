@@ -508,6 +508,7 @@ class Track:
         Args:
             changes: ``forget_bias``, added to the pre-activation of an LSTM's f, of a GRU's z;
                 ``chrono``, the longest distance that the biases of these gates are set for;
+                ``orthogonal``, the gain of an orthogonal W_hh in place of the recorded one;
                 ``scale_hh``, what W_hh is multiplied by; ``scale_ih``, the same of W_ih, as if the
                 layer read so much of its input.
 

@@ -30,12 +30,23 @@ def top_findings(analysis: Analysis, most: int = SHOWN) -> list[Finding]:
 
     One for a whole stack where its layers have the same and one line of code mends all of them.
     """
-    return _one_of_each_first(_for_stacks(analysis.findings))[:most]
+    return _said_once(_one_of_each_first(_for_stacks(analysis.findings)))[:most]
 
 
 def other_findings(analysis: Analysis, most: int = SHOWN) -> list[Finding]:
     """All the findings that `top_findings` leaves out."""
     return top_findings(analysis, len(analysis.findings))[most:]
+
+
+def _said_once(findings: Sequence[Finding]) -> list[Finding]:
+    """The same, without code that stands below an earlier one."""
+    shown: set[str] = set()
+    found = []
+    for one in findings:
+        again = bool(one.code) and one.code in shown
+        found.append(replace(one, advice="the same as above", source="", code="") if again else one)
+        shown.add(one.code)
+    return found
 
 
 def _one_of_each_first(findings: Sequence[Finding]) -> list[Finding]:

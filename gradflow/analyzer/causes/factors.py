@@ -20,12 +20,11 @@ from gradflow.analyzer.causes.remedies import (
     OVER_BAND,
     calmer,
     chrono,
-    foreign_biases,
-    identity,
     inputs_at,
     orthogonal,
     own,
     shrunk,
+    started_as,
 )
 from gradflow.analyzer.evidence import Evidence, counted, number, over_sequences
 from gradflow.analyzer.rates import rate_over_sequences
@@ -96,7 +95,7 @@ def idle_units(e: Evidence) -> Iterator[Finding]:
         source="Le et al. 2015",
         advice="start from an identity recurrent matrix and zero biases, and train again, with a lower "
         "learning rate",
-        code=identity(e),
+        code=started_as(e.track, "eye"),
     )
 
 
@@ -111,7 +110,7 @@ def keeping_gates(e: Evidence) -> Iterator[Finding]:
     fast = pace.value < -e.band if keeper.overwritten is None else mean < keeper.overwritten
     if not (fast and _at_most_steps(gate.log(), e) < -e.band):
         return
-    advice, code = chrono(e, keeper)
+    advice, source, code = chrono(e, keeper)
     yield Finding(
         name=f"{keeper.name}-gates-{keeper.fault}",
         layer=e.track.name,
@@ -120,7 +119,7 @@ def keeping_gates(e: Evidence) -> Iterator[Finding]:
         where=_shut(keeper.gate, f"{keeper.shut}below", gate, e),
         **_scale(e, pace),
         basis=OVER_BAND,
-        source="" if foreign_biases(e) else "Tallec & Ollivier 2018",
+        source=source,
         code=code,
         advice=advice,
     )
@@ -182,7 +181,7 @@ def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
     bias = sum(float(e.track.weights[name].detach().double()[rows].mean()) for name in names)
     if not bias < math.log(GATE_CLOSED / (1 - GATE_CLOSED)):
         return calmer(e, "scale the inputs or the weights down, or add layer normalisation", gate)
-    if not all(own(e, name) for name in names):
+    if not all(own(e.track, name) for name in names):
         return "change what makes its biases: they are no parameters of its own", ""
     return (
         f"set its biases to 0, and train again: they average {number(bias)}, which alone shuts it",
@@ -202,12 +201,13 @@ def weights_contract(e: Evidence) -> Iterator[Finding]:
     weight, activation = _factors(e)
     if not e.fades or not weight.value < -e.band or activation.value < weight.value:
         return
+    advice, source, code = orthogonal(e)
     yield replace(
         _finding(e, "weights-contract", weight, activation),
         threshold=-e.band,
-        advice="start the recurrent weights orthogonal, then they shrink nothing, and train again",
-        source="Arjovsky et al. 2016",
-        code=orthogonal(e),
+        advice=advice,
+        source=source,
+        code=code,
     )
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from gradflow.analyzer.activity import over_all, sigmoid_and_other
 from gradflow.analyzer.blocks import SPEED
-from gradflow.analyzer.evidence import Evidence, module
+from gradflow.analyzer.evidence import Evidence, module, parameter
 from gradflow.analyzer.jacobians import operator_of, state_size
 from gradflow.analyzer.timeline import cuts_before
 from gradflow.cells import layer_names
@@ -40,6 +41,7 @@ class Try:
     won: float  # decades, or a share of a gate's values; NaN: not tried
     least: float  # from which on that is worth an advice
     why_not: str = ""  # in words, where it was not tried
+    left: float = math.inf  # decades over the span that the gain is still away from 1
 
     @property
     def helps(self) -> bool:
@@ -81,7 +83,7 @@ def _try(e: Evidence, changes: dict[str, float], opens: str) -> Try:
         return Try(math.nan, least, str(error))
     if math.isnan(now):
         return Try(-math.inf, least)
-    return Try(0.0 if was == now else was - now, least)
+    return Try(0.0 if was == now else was - now, least, left=math.inf if opens else now)
 
 
 def decades(track: Track, sequences: list[int], span: int) -> float:
@@ -128,6 +130,8 @@ def _seconds(track: Track) -> float:
 
 
 LONG = 24  # letters of a module's path that several lines need not repeat
+OF_BIASES = ("forget_bias", "chrono")  # remedies that set the biases of the gate that keeps
+ORTHOGONAL = "Arjovsky et al. 2016; Le et al. 2015"  # who started recurrent weights so
 OVER_BAND = f"{BAND_WORDS} over the span"  # the band of the verdict's equivalence test
 MAJORITY = "more than half of them"
 CLIP_CODE = (
@@ -148,86 +152,117 @@ FOREIGN = (
 )
 
 
-def own(e: Evidence, name: str) -> bool:
+def own(track: Track, name: str) -> bool:
     """Whether a weight is the module's own parameter, so that changing it there changes the layer."""
-    return name in e.track.weights and name not in e.track.foreign
+    return name in track.weights and name not in track.foreign
 
 
-def orthogonal(e: Evidence) -> str:
-    """Start the recurrent weights of a vanilla RNN orthogonal."""
-    if not own(e, "weight_hh"):
+def started_as(track: Track, what: str) -> str:
+    """Start the recurrent weights of a vanilla RNN "orthogonal" or as an "eye"."""
+    if not own(track, "weight_hh"):
         return ""
-    return f"torch.nn.init.orthogonal_({e.parameter('weight_hh')})"
+    return f"torch.nn.init.{what}_({_parameter(track, 'weight_hh')})"
 
 
-def identity(e: Evidence) -> str:
-    """Start the recurrent weights of a vanilla RNN as the identity."""
-    if not own(e, "weight_hh"):
-        return ""
-    return f"torch.nn.init.eye_({e.parameter('weight_hh')})"
+def _parameter(track: Track, name: str) -> str:
+    """Where the user finds it."""
+    return parameter(track.owner, track.name, name)
+
+
+def advised(e: Evidence, *ways: tuple[str, float], otherwise: str) -> tuple[str, str, str]:
+    """Advice, its source and its code: the change of weights that helps most on this batch.
+
+    Args:
+        e: of the layer.
+        ways: arguments of `gradflow.what_if`; those after one that is enough are not tried.
+        otherwise: the advice where none helps.
+    """
+    biases = ways[0][0] in OF_BIASES and "bias_ih" in e.track.weights
+    if not e.track.foreign.isdisjoint({"bias_ih", "bias_hh"} if biases else {"weight_hh"}):
+        return FOREIGN, "", ""
+    found: dict[tuple[str, float], Try] = {}
+    for name, value in ways:
+        changes: dict[str, Any] = {name: value}
+        one = found[name, value] = tried(e, **changes)
+        if one.why_not:
+            advice, source, _ = remedy(e.track, name, value)
+            said = f"see whether this helps, which was not tried here ({one.why_not}): {advice}"
+            return said, source, f"print(gradflow.what_if(recording, {name}={value}))"
+        if one.left < 1:
+            break
+    best = max(found, key=lambda way: found[way].won)
+    if not found[best].helps:
+        return otherwise, "", ""
+    advice, source, code = remedy(e.track, *best)
+    enough = "is within one decade of 1 then" if found[best].left < 1 else "comes nearer to 1"
+    return f"{advice}; tried on this batch: the gain over the span {enough}", source, code
+
+
+def orthogonal(e: Evidence) -> tuple[str, str, str]:
+    """Recurrent weights that start orthogonal, if that helps on this batch."""
+    otherwise = (
+        f"use {GATED}, and train it: recurrent weights that start orthogonal do not bring the"
+    )
+    return advised(e, ("orthogonal", 1.0), otherwise=f"{otherwise} gain nearer to 1 on this batch")
 
 
 def shrunk(e: Evidence, factor: float) -> str:
     """Multiply the recurrent weights by a factor, or by one of its powers, the first that helps."""
-    if not own(e, "weight_hh"):
+    if not own(e.track, "weight_hh"):
         return ""
     for power in (1, 2, 4):
         if factor**power > 0 and tried(e, scale_hh=factor**power).helps:
-            return f"{e.parameter('weight_hh')}.data *= {factor**power:.2g}"
+            return f"{_parameter(e.track, 'weight_hh')}.data *= {factor**power:.2g}"
     return ""
 
 
-def raised_bias(e: Evidence, keeper: Keeper) -> str:
-    """Raise the input bias of the gate that keeps the state."""
-    if "bias_ih" not in e.track.weights:
-        return NO_BIAS
-    return f"{_bias(e, 'bias_ih', keeper.gate)} += 1.0"
-
-
-def _bias(e: Evidence, name: str, gate: str) -> str:
+def _bias(track: Track, name: str, gate: str) -> str:
     """Python for a gate's block of one of the biases."""
-    assert e.spec is not None
-    rows = e.spec.block(gate, e.track.hidden)
-    return f"{e.parameter(name)}.data[{rows.start or ''}:{rows.stop}]"
+    assert track.spec is not None
+    rows = track.spec.block(gate, track.hidden)
+    return f"{_parameter(track, name)}.data[{rows.start or ''}:{rows.stop}]"
 
 
-def foreign_biases(e: Evidence) -> bool:
-    """Whether the biases that ran, or weights without any, are no parameters of the module."""
-    names = ("bias_ih", "bias_hh") if "bias_ih" in e.track.weights else ("weight_hh",)
-    return not e.track.foreign.isdisjoint(names)
+def remedy(track: Track, name: str, value: float) -> tuple[str, str, str]:
+    """Advice, its source and its code for an argument of `gradflow.what_if` that helps."""
+    keeper = None if track.spec is None else track.spec.keeper
+    if name == "orthogonal":
+        start = "start the recurrent weights orthogonal, and train again"
+        start += f" (where that is not enough, use {GATED})"
+        return start, ORTHOGONAL, started_as(track, "orthogonal")
+    if keeper is None:
+        start = f"start with recurrent weights {value:g} times as large, and train again"
+        return start, "Pascanu et al. 2013", f"{_parameter(track, 'weight_hh')}.data *= {value:g}"
+    if name == "chrono":
+        return keeper.chrono, "Tallec & Ollivier 2018", _chrono_code(track, keeper, int(value))
+    code = NO_BIAS
+    if "bias_ih" in track.weights:
+        code = f"{_bias(track, 'bias_ih', keeper.gate)} += {value:.1f}"
+    return f"raise the {keeper.name} gate's bias by {value:g}", keeper.source, code
 
 
-def chrono(e: Evidence, keeper: Keeper) -> tuple[str, str]:
-    """Advice and code for biases drawn from the range of distances, if they help on this batch."""
-    if foreign_biases(e):
-        return FOREIGN, ""
-    longest = max(3, e.span)
-    found = tried(e, chrono=longest)
-    if found.why_not:
-        asked = f"print(gradflow.what_if(recording, chrono={longest}))"
-        return f"see whether this helps ({found.why_not}): {keeper.chrono}", asked
-    if found.helps:
-        return keeper.chrono, _chrono_code(e)
-    return (
+def chrono(e: Evidence, keeper: Keeper) -> tuple[str, str, str]:
+    """Biases drawn from the range of distances, if they help on this batch."""
+    otherwise = (
         f"look at what shuts them, inputs or weights: {keeper.name} biases drawn from the range of "
-        "distances (chrono initialisation) do not bring the gain nearer to 1 on this batch",
-        "",
+        "distances (chrono initialisation) do not bring the gain nearer to 1 on this batch"
     )
+    return advised(e, ("chrono", max(3, e.span)), otherwise=otherwise)
 
 
-def _chrono_code(e: Evidence) -> str:
+def _chrono_code(track: Track, keeper: Keeper, span: int) -> str:
     """Biases log(u), u uniform in [1, span − 1]; the input gate of a cell gets the opposite."""
-    if "bias_ih" not in e.track.weights:
+    if "bias_ih" not in track.weights:
         return NO_BIAS
-    assert e.spec is not None and e.keeper is not None
-    kept, longest = _bias(e, "bias_ih", e.keeper.gate), max(e.span - 1, 2)
-    end = e.spec.block(e.keeper.gate, e.track.hidden).stop
-    lines = [f"{kept}.uniform_(1, {longest}).log_()"]
-    if "bias_hh" in e.track.weights:
-        lines.insert(0, f"{e.parameter('bias_hh')}.data[:{end}] = 0.0")
-    if e.keeper.opposite:
-        lines.append(f"{_bias(e, 'bias_ih', e.keeper.opposite)} = -{kept}")
-    path = module(e.track.owner)
+    assert track.spec is not None
+    kept = _bias(track, "bias_ih", keeper.gate)
+    end = track.spec.block(keeper.gate, track.hidden).stop
+    lines = [f"{kept}.uniform_(1, {max(span - 1, 2)}).log_()"]
+    if "bias_hh" in track.weights:
+        lines.insert(0, f"{_parameter(track, 'bias_hh')}.data[:{end}] = 0.0")
+    if keeper.opposite:
+        lines.append(f"{_bias(track, 'bias_ih', keeper.opposite)} = -{kept}")
+    path = module(track.owner)
     if len(path) > LONG:  # said once
         lines = [f"layer = {path}", *(line.replace(path, "layer") for line in lines)]
     return "\n".join(lines)
@@ -247,11 +282,12 @@ def calmer_input(e: Evidence, opens: str = "") -> str:
         spread = float(x.std())
         if spread > LARGE_INPUT and tried(e, scale_ih=1 / spread, opens=opens).helps:
             return NORMALISE
-    if own(e, "weight_ih"):
+    if own(e.track, "weight_ih"):
         for factor in (0.5, 0.1):
             if tried(e, scale_ih=factor, opens=opens).helps:
                 share = "half" if factor == 0.5 else "a tenth"
-                return f"{e.parameter('weight_ih')}.data *= {factor}  # as if it read {share} of its input"
+                scaled = f"{_parameter(e.track, 'weight_ih')}.data *= {factor}"
+                return f"{scaled}  # as if it read {share} of its input"
     return ""
 
 
@@ -288,48 +324,33 @@ def _vanilla(e: Evidence) -> tuple[str, str, str]:
             f"bring the activations back to where they are steep: scale the inputs down, or use {GATED}",
         )
         return advice, "Pascanu et al. 2013", code
-    return (
-        f"start the recurrent weights orthogonal, or use {GATED}, and train again",
-        "Arjovsky et al. 2016; Le et al. 2015",
-        orthogonal(e),
-    )
+    return orthogonal(e)
 
 
 def _raised(e: Evidence, keeper: Keeper) -> tuple[str, str, str]:
     """Raise the bias of the gate that keeps the state, if that helps on this batch."""
     name = keeper.name
     mean = f"the gate's mean is {mean_gate(e, keeper.gate):.2f}{keeper.note}"
-    if foreign_biases(e):
-        return f"{FOREIGN}; {mean}", "", ""
-    found = tried(e, forget_bias=1.0)
-    if found.helps:
-        return f"raise the {name} gate's bias by 1: {mean}", keeper.source, raised_bias(e, keeper)
-    if found.why_not:
-        return (
-            f"see whether a {name} gate's bias raised by 1 helps: it was not tried here "
-            f"({found.why_not}); {mean}",
-            keeper.source,
-            "print(gradflow.what_if(recording, forget_bias=1.0))",
-        )
-    return (
-        f"train with another start of the {name} gates' biases: raised by 1 they do not bring the gain "
-        f"nearer to 1 on this batch; {mean}",
-        keeper.source,
-        "",
+    otherwise = (
+        f"train with another start of the {name} gates' biases: raised by 1, or drawn from the range of "
+        "distances, they do not bring the gain nearer to 1 on this batch"
     )
+    ways = (("forget_bias", 1.0), ("chrono", max(3, e.span)))
+    advice, source, code = advised(e, *ways, otherwise=otherwise)
+    return f"{advice}; {mean}", source, code
 
 
 def _any_cell(e: Evidence) -> tuple[str, str, str]:
     if e.linear is not None:  # the input writes its decay, and nothing else shortens the memory
         return (
             "start with decays nearer to 1, their time scales spread over the distances of the task "
-            "(a smaller step Δ, a higher bias of the gate that keeps), and train again",
+            "(a smaller step Δ, a higher bias of the gate that keeps), and train again; not tried here",
             "Gu & Dao 2023; Orvieto et al. 2023",
             "",
         )
     return (
         "give the state a path that adds to it instead of overwriting it, and train again: a forget "
-        "gate that starts open, or recurrent weights that start orthogonal",
+        "gate that starts open, or recurrent weights that start orthogonal; not tried here",
         "Jozefowicz et al. 2015; Arjovsky et al. 2016",
         "",
     )

@@ -13,8 +13,7 @@ from gradflow.analyzer.causes.remedies import (
     OVER_BAND,
     against_vanishing,
     calmer_input,
-    identity,
-    orthogonal,
+    started_as,
 )
 from gradflow.analyzer.evidence import Evidence, counted, number
 from gradflow.limits import BAND_WORDS, FEW_CHANNELS, FEW_CHANNELS_UNITS, GONE_WORDS, LN_BAND
@@ -44,7 +43,7 @@ def dead(e: Evidence) -> Iterator[Finding]:
         else "look for gates or activations that saturate to exactly 0: scale inputs and weights down",
         source="Le et al. 2015" if relu else "",
         severity=-math.inf,
-        code=identity(e) if relu else calmer_input(e),
+        code=started_as(e.track, "eye") if relu else calmer_input(e),
     )
 
 
@@ -155,8 +154,8 @@ def few_channels(e: Evidence) -> Iterator[Finding]:
         basis=f"one direction in {FEW_CHANNELS} still at {GONE_WORDS}",
         source="Engelken 2023",
         advice="start the recurrent weights orthogonal, so that more directions keep their gradient, "
-        "and train again",
-        code=orthogonal(e) if e.spec is not None and e.spec.vanilla else "",
+        "and train again; not tried here",
+        code=started_as(e.track, "orthogonal") if e.spec and e.spec.vanilla else "",
     )
 
 

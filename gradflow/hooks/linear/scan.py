@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def scan(
     [0.25, 0.5, 1.0]
     """
     if patch.is_observed():
-        _tell(h, decay, keys, beta, time, name)
+        _tell(name, h, decay, keys, beta, time)
     return h
 
 
@@ -83,40 +84,23 @@ patch.traced_as(_untold, scan)
 
 
 @patch.untraced
-def _tell(
-    h: Tensor,
-    decay: Tensor | float,
-    keys: Tensor | None,
-    beta: Tensor | float | None,
-    time: int | None,
-    name: str,
-) -> None:
+def _tell(name: str, *given: Any) -> None:
     # a checkpoint that computes again: the tensor of its first run is the one already marked
     if torch._C._current_graph_task_id() != -1:
         return
-    given = (h, decay, keys, beta, time, name)
     for observer in patch.observers_here():
         missed = functools.partial(observer.missed_scan, name)
-        guarded(Point.SCAN, missed, _show, observer, *given)
+        guarded(Point.SCAN, missed, _show, observer, name, *given)
 
 
-def _show(
-    observer: patch.Observer,
-    h: Tensor,
-    decay: Tensor | float,
-    keys: Tensor | None,
-    beta: Tensor | float | None,
-    time: int | None,
-    name: str,
-) -> None:
+def _show(observer: patch.Observer, name: str, *given: Any) -> None:
     hidden = why_hidden()
-    tensors = [one for one in (h, decay, keys, beta) if isinstance(one, Tensor)]
-    if any(is_wrapped(tensor) for tensor in tensors):
+    if any(is_wrapped(one) for one in given if isinstance(one, Tensor)):
         hidden = hidden or WRAPPED
     if hidden:
         observer.did_not_see(name, hidden)
     else:
-        marked = scanned(h, decay, keys, beta, time, name)
+        marked = scanned(name, *given)
         observer.saw_scan(marked, place_of(callers_frame(scan.__code__)))
 
 
@@ -124,12 +108,12 @@ def _show(
 
 
 def scanned(
+    name: str,
     h: Tensor,
     decay: Tensor | float,
     keys: Tensor | None,
     beta: Tensor | float | None,
     time: int | None,
-    name: str,
 ) -> Scanned:
     """What was marked, after a look at whether it fits."""
     if not isinstance(name, str) or not name:
