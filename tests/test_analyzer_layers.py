@@ -770,6 +770,21 @@ def test_a_chaotic_network_is_called_so_and_growth_alone_is_not() -> None:
     assert "chaotic" not in layer.sentence
 
 
+def test_a_transient_is_not_called_chaotic_but_open() -> None:
+    """Of 100 steps the rate seems above 0 beyond doubt; over 4,000 it is −0.0005: a cycle is found late."""
+    torch.manual_seed(0)
+    rnn = nn.RNN(2, 32, bias=False).double()
+    nn.init.normal_(rnn.weight_hh_l0, std=1.6 / 32**0.5)
+    torch.manual_seed(1000)
+    with gradflow.record(rnn) as recording:
+        rnn(0.1 * torch.randn(100, 6, 2).double())[0][-1].sum().backward()
+    layer = only(analyze(recording, stride=100))
+    assert layer.verdict == "exploding" and layer.rate.low > 0
+    assert "not settled" in layer.labels and "chaotic" not in layer.labels
+    assert "though it is above 0 in these" in layer.sentence
+    assert layer.sentence.endswith("whether it is chaotic is open, and more steps would tell")
+
+
 def test_without_a_gradient_the_title_is_about_the_gain(analyses: dict[str, Analysis]) -> None:
     title = only(analyses["no gradient"]).title
     assert title.startswith("GRU: ")

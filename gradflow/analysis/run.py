@@ -229,8 +229,7 @@ def _of_runs(some: Sequence[LayerAnalysis]) -> LayerAnalysis:
     if len(some) == 1:
         return some[0]
     others = ", ".join(sorted(layer.name for layer in some[1:]))
-    said = f"{some[0].sentence}; the same verdict for {others}, which {'is' if len(some) == 2 else 'are'}"
-    said += f" {'another run' if len(some) == 2 else 'other runs'} of this layer"
+    said = f"{some[0].sentence}; the same verdict for its other run{'s' * (len(some) > 2)} {others}"
     return replace(some[0], sentence=said)
 
 

@@ -22,7 +22,7 @@ from gradflow.analysis.results import Gain, Rate
 from gradflow.analyzer.rates import Verdict
 from gradflow.cells.linear import HEAD_AXES
 from gradflow.limits import LN_GONE, LOSS_BYTES, NEVER_FORGETS, UNITS_EACH, UNITS_MOST
-from gradflow.recording.source import Backward, Forward, WrappedSource
+from gradflow.recording.source import Backward, Forward, OfStates
 from gradflow.recording.track import Track
 
 
@@ -117,31 +117,23 @@ def slowest_of_units(shape: tuple[int, ...], axes: Sequence[int], decays: Decays
 
 
 @dataclass(frozen=True, eq=False)
-class UnitsSource(WrappedSource):
+class UnitsSource(OfStates):
     """A source whose states are sizes of units."""
 
     width: int  # w
     shape: tuple[int, ...]  # of one state
 
-    def _sized(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _of(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
             name: torch.linalg.vector_norm(value.unflatten(-1, (-1, self.width)), dim=-1)
             for name, value in values.items()
         }
 
-    def _part(self, found: Backward | None) -> Backward | None:
-        if found is None:
-            return None
-        direct = found.direct
-        if direct is not None:
-            direct = self._sized({"h": direct})["h"]
-        return replace(found, grads=self._sized(found.grads), direct=direct)
-
     def forward(self) -> Forward:
         """Sizes of the states; of the decays the largest of a unit."""
         found = self.inner.forward()
         gates = {name: self._largest(gate) for name, gate in found.gates.items()}
-        states, initial = self._sized(found.states), self._sized(found.initial)
+        states, initial = self._of(found.states), self._of(found.initial)
         return replace(found, states=states, initial=initial, gates=gates)
 
     def _largest(self, gate: Tensor) -> Tensor:
@@ -149,19 +141,6 @@ class UnitsSource(WrappedSource):
         if gate.shape[-1] <= units:
             return gate.repeat_interleave(units // gate.shape[-1], dim=-1)
         return gate.unflatten(-1, (units, -1)).amax(-1)
-
-    def backward(self) -> Backward | None:
-        """Sizes of the total gradients."""
-        return self._part(self.inner.backward())
-
-    def last(self) -> Backward | None:
-        """Of the last loss step alone."""
-        return self._part(self.inner.last())
-
-    def partial(self) -> dict[str, Tensor] | None:
-        """Of the state-partial gradients."""
-        found = self.inner.partial()
-        return None if found is None else self._sized(found)
 
     def loss_steps(
         self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
@@ -173,6 +152,6 @@ class UnitsSource(WrappedSource):
         parts = [self.inner.loss_steps(sequences, some, dtype) for some in loss_steps.split(few)]
         if any(part is None for part in parts):
             return None
-        sized = [self._sized(part.grads) for part in parts]
+        sized = [self._of(part.grads) for part in parts]
         grads = {name: torch.cat([one[name] for one in sized]) for name in sized[0]}
         return Backward(grads, None, None, None)

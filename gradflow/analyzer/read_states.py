@@ -17,7 +17,7 @@ from torch import Tensor
 from gradflow.analyzer.jacobians import operator_of, state_size, transposed_step
 from gradflow.errors import RecordingError
 from gradflow.limits import ENTRIES_WIDEST, SEED
-from gradflow.recording.source import Backward, Forward, Operator, ThinOperator, WrappedSource
+from gradflow.recording.source import Backward, Forward, OfStates, Operator, ThinOperator
 from gradflow.recording.track import Track
 
 
@@ -229,7 +229,7 @@ class ThinPart(PartOperator):
 
 
 @dataclass(frozen=True, eq=False)
-class PartSource(WrappedSource):
+class PartSource(OfStates):
     """A source without what the loss never reads."""
 
     kept: dict[str, Tensor]  # state name -> (width,) true on what is kept
@@ -241,37 +241,16 @@ class PartSource(WrappedSource):
             if bool(self.kept[name].any())
         }
 
-    def _part(self, found: Backward | None) -> Backward | None:
-        if found is None:
-            return None
-        direct = found.direct
-        if direct is not None:
-            direct = self._of({"h": direct}).get("h")
-        return replace(found, grads=self._of(found.grads), direct=direct)
-
     def forward(self) -> Forward:
         """The states that are kept."""
         found = self.inner.forward()
         return replace(found, states=self._of(found.states), initial=self._of(found.initial))
 
-    def backward(self) -> Backward | None:
-        """Their total gradients."""
-        return self._part(self.inner.backward())
-
-    def last(self) -> Backward | None:
-        """Their gradients of the last loss step alone."""
-        return self._part(self.inner.last())
-
     def loss_steps(
         self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
     ) -> Backward | None:
         """Their gradients of single loss steps."""
-        return self._part(self.inner.loss_steps(sequences, loss_steps, dtype))
-
-    def partial(self) -> dict[str, Tensor] | None:
-        """Their state-partial gradients."""
-        found = self.inner.partial()
-        return None if found is None else self._of(found)
+        return self._made(self.inner.loss_steps(sequences, loss_steps, dtype))
 
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
         """A_t of the entries that are kept."""

@@ -211,7 +211,15 @@ def _in_the_long_run(e: Evidence, said: str) -> str:
     if math.isnan(e.gain.low) or not math.isfinite(e.rate.value) or not e.gain.steps:
         return ""
     if not e.settled:
-        return "; a rate per step has not settled in so few steps"
+        said = "; a rate per step has not settled in so few steps"
+        bounded = e.linear is None and not (e.spec is not None and e.spec.relu)
+        if not (e.rate.value > 0 and bounded) or e.verdict.name == "stable":
+            return said
+        if e.rate.low > 0:  # it may be a long transient
+            said += (
+                f", though it is above 0 in these, {number(e.rate.low)} to {number(e.rate.high)}"
+            )
+        return f"{said}: whether it is chaotic is open, and more steps would tell"
     if not e.apart:
         return ""
     long = e.rate.value * e.gain.steps / math.log(10)

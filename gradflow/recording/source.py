@@ -131,6 +131,33 @@ class WrappedSource:
         return getattr(self.inner, name)
 
 
+@dataclass(frozen=True, eq=False)
+class OfStates(WrappedSource):
+    """One that makes other states of those of another source, and of their gradients the same."""
+
+    def _of(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _made(self, found: Backward | None) -> Backward | None:
+        if found is None:
+            return None
+        direct = None if found.direct is None else self._of({"h": found.direct}).get("h")
+        return replace(found, grads=self._of(found.grads), direct=direct)
+
+    def backward(self) -> Backward | None:
+        """Total gradients."""
+        return self._made(self.inner.backward())
+
+    def last(self) -> Backward | None:
+        """Those of the last loss step alone."""
+        return self._made(self.inner.last())
+
+    def partial(self) -> dict[str, Tensor] | None:
+        """State-partial gradients."""
+        found = self.inner.partial()
+        return None if found is None else self._of(found)
+
+
 CPU = torch.device("cpu")
 Numbers = TypeVar("Numbers")
 

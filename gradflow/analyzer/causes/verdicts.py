@@ -51,23 +51,7 @@ def vanishing(e: Evidence) -> Iterator[Finding]:
     """The gain over the span is below a tenth, with the remedy for this kind of cell."""
     if e.verdict.name != "vanishing":
         return
-    advice, source, code = against_vanishing(e)
-    yield Finding(
-        name="vanishing",
-        layer=e.track.name,
-        message=f"the gradient loses {number(-e.decades)} decades over {e.over}{_gain(e)} "
-        f"(vanishing: more than one){_rate(e)}",
-        where=_sequences(e),
-        value=e.decades,
-        low=e.gain.low / math.log(10),
-        high=e.gain.high / math.log(10),
-        threshold=-1.0,
-        basis=OVER_BAND,
-        source=source,
-        severity=e.severity,
-        advice=advice,
-        code=code,
-    )
+    yield _of_verdict(e, "loses", *against_vanishing(e))
 
 
 def exploding(e: Evidence) -> Iterator[Finding]:
@@ -86,21 +70,25 @@ def exploding(e: Evidence) -> Iterator[Finding]:
             "; that does not cure chaos: " if "chaotic" in e.labels else "; the growth stays: "
         )
         advice += f"a positive rate also asks to cut or teacher-force every ln 2/λ₁ = {steps}"
-    yield Finding(
-        name="exploding",
+    yield _of_verdict(e, "gains", advice, "Pascanu et al. 2013; Mikhaeil et al. 2022", CLIP_CODE)
+
+
+def _of_verdict(e: Evidence, moves: str, advice: str, source: str, code: str) -> Finding:
+    return Finding(
+        name=e.verdict.name,
         layer=e.track.name,
-        message=f"the gradient gains {number(e.decades)} decades over {e.over}{_gain(e)} "
-        f"(exploding: more than one){_rate(e)}",
+        message=f"the gradient {moves} {number(abs(e.decades))} decades over {e.over}{_gain(e)} "
+        f"({e.verdict.name}: more than one){_rate(e)}",
         where=_sequences(e),
         value=e.decades,
         low=e.gain.low / math.log(10),
         high=e.gain.high / math.log(10),
-        threshold=1.0,
+        threshold=math.copysign(1.0, e.decades),
         basis=OVER_BAND,
-        source="Pascanu et al. 2013; Mikhaeil et al. 2022",
+        source=source,
         severity=e.severity,
         advice=advice,
-        code=CLIP_CODE,
+        code=code,
     )
 
 
