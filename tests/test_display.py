@@ -62,7 +62,8 @@ def test_a_layer_and_a_finding_show_themselves(run: gradflow.Analysis) -> None:
     assert all(finding.code.splitlines()[0] in html for finding in run["l1"].findings)
     finding = run.findings[0]
     html = finding._repr_html_()
-    assert finding.message in html and finding.code in html and "<img" not in html
+    assert finding.message in html and finding.code in html.replace("<wbr>", "")
+    assert "<img" not in html
 
 
 def test_names_stay_names_and_many_layers_are_folded(run: gradflow.Analysis) -> None:

@@ -116,16 +116,16 @@ class Analysis(ByName[LayerAnalysis]):
                 alike.setdefault((_without_run(layer.name), layer.verdict), []).append(layer)
         return [_of_runs(some) for some in alike.values()]
 
-    def counted(self, more: int = 0) -> str:
-        """How many layers there are, or runs of layers, less so many, in words.
+    @property
+    def counted(self) -> str:
+        """How many layers there are, or runs of layers, in words.
 
         >>> import torch, gradflow
-        >>> gradflow.diagnose(torch.nn.GRU(3, 8, 2), torch.randn(20, 4, 3)).counted()
+        >>> gradflow.diagnose(torch.nn.GRU(3, 8, 2), torch.randn(20, 4, 3)).counted
         '2 layers'
         """
-        count = len(self) - more
         runs = len({_without_run(name) for name in self}) < len(self)
-        return f"{count} {'run' if runs else 'layer'}{'' if count == 1 else 's'}"
+        return f"{len(self)} {'run' if runs else 'layer'}{'s' * (len(self) != 1)}"
 
     def alone_of(self, layer: LayerAnalysis) -> list[str]:
         """What a layer of a closed loop, or each part of it, does with its inputs held fixed.
