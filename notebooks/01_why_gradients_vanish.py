@@ -12,21 +12,40 @@
 #
 # $$\frac{\partial h_{t'}}{\partial h_t} = \prod_{k=t+1}^{t'} \frac{\partial h_k}{\partial h_{k-1}}$$
 #
-# Many factors below one make nothing (梯度消失), many above one make everything (梯度爆炸). That much is in
+# Many factors below one make nothing, many above one make everything. That much is in
 # every lecture. This notebook asks the next questions: *which* number has to be compared with one, and
 # for which networks?
 #
-# | in the lecture notes | 中文 | in gradflow |
-# |---|---|---|
-# | $h_t$, $s_t$ | 隐藏状态 | `track.h`, `track.states` |
-# | $\partial L/\partial h_t$ | 损失对隐藏状态的梯度 | `track.grad_h`, the total; `track.grad_h_direct`, without the way through later steps |
-# | $\partial h_{t'}/\partial h_t$ | 雅可比矩阵连乘 | `log_gain`: the natural logarithm of its size, the *gain* |
-# | gradient vanishes | 梯度消失 | verdict `vanishing` |
-# | gradient explodes | 梯度爆炸 | verdict `exploding` |
-# | $t' - t$ | 时间间隔 | lag; the distance of interest is the span |
-# | saturated neuron | 神经元饱和 | activation at its flat end, a factor near 0 |
-# | BPTT | 随时间反向传播 | what `track.grad_h` is the result of |
-# | $\partial L/\partial W$, a sum over pairs (t′, t) | 参数梯度 | `plot(run, "lag-gradient")`: its parts by t′ − t |
+# *The notes* are five lecture notes, written in Chinese, on vanishing and exploding gradients in RNN and LSTM.
+# What they claim stands here in quotation marks or after "the notes", and is measured.
+#
+# | letter or word | in gradflow |
+# |---|---|
+# | $h_t$, $s_t$ | `track.h`, `track.states` |
+# | $\partial L/\partial h_t$ | `track.grad_h`, the total; `track.grad_h_direct`, without the way through later steps |
+# | $\partial h_{t'}/\partial h_t$ | `log_gain`: the natural logarithm of its size, the *gain* |
+# | gradient vanishes | verdict `vanishing` |
+# | gradient explodes | verdict `exploding` |
+# | $t' - t$ | lag; the distance of interest is the span |
+# | saturated neuron | activation at its flat end, a factor near 0 |
+# | BPTT | what `track.grad_h` is the result of |
+# | $\partial L/\partial W$, a sum over pairs (t′, t) | `plot(run, "lag-gradient")`: its parts by t′ − t |
+#
+# <details><summary>Words of the notes in Chinese (中文)</summary>
+#
+# | 中文 | letter or word |
+# |---|---|
+# | 隐藏状态 | $h_t$, $s_t$ |
+# | 损失对隐藏状态的梯度 | $\partial L/\partial h_t$ |
+# | 雅可比矩阵连乘 | $\partial h_{t'}/\partial h_t$ |
+# | 梯度消失 | gradient vanishes |
+# | 梯度爆炸 | gradient explodes |
+# | 时间间隔 | $t' - t$ |
+# | 神经元饱和 | saturated neuron |
+# | 随时间反向传播 | BPTT |
+# | 参数梯度 | $\partial L/\partial W$, a sum over pairs (t′, t) |
+#
+# </details>
 
 # %%
 import math

@@ -11,15 +11,32 @@
 # short-term one", "the additive structure helps, and learned gates decide": this notebook measures what stands
 # behind such sentences, and ends with a small language model and words on the axes.
 #
-# | in the lecture notes | 中文 | in gradflow |
-# |---|---|---|
-# | cell state $c_t$, hidden state $h_t$ | 细胞状态, 隐藏状态 | `track.c`, `track.h`; totals `track.grad_c`, `track.grad_h` |
-# | forget, input, output gate | 遗忘门, 输入门, 输出门 | `track.gates["f"]`, `["i"]`, `["o"]` |
-# | update and reset gate (GRU) | 更新门, 重置门 | `track.gates["z"]`, `["r"]`; PyTorch's z keeps the old state |
-# | gradient vanishes, explodes | 梯度消失, 梯度爆炸 | verdicts `vanishing`, `exploding` |
-# | $\partial c_t/\partial c_{t-1}$ | 细胞状态的梯度 | `path_gain`: the four paths, step by step |
-# | $\partial E_{t'}/\partial s_t$ | 每一步损失的梯度 | the loss triangle: `plot(run, "triangle")` |
-# | $\delta_t$ | 误差项 | `track.delta` |
+# *The notes* are five lecture notes, written in Chinese, on vanishing and exploding gradients in RNN and LSTM.
+# What they claim stands here in quotation marks or after "the notes", and is measured.
+#
+# | letter or word | in gradflow |
+# |---|---|
+# | cell state $c_t$, hidden state $h_t$ | `track.c`, `track.h`; totals `track.grad_c`, `track.grad_h` |
+# | forget, input, output gate | `track.gates["f"]`, `["i"]`, `["o"]` |
+# | update and reset gate (GRU) | `track.gates["z"]`, `["r"]`; PyTorch's z keeps the old state |
+# | gradient vanishes, explodes | verdicts `vanishing`, `exploding` |
+# | $\partial c_t/\partial c_{t-1}$ | `path_gain`: the four paths, step by step |
+# | $\partial E_{t'}/\partial s_t$ | the loss triangle: `plot(run, "triangle")` |
+# | $\delta_t$ | `track.delta` |
+#
+# <details><summary>Words of the notes in Chinese (中文)</summary>
+#
+# | 中文 | letter or word |
+# |---|---|
+# | 细胞状态, 隐藏状态 | cell state $c_t$, hidden state $h_t$ |
+# | 遗忘门, 输入门, 输出门 | forget, input, output gate |
+# | 更新门, 重置门 | update and reset gate (GRU) |
+# | 梯度消失, 梯度爆炸 | gradient vanishes, explodes |
+# | 细胞状态的梯度 | $\partial c_t/\partial c_{t-1}$ |
+# | 每一步损失的梯度 | $\partial E_{t'}/\partial s_t$ |
+# | 误差项 | $\delta_t$ |
+#
+# </details>
 
 # %%
 import random

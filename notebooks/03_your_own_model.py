@@ -11,14 +11,30 @@
 # computes changes by a bit. Five stories: a stacked classifier, a training loop that never trains its
 # recurrence, truncation and what it costs, a loss that becomes NaN, and two whole trainings, watched.
 #
-# | in the lecture notes | 中文 | in gradflow |
-# |---|---|---|
-# | layers of a deep RNN | 多层循环网络 | one track each: `rnn.l0`, `rnn.l1` |
-# | gradient vanishes, explodes | 梯度消失, 梯度爆炸 | verdicts `vanishing`, `exploding` |
-# | truncated BPTT | 截断的随时间反向传播 | `track.cuts`: steps at which no previous state arrives |
-# | gradient clipping | 梯度裁剪 | norms before and after; what it cannot do |
-# | hidden state $h_t$, cell state $c_t$ | 隐藏状态, 细胞状态 | `track.h`, `track.c` |
-# | the program crashes, NaN | 程序崩溃 | finding `not-finite`: layer, step, sequence, unit |
+# *The notes* are five lecture notes, written in Chinese, on vanishing and exploding gradients in RNN and LSTM.
+# What they claim stands here in quotation marks or after "the notes", and is measured.
+#
+# | letter or word | in gradflow |
+# |---|---|
+# | layers of a deep RNN | one track each: `rnn.l0`, `rnn.l1` |
+# | gradient vanishes, explodes | verdicts `vanishing`, `exploding` |
+# | truncated BPTT | `track.cuts`: steps at which no previous state arrives |
+# | gradient clipping | norms before and after; what it cannot do |
+# | hidden state $h_t$, cell state $c_t$ | `track.h`, `track.c` |
+# | the program crashes, NaN | finding `not-finite`: layer, step, sequence, unit |
+#
+# <details><summary>Words of the notes in Chinese (中文)</summary>
+#
+# | 中文 | letter or word |
+# |---|---|
+# | 多层循环网络 | layers of a deep RNN |
+# | 梯度消失, 梯度爆炸 | gradient vanishes, explodes |
+# | 截断的随时间反向传播 | truncated BPTT |
+# | 梯度裁剪 | gradient clipping |
+# | 隐藏状态, 细胞状态 | hidden state $h_t$, cell state $c_t$ |
+# | 程序崩溃 | the program crashes, NaN |
+#
+# </details>
 
 # %%
 import math

@@ -7,20 +7,37 @@
 # %% [markdown]
 # # 4. An LSTM by hand, and a slip in the order of its gates
 #
-# The lecture notes work through one LSTM cell with pencil and paper: four inputs, one memory, gates that are
+# The notes work through one LSTM cell with pencil and paper: four inputs, one memory, gates that are
 # 0 or 1. We do it in numpy, then follow the gradient of the memory through it, then give the same weights to
 # `nn.LSTMCell` and to `nn.LSTM`, and see which gate got which weights. At the end the backward equations of the
 # LSTM, each checked against autograd.
 #
-# | in the lecture notes | 中文 | in gradflow |
-# |---|---|---|
-# | memory, cell state $c_t$ | 细胞状态 | `track.c`; its total gradient is `track.grad_c` |
-# | forget gate $f_t$ | 遗忘门 | `track.gates["f"]` |
-# | input gate $i_t$ | 输入门 | `track.gates["i"]` |
-# | output gate $o_t$ | 输出门 | `track.gates["o"]` |
-# | candidate $\tilde c_t$ | 候选记忆 | `track.gates["g"]` |
-# | constant error carrousel | 常数误差传送带 | the forget-gate path: $\partial c_{t'}/\partial c_t = \prod f$ |
-# | gradient vanishes | 梯度消失 | verdict `vanishing`; −inf (black) where it is exactly 0 |
+# *The notes* are five lecture notes, written in Chinese, on vanishing and exploding gradients in RNN and LSTM.
+# What they claim stands here in quotation marks or after "the notes", and is measured.
+#
+# | letter or word | in gradflow |
+# |---|---|
+# | memory, cell state $c_t$ | `track.c`; its total gradient is `track.grad_c` |
+# | forget gate $f_t$ | `track.gates["f"]` |
+# | input gate $i_t$ | `track.gates["i"]` |
+# | output gate $o_t$ | `track.gates["o"]` |
+# | candidate $\tilde c_t$ | `track.gates["g"]` |
+# | constant error carrousel | the forget-gate path: $\partial c_{t'}/\partial c_t = \prod f$ |
+# | gradient vanishes | verdict `vanishing`; −inf (black) where it is exactly 0 |
+#
+# <details><summary>Words of the notes in Chinese (中文)</summary>
+#
+# | 中文 | letter or word |
+# |---|---|
+# | 细胞状态 | memory, cell state $c_t$ |
+# | 遗忘门 | forget gate $f_t$ |
+# | 输入门 | input gate $i_t$ |
+# | 输出门 | output gate $o_t$ |
+# | 候选记忆 | candidate $\tilde c_t$ |
+# | 常数误差传送带 | constant error carrousel |
+# | 梯度消失 | gradient vanishes |
+#
+# </details>
 
 # %%
 import numpy as np

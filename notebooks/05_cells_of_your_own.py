@@ -11,13 +11,28 @@
 # its outputs come back as its inputs. Nothing has to be registered, and the Jacobians are read from the graph that
 # autograd built anyway.
 #
-# | in the lecture notes | 中文 | in gradflow |
-# |---|---|---|
-# | LSTM cell from scratch | 从零实现的 LSTM 单元 | a track named after the module, `cell` its class |
-# | peephole connections | 窥视孔连接 | gates that see $c_{t-1}$: part of the Jacobian |
-# | coupled forget and input gates | 耦合的遗忘门与输入门 | $i = 1 - f$ |
-# | hidden state, cell state | 隐藏状态, 细胞状态 | `track.states`, by the names your code gives them |
-# | gradient vanishes | 梯度消失 | the same verdicts, for every cell alike |
+# *The notes* are five lecture notes, written in Chinese, on vanishing and exploding gradients in RNN and LSTM.
+# What they claim stands here in quotation marks or after "the notes", and is measured.
+#
+# | letter or word | in gradflow |
+# |---|---|
+# | LSTM cell from scratch | a track named after the module, `cell` its class |
+# | peephole connections | gates that see $c_{t-1}$: part of the Jacobian |
+# | coupled forget and input gates | $i = 1 - f$ |
+# | hidden state, cell state | `track.states`, by the names your code gives them |
+# | gradient vanishes | the same verdicts, for every cell alike |
+#
+# <details><summary>Words of the notes in Chinese (中文)</summary>
+#
+# | 中文 | letter or word |
+# |---|---|
+# | 从零实现的 LSTM 单元 | LSTM cell from scratch |
+# | 窥视孔连接 | peephole connections |
+# | 耦合的遗忘门与输入门 | coupled forget and input gates |
+# | 隐藏状态, 细胞状态 | hidden state, cell state |
+# | 梯度消失 | gradient vanishes |
+#
+# </details>
 
 # %%
 import warnings

@@ -11,14 +11,30 @@
 # first three are measured, at 100, 300 and 1000 steps, and chaos, which none of them cures; clipping is in
 # [notebook 3](03_your_own_model.ipynb).
 #
-# | in the lecture notes | 中文 | in gradflow |
-# |---|---|---|
-# | gradient vanishes | 梯度消失 | verdict `vanishing`; `horizon`: first distance with a gain below 10⁻³ |
-# | gradient explodes | 梯度爆炸 | verdict `exploding`; in the long run a positive rate |
-# | forget gate bias | 遗忘门偏置 | `bias_ih_l0[H:2 * H]` and `bias_hh_l0[H:2 * H]`, which add up |
-# | ReLU instead of tanh | 用 ReLU 代替 tanh | `nn.RNN(..., nonlinearity="relu")` |
-# | gradient clipping | 梯度裁剪 | bounds the length, not the rate |
-# | long-term dependency | 长期依赖 | the span: the distance that matters to you |
+# *The notes* are five lecture notes, written in Chinese, on vanishing and exploding gradients in RNN and LSTM.
+# What they claim stands here in quotation marks or after "the notes", and is measured.
+#
+# | letter or word | in gradflow |
+# |---|---|
+# | gradient vanishes | verdict `vanishing`; `horizon`: first distance with a gain below 10⁻³ |
+# | gradient explodes | verdict `exploding`; in the long run a positive rate |
+# | forget gate bias | `bias_ih_l0[H:2 * H]` and `bias_hh_l0[H:2 * H]`, which add up |
+# | ReLU instead of tanh | `nn.RNN(..., nonlinearity="relu")` |
+# | gradient clipping | bounds the length, not the rate |
+# | long-term dependency | the span: the distance that matters to you |
+#
+# <details><summary>Words of the notes in Chinese (中文)</summary>
+#
+# | 中文 | letter or word |
+# |---|---|
+# | 梯度消失 | gradient vanishes |
+# | 梯度爆炸 | gradient explodes |
+# | 遗忘门偏置 | forget gate bias |
+# | 用 ReLU 代替 tanh | ReLU instead of tanh |
+# | 梯度裁剪 | gradient clipping |
+# | 长期依赖 | long-term dependency |
+#
+# </details>
 
 # %%
 import math

@@ -34,7 +34,10 @@ def test_no_cell_failed_or_warned(file: Path) -> None:
 def test_it_opens_with_the_terms_and_the_overview(file: Path) -> None:
     book = nbformat.read(file.with_suffix(".ipynb"), as_version=4)
     first = book.cells[0].source
-    assert first.startswith("# ") and "| 中文 |" in first and "梯度消失" in first
+    outside, folded = first.partition("<details>")[::2]
+    assert first.startswith("# ") and "| 中文 |" in folded and "梯度消失" in folded
+    chinese = [outside, folded.partition("</details>")[2], *(c.source for c in book.cells[1:])]
+    assert not re.search("[\u4e00-\u9fff]", "".join(chinese)), "it stands where one looks for it"
     drawn = [cell for cell in book.cells if cell.cell_type == "code" and _pictures(cell)]
     assert "gradflow.plot(run" in drawn[0].source, "the first figure is the overview"
 

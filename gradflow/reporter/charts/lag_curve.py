@@ -110,7 +110,7 @@ def _limits(layer: LayerAnalysis, slope: np.ndarray) -> tuple[float, float]:
 
 
 def _message(layer: LayerAnalysis, line: LagLine) -> str:
-    said = [f"the gain is {line.words}"] if line.words else []
+    said = [f"the largest gain: {line.words}"] if line.words else []
     half = half_life_words(layer)
     if half not in ("none", "never"):
         # a half-life that is not that of the rate is where the curve itself has fallen by half

@@ -194,7 +194,7 @@ def _message(layer: LayerAnalysis, limits: Sequence[tuple[str, np.ndarray]]) -> 
     count, mean, units, words = max(stuck, key=lambda one: one[1])
     if mean == 0:
         return "no unit is ever at a limit"
-    return f"no unit is stuck; most often {_is(words)}, {percent_words(mean)} of the time"
+    return f"no unit is stuck; the commonest limit: {_is(words)} {percent_words(mean)} of the time"
 
 
 def _is(words: str) -> str:

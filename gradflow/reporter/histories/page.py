@@ -187,7 +187,8 @@ def _facts(history: History) -> list[tuple[str, str]]:
     probe, plain = data["probe_seconds"].values, data["step_seconds"].values
     gaps = np.diff(history.steps)
     if len(gaps) and not history.swept:
-        rows.append(("steps between probes", f"{gaps.min()} to {gaps.max()}"))
+        ends = dict.fromkeys((int(gaps.min()), int(gaps.max())))
+        rows.append(("steps between probes", " to ".join(map(str, ends))))
     if np.isfinite(probe).any() and np.isfinite(plain).any():
         ratio = float(np.nanmedian(probe)) / max(1e-12, float(np.nanmedian(plain)))
         rows.append(("a probe added, in plain steps, median", f"{ratio:.3g}"))
