@@ -93,10 +93,8 @@ class Comparison:
 
     def _page(self, picture: bytes) -> str:
         names = list(dict.fromkeys(map(self.numbers.columns[0].value, self.numbers.things)))
-        narrow = reporter.png(self.narrow()) if self.narrow else b""
-        return reporter.comparison_page(
-            names, self.sentences, self.notes, picture, narrow, self.numbers
-        )
+        both = picture, reporter.png(self.narrow()) if self.narrow else b""
+        return reporter.comparison_page(names, self.sentences, self.notes, both, self.numbers)
 
     def __repr__(self) -> str:
         return "\n".join([*self.sentences, *(f"note: {note}" for note in self.notes)])

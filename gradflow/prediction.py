@@ -9,7 +9,7 @@ predicted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -125,13 +125,12 @@ def _can_be_set(track: Track, layer: LayerAnalysis) -> bool:
 
 def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
     """Those that help: first what makes it stable, a start before a factor, then by how much it helps."""
-
-    def rank(one: Prediction) -> tuple[bool, bool, float]:
-        stable = one.verdict == "stable"
-        return not stable, stable and one.remedy == "scale_hh", -one.helps
-
     found: list[Prediction] = []
-    for one in sorted((p for p in tried if p.helps >= PREDICTION_LEAST), key=rank):
+    helping = sorted((p for p in tried if p.helps >= PREDICTION_LEAST), key=lambda p: -p.helps)
+    # of those that make it stable, a factor last
+    for one in sorted(
+        helping, key=lambda p: 2 if p.verdict != "stable" else p.remedy == "scale_hh"
+    ):
         same = [other for other in found if other.remedy == one.remedy]  # and not to be told apart
         if not any(abs(other.value / one.value - 1) < FACTORS_ALIKE for other in same):
             found.append(one)
@@ -141,10 +140,7 @@ def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
 def _advised(
     layer: LayerAnalysis, track: Track, predictions: tuple[Prediction, ...]
 ) -> LayerAnalysis:
-    """The layer with its predictions, whose finding advises the first.
-
-    Other than for a gate's bias only if that is enough, or is what the finding advises anyway.
-    """
+    """The layer with its predictions; its finding advises the first that is enough, or sets a bias."""
     layer = replace(layer, predictions=predictions)
     codes, gated = {one.code for one in layer.findings}, _keeper(layer.cell) is not None
     made = [(one, remedy(track, one.remedy, one.value)) for one in predictions]
@@ -312,11 +308,13 @@ def what_if(
         kind, advice = type(recording).__name__, "give what `with gradflow.record(...)` yields"
         raise InputError(must_be("recording", "a Recording", kind, advice))
     given = (forget_bias, scale_hh, truncate, clip, chrono, orthogonal)
-    asked = _asked(dict(zip(_CHECKS, given, strict=True)))
+    asked = _asked(dict(zip(_ABOVE, given, strict=True)))
     recording.require_tracks()
     share = QUICK * len(recording)
     before = {t.name: measured(recording, t.name, share=share) for t in recording.values()}
-    rows = [row for name, value in asked.items() for row in _TRIALS[name](recording, before, value)]
+    trials = {"truncate": _truncate, "clip": _clip}
+    tried = {name: trials.get(name, partial(_changed_weights, name)) for name in asked}
+    rows = [row for name, value in asked.items() for row in tried[name](recording, before, value)]
     return pd.DataFrame(rows, columns=TRIAL_COLUMNS).astype(dict.fromkeys(WHOLE_NUMBERS, "Int64"))
 
 
@@ -327,40 +325,35 @@ Before = Mapping[str, "Brief | str"]  # track name -> its numbers, or why there 
 Row = dict[str, Any]
 
 
+_ABOVE = {  # remedy -> what its value is above, whole where that is a count; advice
+    "forget_bias": (-math.inf, "1.0 is the usual start; a negative one forgets faster"),
+    "scale_hh": (0.0, "a factor below 1 damps, above 1 strengthens the recurrence"),
+    "truncate": (0, "it counts the steps that are kept"),
+    "clip": (0.0, "it is the largest norm that is left as it is"),
+    "chrono": (2, "it is the longest distance of the task"),
+    "orthogonal": (0.0, "1.0 keeps every length"),
+}
+
+
 def _asked(given: Mapping[str, object]) -> dict[str, float]:
     """Remedy -> value, of those that were asked for, checked."""
-    found = {name: _CHECKS[name](name, value) for name, value in given.items() if value is not None}
+    found = {name: _checked(name, value) for name, value in given.items() if value is not None}
     if not found:
-        names, advice = ", ".join(_CHECKS), "write gradflow.what_if(recording, forget_bias=1.0)"
+        names, advice = ", ".join(_ABOVE), "write gradflow.what_if(recording, forget_bias=1.0)"
         raise InputError(must_be("what_if", f"given at least one of {names}", "none", advice))
     return found
 
 
-def _whole(name: str, value: object, *, least: int, advice: str) -> int:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:  # type: ignore[operator]
-        raise InputError(must_be(name, f"a whole number of at least {least}", repr(value), advice))
-    return int(value)  # type: ignore[call-overload]
-
-
-def _number(name: str, value: object, *, above: float = -math.inf, advice: str) -> float:
-    known = isinstance(value, int | float | np.integer | np.floating)
-    if known and not isinstance(value, bool) and math.isfinite(value) and value > above:  # type: ignore[arg-type, operator]
-        return float(value)  # type: ignore[arg-type]
+def _checked(name: str, value: Any) -> float:
+    above, advice = _ABOVE[name]
+    whole = isinstance(above, int)
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    fine = isinstance(value, kinds) and not isinstance(value, bool)
+    if fine and math.isfinite(value) and value > above:
+        return int(value) if whole else float(value)
     expected = "a finite number above 0" if above == 0 else "a finite number"
+    expected = f"a whole number of at least {above + 1}" if whole else expected
     raise InputError(must_be(name, expected, repr(value), advice))
-
-
-_CHECKS: dict[str, Callable[[str, object], float]] = {
-    "forget_bias": partial(_number, advice="1.0 is the usual start; a negative one forgets faster"),
-    "scale_hh": partial(
-        _number, above=0, advice="a factor below 1 damps, above 1 strengthens the recurrence"
-    ),
-    "truncate": partial(_whole, least=1, advice="it counts the steps that are kept"),
-    "clip": partial(_number, above=0, advice="it is the largest norm that is left as it is"),
-    "chrono": partial(_whole, least=3, advice="it is the longest distance of the task"),
-    "orthogonal": partial(_number, above=0, advice="1.0 keeps every length"),
-}
 
 
 def _changed_weights(
@@ -375,8 +368,7 @@ def _changed_weights(
         elif name in again.refused:
             yield row | {"note": f"not tried: {again.refused[name]}"}
         else:
-            asked = {"span": known.span, "share": QUICK * len(before)}
-            after = measured(again.recording, name, **asked)
+            after = measured(again.recording, name, span=known.span, share=QUICK * len(before))
             yield row | {"note": again.notes[name]} | _after(known, after)
 
 
@@ -470,14 +462,6 @@ def _clip_note(total: float, own: float | None, limit: float) -> str:
     else:
         said = f"not hit by these weights alone: their norm is {share}"
     return f"{said}; clipping changes no rate and does not cure chaos (Mikhaeil et al. 2022)"
-
-
-WEIGHTS = ("forget_bias", "chrono", "orthogonal", "scale_hh")  # remedies that change them
-_TRIALS: dict[str, Callable[[Recording, Before, float], Iterator[Row]]] = {
-    **{name: partial(_changed_weights, name) for name in WEIGHTS},
-    "truncate": _truncate,
-    "clip": _clip,
-}
 
 
 # --------------------------------------------------------------------------------------- the rows

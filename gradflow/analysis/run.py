@@ -113,19 +113,13 @@ class Analysis(ByName[LayerAnalysis]):
         alike: dict[tuple[str, str], list[LayerAnalysis]] = {}
         for layer in self.worst_first:
             if layer.part_of not in self.layers:
-                alike.setdefault((_without_run(layer.name), layer.verdict), []).append(layer)
-        return [_of_runs(some) for some in alike.values()]
-
-    @property
-    def counted(self) -> str:
-        """How many layers there are, or runs of layers, in words.
-
-        >>> import torch, gradflow
-        >>> gradflow.diagnose(torch.nn.GRU(3, 8, 2), torch.randn(20, 4, 3)).counted
-        '2 layers'
-        """
-        runs = len({_without_run(name) for name in self}) < len(self)
-        return f"{len(self)} {'run' if runs else 'layer'}{'s' * (len(self) != 1)}"
+                alike.setdefault((layer.name.partition("@")[0], layer.verdict), []).append(layer)
+        found = []
+        for first, *others in alike.values():
+            names = ", ".join(sorted(layer.name for layer in others))
+            same = f"; the same verdict for its other run{'s' * (len(others) > 1)} {names}"
+            found.append(replace(first, sentence=first.sentence + same * bool(others)))
+        return found
 
     def alone_of(self, layer: LayerAnalysis) -> list[str]:
         """What a layer of a closed loop, or each part of it, does with its inputs held fixed.
@@ -218,19 +212,6 @@ class Analysis(ByName[LayerAnalysis]):
 
     def _repr_html_(self) -> str:
         return display_form("analysis_html", self)
-
-
-def _without_run(name: str) -> str:
-    return name.partition("@")[0]
-
-
-def _of_runs(some: Sequence[LayerAnalysis]) -> LayerAnalysis:
-    """The first of several runs of a layer, whose sentence stands for all of them."""
-    if len(some) == 1:
-        return some[0]
-    others = ", ".join(sorted(layer.name for layer in some[1:]))
-    said = f"{some[0].sentence}; the same verdict for its other run{'s' * (len(some) > 2)} {others}"
-    return replace(some[0], sentence=said)
 
 
 def _half_life(layer: LayerAnalysis) -> str:

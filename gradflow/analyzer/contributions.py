@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.norms import row_norms
+from gradflow.analyzer.plan import seconds_words
 from gradflow.analyzer.timeline import cuts_before, in_processing_order, input_time
 from gradflow.limits import (
     ELEMENT_SECONDS,
@@ -131,7 +132,7 @@ def contributions(
     if note:
         note = (
             f"how far back the gradient of the weights of {track.name} is picked up was measured on "
-            f"{note}: all of it would take about {_rounded(price)} s"
+            f"{note}: all of it would take about {seconds_words(price)} s"
         )
     measured = replace(nothing, sequences=tuple(chosen), note=note)
     return _measure(measured, found, lags, progress) if lags else measured
@@ -209,11 +210,6 @@ def _outer_norm(outer: Outer) -> float:
 
 def _norm(matrix: Tensor) -> float:
     return float(row_norms(matrix.reshape(1, -1))[0])
-
-
-def _rounded(seconds: float) -> str:
-    digits = max(0, len(str(int(seconds))) - 2)
-    return f"{round(math.ceil(seconds), -digits)}"
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,6 @@ class Evidence(Measured):
         """Whether the layer is one of torch's fused ones, not a cell called step by step."""
         return _suffix(self.track.owner, self.track.name) != ""
 
-    def parameter(self, name: str) -> str:
-        """Where the user finds one of the layer's parameters, as a line of Python on `model`."""
-        return parameter(self.track.owner, self.track.name, name)
-
     @property
     def main_state(self) -> str:
         """c where there is one, else h, else the first."""

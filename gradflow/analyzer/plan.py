@@ -303,7 +303,7 @@ def _words(making: _Making, every: int, predicted: float | None) -> str:
     if making.dtype == torch.float32:
         words += ", products in float32"
     if predicted is not None and (making.sketch or making.stride > 1):
-        words += f": the exact map of every step would take about {_rounded(predicted)} s"
+        words += f": the exact map of every step would take about {seconds_words(predicted)} s"
     return words
 
 
@@ -312,7 +312,8 @@ def every_step(stride: int) -> str:
     return "every step" if stride == 1 else f"every {ordinal(stride)} step"
 
 
-def _rounded(seconds: float) -> str:
+def seconds_words(seconds: float) -> str:
+    """Seconds to two digits, rounded up."""
     digits = max(0, len(str(int(seconds))) - 2)
     return f"{round(math.ceil(seconds), -digits)}"
 

@@ -168,7 +168,7 @@ def _first(e: Evidence, then: str) -> str:
     window = window_of(e.data)
     if window is None or e.reading.amiss or math.isnan(e.gain.value):
         return then
-    need = f"a window of {_steps(window)} keeps"
+    need = f"a window of {counted(window, 'step')} keeps"
     if window >= int(e.track.lengths.max()):
         need = "only the whole sequence keeps"
     whose = " (for the probe's loss, not yours)" if e.probed else ""
@@ -240,10 +240,10 @@ def _cut(e: Evidence) -> str:
     longest = int(e.data["segment_length"].max())
     where = f"at step {steps[0] + 1}" if len(steps) == 1 else f"at {len(steps)} steps"
     typical = typical_segment(e.track)
-    lengths = f"{_steps(typical)} as a rule, at most" if 0 < typical < longest else "up to"
+    lengths = f"{counted(typical, 'step')} as a rule, at most" if 0 < typical < longest else "up to"
     return (
         f"; it is cut off from its past {where} ({cut_words(e.track)}), which no gradient crosses, in "
-        f"stretches of {lengths} {_steps(longest)}"
+        f"stretches of {lengths} {counted(longest, 'step')}"
     )
 
 
@@ -265,7 +265,7 @@ def _vanishing(e: Evidence) -> str:
         measured = counted(e.curve.searched, "step")
         far = f"its best direction is still above {GONE_WORDS} after the {measured} measured"
     else:
-        of = f"{gone} of {e.span_words}" if gone < e.span else _steps(gone)
+        of = f"{gone} of {e.span_words}" if gone < e.span else counted(gone, "step")
         far = f"the gradient is gone in every direction after {of}"
     return f"vanishes: {_first(e, far)}; it {_halving(e)}"
 
@@ -296,7 +296,7 @@ def _stable(e: Evidence) -> str:
     if e.channels is None:
         return f"is stable: {_first(e, f'the largest gain changes by {changes}')}"
     if e.channels == 0:
-        none = f"no direction of {e.size} survives {_steps(e.ranks.reach)} of the sequence mapped"
+        none = f"no direction of {e.size} survives {counted(e.ranks.reach, 'step')} of the sequence mapped"
         return f"is stable by its largest gain ({changes}): {_first(e, none)}"
     return f"is stable: {_first(e, _surviving(e))}"
 
@@ -306,7 +306,7 @@ def _surviving(e: Evidence) -> str:
     every = "the only direction" if e.size == 1 else f"{e.channels} of {e.size} directions"
     if e.channels == e.size and e.size > 1:
         every = f"all {e.size} directions"
-    return f"{every} {verb} {_steps(e.ranks.reach)}"
+    return f"{every} {verb} {counted(e.ranks.reach, 'step')}"
 
 
 def _dead(e: Evidence) -> str:
@@ -419,8 +419,8 @@ def _by_loss(e: Evidence, profile: np.ndarray) -> str:
 
 def _faded(decades: float, back: int) -> str:
     if decades < 1:
-        return f"the gradient falls to {number(10**-decades)} of its level over {_steps(back)}"
-    return f"the gradient fades by {number(decades)} decades over {_steps(back)}"
+        return f"the gradient falls to {number(10**-decades)} of its level over {counted(back, 'step')}"
+    return f"the gradient fades by {number(decades)} decades over {counted(back, 'step')}"
 
 
 def _grown(decades: float, back: int) -> str:
@@ -448,13 +448,9 @@ def _by_gain(e: Evidence) -> str:
     if e.verdict.name == "exploding":
         return f"a direction grows by {number(e.decades)} decades over {e.over}"
     if e.curve.horizon is not None:
-        return f"no direction survives {_steps(e.curve.horizon)}"
+        return f"no direction survives {counted(e.curve.horizon, 'step')}"
     if e.verdict.name == "vanishing":
         return f"every direction loses {number(-e.decades)} decades or more over {e.over}"
     if e.channels:
         return _surviving(e)
-    return f"the gain stays above {GONE_WORDS} for {_steps(e.curve.searched)}"
-
-
-def _steps(count: int) -> str:
-    return counted(count, "step")
+    return f"the gain stays above {GONE_WORDS} for {counted(e.curve.searched, 'step')}"

@@ -27,11 +27,11 @@ def comparison_page(
     runs: Sequence[str],
     sentences: Sequence[str],
     notes: Sequence[str],
-    picture: bytes,
-    narrow: bytes,
+    pictures: tuple[bytes, bytes],  # the second for a telephone, empty where there is none
     numbers: Numbers,
 ) -> str:
     """One file that reads offline: what changed, the picture, all numbers with their units in words."""
+    picture, narrow = pictures
     return template("comparison.html").render(
         runs=runs,
         window_title=f"{', '.join(runs)}: gradient flow compared",
@@ -60,8 +60,9 @@ def comparison_html(
 
 
 def _table(numbers: Numbers) -> Markup:
-    named = [(column.said, column.value) for column in numbers.columns]
-    head = Markup().join(Markup("<th>{}").format(name) for name, _ in named)
+    said = [one.heading.replace("-\n", "-").replace("\n", " ") for one in numbers.columns]
+    named = list(zip(said, (one.value for one in numbers.columns), strict=True))
+    head = Markup().join(map(Markup("<th>{}").format, said))
     cell, row = Markup('<td data-of="{}">{}'), Markup("<tr>{}</tr>\n")
     rows = [
         Markup().join(cell.format(n, value(one)) for n, value in named) for one in numbers.things

@@ -40,12 +40,11 @@ def other_findings(analysis: Analysis, most: int = SHOWN) -> list[Finding]:
 
 def _said_once(findings: Sequence[Finding]) -> list[Finding]:
     """The same, without code that stands below an earlier one."""
-    shown: set[str] = set()
-    found = []
+    found: list[Finding] = []
     for one in findings:
-        again = bool(one.code) and one.code in shown
-        found.append(replace(one, advice="the same as above", source="", code="") if again else one)
-        shown.add(one.code)
+        again = one.code and any(one.code == other.code for other in found)
+        same = replace(one, advice="the same as above", source="", code="")
+        found.append(same if again else one)
     return found
 
 

@@ -394,7 +394,7 @@ def alternative(analysis: Analysis, key: FigureKey, message: str) -> str:
         words = message or layer.gradient_note or layer.sentence
         return f"{kind} of {name}: {words}"
     if kind != "overview":
-        return f"{kind} of all {analysis.counted}: {message}"
+        return f"{kind} of all layers: {message}"
     titles = "; ".join(layer.title for layer in analysis.told[:4])
     return f"{kind}: gradient of every unit over the steps, and gain over the distance. {titles}"
 

@@ -14,6 +14,7 @@ import xarray as xr
 
 from gradflow.analysis import LayerAnalysis
 from gradflow.limits import GONE_DECADES, GONE_WORDS, GREW_DECADES, GREW_WORDS
+from gradflow.reporter.numbers import count_words
 
 LN10 = math.log(10)
 MAP_CELLS = 128  # a gain map has at most 128 × 128
@@ -55,19 +56,19 @@ class LagLine:
     note: str  # words that stand in place of the curve, or ""
 
 
-def _steps(count: int) -> str:
-    return f"{count} step" if count == 1 else f"{count} steps"
-
-
 def pooled(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """The largest of every rows × columns block; NaN only where a whole block is NaN."""
+    # fmax skips NaN without the warning nanmax gives for an empty block
+    return np.fmax.reduce(np.fmax.reduce(in_blocks(values, rows, columns), axis=3), axis=1)
+
+
+def in_blocks(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Values as (blocks down, rows, blocks across, columns), NaN where a block is not full."""
     height = -(-values.shape[0] // rows) * rows
     width = -(-values.shape[1] // columns) * columns
     padded = np.full((height, width), np.nan)
     padded[: values.shape[0], : values.shape[1]] = values
-    blocks = padded.reshape(height // rows, rows, width // columns, columns)
-    # fmax skips NaN without the warning nanmax gives for an empty block
-    return np.fmax.reduce(np.fmax.reduce(blocks, axis=3), axis=1)
+    return padded.reshape(height // rows, rows, width // columns, columns)
 
 
 def heat(layer: LayerAnalysis, state: str | None = None) -> Heat:
@@ -144,7 +145,7 @@ def _broken(layer: LayerAnalysis, bad: np.ndarray) -> str:
     if not len(backs):
         return ""
     back = int(backs[0])
-    words = "at the loss itself" if back == 0 else f"{_steps(back)} back from the loss"
+    words = "at the loss itself" if back == 0 else f"{count_words(back, 'step')} back from the loss"
     lengths = layer.data["length"].values
     if len(np.unique(lengths)) != 1:
         return f"NaN or Inf {words}"
@@ -227,14 +228,15 @@ def _reading(
     grown = np.flatnonzero(median >= GREW_DECADES)
     if layer.horizon is not None:
         exactly = zero_from == layer.horizon
-        words = f"{'exactly 0' if exactly else 'no direction left'} after {_steps(layer.horizon)}"
+        gone = "exactly 0" if exactly else "no direction left"
+        words = f"{gone} after {count_words(layer.horizon, 'step')}"
         return (_crossing(lag, median, layer.horizon, GONE_DECADES), GONE_DECADES), words
     if len(grown):
         at = int(lag[grown[0]])
         return (
             _crossing(lag, median, at, GREW_DECADES),
             GREW_DECADES,
-        ), f"{GREW_WORDS} × after {_steps(at)}"
+        ), f"{GREW_WORDS} × after {count_words(at, 'step')}"
     below = np.isfinite(median[1:]) & (median[1:] < GONE_DECADES)
     if below.any() or not np.isfinite(layer.rate.value):
         return None, ""

@@ -50,11 +50,6 @@ class Column:
     words: bool = False  # whether it holds words, else numbers
     may_fold: bool = False  # whether its cells may be broken
 
-    @property
-    def said(self) -> str:
-        """The heading on one line."""
-        return self.heading.replace("-\n", "-").replace("\n", " ")
-
 
 @dataclass(frozen=True)
 class Numbers:

@@ -23,6 +23,7 @@ from gradflow.analyzer.causes.remedies import (
     inputs_at,
     orthogonal,
     own,
+    parameter_of,
     shrunk,
     started_as,
 )
@@ -185,7 +186,9 @@ def _open_again(e: Evidence, gate: str) -> tuple[str, str]:
         return "change what makes its biases: they are no parameters of its own", ""
     return (
         f"set its biases to 0, and train again: they average {number(bias)}, which alone shuts it",
-        "\n".join(f"{e.parameter(name)}.data[{rows.start}:{rows.stop}] = 0.0" for name in names),
+        "\n".join(
+            f"{parameter_of(e.track, name)}.data[{rows.start}:{rows.stop}] = 0.0" for name in names
+        ),
     )
 
 

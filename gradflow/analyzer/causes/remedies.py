@@ -22,6 +22,7 @@ from gradflow.cells import layer_names
 from gradflow.cells.spec import Keeper
 from gradflow.errors import RecordingError
 from gradflow.limits import (
+    BAND,
     BAND_WORDS,
     GATE_CLOSED,
     LARGE_INPUT,
@@ -130,8 +131,6 @@ def _seconds(track: Track) -> float:
 
 
 LONG = 24  # letters of a module's path that several lines need not repeat
-OF_BIASES = ("forget_bias", "chrono")  # remedies that set the biases of the gate that keeps
-ORTHOGONAL = "Arjovsky et al. 2016; Le et al. 2015"  # who started recurrent weights so
 OVER_BAND = f"{BAND_WORDS} over the span"  # the band of the verdict's equivalence test
 MAJORITY = "more than half of them"
 CLIP_CODE = (
@@ -159,13 +158,12 @@ def own(track: Track, name: str) -> bool:
 
 def started_as(track: Track, what: str) -> str:
     """Start the recurrent weights of a vanilla RNN "orthogonal" or as an "eye"."""
-    if not own(track, "weight_hh"):
-        return ""
-    return f"torch.nn.init.{what}_({_parameter(track, 'weight_hh')})"
+    code = f"torch.nn.init.{what}_({parameter_of(track, 'weight_hh')})"
+    return code if own(track, "weight_hh") else ""
 
 
-def _parameter(track: Track, name: str) -> str:
-    """Where the user finds it."""
+def parameter_of(track: Track, name: str) -> str:
+    """Where the user finds one of the layer's parameters, as a line of Python on `model`."""
     return parameter(track.owner, track.name, name)
 
 
@@ -177,7 +175,7 @@ def advised(e: Evidence, *ways: tuple[str, float], otherwise: str) -> tuple[str,
         ways: arguments of `gradflow.what_if`; those after one that is enough are not tried.
         otherwise: the advice where none helps.
     """
-    biases = ways[0][0] in OF_BIASES and "bias_ih" in e.track.weights
+    biases = ways[0][0] != "orthogonal" and "bias_ih" in e.track.weights
     if not e.track.foreign.isdisjoint({"bias_ih", "bias_hh"} if biases else {"weight_hh"}):
         return FOREIGN, "", ""
     found: dict[tuple[str, float], Try] = {}
@@ -188,13 +186,13 @@ def advised(e: Evidence, *ways: tuple[str, float], otherwise: str) -> tuple[str,
             advice, source, _ = remedy(e.track, name, value)
             said = f"see whether this helps, which was not tried here ({one.why_not}): {advice}"
             return said, source, f"print(gradflow.what_if(recording, {name}={value}))"
-        if one.left < 1:
+        if one.left < BAND:
             break
     best = max(found, key=lambda way: found[way].won)
     if not found[best].helps:
         return otherwise, "", ""
     advice, source, code = remedy(e.track, *best)
-    enough = "is within one decade of 1 then" if found[best].left < 1 else "comes nearer to 1"
+    enough = f"is within {BAND_WORDS} of 1 then" if found[best].left < BAND else "comes nearer to 1"
     return f"{advice}; tried on this batch: the gain over the span {enough}", source, code
 
 
@@ -212,7 +210,7 @@ def shrunk(e: Evidence, factor: float) -> str:
         return ""
     for power in (1, 2, 4):
         if factor**power > 0 and tried(e, scale_hh=factor**power).helps:
-            return f"{_parameter(e.track, 'weight_hh')}.data *= {factor**power:.2g}"
+            return f"{parameter_of(e.track, 'weight_hh')}.data *= {factor**power:.2g}"
     return ""
 
 
@@ -220,7 +218,7 @@ def _bias(track: Track, name: str, gate: str) -> str:
     """Python for a gate's block of one of the biases."""
     assert track.spec is not None
     rows = track.spec.block(gate, track.hidden)
-    return f"{_parameter(track, name)}.data[{rows.start or ''}:{rows.stop}]"
+    return f"{parameter_of(track, name)}.data[{rows.start or ''}:{rows.stop}]"
 
 
 def remedy(track: Track, name: str, value: float) -> tuple[str, str, str]:
@@ -229,15 +227,14 @@ def remedy(track: Track, name: str, value: float) -> tuple[str, str, str]:
     if name == "orthogonal":
         start = "start the recurrent weights orthogonal, and train again"
         start += f" (where that is not enough, use {GATED})"
-        return start, ORTHOGONAL, started_as(track, "orthogonal")
+        return start, "Arjovsky et al. 2016; Le et al. 2015", started_as(track, "orthogonal")
     if keeper is None:
         start = f"start with recurrent weights {value:g} times as large, and train again"
-        return start, "Pascanu et al. 2013", f"{_parameter(track, 'weight_hh')}.data *= {value:g}"
+        return start, "Pascanu et al. 2013", f"{parameter_of(track, 'weight_hh')}.data *= {value:g}"
     if name == "chrono":
         return keeper.chrono, "Tallec & Ollivier 2018", _chrono_code(track, keeper, int(value))
-    code = NO_BIAS
-    if "bias_ih" in track.weights:
-        code = f"{_bias(track, 'bias_ih', keeper.gate)} += {value:.1f}"
+    raised = f"{_bias(track, 'bias_ih', keeper.gate)} += {value:.1f}"
+    code = raised if "bias_ih" in track.weights else NO_BIAS
     return f"raise the {keeper.name} gate's bias by {value:g}", keeper.source, code
 
 
@@ -259,7 +256,7 @@ def _chrono_code(track: Track, keeper: Keeper, span: int) -> str:
     end = track.spec.block(keeper.gate, track.hidden).stop
     lines = [f"{kept}.uniform_(1, {max(span - 1, 2)}).log_()"]
     if "bias_hh" in track.weights:
-        lines.insert(0, f"{_parameter(track, 'bias_hh')}.data[:{end}] = 0.0")
+        lines.insert(0, f"{parameter_of(track, 'bias_hh')}.data[:{end}] = 0.0")
     if keeper.opposite:
         lines.append(f"{_bias(track, 'bias_ih', keeper.opposite)} = -{kept}")
     path = module(track.owner)
@@ -286,7 +283,7 @@ def calmer_input(e: Evidence, opens: str = "") -> str:
         for factor in (0.5, 0.1):
             if tried(e, scale_ih=factor, opens=opens).helps:
                 share = "half" if factor == 0.5 else "a tenth"
-                scaled = f"{_parameter(e.track, 'weight_ih')}.data *= {factor}"
+                scaled = f"{parameter_of(e.track, 'weight_ih')}.data *= {factor}"
                 return f"{scaled}  # as if it read {share} of its input"
     return ""
 

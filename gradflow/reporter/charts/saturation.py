@@ -24,7 +24,7 @@ from gradflow.reporter.charts.chart import (
 )
 from gradflow.reporter.numbers import count_words, percent_words
 from gradflow.reporter.panels import ColourBar
-from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS
+from gradflow.reporter.prepare import HEAT_COLUMNS, HEAT_ROWS, in_blocks
 from gradflow.reporter.readout import Curves, tell
 from gradflow.reporter.scale import GATE_COLOURS, SERIES, paint_gates
 
@@ -117,11 +117,7 @@ def _gate(layer: LayerAnalysis, name: str, values: np.ndarray) -> GateHeat:
 
 def _averaged(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """The mean of every rows × columns block, NaN left out."""
-    height = -(-values.shape[0] // rows) * rows
-    width = -(-values.shape[1] // columns) * columns
-    padded = np.full((height, width), np.nan)
-    padded[: values.shape[0], : values.shape[1]] = values
-    blocks = padded.reshape(height // rows, rows, width // columns, columns)
+    blocks = in_blocks(values, rows, columns)
     count = np.sum(~np.isnan(blocks), axis=(1, 3))
     total = np.nansum(blocks, axis=(1, 3))
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
