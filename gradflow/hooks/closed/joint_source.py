@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks.closed.parts import PartLayer, StockPart
+from gradflow.hooks.closed.parts import MarkedPart, PartLayer, StockPart
 from gradflow.hooks.closed.standing import Standing
 from gradflow.hooks.guard import Hook, Point
 from gradflow.hooks.loops.arrivals import Arrivals
@@ -37,8 +37,8 @@ class JointSource(TapSource):
 
     cell: str = "loop"
     members: list[PartLayer] = field(default_factory=list)
-    # of each mark: id of a part -> its step
-    ends: list[dict[int, int]] = field(default_factory=list)
+    # of each mark: a part -> its step
+    ends: list[dict[StockPart | MarkedPart, int]] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)  # states that no call returned
     one_system: int = 0  # the number of sequences where all of them are one state
     _filled: tuple[int, int] = (-1, -1)
@@ -91,7 +91,7 @@ class JointSource(TapSource):
         self.batched |= any(part.batched for part in self.parts)
         for mark, ends in zip(self.marks, self.ends, strict=True):
             for member in self.members:
-                step = ends[id(member.part)]
+                step = ends[member.part]
                 for state, name in member.names.items():
                     grad = member.part.arrived(step, member.layer, state)
                     mark.grads.pop(name, None)
@@ -150,7 +150,7 @@ class JointSource(TapSource):
 
     def _at_ends(self, part: StockPart, each: list[Tensor]) -> Tensor:
         """(T, B, ·) of every step of the loop, of what each call (t, b, ·) has at its last step."""
-        ends = [calls[id(part)] for calls in self.ends]
+        ends = [calls[part] for calls in self.ends]
         return self.layout.placed({n: each[place][-1:] for n, place in enumerate(ends)})
 
     def direct_of(self, name: str) -> Tensor | None:
@@ -208,7 +208,7 @@ class JointSource(TapSource):
             columns[name] = slice(start, start + state.shape[1])
             start += state.shape[1]
         steps = part.chain.layout.parts
-        ends = [int(steps[calls[id(part)]].ends[0]) for calls in self.ends]
+        ends = [int(steps[calls[part]].ends[0]) for calls in self.ends]
         times = torch.tensor(ends if self.layout.even else range(len(rows)), device=rows.device)
         each = torch.arange(rows.shape[1], device=rows.device).unsqueeze(1)
         places = (times.view(-1, 1, 1) * rows.shape[1] + each).expand(rows.shape[:3]).flatten()

@@ -165,7 +165,7 @@ class ClosedLoop:
                 else:
                     mark.jacobian = _written_out(closed_form, chain.layout.parts[place], cut.device)
             source.marks.append(mark)
-            source.ends.append({id(self.parts[0]): place})
+            source.ends.append({self.parts[0]: place})
 
     def refuse(self, name: str, *, stock: bool = False) -> RecordingError:
         """Why a track of the loop has no step Jacobians, or none of its own."""

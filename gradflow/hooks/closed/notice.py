@@ -305,7 +305,7 @@ class ClosedLoops:
     def _add(self, loop: ClosedLoop, state: State, mark: Mark) -> None:
         source = loop.source
         source.marks.append(mark)
-        source.ends.append({id(part): state[id(part)].place for part in loop.parts})
+        source.ends.append({part: state[id(part)].place for part in loop.parts})
         if loop.track is not None:
             grown(source, loop.track)
             return
