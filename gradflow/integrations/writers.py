@@ -132,8 +132,9 @@ def layout(layers: list[str]) -> dict[str, dict[str, list[Any]]]:
         layer: ["Margin", [f"{ROOT}/{layer}/{name}" for name in ("rate", "rate_low", "rate_high")]]
         for layer in layers
     }
+    # these are patterns, which must not match longer tags
     lines = {
-        name.replace("_", " "): ["Multiline", [f"{ROOT}/{layer}/{name}" for layer in layers]]
+        name.replace("_", " "): ["Multiline", [f"{ROOT}/{re.escape(n)}/{name}$" for n in layers]]
         for name in ("horizon", "half_life", "grad_norm", "nonfinite")
     }
     return {f"{ROOT}: rates": rates, f"{ROOT}: layers": lines}

@@ -249,12 +249,7 @@ class Watch:
         self._unseen = 0
         if self._open is not None and self._backwards:
             self._end_at_forward(module)
-        elif (
-            self._open is None
-            and not self._seen_optimizer
-            and not self._in_block
-            and self._forwards
-        ):
+        elif self._open is None and self._forwards and not (self._seen_optimizer or self._in_block):
             self._done += 1  # nobody says where an update ends: each forward is one
         if self._open is None and self._done + 1 >= self._schedule.due:
             self._open_probe(module)
@@ -458,11 +453,8 @@ class Watch:
             mine, rank, preset = None, self._processes.rank, self._asked.preset
             if preset == "full":  # the recording is that of all processes already
                 parts, rank = parts[:1], 0
-            if (
-                known is not None
-                and None not in parts
-                and (preset != "full" or self._processes.first)
-            ):
+            sees = preset != "full" or self._processes.first
+            if known is not None and None not in parts and sees:
                 lengths = lengths_of(parts)
                 mine = guarded(Point.PROBE, failed.append, seen, known, preset, lengths, rank)
             brought = (mine, self._before, self._after, self._told_loss(opened), failed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,6 +101,12 @@ def test_tensorboard_lays_out_a_new_layer_too(tmp_path: Path) -> None:
             {},
         )
     assert [list(one["gradflow: rates"]) for one in calls] == [["rnn.l0"], ["rnn.l0", "b"]]
+    pattern, _ = calls[1]["gradflow: layers"]["grad norm"][1]  # as TensorBoard looks for tags
+    tags = [
+        f"gradflow/{tag}"
+        for tag in ("rnn.l0/grad_norm", "rnn.l0/grad_norm_clipped", "rnn_l0/grad_norm")
+    ]
+    assert [bool(re.match(pattern, tag)) for tag in tags] == [True, False, False]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow", "ignore:The ``noload``")
