@@ -210,6 +210,7 @@ LEAF_DEPTH = _limit(6, "containers", "in containers, that are looked at for stat
 LEAF_COUNT = _limit(64, "leaves", "of them")
 STATE_ENTRIES = _limit(2**20, "entries", "of a tensor that may be a state")
 RECURRENCE_USES = _limit(3, "uses", "of one weight in a row that make a recurrence")
+CUT_USES = _limit(8, "cuts", "of one tensor that follow one another, for a loop without weights")
 LOOP_STEPS = _limit(4, "steps", "from which on one is neither among the first nor the last two")
 PERIODS = _limit((1, 2, 3, 4), "uses", "of one weight in one step")
 CUT_PLACES = _limit(16, "places", "equally good ones to cut a loop into steps that are tried")

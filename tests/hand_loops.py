@@ -178,6 +178,34 @@ class Decay(Parts):
         return torch.stack(read)
 
 
+class Quasi(Parts):
+    """No weight is in the loop: gates and inputs of all steps are made before it."""
+
+    def forward(self, x: Tensor, tap: Tap = None) -> Tensor:
+        z, f = torch.tanh(self.x(x)), torch.sigmoid(self.xr(x))
+        h, hs = self.zeros(x), []
+        for t in range(len(x)):
+            h = f[t] * h + (1 - f[t]) * z[t]
+            if tap:
+                h = tap(h=h)
+            hs.append(h)
+        return self.out(torch.tanh(torch.stack(hs)))
+
+
+class QuasiStepwise(Parts):
+    """The same, but that the gates of each step are made inside the loop, from its input alone."""
+
+    def forward(self, x: Tensor, tap: Tap = None) -> Tensor:
+        h, hs = self.start.expand(x.shape[1], H), []
+        for u in x:
+            f = torch.sigmoid(self.xr(u))
+            h = f * h + (1 - f) * torch.tanh(self.x(u)) * torch.cos(h)
+            if tap:
+                h = tap(h=h)
+            hs.append(h)
+        return self.out(torch.tanh(torch.stack(hs)))
+
+
 LOOPS: dict[str, tuple[type[nn.Module], list[str]]] = {  # and the names of the states
     "vanilla": (Vanilla, ["h"]),
     "gated, learned start": (Gated, ["h"]),
@@ -190,4 +218,6 @@ LOOPS: dict[str, tuple[type[nn.Module], list[str]]] = {  # and the names of the 
     "a layer that loops inside": (Outer, ["h"]),
     "Runge and Kutta": (RungeKutta, ["z"]),
     "decay": (Decay, ["v"]),
+    "quasi-recurrent": (Quasi, ["h"]),
+    "quasi-recurrent, step by step": (QuasiStepwise, ["h"]),
 }

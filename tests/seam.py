@@ -64,7 +64,7 @@ from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.loops import stitch
 from gradflow.hooks.own import own_cells as cells
 from gradflow.hooks.rerun import WeightChange, rerun
-from gradflow.hooks.unrolled.chains import chains, recurrences
+from gradflow.hooks.unrolled.chains import chains, recurrences, uses_of
 from gradflow.hooks.unrolled.crossing import crossing as crossing_crossing
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.hooks.wide import Wide

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from seam import Unrolled, chains, recurrences
+from seam import Unrolled, chains, recurrences, uses_of
 from seam import crossing_crossing as crossing
 from torch import Tensor, nn
 
@@ -127,7 +127,7 @@ def test_weights_whose_uses_follow_one_another(
     torch.manual_seed(0)
     model = Parts()
     graph, weights = graph_of(run(model, torch.randn(6, 2, 4)).sum(), model)
-    found = chains(graph, weights, ())
+    found = chains(graph, uses_of(graph, weights), ())
     names = {weights[chain.weight] for chain in found}
     assert names == expected
     groups = recurrences(graph, found)
@@ -142,8 +142,8 @@ def test_a_recorded_state_between_two_uses_ends_the_chain() -> None:
         made.append(h.grad_fn)
     graph, weights = graph_of(h.sum(), model)
     places = graph.places()
-    assert chains(graph, weights, ())
-    assert not chains(graph, weights, {places[node] for node in made})
+    assert chains(graph, uses_of(graph, weights), ())
+    assert not chains(graph, uses_of(graph, weights), {places[node] for node in made})
 
 
 def crossed(loss: Tensor, uses: list[Any]) -> list[set[str]]:

@@ -213,6 +213,8 @@ class Recorder:
     def saw_scan(self, scanned: Scanned, code: tuple[object, ...] = ()) -> None:
         """A scan over all steps of a linear recurrence: marked by the user, or a known function's."""
         self.linear.saw(scanned, code)
+        if scanned.states is not None and scanned.states.grad_fn is not None:
+            self.watch.scanned.add(scanned.states.grad_fn._sequence_nr())
 
     def missed_scan(self, name: str, why: str) -> None:
         """Something of such a scan could not be read."""

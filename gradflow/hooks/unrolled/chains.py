@@ -9,7 +9,7 @@ another are one loop; loops that share a weight and do not are several.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from gradflow.hooks.graph import ELEMENTWISE, MOVES
@@ -178,17 +178,15 @@ def chains_of(graph: Unrolled, uses: Uses, states: Collection[int]) -> list[Weig
     return list({id(chain): chain for chain in chains.values()}.values())
 
 
-def chains(
-    graph: Unrolled, weights: Mapping[int, object], states: Collection[int]
-) -> list[WeightChain]:
-    """All lines of enough uses of one weight; see `chains_of`.
+def chains(graph: Unrolled, every: Iterable[Uses], states: Collection[int]) -> list[WeightChain]:
+    """All lines of enough uses of one weight, of these; see `uses_of` and `chains_of`.
 
     A weight that only enters elementwise (a bias, a gain, a shared activation) counts if all matrices
     between two of its uses repeat as well: a PReLU shared by the layers of a stack is no recurrence.
     """
     found: list[WeightChain] = []
     known: dict[tuple[int, ...], list[WeightChain]] = {}
-    for uses in uses_of(graph, weights):
+    for uses in every:
         key = tuple(uses.nodes)
         if key not in known:
             lines = chains_of(graph, uses, states)

@@ -19,11 +19,12 @@ from gradflow.hooks.mistakes import something_is_compiled
 from gradflow.hooks.own.candidates import cell_name
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unrolled import sources
-from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences
+from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences, uses_of
 from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
 from gradflow.hooks.unrolled.held import Held
 from gradflow.hooks.unrolled.loop_states import LoopStates, NoRows, NoState, steps_of
 from gradflow.hooks.unrolled.pieces import Piece
+from gradflow.hooks.unrolled.sliced import loops_without_weight
 from gradflow.hooks.unrolled.takeup import checked, take_up, with_rows
 from gradflow.hooks.unrolled.values import Values
 from gradflow.hooks.unrolled.weights import (
@@ -65,6 +66,7 @@ class Watch:
         }
         # numbers of nodes that made states of some track -> its source, None for torch's own
         self.states: dict[int, TapSource | None] = {}
+        self.scanned: set[int] = set()  # numbers of nodes that made all states of a track at once
         self.taken: set[int] = set()  # the same of loops that were taken up here
         self.taken_before: frozenset[int] = frozenset()  # those of earlier backwards
         self.walked: set[int] = set()  # numbers of nodes of earlier backwards
@@ -118,7 +120,8 @@ class Watch:
         numbers = set(graph.numbers)
         marked = self.states.keys() & numbers
         states = {p for p, n in enumerate(graph.numbers) if n in marked and self._is_state(n)}
-        known = chains(graph, weights, states)
+        uses = uses_of(graph, weights)
+        known = chains(graph, uses, states)
         known += computed_chains(graph, known, weights, states)
         for name, chain in frozen_chains(graph, frozen(self.modules), states):
             weights[chain.weight] = name
@@ -134,6 +137,11 @@ class Watch:
             names = origin(graph, found.chains[0].weight, weights)
             if names:
                 self._found(graph, found, names, computed=True)
+        taken = states.union(*(chain.depth for chain in known))
+        scanned = {place for place, number in enumerate(graph.numbers) if number in self.scanned}
+        for tensor, found in loops_without_weight(graph, uses, taken, scanned):
+            if not self._is_around_stock(graph, found):
+                self._found(graph, found, origin(graph, tensor, weights), computed=True)
         here = {id(s): s for n in self.states.keys() & numbers if (s := self.states[n]) is not None}
         self.owner.drop_sources([s for s in here.values() if s.part_of_a_step])
         self.walked |= numbers

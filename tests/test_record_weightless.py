@@ -1,0 +1,214 @@
+"""Loops without a weight in them are taken up or named; what only looks like one is not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradflow
+from gradflow.errors import GradflowWarning
+from gradflow.recording import Recording
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+T, B, H = 12, 3, 5
+
+
+class Model(nn.Module):
+    """Two layers that see every step alone, layers of a stack, and code of a user's."""
+
+    def __init__(self, code: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(H, H), nn.Linear(H, H)
+        self.rnn, self.stack = nn.GRU(H, H), nn.ModuleList(nn.Linear(H, H) for _ in range(T))
+        self.code = code
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(self, x)
+
+
+def recorded(code: Callable[[Any, Tensor], Tensor]) -> Recording:
+    torch.manual_seed(0)
+    model = Model(code).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradflowWarning)
+        with gradflow.record(model) as recording:
+            model(torch.randn(T, B, H, dtype=torch.float64)).pow(2).sum().backward()
+    return recording
+
+
+def decayed(f: Tensor, z: Tensor, order: range = range(T)) -> list[Tensor]:
+    h, states = torch.zeros_like(z[0]), []
+    for t in order:
+        h = f[t] * h + (1 - f[t]) * z[t]
+        states.append(h)
+    return states
+
+
+def beside_a_layer(m: Any, x: Tensor) -> Tensor:
+    return torch.stack(decayed(torch.sigmoid(m.inner(x)), m.rnn(x)[0])).tanh()
+
+
+def two_layers(m: Any, x: Tensor) -> Tensor:
+    for gate in (m.inner, m.outer):
+        x = torch.stack(decayed(torch.sigmoid(gate(x)), x + gate(x)))
+    return x.tanh()
+
+
+def from_the_last_step(m: Any, x: Tensor) -> Tensor:
+    states = decayed(torch.sigmoid(m.inner(x)), m.outer(x), range(T)[::-1])
+    return torch.stack(states).tanh()
+
+
+def batch_first(m: Any, x: Tensor) -> Tensor:
+    x = x.transpose(0, 1)
+    f, z, h, states = torch.sigmoid(m.inner(x)), m.outer(x), torch.zeros(B, H).to(x), []
+    for t in range(T):
+        h = f[:, t] * h + z[:, t, :]
+        states.append(h)
+    return torch.stack(states, 1).tanh()
+
+
+def unbound(m: Any, x: Tensor) -> Tensor:
+    h, states = torch.zeros(B, H).to(x), []
+    for f, z in zip(torch.sigmoid(m.inner(x)).unbind(), m.outer(x).unbind(), strict=True):
+        h = torch.lerp(h, z, f)
+        states.append(h)
+    return torch.stack(states).tanh()
+
+
+@pytest.mark.parametrize(
+    ("code", "count", "steps"),
+    [
+        (beside_a_layer, 2, T),
+        (two_layers, 2, T),
+        (from_the_last_step, 1, T),
+        (batch_first, 1, T - 1),  # nothing keeps the values of the last state
+        (unbound, 1, T - 1),
+    ],
+)
+def test_it_is_a_track_of_its_steps(code: Callable[..., Tensor], count: int, steps: int) -> None:
+    recording = recorded(code)
+    assert len(recording) == count and not recording.unseen
+    for track in recording.values():
+        assert track.steps == steps
+        assert (steps == T) != any("its last step is not shown" in note for note in track.notes)
+
+
+def test_its_gradients_are_those_of_the_states() -> None:
+    kept: list[Tensor] = []
+
+    def code(m: Any, x: Tensor) -> Tensor:
+        kept.extend(decayed(torch.sigmoid(m.inner(x)), m.outer(x)))
+        for state in kept:
+            state.retain_grad()
+        return torch.stack(kept).tanh()
+
+    (track,) = recorded(code).values()
+    for t, state in enumerate(kept):
+        assert torch.equal(track.h[t], state.detach())
+        torch.testing.assert_close(track.grad_h[t], state.grad, rtol=1e-14, atol=0)
+
+
+def test_one_whose_values_nothing_keeps_is_named_beside_a_track() -> None:
+    """A spiking layer without weights: it decays, and is reset where it spikes."""
+
+    def code(m: Any, x: Tensor) -> Tensor:
+        v, spikes = torch.zeros(B, H).to(x), []
+        for u in m.rnn(x)[0]:
+            v = 0.9 * v + u
+            spikes.append(torch.sigmoid(4 * (v - 1)))
+            v = v - spikes[-1]
+        return torch.stack(spikes)
+
+    recording = recorded(code)
+    assert list(recording.tracks) == ["rnn.l0"]
+    (unseen,) = recording.unseen
+    assert "in no track" in unseen.sentence and "gradflow.tap(" in unseen.sentence
+
+
+def sum_of_losses(m: Any, x: Tensor) -> Tensor:
+    loss = torch.zeros(()).to(x)
+    for u in m.inner(x):
+        loss = loss + u.log_softmax(-1)[:, 0].mean()
+    return loss
+
+
+def discounted_losses(m: Any, x: Tensor) -> Tensor:
+    loss = torch.zeros(()).to(x)
+    for u in m.inner(x):
+        loss = 0.9 * loss + u.square().mean()
+    return loss
+
+
+def mean_of_steps(m: Any, x: Tensor) -> Tensor:
+    pooled = torch.zeros(B, H).to(x)
+    for u in m.inner(x):
+        pooled = pooled + u
+    return pooled / T
+
+
+def embeddings_of_layers(m: Any, x: Tensor) -> Tensor:
+    given, h = m.inner(x), x.mean(0)
+    for part, layer in zip(given, m.stack, strict=True):
+        h = h + torch.tanh(layer(h)) * part
+    return h
+
+
+def scales(m: Any, x: Tensor) -> Tensor:
+    parts = m.inner(x).unbind()
+    h = parts[0]
+    for part, layer in zip(parts[1:], m.stack, strict=False):
+        h = torch.relu(layer(h)) + part
+    return h
+
+
+def list_that_grows(m: Any, x: Tensor) -> Tensor:
+    parts = m.inner(x)
+    found = parts[:1]
+    for t in range(1, T):
+        found = torch.cat([found, parts[t : t + 1]])
+    return found.tanh()
+
+
+def differences(m: Any, x: Tensor) -> Tensor:
+    parts = m.inner(x)
+    return torch.stack([parts[t] * parts[t - 1] for t in range(1, T)])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        sum_of_losses,
+        discounted_losses,
+        mean_of_steps,
+        embeddings_of_layers,
+        scales,
+        list_that_grows,
+        differences,
+    ],
+)
+def test_what_is_none_is_not_named(code: Callable[..., Tensor]) -> None:
+    recording = recorded(code)
+    assert not recording.unseen and not len(recording)
+
+
+def experts(m: Any, x: Tensor) -> Tensor:
+    """A mixture: what every expert makes of its part is put into one tensor."""
+    flat = x.reshape(-1, H)
+    gates = m.inner(flat).softmax(-1)
+    mixed = torch.zeros_like(flat)
+    for number, layer in enumerate(m.stack):
+        rows = torch.arange(number, len(flat), T)
+        mixed = mixed.index_add(0, rows, layer(flat[rows]) * gates[rows, number % H, None])
+    return mixed
+
+
+def test_a_mixture_of_experts_is_none() -> None:
+    recording = recorded(experts)
+    assert not recording.unseen and not len(recording)
