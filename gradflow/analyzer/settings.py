@@ -13,7 +13,6 @@ from gradflow.errors import InputError, must_be
 from gradflow.recording.tracks import Recording
 
 Progress = Callable[[str, float], None]  # a phase in words, and the share done
-METHODS = ("auto", "exact", "sketch")
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,8 @@ def checked(
     if stride is not None:
         _whole("stride", stride, 1, "leave it out to let the predicted cost choose")
     _whole("seed", seed, 0, "leave it out for 0")
-    if method not in METHODS:
-        raise InputError(
-            must_be("method", "one of auto, exact, sketch", repr(method), "leave it out for auto")
-        )
+    if method not in ("auto", "exact"):
+        raise InputError(must_be("method", "auto or exact", repr(method), "leave it out for auto"))
     batch = min(track.batch for track in recording.values())
     chosen: tuple[int, ...] | None = None
     if sequences is not None:

@@ -121,7 +121,8 @@ class Unseen:
     @property
     def sentence(self) -> str:
         """All of it in words."""
-        names = ", ".join(self.weights[:3]) or NO_WEIGHT
+        names = ", ".join(self.weights[:3])
+        names = names or "a tensor that is no parameter of the model, or part of it after part,"
         if len(self.weights) > 3:
             names += f" and {len(self.weights) - 3} more"
         are = "are" if len(self.weights) > 1 else "is"
@@ -133,7 +134,6 @@ class Unseen:
         )
 
 
-NO_WEIGHT = "a tensor that is no parameter of the model, or one part of it after the other,"
 SHOWN_TRACKS = 12  # tracks of a repr that fits a screen
 
 

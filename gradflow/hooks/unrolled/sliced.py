@@ -17,11 +17,8 @@ from gradflow.hooks.unrolled.chains import Recurrence, Uses, WeightChain
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import CUT_USES
 
-ONE = frozenset(("Select", "Slice", "Narrow"))  # of an operation that cuts one part out
-ALL = frozenset(("Unbind", "Split", "SplitWithSizes", "UnsafeSplit"))
 # a sum over steps, or a list that grows, carries everything on as it is
-_SUMS = "Add Sub Sum Cat Stack IndexAdd IndexPut IndexCopy ScatterAdd Scatter"
-SUMS = MOVES | frozenset(_SUMS.split())
+SUMS = MOVES | {"Add", "Sub", "Sum", "Cat", "Stack", "IndexAdd", "IndexPut", "ScatterAdd"}
 
 
 def loops_without_weight(
@@ -48,11 +45,11 @@ def _cuts(graph: Unrolled) -> dict[tuple[int, int], tuple[int, int]]:
     first: dict[tuple[tuple[object, ...], object], int] = {}  # number of the first operation on it
     for place, inputs in enumerate(graph.inputs):
         node, kind = graph.nodes[place], graph.kind(place) if len(inputs) == 1 else ""
-        if kind in ONE:
+        if kind in ("Select", "Slice", "Narrow"):
             which = [getattr(node, f"_saved_{name}", None) for name in ("index", "start", "end")]
             of[place, 0] = (*inputs[0], getattr(node, "_saved_dim", 0)), repr(which)
         for edge in inputs:
-            if edge not in of and graph.kind(edge[0]) in ALL:
+            if edge not in of and graph.kind(edge[0]) in ("Unbind", "Split", "SplitWithSizes"):
                 of[edge] = (*graph.inputs[edge[0]][0], edge[0]), edge[1]
             if edge in of:
                 number = graph.numbers[place]
