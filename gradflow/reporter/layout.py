@@ -97,7 +97,8 @@ def finish_axes(ax: Axes, scale: Scale | None, chart: Chart, block: tuple[str, s
     if scale and not chart.note and scale.used(chart):
         panels.stand_beside(ax, scale.bar(), scale.specials([chart]))
     if ax.get_legend() is not None:  # above the axes is the headline
-        ax.legend(loc="best", fontsize=7, frameon=True, framealpha=0.85, borderpad=0.3)
+        key = ax.legend(loc="best", fontsize=7, frameon=True, framealpha=0.85, borderpad=0.3)
+        key.set_in_layout(False)  # inside the axes it asks for no room
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)  # the room that it leaves is the headline's
@@ -186,7 +187,7 @@ def _draw_panels(figure: Picture, kind: Kind, chart: Chart, left: float, top: fl
         axes.append(figure.inches(left, place, kind.width, height))
         place += height
     if chart.note:
-        panels.say(axes[0], chart.note, width=int(kind.width / 0.075))
+        panels.say(axes[0], chart.note)
     else:
         kind.draw(axes, chart)
     return place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import rcParams
@@ -58,12 +59,7 @@ def draw_heat(ax: Axes, heat: Heat, *, label: bool = True) -> None:
     ax.set_ylim(heat.units + 0.5, 0.5)
     tell(ax, _heat_grid(heat, (left, -0.5), (0.5, bottom)))
     if heat.beyond > 0.6 * columns:  # wide enough for words
-        grey = heat.beyond / columns
-        wide = grey * ax.bbox.width / ax.figure.dpi  # inches
-        ax.text(
-            grey / 2, 0.5, textwrap.fill(BEYOND, int(wide / 0.075)), transform=ax.transAxes, ha="center",
-            va="center", fontsize=8, color=INK,
-        )  # fmt: skip
+        _in_the_middle(ax, BEYOND, heat.beyond / columns, fontsize=8, color=INK)
     if heat.labels:
         label_steps(ax.xaxis, heat.labels[::-1], range(len(heat.labels))[::-1])
     else:
@@ -131,7 +127,7 @@ def draw_lag(
     if label:
         ax.set_xlabel("distance t′ − t in steps", labelpad=2)
     if line.note:
-        say(ax, line.note, width=22)
+        say(ax, line.note)
         return
     ax.axhspan(CURVE_FLOOR, prepare.GONE_DECADES, color=SHADE, lw=0, zorder=0)
     ax.axhline(0, color=FAINT, lw=0.7, zorder=1)
@@ -257,18 +253,17 @@ def stand_beside(ax: Axes, bar: ColourBar, specials: Mapping[str, str]) -> None:
     beside.set_label("\n".join([*filter(None, [bar.note]), *named]), fontsize=7, parse_math=False)
 
 
-def say(ax: Axes, words: str, *, width: int = 74) -> None:
-    """Words in the middle of an empty panel."""
+def say(ax: Axes, words: str) -> None:
+    """Words in the middle of an empty panel, which a layout engine does not make room for."""
     ax.set(facecolor="#f4f4f4", xticks=[], yticks=[])
+    _in_the_middle(ax, words, 1.0, fontsize=8.5, color=SOFT, linespacing=1.35)
+
+
+def _in_the_middle(ax: Axes, words: str, share: float, **style: Any) -> None:
+    """Words in so much of a panel, from the left, on as many lines as they need."""
+    letters = int(share * ax.bbox.width / ax.figure.dpi / 0.075)
+    lines = textwrap.fill(words, max(12, letters))
     ax.text(
-        0.5,
-        0.5,
-        textwrap.fill(words, width),
-        transform=ax.transAxes,
-        ha="center",
-        va="center",
-        fontsize=8.5,
-        color=SOFT,
-        parse_math=False,
-        linespacing=1.35,
-    )
+        share / 2, 0.5, lines, transform=ax.transAxes, ha="center", va="center", in_layout=False,
+        parse_math=False, **style,
+    )  # fmt: skip
