@@ -13,7 +13,7 @@ from gradflow import reporter
 from gradflow.analysis import Rate
 from gradflow.analysis.results import welch
 from gradflow.comparison import Comparison
-from gradflow.errors import InputError, must_be
+from gradflow.errors import InputError
 from gradflow.history import History
 from gradflow.reporter import Course, GroupRow, course, far_words, number_words, reach, updates
 
@@ -234,10 +234,7 @@ def compared(runs: Mapping[str, History], by: str = "seed") -> Comparison:
     """
     swept = any(history.swept for history in runs.values())
     for name, history in runs.items():
-        if not history.layers or not len(history):
-            kind, advice = ("a sweep with a layer", "see its notes") if swept else (
-                "a history with probes", "wait for the first one")  # fmt: skip
-            raise InputError(must_be(name, kind, "none", advice))
+        history.require_probes(name)
     return _of_groups(runs, by) if swept else _of_trainings(runs)
 
 

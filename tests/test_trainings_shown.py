@@ -396,7 +396,8 @@ def test_what_cannot_be_drawn_is_said() -> None:
     ):
         gradflow.plot(found, "gain-map")
     with pytest.raises(
-        InputError, match="must be one with probes, got none; wait for the first one"
+        InputError,
+        match="must be a history with a layer that was measured, got none; wait for the first probe",
     ):
         gradflow.plot(History.of("Net", []))
     with pytest.raises(InputError, match=r"layer must be one of rnn\.l0, rnn\.l1, got 'x'"):
@@ -467,7 +468,9 @@ def test_of_many_layers_the_worst_have_pictures(tmp_path: Path) -> None:
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the history must be one with probes, got none"):
+    with pytest.raises(
+        InputError, match="the run must be a history with a layer that was measured, got none"
+    ):
         gradflow.report(History.of("Net", []), tmp_path / "r")
     assert not (tmp_path / "r").exists()
 

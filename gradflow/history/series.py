@@ -193,6 +193,15 @@ class History:
     def __len__(self) -> int:
         return sum(len(block.steps) for block in self._read.blocks)
 
+    def require_probes(self, name: str) -> None:
+        """Refuse it, by a name, where no layer was measured; what was noted last says why."""
+        if not len(self) or not self.layers:
+            said = [note.text for note in self.notes if note.about in ("failed", "warning")]
+            advice = f"it says: {said[-1]}" if said else "wait for the first probe"
+            raise InputError(
+                must_be(name, "a history with a layer that was measured", "none", advice)
+            )
+
     def __getitem__(self, layer: str) -> xr.Dataset:
         if layer in self.layers:
             return self.data.sel(layer=layer)

@@ -58,10 +58,7 @@ def plot_histories(
             must_be("kind of a history", f"one of {', '.join(HISTORY_KINDS)}", repr(kind), advice)
         )
     for history in histories:
-        if not len(history) or not history.layers:
-            advice = "wait for the first one, or look at history.notes"
-            got = "none" if not len(history) else "none with a recurrent layer"
-            raise InputError(must_be(f"history {history.title!r}", "one with probes", got, advice))
+        history.require_probes(f"the run of {history.title}")
     shown = courses(histories, layer, names)
     if layers is not None:
         shown = [one for one in shown if one.layer in layers]

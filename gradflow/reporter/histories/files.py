@@ -79,9 +79,7 @@ def report_history(
         raise InputError(
             must_be("formats of a history", expected, ", ".join(wrong) or "none", advice)
         )
-    if not len(history) or not history.layers:
-        advice = "wait for the first one, or look at history.notes"
-        raise InputError(must_be("the history", "one with probes", "none", advice))
+    history.require_probes("the run")
     check_folder(folder, force=force)
     with whole_folder(folder, force=force) as new:
         layers = [now(one) for one in courses([history])]

@@ -83,8 +83,13 @@ def _print_lines(runs: Sequence[Followed], console: Console, wait: Callable[[flo
                 console.print(encoded(Text(line), console), soft_wrap=True, highlight=False)
             done[place] = len(run.history)
         if all(run.history.ended for run in runs):
-            return
+            break
         wait(SECONDS)
+    for run in runs:
+        if not len(run.history):
+            said = [note.text for note in run.history.notes[-1:]]
+            words = "; ".join([f"{run.name}: no probe was made, and it ended", *said])
+            console.print(encoded(Text(words), console), soft_wrap=True, highlight=False)
 
 
 def lines(run: Followed, start: int, *, several: bool) -> Iterator[str]:
