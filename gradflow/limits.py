@@ -257,8 +257,7 @@ SHELL_MODULES = _limit(20_000, "modules", "of a pickled model")
 SHELL_DEPTH = _limit(100, "modules", "within each other in it")
 WINDOW = _limit(4_096, "entries", "of a pickled layer's kernel, stride or padding, in one direction")
 MOST_CLASSES = _limit(1_000, "classes", "that a pickle may name")
-TUPLE_DEPTH = _limit(100, "tuples", "within each other in a key of a pickle")
-HASHED_ENTRIES = _limit(10**6, "entries", "of a pickle's keys that are hashed, beyond its bytes")
+PICKLE_STEPS = _limit(10**7, "steps", "of a pickle; 100,000 tensors take five million")
 NAME_LETTERS = _limit(200, "letters", "of a name in a file; a longer one loses its middle")
 LINE_BYTES = _limit(2**26, "bytes", "of a line of a history; a probe of 1,000 layers has 4 MB")
 GROUPS = _limit(1_000, "groups", "of parameters that a history has learning rates of")
@@ -292,6 +291,7 @@ PROGRESS_LINES = _limit(60.0, "seconds", "between two lines of progress in a pip
 ONE_THREAD = _limit(600, "states", "up to which one thread is faster, and far faster on a busy machine")
 
 # budgets of memory
+PROBE_BYTES = _limit(2**30, "bytes", "of probes whose batch nobody gave; it is smaller then")
 WINDOW_BYTES = _limit(2**28, "bytes", "of the blocks of all windows; beyond, a few windows stand for many")
 BLOCK_BYTES = _limit(768 * 2**20, "bytes", "of blocks of starts at a time")
 MAP_BYTES = _limit(256 * 2**20, "bytes", "of the maps of one layer")

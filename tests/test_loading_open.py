@@ -69,14 +69,13 @@ def test_a_state_dict_becomes_the_module(tmp_path: Path, make, prefix: str) -> N
     assert_same_function(found.module, original)
 
 
-def test_the_older_format_holds_weights_but_no_modules(tmp_path: Path) -> None:
+def test_the_older_format_holds_weights_and_modules(tmp_path: Path) -> None:
     original = nn.LSTM(3, 5)
     old = {"_use_new_zipfile_serialization": False}
     opened = open_model(saved(tmp_path / "w.pt", original.state_dict(), **old))
     assert_same_function(opened.recurrent[0].module, original)
     path = saved(tmp_path / "m.pt", original, **old)
-    with pytest.raises(FileError, match=r"before 1.6.*LSTM.*state_dict.*--trust"):
-        open_model(path)
+    assert_same_function(open_model(path).model, original)
     assert_same_function(open_model(path, trust=True).model, original)
 
 

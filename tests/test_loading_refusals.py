@@ -234,7 +234,7 @@ CONTRADICTIONS = {
     "whole numbers": (lambda: changed(weight_hh_l0=torch.ones(20, 5).int()), "of type int32"),
     "complex": (lambda: changed(weight_hh_l0=torch.ones(20, 5) * 1j), "of type complex64"),
     "sparse": (lambda: changed(weight_hh_l0=sparse()), "sparse"),
-    "quantised": (lambda: changed(weight_hh_l0=quantized()), "quantised"),
+    "quantised": (lambda: changed(weight_hh_l0=quantized()), "a quantized one"),
     "meta": (lambda: changed(weight_hh_l0=torch.ones(20, 5, device="meta")), "without numbers"),
     "huge": (
         lambda: changed(weight_hh_l0=torch.ones(1).expand(4 * 10**6, 10**6)),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gradflow.errors import FileError, GradflowError, InputError, must_be, one_sentence, printable
 from gradflow.limits import ANNOUNCED
-from gradflow.loading.contents import asked_by, checked
+from gradflow.loading.contents import checked, read_torch
 from gradflow.loading.file_kinds import READ_ERRORS, about_dangling
 from gradflow.loading.state_dicts import is_recurrent
 from gradflow.loading.words import article, reason, some
@@ -164,7 +164,7 @@ def _read(path: Path) -> object:
     try:
         with quiet():
             found = _READERS[_content(path) or path.suffix.lower()](path)
-        return checked(found, str(path), SAVE, dense=True)
+        return checked(found, str(path), SAVE, batch=True)
     except GradflowError:
         raise
     except PermissionError as error:
@@ -246,9 +246,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 def _torch(path: Path) -> object:
     with path.open("rb") as file:
         archive = file.read(2) == b"PK"
-    asked_by(path, "torch" if archive else "legacy", SAVE)
-    with path.open("rb") as file:  # of a path torch.load would trust the suffix
-        return torch.load(file, map_location="cpu", weights_only=True)
+    return read_torch(path, "torch" if archive else "legacy", SAVE, plain=True)
 
 
 _READERS: dict[str, Callable[[Path], object]] = {

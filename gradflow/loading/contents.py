@@ -1,15 +1,14 @@
 """Model files as plain objects, read without running what is in them.
 
 `read` is the door: behind it nobody sees a tensor, a name or a number that was not `checked`.
-Nothing here runs code from the file unless ``trust`` is given: archives of torch.save are loaded
-with ``weights_only=True`` inside a scoped allow-list of inert entries (`gradflow.loading.shells`).
+Nothing here runs code from the file unless ``trust`` is given: archives of torch.save are
+read by their opcodes (`gradflow.loading.pickled`) into inert stand-ins (`gradflow.loading.shells`).
 """
 
 from __future__ import annotations
 
 import io
 import json
-import mmap
 import pickle
 import pickletools
 import stat
@@ -22,15 +21,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.parameter import Parameter
-from torch.serialization import safe_globals
 
 from gradflow.errors import FileError, InputError, UserCodeError, must_be, plain_name
-from gradflow.limits import ANNOUNCED, TEXT_BYTES, UNPACKED_TIMES
+from gradflow.limits import ANNOUNCED, TEXT_BYTES
 from gradflow.loading.ages import about_opening, is_of_age, older_layers_open
 from gradflow.loading.file_kinds import READ_ERRORS, sniff
-from gradflow.loading.pickled import Asked, Suspicious, scan
-from gradflow.loading.shells import Shell, allow_list, is_forbidden
+from gradflow.loading.pickled import Key, Odd, Suspicious, unpickled
+from gradflow.loading.shells import Shell, is_forbidden
 from gradflow.loading.words import RESAVE, RESAVE_OR_TRUST, analyze_command, reason, some
 from gradflow.process import current_folder_importable, lock, printed_to_stderr, quiet
 
@@ -59,8 +56,35 @@ def read(path: Path, trust: bool = False) -> Contents:
             f"{_naming(_named_by(path))}, and opening one can run any code; {RESAVE_OR_TRUST} "
             f"{analyze_command(path, '--trust')}"
         )
-    names = tuple(asked_by(path, kind).names)
-    return Contents(kind, checked(_read_weights_only(path, kind, names), str(path), RESAVE))
+    return Contents(kind, checked(read_torch(path, kind), str(path), RESAVE))
+
+
+def read_torch(path: Path, kind: str, todo: str = RESAVE, plain: bool = False) -> object:
+    """What a file of torch.save holds, "torch" or "legacy"; nothing of it is imported or run.
+
+    todo is what to do instead, for the error. Raises UnpicklingError where it is to be plain, as a batch is,
+    and holds objects of other classes than tensors and Python's containers.
+    """
+    try:
+        value, unpickler = unpickled(path, kind)
+    except Suspicious as error:
+        held = f", and holds {path.stat().st_size:,}" if "asks for" in str(error) else ""
+        raise FileError(
+            f"{path} {error} when it is opened{held}, so it was not opened; {todo}"
+        ) from error
+    except READ_ERRORS as error:
+        raise FileError(
+            f"{path} is a damaged file of torch.save{reason(error)}; copy or download it again, or {todo}"
+        ) from error
+    forbidden = [name for name in unpickler.names if is_forbidden(name)]
+    if forbidden and not plain:
+        raise FileError(
+            f"{path} asks to call {some(forbidden)} when it is opened, which weights never need, so it "
+            f"was not opened; {RESAVE_OR_TRUST} {analyze_command(path, '--trust')}"
+        )
+    if plain and (forbidden or unpickler.kept):
+        raise pickle.UnpicklingError(some([*forbidden, *unpickler.kept]))
+    return value
 
 
 def read_text(path: Path) -> str:
@@ -98,39 +122,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 READERS: dict[str, Callable[[Path], object]] = {
     "safetensors": _read_safetensors
 }  # can hold no code
-_reading = lock()
-
-
-def _read_weights_only(path: Path, kind: str, names: tuple[str, ...]) -> object:
-    try:
-        # An open file, for of a path torch.load trusts the suffix: ".safetensors" of a zip.
-        with (
-            path.open("rb") as file,
-            _reading,  # what torch may read is the same list for all threads
-            safe_globals(allow_list(names)),
-            quiet(),
-        ):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except READ_ERRORS as error:
-        forbidden = [name for name in names if is_forbidden(name)]
-        if forbidden:
-            raise FileError(
-                f"{path} asks to call {some(forbidden)} when it is opened, which weights never "
-                f"need, so it was not opened; {RESAVE_OR_TRUST} "
-                f"{analyze_command(path, '--trust')}"
-            ) from error
-        if isinstance(error, pickle.UnpicklingError):
-            # The older format keeps modules in a way that torch's safe reader does not read.
-            older = " (in torch.save's format from before 1.6)" if kind == "legacy" else ""
-            raise FileError(
-                f"{path} holds objects{older}{_naming(names)} that cannot be opened without running "
-                f"code from the file; {RESAVE_OR_TRUST} "
-                f"{analyze_command(path, '--trust')}"
-            ) from error
-        raise FileError(
-            f"{path} is a damaged file of torch.save{reason(error)}; copy or download it again, "
-            f"or {RESAVE}"
-        ) from error
+_reading = lock()  # how older layers are opened is the same for all threads
 
 
 def _read_trusted(path: Path, kind: str) -> object:
@@ -158,51 +150,6 @@ def _unpickled(path: Path, kind: str) -> object:
         if kind == "pickle":
             return pickle.load(file)  # noqa: S301 - the user said --trust
         return torch.load(file, map_location="cpu", weights_only=False)
-
-
-def asked_by(path: Path, kind: str, todo: str = RESAVE) -> Asked:
-    """What the pickles of a file of torch.save ask for; nothing is imported, made or run.
-
-    todo is what to do instead, for the error. Raises FileError where they ask for what weights never need.
-    """
-    size = path.stat().st_size
-    asked = Asked(size)
-    try:
-        if kind == "torch":
-            scan(_pickle_in(path), 0, asked)
-        elif kind == "legacy":
-            with (
-                path.open("rb") as file,
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-            ):
-                at = 0
-                for _ in range(
-                    5
-                ):  # magic number, protocol, system, the object, names of its storages
-                    at = scan(data, at, asked)
-            if asked.numbers > size:
-                raise Suspicious(f"asks for memory for {asked.numbers:,} numbers")
-    except Suspicious as error:
-        raise FileError(
-            f"{path} {error} when it is opened, and holds {size:,}, so it was not opened; {todo}"
-            if "asks for" in str(error)
-            else f"{path} {error} when it is opened, so it was not opened; {todo}"
-        ) from error
-    except READ_ERRORS as error:
-        raise FileError(
-            f"{path} is a damaged file of torch.save{reason(error)}; copy or download it again, or {todo}"
-        ) from error
-    return asked
-
-
-def _pickle_in(path: Path) -> bytes:
-    """The pickle of an archive, by the reader that torch.load uses: others may read other bytes."""
-    with path.open("rb") as file:
-        reader = torch._C.PyTorchFileReader(file)
-        claimed = sum(map(reader.get_record_size, reader.get_all_records()))
-        if claimed > UNPACKED_TIMES * path.stat().st_size + 2**20:
-            raise Suspicious(f"asks for {claimed:,} bytes of memory")
-        return bytes(reader.get_record("data.pkl"))
 
 
 def _named_by(path: Path) -> tuple[str, ...]:
@@ -236,11 +183,11 @@ def _naming(names: tuple[str, ...]) -> str:
 _FREE = (str, bytes, bytearray, int, float, bool, complex, type(None))  # hold nothing
 
 
-def checked(value: object, label: str, todo: str, *, dense: bool = False) -> object:
+def checked(value: object, label: str, todo: str, *, batch: bool = False) -> object:
     """Walk what a file held, each object once, and leave only what nobody behind has to doubt.
 
     Names in mappings are text on one line and at most `NAME_LETTERS` long, or plain numbers. Tensors are
-    torch's own, on the CPU or without numbers, carry no hooks and no attributes of the file's, are not
+    torch's own, dense and on the CPU, carry no hooks and no attributes of the file's, are not
     nested, and together stand for no more numbers than the file holds, give or take a few small views.
     The containers are changed in place; they belong to nobody else yet.
 
@@ -248,26 +195,23 @@ def checked(value: object, label: str, todo: str, *, dense: bool = False) -> obj
         value: as torch's or safetensors' reader made it.
         label: the file, for the error.
         todo: what to do instead, for the error.
-        dense: refuse sparse, quantized and meta tensors too, as in a batch.
+        batch: whether the file was given as one.
 
     Raises:
         FileError: a tensor is of a kind that is not read; of a batch, InputError.
     """
-    sizes = Claims()
+    beyond = _claims()
     waiting: list[tuple[str, object]] = [("", value)]
     seen = {id(value)}
     while waiting:
         name, item = waiting.pop()
-        if isinstance(item, Tensor):
-            wrong = _strip(item, dense) or sizes.beyond(item)
+        if isinstance(item, Tensor | Odd):
+            wrong = item.words if isinstance(item, Odd) else beyond(item)
             if wrong:
                 where = f"{name} in {label}" if name else label
                 said = must_be(where, "an ordinary dense tensor", wrong, todo)
-                raise InputError(said) if dense else FileError(said)
+                raise InputError(said) if batch else FileError(said)
             continue
-        if dense and isinstance(item, torch.TypedStorage | torch.UntypedStorage):
-            where = f"{name} in {label}" if name else label
-            raise InputError(must_be(where, "an ordinary dense tensor", "a bare storage", todo))
         for key, inner in _entries(item):
             if not isinstance(inner, _FREE) and id(inner) not in seen:
                 seen.add(id(inner))
@@ -275,46 +219,23 @@ def checked(value: object, label: str, todo: str, *, dense: bool = False) -> obj
     return value
 
 
-class Claims:
-    """How many bytes all tensors stand for, and how many there are."""
+def _claims() -> Callable[[Tensor], str]:
+    """What counts the bytes that all tensors stand for; it says so where they are far more than there are."""
+    seen: set[int] = set()  # starts of storages
+    held = claimed = 0  # bytes of all storages, of all tensors
 
-    def __init__(self) -> None:
-        self.stored: dict[int, int] = {}  # start of a storage -> its bytes
-        self.held = 0  # bytes of all storages
-        self.claimed = 0  # bytes of all tensors
-
-    def beyond(self, tensor: Tensor) -> str:
-        """Count one more; says so where they stand for far more than there is."""
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            return ""
+    def beyond(tensor: Tensor) -> str:
+        nonlocal held, claimed
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.stored:
-            self.stored[storage.data_ptr()] = storage.nbytes()
-            self.held += storage.nbytes()
-        self.claimed += tensor.numel() * tensor.element_size()
+        held += 0 if storage.data_ptr() in seen else storage.nbytes()
+        seen.add(storage.data_ptr())
+        claimed += tensor.numel() * tensor.element_size()
         # A layer that is used in several places is in the file once, and under several names
-        if self.claimed <= 8 * self.held + ANNOUNCED:
+        if claimed <= 8 * held + ANNOUNCED:
             return ""
         return f"one of shape {tuple(tensor.shape)}, more entries than the file holds"
 
-
-def _strip(tensor: Tensor, dense: bool) -> str:
-    """What is wrong with a tensor's kind, or ""; hooks and attributes that the file gave it go."""
-    if type(tensor) not in (Tensor, Parameter):
-        return f"one of the class {type(tensor).__name__}"
-    if tensor.is_nested:
-        return "a nested tensor, one that is nested (tensors of several shapes in one)"
-    if tensor.device.type not in ("cpu", "meta"):
-        return f"one on the device {tensor.device.type}"
-    if dense and tensor.is_quantized:
-        return "a quantized one"
-    if dense and tensor.layout != torch.strided:
-        return f"a sparse one ({tensor.layout})"
-    if dense and tensor.device.type == "meta":
-        return "one without numbers (a meta tensor)"
-    tensor._backward_hooks = None
-    vars(tensor).clear()
-    return ""
+    return beyond
 
 
 def _entries(item: object) -> Iterator[tuple[str, object]]:
@@ -348,4 +269,4 @@ def _plain_key(key: object) -> object:
         return plain_name(key)
     if key is None or isinstance(key, bool | float) or (isinstance(key, int) and abs(key) < 2**63):
         return key
-    return f"a key of type {type(key).__name__}"
+    return f"a key of type {key.kind if isinstance(key, Key) else type(key).__name__}"

@@ -174,7 +174,7 @@ def _open(
         raise FileError(
             f"{path} holds objects that contradict themselves{reason(error)}; {RESAVE}"
         ) from error
-    tensors = _checked(path, found.tensors)
+    tensors = found.tensors
     opened = Opened(
         path=path,
         kind=found.kind if member is None else f"a file whose member {member!r} is {found.kind}",
@@ -248,16 +248,6 @@ def _refuse_quantized(path: Path, value: object) -> None:
             f"{path} holds quantized weights, packed for inference, through which no gradient flows; "
             f"take the model as it was before it was quantized: {RESAVE}"
         )
-
-
-def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    meta = [key for key, value in tensors.items() if value.device.type == "meta"]
-    if meta:
-        raise FileError(
-            f"{path} holds shapes without numbers (meta tensors, such as {meta[0]}); "
-            f"materialise the model before saving it: {RESAVE}"
-        )
-    return tensors
 
 
 def _open_modules(opened: Opened, found: Found) -> Opened:

@@ -1,191 +1,245 @@
-"""What the pickle in a file of torch.save would do when it is opened, told from its opcodes; nothing is run.
+"""Pickles of torch.save, read into plain objects by their opcodes: nothing that a file names is run.
 
-torch's safe reader calls a short list of functions with whatever arguments the file holds. Some of them take
-memory or time on the word of a number (``bytearray(5 * 10**9)``, ``set`` of a tensor expanded to 10¹² rows, a
-key that is a tuple of tuples of one tuple, which is hashed once per path). `scan` follows the pickle's stack
-without making the objects, and refuses such calls.
+A pickle is a program that names classes and functions and has them called. Here a few names stand for what
+they make: dicts, and tensors over storages of the file. Every other one becomes a `Shell`, which only keeps
+what it was given. So no number in a file takes memory or time on its word (``bytearray(5 * 10**9)``, a set
+of a tensor expanded to 10¹² rows, a key that is a tuple of tuples of one tuple, which is hashed once per
+path): an object costs what its bytes cost, and their steps are counted.
 """
 
 from __future__ import annotations
 
+import mmap
 import struct
+import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from gradflow.limits import HASHED_ENTRIES, MOST_CLASSES, TUPLE_DEPTH
-from gradflow.loading.shells import MAPPINGS
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
 
-_REBUILT = frozenset(
-    f"torch._utils._rebuild_{kind}"
-    for kind in (
-        *("parameter", "parameter_with_state", "qtensor", "tensor", "tensor_v2", "tensor_v3"),
-        *("sparse_tensor", "meta_tensor_no_storage", "nested_tensor"),
-    )
-)
-_HASHING = ("builtins.set", "collections.OrderedDict", "collections.Counter")  # torch calls them
-_LATIN = ("latin1", "latin-1", "utf-8", "ascii")  # codecs that bytes are pickled with
+from gradflow.limits import MOST_CLASSES, PICKLE_STEPS, UNPACKED_TIMES
+from gradflow.loading.shells import Shell, stand_in
+
+_KEYS = (str, int, float, type(None))  # what is hashed at once
+_DTYPES = {str(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
+_STORED = {
+    **{f"torch.{n}": kind for n, kind in torch.storage._storage_type_to_dtype_map().items()},
+    "torch.storage.UntypedStorage": torch.uint8,
+}
 
 
 class Suspicious(ValueError):
     """The file asks for something that weights never need; the text says for what."""
 
 
-@dataclass
-class Asked:
-    """What a pickle asks for when it is opened."""
+@dataclass(frozen=True)
+class Odd:
+    """What stands for a tensor that is no ordinary one."""
 
-    size: int  # bytes of the file
-    names: dict[str, None] = field(default_factory=dict)  # that it would import
-    hashed: int = 0  # entries of its keys, each as often as it is hashed
-    numbers: int = 0  # entries of its storages, in torch.save's older format
+    words: str  # "a sparse one"
 
 
-class _Name:
-    __slots__ = ("path",)
+@dataclass(frozen=True)
+class Name:
+    """A class or function that the file names."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-
-class _List:
-    __slots__ = ("items",)
-
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items
+    path: str  # "torch.nn.modules.rnn.LSTM"
 
 
-class _Tuple(_List):
-    """A tuple, with what hashing it costs: its entries, each as often as it is reached."""
+@dataclass(frozen=True)
+class Stored(Odd):
+    """A storage of the file's."""
 
-    __slots__ = ("depth", "weight")
-
-    depth: int  # tuples within each other
-    weight: int
-
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items
-        weight, depth = 1 + len(items), 1
-        for item in items:
-            if type(item) is _Tuple:
-                weight += item.weight - 1
-                depth = max(depth, item.depth + 1)
-        self.weight, self.depth = weight, depth
+    dtype: torch.dtype
+    bytes: torch.UntypedStorage
 
 
-class _Made:
-    """What a call returned."""
+@dataclass(eq=False)
+class Key:
+    """A key that would have to be hashed, as a tuple of tuples."""
 
-    __slots__ = ("by",)
-
-    def __init__(self, by: str) -> None:
-        self.by = by
+    kind: str  # its type
 
 
-_DICT, _SET = _Made("builtins.dict"), _Made("builtins.set")
-_long_at = struct.Struct("<I").unpack_from
+class Unpickler:
+    """Reads pickles one after the other; `names` is what they name, `kept` what only a `Shell` stands for."""
 
+    def __init__(self, storage: Callable[[str, int], torch.UntypedStorage]) -> None:
+        self.names: dict[str, None] = {}
+        self.kept: dict[str, None] = {}
+        self._storage = storage  # its name and bytes -> the storage
+        self._stored: dict[str, torch.UntypedStorage] = {}
+        self._steps = 0
 
-def scan(data: Any, start: int, asked: Asked) -> int:
-    """Follow one pickle from a place in the bytes of a file; the place behind it.
+    def read(self, data: Any, at: int) -> tuple[Any, int]:
+        """The object of the pickle that begins there, and the place behind it.
 
-    Raises Suspicious for what weights never need, and LookupError, ValueError or struct.error where the
-    pickle is damaged or has opcodes that torch's safe reader refuses.
-    """
-    stack: list[Any] = []
-    outer: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-    at = start
-    while True:
-        code = data[at]
-        at += 1
-        if code in _FIXED:
-            length, make = _FIXED[code]
-            stack.append(make(data, at))
-            at += length
-        elif code == 0x71:  # BINPUT
-            memo[data[at]] = stack[-1]
+        Raises Suspicious for what weights never need, and LookupError, ValueError, TypeError, RuntimeError or
+        struct.error where the pickle is damaged or has opcodes that torch.save does not write.
+        """
+        stack: list[Any] = []
+        outer: list[list[Any]] = []
+        memo: dict[int, Any] = {}
+        while True:
+            self._spend(1)
+            code = data[at]
             at += 1
-        elif code == 0x72:  # LONG_BINPUT
-            memo[_long_at(data, at)[0]] = stack[-1]
-            at += 4
-        elif code == 0x68:  # BINGET
-            stack.append(memo[data[at]])
-            at += 1
-        elif code == 0x6A:  # LONG_BINGET
-            stack.append(memo[_long(data, at)])
-            at += 4
-        elif code == 0x28:  # MARK
-            outer.append(stack)
-            stack = []
-        elif code == 0x74:  # TUPLE
-            made, stack = _Tuple(stack), outer.pop()
-            stack.append(made)
-        elif code in (0x85, 0x86, 0x87):  # TUPLE1 … TUPLE3
-            count = code - 0x84
-            stack[-count:] = [_Tuple(_last(stack, count))]
-        elif code == 0x58:  # BINUNICODE
-            length = _long(data, at)
-            stack.append(_text(data, at + 4, length))
-            at += 4 + length
-        elif code == 0x55:  # SHORT_BINSTRING
-            stack.append(_text(data, at + 1, data[at]))
-            at += 1 + data[at]
-        elif code == 0x8A:  # LONG1
-            length = data[at]
-            stack.append(int.from_bytes(data[at + 1 : at + 1 + length], "little", signed=True))
-            at += 1 + length
-        elif code == 0x63:  # GLOBAL
-            name, at = _global(data, at)
-            asked.names[name] = None
-            if len(asked.names) > MOST_CLASSES:
-                raise Suspicious(f"names more than {MOST_CLASSES:,} classes and functions")
-            stack.append(_Name(name))
-        elif code == 0x51:  # BINPERSID
-            stack.append(_storage(stack.pop(), asked))
-        elif code in (0x52, 0x81):  # REDUCE, NEWOBJ
-            arguments = stack.pop()
-            stack.append(_called(stack.pop(), arguments, asked))
-        elif code == 0x62:  # BUILD
-            state = stack.pop()
-            _built(stack[-1], state, asked)
-        elif code in (0x73, 0x75, 0x61, 0x65):  # SETITEM, SETITEMS, APPEND, APPENDS
-            count = {0x73: 2, 0x61: 1}.get(code, 0)
-            items = _last(stack, count) if count else stack
-            stack = stack[:-count] if count else outer.pop()
-            _fill(stack[-1], items, code in (0x73, 0x75), asked)
-        elif code == 0x80:  # PROTO
-            at += 1
-        elif code == 0x2E:  # STOP
-            stack.pop()
-            return at
-        else:
-            raise ValueError(f"an opcode {code} that no weights have")
+            if code in _FIXED:
+                length, make = _FIXED[code]
+                stack.append(make(data, at))
+                at += length
+            elif code in _SIZED:
+                width, make = _SIZED[code]
+                length = int.from_bytes(data[at : at + width], "little")
+                at += width + length
+                stack.append(make(data, at - length, length))
+            elif code in (0x71, 0x72):  # BINPUT, LONG_BINPUT
+                memo[data[at] if code == 0x71 else _long(data, at)] = stack[-1]
+                at += 1 if code == 0x71 else 4
+            elif code in (0x68, 0x6A):  # BINGET, LONG_BINGET
+                stack.append(memo[data[at] if code == 0x68 else _long(data, at)])
+                at += 1 if code == 0x68 else 4
+            elif code == 0x28:  # MARK
+                outer.append(stack)
+                stack = []
+            elif code == 0x74:  # TUPLE
+                made, stack = tuple(stack), outer.pop()
+                stack.append(made)
+            elif code in (0x85, 0x86, 0x87):  # TUPLE1 … TUPLE3
+                stack.append(tuple(_taken(stack, code - 0x84)))
+            elif code == 0x63:  # GLOBAL
+                name, at = _global(data, at)
+                self.names[name] = None
+                if len(self.names) > MOST_CLASSES:
+                    raise Suspicious(f"names more than {MOST_CLASSES:,} classes and functions")
+                if not name.startswith(("torch.", "collections.", "builtins.", "_codecs.")):
+                    self.kept[name] = None
+                stack.append(_DTYPES.get(name) or Name(name))
+            elif code == 0x51:  # BINPERSID
+                stack.append(self._stored_at(*stack.pop()))
+            elif code in (0x52, 0x81):  # REDUCE, NEWOBJ
+                function, arguments = _taken(stack, 2)
+                if not isinstance(function, Name) or not isinstance(arguments, tuple):
+                    raise Suspicious("calls something that is no function")
+                stack.append(self._called(function.path, arguments))
+            elif code == 0x62:  # BUILD
+                state = stack.pop()
+                if isinstance(stack[-1], Shell):  # whatever else there is has no state that is read
+                    stack[-1].state = state
+            elif code in (0x73, 0x61):  # SETITEM, APPEND
+                _fill(stack, _taken(stack, 2 if code == 0x73 else 1), code == 0x73)
+            elif code in (0x75, 0x65):  # SETITEMS, APPENDS
+                items, stack = stack, outer.pop()
+                _fill(stack, items, code == 0x75)
+            elif code == 0x80:  # PROTO
+                at += 1
+            elif code == 0x2E:  # STOP
+                return stack.pop(), at
+            else:
+                raise ValueError(f"an opcode {code} that no weights have")
+
+    def _spend(self, steps: int) -> None:
+        self._steps += steps
+        if self._steps > PICKLE_STEPS:
+            raise Suspicious(f"takes more than {PICKLE_STEPS:,} steps")
+
+    def _stored_at(
+        self, what: str, kind: Any, name: Any, _: Any = None, numbers: int = 0, *view: Any
+    ) -> Any:
+        if what == "module":  # of the older format, with the source of its class
+            return kind
+        dtype = _STORED[kind.path]
+        if name not in self._stored:
+            self._stored[name] = self._storage(name, numbers * dtype.itemsize)
+        if any(view) or self._stored[name].nbytes() != numbers * dtype.itemsize:
+            raise ValueError("a storage that another one is a part of")
+        return Stored("a bare storage", dtype, self._stored[name])
+
+    def _called(self, name: str, given: tuple[Any, ...]) -> Any:
+        """What a class or function of the file's stands for."""
+        first: Any = given[0] if given else None
+        if name == "torch._utils._rebuild_tensor_v2":
+            return _tensor(first.dtype, *given[:5])
+        if name == "torch._utils._rebuild_tensor_v3":
+            return _tensor(given[6], *given[:5])
+        if name.startswith("torch._utils._rebuild_parameter"):
+            return Parameter(first, bool(given[1])) if isinstance(first, Tensor) else first
+        if name == "torch._tensor._rebuild_from_type_v2":
+            kind = given[1].path
+            if kind in ("torch.Tensor", "torch.nn.parameter.Parameter"):
+                return self._called(first.path, given[2])
+            return Odd(f"one of the class {kind.rpartition('.')[2]}")
+        if name.startswith("torch._utils._rebuild_"):
+            kind = name.removeprefix("torch._utils._rebuild_").partition("_")[0]
+            return Odd(_ODD.get(kind, f"a {kind} one"))
+        if name in ("builtins.bytearray", "_codecs.encode", "torch.serialization._get_layout"):
+            return b""  # of which nothing is read
+        if name == "torch.device":
+            return torch.device(*given)
+        self._spend(len(first) if isinstance(first, list | tuple) else 0)
+        if name in ("builtins.set", "builtins.frozenset"):
+            return {one for one in first or () if isinstance(one, _KEYS)}
+        if name == "collections.deque":
+            return []
+        if name == "torch.Size":
+            return torch.Size(first or ())
+        kind = OrderedDict if name in _MAPPINGS else stand_in(name)
+        if kind is OrderedDict:  # of pairs, where it is an old one
+            pairs = [one for one in (first if isinstance(first, list) else ()) if len(one) == 2]
+            return OrderedDict((_key(key), value) for key, value in pairs)
+        self.kept[name] = None
+        return kind(*given)
 
 
-def _fill(container: Any, items: list[Any], keyed: bool, asked: Asked) -> None:
-    if keyed:
-        for key in items[::2]:
-            _hash(key, asked)
-    elif type(container) is _List:
-        container.items += items
+_MAPPINGS = ("collections.OrderedDict", "collections.Counter", "builtins.dict")
+_ODD = {
+    "qtensor": "a quantized one",
+    "meta": "one without numbers (a meta tensor)",
+    "nested": "a nested tensor, one that is nested (tensors of several shapes in one)",
+}
+
+
+def _tensor(
+    dtype: torch.dtype, stored: Stored, offset: int, size: Any, stride: Any, grad: Any
+) -> Tensor:
+    made = torch.empty(0, dtype=dtype).set_(stored.bytes, offset, tuple(size), tuple(stride))
+    return made.requires_grad_() if grad is True else made
+
+
+def _fill(stack: list[Any], items: list[Any], keyed: bool) -> None:
+    held = stack[-1]
+    if keyed and isinstance(held, dict):
+        held.update(zip(map(_key, items[::2]), items[1::2], strict=True))
+    elif not keyed and isinstance(held, list):
+        held += items
+
+
+def _key(key: Any) -> Any:
+    return key if isinstance(key, _KEYS) else Key(type(key).__name__)
 
 
 def _long(data: Any, at: int) -> int:
-    return int(_long_at(data, at)[0])
+    return int(struct.unpack_from("<I", data, at)[0])
 
 
-def _last(stack: list[Any], count: int) -> list[Any]:
+def _taken(stack: list[Any], count: int) -> list[Any]:
     if len(stack) < count:
         raise IndexError("nothing on the stack")
-    return stack[-count:]
+    taken = stack[-count:]
+    del stack[-count:]
+    return taken
 
 
 def _text(data: Any, at: int, length: int) -> str:
     if at + length > len(data):
         raise IndexError("it ends within a text")
-    # Only what may name a codec or a place is ever looked at
-    return str(data[at : at + min(length, 4 * 80)], "utf-8", "replace")
+    return str(data[at : at + length], "utf-8", "surrogatepass")
 
 
 def _line(data: Any, at: int) -> tuple[str, int]:
@@ -205,110 +259,89 @@ def _global(data: Any, at: int) -> tuple[str, int]:
     return f"{module}.{name}", at
 
 
+_SIZED: dict[int, tuple[int, Any]] = {  # bytes of their length, and what is made of so many bytes
+    0x58: (4, _text),  # BINUNICODE
+    0x55: (1, _text),  # SHORT_BINSTRING
+    0x8A: (
+        1,
+        lambda data, at, n: int.from_bytes(data[at : at + n], "little", signed=True),
+    ),  # LONG1
+}
 _FIXED: dict[int, tuple[int, Any]] = {
     0x4B: (1, lambda data, at: data[at]),  # BININT1
     0x4D: (2, lambda data, at: struct.unpack_from("<H", data, at)[0]),  # BININT2
     0x4A: (4, lambda data, at: struct.unpack_from("<i", data, at)[0]),  # BININT
-    0x47: (8, lambda data, at: None),  # BINFLOAT
+    0x47: (8, lambda data, at: struct.unpack_from(">d", data, at)[0]),  # BINFLOAT
     0x4E: (0, lambda data, at: None),  # NONE
-    0x88: (0, lambda data, at: None),  # NEWTRUE
-    0x89: (0, lambda data, at: None),  # NEWFALSE
-    0x29: (0, lambda data, at: _Tuple([])),  # EMPTY_TUPLE
-    0x5D: (0, lambda data, at: _List([])),  # EMPTY_LIST
-    0x7D: (0, lambda data, at: _DICT),  # EMPTY_DICT
-    0x8F: (0, lambda data, at: _SET),  # EMPTY_SET
+    0x88: (0, lambda data, at: True),  # NEWTRUE
+    0x89: (0, lambda data, at: False),  # NEWFALSE
+    0x29: (0, lambda data, at: ()),  # EMPTY_TUPLE
+    0x5D: (0, lambda data, at: []),  # EMPTY_LIST
+    0x7D: (0, lambda data, at: {}),  # EMPTY_DICT
+    0x8F: (0, lambda data, at: set()),  # EMPTY_SET
 }
 
 
-def _hash(key: Any, asked: Asked) -> None:
-    """Count what hashing a key costs."""
-    if not isinstance(key, _Tuple):
-        return
-    asked.hashed += key.weight
-    if asked.hashed > asked.size + HASHED_ENTRIES or key.depth > TUPLE_DEPTH:
-        raise Suspicious("holds tuples in tuples as keys that would take for ever to look up")
+# --------------------------------------------------------------- the two formats of torch.save
 
 
-def _storage(place: Any, asked: Asked) -> _Made | _Name:
-    """A storage; in the older format its memory is taken before its numbers are read.
+def unpickled(path: Path, kind: str) -> tuple[Any, Unpickler]:
+    """What a file of torch.save holds, "torch" an archive or "legacy", and who has read it.
 
-    Of a module the older format names the class here, which torch's safe reader refuses.
+    Raises Suspicious for what weights never need, and torch's and Python's errors on a damaged file.
     """
-    items = place.items if isinstance(place, _Tuple) else []
-    if items[:1] == ["module"] and isinstance(items[1], _Name):
-        return items[1]
-    numbers = items[4] if len(items) > 4 else 0
-    if isinstance(numbers, int):
-        asked.numbers += max(numbers, 0)
-    return _Made("storage")
+    with path.open("rb") as file:
+        return _archived(file, path.stat().st_size) if kind == "torch" else _of_old(file)
 
 
-def _is_mapping(name: str) -> bool:
-    """Whether a pickled class is opened as a dict; as `gradflow.loading.shells` decides."""
-    known = name in ("collections.OrderedDict", "collections.Counter", "builtins.dict")
-    return known or name.rpartition(".")[2].lower().endswith(MAPPINGS)
+def _archived(file: Any, size: int) -> tuple[Any, Unpickler]:
+    reader: Any = torch._C.PyTorchFileReader(file)
+    claimed = sum(map(reader.get_record_size, reader.get_all_records()))
+    if claimed > UNPACKED_TIMES * size + 2**20:
+        raise Suspicious(f"asks for {claimed:,} bytes of memory")
+    order = reader.get_record("byteorder") if reader.has_record("byteorder") else b"little"
+    if order != sys.byteorder.encode():
+        raise ValueError("it was written on a machine of another order of bytes")
+
+    def storage(name: str, length: int) -> torch.UntypedStorage:
+        if reader.get_record_size(f"data/{name}") != length:
+            raise ValueError("a storage has another size than the file says")
+        read = reader.get_storage_from_record(f"data/{name}", length, torch.UntypedStorage)
+        held: torch.UntypedStorage = read._typed_storage()._untyped_storage
+        return held
+
+    unpickler = Unpickler(storage)
+    return unpickler.read(bytes(reader.get_record("data.pkl")), 0)[0], unpickler
 
 
-def _called(function: Any, arguments: Any, asked: Asked) -> _Made:
-    if not isinstance(function, _Name) or not isinstance(arguments, _Tuple):
-        raise Suspicious("calls something that is no function")
-    _check_call(function.path, arguments.items, asked)
-    return _Made(function.path)
+def _of_old(file: Any) -> tuple[Any, Unpickler]:
+    """Magic number, protocol, system, the object, names of its storages, and the storages."""
+    held: dict[str, torch.UntypedStorage] = {}
+    free = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    left = len(free)
 
+    def storage(name: str, length: int) -> torch.UntypedStorage:
+        nonlocal left
+        left -= max(length, 0)
+        if left < 0:
+            raise Suspicious(f"asks for memory for {length:,} bytes")
+        held[name] = torch.UntypedStorage(length)
+        return held[name]
 
-def _check_call(name: str, arguments: list[Any], asked: Asked) -> None:
-    """Raise Suspicious where a function of torch's list would take memory or time on a number's word."""
-    if name in _REBUILT or (name in _HASHING and not arguments):
-        return  # as of every tensor
-    if name == "builtins.bytearray":
-        sizes = [one for one in arguments if isinstance(one, int)]
-        if sizes and sizes[0] > asked.size:
-            raise Suspicious(f"asks for {sizes[0]:,} bytes of memory")
-        fine = all(isinstance(one, int | str | _List) for one in arguments)
-    elif name == "_codecs.encode":
-        fine = all(isinstance(one, str) for one in arguments) and arguments[1:] in (
-            *([], *([codec] for codec in _LATIN)),
-        )
-    elif name.startswith("collections.") and name not in _HASHING:
-        fine = True  # opened as something empty
-    elif name in _HASHING or _is_mapping(name):
-        fine = all(isinstance(one, _List) or one is _DICT or one is _SET for one in arguments)
-        for one in arguments:
-            for entry in one.items if isinstance(one, _List) else ():
-                _hash(entry, asked)
-    elif name == "torch._tensor._rebuild_from_type_v2":
-        function, kind, inner, *_ = [*arguments, None, None, None]
-        fine = (
-            isinstance(function, _Name)
-            and isinstance(kind, _Name)
-            and isinstance(inner, _Tuple)
-            and function.path in _REBUILT
-        )
-    elif name.startswith("torch._utils."):
-        fine = False
-    elif name.startswith("torch.") and name.endswith(("Tensor", "Storage")):
-        fine = not arguments
-    elif name == "torch.Size":
-        fine = all(isinstance(one, _List) for one in arguments)
-    else:
-        fine = True  # a name that stands for nothing, see `gradflow.loading.shells`, or is refused
-    if not fine:
-        raise Suspicious(f"calls {name} with arguments that weights never have")
-
-
-def _built(made: Any, state: Any, asked: Asked) -> None:
-    """Objects of torch's own take tuples and dicts; whatever else is only kept by a stand-in."""
-    inert = isinstance(made, _Made) and not made.by.startswith(("torch.", "builtins."))
-    if inert and not _is_mapping(made.by):
-        return
-    module = isinstance(made, _Made) and made.by.startswith("torch.nn.modules.")
-    fine = (
-        isinstance(state, _Tuple)
-        or state is None
-        or (isinstance(state, _Made) and _is_mapping(state.by))
-    )
-    if isinstance(state, _Tuple):
-        for entry in state.items:
-            _hash(entry, asked)
-    if not fine and not module:
-        raise Suspicious("fills an object with something that is no state")
+    unpickler, at, found = Unpickler(storage), 0, []
+    with free as data:
+        for _ in range(5):
+            value, at = unpickler.read(data, at)
+            found.append(value)
+        for name in found[4]:
+            length = held[name].nbytes()
+            numbers = struct.unpack_from("<q", data, at)[0]
+            if (numbers and length % numbers) or at + 8 + length > len(data):
+                raise EOFError("a storage is cut off")
+            if length:
+                read = torch.frombuffer(
+                    bytearray(data[at + 8 : at + 8 + length]), dtype=torch.uint8
+                )
+                torch.empty(0, dtype=torch.uint8).set_(held[name]).copy_(read)
+            at += 8 + length
+    return found[3], unpickler

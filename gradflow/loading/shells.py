@@ -1,10 +1,9 @@
 """Pickled torch.nn modules without their code: inert shells, then fresh modules built from them.
 
-torch's weights-only unpickler is given an allow-list that maps every class the file names to an
-inert `Shell`. A shell stores what the file put into the object and has no behaviour, so neither a
-``forward`` in ``__dict__`` nor a hook nor a ``__setstate__`` can run. Stock modules are then built
-anew from plain attributes and tensors. Python's own functions (``os.system``, ``eval``) are left
-out of the list, so that a file asking for one is refused.
+`gradflow.loading.pickled` puts an inert `Shell` in the place of every class that the file names. A
+shell stores what the file put into the object and has no behaviour, so neither a ``forward`` in
+``__dict__`` nor a hook nor a ``__setstate__`` can run. Stock modules are then built anew from plain
+attributes and tensors. A file that names Python's own functions (``os.system``, ``eval``) is refused.
 """
 
 from __future__ import annotations
@@ -45,20 +44,10 @@ class Shell:
     """What a pickle held under a class's name: its arguments and state, and no behaviour."""
 
     path = ""  # "torch.nn.modules.rnn.LSTM"
-    args: tuple[object, ...]
-    state: object
-
-    def __new__(cls, *args: object) -> Shell:
-        shell = super().__new__(cls)
-        shell.args = args
-        shell.state = None
-        return shell
 
     def __init__(self, *args: object) -> None:
-        pass  # __new__ keeps the arguments; object's own __init__ would refuse them
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
+        self.args = args
+        self.state: object = None
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -77,14 +66,6 @@ class Shell:
         return all(isinstance(self.attributes.get(k), dict) for k in ("_modules", "_parameters"))
 
 
-def _empty_mapping(*_: object) -> OrderedDict[str, object]:
-    return OrderedDict()
-
-
-def _empty_list(*_: object) -> list[object]:
-    return []
-
-
 def is_forbidden(name: str) -> bool:
     """Whether a pickled name is Python's own code (``os.system``, ``eval``) and not plain data."""
     if name in _PLAIN_DATA or name in _TORCH_OWN:
@@ -93,19 +74,12 @@ def is_forbidden(name: str) -> bool:
     return root in sys.stdlib_module_names and root != "__main__"
 
 
-def allow_list(names: tuple[str, ...]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """Pair every harmless name of a pickle with something inert, for ``safe_globals``."""
-    return [(_stand_in(name), name) for name in names if not is_forbidden(name)]
-
-
 @functools.lru_cache(maxsize=4096)
-def _stand_in(name: str) -> Callable[..., Any]:
+def stand_in(name: str) -> Callable[..., Any]:
+    """What stands for a class that a pickle names: an empty container, or a class of shells."""
     last = name.rpartition(".")[2].lower()
-    if name == "collections.deque":
-        return _empty_list
     if last.endswith(MAPPINGS) and name not in _STOCK:
-        # The unpickler fills only exact dicts, so dict subclasses become ordered dicts.
-        return OrderedDict if not name.startswith("collections.") else _empty_mapping
+        return OrderedDict
     return type("Shell", (Shell,), {"path": name})
 
 
@@ -183,7 +157,7 @@ class Rebuilder:
 
     def _build_leaf(self, kind: type[nn.Module], shell: Shell, name: str) -> nn.Module:
         own = {k: v for k, v in tensors_of(shell).items() if "." not in k}
-        tensors = {key: _plain_copy(key, value) for key, value in self.fold(own).items()}
+        tensors = {key: value.detach().clone() for key, value in self.fold(own).items()}
         _check_layers(shell, tensors, name)
         try:
             # On the meta device a huge size in the file costs nothing; real tensors follow.
@@ -207,16 +181,6 @@ class Rebuilder:
             self.notes.append(f"{place} carried its own {dropped[0]} in the file: dropped")
         if hooks:
             self.notes.append(f"{place} carried hooks in the file ({', '.join(hooks)}): dropped")
-
-
-def _plain_copy(key: str, value: Tensor) -> Tensor:
-    if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
-        raise FileError(f"the tensor {key} is not an ordinary dense tensor; give --model")
-    if value.numel() > max(10**6, value.untyped_storage().nbytes() // value.element_size()):
-        raise FileError(
-            f"the tensor {key} claims {value.numel()} entries, more than the file holds"
-        )
-    return value.detach().clone()
 
 
 def _check_layers(shell: Shell, tensors: Mapping[str, Tensor], name: str) -> None:
