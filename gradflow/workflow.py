@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Progress = Callable[[str, float], None]
-PROBE_STEPS, PROBE_BATCH = 100, 16  # design, section 8
+PROBE_STEPS = 100  # design, section 8
 
 
 def diagnose(
@@ -209,7 +209,7 @@ class FileRequest:
     span: int | None = None
     train: bool | None = None  # the mode the model runs in; None: evaluation
     seq_len: int | None = None  # of a probe; None: 100
-    batch: int | None = None  # of a probe; None: 16
+    batch: int | None = None  # of a probe; None: 16, or fewer
     seed: int = 0
     trust: bool = False
 
@@ -217,11 +217,6 @@ class FileRequest:
     def probe_steps(self) -> int:
         """T of a probe."""
         return PROBE_STEPS if self.seq_len is None else self.seq_len
-
-    @property
-    def probe_batch(self) -> int:
-        """B of a probe."""
-        return PROBE_BATCH if self.batch is None else self.batch
 
 
 def analyze_file(request: FileRequest, progress: Progress | None = None) -> Analysis:
@@ -279,11 +274,14 @@ def _from_pretrained(request: FileRequest, progress: Progress | None) -> Analysi
     with collected_warnings() as sentences:
         model = loading.open_pretrained(request.path)
         model.train(bool(request.train))
-        shape = (request.probe_batch, request.probe_steps)
         of_folder = f"the model of {request.path}", "save the folder again, or take another"
         with user_code(True, *of_folder):
             vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        tokens = loading.read_tokens(request.tokens, vocabulary, shape, request.seed)
+        steps, batch = request.probe_steps, 1
+        if request.tokens is None:
+            each = 20 * steps * vocabulary  # bytes of the logits, their loss and gradients
+            batch = loading.probe_batch(each, steps, request.batch)
+        tokens = loading.read_tokens(request.tokens, vocabulary, (batch, steps), request.seed)
         with random_numbers_kept(devices=None):
             torch.manual_seed(request.seed)
             with record(model) as recording, user_code(True, *of_folder):
@@ -394,11 +392,12 @@ def _from_weights(
     notes: list[str] = []
     tried: list[str] = []
     assumed: list[str] = []
+    batches: set[int] = set()
     provenance: dict[str, Any] = {}
     snippet = loading.save_snippet(opened.path, opened)
     for module in opened.recurrent:
         recordings, cast = list[Recording](), list[dict[str, Vote]]()
-        probes = loading.probes(module, request.probe_steps, request.probe_batch, request.seed)
+        probes = loading.probes(module, request.probe_steps, request.batch, request.seed)
         for number, probe in enumerate(probes):
             recording = probed_pass(module, probe)
             step = _part(
@@ -421,14 +420,16 @@ def _from_weights(
         notes += [*module.doubts, *run.warnings]
         assumed += module.ambiguous
         tried += [probe.name for probe in probes]
+        batches.add(len(probes[-1].r))
         provenance |= run.provenance
     names = ", ".join(dict.fromkeys(tried))
     told = (
         f"probes instead of your data: analyzed from the weights alone, under {names}; the input "
         "decides the rate, so give --input for your own"
     )
+    sizes = " or ".join(map(str, sorted(batches)))
     provenance |= {
-        "input": f"probes: {names}; B = {request.probe_batch}, T = {request.probe_steps}",
+        "input": f"probes: {names}; B = {sizes}, T = {request.probe_steps}",
         "loss": "⟨r, h_T⟩ with seeded r",
         "seed": request.seed,
         "snippet": snippet,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import functools
+import importlib.util
 import io
 import json
 import pickle
@@ -408,6 +409,16 @@ def sound_folder() -> Members:
     return {"config.json": json.dumps(config).encode(), "model.safetensors": save(weights)}
 
 
+@functools.cache
+def real_folder(name: str) -> Members:
+    """A folder that transformers itself has written, in several files of weights."""
+    with tempfile.TemporaryDirectory() as place:
+        model: Any = importlib.import_module("with_packages.models").transformers_model(name)
+        model.save_pretrained(place, max_shard_size="2KB" if name.startswith("M") else "1GB")
+        return {path.name: path.read_bytes() for path in Path(place).iterdir()}
+
+
+REAL = ("Mamba", "Mamba2", "Rwkv", "Qwen3Next", "RecurrentGemma", "FalconH1", "Jamba")
 SETTINGS = (
     *("auto_map", "quantization_config", "num_hidden_layers", "chunk_size", "attn_implementation"),
     *("hidden_size", "vocab_size", "model_type", "tie_word_embeddings", "n_layers", "num_experts"),
@@ -734,3 +745,7 @@ KINDS: dict[str, st.SearchStrategy[Case]] = {
     "runs with bytes changed": changed_bytes(sound_runs),
     "histories with bytes changed": changed_bytes(sound_histories),
 }
+if importlib.util.find_spec("transformers"):
+    KINDS["folders that transformers opens"] = st.sampled_from(REAL).flatmap(
+        lambda name: edited_folders(functools.partial(real_folder, name))
+    )

@@ -332,8 +332,9 @@ def test_a_probe_larger_than_the_memory_is_refused_before_it_is_made(
 
 def test_the_memory_a_probe_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     module = recurrent(nn.LSTM(3, 5, num_layers=2, bidirectional=True))
-    # 10 steps of 4 sequences: noise and three inputs, the output of each layer; and r as drawn
-    needed = 10 * 4 * (3 * 8 + 3 * 3 * 4 + 2 * 10 * 4) + 4 * 10 * 8
+    # 10 steps of 4 sequences: noise, three inputs and what is made of them (two more, one in float64),
+    # the output of each layer; and r as drawn
+    needed = 10 * 4 * (3 * 8 + 5 * 3 * 4 + 3 * 8 + 2 * 10 * 4) + 4 * 10 * 8
     monkeypatch.setattr("gradflow.loading.probe.physical_memory", lambda: 2 * needed)
     assert len(probes(module, 10, 4)) == 3
     monkeypatch.setattr("gradflow.loading.probe.physical_memory", lambda: 2 * needed - 1)
@@ -341,6 +342,15 @@ def test_the_memory_a_probe_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         probes(module, 10, 4)
     monkeypatch.setattr("gradflow.loading.probe.physical_memory", lambda: None)
     assert len(probes(module, 10, 4)) == 3
+
+
+def test_the_batch_of_a_very_wide_module_is_smaller() -> None:
+    def sequences(width: int, batch: int | None) -> int:
+        return len(probes(recurrent(nn.RNN(width, 1)), seq_len=2, batch=batch)[0].r)
+
+    assert [sequences(width, None) for width in (9, 2_000_000, 10_000_000)] == [16, 7, 1]
+    with pytest.raises(InputError, match=r"1.3 GiB .* at most 1.0 GiB unless --batch is given"):
+        sequences(20_000_000, None)
 
 
 def test_a_system_that_does_not_say_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from gradflow.loading.losses import Loss, choose_output, make_loss, output_lengt
 from gradflow.loading.model_spec import build_loss, source_of
 from gradflow.loading.opened import Opened, no_model_to_run, open_model
 from gradflow.loading.pretrained import is_pretrained, open_pretrained, read_tokens
-from gradflow.loading.probe import Probe, probe_loss, probes
+from gradflow.loading.probe import Probe, probe_batch, probe_loss, probes
 from gradflow.loading.recurrent import RecurrentModule, from_model
 from gradflow.loading.training_step import run_folder, step_in_name
 
@@ -23,6 +23,6 @@ __all__ = [
     "Batch", "Description", "Loss", "Opened", "Probe", "RecurrentModule", "as_batch",
     "batch_files", "build_loss", "choose_output", "describe", "files_of", "fit_batch", "from_model",
     "is_pretrained", "make_loss", "natural", "no_model_to_run", "open_model", "open_pretrained",
-    "output_lengths", "probe_loss", "probes", "read_batch", "read_labels", "read_tokens", "run_folder",
-    "save_snippet", "source_of", "step_in_name", "time_axis",
+    "output_lengths", "probe_batch", "probe_loss", "probes", "read_batch", "read_labels", "read_tokens",
+    "run_folder", "save_snippet", "source_of", "step_in_name", "time_axis",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import InputError, must_be, printable
+from gradflow.limits import PROBE_BYTES
 from gradflow.loading.recurrent import RecurrentModule
 
 
@@ -25,11 +26,12 @@ class Probe:
 
 
 def probes(
-    recurrent: RecurrentModule, seq_len: int = 100, batch: int = 16, seed: int = 0
+    recurrent: RecurrentModule, seq_len: int = 100, batch: int | None = None, seed: int = 0
 ) -> tuple[Probe, ...]:
     """Make the probes of a module: random tokens where an embedding is known, else three noises.
 
-    The three are inputs 0, 0.1·N(0, 1) and N(0, 1). The same seed gives the same probes.
+    The three are inputs 0, 0.1·N(0, 1) and N(0, 1). The same seed gives the same probes. Without a
+    batch it has 16 sequences, or fewer where the module's input is very wide.
     Raises InputError for a length or batch below 1, and for ones too large for the memory.
 
     >>> from gradflow.loading.recurrent import from_tensors
@@ -37,10 +39,8 @@ def probes(
     >>> [probe.name for probe in probes(module, seq_len=7, batch=2)]
     ['inputs 0', 'inputs 0.1·N(0, 1)', 'inputs N(0, 1)']
     """
-    _require_whole("--seq-len", seq_len, 1)
-    _require_whole("--batch", batch, 1)
     _require_whole("--seed", seed, 0)
-    _require_memory(recurrent, seq_len, batch)
+    batch = probe_batch(_bytes_of_one(recurrent, seq_len), seq_len, batch)
     generator = torch.Generator().manual_seed(seed)
     dtype = recurrent.dtype
     # Drawn first and in float64, so that r is the same for every probe, length and dtype.
@@ -72,23 +72,40 @@ def _require_whole(name: str, value: int, least: int) -> None:
         raise InputError(must_be(name, expected, repr(value), "leave it out for the default"))
 
 
-def _require_memory(recurrent: RecurrentModule, seq_len: int, batch: int) -> None:
-    """Refuse, before allocating, what would take more than half of the machine's memory."""
-    memory = physical_memory()
-    if memory is None:
-        return
+def _bytes_of_one(recurrent: RecurrentModule, seq_len: int) -> int:
+    """What one sequence of the probes takes, until it is analyzed."""
     item = recurrent.dtype.itemsize
+    # Of a number of the input: noise in float64, three inputs, and copies that a recording makes and
+    # reads in float64; or tokens, what they embed, and the same copies
+    copies = recurrent.input_size * (8 + 2 * item)
     tokens = recurrent.embedding is not None
-    # A step of a sequence: the three inputs and the float64 noise, or tokens and what they embed
-    step = 8 + recurrent.input_size * item if tokens else recurrent.input_size * (8 + 3 * item)
+    step = copies + (
+        8 + recurrent.input_size * item if tokens else recurrent.input_size * (8 + 3 * item)
+    )
     step += recurrent.width * recurrent.layers * item  # what every layer puts out
-    needed = batch * (seq_len * step + recurrent.width * 8)
-    if needed > memory / 2:
+    return seq_len * step + recurrent.width * 8
+
+
+def probe_batch(each: int, seq_len: int, batch: int | None) -> int:
+    """B of a probe: as asked for, else 16, or fewer where one sequence takes so many bytes.
+
+    Raises InputError, before anything is made, for more than half of the machine's memory, and for
+    more than `PROBE_BYTES` where the file alone asks for it.
+    """
+    _require_whole("--seq-len", seq_len, 1)
+    _require_whole("--batch", 1 if batch is None else batch, 1)
+    most, whose = (physical_memory() or 2**64) // 2, ", half of the memory here"
+    if batch is None and most > PROBE_BYTES:
+        most, whose = PROBE_BYTES, " unless --batch is given"
+    chosen = (
+        max(1, min(16, most // max(1, each))) if batch is None else batch
+    )  # 16: design, section 8
+    if each * chosen > most:
         raise InputError(
-            f"the probe needs about {needed / 2**30:,.1f} GiB for --seq-len {seq_len} and --batch "
-            f"{batch}, which must be at most half of the {memory / 2**30:,.1f} GiB of memory here; "
-            "lower --seq-len or --batch"
+            f"the probe needs about {each * chosen / 2**30:,.1f} GiB for --seq-len {seq_len} and --batch "
+            f"{chosen}, which must be at most {most / 2**30:,.1f} GiB{whose}; lower --seq-len or --batch"
         )
+    return chosen
 
 
 def physical_memory() -> int | None:

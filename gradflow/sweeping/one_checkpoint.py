@@ -45,7 +45,7 @@ class SweepSettings:
     span: int | None = None  # the distance of interest
     train: bool | None = None  # the mode the model runs in; None: evaluation
     probe_steps: int = 100  # T of a probe
-    probe_batch: int = 16  # B of a probe
+    probe_batch: int | None = None  # B of a probe; None: 16, or fewer
     seed: int = 0  # of whatever is drawn
     trust: bool = False  # open a full pickle
     preset: str = "rate"  # what is measured of a layer, as in `gradflow.watch`

@@ -161,7 +161,7 @@ def sweep_request(
     if resume and force:
         raise InputError("--resume goes on with a sweep, --force throws it away; give one of them")
     whole = SweepSettings(batches=batches_of(input, target), target=target, **settings)
-    whole = replace(whole, probe_steps=seq_len or 100, probe_batch=batch or 16)
+    whole = replace(whole, probe_steps=seq_len or 100, probe_batch=batch)
     return SweepRequest(
         checkpoints(list(paths)), whole, folder, resume=resume, force=force, shard=shard, dask=dask, jobs=jobs
     )  # fmt: skip

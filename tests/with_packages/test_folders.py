@@ -99,6 +99,8 @@ def changed(folder: Path, **settings: object) -> Path:
     [
         ({"hidden_size": 10**12}, "must be at most"),
         ({"num_hidden_layers": 3}, "lacks"),
+        ({"vocab_size": 10**8}, "its weights hold"),
+        ({"num_hidden_layers": 10**6}, "must be at most"),
         ({"hidden_size": "x"}, "cannot open"),
         ({"model_type": "none of theirs"}, "cannot open"),
         ({"num_heads": 3}, "cannot open"),
