@@ -242,3 +242,13 @@ def test_compare_takes_one_sweep_or_several(
     assert "both/lstm (4 seeds)" in capsys.readouterr().out
     assert compare(one, "-o", str(tmp_path / "c")) == 2
     assert "there is one group of runs, rnn (4 seeds)" in capsys.readouterr().err
+
+
+def test_the_terminal_says_what_was_said_of_the_whole() -> None:
+    """Where training steps are from, and what the intervals are over, without being asked for more."""
+    said = (Note(0, "sweep", "training steps are from: x"), Note(0, "warning", "over 4 batches"))
+    first, *rest = rows()
+    console = Console(width=100, record=True)
+    render_history(History.of("Net", [replace(first, notes=said), *rest]), console)
+    words = console.export_text()
+    assert "sweep: training steps are from: x\nwarning: over 4 batches\n" in words

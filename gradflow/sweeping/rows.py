@@ -72,7 +72,7 @@ def joined(
         rows,
         notes,
         ended=not (missing or absent),
-        title=next(iter(titles)) if len(titles) == 1 else f"sweep of {len(known)} checkpoints",
+        title=next(iter(titles)) if len(titles) == 1 else "several models",
         swept=True,
         checkpoints=len(known),
         failed=sum(bool(one.failed) for one in known),

@@ -92,8 +92,8 @@ def history_page(
         noun=layers[0].course.noun,
         first=next(key for key in heads if key in pictures or key == heads[-1]),
         second=("waterfall", "top") if ("groups", "top") in pictures else None,
-        head=[_note(note, history) for note in head],
-        notes=[_note(note, history) for note in notes[-NOTES:]],
+        head=[note_words(note, history) for note in head],
+        notes=[note_words(note, history) for note in notes[-NOTES:]],
         unsaid=max(0, len(notes) - NOTES),
         kinds=list(TITLES.items()),
         gone=GONE_WORDS,
@@ -144,7 +144,7 @@ def _embed(
     return shown, left_out
 
 
-def _note(note: Note, history: History) -> tuple[str, str, str]:
+def note_words(note: Note, history: History) -> tuple[str, str, str]:
     """When, of what, and the sentence."""
     start = note.about if history.swept else "at the start"
     when = f"{history.counted_in} {updates(note.step)}" if note.step else start

@@ -12,6 +12,7 @@ from gradflow.history.table import extent
 from gradflow.reporter.histories.course import course, courses
 from gradflow.reporter.histories.groups import GROUP_COLUMNS, GroupRow, rows_of
 from gradflow.reporter.histories.now import Now, now, worst_first
+from gradflow.reporter.histories.page import note_words
 from gradflow.reporter.text import SENTENCES, Column, Numbers, console_of, print_words
 
 NOW_COLUMNS = (
@@ -55,15 +56,13 @@ def render_history(
     if len(ordered) > SENTENCES and not verbose:
         where = "with -v, and on the page" if several else "in the table above"
         print_words(console, Text(f"{len(ordered) - SENTENCES} more {where}.", style="dim"))
-    shown = history.notes if verbose else [n for n in history.notes if n.about == "nonfinite"][-3:]
+    whole = [n for n in history.notes if history.swept and n.about in ("sweep", "warning")]
+    told = [*whole[:3], *[n for n in history.notes if n.about == "nonfinite"][-3:]]
+    shown = history.notes if verbose else told
     if shown:
         print_words(console, Text(""))
-    for note in shown:
-        print_words(
-            console,
-            Text(f"{history.counted_in} {note.step:,}: {note.text}", style="yellow"),
-            hang=6,
-        )
+    for when, _, text in (note_words(note, history) for note in shown):
+        print_words(console, Text(f"{when}: {text}", style="yellow"), hang=6)
 
 
 def of_now(layers: Sequence[Now]) -> Numbers:
