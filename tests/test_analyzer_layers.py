@@ -463,7 +463,7 @@ def test_vanishing_lstm_names_its_forget_gates() -> None:
     names = [finding.name for finding in layer.findings]
     assert names == ["vanishing", "forget-gates-leak"]
     vanishing, forget = layer.findings
-    assert vanishing.code == "model.bias_ih_l0.data[8:16] += 1.0"
+    assert vanishing.code == forget.code  # a bias raised by 1 was tried, and is not enough
     assert vanishing.severity == pytest.approx(layer.rate.value * 100 / math.log(10))
     assert forget.value == pytest.approx(-1 / recording["l0"].gates["f"].log().mean().item(), 1e-5)
     model = nn.LSTM(2, 8)
