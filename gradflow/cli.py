@@ -450,8 +450,9 @@ def sweep(
 
     PATHS are files, folders, or patterns in quotes, ** for any folder. The folder of a checkpoint is its
     run (checkpoint-500 is of the run around it), and a row is one checkpoint. Results are kept one by one:
-    a sweep that was ended goes on with --resume, and one that is repeated computes nothing. Shards are jobs
-    of an array, wherever they run. Without --input the weights alone are tried.
+    a sweep that was ended, by Ctrl-C or by kill (the one for a script's background, where shells ignore
+    Ctrl-C), goes on with --resume, and one that is repeated computes nothing. Shards are jobs of an array,
+    wherever they run. Without --input the weights alone are tried.
 
     \b
     gradflow sweep 'runs/**/*.pt' --model 'my_code:Net(10, 20)' --input batch.pt -o reports/sweep

@@ -252,10 +252,29 @@ def _of_groups(runs: Mapping[str, History], by: str) -> Comparison:
         table=pd.DataFrame([row.numbers for row in rows]),
         changes=pd.DataFrame([asdict(one) for one in found]),
         sentences=tuple(one.sentence for one in found),
-        notes=(),
+        notes=tuple(_other_inputs(runs)),
         numbers=reporter.of_groups(rows),
         drawn=lambda: reporter.draw_courses("groups", shown, by=by),
     )
+
+
+def _other_inputs(runs: Mapping[str, History]) -> list[str]:
+    """A sentence for each sweep that was measured on other batches than the first."""
+    on = {name: _input(history) for name, history in runs.items()}
+    (first, before), *others = on.items()
+    return [
+        f"{first} was measured on {before}, {name} on {after}: the input decides the rate, so a difference "
+        "may be the input's; give both the same --input"
+        for name, after in others
+        if after != before
+    ]
+
+
+def _input(history: History) -> str:
+    named = history.header.get("batches")
+    if not isinstance(named, list) or not named:
+        return "probes"
+    return str(named[0]) if len(named) == 1 else f"{len(named)} batches from {named[0]} on"
 
 
 def _of_trainings(runs: Mapping[str, History]) -> Comparison:

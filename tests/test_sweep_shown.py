@@ -218,7 +218,7 @@ def test_compare_takes_one_sweep_or_several(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, cells in (("both", RATES), ("one", {"rnn": ()})):
-        writer = Writer(tmp_path / name, title="Net", swept=True)
+        writer = Writer(tmp_path / name, title="Net", swept=True, batches=[f"{name}.pt"])
         for probe in rows():
             if probe.source is not None and probe.source.run.split("/")[0] in cells:
                 writer.probe(probe, {"l0": "LSTM"})
@@ -239,7 +239,9 @@ def test_compare_takes_one_sweep_or_several(
     assert "steps reached [95 %]" in page and "intervals are over seeds" in page
     assert "rate_low" not in page and "lstm (4 seeds), rnn (4 seeds)" in page
     assert compare(both, one, "-o", str(tmp_path / "b")) == 0
-    assert "both/lstm (4 seeds)" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "both/lstm (4 seeds)" in said
+    assert "both was measured on both.pt, one on one.pt: the input decides the rate" in said
     assert compare(one, "-o", str(tmp_path / "c")) == 2
     assert "there is one group of runs, rnn (4 seeds)" in capsys.readouterr().err
 
