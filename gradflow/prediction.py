@@ -238,6 +238,17 @@ WHOLE_NUMBERS = [
 ]
 
 
+class Trials(pd.DataFrame):
+    """What `what_if` gives; a notebook shows of it what is compared first."""
+
+    def _repr_html_(self) -> str:
+        whole = pd.DataFrame(self)
+        ends = [f"{name}_{when}" for name in ("verdict", "horizon") for when in ("before", "after")]
+        return whole.filter(["layer", "remedy", "value", *ends, "helps", "note"]).to_html(
+            index=False
+        )
+
+
 def what_if(
     recording: Recording,
     *,
@@ -315,7 +326,8 @@ def what_if(
     trials = {"truncate": _truncate, "clip": _clip}
     tried = {name: trials.get(name, partial(_changed_weights, name)) for name in asked}
     rows = [row for name, value in asked.items() for row in tried[name](recording, before, value)]
-    return pd.DataFrame(rows, columns=TRIAL_COLUMNS).astype(dict.fromkeys(WHOLE_NUMBERS, "Int64"))
+    found = pd.DataFrame(rows, columns=TRIAL_COLUMNS)
+    return Trials(found.astype(dict.fromkeys(WHOLE_NUMBERS, "Int64")))
 
 
 # ---------------------------------------------------------------------------------- the remedies

@@ -490,6 +490,13 @@ def test_values_out_of_range_are_refused(arguments: dict[str, object], message: 
         gradflow.what_if(recorded(Case("GRU")), **arguments)  # type: ignore[arg-type]
 
 
+def test_a_notebook_shows_what_is_compared() -> None:
+    found = gradflow.what_if(recorded(FUSED[0]), forget_bias=1.0, orthogonal=1.0)
+    html = found._repr_html_()
+    assert "verdict_before" in html and "orthogonal" in html and "rate_low_before" not in html
+    assert "rate_low_before" in found and type(found[["layer"]]) is pd.DataFrame
+
+
 def test_what_if_takes_a_recording_only() -> None:
     with pytest.raises(InputError, match="recording must be a Recording, got Linear"):
         gradflow.what_if(nn.Linear(1, 1), clip=1.0)  # type: ignore[arg-type]
