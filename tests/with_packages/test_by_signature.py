@@ -350,13 +350,13 @@ def test_a_kernel_is_known_by_its_signature(cell: str, monkeypatch: pytest.Monke
 
 
 def said(layer: nn.Module) -> str:
-    """What a recording of a layer without a track says."""
+    """What a recording of a layer says whose function is not read; a loop inside may be, as any by hand."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with gradflow.record(layer) as recording:
             results = layer()
             (results[0] if isinstance(results, tuple) else results).sum().backward()
-    assert len(recording) == 0
+    assert all(track.cell == "Layer" for track in recording.values())
     return " ".join(str(warning.message) for warning in caught)
 
 
