@@ -314,12 +314,13 @@ def _from_mapping(value: Mapping[str, object], label: str) -> Batch:
 
 def _as_target(value: object, label: str) -> Tensor:
     if isinstance(value, Mapping):
-        keys = [str(key) for key in value]
+        named = {str(key): item for key, item in value.items()}
+        keys = list(named)
         chosen = "target" if "target" in keys else keys[0] if len(keys) == 1 else None
         if chosen is None:
             shown = some(keys, 6) or "none"
             raise InputError(must_be(f"the keys of {label}", "target", shown, "name it target"))
-        value = value[chosen]
+        value = named[chosen]
     return _tensor(value, f"the target in {label}")
 
 
