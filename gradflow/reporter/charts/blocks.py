@@ -57,6 +57,9 @@ def prepare(layer: LayerAnalysis) -> BlockChart:
     names = tuple(_arrow(code, states) for code in codes)
     lag = np.arange(gain.shape[1])
     last = np.flatnonzero(~np.isnan(gain).all(axis=0))[-1]
+    # runs of older versions may know some blocks only at the longest distances: words are for all
+    said = np.flatnonzero(~np.isnan(gain).any(axis=0))
+    said_at = int(said[-1]) if len(said) else int(last)
     if last == 0:
         return _empty("No product over one step or more is finite.")
     words = "Each line is the typical gain (root mean square) from one state to another."
@@ -66,7 +69,7 @@ def prepare(layer: LayerAnalysis) -> BlockChart:
             "1 the other paths take some of it back."
         )
     return BlockChart(
-        message=_message(names, gain[:, last], int(last), path[: last + 1]),
+        message=_message(names, gain[:, said_at], said_at, path[: said_at + 1]),
         reading=words,
         names=names,
         lag=lag[: last + 1],
