@@ -34,6 +34,7 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
     "growth": growth.measure,
     "linear": linear.measure,
     "processes": processes.measure,
+    "sweeps": processes.sweeps,
     "watching": watched_steps.measure,
 }
 MARKS = "<!-- benchmarks: python tests/benchmark.py --readme -->", "<!-- end of benchmarks -->"
