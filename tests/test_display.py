@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import histories
 import pytest
 import torch
 from seam import SHOWN
@@ -78,3 +79,13 @@ def test_names_stay_names_and_many_layers_are_folded(run: gradflow.Analysis) -> 
 def test_an_analysis_without_layers_has_a_form_too() -> None:
     html = gradflow.Analysis("nothing", {}, ("no layer ran",), {})._repr_html_()
     assert "nothing" in html and "no layer ran" in html and "<img" not in html
+
+
+def test_a_history_shows_what_happened_and_its_waterfall() -> None:
+    history = histories.history(12)
+    html = history._repr_html_()
+    assert html.count("data:image/png;base64,") == 1 and html.count("<details>") == 1
+    for layer in history.layers:
+        assert f"{layer} " in html
+    assert "half-life" in html
+    assert "<img" not in gradflow.History.of("Net", [], {}, **histories.HEADER)._repr_html_()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from gradflow.analysis.results import display_form
 from gradflow.errors import InputError, must_be
 from gradflow.history import table
 from gradflow.history.lines import layout_of, probe_line
@@ -233,4 +233,4 @@ class History:
         return "\n".join([head, *table.latest(self, LAYERS_SHOWN)])
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(repr(self))}</pre>"
+        return display_form("history_html", self)
