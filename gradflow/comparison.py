@@ -126,7 +126,7 @@ def compare(
         InputError: fewer than two runs, or something that cannot be compared.
 
     >>> import torch, gradflow
-    >>> x = torch.randn(20, 4, 3)
+    >>> _, x = torch.manual_seed(0), torch.randn(20, 4, 3)
     >>> before, after = (gradflow.diagnose(c(3, 8), x) for c in (torch.nn.RNN, torch.nn.GRU))
     >>> found = gradflow.compare(before, after)
     >>> list(found.table["run"]), list(found.changes["larger"])
@@ -203,7 +203,7 @@ def changes(runs: Mapping[str, Analysis]) -> list[Change]:
     chance (Bonferroni).
 
     >>> import torch, gradflow
-    >>> x = torch.randn(20, 4, 3)
+    >>> _, x = torch.manual_seed(0), torch.randn(20, 4, 3)
     >>> runs = {c.__name__: gradflow.diagnose(c(3, 8), x) for c in (torch.nn.RNN, torch.nn.GRU)}
     >>> [(change.layer, change.larger) for change in changes(runs)]
     [('l0', True)]

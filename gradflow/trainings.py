@@ -178,7 +178,7 @@ def group_differences(rows: Sequence[GroupRow]) -> list[GroupDifference]:
 
 
 def _between(first: GroupRow, other: GroupRow, among: int) -> GroupDifference:
-    means = [[values.mean() if len(values) else math.nan for values in (row.rates, row.reaches)]
+    means = [[float(values.mean()) if len(values) else math.nan for values in (row.rates, row.reaches)]
              for row in (first, other)]  # fmt: skip
     rate = Rate(means[1][0] - means[0][0], *welch(first.rates, other.rates, among))
     reach = Rate(means[1][1] - means[0][1], *welch(first.reaches, other.reaches, among))

@@ -582,6 +582,7 @@ def test_an_interrupt_that_a_library_turned_into_an_error_is_one(here: Path) -> 
     code = """
 import os, signal
 from gradflow import cli, workflow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 def broken(*_, **__):
     try:
         os.kill(os.getpid(), signal.SIGINT)

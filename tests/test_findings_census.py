@@ -81,6 +81,7 @@ def names_in_the_menu() -> set[str]:
 
     source = "".join(file.read_text() for file in Path(analyzer.__file__).parent.rglob("*.py"))
     given = re.findall(r'(?:name=|_finding\(e, )"([a-z-]+)"', source)
+    given += ["vanishing", "exploding"]  # `_of_verdict` names them by the verdict
     keepers = [spec.keeper for spec in CELLS.values() if spec.keeper is not None]
     return set(given) | {f"{keeper.name}-gates-{keeper.fault}" for keeper in keepers}
 

@@ -177,7 +177,7 @@ def test_a_reason_is_words_or_nothing(tmp_path: Path) -> None:
         FileError, match=r"damaged file of torch.save \(one part of it refers to"
     ) as caught:
         read_batch(path)
-    assert "101" not in str(caught.value)
+    assert "101" not in str(caught.value).replace(str(tmp_path), "")
     assert reason(RuntimeError(101)) == reason(OSError()) == ""
     assert reason(ValueError("two\x07 words\nmore")) == r" (two\x07 words)"
 

@@ -191,7 +191,7 @@ class Prediction:
     >>> run = gradflow.diagnose(rnn, torch.zeros(50, 2, 1), loss=lambda output: output[-1].sum())
     >>> prediction = run["l0"].predictions[0]
     >>> prediction.words, prediction.verdict
-    ('W_hh × 2', 'stable')
+    ('W_hh orthogonal', 'stable')
     """
 
     remedy: str  # an argument of `gradflow.what_if`: "forget_bias", "chrono", "orthogonal" or "scale_hh"

@@ -136,7 +136,7 @@ class Analysis(ByName[LayerAnalysis]):
         >>> run.alone_of(run["l0"])
         []
         """
-        parts = [one for one in self.values() if one is layer or one.part_of == layer.name]
+        parts = [one for one in self.values() if layer.name in (one.name, one.part_of)]
         return [one.alone.sentence for one in parts if one.alone is not None]
 
     @property
