@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import gradflow
 from gradflow.analysis import Analysis, LayerAnalysis
-from gradflow.analyzer import analyze, core, log_gain_map, step_jacobians
+from gradflow.analyzer import analyze, core, log_gain_map, plan, step_jacobians
 from gradflow.errors import GradflowWarning, InputError, RecordingError
 from gradflow.recording import Recording
 
@@ -610,15 +610,21 @@ def test_rates_use_all_sequences_and_the_median_one_is_mapped_first() -> None:
     assert chosen.span == 17
 
 
-def test_method_and_stride_are_kept_and_said() -> None:
+@pytest.mark.parametrize("method", ["exact", "sketch"])
+def test_method_and_stride_are_kept_and_said(method: str) -> None:
     recording = record(nn.LSTM(2, 8), 30)
-    layer = only(analyze(recording, method="exact", stride=4))
-    assert layer.method.startswith("exact, every 4th step a source")
+    layer = only(analyze(recording, method=method, stride=4))
+    assert layer.method.startswith(f"{method}, every 4th step a source")
     assert layer.data["source"].values.tolist() == list(range(0, 30, 4))
     exact = only(analyze(recording, method="exact"))
     assert exact.method == "exact, every step a source"
     expected = exact.data["log_gain"].values[:, :, ::4]
     assert layer.data["log_gain"].values == pytest.approx(expected, abs=1e-3, nan_ok=True)
+
+
+def never_exact(size: int, length: int, stride: int = 1) -> float:
+    """A prediction that no stride makes cheap enough."""
+    return 500.0
 
 
 def test_auto_takes_fewer_sources_and_says_what_all_would_have_taken(
@@ -629,17 +635,35 @@ def test_auto_takes_fewer_sources_and_says_what_all_would_have_taken(
     monkeypatch.setattr(core, "MAP_SECONDS", 0.05)
     layer = only(analyze(recording))
     assert layer.method.startswith("exact, every 4th step a source")
-    assert "the map of every step would take about 1 s" in layer.method
+    assert "the exact map of every step would take about 1 s" in layer.method
     assert layer.data["source"].values.tolist() == list(range(0, 60, 4))
 
 
-def test_auto_takes_one_source_where_no_map_is_cheap_enough(
+def test_auto_sketches_where_exact_is_too_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.5)
+    monkeypatch.setattr(plan, "exact_seconds", never_exact)
+    layer = only(analyze(record(nn.RNN(1, 40), 60, 2)))
+    assert layer.method.startswith("sketch, every")
+    assert "at most 0.001 of a block dropped at a time" in layer.method
+    assert "the exact map of every step would take about 500 s" in layer.method
+
+
+def test_a_map_dearer_than_foretold_gets_fewer_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.04)
+    monkeypatch.setattr(plan, "exact_seconds", never_exact)
+    monkeypatch.setattr(plan, "_foretold", lambda pilots, stride: 0.0)
+    layer = only(analyze(record(nn.RNN(1, 40), 60, 2)))
+    assert layer.data.sizes["source"] <= 15
+    assert np.isfinite(layer.data["lag_median"].values).all()
+
+
+def test_a_sketch_with_no_more_sources_than_exact_is_not_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(core, "MAP_SECONDS", 1e-6)
+    monkeypatch.setattr(core, "MAP_SECONDS", 0.05)
+    monkeypatch.setattr(plan, "_foretold", lambda pilots, stride: math.inf)
     layer = only(analyze(record(nn.RNN(1, 40), 60, 2)))
-    assert layer.data["source"].values.tolist() == [0]
-    assert np.isfinite(layer.data["lag_median"].values).all()
+    assert layer.method.startswith("exact, every 4th step a source")
 
 
 @pytest.mark.parametrize(
@@ -649,7 +673,7 @@ def test_auto_takes_one_source_where_no_map_is_cheap_enough(
         ({"maps": 0}, "maps must be a whole number of at least 1, got 0"),
         ({"stride": 1.5}, "stride must be a whole number of at least 1, got 1.5"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
-        ({"method": "fast"}, "method must be auto or exact, got 'fast'"),
+        ({"method": "fast"}, "method must be one of auto, exact, sketch, got 'fast'"),
         ({"sequences": []}, "sequences must be at least one index, got none"),
         ({"sequences": [9]}, "every index in sequences must be below 3, the number of sequences"),
         ({"sequences": ["a"]}, "every index in sequences must be a whole number"),

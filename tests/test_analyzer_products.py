@@ -164,9 +164,10 @@ def test_critical_tanh_is_a_power_law_and_a_map_starts_at_the_first_state() -> N
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_5000_steps_in_float32_neither_underflow_nor_overflow(factor: float) -> None:
+@pytest.mark.parametrize("sketch", [False, True])
+def test_5000_steps_in_float32_neither_underflow_nor_overflow(factor: float, sketch: bool) -> None:
     operator = DenseOperator(constant(factor, 5001, torch.float32))
-    gains = log_gains(operator, [0])
+    gains = log_gains(operator, [0], sketch=sketch)
     for values in gains.values():
         assert values[0, 0, -1].item() == pytest.approx(5000 * math.log(factor), rel=1e-12)
 
@@ -211,6 +212,25 @@ def test_exact_zeros_padding_and_overflow_stay_what_they_are() -> None:
 def test_wrong_arguments_get_a_sentence(jacobians: Tensor, norm: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         log_gain_map(jacobians, norm)
+
+
+def decaying(steps: int, size: int) -> Tensor:
+    """Matrices that lose rank as a recurrent layer does: spread gains along turning directions."""
+    spread = torch.logspace(0, -0.5, size, dtype=torch.float64)
+    turn = orthogonal(size)
+    noise = gaussian(steps, size, gain=0.1, seed=3)
+    return turn @ torch.diag(spread) @ turn.T + noise
+
+
+@pytest.mark.parametrize(("size", "steps"), [(24, 60), (96, 40)])
+def test_sketch_agrees_with_exact(size: int, steps: int) -> None:
+    operator = DenseOperator(decaying(steps, size))
+    exact = log_gains(operator, range(steps))
+    sketch = log_gains(operator, range(steps), sketch=True)
+    for norm, values in exact.items():
+        error = (sketch[norm] - values).abs()
+        assert error.nanmedian() < 1e-4
+        assert error.nan_to_num().max() < 2e-3
 
 
 def test_strided_sources_are_rows_of_the_full_map() -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "longest chain of imports": 24,
     "files": 270,
-    "lines": 57_500,
+    "lines": 57_750,
     "median lines of a function": 7,
     "longest function": 80,
     "module constants outside limits.py": 497,

@@ -95,21 +95,29 @@ def log_loss_gains(
     result = torch.full((batch, len(sources), length), torch.nan, dtype=torch.float64)
     places = {int(t): place for place, t in enumerate(sources)}
     wanted = set(targets)
-    blocks, begun = Blocks(batch, 1, operator.size, operator.dtype, len(wanted)), list[int]()
+    level = Blocks(batch, 1, operator.size, operator.dtype, max(1, len(wanted)))
     for t in reversed(range(length)):
         if t in wanted:
-            blocks.add(_unit(vectors[t]).to(operator.dtype)[:, None])
-            begun.append(t)
-        if not begun:
+            _begin(level, _unit(vectors[t]), t)
+        if level.count == 0:
             continue
-        gains = blocks.rescale()
+        gains = level.rescale()
         if t in places:
-            result[:, places[t], begun] = gains
+            result[:, places[t], level.start] = gains
             if t in wanted:  # 0 exactly (never −0), but NaN where there is no direction
                 result[:, places[t], t] = 0.0 * result[:, places[t], t].abs()
         if t:
-            blocks.replace(operator.pull(t, blocks.rows))
+            level.replace(operator.pull(t, level.rows))
     return result
+
+
+def _begin(level: Blocks, unit: Tensor, t: int) -> None:
+    level.add(
+        unit.to(level.values.dtype)[:, None, None],
+        torch.zeros(len(unit), 1, 1, dtype=torch.float64),
+        torch.tensor([t]),
+        torch.zeros(1, dtype=torch.long),
+    )
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -128,7 +128,32 @@ def against_vmap(*, quick: bool) -> Iterator[Row]:
     yield ratio_row("gain maps", what, ratio, {"S": 2 * hidden, "T": steps})
 
 
+def sketches(*, quick: bool) -> Iterator[Row]:
+    """`sketch` against `exact`: how much faster, and the median error of its gains.
+
+    In the dtypes that an analysis takes for states of this width: float64, and float32 to sketch.
+    """
+    hidden, steps = (8, 8) if quick else (128, 256)
+    track = track_of(hidden, steps)
+    exact, rough = (operator_of(track, kind, [0]) for kind in (torch.float64, torch.float32))
+    found: dict[bool, dict[str, Tensor]] = {}
+
+    def make(sketch: bool) -> None:
+        found[sketch] = log_gains(rough if sketch else exact, range(steps), sketch=sketch)
+
+    pairs = 2
+    ratio = in_pairs(lambda: make(False), lambda: make(True), pairs=pairs, warm_up=quick)
+    case = {"S": 2 * hidden, "T": steps}
+    yield ratio_row("gain maps", "exact against sketch", ratio, case, least=None if quick else 8.0)
+    for norm, true in found[False].items():
+        known = torch.isfinite(true) & (true != 0)
+        error = (found[True][norm][known] - true[known]).exp().sub(1).abs()
+        what = f"sketch, {norm}: median error in gain"
+        value = 100 * float(error.median())
+        yield Row("gain maps", what, value, "%", case, most=2.0)
+
+
 def measure(*, quick: bool = False) -> Iterator[Row]:
     """All of the above."""
-    for part in (speeds, against_functional, against_vmap):
+    for part in (speeds, against_functional, against_vmap, sketches):
         yield from part(quick=quick)
