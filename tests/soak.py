@@ -77,7 +77,7 @@ def growth(
     (slope, _), covariance = np.polyfit(
         done_by, memory, 1, cov="unscaled" if len(seen) < 4 else True
     )
-    more = {name: after[name] - before[name] for name in before if after[name] != before[name]}
+    more = {name: after[name] - before[name] for name in before if after[name] > before[name]}
     return Growth(float(slope), float(covariance[0, 0] ** 0.5), more)
 
 
