@@ -318,8 +318,8 @@ def what_if(
     if not isinstance(recording, Recording):
         kind, advice = type(recording).__name__, "give what `with gradflow.record(...)` yields"
         raise InputError(must_be("recording", "a Recording", kind, advice))
-    given = (forget_bias, scale_hh, truncate, clip, chrono, orthogonal)
-    asked = _asked(dict(zip(_ABOVE, given, strict=True)))
+    asked = _asked(forget_bias=forget_bias, scale_hh=scale_hh, truncate=truncate, clip=clip,
+                   chrono=chrono, orthogonal=orthogonal)  # fmt: skip
     recording.require_tracks()
     share = QUICK * len(recording)
     before = {t.name: measured(recording, t.name, share=share) for t in recording.values()}
@@ -347,7 +347,7 @@ _ABOVE = {  # remedy -> what its value is above, whole where that is a count; ad
 }
 
 
-def _asked(given: Mapping[str, object]) -> dict[str, float]:
+def _asked(**given: object) -> dict[str, float]:
     """Remedy -> value, of those that were asked for, checked."""
     found = {name: _checked(name, value) for name, value in given.items() if value is not None}
     if not found:

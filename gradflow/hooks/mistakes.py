@@ -241,8 +241,8 @@ def _too_short(recording: Recording) -> list[str]:
     short = [t for t in once if t not in marked and t.owner not in known]
     scanned = [track.name for track in short if isinstance(track.source, LinearSource)]
     short = [track for track in short if track.name not in scanned]
-    cells = _runs([track.name for track in short if _calls(track)[0].single])
-    layers = _runs([track.name for track in short if not _calls(track)[0].single])
+    cells = [track.name for track in short if _calls(track)[0].single]
+    layers = [track.name for track in short if not _calls(track)[0].single]
     sentences = []
     if tapped:
         sentences.append(
@@ -260,12 +260,12 @@ def _too_short(recording: Recording) -> list[str]:
             "two steps or more"
         )
     if cells:
-        once_each = all(not name.endswith(" runs)") for name in cells)
-        how = "was called once" if once_each else "started afresh at each call"
-        sentences.append(f"{listed(cells)} {how}, {ONCE}")
+        names = _runs(cells)
+        how = "was called once" if len(names) == len(cells) else "started afresh at each call"
+        sentences.append(f"{listed(names)} {how}, {ONCE}")
     if layers:
         sentences.append(
-            f"{listed(layers)} ran on T = 1 step, so no recurrence is exercised; give sequences of "
+            f"{listed(_runs(layers))} ran on T = 1 step, so no recurrence is exercised; give sequences of "
             "two steps or more, or give each call the state that the one before returned"
         )
     return sentences

@@ -131,13 +131,17 @@ class _Walk:
             return []
         kinds = {self.graph.kind(place) for body in bodies for place in body}
         entries = math.prod(self.graph.nodes[line[-1]]._input_metadata[0].shape)
-        leaves = Counter(
-            child
+        weights = [
+            {
+                child
+                for place in body
+                for child, _ in self.graph.inputs[place]
+                if self.graph.is_leaf(child)
+            }
             for body in bodies
-            for child in {c for p in body for c, _ in self.graph.inputs[p] if self.graph.is_leaf(c)}
-        )
-        # a single number is a loss that adds up
-        if entries == 1 or kinds <= SUMS or any(count < len(bodies) for count in leaves.values()):
+        ]
+        # a single number is a loss that adds up; steps of weights of their own are layers
+        if entries == 1 or kinds <= SUMS or any(some != weights[0] for some in weights):
             return []
         first = self._first(line[0])
         line = line if first is None else [first, *line]
