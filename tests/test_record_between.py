@@ -223,3 +223,72 @@ def test_a_buffer_of_which_older_rows_are_read_gets_no_verdict() -> None:
         h.sum().backward()
     layer = gradflow.analyze(recording)["cell"]
     assert layer.verdict == "inconclusive" and "more goes around it" in layer.sentence
+
+
+# ---------------------------------------------------------------- sequences that are held over a call
+
+
+class Held(nn.Module):
+    """Chunks of five steps; a mask says whose state goes on and whose is held as it was before."""
+
+    def __init__(self, kind: str, layers: int) -> None:
+        super().__init__()
+        self.rnn = getattr(nn, kind)(INPUTS, HIDDEN, layers)
+
+    def forward(self, x: Tensor, masks: Tensor, state: list[Tensor]) -> list[Tensor]:
+        """x (chunks, T, B, I), masks (chunks, B); the states after the last call, which no mask holds."""
+        for number, chunk in enumerate(x):
+            given = tuple(state) if len(state) > 1 else state[0]
+            _, found = self.rnn(chunk, given)
+            found = list(found) if len(state) > 1 else [found]
+            if number < len(x) - 1:
+                keep = masks[number].view(1, -1, 1)
+                found = [keep * new + (1 - keep) * old
+                         for new, old in zip(found, state, strict=True)]  # fmt: skip
+            state = found
+        return state
+
+
+def held_over_calls(kind: str, masks: Tensor, layers: int = 1) -> tuple[gradflow.Recording, Tensor]:
+    """A recording, and the product of all A_t by autograd, (B, S, S); of one layer."""
+    torch.manual_seed(3)
+    model = Held(kind, layers).double()
+    x = torch.randn(len(masks) + 1, STEPS, BATCH, INPUTS).double()
+    parts = 1 + (kind == "LSTM")
+    flat = torch.randn(parts, layers, BATCH, HIDDEN).double().requires_grad_()
+
+    def ran(start: Tensor) -> Tensor:
+        return torch.cat(model(x, masks, list(start)), 2)
+
+    with gradflow.record(model) as recording:
+        ran(flat).pow(2).sum().backward()
+    every = torch.autograd.functional.jacobian(ran, flat)[0]  # (B, S, parts, layers, B, H)
+    own = torch.stack([every[b, :, :, 0, b].flatten(1) for b in range(BATCH)])
+    return recording, own
+
+
+MASKS = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 1, 1.0]]).double()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_sequence_that_is_held_over_a_call_keeps_its_gradient(kind: str) -> None:
+    recording, product = held_over_calls(kind, MASKS)
+    found = step_jacobians(recording["rnn.l0"])
+    whole = torch.eye(found.shape[-1]).double().expand(BATCH, -1, -1)
+    for step in found:
+        whole = step @ whole
+    largest = product.abs().flatten(1).amax(1)
+    assert ((whole - product).abs().flatten(1).amax(1) <= 1e-10 * largest).all()
+    assert (largest > 1e-9).all()  # without the identity of the steps held it is off by decades
+    eye = torch.eye(found.shape[-1]).double()
+    assert all(torch.equal(found[t, 0], eye) for t in range(5, 10))
+    assert gradflow.analyze(recording)["rnn.l0"].labels[:1] != ("no gains",)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_mixture_over_a_call_of_several_steps_is_analyzed_without_gains(kind: str) -> None:
+    recording, _ = held_over_calls(kind, MASKS * 0.5 + 0.2, layers=2)
+    with pytest.raises(RecordingError, match="mixed with that of several steps ago"):
+        step_jacobians(recording["rnn.l0"])
+    layer = gradflow.analyze(recording)["rnn.l0"]
+    assert layer.labels[0] == "no gains" and "several steps ago" in layer.sentence

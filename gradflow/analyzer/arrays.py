@@ -255,7 +255,8 @@ def _linear(m: Measured) -> Variables:
 
 def _paths(m: Measured) -> Variables:
     """The four paths of an LSTM's cell state."""
-    gains = path_gains(m.track, m.mapped, m.share)
+    none = np.zeros((0, m.track.steps))
+    gains = none if m.no_gains else path_gains(m.track, m.mapped, m.share)
     names = np.array(PATHS[: len(gains)], dtype=str)
     return Variables({"path_gain": (("path", "step"), gains)}, {"path": names})
 

@@ -234,8 +234,8 @@ def _notes(track: Track) -> list[str]:
         notes.append(f"its step Jacobians and last loss step alone are not known: {reason}")
     elif any(link is not None and link.around is not None for link in chain.links):
         notes.append(
-            "between two calls its state is mixed with the one before (zoneout): gains are those of "
-            "the states that enter the calls, and the last loss step alone is not told apart"
+            "between two calls its state is mixed with the one before (zoneout, a mask): gains are those "
+            "of the states that enter the calls, and the last loss step alone is not told apart"
         )
     if read_beyond(source.loop):
         notes.append(

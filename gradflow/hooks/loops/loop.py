@@ -198,15 +198,24 @@ class Loop:
             assert link is not None
             if link.unknown:
                 return link.unknown
-            if link.around is not None and size > 1:
+            if link.around is not None and size > 1 and not self._holds(link):
                 return "the state is mixed with that of several steps ago"
         return ""
+
+    def _holds(self, link: Link) -> bool:
+        """Whether every sequence either goes on from what the call before returned, or is held over it."""
+        into, around = link.into, link.around
+        if into is None or around is None or into.dim() + around.dim() > 6 or not self.layout.even:
+            return False
+        held = (around == 1).all(-1)
+        return bool((held | (around == 0).all(-1)).all() and (into[held] == 0).all())
 
     def operator(self, layer: int, dtype: torch.dtype, sequences: Tensor) -> Linked:
         """Step Jacobians of the chosen sequences, with what happens between the calls.
 
         Where a state goes around a call (zoneout), the states that compose are those that enter the
-        calls: step t then leads from the state that enters call t to the one that enters t + 1.
+        calls: step t then leads from the state that enters call t to the one that enters t + 1. Of a
+        sequence that is held over a call of several steps, each of these is the identity.
         """
         if self.chain.unread:
             raise RecordingError(f"its step Jacobians are not known: {self.chain.unread}")
@@ -217,8 +226,8 @@ class Loop:
                 f"elementwise, got a loop in which {reason}; carry the state directly"
             )
         steps: list[Steps] = []
-        places: dict[int, tuple[int, int]] = {}
         if self.layout.even:
+            places: dict[int, tuple[int, int]] = {}
             for number, group in enumerate(self.groups):
                 steps.append(linearised(group, (layer, 0), dtype, sequences)[0])
                 size = group.replay.mask.shape[0]
@@ -226,7 +235,7 @@ class Loop:
                     start = int(self.layout.parts[member].starts[0])
                     for step in range(size):
                         places[start + step] = (number, position * size + step)
-            linked = Linked(steps, [[places[t]] for t in range(len(places))], {}, {}, {})
+            every = [[places[t]] for t in range(len(places))]
         else:
             steps = [
                 part.steps for part in timed(self.groups, self.layout, (layer, 0), dtype, sequences)
@@ -234,7 +243,7 @@ class Loop:
             every = [
                 [(number, t) for number in range(len(steps))] for t in range(self.layout.steps)
             ]
-            linked = Linked(steps, every, {}, {}, {})
+        linked = Linked(steps, every, {}, {}, {})
         self._fill_links(linked, layer, dtype, sequences)
         return linked
 
@@ -296,7 +305,11 @@ class Loop:
             if into is not None:
                 put(linked.after, first - 1, _set_where(into, cut, 1.0), 1.0)
             if around is not None:
-                put(linked.around, first - 1, _set_where(around, cut, 0.0), 0.0)
+                around = _set_where(around, cut, 0.0)
+                put(linked.around, first - 1, around, 0.0)
+                for t in range(first - self.chain.sizes[place - 1], first - 1):
+                    put(linked.after, t, 1.0 - around, 1.0)
+                    put(linked.around, t, around, 0.0)
         elif into is not None:
             put(linked.before, first, _set_where(into, cut, 0.0), 1.0)
             return
