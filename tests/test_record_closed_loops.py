@@ -498,3 +498,61 @@ def test_what_is_not_known_at_the_first_step_of_a_joint_loop_is_said(
     (note,) = recording["loop"].notes
     assert "at its first step they are not known" in note
     assert not bool(recording["loop"].grads["carried"][0].any())
+
+
+# ------------------------------------------------------- what reaches a lower layer of a closed loop
+
+
+def two_layers(kind: str, fused: bool, last: bool) -> tuple[Recording, list[Tensor]]:
+    """A decoder of two layers that runs on its own output; ∂L_t/∂h_t of every step by autograd."""
+    torch.manual_seed(7)
+    rnn, out = getattr(nn, kind)(4, 5, 2), nn.Linear(5, 4)
+    cells = nn.ModuleList(getattr(nn, f"{kind}Cell")(wide, 5) for wide in (4, 5))
+    for n, cell in enumerate(cells):
+        for name, weight in cell.named_parameters():
+            weight.data.copy_(getattr(rnn, f"{name}_l{n}"))
+    model = nn.ModuleDict({"rnn": rnn, "cells": cells, "out": out}).double()
+    y = torch.randn(9, 3, 4).double()
+
+    def losses(read: list[list[Tensor]], *, fused: bool) -> list[Tensor]:
+        given, state, found = y[0], None, []
+        each: list = [None, None]
+        for target in y:
+            if fused:
+                top, state = rnn(given.unsqueeze(0), state)
+                top = top[0]
+            else:
+                top = given
+                for n, cell in enumerate(cells):
+                    each[n] = cell(top, each[n])
+                    top = each[n][0] if kind == "LSTM" else each[n]
+                    read[n].append(top)
+            given = out(top)
+            found.append((given - target).pow(2).mean())
+        return found
+
+    with gradflow.record(model) as recording:
+        every = losses([[], []], fused=fused)
+        (every[-1] if last else torch.stack(every).sum()).backward()
+    read: list[list[Tensor]] = [[], []]
+    every = losses(read, fused=False)
+    wanted = []
+    for states in read:
+        grads = [torch.autograd.grad(one, h, retain_graph=True)[0]
+                 for one, h in zip(every, states, strict=True)]  # fmt: skip
+        wanted.append(torch.stack([g * float(t == 8 or not last) for t, g in enumerate(grads)]))
+    return recording, wanted
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["every step", "last step"])
+@pytest.mark.parametrize("fused", [True, False], ids=["stack", "cells"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_what_comes_down_from_the_layer_above_is_direct(kind: str, fused: bool, last: bool) -> None:
+    """It was exactly 0, and "nothing of it comes down to rnn.l0" was said."""
+    recording, wanted = two_layers(kind, fused, last)
+    for name, expected in zip(["rnn.l0", "rnn.l1"] if fused else ["cells.0", "cells.1"], wanted,
+                              strict=True):  # fmt: skip
+        assert same(recording[name].grad_h_direct, expected)
+        assert bool(expected[-1].abs().min() > 0)
+    found = gradflow.analyze(recording)
+    assert "lost-between-layers" not in {f.name for layer in found.values() for f in layer.findings}

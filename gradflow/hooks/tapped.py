@@ -180,21 +180,23 @@ class TapSource(HeardGradients):
         if not self._has_gradient():
             return None
         grads = {
-            name: self._trimmed(
-                torch.stack(
-                    [m.grads.get(name, torch.zeros_like(m.states[name])) for m in self.steps]
-                )
-            )
+            name: self._trimmed(torch.stack([_grad(mark, name) for mark in self.steps]))
             for name in self.names
         }
-        direct = None
-        if "h" in grads and not self.why_no_operator() and not self.mixed:
-            with torch.no_grad():
-                every = [
-                    _with_moving(m, d) for m, d in zip(self.steps, self._direct(), strict=True)
-                ]
-                direct = self._split(torch.stack(every))["h"]
+        direct = self.direct_of("h") if "h" in grads else None
         return Backward(grads=grads, direct=direct, delta=None, delta_hh=None)
+
+    def direct_of(self, name: str) -> Tensor | None:
+        """(T, B, width): what reaches a state not through the next step of the loop."""
+        if not self._direct_is_known():
+            return None
+        with torch.no_grad():
+            return self._split(self._direct_as_in_graph())[name]
+
+    def _direct_as_in_graph(self) -> Tensor:
+        """(T, B, S): the same of all states, each with what it gets from those made of it in its step."""
+        each = zip(self.steps, self._direct(), strict=True)
+        return torch.stack([_with_moving(mark, direct) for mark, direct in each])
 
     def partial(self) -> dict[str, Tensor] | None:
         """State-partial gradients; None without a backward, or without what leads between states.
@@ -258,9 +260,7 @@ class TapSource(HeardGradients):
         rows = self._alone(sequences, chosen, dtype)
         if self.real is not None:
             rows = trimmed(rows, self.real.to(device)[sequences])
-        widths = [state.shape[1] for state in self.marks[0].states.values()]
-        parts = rows.permute(2, 0, 1, 3).split(widths, dim=3)
-        return Backward(dict(zip(self.names, parts, strict=True)), None, None, None)
+        return Backward(self.parted(rows.permute(2, 0, 1, 3)), None, None, None)
 
     def contributions(self, sequences: Tensor) -> None:
         """The weights of a hand-written loop were not seen."""
@@ -282,12 +282,13 @@ class TapSource(HeardGradients):
 
     def _split(self, rows: Tensor) -> dict[str, Tensor]:
         """State name -> (T, B, width) in its own dtype, from (T, B, S)."""
-        found, start = {}, 0
-        for name, state in self.marks[0].states.items():
-            part = rows[..., start : start + state.shape[1]]
-            found[name] = self._trimmed(part.to(state.dtype))
-            start += state.shape[1]
-        return found
+        states = self.marks[0].states
+        return {n: self._trimmed(part.to(states[n].dtype)) for n, part in self.parted(rows).items()}
+
+    def parted(self, rows: Tensor) -> dict[str, Tensor]:
+        """State name -> its columns of rows (..., S)."""
+        widths = [state.shape[1] for state in self.marks[0].states.values()]
+        return dict(zip(self.names, rows.split(widths, dim=-1), strict=True))
 
     def _direct(self) -> list[Tensor]:
         """(B, S) per step, see `_told_apart`; kept as long as no further backward comes."""

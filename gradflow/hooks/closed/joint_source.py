@@ -123,13 +123,7 @@ class JointSource(TapSource):
             for state, name in member.names.items():
                 if totals is not None:
                     grads[name] = self._trimmed(totals[state].reshape(grads[name].shape))
-        direct = self.direct_of(self.main) if self.main in grads else None
-        return Backward(grads=grads, direct=direct, delta=None, delta_hh=None)
-
-    @property
-    def main(self) -> str:
-        """The state whose direct part is given."""
-        return "h"
+        return Backward(grads=grads, direct=found.direct, delta=None, delta_hh=None)
 
     def totals_of(self, member: PartLayer) -> dict[str, Tensor] | None:
         """State -> total gradient at the end of every step of the loop, (T, B, width)."""
@@ -153,12 +147,11 @@ class JointSource(TapSource):
         ends = [calls[part] for calls in self.ends]
         return self.layout.placed({n: each[place][-1:] for n, place in enumerate(ends)})
 
-    def direct_of(self, name: str) -> Tensor | None:
-        """(T, B, width): what reaches a state not through the next step of the loop."""
-        if not self._direct_is_known():
-            return None
-        with torch.no_grad():
-            return self._split(torch.stack(self._direct()))[name]
+    def _direct_as_in_graph(self) -> Tensor:
+        rows = super()._direct_as_in_graph()
+        if self.knows_alone():
+            self._within_kernels(rows.unsqueeze(2), torch.arange(rows.shape[1]))
+        return rows
 
     def member_of(self, chain: Chain, layer: int) -> PartLayer:
         """The piece of the joint state that one layer of a chain is."""
@@ -196,17 +189,17 @@ class JointSource(TapSource):
     def _alone(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
         """As the graph has it, and what comes through other results of the same kernel."""
         rows = super()._alone(sequences, chosen, dtype)
-        for part in self.parts:
-            if isinstance(part, StockPart) and not part.chain.calls[0].totals:
-                self._within_kernels(part, rows, sequences)
+        self._within_kernels(rows, sequences)
         return rows
 
-    def _within_kernels(self, part: StockPart, rows: Tensor, sequences: Tensor) -> None:
+    def _within_kernels(self, rows: Tensor, sequences: Tensor) -> None:
         """Add to rows (T, m, n, S) of independent results what each brings to the others of its call."""
-        columns, start = {}, 0
-        for name, state in self.marks[0].states.items():
-            columns[name] = slice(start, start + state.shape[1])
-            start += state.shape[1]
+        for part in self.parts:
+            if isinstance(part, StockPart) and not part.chain.calls[0].totals:
+                self._within_kernel(part, rows, sequences)
+
+    def _within_kernel(self, part: StockPart, rows: Tensor, sequences: Tensor) -> None:
+        columns = self.parted(rows)
         steps = part.chain.layout.parts
         ends = [int(steps[calls[part]].ends[0]) for calls in self.ends]
         times = torch.tensor(ends if self.layout.even else range(len(rows)), device=rows.device)
@@ -216,14 +209,14 @@ class JointSource(TapSource):
         flow: Tensor | None = None
         for layer, sheet in zip(reversed(range(part.layers)), stack, strict=True):
             names = self.member_of(part.chain, layer).names
-            state = torch.cat([rows[..., columns[name]] for name in names.values()], dim=3)
+            state = torch.cat([columns[name] for name in names.values()], dim=3)
             state = state.flatten(0, 2)
             if flow is not None:
                 state[:, : flow.shape[1]] += flow
             scan, _ = sheet.back(places, state)
             flow = sheet.below(places, scan) if layer else None
             for kind, name in names.items():
-                rows[..., columns[name]] = scan.grads[kind][0].view(*rows.shape[:3], -1)
+                columns[name].copy_(scan.grads[kind][0].view(*rows.shape[:3], -1))
 
     def notes(self) -> list[str]:
         """What a step and a state of it are."""
