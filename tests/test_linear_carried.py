@@ -158,3 +158,61 @@ def test_what_does_not_give_what_was_returned_is_refused() -> None:
         y.sum().backward()
     with pytest.raises(gradflow.errors.RecordingError, match=r"^mixer: run again from what"):
         _ = recording["mixer"].h
+
+
+def chunked(
+    between: Callable[[Tensor], Tensor], layers: int = 1
+) -> tuple[gradflow.Recording, list[Tensor]]:
+    """Parallel scans of chunks, each from what is left of the state before, marked; and every b_t."""
+    decays = random(layers, B, CHUNKS * T, H, seed=4, low=0.6)
+    writes = [random(B, T, H, seed=5 + c, low=-1.0).requires_grad_() for c in range(CHUNKS)]
+    inner: list[Tensor] = []
+    with gradflow.record(nn.Identity()) as recording:
+        states, loss = [torch.zeros(B, H).double()] * layers, torch.zeros(()).double()
+        for chunk, x in enumerate(writes):
+            for layer in range(layers):
+                a = decays[layer, :, chunk * T : (chunk + 1) * T]
+                x = x * 1  # a leaf of its own for every layer
+                x.retain_grad()
+                inner.append(x)
+                kept = a.cumprod(1)
+                h = kept * (states[layer].unsqueeze(1) + (x / kept).cumsum(1))
+                h = gradflow.scan(h, decay=a, initial=states[layer])
+                states[layer], x = between(h[:, -1]), h
+            loss = loss + (h[:, -1] ** 2).sum() * (chunk + 1)
+        loss.backward()
+    return recording, [x.grad for x in inner if x.grad is not None]
+
+
+MASK = torch.tensor([1.0, 0.0, 1.0]).double().unsqueeze(1)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(
+    ("between", "cut"),
+    [
+        (lambda state: state, [False] * B),
+        (lambda state: state.detach(), [True] * B),
+        (lambda state: state * MASK, [False, True, False]),
+    ],
+    ids=["attached", "detached", "masked"],
+)
+def test_marked_chunks_that_hand_on_their_state_are_one_track(
+    between: Callable[[Tensor], Tensor], cut: list[bool], layers: int
+) -> None:
+    recording, grads = chunked(between, layers)
+    assert list(recording.tracks) == ["scan", "scan@2"][:layers]
+    for layer, track in enumerate(recording.values()):
+        assert track.steps == CHUNKS * T
+        assert track.cuts[T].tolist() == track.cuts[2 * T].tolist() == cut
+        expected = torch.cat(grads[layer::layers], 1).transpose(0, 1)
+        torch.testing.assert_close(track.grad_h, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(track.h0, torch.zeros(B, H).double(), rtol=0, atol=0)
+    if layers == 1:
+        arrives = track.grad_h_direct.any(2).any(1).nonzero().flatten().tolist()
+        assert arrives == [T - 1, 2 * T - 1, 3 * T - 1]
+
+
+def test_a_first_state_that_is_not_the_last_one_begins_anew() -> None:
+    recording, _ = chunked(lambda state: state * 0.5)
+    assert list(recording.tracks) == ["scan", "scan@2", "scan@3"]

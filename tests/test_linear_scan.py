@@ -273,6 +273,7 @@ def test_two_scans_of_one_name_are_two_tracks_and_pooled_as_one_layer() -> None:
         ({"decay": 0.5, "time": 3}, "^time of scan must be an axis of h, which has 3"),
         ({"decay": 0.5, "keys": torch.ones(B, T, 1, H)}, "^h of scan with keys must be"),
         ({"decay": 0.5, "beta": 0.5}, "^beta of scan is the strength of keys"),
+        ({"decay": 0.5, "initial": torch.ones(2)}, "^initial of scan must be of shape"),
         ({"decay": 0.5, "name": ""}, "^the name given to scan must be a string"),
     ],
 )

@@ -135,11 +135,11 @@ def votes(recording: Recording, *, span: int | None, seed: int) -> dict[str, Vot
     for track in recording.values():
         try:
             with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
-                if track.state_shape:  # of a linear recurrence
-                    known: Voted = measure(track, settings, withheld=True)
+                part = read_part(judged(recording, track)[1]).judged
+                if part.state_shape:  # of a linear recurrence
+                    known: Voted = measure(part, settings, withheld=True)
                 else:
-                    _, loop = judged(recording, track)
-                    known = voted(read_part(loop).judged, settings)
+                    known = voted(part, settings)
         except RecordingError:
             continue
         found[track.name] = Vote(known.verdict.name, known.gain, known.rate, known.settling)

@@ -34,7 +34,7 @@ from gradflow.analyzer.linear_units import as_units
 from gradflow.analyzer.loss import arrives_elsewhere, gradient_note, profile
 from gradflow.analyzer.measuring import measure, without_gains
 from gradflow.analyzer.rates import Vote, decays_as_power
-from gradflow.analyzer.read_states import ReadPart, read_part
+from gradflow.analyzer.read_states import read_part
 from gradflow.analyzer.read_steps import Reading, readings
 from gradflow.analyzer.sentences import provenance_of, sentence, title, warnings_of
 from gradflow.analyzer.settings import Progress, Settings, checked
@@ -154,11 +154,10 @@ def _layers(
             try:
                 with fitting_threads(sum(state.shape[-1] for state in track.states.values())):
                     shown, loop = judged(recording, track)
-                    if track.state_shape:  # its entries have their own decays, read or not
-                        shown, part = as_units(track), ReadPart(track, track)
-                    else:
-                        part = read_part(loop)
+                    part = read_part(loop)
                     shown = part.shown if shown is loop else shown
+                    if track.state_shape:
+                        shown = as_units(track)  # all of it, read or not
                 if part.unread and part.words not in unread:
                     unread.append(part.words)
                 parts = track, shown, part.judged, read[track.name], settings
@@ -227,6 +226,8 @@ def _layer(track: Track, loop: Track, read: Reading, settings: Settings) -> Laye
     weight = watcher(track)
     try:
         core = measure(loop, settings, withheld=withheld, watch=weight)
+        if core.linear is not None and loop.state_shape != track.state_shape:  # of all, read or not
+            core = replace(core, linear=measure(track, settings, withheld=True).linear)
     except RecordingError as error:  # no step Jacobians; what needs none is shown all the same
         core, weight = without_gains(track, settings, str(error)), None
     core = pooled_over(core, settings.batches.get(track.name, ()))

@@ -177,7 +177,7 @@ def brief(
     settings = core.Settings(
         span, sequences, 1, "auto", None, seed, share, lambda phase, done: None, brief=True
     )
-    track = track if track.state_shape else read_part(track).judged
+    track = read_part(track).judged
     with fitting_threads(state_size(track)):
         return _measured(track, settings)
 

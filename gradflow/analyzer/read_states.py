@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradflow.analyzer.jacobians import operator_of, state_size, transposed_step
+from gradflow.cells.linear import HEAD_AXES, LinearSteps
 from gradflow.errors import RecordingError
 from gradflow.limits import ENTRIES_WIDEST, SEED
 from gradflow.recording.source import Backward, Forward, OfStates, Operator, ThinOperator
@@ -42,8 +43,9 @@ def read_part(track: Track) -> ReadPart:
     """Leave out what the loss never reads; everything stays where no backward came, or all is read.
 
     Left out is the largest set U of entries with ∂L/∂s_t exactly 0 at every step of every sequence
-    from which nothing flows into the others, ∂s_t[R]/∂s_{t−1}[U] = 0 at every step. Torch's own
-    cells are left as they are: an exact zero there is a fault of the layer, not of the state.
+    from which nothing flows into the others, ∂s_t[R]/∂s_{t−1}[U] = 0 at every step; of a linear
+    recurrence whole heads, or channels, none of which enters another. Torch's own cells are left as
+    they are: an exact zero there is a fault of the layer, not of the state.
 
     Args:
         track: one layer in one direction.
@@ -62,7 +64,7 @@ def read_part(track: Track) -> ReadPart:
     if track.spec is not None or not track.has_gradient:
         return everything
     try:
-        read = _read_entries(track)
+        read = _read_rows(track) if track.state_shape else _read_entries(track)
     except RecordingError:  # its step Jacobians are not known: nor are its gains
         return everything
     if read is None or all(bool(kept.all()) for kept in read.values()):
@@ -71,26 +73,33 @@ def read_part(track: Track) -> ReadPart:
     shown = _without(track, whole)
     some = {name: kept for name, kept in read.items() if bool(kept.any())}
     judged = shown if all(bool(kept.all()) for kept in some.values()) else _without(track, read)
-    return ReadPart(shown, judged, _words(read))
+    return ReadPart(shown, judged, _words(read, track.state_shape))
 
 
 def _without(track: Track, read: dict[str, Tensor]) -> Track:
     if all(bool(kept.all()) for kept in read.values()):
         return track
-    return replace(track, source=PartSource(track.source, read), notes=track.notes, _cache={})
+    source, shape = PartSource(track.source, read, track.state_shape), track.state_shape
+    if shape:
+        shape = (len(source.rows()), *shape[1:])
+    return replace(track, source=source, state_shape=shape, notes=track.notes, _cache={})
 
 
-def _words(read: dict[str, Tensor]) -> str:
-    """What is never read: whole states by name, entries by number."""
+def _words(read: dict[str, Tensor], shape: tuple[int, ...]) -> str:
+    """What is never read: whole states by name; heads, channels or entries by number."""
     found = []
+    one, several = ("channel", "channels") if shape else ("entry", "entries")
+    if len(shape) == HEAD_AXES:
+        one, several = "head", "heads"
     for name, kept in read.items():
         if not bool(kept.any()):
             found.append(name)
         elif not bool(kept.all()):
-            entries = (~kept).nonzero().flatten().tolist()
-            listed = ", ".join(str(entry + 1) for entry in entries[:5])
-            listed += ", …" if len(entries) > 5 else ""
-            found.append(f"{'entry' if len(entries) == 1 else 'entries'} {listed} of {name}")
+            rows = ~kept.reshape(shape[0], -1)[:, 0] if shape else ~kept
+            places = rows.nonzero().flatten().tolist()
+            listed = ", ".join(str(place + 1) for place in places[:5])
+            listed += ", …" if len(places) > 5 else ""
+            found.append(f"{one if len(places) == 1 else several} {listed} of {name}")
     return " and ".join(found)
 
 
@@ -115,9 +124,23 @@ def _read_entries(track: Track) -> dict[str, Tensor] | None:
     return dict(zip(track.states, read.split(widths), strict=True))
 
 
+def _read_rows(track: Track) -> dict[str, Tensor] | None:
+    """The same of a linear recurrence: every entry of a head, or channel, of which any is reached."""
+    ((name, grad),) = track.grads.items()
+    rows = _reached(grad).reshape(track.state_shape[0], -1)
+    read = rows.any(1, keepdim=True).expand_as(rows).flatten()
+    operator = track.operator(sequences=torch.tensor([0])) if not bool(read.all()) else None
+    return {name: read} if bool(read.any()) and isinstance(operator, LinearSteps) else None
+
+
 def _reached(grad: Tensor) -> Tensor:
     """(width,): whether any step of any sequence has a gradient; NaN where there is padding."""
-    return (grad.detach().cpu().nan_to_num(nan=0.0) != 0).flatten(0, 1).any(0)
+    found = torch.zeros(grad.shape[-1], dtype=torch.bool)
+    for step in grad.detach().flip(0):  # the last ones reach most, mostly all
+        found |= (step.nan_to_num(nan=0.0) != 0).any(0).cpu()
+        if bool(found.all()):
+            break
+    return found
 
 
 def _flows(track: Track, source: Tensor, target: Tensor) -> bool:
@@ -233,6 +256,12 @@ class PartSource(OfStates):
     """A source without what the loss never reads."""
 
     kept: dict[str, Tensor]  # state name -> (width,) true on what is kept
+    shape: tuple[int, ...] = ()  # of the whole state of a linear recurrence
+
+    def rows(self) -> Tensor:
+        """(n,) places of the heads, or channels, that are kept of a linear recurrence."""
+        (kept,) = self.kept.values()
+        return kept.reshape(self.shape[0], -1)[:, 0].nonzero().flatten()
 
     def _of(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -254,7 +283,9 @@ class PartSource(OfStates):
 
     def operator(self, dtype: torch.dtype, sequences: Tensor) -> Operator:
         """A_t of the entries that are kept."""
-        kept = torch.cat([self.kept[name] for name in self.inner.forward().states])
         found = self.inner.operator(dtype, sequences)
+        if isinstance(found, LinearSteps):
+            return found.part(self.rows().to(found.decay.device))
+        kept = torch.cat([self.kept[name] for name in self.inner.forward().states])
         part = ThinPart if isinstance(found, ThinOperator) else PartOperator
         return part(found, kept.nonzero().flatten())

@@ -196,6 +196,11 @@ class LinearSteps:
         """A_t of some sequences."""
         return self._each(lambda array: array[:, sequences.to(array.device)])
 
+    def part(self, rows: Tensor) -> LinearSteps:
+        """A_t of some heads, or channels, (n,) places on the first axis of a state: none enters another."""
+        shape = (len(rows), *self.shape[1:])
+        return self._each(lambda array: array if array.shape[2] == 1 else array[:, :, rows], shape)
+
     def masked(self, kept: Tensor) -> LinearSteps:
         """The same with A_t = 0 where `kept` (T, B) is false: past an end, at a cut."""
 
@@ -210,14 +215,23 @@ class LinearSteps:
         columns = torch.arange(self.batch)
         return self._each(lambda array: array[index.to(array.device), columns.to(array.device)])
 
-    def _each(self, made: Callable[[Tensor], Tensor]) -> LinearSteps:
+    def _each(
+        self, made: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None
+    ) -> LinearSteps:
         left = None if self.left is None else made(self.left)
         right = None if self.right is None else made(self.right)
-        return self._bare(made(self.decay), left, right)
+        return self._bare(made(self.decay), left, right, shape)
 
-    def _bare(self, decay: Tensor, left: Tensor | None, right: Tensor | None) -> LinearSteps:
+    def _bare(
+        self,
+        decay: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+        shape: tuple[int, ...] | None = None,
+    ) -> LinearSteps:
         return replace(
             self,
+            shape=shape or self.shape,
             decay=decay,
             left=left,
             right=right,

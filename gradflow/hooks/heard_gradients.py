@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from gradflow.errors import RecordingError
 from gradflow.hooks.call import SECOND_ORDER
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import BATCHED, ONLY_BATCHED, Hook, Point, is_batched, why_hidden
+from gradflow.recording.source import Source
 
 
 @dataclass(eq=False)
@@ -120,6 +122,31 @@ class HeardGradients:
                 "loss ignores them; make the loss depend on them"
             )
         return "no backward ran inside the block; call loss.backward() before the block ends"
+
+    def reached(self) -> Tensor | None:
+        """(T, B): where the loss reaches the states."""
+        raise NotImplementedError
+
+    def arriving(self) -> Tensor | None:
+        """The same: what reaches the states from outside their own recurrence."""
+        return self.reached()
+
+    def trains_recurrence(self) -> None:
+        """Its weights were not seen."""
+
+    def contributions(self, sequences: Tensor) -> None:
+        """Its weights were not seen."""
+
+    def alone(self) -> None:
+        """There is no other reading: what goes into the steps was not seen."""
+
+    def changed(self, **_: float) -> tuple[Source, dict[str, Tensor]]:
+        """Nothing.
+
+        Raises:
+            RecordingError: always.
+        """
+        raise RecordingError("its steps are the user's own code, which is not run again")
 
     def _batched_note(self) -> list[str]:
         return [BATCHED] if self.batched else []

@@ -22,7 +22,7 @@ from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.loop import difference, trimmed
 from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.limits import DIFFERENCE_ROUNDING
-from gradflow.recording.source import Backward, Forward, Operator, Parity, Source
+from gradflow.recording.source import Backward, Forward, Operator, Parity
 
 TAP = "tap"  # the cell of a loop that is tapped
 
@@ -228,13 +228,6 @@ class TapSource(HeardGradients):
         with torch.no_grad():
             return (torch.stack(self._direct()) != 0).any(2)
 
-    def arriving(self) -> Tensor | None:
-        """The same: what reaches the marked states from outside their own recurrence."""
-        return self.reached()
-
-    def trains_recurrence(self) -> None:
-        """The weights of such a loop were not seen."""
-
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
         arrives = self.reached()
@@ -261,9 +254,6 @@ class TapSource(HeardGradients):
         if self.real is not None:
             rows = trimmed(rows, self.real.to(device)[sequences])
         return Backward(self.parted(rows.permute(2, 0, 1, 3)), None, None, None)
-
-    def contributions(self, sequences: Tensor) -> None:
-        """The weights of a hand-written loop were not seen."""
 
     @torch.no_grad()
     def _alone(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -378,17 +368,6 @@ class TapSource(HeardGradients):
         if self._written is None or self._written[0] != (which, len(self.marks)):
             self._written = ((which, len(self.marks)), operator.written())
         return Dense(self._written[1], operator.dtype)
-
-    def alone(self) -> None:
-        """There is no other reading: what goes into the steps was not seen."""
-
-    def changed(self, **_: float) -> tuple[Source, dict[str, Tensor]]:
-        """Nothing: the loop is the user's own.
-
-        Raises:
-            RecordingError: always.
-        """
-        raise RecordingError("its steps are the user's own code, which is not run again")
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything: the weights are the user's own affair."""

@@ -72,14 +72,15 @@ def decays(e: Evidence) -> Iterator[Finding]:
     if e.linear is None or not e.fades:
         return
     forget, _, floor, at_floor, moves = decay_facts(e.linear.decays)
-    entries = counted(e.size, "entry").replace("entrys", "entries")
+    size = math.prod(e.linear.shape)
+    entries = counted(size, "entry").replace("entrys", "entries")
     if forget >= DECAY_SHARE:
         yield Finding(
             name="forgets-at-once",
             layer=e.track.name,
             message=f"{round(100 * forget)} % of the {entries} of the state forget within a step: "
             f"their decay is below {GONE_WORDS} on average",
-            where=f"{round(forget * e.size)} of {entries}",
+            where=f"{round(forget * size)} of {entries}",
             value=forget,
             threshold=DECAY_SHARE,
             basis=f"below {GONE_WORDS} a step nothing is left, as for the horizon",
@@ -118,7 +119,7 @@ def kept_for_good(e: Evidence) -> Iterator[Finding]:
         layer=e.track.name,
         message=f"{round(100 * keep)} % of the entries of the state never forget: their decay stays "
         f"above {NEVER_FORGETS:g} at every step of the batch",
-        where=f"{round(keep * e.size)} of {e.size} entries",
+        where=f"{round(keep * math.prod(e.linear.shape))} of {math.prod(e.linear.shape)} entries",
         value=keep,
         threshold=DECAY_SHARE,
         basis=f"above {NEVER_FORGETS:g} a step half of a state is left after thousands of steps",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -26,8 +26,9 @@ class LastScan:
 
     source: LinearSource
     track: Track
-    last: Tensor | None  # (B, S) copy of the last state that was returned
-    edge: Edge | None  # where that sits in the graph
+    key: tuple[object, ...]  # its name, kind and place in the code
+    last: Tensor | None = None  # (B, S) copy of the last state that was returned
+    edge: Edge | None = None  # where that, or what it was taken from, sits in the graph
 
 
 class LinearOwner(TrackOwner, Protocol):
@@ -42,11 +43,11 @@ class LinearOwner(TrackOwner, Protocol):
 
 @dataclass(eq=False)
 class LinearCalls:
-    """All of them, by name."""
+    """All of them, in their order."""
 
     owner: LinearOwner  # the recorder
     seen: bool = False  # also where no track was wanted
-    _ends: dict[tuple[str, str], LastScan] = field(default_factory=dict)
+    _ends: list[LastScan] = field(default_factory=list)
     _held: list[Edge] = field(default_factory=list)  # a leaf's node lives no longer than it is held
 
     def saw(self, scanned: Scanned, code: tuple[object, ...] = ()) -> None:
@@ -55,18 +56,19 @@ class LinearCalls:
         owner = self.owner
         if not owner.wants_track(scanned.name):
             return
-        key = scanned.name, scanned.cell
-        end = self._ends.get(key)
-        cut = None if end is None else _cut(end, scanned)
+        key = scanned.name, scanned.cell, *code
+        cut = end = None
+        for end in reversed(self._ends if scanned.initial is not None else []):
+            cut = _cut(end, scanned) if end.key == key else None
+            if cut is not None:
+                break
         stretch, edges = _stretch(scanned, cut)
         if end is not None and cut is not None:
             end.source.stretches.append(stretch)
         else:
-            end = self._ends[key] = self._begun(scanned, stretch, code)
-        end.last, end.edge = (
-            _last(scanned),
-            None if scanned.final is None else edge_of(scanned.final),
-        )
+            end = LastScan(*self._begun(scanned, stretch, code), key)
+            self._ends.append(end)
+        end.last, end.edge = _last(scanned, stretch.known_states)
         source, track = end.source, end.track
         _lengthened(source, scanned)
         source.remarks = list(dict.fromkeys([*source.remarks, *scanned.notes]))
@@ -74,7 +76,9 @@ class LinearCalls:
         self._held += edges.values()
         _grown(source, track)
 
-    def _begun(self, scanned: Scanned, stretch: Stretch, code: tuple[object, ...]) -> LastScan:
+    def _begun(
+        self, scanned: Scanned, stretch: Stretch, code: tuple[object, ...]
+    ) -> tuple[LinearSource, Track]:
         owner = self.owner
         source = LinearSource(
             owner.scale,
@@ -96,17 +100,17 @@ class LinearCalls:
             training=owner.training,
             owner=scanned.name,
             state_shape=scanned.shape,
-            code=code or tuple(id(weight) for weight in scanned.weights),
+            code=code,
         )
         owner.add_track(scanned.name, track)
         source.name, source.told = track.name, source.lengths is not None
         source.remarks += owner.lengths.notes
-        return LastScan(source, track, None, None)
+        return source, track
 
     @property
     def sources(self) -> list[LinearSource]:
-        """Of every recurrence that goes on."""
-        return [end.source for end in self._ends.values()]
+        """Of every recurrence."""
+        return [end.source for end in self._ends]
 
     def close(self) -> None:
         """Let go of the user's graph."""
@@ -127,40 +131,27 @@ def _stretch(scanned: Scanned, cut: Tensor | None) -> tuple[Stretch, dict[str, E
         known = known.reshape(scanned.steps, scanned.batch, *scanned.shape).clone()
     if cut is None:
         cut = torch.zeros(scanned.batch, dtype=torch.bool, device=device)
+    cuts = None if scanned.cuts is None else scanned.cuts.clone()
+    kept = replace(scanned, cuts=cuts, output=None, final=None, initial=None, states=None)
     stretch = Stretch(
-        steps=scanned.steps,
-        batch=scanned.batch,
-        shape=scanned.shape,
-        make=scanned.make,
+        call=kept,
         cut=cut,
         grad_enabled=torch.is_grad_enabled(),
         differentiable=bool(edges),
         known_states=known,
         returned=None if scanned.output is None else scanned.output.detach().clone(),
-        precision=scanned.precision,
-        cuts=None if scanned.cuts is None else scanned.cuts.clone(),
-        final_holds_output=_leads("output", "final", edges),
-        final_back=scanned.final_back,
-        states_back=scanned.states_back,
+        final_holds_output=_comes_from(edges.get("output"), edges.get("final"), within=True),
     )
     return stretch, edges
 
 
-def _leads(later: str, earlier: str, edges: dict[str, Edge]) -> bool:
-    """Whether one thing that was returned is made of another: a way through the call leads there."""
-    if later not in edges or earlier not in edges:
-        return False
-    end = edges[earlier][0]
-    try:
-        return end in Between([edges[later]], {end}, since=end._sequence_nr()).reached
-    except NotReadable:
-        return False
-
-
-def _last(scanned: Scanned) -> Tensor | None:
-    if scanned.final is None:
-        return None
-    return _rows(scanned.final, scanned.batch)
+def _last(scanned: Scanned, known: Tensor | None) -> tuple[Tensor | None, Edge | None]:
+    """A copy (B, S) of the last state, and where what it can be taken from sits in the graph."""
+    if scanned.final is not None:
+        return _rows(scanned.final, scanned.batch), edge_of(scanned.final)
+    if scanned.states is None or known is None:
+        return None, None
+    return known[-1].flatten(1), edge_of(scanned.states)
 
 
 def _rows(state: Tensor, batch: int) -> Tensor | None:
@@ -178,7 +169,7 @@ def _cut(end: LastScan, scanned: Scanned) -> Tensor | None:
     source = end.source
     if scanned.initial is None or end.last is None or source.batch != scanned.batch:
         return None
-    if source.stretches[0].shape != scanned.shape or source.reverse or scanned.reverse:
+    if source.stretches[0].call.shape != scanned.shape or source.reverse or scanned.reverse:
         return None
     given = _rows(scanned.initial, scanned.batch)
     if given is None or given.shape != end.last.shape:
@@ -187,7 +178,7 @@ def _cut(end: LastScan, scanned: Scanned) -> Tensor | None:
     reset = (given == 0).all(1)
     if not bool((same | reset).all()):
         return None
-    linked = _comes_from(scanned.initial, end.edge)
+    linked = _comes_from(edge_of(scanned.initial), end.edge)
     if not linked and bool(reset.all()):
         return None  # from a start of its own
     if scanned.cut or not linked:
@@ -197,13 +188,13 @@ def _cut(end: LastScan, scanned: Scanned) -> Tensor | None:
     return ~same
 
 
-def _comes_from(initial: Tensor, edge: Edge | None) -> bool:
-    """Whether a path of the graph leads from a call's first state to the state returned before."""
-    mine = edge_of(initial)
+def _comes_from(mine: Edge | None, edge: Edge | None, *, within: bool = False) -> bool:
+    """Whether a path of the graph leads from a tensor back to an earlier one, perhaps within one call."""
     if mine is None or edge is None:
         return False
+    since = edge[0]._sequence_nr() if within else None
     try:
-        return edge[0] in Between([mine], {edge[0]}).reached
+        return edge[0] in Between([mine], {edge[0]}, since=since).reached
     except NotReadable:
         return False
 
@@ -231,11 +222,11 @@ def _grown(source: LinearSource, track: Track) -> None:
     track.mask = (time < lengths).to(device)
     cuts = []
     for stretch in source.stretches:
-        here = torch.zeros(stretch.steps, source.batch, dtype=torch.bool, device=device)
+        here = torch.zeros(stretch.call.steps, source.batch, dtype=torch.bool, device=device)
         here[0] = stretch.cut
-        if stretch.cuts is not None:
+        if stretch.call.cuts is not None:
             begins = stretch is source.stretches[0]
-            here |= stretch.cuts.to(device)
+            here |= stretch.call.cuts.to(device)
             here[0] &= not begins
         cuts.append(here)
     track.cuts = torch.cat(cuts)

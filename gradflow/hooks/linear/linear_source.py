@@ -17,11 +17,12 @@ from torch import Tensor
 from gradflow.cells.linear import LinearSteps, side_by_side
 from gradflow.errors import RecordingError
 from gradflow.hooks.heard_gradients import HeardGradients
+from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.loops.loop import difference
 from gradflow.hooks.parity import BOUNDS
 from gradflow.hooks.replay import masked
 from gradflow.limits import PARITY_FLOAT32
-from gradflow.recording.source import Backward, Forward, Operator, Parity, Source
+from gradflow.recording.source import Backward, Forward, Operator, Parity
 
 KIND = (
     "a linear recurrence: its states are made from what its function was given, and how its weights "
@@ -33,22 +34,15 @@ KIND = (
 class Stretch:
     """The steps of one call, with copies of what is needed of its tensors."""
 
-    steps: int  # T of this call
-    batch: int  # B
-    shape: tuple[int, ...]  # of one state
-    make: Callable[[], LinearSteps]  # A_t, B_t, C_t
+    call: Scanned  # without what was live
     cut: Tensor  # (B,) true where nothing of the call before arrives at its first step
     grad_enabled: bool  # whether it ran with gradients
     differentiable: bool  # whether what it returned needs a gradient
     known_states: Tensor | None = None  # (T, B, *shape), where they were seen
     returned: Tensor | None = None  # y, to hold against what the steps make
-    precision: torch.dtype | None = None  # see `Scanned`
-    cuts: Tensor | None = None  # see `Scanned`
     # y was read from the very tensor that is the last state: the gradient there holds what comes
     # through y too
     final_holds_output: bool = False
-    final_back: Callable[[Tensor], Tensor] | None = None  # see `Scanned`
-    states_back: Callable[[Tensor], Tensor] | None = None  # see `Scanned`
     grads: dict[str, Tensor] = field(default_factory=dict)  # "output", "final", "states"
     _made: LinearSteps | None = field(default=None, repr=False)
     _states: Tensor | None = field(default=None, repr=False)
@@ -57,8 +51,9 @@ class Stretch:
         """What another process needs: the steps as they were made, and gradients at their states."""
         made = replace(self.made, read=None, read_back=None)
         grads = {"states": self.direct()} if self.grads else {}
-        unused = dict.fromkeys(("make", "returned", "states_back", "final_back"))
-        return vars(self) | {"_made": made, "grads": grads} | unused
+        call = replace(self.call, states_back=None, final_back=None)
+        call = replace(call, make=None)  # type: ignore[arg-type]  # it has made them
+        return vars(self) | {"_made": made, "grads": grads, "returned": None, "call": call}
 
     @property
     def made(self) -> LinearSteps:
@@ -69,14 +64,15 @@ class Stretch:
         """
         if self._made is None:
             with torch.no_grad():
-                made = self.make()
+                made = self.call.make()
                 self._states = made.states() if self.known_states is None else self.known_states
                 self._check(made, self._states)
             self._made = made
         return self._made
 
     def _check(self, made: LinearSteps, states: Tensor) -> None:
-        here, said = (made.length, made.batch, made.shape), (self.steps, self.batch, self.shape)
+        call = self.call
+        here, said = (made.length, made.batch, made.shape), (call.steps, call.batch, call.shape)
         if here != said:
             raise RecordingError(f"its steps are of T, B and state {here}, though it ran on {said}")
         if self.returned is None or made.read is None:
@@ -89,7 +85,7 @@ class Stretch:
         again = again.to(before.dtype)
         size = before.abs().nan_to_num(0.0).amax()
         off = (again - before).abs().nan_to_num(0.0).amax()
-        kinds = [before.dtype, self.precision or before.dtype]
+        kinds = [before.dtype, call.precision or before.dtype]
         bound = max(BOUNDS.get(kind, PARITY_FLOAT32) for kind in kinds)
         if not bool(off <= bound * size):
             share = float(off / size) if float(size) else float("inf")
@@ -107,19 +103,17 @@ class Stretch:
 
     def direct(self) -> Tensor:
         """g (T, B, *shape): what reached the states, through what was returned of them."""
-        made, states = self.made, self.states
-        found = torch.zeros(
-            (self.steps, self.batch, *self.shape), dtype=states.dtype, device=states.device
-        )
+        made, states, call = self.made, self.states, self.call
+        found = torch.zeros(states.shape, dtype=states.dtype, device=states.device)
         if "output" in self.grads:
             found = found + made.direct(states, self.grads["output"]).reshape(found.shape)
         if "states" in self.grads:
             grad = self.grads["states"]
-            grad = grad if self.states_back is None else self.states_back(grad)
+            grad = grad if call.states_back is None else call.states_back(grad)
             found = found + grad.reshape(found.shape)
         if "final" in self.grads:
             grad = self.grads["final"]
-            grad = grad if self.final_back is None else self.final_back(grad)
+            grad = grad if call.final_back is None else call.final_back(grad)
             grad = grad.reshape(found.shape[1:])
             found[-1] = grad if self.final_holds_output else found[-1] + grad
         return found
@@ -152,12 +146,12 @@ class LinearSource(HeardGradients):
     @property
     def steps(self) -> int:
         """T."""
-        return sum(stretch.steps for stretch in self.stretches)
+        return sum(stretch.call.steps for stretch in self.stretches)
 
     @property
     def batch(self) -> int:
         """B."""
-        return self.stretches[0].batch
+        return self.stretches[0].call.batch
 
     def _once(self, what: str, make: Callable[[], object]) -> object:
         """Made once for every set of calls and backwards."""
@@ -241,8 +235,8 @@ class LinearSource(HeardGradients):
         leading = first.shape[:-1]  # axes that are shared are written out, but for the last
         decay = size.expand(*size.shape[:2], *leading, size.shape[-1]).flatten(2)
         initial = {}
-        if first.write:
-            start = first.initial
+        start = first.initial
+        if first.write or start is not None:
             if start is None:
                 start = states.new_zeros(self.batch, *first.shape)
             initial = {"h": start.flatten(1)}
@@ -273,13 +267,6 @@ class LinearSource(HeardGradients):
         with torch.no_grad():
             found = (self._directs() != 0).any(2)
         return found.flip(0) if self.reverse else found
-
-    def arriving(self) -> Tensor | None:
-        """The same."""
-        return self.reached()
-
-    def trains_recurrence(self) -> None:
-        """Its weights were not seen."""
 
     def last(self) -> Backward | None:
         """Total gradients of each sequence's last loss step alone, in processing order."""
@@ -325,9 +312,6 @@ class LinearSource(HeardGradients):
                 rows = rows.masked_fill(~real.unsqueeze(2), float("nan"))
         return Backward({"h": rows}, None, None, None)
 
-    def contributions(self, sequences: Tensor) -> None:
-        """Its weights were not seen."""
-
     def _real(self, sequences: Tensor) -> Tensor | None:
         """(T, m): which processed steps are real; None where all are."""
         if self.lengths is None:
@@ -355,19 +339,6 @@ class LinearSource(HeardGradients):
         index = (torch.arange(self.steps).unsqueeze(1) + skip).clamp(max=self.steps - 1)
         inside = torch.arange(self.steps).unsqueeze(1) + skip < self.steps
         return found.taken(index).masked(inside)
-
-    def alone(self) -> None:
-        """There is no other reading: A_t does not depend on the state, nor on what is read of it."""
-
-    def changed(self, **_: float) -> tuple[Source, dict[str, Tensor]]:
-        """Nothing: its weights were not seen.
-
-        Raises:
-            RecordingError: always.
-        """
-        raise RecordingError(
-            "how its weights make its decay is the model's own code, not run again"
-        )
 
     def parity(self) -> Parity:
         """There is nothing to hold against anything: its weights were not seen."""

@@ -27,6 +27,7 @@ def scan(
     beta: Tensor | float | None = None,
     time: int | None = None,
     name: str = "scan",
+    initial: Tensor | None = None,
 ) -> Tensor:
     """Mark the states of all steps of a linear recurrence, h_t = a_t ⊙ h_{t−1} + b_t; returns h.
 
@@ -46,6 +47,8 @@ def scan(
         time: which axis of h is time. By default the one along which h was stacked or summed up, if
             the graph tells, else axis 1, and axis 0 of an h with two axes, which has no batch.
         name: of the track.
+        initial: the state before the first step, h without its axis of time, where it is not zero. Where
+            it is the last state of the scan marked here before, detached or not, both are one track.
 
     Returns:
         h itself, the same tensor.
@@ -63,19 +66,11 @@ def scan(
     [0.25, 0.5, 1.0]
     """
     if patch.is_observed():
-        _tell(name, h, decay, keys, beta, time)
+        _tell(name, h, decay, keys, beta, time, initial)
     return h
 
 
-def _untold(
-    h: Tensor,
-    *,
-    decay: Tensor | float,
-    keys: Tensor | None = None,
-    beta: Tensor | float | None = None,
-    time: int | None = None,
-    name: str = "scan",
-) -> Tensor:
+def _untold(h: Tensor, **given: Any) -> Tensor:
     """The same without a recording, and for torch.compile, whose graphs stay what they are."""
     return h
 
@@ -114,33 +109,32 @@ def scanned(
     keys: Tensor | None,
     beta: Tensor | float | None,
     time: int | None,
+    initial: Tensor | None,
 ) -> Scanned:
     """What was marked, after a look at whether it fits."""
     if not isinstance(name, str) or not name:
-        raise InputError(must_be("the name given to scan", "a string", repr(name), USAGE))
+        raise _wrong("the name given to scan", "a string", repr(name), USAGE)
     if not isinstance(h, Tensor):
-        raise InputError(must_be("h of scan", "a tensor", type(h).__name__, USAGE))
+        raise _wrong("h of scan", "a tensor", h, USAGE)
     if h.dim() < 2 or not h.numel() or not (h.is_floating_point() or h.is_complex()):
         kind = f"{h.dtype} of shape {tuple(h.shape)}"
-        expected = "floating point or complex numbers of shape (B, T, ...)"
-        raise InputError(must_be("h of scan", expected, kind, USAGE))
+        raise _wrong("h of scan", "of numbers and of shape (B, T, ...)", kind, USAGE)
     axis = _time_axis(h, time)
     factor = _axes_of(_decay(decay, h), h, axis)
     shape = tuple(_axes_of(h, h, axis).shape[2:])
-    _looks_like_a_factor(factor)
     vectors = _vectors(h, keys, beta, axis, factor) if keys is not None else None
+    begun = None if initial is None else _first(initial, h, axis)
     if keys is None and beta is not None:
         raise InputError(
             "beta of scan is the strength of keys; give keys=, (B, T, heads, d_k), too"
         )
 
     def make() -> LinearSteps:
-        if vectors is None:
-            return LinearSteps(shape=shape, decay=factor)
-        strong, along = vectors
-        return LinearSteps(
-            shape=shape, decay=factor, left=-strong * along, right=factor.squeeze(-1) * along
-        )
+        strong, along = vectors or (None, None)
+        left = right = None
+        if strong is not None and along is not None:
+            left, right = -strong * along, factor.squeeze(-1) * along
+        return LinearSteps(shape=shape, decay=factor, left=left, right=right, initial=begun)
 
     return Scanned(
         name=name,
@@ -150,7 +144,15 @@ def scanned(
         shape=shape,
         make=make,
         states=h,
+        initial=initial,
         states_back=lambda grad: _axes_of(grad, grad, axis),
+    )
+
+
+def _wrong(what: str, expected: str, got: object, advice: str) -> InputError:
+    kind = got if isinstance(got, str) else type(got).__name__
+    return InputError(
+        must_be(what, expected, tuple(got.shape) if isinstance(got, Tensor) else kind, advice)
     )
 
 
@@ -159,9 +161,7 @@ def _time_axis(h: Tensor, time: int | None) -> int:
     if time is not None:
         if isinstance(time, bool) or not isinstance(time, int) or not -h.dim() <= time < h.dim():
             expected = f"an axis of h, which has {h.dim()}"
-            raise InputError(
-                must_be("time of scan", expected, repr(time), "name the axis of steps")
-            )
+            raise _wrong("time of scan", expected, repr(time), "name the axis of steps")
         return time % h.dim()
     node = h.grad_fn
     if node is not None and node.name().rstrip("0123456789") in STACKED:
@@ -172,21 +172,27 @@ def _time_axis(h: Tensor, time: int | None) -> int:
     return 1 if h.dim() > 2 else 0
 
 
+def _first(initial: Tensor, h: Tensor, axis: int) -> Tensor:
+    """A copy (B, *shape)."""
+    wanted = (*h.shape[:axis], *h.shape[axis + 1 :])
+    if not isinstance(initial, Tensor) or initial.shape != wanted:
+        advice = "give h of the step before the first, h[:, -1] of the chunk before"
+        raise _wrong("initial of scan", f"of shape {wanted}", initial, advice)
+    return (initial.unsqueeze(0) if h.dim() == 2 else initial).detach().clone()
+
+
 def _decay(decay: Tensor | float, h: Tensor) -> Tensor:
     """A copy with as many axes as h, 1 wide where shared."""
     advice = f"give a_t with an axis, or a 1, for every axis of h, {tuple(h.shape)}"
     if isinstance(decay, int | float) and not isinstance(decay, bool):
         decay = torch.tensor(float(decay), device=h.device)
     if not isinstance(decay, Tensor) or not (decay.is_floating_point() or decay.is_complex()):
-        kind = decay.dtype if isinstance(decay, Tensor) else type(decay).__name__
-        raise InputError(must_be("decay of scan", "a number or a tensor of numbers", kind, advice))
+        kind = str(decay.dtype if isinstance(decay, Tensor) else type(decay).__name__)
+        raise _wrong("decay of scan", "a number or a tensor of numbers", kind, advice)
     if decay.is_complex() and not h.is_complex():
-        raise InputError(must_be("decay of scan", "real beside a real h", decay.dtype, advice))
-    factor = decay.detach().to(h.device)
-    if not h.is_complex():
-        factor = factor.to(torch.promote_types(h.dtype, torch.float32))
-    else:
-        factor = factor.to(h.dtype)
+        raise _wrong("decay of scan", "real beside a real h", str(decay.dtype), advice)
+    kept = h.dtype if h.is_complex() else torch.promote_types(h.dtype, torch.float32)
+    factor = decay.detach().to(h.device, kept)
     front = factor.shape + (1,) * (h.dim() - factor.dim())
     back = (1,) * (h.dim() - factor.dim()) + factor.shape
     fits = [
@@ -196,30 +202,14 @@ def _decay(decay: Tensor | float, h: Tensor) -> Tensor:
     ]
     if not fits or (len(fits) > 1 and factor.dim() > 1):
         both = "which fits from the front and from the back" if fits else "which does not fit"
-        raise InputError(
-            must_be(
-                "decay of scan",
-                f"broadcastable to h, {tuple(h.shape)}",
-                f"{tuple(decay.shape)}, {both}",
-                advice,
-            )
-        )
-    return factor.reshape(fits[0]).clone()
-
-
-def _looks_like_a_factor(factor: Tensor) -> None:
-    if factor.is_complex():
-        return
-    low, high = float(factor.amin()), float(factor.amax())
+        kind = f"{tuple(decay.shape)}, {both}"
+        raise _wrong("decay of scan", f"broadcastable to h, {tuple(h.shape)}", kind, advice)
+    low, high = (0.0, 0.0) if factor.is_complex() else map(float, factor.aminmax())
     if high <= 0 and low < -1:
-        raise InputError(
-            must_be(
-                "decay of scan",
-                "the factor a_t of the state before",
-                f"numbers from {low:.3g} to {high:.3g}, as logarithms are",
-                "give a_t itself: decay=log_decay.exp()",
-            )
-        )
+        kind = f"numbers from {low:.3g} to {high:.3g}, as logarithms are"
+        advice = "give a_t itself: decay=log_decay.exp()"
+        raise _wrong("decay of scan", "the factor a_t of the state before", kind, advice)
+    return factor.reshape(fits[0]).clone()
 
 
 def _axes_of(array: Tensor, h: Tensor, axis: int) -> Tensor:
@@ -236,27 +226,21 @@ def _vectors(
     """β (T, B, heads, 1) and k (T, B, heads, d_k), copies."""
     advice = "the state of a delta rule is (heads, d_k, d_v): h (B, T, heads, d_k, d_v)"
     if h.dim() != HEAD_AXES + 2 or axis > 1:
-        raise InputError(
-            must_be("h of scan with keys", "(B, T, heads, d_k, d_v)", tuple(h.shape), advice)
-        )
+        raise _wrong("h of scan with keys", "(B, T, heads, d_k, d_v)", h, advice)
     if not isinstance(keys, Tensor) or keys.shape != h.shape[:4]:
-        kind = tuple(keys.shape) if isinstance(keys, Tensor) else type(keys).__name__
-        raise InputError(must_be("keys of scan", f"of shape {tuple(h.shape[:4])}", kind, advice))
+        raise _wrong("keys of scan", f"of shape {tuple(h.shape[:4])}", keys, advice)
     if factor.shape[-1] != 1:
-        kind = tuple(factor.shape)
         words = "shared by all value columns, 1 wide on the last axis"
-        raise InputError(must_be("decay of scan with keys", words, kind, advice))
+        raise _wrong("decay of scan with keys", words, factor, advice)
     if beta is None or isinstance(beta, int | float):
         beta = torch.full((1, 1, 1), 1.0 if beta is None else float(beta), device=h.device)
     if not isinstance(beta, Tensor):
-        raise InputError(
-            must_be("beta of scan", "a number or a tensor", type(beta).__name__, advice)
-        )
+        raise _wrong("beta of scan", "a number or a tensor", beta, advice)
     strong = beta.detach()
     while strong.dim() > 3 and strong.shape[-1] == 1:
         strong = strong.squeeze(-1)
     wanted = tuple(h.shape[:3])
     if strong.dim() != 3 or any(b not in (1, n) for b, n in zip(strong.shape, wanted, strict=True)):
-        raise InputError(must_be("beta of scan", f"of shape {wanted}", tuple(beta.shape), advice))
+        raise _wrong("beta of scan", f"of shape {wanted}", beta, advice)
     wide = strong.expand(wanted).unsqueeze(-1).movedim(axis, 0).to(factor.dtype)
     return wide.clone(), keys.detach().movedim(axis, 0).to(factor.dtype).clone()

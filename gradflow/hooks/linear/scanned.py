@@ -49,7 +49,6 @@ class Scanned:
     states: Tensor | None = None  # live: all states (T, B, *shape) or what is a view of them
     # ∂L/∂states as (T, B, *shape), where its layout is another
     states_back: Callable[[Tensor], Tensor] | None = None
-    weights: tuple[Tensor, ...] = ()  # parameters that tell loops of one name apart, if any
     reverse: bool = False  # true: the steps were processed from the last input step to the first
     # in which the function computes, where that is not what its output has: it is held against that
     precision: torch.dtype | None = None
