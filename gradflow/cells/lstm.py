@@ -93,15 +93,20 @@ class LSTMSteps(Steps):
         delta = torch.empty_like(self.factor)
         if "c" in final:
             grad_c[last, torch.arange(self.batch, device=last.device)] = final["c"]
-        for t in reversed(range(self.length)):
-            dm = grad_h[t] if self.weight_hr is None else grad_h[t] @ self.weight_hr
-            dc = grad_c[t] if totals else grad_c[t].addcmul_(self.through[t], dm)
-            torch.mul(self.factor[t, :, :3], dc.unsqueeze(1), out=delta[t, :, :3])
-            torch.mul(self.factor[t, :, 3], dm, out=delta[t, :, 3])
-            if t:
-                grad_h[t - 1].addmm_(delta[t].flatten(1), self.weight_hh)
-                grad_c[t - 1].addcmul_(dc, self.keep[t])
         flat = delta.flatten(2)
+        # all steps are taken apart at once: one at a time that costs as much as the sums
+        h, c, keep, through = map(torch.unbind, (grad_h, grad_c, self.keep, self.through))
+        cells, to_cells = self.factor[:, :, :3].unbind(), delta[:, :, :3].unbind()
+        outputs, to_outputs = self.factor[:, :, 3].unbind(), delta[:, :, 3].unbind()
+        moved = flat.unbind()
+        for t in reversed(range(self.length)):
+            dm = h[t] if self.weight_hr is None else h[t] @ self.weight_hr
+            dc = c[t] if totals else c[t].addcmul_(through[t], dm)
+            torch.mul(cells[t], dc.unsqueeze(1), out=to_cells[t])
+            torch.mul(outputs[t], dm, out=to_outputs[t])
+            if t:
+                h[t - 1].addmm_(moved[t], self.weight_hh)
+                c[t - 1].addcmul_(dc, keep[t])
         return Scan({"h": grad_h, "c": grad_c}, flat, flat)
 
 
@@ -114,13 +119,12 @@ def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> LSTMSte
     factor = pre.new_empty(*c.shape[:2], 4, c.shape[2])  # written in place: large arrays are dear
     torch.mul(c, 1 - i, out=factor[:, :, 0])
     if c0.dim() == c.dim():
-        before = c0
-        c.addcmul_(f, before)
+        c.addcmul_(f, c0)
     else:
-        before = torch.empty_like(c)  # c_{t−1}
-        for t in range(c.shape[0]):
-            before[t] = c[t - 1] if t else c0
-            c[t].addcmul_(f[t], before[t])
+        earlier = c0
+        for now, forget in zip(c.unbind(), f.unbind(), strict=True):
+            earlier = now.addcmul_(forget, earlier)
+    before = previous(c, c0)
     squashed = c.tanh()
     torch.mul(before * f, 1 - f, out=factor[:, :, 1])
     torch.mul(i, 1 - g * g, out=factor[:, :, 2])

@@ -144,14 +144,16 @@ class Steps:
         grad_h, delta = direct.clone(), torch.empty_like(self.factor)
         delta_hh = delta if self.reset is None else torch.empty_like(delta)
         read = delta_hh[:, :, : len(self.weight_hh) // delta.shape[3]]
+        # all steps are taken apart at once: one at a time that costs as much as the sums
+        h, factor, moved, onward = map(torch.unbind, (grad_h, self.factor, delta, read))
         for t in reversed(range(self.length)):
-            torch.mul(self.factor[t], grad_h[t].unsqueeze(1), out=delta[t])
+            torch.mul(factor[t], h[t].unsqueeze(1), out=moved[t])
             if self.reset is not None:
-                torch.mul(delta[t], self.reset[t], out=delta_hh[t])
+                torch.mul(moved[t], self.reset[t], out=delta_hh[t])
             if t:
-                grad_h[t - 1].addmm_(read[t].flatten(1), self.weight_hh)
+                h[t - 1].addmm_(onward[t].flatten(1), self.weight_hh)
                 if self.keep is not None:
-                    grad_h[t - 1].addcmul_(grad_h[t], self.keep[t])
+                    h[t - 1].addcmul_(h[t], self.keep[t])
         return Scan({"h": grad_h}, delta.flatten(2), read.flatten(2))
 
     def made_of(self) -> dict[str, Tensor]:
