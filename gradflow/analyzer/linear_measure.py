@@ -272,7 +272,7 @@ class _Census:
         self.total: Tensor | None = None
         self.low = self.high = torch.empty(0)
         self.count, self.copies, self.near = 0, 1, 0
-        self.floor, self.floors = math.inf, [(math.inf, 0)]
+        self.floor = math.inf
 
     def add(self, steps: Tensor, crossed: Tensor, length: int, logs: Logs) -> None:
         """ln |a| (T, D) of a sequence; the step into its first state and cuts do not count."""

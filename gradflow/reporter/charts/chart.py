@@ -259,15 +259,6 @@ FLAT_INCHES = 0.3  # inches up to which labels stand side by side beneath an axi
 SEEN = {" ": "␣", "\n": "↵", "\t": "⇥"}  # what a reader would take for nothing
 
 
-def readable(label: str) -> str:
-    r"""A label on one line, shortened where it is long; what a reader cannot see gets a sign.
-
-    >>> readable("\n"), readable(" "), readable("the sky"), readable("x" * 99)[-1]
-    ('↵', '␣', 'the sky', '…')
-    """
-    return _cut(_seen(label))
-
-
 def _seen(label: str) -> str:
     printed = "".join(letter if letter.isprintable() else " " for letter in label)
     return legible(SEEN.get(label) or " ".join(printed.split()))
