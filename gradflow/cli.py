@@ -64,11 +64,9 @@ FIGURES = click.option(
     help="Draw page and pictures; by default, but not with --json or -q.",
 )  # fmt: skip
 VERBOSE = click.option(
-    "-v",
-    "--verbose",
-    is_flag=True,
+    "-v", "--verbose", is_flag=True,
     help="Print every finding, not three, and what the numbers rest on.",
-)
+)  # fmt: skip
 FAIL_ON = click.option(
     "--fail-on", metavar="CONDITIONS", shell_complete=completion.verdicts,
     help="Exit with 1 if one holds: 'vanishing,horizon<50'.",

@@ -101,6 +101,33 @@ class Populations(Parts):
         return e + self.out(i).sum(1, keepdim=True)
 
 
+class Euler(Parts):
+    """Two populations in continuous time: every other use of V and W descends from the one before."""
+
+    def forward(self, x: Tensor, tap: Tap = None) -> Tensor:
+        e = i = self.zeros(x)
+        for u in x:
+            de = -e + torch.tanh(self.h(e) - i @ self.V + self.x(u))
+            di = -i + torch.tanh(e @ self.W - self.hr(i))
+            e, i = e + 0.1 * de, i + 0.2 * di
+            if tap:
+                tap(e=e, i=i)
+        return e + self.out(i).sum(1, keepdim=True)
+
+
+class Columns(Parts):
+    """As equations are written, W r: a sequence is a column; input currents are made before the loop."""
+
+    def forward(self, x: Tensor, tap: Tap = None) -> Tensor:
+        v, current, rates = self.zeros(x).T, self.x(x), []
+        for t in range(len(x)):
+            v = v + 0.3 * (-v + self.W @ torch.tanh(v) + current[t].T)
+            if tap:
+                v = tap(v=v.T).T
+            rates.append(torch.tanh(v))
+        return self.out(torch.stack(rates).mT)
+
+
 class Decoder(Parts):
     """By hand, beside a layer of torch's own."""
 
@@ -213,6 +240,8 @@ LOOPS: dict[str, tuple[type[nn.Module], list[str]]] = {  # and the names of the 
     "leaky": (Leaky, ["v"]),
     "continuous time, signed weights": (Continuous, ["v"]),
     "two populations": (Populations, ["e", "i"]),
+    "two populations, Euler": (Euler, ["e", "i"]),
+    "columns": (Columns, ["v"]),
     "a decoder beside a GRU": (Decoder, ["h"]),
     "a bare function": (BareFunction, ["h"]),
     "a layer that loops inside": (Outer, ["h"]),

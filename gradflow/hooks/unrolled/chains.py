@@ -212,17 +212,22 @@ def is_without_other_products(
 ) -> bool:
     """Whether no matrix of its own lies between the uses of an elementwise weight."""
     first, last = chain.numbers(graph)
-    every = sorted(chain.depth)
-    reach = {every[0]}
-    for place in range(every[0] + 1, every[-1] + 1):
+    found = between(graph, min(chain.depth), max(chain.depth))
+    own = [p for p in found if first <= graph.numbers[p] <= last]
+    return all(graph.kind(p) not in PRODUCTS or p in repeated for p in own)
+
+
+def between(graph: Unrolled, start: int, end: int) -> set[int]:
+    """The places of all ways from one place to another, both among them where there is one."""
+    reach = {start}
+    for place in range(start + 1, end + 1):
         if any(child in reach for child, _ in graph.inputs[place]):
             reach.add(place)
-    leads = {every[-1]}
-    for place in range(every[-1], every[0] - 1, -1):
+    leads = {end}
+    for place in range(end, start, -1):
         if place in leads:
             leads.update(child for child, _ in graph.inputs[place])
-    between = [p for p in reach & leads if first <= graph.numbers[p] <= last]
-    return all(graph.kind(p) not in PRODUCTS or p in repeated for p in between)
+    return reach & leads
 
 
 @dataclass(eq=False)
@@ -244,8 +249,13 @@ class Recurrence:
     @property
     def steps(self) -> int:
         """How often its weights are used in a row, most of them."""
-        lengths = [c.length for c in self.chains if c.uses.product]
-        lengths = lengths or [c.length for c in self.chains]
+        chains = [c for c in self.chains if c.uses.product] or self.chains
+        # where each of two states feeds the other, every other use of a weight is a line of its own
+        of_weight: Counter[int] = Counter()
+        for chain in chains:
+            of_weight[chain.weight] += chain.length
+        alone = [chain.length for chain in chains]
+        lengths = [n for n in of_weight.values() if n in alone] or alone
         return max(lengths, key=lambda n: (lengths.count(n), n))
 
 

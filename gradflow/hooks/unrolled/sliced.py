@@ -13,7 +13,7 @@ from collections.abc import Iterable, Set
 from itertools import pairwise
 
 from gradflow.hooks.graph import MOVES
-from gradflow.hooks.unrolled.chains import Recurrence, Uses, WeightChain
+from gradflow.hooks.unrolled.chains import Recurrence, Uses, WeightChain, between
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import CUT_USES
 
@@ -127,7 +127,9 @@ class _Walk:
     def _loop(self, line: list[int]) -> list[tuple[int, Recurrence]]:
         """The loop whose steps begin at these places; [] where they only add up, or are layers."""
         bodies = [self._between(*pair) for pair in pairwise(line)]
-        if self._is_known(line) or any(place in self.taken for body in bodies for place in body):
+        if self._is_known(line) or any(
+            self.taken & between(self.graph, *pair) for pair in pairwise(line)
+        ):
             return []
         kinds = {self.graph.kind(place) for body in bodies for place in body}
         entries = math.prod(self.graph.nodes[line[-1]]._input_metadata[0].shape)

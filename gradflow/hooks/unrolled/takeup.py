@@ -50,10 +50,12 @@ def checked(graph: Unrolled, steps: LoopStates) -> LoopStates:
             )
     try:
         steps = replace(steps, axes=_axes(steps))
-        shapes = [shape for shape, _ in _shapes(steps.edges[0])]
-        if len({1 if a is None else s[a] for s, a in zip(shapes, steps.axes, strict=True)}) > 1:
-            raise NoState("its states are not of one batch")
-        _check_mixing(steps)
+        unfit = _unfit(steps)
+        if unfit and all(len(shape) == 2 for shape, _ in _shapes(steps.edges[0])):
+            columns = replace(steps, axes=(1,) * len(steps.axes))  # of W @ h, each a sequence
+            steps, unfit = (steps, unfit) if _unfit(columns) else (columns, "")
+        if unfit:
+            raise NoState(unfit)
     except NotReadable as error:
         raise NoState(f"{error} is in it, which cannot be called by itself") from error
     return steps
@@ -108,8 +110,11 @@ def _apart(before: list[Edge], now: list[Edge], number: int) -> list[int]:
     return [axis for axis in range(len(shape) - 1) if shape[axis] > 1 and is_apart(axis)]
 
 
-def _check_mixing(steps: LoopStates) -> None:
-    """One sequence of a middle step must depend on that sequence of the step before alone."""
+def _unfit(steps: LoopStates) -> str:
+    """Why these axes are no batch, or nothing: a sequence of a middle step must depend on itself alone."""
+    shapes = [shape for shape, _ in _shapes(steps.edges[0])]
+    if len({1 if a is None else s[a] for s, a in zip(shapes, steps.axes, strict=True)}) > 1:
+        return "its states are not of one batch"
     middle = max(1, len(steps.edges) // 2)
     before, now = (_place(edges, steps.axes) for edges in steps.edges[middle - 1 : middle + 1])
     seed = probe_of(now.like)
@@ -117,10 +122,9 @@ def _check_mixing(steps: LoopStates) -> None:
     step = Step.find(before, now, set(), 0)
     if step is None:
         raise NoState("no path leads from one of its steps to the next")
-    if bool((step.pull(seed)[1:] != 0).any()):
-        raise NoState(
-            "the rows of its state depend on one another, so they are not sequences of a batch"
-        )
+    mixed = bool((step.pull(seed)[1:] != 0).any())
+    why = "the rows of its state depend on one another, so they are not sequences of a batch"
+    return why if mixed else ""
 
 
 def _place(edges: list[Edge], axes: tuple[Axis, ...]) -> Place:

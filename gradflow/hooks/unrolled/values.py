@@ -195,10 +195,6 @@ def _of_two(operation: Callable[[Tensor, Tensor], Tensor]) -> Rule:
     return rule
 
 
-def _unbind(node: Any, values: list[Tensor | None]) -> Any:
-    return None if values[0] is None else values[0].unbind(signed(node._saved_dim))
-
-
 def _reshape(node: Any, values: list[Tensor | None]) -> Tensor | None:
     shape = tuple(node._input_metadata[0].shape)
     return None if values[0] is None else values[0].reshape(shape)
@@ -214,10 +210,6 @@ def signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
 
 
-def _neg(node: Any, values: list[Tensor | None]) -> Tensor | None:
-    return None if values[0] is None else -values[0]
-
-
 def _cat(node: Any, values: list[Tensor | None]) -> Tensor | None:
     known = [value for value in values if value is not None]
     return torch.cat(known, signed(node._saved_dim)) if len(known) == len(values) else None
@@ -228,12 +220,15 @@ def _stack(node: Any, values: list[Tensor | None]) -> Tensor | None:
     return torch.stack(known, signed(node._saved_dim)) if len(known) == len(values) else None
 
 
-def _t(_: Any, values: list[Tensor | None]) -> Tensor | None:
-    return None if values[0] is None else values[0].t()
+def _moved(name: str, *saved: str) -> Rule:
+    """The rule of a method that moves values, with what the graph keeps of its arguments."""
 
+    def rule(node: Any, values: list[Tensor | None]) -> Any:
+        given = [getattr(node, f"_saved_{argument}") for argument in saved]
+        given = [[*map(signed, one)] if isinstance(one, tuple) else signed(one) for one in given]
+        return None if values[0] is None else getattr(values[0], name)(*given)
 
-def _abs(_: Any, values: list[Tensor | None]) -> Tensor | None:
-    return None if values[0] is None else values[0].abs()
+    return rule
 
 
 def _mm(node: Any, values: list[Tensor | None]) -> Tensor | None:
@@ -257,17 +252,20 @@ _RULES: dict[str, Rule] = {
     "Add": _add,
     "Sub": _sub,
     "Mul": _of_two(torch.mul),
-    "Neg": _neg,
+    "Neg": _moved("neg"),
     "Cat": _cat,
     "Stack": _stack,
-    "Unbind": _unbind,
+    "Unbind": _moved("unbind", "dim"),
+    "Select": _moved("select", "dim", "index"),
+    "Permute": _moved("permute", "dims"),
+    "Transpose": _moved("transpose", "dim0", "dim1"),
     **dict.fromkeys(_RESHAPED, _reshape),
     "Expand": _expand,
     "Div": _of_two(torch.div),
     "Maximum": _of_two(torch.maximum),
     "Minimum": _of_two(torch.minimum),
-    "T": _t,
-    "Abs": _abs,
+    "T": _moved("t"),
+    "Abs": _moved("abs"),
     "Mm": _mm,
     "Addmm": _addmm,
 }
