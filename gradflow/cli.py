@@ -522,10 +522,8 @@ def _typed(context: click.Context) -> str:
     words = []
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]
-        if parameter.name in ("runs", "folder", "force", "by", "figures", "as_json") or value in (
-            None,
-            parameter.default,
-        ):
+        usual = ("runs", "folder", "force", "by", "figures", "as_json")
+        if parameter.name in usual or value in (None, parameter.default):
             continue
         if value is False:
             words += parameter.secondary_opts

@@ -602,6 +602,8 @@ def test_the_factor_that_fades_is_the_one_to_change() -> None:
     nn.init.orthogonal_(activations.weight_hh_l0)
     shrunk = layer_of(weights, normal(40, 4, 1, scale=0.01))
     assert named(shrunk, "weights-contract").value == pytest.approx(math.log(0.6), rel=1e-9)
+    lost = f"so it shrinks by {-shrunk.rate.value:.3g} nats per step"  # the two factors together
+    assert lost in named(shrunk, "weights-contract").message
     assert "orthogonal_" in named(shrunk, "vanishing").code
     flat = layer_of(activations, normal(40, 4, 1, scale=30.0))
     assert named(flat, "activations-contract").value == pytest.approx(flat.rate.value, rel=1e-9)

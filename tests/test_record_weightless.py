@@ -88,8 +88,8 @@ def unbound(m: Any, x: Tensor) -> Tensor:
         (beside_a_layer, 2, T),
         (two_layers, 2, T),
         (from_the_last_step, 1, T),
-        (batch_first, 1, T - 1),  # nothing keeps the values of the last state
-        (unbound, 1, T - 1),
+        (batch_first, 1, T),
+        (unbound, 1, T - 1),  # nothing keeps the values of the last state
     ],
 )
 def test_it_is_a_track_of_its_steps(code: Callable[..., Tensor], count: int, steps: int) -> None:

@@ -260,12 +260,14 @@ def _factors(e: Evidence) -> tuple[Rate, Rate]:
 
 def _finding(e: Evidence, name: str, weight: Rate, activation: Rate) -> Finding:
     shown = activation if name == "activations-contract" else weight
+    both = weight.value + activation.value
     return Finding(
         name=name,
         layer=e.track.name,
         message="at every step the weights multiply the leading direction by "
         f"{number(math.exp(weight.value))}, the activations by {number(math.exp(activation.value))}: "
-        f"it grows by {_sum(weight.value, activation.value)} per step",
+        f"together by {number(math.exp(both))}, so it {'shrinks' if both < 0 else 'grows'} by "
+        f"{number(abs(both))} nats per step",
         where=counted(e.track.batch, "sequence"),
         value=shown.value,
         low=shown.low,
@@ -273,17 +275,6 @@ def _finding(e: Evidence, name: str, weight: Rate, activation: Rate) -> Finding:
         basis=OVER_BAND,
         severity=shown.value * e.span / math.log(10),
     )
-
-
-def _sum(weight: float, activation: float) -> str:
-    """The two summands and what they make; rounding errors of a vanishing one are no digits.
-
-    >>> _sum(-0.5, -0.25), _sum(1e-9, -2.0), _sum(0.3, 1e-17)
-    ('−0.5 − 0.25 = −0.75', '0 − 2 = −2', '0.3 + 0 = 0.3')
-    """
-    weight, activation = (value if abs(value) > 5e-5 else 0.0 for value in (weight, activation))
-    sign = "−" if activation < 0 else "+"
-    return f"{number(weight)} {sign} {number(abs(activation))} = {number(weight + activation)}"
 
 
 def walls(e: Evidence) -> Iterator[Finding]:

@@ -254,8 +254,8 @@ class Recurrence:
         of_weight: Counter[int] = Counter()
         for chain in chains:
             of_weight[chain.weight] += chain.length
-        alone = [chain.length for chain in chains]
-        lengths = [n for n in of_weight.values() if n in alone] or alone
+        lengths = [chain.length for chain in chains]
+        lengths = [n for n in of_weight.values() if n in lengths] or lengths
         return max(lengths, key=lambda n: (lengths.count(n), n))
 
 
