@@ -630,3 +630,30 @@ def test_paths_through_h_are_blamed_only_where_they_exceed_the_cells_own() -> No
     assert finding.value == pytest.approx((2.5 - 0.5) / 0.5, rel=1e-9)
     assert "has norm 2.5, of which the forget gates give 0.5" in finding.message
     assert finding.where == "100% of the steps"
+
+
+class ByHand(nn.Module):
+    """h' = tanh(W h + U x), or without the tanh."""
+
+    def __init__(self, *, bent: bool) -> None:
+        super().__init__()
+        self.inner, self.bent = nn.Linear(8, 5), bent
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(3, 5)
+        for x_t in x:
+            h = self.inner(torch.cat([x_t, h], 1))
+            h = torch.tanh(h) if self.bent else h
+        return h
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bent", [True, False])
+def test_half_precision_is_no_reason_to_call_a_loop_linear(bent: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(7)
+    model, x = ByHand(bent=bent).to(dtype), torch.randn(12, 3, 3).to(dtype)
+    with gradflow.record(model) as recording:
+        model(x).float().pow(2).mean().backward()
+    (layer,) = analyze(recording).values()
+    found = "linear-recurrence" in {finding.name for finding in layer.findings}
+    assert found == (not bent and dtype in (torch.float32, torch.float64))

@@ -57,13 +57,16 @@ def linear_recurrence(e: Evidence) -> Iterator[Finding]:
 
 
 def _matrix(track: Track) -> Tensor | None:
-    """A transposed, (S, S), where A_t = A at every step from the second on that is no cut; else None."""
+    """A transposed, (S, S), where A_t = A at every step from the second on that is no cut; else None.
+
+    None also in half precision: its rounding hides whether they are the same.
+    """
     operator = operator_of(track)
-    if operator.thin or track.reverse:
+    coarsest = max(torch.finfo(state.dtype).eps for state in track.states.values())
+    if operator.thin or track.reverse or coarsest > torch.finfo(torch.float32).eps:
         return None
     steps = (track.mask & ~track.cuts).cpu().numpy().copy()
     steps[0] = False  # of the state before the first step, perhaps nothing was seen
-    coarsest = max(torch.finfo(state.dtype).eps for state in track.states.values())
     return constant_step(operator, steps, LINEAR_ROUNDING * coarsest)
 
 
