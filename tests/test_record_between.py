@@ -292,3 +292,67 @@ def test_a_mixture_over_a_call_of_several_steps_is_analyzed_without_gains(kind: 
         step_jacobians(recording["rnn.l0"])
     layer = gradflow.analyze(recording)["rnn.l0"]
     assert layer.labels[0] == "no gains" and "several steps ago" in layer.sentence
+
+
+# ------------------------------------------------------------------ a bank of cells, chosen by index
+
+
+class Bank(nn.Module):
+    """One state that goes through one of several cells of one's own at every step."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.cells = order, nn.ModuleDict({name: Own() for name in sorted(set(order))})
+
+    def forward(self, x: Tensor, h: Tensor) -> list[Tensor]:
+        states = []
+        for name, x_t in zip(self.order, x, strict=True):
+            h = self.cells[name](x_t, h)
+            states.append(h)
+        return states
+
+
+@pytest.mark.parametrize(
+    ("order", "cell", "steps"),
+    [
+        ("aabbaabbaabb", "a", [0, 1, 4, 5, 8, 9]),
+        ("aabbaabbaabb", "b", [2, 3, 6, 7, 10, 11]),
+        ("abbabbabbabb", "b", [1, 2, 4, 5, 7, 8, 10, 11]),
+        ("aaabcacba", "a", [0, 1, 2, 5, 8]),
+        ("babcaacacbca", "a", [4, 5, 7, 11]),  # known as a state from where it came back at once
+    ],
+)
+def test_a_cell_of_a_bank_goes_on_through_the_others(
+    order: str, cell: str, steps: list[int]
+) -> None:
+    """It was cut in pieces of two steps, each of them stable, of a state that vanishes."""
+    torch.manual_seed(0)
+    model, x = Bank(order).double(), torch.randn(len(order), BATCH, INPUTS).double()
+    with gradflow.record(model) as recording:
+        states = model(x, torch.zeros(BATCH, HIDDEN).double())
+        for state in states:
+            state.retain_grad()
+        states[-1].pow(2).sum().backward(retain_graph=True)
+    assert f"cells.{cell}@2" not in recording
+    track = recording[f"cells.{cell}"]
+    torch.testing.assert_close(track.h, torch.stack([states[t] for t in steps]), rtol=0, atol=0)
+    totals = torch.stack([states[t].grad for t in steps])
+    torch.testing.assert_close(track.grad_h, totals, rtol=1e-12, atol=0)
+    found = step_jacobians(track)
+    for t, now in enumerate(steps[1:], start=1):
+        for unit in range(HIDDEN):
+            (row,) = torch.autograd.grad(
+                states[now][:, unit].sum(), states[steps[t - 1]], retain_graph=True
+            )
+            torch.testing.assert_close(found[t, :, unit], row, rtol=1e-10, atol=0)
+
+
+def test_a_state_that_comes_from_elsewhere_begins_a_loop_of_its_own() -> None:
+    """Only one sequence after the other: nothing leads from the first into the second."""
+    torch.manual_seed(0)
+    model, x = Bank("aaaa").double(), torch.randn(4, BATCH, INPUTS).double()
+    start = torch.zeros(BATCH, HIDDEN).double().requires_grad_()
+    with gradflow.record(model) as recording:
+        total = sum(model(x, torch.tanh(start))[-1].pow(2).sum() for _ in range(2))
+        total.backward()
+    assert [track.steps for track in recording.values()] == [4, 4]

@@ -34,9 +34,7 @@ class Dependence:
         self.bit = {id(part): 1 << number for number, part in enumerate(parts)}
         self._above: dict[int, int] = {}  # id of a call -> the parts it descends from
         self.into: dict[int, int] = {}  # id of a call -> the parts that its input descends from
-        self.further: dict[
-            Part, None
-        ] = {}  # whose calls start from the states of several calls ago
+        self.further: dict[Part, None] = {}  # whose calls start from states of several calls ago
         feeds = dict.fromkeys(self.bit.values(), 0)
         before: dict[int, Seen] = {}
         for seen in calls:

@@ -26,7 +26,7 @@ from gradflow.hooks import patch
 from gradflow.hooks.ancestry import class_of
 from gradflow.hooks.axes import Axis
 from gradflow.hooks.dense import Place, Step
-from gradflow.hooks.graph import Edge, NotReadable, saved_tensors_are_hooked
+from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of, saved_tensors_are_hooked
 from gradflow.hooks.guard import Point, guarded
 from gradflow.hooks.marks import LastMark
 from gradflow.hooks.own.bypass import Around
@@ -276,6 +276,13 @@ class CellLoop:
     entering: list[Edge] = field(default_factory=list)  # where the states of its last call came in
     # calls that each may yet begin a loop of its own, while the state seems to come in as the input
     doubts: list[First] = field(default_factory=list)
+
+    def leads_to(self, given: Given) -> bool:
+        """Whether its last states enter a call where states do, through whatever other modules."""
+        tensors = [given.tensors[path] for path in self.entry.values() if path in given.tensors]
+        roots = [edge for tensor in tensors if (edge := edge_of(tensor)) is not None]
+        ends = {out.edge[0] for out in self.outputs.values() if out.edge is not None}
+        return bool(roots and ends and not self.doubts and Between(roots, ends).reached)
 
 
 @dataclass(eq=False)

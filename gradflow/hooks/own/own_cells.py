@@ -137,7 +137,8 @@ class OwnCells:
                 self._take_back(cell, doubted)
                 return self._origin(cell, given)
             return end, found
-        return None, {}
+        through = [end for end in cell.ends if isinstance(end, CellLoop) and end.leads_to(given)]
+        return (through[0], {}) if len(through) == 1 else (None, {})
 
     def _take_back(self, cell: Candidate, loop: CellLoop) -> None:
         """One layer calls the module after the other: what comes in as the input is no state."""
@@ -363,9 +364,7 @@ class OwnCells:
     def _axes(given: Given, shape: torch.Size) -> list[Axis]:
         shapes = [t.shape for t in given.tensors.values()]
         others = [other for other in shapes if other != shape]
-        if len(shape) > 1 and shapes[:1] == [
-            shape
-        ]:  # the others may be a first state, not the input
+        if len(shape) > 1 and shapes[:1] == [shape]:  # the others may be a first state, no input
             others = [other for other in others if not is_stretched(other, shape)]
         return batch_axes(shape, others)
 

@@ -101,10 +101,7 @@ class OwnSteps:
             TapSource(self.marks.owner.scale, cell=first.source.cell),
             first.source.marks[0],
         )
-        source.graph_tasks, source.lost = (
-            set(first.source.graph_tasks),
-            first.source.lost,
-        )
+        source.graph_tasks, source.lost = set(first.source.graph_tasks), first.source.lost
         outputs = {name: first.outputs[path] for name, path in states.items()}
         rows = {name: out.row for name, out in outputs.items()}
         edges = {name: out.edge for name, out in outputs.items() if out.edge is not None}

@@ -38,10 +38,8 @@ def checked(graph: Unrolled, steps: LoopStates) -> LoopStates:
             raise NoState(f"one of its states is {dtype}, and only real states are read")
         if not shape or not 0 < math.prod(shape) <= STATE_ENTRIES:
             raise NoState(f"a state of shape {tuple(shape)} is a single number, empty or too large")
-    first, last = (
-        min(node._sequence_nr() for node, _ in steps.edges[0]),
-        max(node._sequence_nr() for node, _ in steps.edges[-1]),
-    )
+    first = min(node._sequence_nr() for node, _ in steps.edges[0])
+    last = max(node._sequence_nr() for node, _ in steps.edges[-1])
     for node, number in zip(graph.nodes, graph.numbers, strict=True):
         if first <= number <= last and is_hooked(node):
             raise NoState(
