@@ -95,7 +95,6 @@ from gradflow.reporter.charts.chart import (
     Line,
     borders,
     draw_log_lines,
-    readable,
     texts,
     width,
 )

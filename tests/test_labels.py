@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from seam import MOST_INCHES, borders, drawn, gain_map, layers, png, readable, texts, width
+from seam import MOST_INCHES, borders, drawn, gain_map, layers, png, texts, width
 from seam import charts_triangle as triangle
 from test_reporter_figures import overlapping
 from torch import nn
@@ -102,10 +102,10 @@ def test_odd_labels_are_saved_as_a_picture_without_a_warning() -> None:
 
 
 def test_labels_that_say_nothing_get_a_sign_and_long_ones_an_ellipsis() -> None:
-    assert [readable(word) for word in (" ", "\n", "\t", "")] == ["␣", "↵", "⇥", ""]
-    assert readable("two\nlines\x00here") == "two lines here"
+    assert [texts((word,))[0] for word in (" ", "\n", "\t", "")] == ["␣", "↵", "⇥", ""]
+    assert texts(("two\nlines\x00here",))[0] == "two lines here"
     for long in ("天" * 40, "W" * 40, "<" * 40, "i" * 80):
-        assert 0.6 < width([long]) <= MOST_INCHES and readable(long).endswith("…")
+        assert 0.6 < width([long]) <= MOST_INCHES and texts((long,))[0].endswith("…")
 
 
 def test_times_are_written_without_the_beginning_that_they_share() -> None:
