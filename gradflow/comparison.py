@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +178,9 @@ def compare(
 
 def _figures(runs: Mapping[str, Analysis]) -> dict[str, Callable[[], Figure]]:
     if len(runs) > OVERVIEWS:
-        return {"drawn": lambda: reporter.draw_trend(runs)}
+        return {
+            n: partial(reporter.draw_trend, runs, w) for n, w in (("drawn", 7.2), ("narrow", 3.15))
+        }
     titled = [run.titled(name) for name, run in runs.items()]
     return {
         "drawn": lambda: reporter.plot(titled),

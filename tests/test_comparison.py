@@ -314,7 +314,7 @@ def test_a_comparison_in_python_is_table_figure_page_and_json(tmp_path: Path) ->
     assert told["changes"][0]["sentence"] == found.changes["sentence"][0]
 
 
-def test_more_than_four_runs_are_a_trend_and_a_name_is_escaped() -> None:
+def test_more_than_four_runs_are_a_trend_and_a_name_is_escaped(tmp_path: Path) -> None:
     runs = {f"epoch {n} <b>": run(float(n)) for n in range(5)}
     found = gradflow.compare(runs)
     gain, reach = found.figure.axes
@@ -323,6 +323,8 @@ def test_more_than_four_runs_are_a_trend_and_a_name_is_escaped() -> None:
     far = [one["l0"].horizon or one["l0"].searched for one in runs.values()]
     assert reach.lines[0].get_ydata().tolist() == far
     assert "<b>," not in found._repr_html_()
+    page = found.save(tmp_path / "trend").read_text()
+    assert 'class="fits"' in page and page.count("data:image/png") == 2  # one for a telephone
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

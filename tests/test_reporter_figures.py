@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -207,6 +208,19 @@ def test_a_title_fits_the_axes_it_is_given(kind: str, layout: str | None) -> Non
     assert box.x1 <= beside.bbox.x0 and box.y1 <= figure.bbox.y1
     assert ax.bbox.height > 60  # a layout engine finds room for the panel
     assert "l0" in title.get_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize("kind", ["overview", "states", "gain-map", "layers", "lag-curve"])
+def test_numbers_below_axes_of_two_inches_do_not_meet(kind: str) -> None:
+    figure = Figure(figsize=(2.9, 2.4))
+    run = synthetic.analysis(*(synthetic.layer(f"rnn.l{n}", steps=90) for n in range(2)))
+    ax = figure.add_axes((0.25, 0.22, 0.7, 0.6))
+    plot(run, kind, layer=None if kind == "layers" else "rnn.l0", ax=ax)
+    FigureCanvasAgg(figure).draw()
+    boxes = sorted(t.get_window_extent().extents.tolist() for t in ax.get_xticklabels())
+    inside = [box for box in boxes if ax.bbox.x0 - 20 < box[0] < ax.bbox.x1]
+    assert len(inside) > 1
+    assert all(left[2] <= right[0] for left, right in pairwise(inside))
 
 
 @pytest.mark.parametrize("kind", ["overview", "gain-map", "states"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,12 +95,12 @@ def comparison_summary(
     return strictly
 
 
-def draw_trend(runs: Mapping[str, Analysis]) -> Figure:
+def draw_trend(runs: Mapping[str, Analysis], wide: float = 7.2) -> Figure:
     """Runs from left to right in the order given; a colour for each layer, up to five in turn."""
     with look():
-        figure = Picture(8.25, 5.05)
-        gain = figure.inches(0.75, 0.45, 7.2, 1.7)
-        reach = figure.inches(0.75, 2.5, 7.2, 1.7)
+        figure = Picture(wide + 1.05, 5.05)
+        gain = figure.inches(0.75, 0.45, wide, 1.7)
+        reach = figure.inches(0.75, 2.5, wide, 1.7)
         names = list(dict.fromkeys(name for run in runs.values() for name in run))
         for place, name in enumerate(names):
             _layer(gain, reach, runs, name, SERIES[place % len(SERIES)])
@@ -112,6 +113,7 @@ def draw_trend(runs: Mapping[str, Analysis]) -> Figure:
             ax.set_xticks(places, [""] * len(runs))
         reach.set_xticks(places, [_short(name) for name in runs], rotation=30, ha="right")
         said = f"{len(runs)} runs in the order given; grey: stable; open circle: not gone as far as measured"
+        said = textwrap.fill(said, int(wide / 0.058))
         figure.words(0.75, 0.1, said, fontsize=8, color=SOFT)
         reach.set_ylim(bottom=0)
         if len(names) > 1:

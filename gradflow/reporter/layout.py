@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
@@ -14,7 +15,7 @@ from matplotlib.text import Text
 from gradflow.errors import InputError, must_be
 from gradflow.reporter import panels
 from gradflow.reporter.charts.chart import Chart
-from gradflow.reporter.fonts import legible
+from gradflow.reporter.fonts import inches, legible
 from gradflow.reporter.kinds import Kind, Scale
 from gradflow.reporter.overview import SMALLEST, UNWRITTEN, footer, footer_height
 from gradflow.reporter.picture import INK, SOFT, Picture
@@ -99,9 +100,13 @@ def finish_axes(ax: Axes, scale: Scale | None, chart: Chart, block: tuple[str, s
     if ax.get_legend() is not None:  # above the axes is the headline
         key = ax.legend(loc="best", fontsize=7, frameon=True, framealpha=0.85, borderpad=0.3)
         key.set_in_layout(False)  # inside the axes it asks for no room
+        letters = max(12, int(ax.bbox.width / figure.dpi / 0.055) - 6)
+        for text in key.get_texts():
+            text.set_text(textwrap.fill(text.get_text(), letters))
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)  # the room that it leaves is the headline's
+    _thin(ax, figure.dpi)
     headline, name = block
     said = ax.set_title("", loc="left", parse_math=False)
     room = figure.bbox.height - ax.bbox.y1 - 6  # pixels; a layout engine makes it
@@ -116,6 +121,27 @@ def finish_axes(ax: Axes, scale: Scale | None, chart: Chart, block: tuple[str, s
         said.set_fontsize(size)
     said.set_text("\n".join(lines))
     return figure
+
+
+def _thin(ax: Axes, dpi: float) -> None:
+    """Of the numbers along the bottom every second, third, … one, until none meet."""
+    low, high = sorted(ax.get_xlim())
+    places = [float(place) for place in ax.get_xticks()]
+    words = ax.xaxis.get_major_formatter().format_ticks(places)
+    shown = [pair for pair in zip(places, words, strict=True) if low <= pair[0] <= high]
+    labels = ax.get_xticklabels()
+    if any(label.get_rotation() for label in labels):
+        return
+    at = [ax.transData.transform((place, 0))[0] / dpi for place, _ in shown]
+    half = [inches(word, float(labels[0].get_fontsize())) / 2 + 0.03 for _, word in shown]
+    for every in range(1, len(shown)):
+        ends = sorted((x - h, x + h) for x, h in zip(at[::every], half[::every], strict=True))
+        if all(left[1] <= right[0] for left, right in pairwise(ends)):
+            break
+    else:
+        return
+    if every > 1:
+        ax.set_xticks(*zip(*shown[::every], strict=True))
 
 
 def wrapped(text: Text, said: tuple[str, str], width: float, most: int) -> list[str]:

@@ -169,18 +169,9 @@ def _fits(value: Tensor, edge: Edge) -> bool:
 Rule = Callable[[Any, list[Tensor | None]], Any]  # a tensor, all that come of it, or None
 
 
-def _add(node: Any, values: list[Tensor | None]) -> Tensor | None:
-    one, other = values
-    return None if one is None or other is None else torch.add(one, other, alpha=_alpha(node))
-
-
-def _sub(node: Any, values: list[Tensor | None]) -> Tensor | None:
-    one, other = values
-    return None if one is None or other is None else torch.sub(one, other, alpha=_alpha(node))
-
-
-def _alpha(node: Any) -> Any:
-    return getattr(node, "_saved_alpha", 1)
+def _known(operation: Callable[[Any, Any], Any]) -> Rule:
+    """The rule of an operation on values that must all be known; given these and the node."""
+    return lambda node, values: None if any(v is None for v in values) else operation(values, node)
 
 
 def _of_two(operation: Callable[[Tensor, Tensor], Tensor]) -> Rule:
@@ -195,40 +186,9 @@ def _of_two(operation: Callable[[Tensor, Tensor], Tensor]) -> Rule:
     return rule
 
 
-def _reshape(node: Any, values: list[Tensor | None]) -> Tensor | None:
-    shape = tuple(node._input_metadata[0].shape)
-    return None if values[0] is None else values[0].reshape(shape)
-
-
-def _expand(node: Any, values: list[Tensor | None]) -> Tensor | None:
-    shape = tuple(node._input_metadata[0].shape)
-    return None if values[0] is None else values[0].expand(shape)
-
-
 def signed(number: int) -> int:
     """An axis or index as it was given, which the graph keeps without its sign."""
     return number - 2**64 if number >= 2**63 else number
-
-
-def _cat(node: Any, values: list[Tensor | None]) -> Tensor | None:
-    known = [value for value in values if value is not None]
-    return torch.cat(known, signed(node._saved_dim)) if len(known) == len(values) else None
-
-
-def _stack(node: Any, values: list[Tensor | None]) -> Tensor | None:
-    known = [value for value in values if value is not None]
-    return torch.stack(known, signed(node._saved_dim)) if len(known) == len(values) else None
-
-
-def _moved(name: str, *saved: str) -> Rule:
-    """The rule of a method that moves values, with what the graph keeps of its arguments."""
-
-    def rule(node: Any, values: list[Tensor | None]) -> Any:
-        given = [getattr(node, f"_saved_{argument}") for argument in saved]
-        given = [[*map(signed, one)] if isinstance(one, tuple) else signed(one) for one in given]
-        return None if values[0] is None else getattr(values[0], name)(*given)
-
-    return rule
 
 
 def _mm(node: Any, values: list[Tensor | None]) -> Tensor | None:
@@ -249,23 +209,25 @@ def _either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 _RULES: dict[str, Rule] = {
-    "Add": _add,
-    "Sub": _sub,
+    "Add": _known(lambda v, n: torch.add(*v, alpha=getattr(n, "_saved_alpha", 1))),
+    "Sub": _known(lambda v, n: torch.sub(*v, alpha=getattr(n, "_saved_alpha", 1))),
     "Mul": _of_two(torch.mul),
-    "Neg": _moved("neg"),
-    "Cat": _cat,
-    "Stack": _stack,
-    "Unbind": _moved("unbind", "dim"),
-    "Select": _moved("select", "dim", "index"),
-    "Permute": _moved("permute", "dims"),
-    "Transpose": _moved("transpose", "dim0", "dim1"),
-    **dict.fromkeys(_RESHAPED, _reshape),
-    "Expand": _expand,
+    "Neg": _known(lambda v, _: -v[0]),
+    "Cat": _known(lambda v, n: torch.cat(v, signed(n._saved_dim))),
+    "Stack": _known(lambda v, n: torch.stack(v, signed(n._saved_dim))),
+    "Unbind": _known(lambda v, n: v[0].unbind(signed(n._saved_dim))),
+    "Select": _known(lambda v, n: v[0].select(signed(n._saved_dim), signed(n._saved_index))),
+    "Permute": _known(lambda v, n: v[0].permute([*map(signed, n._saved_dims)])),
+    "Transpose": _known(lambda v, n: v[0].transpose(signed(n._saved_dim0), signed(n._saved_dim1))),
+    **dict.fromkeys(
+        _RESHAPED, _known(lambda v, n: v[0].reshape(tuple(n._input_metadata[0].shape)))
+    ),
+    "Expand": _known(lambda v, n: v[0].expand(tuple(n._input_metadata[0].shape))),
     "Div": _of_two(torch.div),
     "Maximum": _of_two(torch.maximum),
     "Minimum": _of_two(torch.minimum),
-    "T": _moved("t"),
-    "Abs": _moved("abs"),
+    "T": _known(lambda v, _: v[0].t()),
+    "Abs": _known(lambda v, _: v[0].abs()),
     "Mm": _mm,
     "Addmm": _addmm,
 }
