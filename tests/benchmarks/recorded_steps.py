@@ -80,7 +80,7 @@ class Step:
         """The same inside a recording, and its totals read."""
         with gradflow.record(self.model) as recording:
             self.plain()
-        for track in recording.values():
+        for track in recording.tracks.values():
             read(track.grads)
 
     def loop(self) -> None:
