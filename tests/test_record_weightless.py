@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradflow
+from gradflow.analyzer import step_jacobians
 from gradflow.errors import GradflowWarning
 from gradflow.recording import Recording
 
@@ -181,9 +183,36 @@ def differences(m: Any, x: Tensor) -> Tensor:
     return torch.stack([parts[t] * parts[t - 1] for t in range(1, T)])
 
 
+def largest_so_far(m: Any, x: Tensor) -> Tensor:
+    h = m.inner(x[0])
+    for x_t in x[1:]:
+        h = torch.maximum(h, m.inner(x_t))
+    return h
+
+
+def largest_output(m: Any, x: Tensor) -> Tensor:
+    parts = m.inner(x)
+    h = parts[0]
+    for t in range(1, T):
+        h = torch.where(parts[t] > h, parts[t], h)
+    return h
+
+
+def stick_that_is_broken(m: Any, x: Tensor) -> Tensor:
+    rest, found = torch.ones(B, H).to(x), []
+    for x_t in x:
+        share = torch.sigmoid(m.inner(x_t))
+        found.append(rest * share)
+        rest = rest * (1 - share)
+    return torch.stack(found)
+
+
 @pytest.mark.parametrize(
     "code",
     [
+        largest_so_far,
+        largest_output,
+        stick_that_is_broken,
         sum_of_losses,
         discounted_losses,
         mean_of_steps,
@@ -212,3 +241,79 @@ def experts(m: Any, x: Tensor) -> Tensor:
 def test_a_mixture_of_experts_is_none() -> None:
     recording = recorded(experts)
     assert not recording.unseen and not len(recording)
+
+
+class Spiking(nn.Module):
+    """v' = 0.9 v + x, kept in an attribute; what it fires is no part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v: Any = None
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.v = x + (0.0 if self.v is None else 0.9 * self.v)
+        return torch.sigmoid(4 * (self.v - 1))
+
+
+class Marked(Spiking):
+    """The same with the line that was advised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fired = super().forward(x)
+        self.v = gradflow.tap(v=self.v)
+        return fired
+
+
+class TwoSpiking(nn.Module):
+    """Two layers of such neurons, each with its weights before it."""
+
+    def __init__(self, kind: type[Spiking]) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList([nn.Linear(H, H), nn.Linear(H, H)])
+        self.layers = nn.ModuleList([kind(), kind()])
+        self.seen: list[list[Tensor]] = [[], []]
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = torch.zeros(()).to(x)
+        for given in x:
+            for number, (inner, layer) in enumerate(zip(self.maps, self.layers, strict=True)):
+                given = layer(inner(given))
+                self.seen[number].append(layer.v)
+            rate = rate + given.square().mean()
+        return rate
+
+
+def fired(kind: type[Spiking]) -> tuple[TwoSpiking, gradflow.Recording]:
+    torch.manual_seed(0)
+    model = TwoSpiking(kind).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradflowWarning)
+        with gradflow.record(model) as recording:
+            loss = model(2 * torch.randn(T, B, H).double())
+            for state in model.seen[0] + model.seen[1]:
+                state.retain_grad()
+            loss.backward(retain_graph=True)
+    return model, recording
+
+
+def test_a_state_kept_in_an_attribute_is_named_with_the_line_that_marks_it() -> None:
+    """It was `h = gradflow.tap(h=h)` in the loop of the model, where there is no h."""
+    _, recording = fired(Spiking)
+    (unseen,) = recording.unseen
+    assert unseen.insert == "self.v = gradflow.tap(v=self.v)"
+    file, line = unseen.line.split(":")
+    assert "def forward" in Path(__file__).read_text().splitlines()[int(line) - 1]
+    assert file.endswith("test_record_weightless.py")
+
+
+def test_the_advised_line_in_a_class_of_two_layers_gives_one_track_for_each() -> None:
+    """They shared one name, so each mark began a loop of one step."""
+    model, recording = fired(Marked)
+    assert [track.steps for track in recording.values()] == [T, T]
+    for track, states in zip(recording.values(), model.seen, strict=True):
+        totals = torch.stack([state.grad for state in states])
+        torch.testing.assert_close(track.grads["v"], totals, rtol=1e-12, atol=0)
+        found = step_jacobians(track)
+        torch.testing.assert_close(found[1:], 0.9 * torch.eye(H).double().expand_as(found[1:]))

@@ -143,13 +143,13 @@ def _rows(name: object, states: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Taps:
-    """The loops that are being tapped, by name."""
+    """The loops that are being tapped, by name and by the module whose code taps."""
 
     def __init__(self, owner: MarkOwner) -> None:
         self.owner = owner
         self.marks = Marks(owner)
         self.seen = False  # also where no track was wanted
-        self._ends: dict[str, LastMark] = {}
+        self._ends: dict[tuple[str, object], LastMark] = {}
 
     def saw(
         self, name: str, states: dict[str, Tensor], rows: dict[str, Tensor], frame: FrameType
@@ -160,13 +160,17 @@ class Taps:
             return
         place = Place.of(states, rows)
         mark = Marks.new(place, rows)
-        end = self._ends.get(name)
+        key = name, place_of(frame)[2]
+        # a loop may go on in another module's code; what taps once a call may be layers of one class
+        others = [e for (n, _), e in self._ends.items() if n == name and len(e.source.marks) > 1]
+        end = self._ends.get(key) or (others[-1] if others else None)
         if end is not None and self._goes_on(end, states, place, mark, frame):
             Marks.extend(end, mark)
         else:
             source = TapSource(self.owner.scale, name, marks=[mark])
-            end = self._ends[name] = self.marks.begin(name, source, states, place)
+            end = self.marks.begin(name, source, states, place)
             end.track.code = place_of(frame)
+        self._ends[key] = end
         self.marks.settle(end, states, place, mark)
         # where a state is outside the graph, only the place of the loop tells that it goes on
         end.frames = (frame, frame.f_back)

@@ -31,9 +31,7 @@ class Description:
     problem: str = ""  # why it cannot be analyzed as it is, or ""
     next_command: str = ""
     broken: tuple[str, ...] = ()  # weights that hold NaN or infinite numbers
-    members: tuple[
-        str, ...
-    ] = ()  # of a file that holds several: names, what they are, which are read
+    members: tuple[str, ...] = ()  # of a file of several: names, kinds, which are read
 
     def lines(self) -> list[str]:
         """Plain text, one line each; control characters in names are escaped."""

@@ -101,7 +101,7 @@ def loop(kind: str, case: Case, *, recorded: bool = True) -> Work:
         with gradflow.record(model) as recording:
             step()
         assert len(recording) == 1, recording
-        for track in recording.values():
+        for track in recording.tracks.values():
             for grad in track.grads.values():
                 assert grad.shape[0] > 0
 

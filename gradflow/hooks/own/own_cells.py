@@ -260,9 +260,9 @@ class OwnCells:
     def kept_inside(self) -> dict[str, str]:
         """Modules called again and again that keep something in an attribute -> that attribute."""
         return {
-            f"{cell.path} ({type(cell.module).__name__})": name
+            f"{cell.path} ({type(cell.module).__name__})": names[0]
             for cell in self._cells.values()
-            if cell.calls > 1 and not cell.tracks and (name := sources.kept(cell.module))
+            if cell.calls > 1 and not cell.tracks and (names := sources.kept(cell.module))
         }
 
     def ignore(self, sources: list[TapSource]) -> None:

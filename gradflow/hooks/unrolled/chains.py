@@ -60,9 +60,7 @@ class WeightChain:
     depth: dict[int, int]
     length: int
     tree: bool = False  # whether other uses of the weight run into it
-    frozen: bool = (
-        False  # whether the weight needs no gradient: a use on a constant start is not seen
-    )
+    frozen: bool = False  # whether it needs no gradient: a use on a constant start is not seen
 
     @property
     def weight(self) -> int:

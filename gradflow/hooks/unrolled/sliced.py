@@ -17,8 +17,12 @@ from gradflow.hooks.unrolled.chains import Recurrence, Uses, WeightChain, betwee
 from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import CUT_USES
 
-# a sum over steps, or a list that grows, carries everything on as it is
-SUMS = MOVES | {"Add", "Sub", "Sum", "Cat", "Stack", "IndexAdd", "IndexPut", "ScatterAdd"}
+# what is carried on is a sum over steps or a list that grows; the largest so far; a product
+POOLS = (
+    MOVES | {"Add", "Sub", "Sum", "Cat", "Stack", "IndexAdd", "IndexPut", "ScatterAdd"},
+    MOVES | {"Maximum", "Minimum", "Where"},
+    MOVES | {"Mul", "Div"},
+)
 
 
 def loops_without_weight(
@@ -125,7 +129,7 @@ class _Walk:
         return found[::-1]
 
     def _loop(self, line: list[int]) -> list[tuple[int, Recurrence]]:
-        """The loop whose steps begin at these places; [] where they only add up, or are layers."""
+        """The loop whose steps begin at these places; [] where they only pool, or are layers."""
         bodies = [self._between(*pair) for pair in pairwise(line)]
         if self._is_known(line) or any(
             self.taken & between(self.graph, *pair) for pair in pairwise(line)
@@ -133,17 +137,13 @@ class _Walk:
             return []
         kinds = {self.graph.kind(place) for body in bodies for place in body}
         entries = math.prod(self.graph.nodes[line[-1]]._input_metadata[0].shape)
-        weights = [
-            {
-                child
-                for place in body
-                for child, _ in self.graph.inputs[place]
-                if self.graph.is_leaf(child)
-            }
-            for body in bodies
+        read = [
+            {child for place in body for child, _ in self.graph.inputs[place]} for body in bodies
         ]
+        weights = [set(filter(self.graph.is_leaf, some)) for some in read]
         # a single number is a loss that adds up; steps of weights of their own are layers
-        if entries == 1 or kinds <= SUMS or any(some != weights[0] for some in weights):
+        pooled = entries == 1 or any(kinds <= pool for pool in POOLS)
+        if pooled or any(some != weights[0] for some in weights):
             return []
         first = self._first(line[0])
         line = line if first is None else [first, *line]

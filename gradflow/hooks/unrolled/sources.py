@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 TORCH_CODE = "torch."
 Loop = ast.For | ast.While
@@ -66,15 +66,15 @@ def inside(module: nn.Module) -> SourceLoop | None:
     return found if found is not None and found.carried else None
 
 
-def kept(module: nn.Module) -> str:
-    """The attribute in which a module's forward keeps something for its next call, or nothing."""
+def kept(module: nn.Module) -> list[str]:
+    """The attributes in which a module's forward keeps something for its next call."""
     for file, scope in _scopes_of(module):
         for method in scope.body:
             if isinstance(method, ast.FunctionDef) and method.name == "forward":
                 found = _described(file, _as_loop(method), set()).before_written
                 mine = f"{method.args.args[0].arg}." if method.args.args else "self."
-                return next((name for name in found if name.startswith(mine)), "")
-    return ""
+                return [name for name in found if name.startswith(mine)]
+    return []
 
 
 def _as_loop(method: ast.FunctionDef) -> ast.While:
@@ -106,6 +106,16 @@ def _scopes_of(module: nn.Module) -> Iterator[tuple[str, ast.ClassDef]]:
 PLAIN = "{0}", ""
 FLAT = "{0}.flatten(1)", ".view_as({0})"  # states (B, ...) as the rows that tap takes, and back
 FLAT_IN_TIME = "{0}.transpose(0, 1).flatten(1)", ".unflatten(1, (len({0}), -1)).transpose(0, 1)"
+
+
+def keeping(modules: Iterable[nn.Module]) -> SourceLoop | None:
+    """The forward of a module that keeps a state, one with a gradient, as a loop over its calls."""
+    for holder, name in ((module, name) for module in modules for name in kept(module)):
+        state = getattr(holder, name.rpartition(".")[2], None)
+        if isinstance(state, Tensor) and state.requires_grad:
+            code = inspect.unwrap(type(holder).forward).__code__
+            return SourceLoop(code.co_filename, code.co_firstlineno, (name,), certain=True)
+    return None
 
 
 def insertion(found: SourceLoop | None, form: tuple[str, str] = PLAIN) -> str:

@@ -207,6 +207,8 @@ class Watch:
             steps, rows = self._states(graph, found, names)
         except NoState as error:
             form = sources.FLAT if isinstance(error, NoRows) else sources.PLAIN
+            if computed and not (loop and loop.carried):
+                loop = sources.keeping(self.modules.values()) or loop
             self._note(found, [] if computed else names, path, loop, (str(error), form))
             return
         whose = self._cell_of(names, path) if something_is_compiled() else path

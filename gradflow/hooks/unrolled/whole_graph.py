@@ -38,9 +38,8 @@ class Unrolled:
     def _collect(self, stack: list[Any], given: Mapping[int, list[Edge]]) -> None:
         """Depth first; as little as can be is kept of a node, for all that is kept is collected."""
         first: dict[Any, tuple[int, int] | None] = {}  # node -> (its place, 0); None: on the way
-        below: list[
-            tuple[Any, int, Sequence[Edge]]
-        ] = []  # of those on the way what they were made from
+        # of those on the way what they were made from
+        below: list[tuple[Any, int, Sequence[Edge]]] = []
         nodes, inputs = self.nodes, self.inputs
         constants, numbers = self.constants, self.numbers
         while stack:

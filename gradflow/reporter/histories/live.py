@@ -207,10 +207,8 @@ def _cut(text: Text, console: Console, width: int) -> Text:
 
 def _words(one: Now, console: Console, width: int) -> Text:
     """A line on a layer: verdict, rate, horizon, half-life where it fits, a sparkline of the reach."""
-    verdict, spark = (
-        one.verdict or "no verdict",
-        sparkline(one.course, console, 20 if width >= 70 else 8),
-    )
+    verdict = one.verdict or "no verdict"
+    spark = sparkline(one.course, console, 20 if width >= 70 else 8)
     gone = {"none": "", "never": "never gone"}.get(one.horizon, f"horizon {one.horizon}")
     rate = "" if one.rate in ("none", "not settled") else f"rate {one.rate}"
     half = "" if one.half_life in ("none", "never") or not rate else f"halves in {one.half_life}"
