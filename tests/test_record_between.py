@@ -356,3 +356,53 @@ def test_a_state_that_comes_from_elsewhere_begins_a_loop_of_its_own() -> None:
         total = sum(model(x, torch.tanh(start))[-1].pow(2).sum() for _ in range(2))
         total.backward()
     assert [track.steps for track in recording.values()] == [4, 4]
+
+
+# ---------------------------------------------------------------------------------------- over a tree
+
+
+class OverTree(nn.Module):
+    """Every node's state is made from the sum of those of its children, or from zeros."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.cell = kind(INPUTS, HIDDEN)
+
+    def forward(self, tree: tuple, x: Tensor) -> tuple[Tensor, ...]:
+        place, *children = tree
+        below = [self(child, x) for child in children]
+        zero = (x.new_zeros(1, HIDDEN),) * (1 + isinstance(self.cell, nn.LSTMCell))
+        given = tuple(sum(parts[1:], parts[0]) for parts in zip(*below, strict=True)) or zero
+        found = self.cell(x[place : place + 1], given if len(given) > 1 else given[0])
+        return found if len(given) > 1 else (found,)
+
+
+LINE = (4, (3, (2, (1, (0,)))))
+BRANCHED = (6, (5, (0,), (1,)), (4, (2,), (3,)))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_a_tree_of_one_branch_is_a_line_and_one_that_forks_is_said_to(
+    kind: type[nn.Module], recwarn: pytest.WarningsRecorder
+) -> None:
+    torch.manual_seed(0)
+    model, x = OverTree(kind).double(), torch.randn(7, INPUTS).double()
+    tracks = []
+    for tree in (LINE, BRANCHED):
+        with gradflow.record(model) as recording:
+            model(tree, x)[0].pow(2).sum().backward()
+        tracks.append(list(recording.values()))
+    ((line,), lines) = tracks
+    assert line.steps == 5 and not line.notes
+    with gradflow.record(model.cell) as recording:  # the same by a loop
+        state = None
+        for place in range(5):
+            state = model.cell(x[place : place + 1], state)
+        (state[0] if kind is nn.LSTMCell else state).pow(2).sum().backward()
+    (chain,) = recording.values()
+    torch.testing.assert_close(line.grad_h, chain.grad_h, rtol=1e-12, atol=0)
+    torch.testing.assert_close(step_jacobians(line), step_jacobians(chain), rtol=1e-12, atol=0)
+    assert sorted(track.steps for track in lines) == [1, 1, 2, 3]
+    assert all("as over a tree" in note for track in lines for note in track.notes)
+    assert all(track.notes for track in lines)
+    assert not [w for w in recwarn if "afresh" in str(w.message)]

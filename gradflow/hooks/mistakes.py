@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradflow.cells import layer_names
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.call import Call
+from gradflow.hooks.closed.afresh import FORKED
 from gradflow.hooks.closed.joint_source import JointSource
 from gradflow.hooks.guard import foreign_code
 from gradflow.hooks.linear.linear_source import LinearSource, Stretch
@@ -25,11 +26,6 @@ from gradflow.recording.tracks import Recording, Unseen
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 FEW = 8  # names in one sentence
-ONCE = (
-    "so no state came back and no recurrence is exercised; run it in a loop that gives each call the "
-    "state of the one before"
-)
-
 
 ONCE_OWN = (
     "was called once, so no state came back; if it is a recurrent cell, run it in a loop that gives each "
@@ -65,9 +61,7 @@ def _loops_inside(inside: Mapping[str, str]) -> str:
 
 
 def _kept(kept: Mapping[str, str]) -> str:
-    said = [
-        f"{name} keeps {attribute} from one call to the next" for name, attribute in kept.items()
-    ]
+    said = [f"{name} keeps {what} from one call to the next" for name, what in kept.items()]
     attribute = next(iter(kept.values()))
     short = attribute.rpartition(".")[2]
     return (
@@ -233,7 +227,7 @@ def _runs(names: Iterable[str]) -> list[str]:
 
 def _too_short(recording: Recording) -> list[str]:
     """Tracks of one step, which exercise no recurrence."""
-    once = [track for track in recording.values() if track.steps == 1]
+    once = [one for one in recording.values() if one.steps == 1 and FORKED not in one.notes]
     marked = [track for track in once if isinstance(track.source, TapSource)]
     tapped = [track.name for track in marked if track.cell == TAP]
     afresh = [track.name for track in marked if track.cell != TAP]
@@ -243,32 +237,20 @@ def _too_short(recording: Recording) -> list[str]:
     short = [track for track in short if track.name not in scanned]
     cells = [track.name for track in short if _calls(track)[0].single]
     layers = [track.name for track in short if not _calls(track)[0].single]
-    sentences = []
-    if tapped:
-        sentences.append(
-            f"{listed(tapped)} was tapped once, so no state came back and no recurrence is "
-            "exercised; call tap inside the loop, once per step"
-        )
-    if afresh:
-        sentences.append(
-            f"{listed(afresh)} took nothing of its earlier state into any of its calls, so no recurrence is "
-            "exercised; give each call the state of the one before"
-        )
-    if scanned:
-        sentences.append(
-            f"{listed(scanned)} ran over one step, so no recurrence is exercised; give sequences of "
-            "two steps or more"
-        )
-    if cells:
-        names = _runs(cells)
-        how = "was called once" if len(names) == len(cells) else "started afresh at each call"
-        sentences.append(f"{listed(names)} {how}, {ONCE}")
-    if layers:
-        sentences.append(
-            f"{listed(_runs(layers))} ran on T = 1 step, so no recurrence is exercised; give sequences of "
-            "two steps or more, or give each call the state that the one before returned"
-        )
-    return sentences
+    names = _runs(cells)
+    how = "was called once" if len(names) == len(cells) else "started afresh at each call"
+    said = [
+        (tapped, "was tapped once, so no state came back and no recurrence is exercised; call tap inside "
+         "the loop, once per step"),
+        (afresh, "took nothing of its earlier state into any of its calls, so no recurrence is exercised; "
+         "give each call the state of the one before"),
+        (scanned, "ran over one step, so no recurrence is exercised; give sequences of two steps or more"),
+        (names, f"{how}, so no state came back and no recurrence is exercised; run it in a loop that gives "
+         "each call the state of the one before"),
+        (_runs(layers), "ran on T = 1 step, so no recurrence is exercised; give sequences of two steps or "
+         "more, or give each call the state that the one before returned"),
+    ]  # fmt: skip
+    return [f"{listed(those)} {what}" for those, what in said if those]
 
 
 def _many_starts(recording: Recording) -> list[str]:

@@ -448,12 +448,10 @@ class Recorder:
         """Layers whose calls start afresh, each on what came of the call before."""
         found = []
         for path, (runs, single, batch_first) in self.closed.afresh.found().items():
-            names = tuple(
-                n for key, n in self.watch.names.items() if self._holders.get(key) == path
-            )
+            names = [n for key, n in self.watch.names.items() if self._holders.get(key) == path]
             form = PLAIN if single else FLAT if batch_first else FLAT_IN_TIME
             if names:
-                found.append(self.watch.unseen_loop(list(names), path, runs, REASON, form))
+                found.append(self.watch.unseen_loop(names, path, runs, REASON, form))
         return found
 
     def out_of_reach(self) -> list[str]:

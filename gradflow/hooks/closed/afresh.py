@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from gradflow.hooks.closed.dependence import Dependence
 from gradflow.hooks.closed.parts import Seen, StockPart
@@ -17,6 +18,11 @@ from gradflow.limits import RECURRENCE_USES
 REASON = (
     "each call starts from a state of its own, and what goes around are its inputs; the tracks hold what "
     "flows within one call"
+)
+
+FORKED = (
+    "a call starts from the states of several of its calls at once, as over a tree or a batch put together: "
+    "each track is one line of calls, and gains along it hold the others fixed"
 )
 
 
@@ -34,12 +40,22 @@ class Afresh:
         if not parts or max(parts.values()) < 2:
             return
         dependence = Dependence(calls)
+        for part in {part for seen in calls for part in self._met(seen, dependence)}:
+            for track in part.tracks:
+                track.notes += [FORKED] if FORKED not in track.notes else []
         for part, depth in dependence.depths().items():
             for track in part.tracks:
                 track.depth = max(track.depth, depth)
         runs = Counter(seen.part.path for seen in calls if _is_run(seen))
         if runs and max(runs.values()) >= RECURRENCE_USES:
             self._count(calls, dependence)
+
+    @staticmethod
+    def _met(seen: Seen, dependence: Dependence) -> set[Any]:
+        """The parts, several of one layer, whose states a call of torch's starts from; else none."""
+        found = {one.part for one in dependence.nearest(seen.starts)} if seen.call else set()
+        met = {part for part in found if part.path == seen.part.path}
+        return met | {seen.part} if len(met) > 1 else set()
 
     def _count(self, calls: Sequence[Seen], dependence: Dependence) -> None:
         rows: dict[Seen, dict[str, int]] = {}
