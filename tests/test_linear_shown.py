@@ -149,6 +149,21 @@ def test_a_decay_at_its_bound() -> None:
     assert "as at a bound" in decay_words(layer)
 
 
+def test_one_channel_below_the_others_is_no_bound() -> None:
+    decay = random(T, B, 8, low=0.9, high=0.9001) - 0.03 * torch.arange(8)
+    layer = analyzed(LinearSteps(shape=(8,), decay=decay, write=(random(T, B, 8, seed=4),)))[
+        "mixer"
+    ]
+    assert layer.verdict == "vanishing"
+    assert not found(layer, "decay-at-bound")
+
+
+def test_decays_are_no_gates_that_a_gated_cell_would_mend() -> None:
+    layer = analyzed(of_heads(1e-5, 1e-4, 0.01))["mixer"]
+    assert layer.verdict == "vanishing" and found(layer, "forgets-at-once")
+    assert not found(layer, "saturated-gates")
+
+
 def test_heads_that_erase() -> None:
     steps = of_heads(0.9, 0.8, beta=1.0)
     layer = analyzed(steps)["mixer"]

@@ -298,6 +298,8 @@ class _Census:
         if self.total is None:
             nothing = np.full(1, math.nan)
             return Decays(nothing, nothing, nothing, self.copies, math.nan, 0.0, True)
+        # one entry is often alone at the bottom; a bound is met by several
+        bound = int((self.low <= self.floor + DECAY_AT_FLOOR).sum()) > 1
         moves = bool(((self.high - self.low) > CONSTANT_ALIKE).any())
         # −inf − (−inf): an entry that is 0 at every step does not move
         return Decays(
@@ -306,7 +308,7 @@ class _Census:
             high=self.high.exp().numpy(),
             copies=self.copies,
             floor=math.exp(self.floor),
-            at_floor=self.near / (self.count * len(self.total)),
+            at_floor=self.near / (self.count * len(self.total)) if bound else 0.0,
             moves=moves,
         )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -182,15 +182,8 @@ class LinearSteps:
 
     def to(self, dtype: torch.dtype) -> LinearSteps:
         """What A_t is made of in another precision, complex where it was; writes and reads go."""
-
-        def made(array: Tensor | None) -> Tensor | None:
-            if array is None:
-                return None
-            return array.to(dtype.to_complex() if array.is_complex() else dtype)
-
-        decay = made(self.decay)
-        assert decay is not None
-        return self._bare(decay, made(self.left), made(self.right))
+        wide = dtype.to_complex()
+        return self._each(lambda array: array.to(wide if array.is_complex() else dtype))
 
     def of(self, sequences: Tensor) -> LinearSteps:
         """A_t of some sequences."""
@@ -218,27 +211,11 @@ class LinearSteps:
     def _each(
         self, made: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None
     ) -> LinearSteps:
-        left = None if self.left is None else made(self.left)
-        right = None if self.right is None else made(self.right)
-        return self._bare(made(self.decay), left, right, shape)
-
-    def _bare(
-        self,
-        decay: Tensor,
-        left: Tensor | None,
-        right: Tensor | None,
-        shape: tuple[int, ...] | None = None,
-    ) -> LinearSteps:
-        return replace(
-            self,
+        return LinearSteps(
             shape=shape or self.shape,
-            decay=decay,
-            left=left,
-            right=right,
-            write=(),
-            initial=None,
-            read=None,
-            read_back=None,
+            decay=made(self.decay),
+            left=None if self.left is None else made(self.left),
+            right=None if self.right is None else made(self.right),
         )
 
     @property
@@ -269,4 +246,4 @@ def side_by_side(parts: Sequence[LinearSteps], *, time: bool) -> LinearSteps:
         none = (first.decay.new_zeros(part.length, part.batch, *part.shape[:2]) for part in parts)
         vectors[name] = joined([z if v is None else v for v, z in zip(each, none, strict=True)])
     decay = joined([part.decay for part in parts])
-    return first._bare(decay, vectors["left"], vectors["right"])
+    return LinearSteps(shape=first.shape, decay=decay, left=vectors["left"], right=vectors["right"])

@@ -19,7 +19,7 @@ from gradflow.limits import BAND
 from gradflow.reporter.digest import strict, summary
 from gradflow.reporter.histories.files import history_summary
 from gradflow.reporter.page import template
-from gradflow.reporter.picture import INK, SOFT, Picture, data_url, look
+from gradflow.reporter.picture import INK, SOFT, Picture, data_url, ending, look
 from gradflow.reporter.scale import SERIES
 from gradflow.reporter.text import Numbers
 
@@ -144,4 +144,4 @@ def _layer(gain: Axes, reach: Axes, runs: Mapping[str, Analysis], name: str, col
 
 def _short(name: str) -> str:
     """A run's name, as much of its end as fits below its place."""
-    return name if len(name) <= 14 else f"…{name[-13:]}"
+    return name if len(name) <= 14 else ending(name, 13)

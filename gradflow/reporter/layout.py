@@ -18,7 +18,7 @@ from gradflow.reporter.charts.chart import Chart
 from gradflow.reporter.fonts import inches, legible
 from gradflow.reporter.kinds import Kind, Scale
 from gradflow.reporter.overview import SMALLEST, UNWRITTEN, footer, footer_height
-from gradflow.reporter.picture import INK, SOFT, Picture
+from gradflow.reporter.picture import INK, SOFT, Picture, ending
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,10 @@ def wrapped(text: Text, said: tuple[str, str], width: float, most: int) -> list[
         text.set_text(line)
         return bool(text.get_window_extent(renderer).width <= width)
 
-    kept = name
-    while not fits(kept) and len(kept) > 4:
-        kept = "…" + kept[2:]
+    kept, letters = name, len(name)
+    while not fits(kept) and letters > 3:
+        letters -= 1
+        kept = ending(name, letters)
     lines = [""]
     for word in (words.replace(name, kept, 1) if name else words).split(" "):
         longer = f"{lines[-1]} {word}".strip()

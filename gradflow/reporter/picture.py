@@ -81,6 +81,18 @@ def _measuring(dpi: float) -> RendererAgg:
     return RendererAgg(1, 1, dpi)
 
 
+def ending(name: str, letters: int) -> str:
+    """The end of a name after an ellipsis, never from the middle of a number: layer 13 is not layer 3.
+
+    >>> ending("model.layers.13.mixer", 7)
+    '…13.mixer'
+    """
+    start = len(name) - letters
+    while name[start - 1 : start + 1].isdigit():
+        start -= 1
+    return f"…{name[start:]}"
+
+
 class Picture(Figure):
     """A figure that pyplot does not know of, and that a notebook shows all the same."""
 
@@ -130,9 +142,10 @@ class Picture(Figure):
 
         What is said of a layer matters more than the whole of its name, and names differ at the end.
         """
-        text, kept = self.words(0, 0, words, **style), name
-        while self.width_of(text) > width and len(kept) > 14 and name in words:
-            kept = "…" + kept[-max(13, len(kept) - 4) :]
+        text, kept, letters = self.words(0, 0, words, **style), name, len(name)
+        while self.width_of(text) > width and letters > 13 and name in words:
+            letters = max(13, letters - 4)
+            kept = ending(name, letters)
             text.set_text(legible(words.replace(name, kept, 1)))
         text.remove()
         return words if kept == name else words.replace(name, kept, 1)

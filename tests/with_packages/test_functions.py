@@ -167,3 +167,42 @@ def test_a_state_that_is_carried_on(case: Case, detached: bool) -> None:
     bound = FLOAT32_BOUND if case.single else None
     expected = torch.stack(totals).flatten(2)
     assert_steps_close(track.grad_h, expected, mask, what="totals", bound=bound)
+
+
+class Chunks(nn.Module):
+    """RWKV-4's attention over two chunks, the three parts of its state handed on."""
+
+    def forward(self, given: list[dict[str, Any]], detached: bool) -> Tensor:
+        function = pytest.importorskip("transformers.models.rwkv.modeling_rwkv")
+        read, state = [], None
+        for arguments in given:
+            attention = function.rwkv_linear_attention
+            y, state = attention(**arguments, state=state, return_state=True)
+            state = [part.detach() for part in state] if detached else state
+            read.append(y)
+        return torch.cat(read, 1)
+
+
+def test_the_state_of_rwkv_that_is_handed_on_detached_is_a_cut() -> None:
+    pytest.importorskip("transformers.models.rwkv.modeling_rwkv")
+    (case,) = [case for case in CASES if case.name == "rwkv"]
+    one, two = case.make(torch.float64)[0], case.make(torch.float64)[0]
+    two |= {name: one[name] for name in ("time_decay", "time_first")}
+    model = Chunks()
+    with gradflow.record(model) as recording:
+        model([one, two], detached=True).square().sum().backward()
+    (track,) = recording.values()
+    half = track.steps // 2
+    assert track.cuts.all(1).nonzero().flatten().tolist() == [half]
+    with gradflow.record(model) as recording:
+        model([one], detached=True).square().sum().backward()
+    (alone,) = recording.values()
+    mask = torch.ones(half, track.batch, dtype=torch.bool)
+    assert alone.grad_h is not None and track.grad_h is not None
+    assert_steps_close(track.grad_h[:half], alone.grad_h, mask, what="totals")
+    with (
+        pytest.warns(gradflow.GradflowWarning, match="detach them"),
+        gradflow.record(model) as recording,
+    ):
+        model([one, two], detached=False).square().sum().backward()
+    assert "RWKV" not in {each.cell for each in recording.values()}

@@ -190,3 +190,27 @@ def test_attention_beside_the_recurrences_is_told() -> None:
     with gradflow.record(alone) as recording:
         loss_of(alone, ids).backward()
     assert not [note for note in recording.notes if "attention" in note]
+
+
+def test_lightning_attention_is_named_as_what_cannot_be_seen() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MiniMaxConfig(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        block_size=4,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    config._experts_implementation = "eager"
+    model = transformers.MiniMaxForCausalLM(config).train()
+    left_out = pytest.warns(gradflow.GradflowWarning, match=r"layers\.0\.self_attn is left out")
+    with left_out, gradflow.record(model) as recording:
+        loss_of(model, tokens()).backward()
+    (note,) = [note for note in recording.notes if "left out" in note]
+    assert "its states cannot be seen; a head keeps exp(−slope_rate) a step" in note

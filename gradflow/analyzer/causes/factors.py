@@ -145,8 +145,8 @@ def _scale(e: Evidence, pace: Rate) -> dict[str, float]:
 
 
 def saturated_gates(e: Evidence) -> Iterator[Finding]:
-    """Gates shut in most units; those that keep the state have a finding of their own."""
-    if not e.fades:
+    """Gates shut in most units; those that keep the state have a finding of their own, as decays have."""
+    if not e.fades or e.linear is not None:
         return
     for name, values in sigmoid_and_other(e.track).items():
         if name in between(e.track) or (e.keeper is not None and name == e.keeper.gate):

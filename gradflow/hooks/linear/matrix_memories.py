@@ -210,12 +210,12 @@ def rwkv(seen: LibraryCall) -> dict[str, Any]:
             read=read,
         )
 
-    notes: tuple[str, ...] = ()
-    if before is not None:
-        notes = (
-            "its state came from the call before as three tensors: where a gradient goes on through "
-            "them it is not followed, and the totals are those of this call",
+    if before is not None and any(each.requires_grad for each in seen.live["state"]):
+        raise Unread(
+            "its state came from the call before as three tensors, and a gradient that goes on through "
+            "them is not followed; detach them"
         )
+    after = seen.result(1)
     return {
         "steps": steps,
         "batch": batch,
@@ -223,7 +223,8 @@ def rwkv(seen: LibraryCall) -> dict[str, Any]:
         "make": make,
         "precision": torch.float32,
         "output": seen.result(0),
-        "notes": notes,
+        "initial": None if before is None else torch.stack([*before], -1),
+        "final": None if after is None else torch.stack([*after], -1).detach(),
     }
 
 
@@ -303,6 +304,13 @@ _REST = (
 _MLSTM = "queries keys values igate_preact fgate_preact"
 
 MATRIX_MEMORIES = (
+    LibraryFunction(
+        ("transformers.models.minimax",),
+        "apply_mask_to_padding_states",  # which its lightning attention calls
+        "lightning attention",
+        fused="its recurrence runs within its own forward, where its states cannot be seen; a head keeps "
+        "exp(−slope_rate) a step, whatever it reads",
+    ),
     *_OF_THE_DELTA_RULE,
     LibraryFunction(
         ("transformers.models.rwkv",),
