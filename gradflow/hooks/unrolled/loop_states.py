@@ -19,7 +19,10 @@ from gradflow.hooks.unrolled.whole_graph import Unrolled
 from gradflow.limits import CUT_PLACES, LOOP_STEPS, PERIODS
 
 FROZEN = "its weight needs no gradient, so the graph does not tell where it begins"
-TREE = "its uses are the nodes of a tree, several of which lead into one, and not steps of one line"
+TREE = (
+    "its uses are the nodes of a tree, several of which lead into one, and not steps of one line; tapped at "
+    "every node, with all that a node hands on, it is a track for each line, the others held fixed"
+)
 EARLY = "its last step is not shown: the loss does not depend on all states that the loop ends with"
 NO_VALUE = "its last step is not shown: no operation keeps the values of the states that the loop ends with"
 UNLIKE = "its first step is not shown: it does not do what the others do"
