@@ -137,6 +137,9 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, Drawn]) -> str:
         dense=high > ROOM,
         top=rows[:TOP],
         others=rows[TOP:],
+        noun="run"
+        if len({n.partition("@")[0] for n in analysis}) == 1 < len(analysis)
+        else "layer",
         rows=[_row(layer, analysis) for layer in analysis.values()],
         findings=findings,
         more_findings=other_findings(analysis),

@@ -41,6 +41,8 @@ def prepare(layers: Sequence[LayerAnalysis]) -> Layers:
     note = ""
     if len(order) == 1:
         note = "The model has one recurrent layer, so there is nothing to lay beside it."
+    elif len({layer.name.partition("@")[0] for layer in order}) == 1:
+        note = "These are several runs of one layer, and none hands its gradient down to another."
     elif np.isnan(at_state).all() and np.isnan(passed).all():
         note = next((layer.gradient_note for layer in order if layer.gradient_note), "")
         note = note or "No gradient of the loss was recorded."
