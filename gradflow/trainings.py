@@ -53,7 +53,8 @@ def differences(runs: Mapping[str, History]) -> list[Difference]:
 
 def _difference(first: str, before: Course, second: str, after: Course) -> Difference:
     ways = [_reached(one) for one in (before, after)]
-    verdicts = [_last_verdict(one) for one in (before, after)]
+    told = [one.verdict[one.verdict != ""] for one in (before, after)]
+    verdicts = [str(some[-1]) if len(some) else "" for some in told]
     rates = [_last_rate(one) for one in (before, after)]
     apart = None
     if not any(math.isnan(end) for rate in rates for end in rate):
@@ -86,11 +87,6 @@ def _reached(one: Course) -> tuple[float, float, str]:
     best, last = float(way.steps[top]), float(way.steps[way.last])
     words = f"{far_words(one, top, best)} at best ({one.counted_in} {updates(one.step[top])})"
     return best, last, f"{words}, {far_words(one, way.last, last)} at the end"
-
-
-def _last_verdict(one: Course) -> str:
-    told = one.verdict[one.verdict != ""]
-    return str(told[-1]) if len(told) else ""
 
 
 def _last_rate(one: Course) -> tuple[float, float, float]:

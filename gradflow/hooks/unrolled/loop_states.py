@@ -210,7 +210,8 @@ class _Loop:
     def _parts(self, model: list[int], middle: int, cut: int) -> list[tuple[int, int]] | None:
         """Which operations of a step, by their place in it, made what crosses, and which output."""
         boundary = self._after(model, cut, middle)
-        edges = crossing(self.graph, _two(self.marks, middle), [boundary])[0]
+        marks = {place: int(step > middle) for place, step in self.marks.items()}
+        edges = crossing(self.graph, marks, [boundary])[0]
         place_of = {self.graph.nodes[place]: index for index, place in enumerate(model)}
         if not edges or any(node not in place_of for node, _ in edges):
             return None
@@ -260,11 +261,6 @@ _SHORTER = (
     (1, None, (UNLIKE,)),
     (1, -1, (UNLIKE, EARLY)),
 )
-
-
-def _two(marks: dict[int, int], middle: int) -> dict[int, int]:
-    """Only whether a mark lies before or after a cut in the middle step."""
-    return {place: int(step > middle) for place, step in marks.items()}
 
 
 def _shape(edge: Edge) -> tuple[object, ...]:

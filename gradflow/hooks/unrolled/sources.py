@@ -348,14 +348,11 @@ def _sum_in(statement: Any) -> str:
     if isinstance(statement, ast.AugAssign):
         others = [value] if isinstance(statement.op, ast.Add) else []
     else:
-        sides = [value.left, value.right] if _is_sum(value) else []
+        is_sum = isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add)
+        sides = [value.left, value.right] if is_sum else []
         others = [side for side in sides if _name(side) != name]
         others = others if len(others) == 1 else []
     return name or "" if others and name not in _reads(others[0]) else ""
-
-
-def _is_sum(value: ast.AST) -> bool:
-    return isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add)
 
 
 def _alias(value: ast.AST) -> str:
