@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,10 +24,16 @@ from hostile import Everything
 from torch import Tensor, nn
 
 import gradflow
-from gradflow.hooks import patch
+from gradflow.hooks import guard, patch
 
 OWN = str(Path(gradflow.__file__).parent)
 RECURRENCES = ("fused", "cells", "own", "tap", "scan")
+WATCHED = {  # what is watched, and how -> preset
+    "watched": "rate",
+    "watched own": "pulse",
+    "watched in a block": "pulse",
+    "watched in full": "full",
+}
 
 
 class Timeout(Exception):
@@ -167,6 +174,95 @@ class Trial:
         )
 
 
+class WatchedTrial(Trial):
+    """A training of three steps that `gradflow.watch` follows; the second is perhaps interrupted.
+
+    Whoever trains catches that, and makes the step again if the weights did not move yet.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__("own" if how.endswith("own") else "fused")
+        self.how = how
+        self.alone, *_ = self.trained(None)
+        self.trained(Lines())  # what is done once only
+        self.undisturbed, self.history, _ = self.trained(Lines())
+
+    def trained(self, lines: Lines | None) -> tuple[list[Tensor], Any, BaseException | None]:
+        """What the training leaves, its history and what came out of the second step."""
+        self.model.load_state_dict(self.start)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        torch.manual_seed(5)
+        out: BaseException | None = None
+        with tempfile.TemporaryDirectory() as name:
+            asked = {"every": 1, "budget": None, "preset": WATCHED[self.how]}
+            watch = None if lines is None else gradflow.watch(self.model, name, **asked)
+            for number in range(3):
+                x = torch.randn(3, 2, 3)
+                drawn = torch.get_rng_state()
+                with traced(lines) if lines and number == 1 else nullcontext():
+                    try:
+                        self.one(optimizer, watch, x)
+                        continue
+                    except BaseException as error:  # noqa: BLE001  any of them is what is asked for
+                        out = error
+                if not self.updated:
+                    torch.set_rng_state(drawn)
+                    self.one(optimizer, watch, x)
+            history = watch and whole_history(watch)
+        weights = [parameter.detach().clone() for parameter in self.model.parameters()]
+        return [torch.get_rng_state(), *weights], history, out
+
+    def one(self, optimizer: Any, watch: Any, x: Tensor) -> None:
+        """One step, and its update."""
+        self.updated = False
+        with watch.step() if watch and self.how.endswith("block") else nullcontext():
+            optimizer.zero_grad()
+            self.model(x, lambda: None).pow(2).sum().backward()
+            optimizer.step()
+            self.updated = True
+
+
+def whole_history(watch: gradflow.Watch) -> dict[Any, Any]:
+    """The notes of a history, and what each step shows; of one that is damaged nothing."""
+    watch.close()
+    history = watch.history
+    data = history.data[["loss", "grad_norm_all", "level", "grad_norm", "rate", "gain", "verdict"]]
+    found: dict[Any, Any] = {int(step): data.sel(step=step) for step in history.steps}
+    found["notes"] = [note for note in history.notes if note.about != "interval"]
+    found["layers"] = history.layers
+    sound = history.ended and not history.damaged and sorted({*history.steps}) == [*history.steps]
+    return found if sound else {}
+
+
+def interrupted_watch(trial: WatchedTrial, at: int, kind: type[BaseException]) -> list[str]:
+    """Interrupt a watched step there; what is wrong after the training."""
+    before, error = trial.around(), kind()
+    with raising(error) as act:
+        lines = Lines(at, act)
+        left, history, out = trial.trained(lines)
+    wrong = [] if out is error else [f"what came out is {out!r}"]
+    del out
+    error.__traceback__ = None
+    after = trial.around()
+    wrong += [name for name in before if before[name] != after[name]]
+    wrong += [] if free_for_others() else ["a lock that is held"]
+    wrong += [] if not (guard.busy or guard.lenient) else ["gradflow is taken to be at work"]
+    wrong += [] if all(map(torch.equal, left, trial.alone)) else ["what the training leaves"]
+    whole = trial.history
+    wrong += [] if {1, 3} <= {*history} else [f"the history of {[*history]}"]
+    wrong += [
+        f"what the history has as {name}"
+        for name in {*history} - {"notes"}
+        if not (
+            history[name].equals(whole[name]) if name in (1, 2, 3) else history[name] == whole[name]
+        )
+    ]
+    more = [note for note in history.get("notes", []) if note not in whole["notes"]]
+    told = (2, "failed", f"{guard.Point.PROBE.value} ({kind.__name__})")
+    wrong += [f"a note: {one}" for one in more if (one.step, one.about, one.text) != told]
+    return [f"{lines.where} ({kind.__name__}): {one}" for one in wrong]
+
+
 def free_for_others() -> bool:
     """Whether another thread can open a recording."""
 
@@ -214,9 +310,17 @@ def traced(lines: Lines) -> Iterator[None]:
         sys.settrace(None)
 
 
+def trial_of(kind: str) -> Trial:
+    """A step that is recorded, or one that is watched."""
+    return WatchedTrial(kind) if kind in WATCHED else Trial(kind)
+
+
 def lines_of(trial: Trial) -> dict[tuple[CodeType, int], list[int]]:
-    """Every line of a recorded step, and when it runs: counted among all of them."""
+    """Every line of a recorded or watched step, and when it runs: counted among all of them."""
     lines = Lines()
+    if isinstance(trial, WatchedTrial):
+        trial.trained(lines)
+        return lines.places
     with traced(lines):
         trial.step()
     return lines.places
@@ -240,7 +344,9 @@ def raising(error: BaseException) -> Iterator[Callable[[], object]]:
 
 
 def interrupted(trial: Trial, at: int, kind: type[BaseException]) -> list[str]:
-    """Interrupt a recorded step there; what is wrong after it."""
+    """Interrupt a recorded or watched step there; what is wrong after it."""
+    if isinstance(trial, WatchedTrial):
+        return interrupted_watch(trial, at, kind)
     before, error = trial.around(), kind()
     out: BaseException | None = None
     with raising(error) as act:

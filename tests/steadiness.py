@@ -1,7 +1,8 @@
 """What is tried at length: `python tests/steadiness.py [interrupts] [soak] [files]`, all without a name.
 
 Counts go into reports/steadiness.md, a row for each thing that is tried. `soak reports=40 analyses=0` does
-less of the one and nothing of the other.
+less of the one and nothing of the other, `interrupts every=10` takes one line of ten,
+`recorded=0` of watched steps alone.
 """
 
 from __future__ import annotations
@@ -28,21 +29,29 @@ the processor, in seconds; memory is the largest that the process had until then
 | what | tried | passed | failed | time | memory | |
 |---|---|---|---|---|---|---|
 """
-TIMES = {"recordings": 10_000, "analyses": 1_000, "reports": 200, "long": 1}
+TIMES = {
+    "recordings": 10_000,
+    "analyses": 1_000,
+    "reports": 200,
+    "long": 1,
+    "every": 1,
+    "recorded": 1,
+}
 MOST = 1000  # bytes by which a repetition may grow
 Row = tuple[str, int, int, str]  # what, tried, failed, words
 
 
 def interrupted() -> Iterator[Row]:
-    """Every line of a recorded step that is gradflow's, where it runs first and last."""
-    for kind in interrupts.RECURRENCES:
-        trial = interrupts.Trial(kind)
+    """Every line of a recorded or watched step that is gradflow's, where it runs first and last."""
+    for kind in (*(interrupts.RECURRENCES if TIMES["recorded"] else ()), *interrupts.WATCHED):
+        trial = interrupts.trial_of(kind)
         tried = sorted({at for r in interrupts.lines_of(trial).values() for at in (r[0], r[-1])})
-        errors = interrupts.ERRORS
+        tried, errors = tried[:: TIMES["every"]], interrupts.ERRORS
         wrong = [interrupts.interrupted(trial, at, errors[n % 4]) for n, at in enumerate(tried)]
         for one in filter(None, wrong):
             print(*one, sep="\n", flush=True)
-        yield f"an exception at a line, {kind}", len(tried), sum(map(bool, wrong)), ""
+        share = f"one line of {TIMES['every']}" if TIMES["every"] > 1 else ""
+        yield f"an exception at a line, {kind}", len(tried), sum(map(bool, wrong)), share
 
 
 def soaked() -> Iterator[Row]:

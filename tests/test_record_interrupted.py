@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import torch
 from hostile import Everything
-from interrupts import ERRORS, RECURRENCES, Timeout, Trial, interrupted, lines_of
+from interrupts import (
+    ERRORS,
+    RECURRENCES,
+    WATCHED,
+    Timeout,
+    Trial,
+    WatchedTrial,
+    interrupted,
+    lines_of,
+)
 
 import gradflow
 from gradflow import process
@@ -35,6 +44,33 @@ def test_an_exception_at_any_line_leaves_all_as_found(kind: str) -> None:
     tried = first[RECURRENCES.index(kind) :: SHARE]
     wrong = [interrupted(trial, at, ERRORS[n % len(ERRORS)]) for n, at in enumerate(tried)]
     assert [one for some in wrong for one in some] == []
+
+
+@pytest.mark.parametrize("how", WATCHED)
+def test_an_exception_in_a_watched_step_leaves_training_and_history_as_they_are(how: str) -> None:
+    trial = WatchedTrial(how)
+    first = [runs[0] for runs in lines_of(trial).values()]
+    assert len(first) > 2000
+    tried = first[[*WATCHED].index(how) :: 4 * SHARE]
+    wrong = [interrupted(trial, at, ERRORS[n % 4]) for n, at in enumerate(tried)]
+    assert [one for some in wrong for one in some] == []
+
+
+def test_what_a_watched_step_leaves_behind_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = WatchedTrial("watched")
+    for function, gone, words in (
+        (gradflow.hooks.recorder.Recorder.saw, "is_cut_short", "the history of"),
+        (gradflow.hooks.patch.stop_listening, "put_back", "gradflow is taken to be at work"),
+    ):
+        at = first_line_of(trial, function.__code__, function.__name__)
+        for kind in (gradflow.hooks.stepwise.Stepwise, gradflow.hooks.stepwise.StepRecorder):
+            if hasattr(kind, gone):
+                monkeypatch.setattr(kind, gone, lambda _: False)
+        wrong = interrupted(trial, at, KeyboardInterrupt)
+        monkeypatch.undo()
+        for observer in [*gradflow.hooks.patch._observers]:
+            gradflow.hooks.patch.stop_listening(observer)
+        assert any(words in one for one in wrong), (gone, wrong)
 
 
 def first_line_of(trial: Trial, function: Any, name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -819,6 +820,16 @@ def test_a_thousand_checkpoints_of_twelve_layers_open_fast(tmp_path: Path) -> No
     assert isinstance(history, History)
     assert history.data["rate"].shape == (1000, 12) and len(history.runs) == 8
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("name", ["9-of-9.json", ".lock"])
+def test_a_pipe_in_the_folder_of_a_sweep_is_not_waited_for(whole: Path, name: str) -> None:
+    place = whole / "shards" / name
+    place.unlink(missing_ok=True)
+    os.mkfifo(place)
+    with contextlib.suppress(FileError):
+        gradflow.sweeping.gather(whole)
+    place.unlink()
 
 
 def test_the_list_of_a_shard_is_plain_json(whole: Path) -> None:

@@ -157,6 +157,57 @@ def test_a_pass_of_another_loss_is_thrown_away_with_its_gradients(
     assert watch.history["rnn.l0"]["sequences"].values.tolist() == [8, 8, 8]
 
 
+@pytest.mark.parametrize("where", ["in the forward", "before the backward", "in the backward"])
+def test_a_step_that_is_given_up_and_made_again_is_one_probe_of_the_layer(
+    tmp_path: Path, where: str
+) -> None:
+    """As after Ctrl-C in a notebook, or where memory was not enough; it once had l0 and l0@2."""
+
+    class Loop(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.fails = nn.GRUCell(2, 6), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.new_zeros(x.shape[1], 6)
+            for number, x_t in enumerate(x):
+                h = self.cell(x_t, h)
+                if self.fails and number == 3 and where == "in the forward":
+                    raise KeyboardInterrupt
+            h = h + self.rnn(x)[0][-1]
+            if self.fails and where == "in the backward":
+                h.register_hook(self.stop)
+            return self.head(h)
+
+        def stop(self, _: Tensor) -> None:
+            raise KeyboardInterrupt
+
+    def train(folder: Path, again: tuple[int, ...]) -> History:
+        net = Loop()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        watch = gradflow.watch(net, folder, preset="pulse", every=1, budget=None)
+        for number in range(3):
+            for net.fails in [number in again, False][number not in again :]:
+                optimizer.zero_grad()
+                try:
+                    loss = net(batch(seed=number)).sum()
+                    if net.fails and where == "before the backward":
+                        raise KeyboardInterrupt
+                    loss.backward()
+                except KeyboardInterrupt:
+                    continue
+                optimizer.step()
+        watch.close()
+        return watch.history
+
+    plain, found = train(tmp_path / "plain", ()), train(tmp_path / "again", (0, 2))
+    assert found.layers == plain.layers == ("cell", "rnn.l0")
+    assert found.steps.tolist() == [1, 2, 3]
+    assert found.notes == plain.notes == ()
+    for name in ("loss", "level", "grad_norm_all", "grad_norm"):
+        assert np.array_equal(found.data[name], plain.data[name], equal_nan=True), name
+
+
 def test_clipping_is_seen_and_the_norms_are_those_before_and_after(tmp_path: Path) -> None:
     before = []
 

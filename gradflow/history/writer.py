@@ -75,7 +75,7 @@ class Writer:
         self.last_step = max((n for block in reader.read.blocks for n in block.steps), default=0)
 
     def _open(self) -> int:
-        opened = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        opened = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         if claim(opened) is False:
             os.close(opened)
             raise FileError(

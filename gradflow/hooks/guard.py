@@ -220,6 +220,7 @@ Value = TypeVar("Value")
 Failed = Callable[[str], object]  # told why, in a few words
 busy: set[int] = set()  # threads in which gradflow itself computes, which is not recorded
 lenient: set[int] = set()  # threads whose training goes on even after a wrong argument
+cut_short: set[int] = set()  # threads in whose step an exception from outside met gradflow's work
 LONGEST = 120  # characters of a cause that are quoted
 
 
@@ -265,6 +266,7 @@ def guarded(
         failed(f"{point.value} ({briefly(error)})")
         strict = isinstance(error, InputError) and threading.get_ident() not in lenient
         if strict or not isinstance(error, Exception) or is_from_outside(error):
+            cut_short.add(threading.get_ident())
             raise
         return None
 

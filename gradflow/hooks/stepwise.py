@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradflow.hooks.guard import Point, guarded, lenient
+from gradflow.hooks.guard import Point, cut_short, guarded, lenient
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.mistakes import gradient_marks
 from gradflow.hooks.observe import OpenRecording
@@ -35,25 +34,23 @@ class Stepwise:
 
     def open(self) -> None:
         """Listen from here on."""
-        self._thread = threading.get_ident()
-        lenient.add(self._thread)
+        lenient.add(self.recorder.thread)
+        cut_short.discard(self.recorder.thread)
         self._block.open()
 
     def close(self) -> list[str]:
         """Put everything back; gives the sentences that `gradflow.record` would warn of."""
         sentences = self._block.close()
-        lenient.discard(self._thread)
         return [one for one in sentences if one != AMBIGUOUS] + self.recorder.doubts
 
-    @property
-    def loss(self) -> float:
-        """The sum of what the backwards began from, without a scale; NaN where it was no number."""
-        return self.recorder.loss
-
-    @property
-    def backwards(self) -> int:
-        """How many brought something to a parameter."""
-        return self.recorder.counted
+    def put_back(self) -> None:
+        """Its last call: nothing is replaced any more, also where Ctrl-C came before `close` was over."""
+        try:
+            lenient.discard(self.recorder.thread)
+            self._block.put_back()
+        finally:  # where Ctrl-C came before that line
+            lenient.discard(self.recorder.thread)
+            self._block.put_back()
 
 
 class StepRecorder(Recorder):
@@ -74,12 +71,14 @@ class StepRecorder(Recorder):
         reached: Callable[[float], object],
     ) -> None:
         super().__init__(model, layers, lengths, scaler, jacobians)
-        self.loss, self.counted, self.doubts = 0.0, 0, list[str]()
+        self.loss = 0.0  # the sum of what the backwards began from, without a scale; NaN: no number
+        self.counted, self.doubts = 0, list[str]()
         self._given = scaler is not None
         self._reached = reached
         self._before: tuple[float, Any] = math.nan, None  # of the backward under way
         self._zeroed: list[Track] = []  # that a backward reached whose gradients were zeroed
-        self.thrown_away: Callable[[], bool] = _never  # whether what the last one left was zeroed
+        self._under_way = False  # whether a backward has begun and not ended
+        self.thrown_away: Callable[[], bool] = bool  # whether what the last one left was zeroed
 
     def saw_scaler(self, scaler: Any) -> None:
         """Divide out the scale of the one scaler that is used."""
@@ -95,6 +94,7 @@ class StepRecorder(Recorder):
             if self.counted and self.thrown_away():
                 self._forget_gradients()
             self._before = _number(roots), gradient_marks(self.model)
+            self._under_way = True
         super().before_backward(roots, create_graph)
 
     def after_backward(self) -> None:
@@ -102,12 +102,18 @@ class StepRecorder(Recorder):
         super().after_backward()
         if torch._C._current_graph_task_id() != -1:
             return
+        self._under_way = False
         value, marks = self._before
         if marks == gradient_marks(self.model):
             return  # torch.autograd.grad, or another model's
         self.counted += 1
         self.loss += value / self.scale()
         guarded(Point.GRADIENT, self.withheld.remark, self._reached, self.scalers())
+
+    def is_cut_short(self) -> bool:
+        """Whether an exception ended a backward, or met gradflow's work: what was seen is not whole."""
+        unended = self._under_way and torch._C._current_graph_task_id() == -1
+        return unended or self.thread in cut_short
 
     def _forget_gradients(self) -> None:
         """What backwards so far have brought was zeroed, and is no part of the update."""
@@ -122,20 +128,24 @@ class StepRecorder(Recorder):
             source.forget()
 
     def close(self) -> None:
-        """Stop listening; runs of which all that a backward brought was zeroed are none of the update."""
+        """Stop listening; runs that no backward reached, beside others that one did, are let go."""
         super().close()
-        gone = [track for track in self._zeroed if track.name in self.recording]
-        gone = [track for track in gone if not track.backwards]
+        reached = {_base(track) for track in self.recording.values() if track.backwards}
+        gone = [
+            track
+            for track in self.recording.values()
+            if not track.backwards and (track in self._zeroed or _base(track) in reached)
+        ]
         self._zeroed.clear()
         if not gone:
             return
-        bases = {track.name.partition("@")[0] for track in gone}
+        bases = set(map(_base, gone))
         kept = [track for track in self.recording.values() if track not in gone]
         for track in self.recording.tracks.values():
             self.recording.drop(track)
         count, names = Counter[str](), {}
         for track in kept:
-            base = track.name.partition("@")[0]
+            base = _base(track)
             count[base] += 1
             if base in bases:
                 names[track.name] = base if count[base] == 1 else f"{base}@{count[base]}"
@@ -148,7 +158,11 @@ class StepRecorder(Recorder):
     def forget(self) -> None:
         """Hold on to nothing."""
         super().forget()
-        self._reached, self.thrown_away = _nothing, _never
+        self._reached, self.thrown_away = bool, bool
+
+
+def _base(track: Track) -> str:
+    return track.name.partition("@")[0]
 
 
 def _number(roots: tuple[Any, ...]) -> float:
@@ -156,12 +170,3 @@ def _number(roots: tuple[Any, ...]) -> float:
     if not all(isinstance(root, Tensor) and root.numel() == 1 for root in roots):
         return math.nan
     return float(sum(float(root.detach()) for root in roots))
-
-
-def _nothing(scale: float) -> None:
-    """What is called in place of what was forgotten."""
-
-
-def _never() -> bool:
-    """Nothing is known to be zeroed."""
-    return False

@@ -9,6 +9,7 @@ from gradflow.loading.batch import (
     natural,
     read_batch,
 )
+from gradflow.loading.contents import read_json
 from gradflow.loading.description import Description, describe, save_snippet
 from gradflow.loading.labels import read_labels
 from gradflow.loading.losses import Loss, choose_output, make_loss, output_lengths, time_axis
@@ -23,6 +24,6 @@ __all__ = [
     "Batch", "Description", "Loss", "Opened", "Probe", "RecurrentModule", "as_batch",
     "batch_files", "build_loss", "choose_output", "describe", "files_of", "fit_batch", "from_model",
     "is_pretrained", "make_loss", "natural", "no_model_to_run", "open_model", "open_pretrained",
-    "output_lengths", "probe_batch", "probe_loss", "probes", "read_batch", "read_labels", "read_tokens",
-    "run_folder", "save_snippet", "source_of", "step_in_name", "time_axis",
+    "output_lengths", "probe_batch", "probe_loss", "probes", "read_batch", "read_json", "read_labels",
+    "read_tokens", "run_folder", "save_snippet", "source_of", "step_in_name", "time_axis",
 ]  # fmt: skip

@@ -218,7 +218,7 @@ class SweepFolder:
         return self._name in known or any(not one.endswith(f"-of-{self.shard[1]}") for one in known)
 
     def _lock(self, path: Path, *, exclusive: bool) -> None:
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # which waits at no pipe
         self._locks.append(opened)
         if claim(opened, shared=not exclusive) is False:
             raise FileError(
@@ -311,8 +311,8 @@ def read_shards(folder: Path) -> list[ShardList]:
     found = []
     for path in (folder / SHARDS).glob("*.json"):
         try:
-            found.append(_shard_list(path.name, json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            found.append(_shard_list(path.name, loading.read_json(path)))
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise FileError(
                 f"{path} is not the list of a shard, or damaged; sweep that shard again with --resume, or "
                 "remove it"
@@ -324,7 +324,7 @@ def read_shards(folder: Path) -> list[ShardList]:
     return sorted(found, key=lambda one: one.shard)
 
 
-def _shard_list(name: str, content: dict[str, Any]) -> ShardList:
+def _shard_list(name: str, content: Any) -> ShardList:
     """What a file of this name holds; ValueError, LookupError or TypeError where that is no list."""
     number, count = content["shard"]
     entries = [plain_record(Entry, one) for one in content["entries"]]

@@ -75,7 +75,7 @@ def ready(recording: Recording) -> Recording:
         RecordingError: nothing was recorded.
     """
     recording.require_tracks()
-    return pooled(_of_training(recording))[0]
+    return pooled(recording)[0]
 
 
 def layer_lengths(recording: Recording) -> dict[str, Tensor]:
@@ -215,19 +215,6 @@ def joined(parts: Sequence[SeenUpdate], span: int | None = None) -> MeasuredUpda
         notes=tuple(dict.fromkeys(notes)),
         analysis=parts[0].analysis,
     )
-
-
-def _of_training(recording: Recording) -> Recording:
-    """Without runs that no backward reached beside others of the same layer that one did."""
-    reached = {_base(track) for track in recording.values() if track.backwards}
-    out = [t for t in recording.values() if not t.backwards and _base(t) in reached]
-    for track in out:
-        recording.drop(track)
-    return recording
-
-
-def _base(track: Track) -> str:
-    return track.name.partition("@")[0]
 
 
 def _standing(

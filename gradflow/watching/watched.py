@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from gradflow.errors import FileError, GradflowError, InputError, StopTraining, 
 from gradflow.history import History, Note, Probe, Writer
 from gradflow.history.tags import Target
 from gradflow.hooks.ancestry import title_of
-from gradflow.hooks.guard import Point, briefly, guarded, lenient
+from gradflow.hooks.guard import Point, briefly, guarded
 from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.observe import gathered
 from gradflow.hooks.stepwise import Stepwise
@@ -247,13 +246,17 @@ class Watch:
         if not self._on or os.getpid() != self._process or not trains(module):
             return
         self._unseen = 0
-        if self._open is not None and self._backwards:
+        if self._open is not None and self._open.recorder.is_cut_short():
+            self._discard()
+        elif self._open is not None and self._backwards:
             self._end_at_forward(module)
         elif self._open is None and self._forwards and not (self._seen_optimizer or self._in_block):
             self._done += 1  # nobody says where an update ends: each forward is one
         if self._open is None and self._done + 1 >= self._schedule.due:
             self._open_probe(module)
         self._forwards += 1
+        if self._open is not None:
+            self._open.recorder.own.begin_again()
 
     def _end_at_forward(self, module: nn.Module) -> None:
         """A forward after a backward: another micro-batch, or another update."""
@@ -313,25 +316,19 @@ class Watch:
         asked = self._asked
         self._began = time.perf_counter()
         self._backwards, self._forwards, self._late = 0, 0, 1.0
-        self._before = self._after = None
-        self._optimizer = None
+        self._before = self._after = self._optimizer = None
         jacobians = False if asked.preset == "pulse" else None
-        opened = guarded(
-            Point.PROBE,
-            self._failed,
-            Stepwise,
-            module,
-            asked.layers,
-            asked.lengths,
-            self._scaler,
-            jacobians,
-            self._reached,
-        )
+        given = (module, asked.layers, asked.lengths, self._scaler, jacobians, self._reached)
+        opened = guarded(Point.PROBE, self._failed, Stepwise, *given)
         if opened is not None:
             self._open = opened
             opened.recorder.processes = self._processes.size
             opened.recorder.thrown_away = lambda: self._marks.thrown_away
-            opened.open()
+            try:
+                opened.open()
+            except BaseException:  # Ctrl-C: what is half open sees nothing as it is
+                self._discard()
+                raise
 
     def _is_due(self, step: int) -> bool:
         """Whether this step is probed; of several processes the first decides for all."""
@@ -381,20 +378,24 @@ class Watch:
 
     def _discard(self) -> None:
         """What was recorded belongs to no update of this model."""
-        opened, self._open = self._open, None
-        if opened is not None:
-            opened.close()
+        if self._open is not None:
+            self._open.put_back()
+            self._open = None
             self._schedule.lost(self._done, time.perf_counter() - self._began)
 
     def _close_probe(self, optimizer: Optimizer | None, *, updated: bool) -> None:
         """Measure what was recorded, write it down, and tell whoever asked."""
-        opened, self._open = self._open, None
+        if self._open is not None and self._open.recorder.is_cut_short():
+            self._discard()
+        opened = self._open
         if opened is None:
             return
         arrived = time.perf_counter()
-        lenient.add(threading.get_ident())
-        made = self._measured(opened, optimizer, updated)
-        lenient.discard(threading.get_ident())
+        try:
+            self._open = None
+            made = self._measured(opened, optimizer, updated)
+        finally:
+            opened.put_back()
         if not self._on:
             return
         step, ends = self._done + 1, None
@@ -485,7 +486,7 @@ class Watch:
     def _told_loss(self, opened: Stepwise) -> float:
         """What this process brings to the loss."""
         if self._loss is None:
-            return opened.loss / self._late
+            return opened.recorder.loss / self._late
         return _as_number(self._loss) / self._processes.size
 
     def _joined(
@@ -647,17 +648,21 @@ class Watch:
             return
         if self._open is not None:
             self._discard()
-        self._in_block, self._loss = True, loss
+        self._in_block, self._loss, whole = True, loss, False
         try:
             yield self
+            whole = True
         finally:
             self._in_block = False
-            if self._on:
-                if self._open is not None and self._backwards:
-                    self._close_probe(self._optimizer, updated=True)
-                elif self._open is not None:
+            if self._on and not whole:
+                self._discard()
+            elif self._on:
+                try:
+                    if self._open is not None and self._backwards:
+                        self._close_probe(self._optimizer, updated=True)
                     self._discard()
-                self._done += 1
+                finally:
+                    self._done += 1
             self._loss = None
 
     def begin_at(self, step: int) -> None:
@@ -699,9 +704,7 @@ class Watch:
 
     def _leave(self) -> None:
         self._on = False
-        opened, self._open = self._open, None
-        if opened is not None:
-            opened.close()
+        self._discard()
         self._hooks.remove()
         self._finalizer()
 

@@ -112,6 +112,10 @@ class OwnCells:
         self._under_way.append(call)
         return call
 
+    def begin_again(self) -> None:
+        """The model is called: what is still under way was given up."""
+        self._under_way.clear()
+
     def is_outermost(self, call: Any) -> bool:
         """Whether no other call that is followed is under way around this one."""
         return self._under_way[0] is call
