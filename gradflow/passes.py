@@ -130,8 +130,11 @@ def _loss(
     )
     with user_code(settings.guard, "the loss", "check --target and --loss"):
         value = loss(output, batch.target, lengths)
-    if loss.note:
-        recording.notes.append(loss.note)
+    if loss.note:  # where a loop by hand has time is known after the backward only
+        guessed = batch.target is None and output.ndim >= 3 and not len(recording)
+        axes = "time, batch" if loss.time_axis == 0 else "batch, time"
+        said = f", of an output taken as ({axes}, …): if it is not, give a loss of your own"
+        recording.notes.append(loss.note + said * guessed)
     return value, f"{loss.name} of {where}"
 
 

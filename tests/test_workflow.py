@@ -93,6 +93,29 @@ def test_diagnose_takes_a_loss_of_the_output_alone() -> None:
     assert run["l0"].parity.status == "passed"
 
 
+class ByHand(nn.Module):
+    """A loop whose axes nothing tells before its backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, found = torch.zeros(x.shape[1], 3), []
+        for u in x:
+            h = torch.tanh(self.w(h) + u)
+            found.append(h)
+        return torch.stack(found)
+
+
+def test_of_a_loop_by_hand_it_is_said_how_the_output_was_read() -> None:
+    said = "of an output taken as (batch, time, …): if it is not, give a loss of your own"
+    x = torch.randn(12, 4, 3)
+    guessed, told = gradflow.diagnose(ByHand(), x), gradflow.diagnose(nn.GRU(3, 3), x)
+    assert any(said in warning for warning in guessed.warnings)
+    assert not any("taken as" in warning for warning in told.warnings)
+
+
 def test_diagnose_refuses_a_loss_that_is_no_number() -> None:
     with pytest.raises(InputError, match=r"the loss must be one number.*got shape \(12, 4, 4\)"):
         gradflow.diagnose(nn.LSTM(3, 4), torch.randn(12, 4, 3), loss=lambda out: out[0])
