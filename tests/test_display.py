@@ -34,13 +34,14 @@ def test_an_analysis_is_asked_like_a_dict(run: gradflow.Analysis) -> None:
     assert run._ipython_key_completions_() == ["l0", "l1"]
 
 
-def test_a_recording_is_asked_like_a_dict() -> None:
+def test_a_recording_is_asked_like_a_dict_and_gone_through_by_track() -> None:
     rnn = nn.GRU(3, 5)
     with gradflow.record(rnn) as recording:
         assert "l0" not in recording
         rnn(torch.ones(7, 2, 3))[0].sum().backward()
     assert dict(recording) == dict(recording.items()) == recording.tracks
-    assert list(recording) == list(recording.keys()) == ["l0"]
+    assert list(recording) == list(recording.values()) == [recording["l0"]]
+    assert list(recording.keys()) == ["l0"]
     assert "l0" in recording and recording["l0"] not in recording and "l1" not in recording
     assert recording._ipython_key_completions_() == ["l0"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ class Analysis(ByName[LayerAnalysis]):
         if len(matches) == 1:
             return self.layers[matches[0]]
         raise InputError(f"there is no layer {name!r}; this analysis has {', '.join(self.layers)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
 
     def _named(self) -> Mapping[str, LayerAnalysis]:
         return self.layers

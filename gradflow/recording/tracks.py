@@ -29,12 +29,7 @@ class ByName(Generic[Value]):
         return [known for known in self._named() if known.startswith(name)]
 
     def __contains__(self, name: object) -> bool:
-        """Whether asking for this name gives one."""
         return isinstance(name, str) and len(self._matches(name)) == 1
-
-    def __iter__(self) -> Iterator[str]:
-        """The names, as of a dict."""
-        return iter(self._named())
 
     def __len__(self) -> int:
         return len(self._named())
@@ -125,11 +120,11 @@ class Unseen:
         names = names or "a tensor that is no parameter of the model, or part of it after part,"
         if len(self.weights) > 3:
             names += f" and {len(self.weights) - 3} more"
-        are = "are" if len(self.weights) > 1 else "is"
+        names += " are" if len(self.weights) > 1 else " is"
         where = f"at the end of the loop's body, {self.line}" if self.line else "inside the loop"
         why = f"; it was not taken up by itself: {self.reason}" if self.reason else ""
         return (
-            f"a recurrence of {self.module} is in no track: {names} {are} used {self.steps} times, each "
+            f"a recurrence of {self.module} is in no track: {names} used {self.steps} times, each "
             f"time on what came of the use before{why}; put `{self.insert}` {where}, once per step"
         )
 
@@ -140,8 +135,8 @@ SHOWN_TRACKS = 12  # tracks of a repr that fits a screen
 class Recording(ByName[Track]):
     """All tracks that were seen inside one ``with gradflow.record(model) as recording:`` block.
 
-    ``recording[name]`` is a `Track`; the start of a name does if it fits one only. It is filled
-    while the block runs and stays readable afterwards.
+    ``recording[name]`` is a `Track`; the start of a name does if it fits one only; a loop over a
+    recording goes over its tracks. It is filled while the block runs and stays readable afterwards.
 
     >>> import torch, gradflow
     >>> rnn = torch.nn.RNN(1, 1)
@@ -210,6 +205,9 @@ class Recording(ByName[Track]):
         if matches:
             raise RecordingError(f"{name!r} fits several tracks; give one of {', '.join(matches)}")
         raise RecordingError(f"there is no track {name!r}; this recording has {known}")
+
+    def __iter__(self) -> Iterator[Track]:
+        return iter(self._tracks.values())
 
     def _named(self) -> Mapping[str, Track]:
         return self._tracks
