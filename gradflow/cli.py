@@ -670,6 +670,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _code(run: Callable[[], Any], typed: Sequence[str] = ()) -> int:
     try:
+        " ".join(typed).encode()
         run()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
@@ -684,6 +685,10 @@ def _code(run: Callable[[], Any], typed: Sequence[str] = ()) -> int:
         # of an error of the user's own code, several lines are one
         said = one_sentence(" ".join(str(error).split("\n")), *typed, most=most)
         click.echo(f"Error: {said}", err=True)
+        return BAD_INPUT
+    except UnicodeEncodeError as error:
+        name = repr(error.object[max(0, error.start - 40) : error.end + 40])
+        click.echo(f"Error: a name that is not UTF-8, {name}; rename the file", err=True)
         return BAD_INPUT
     except BrokenPipeError:
         _hush()  # the reader of a pipe has gone

@@ -54,7 +54,9 @@ def check_options(run_on: Any, **options: Any) -> None:
             raise InputError(f"{option} needs a batch to run the model on; give --input as well")
 
 
-def recorded_pass(model: nn.Module, batch: loading.Batch, settings: LossSettings) -> Recording:
+def recorded_pass(
+    model: nn.Module, batch: loading.Batch, settings: LossSettings, time: int | None = None
+) -> Recording:
     """One recorded forward and backward pass; gradients and buffers are put back."""
     kwargs = dict(batch.kwargs)
     if batch.lengths is not None and "lengths" in inspect.signature(model.forward).parameters:
@@ -63,12 +65,15 @@ def recorded_pass(model: nn.Module, batch: loading.Batch, settings: LossSettings
     with left_as_found(model, given), record(model, lengths=batch.lengths) as recording:
         with user_code(settings.guard, "the model", _about_input(model, batch.inputs)):
             result = model(*batch.inputs, **kwargs)
-        value, words = _loss(result, model, batch, settings, recording)
+        value, words, read = _loss(result, model, batch, settings, recording, time)
         if value.requires_grad:
             with user_code(settings.guard, "the backward pass", "the same loss must train"):
                 value.backward()
         if settings.told is not None:
             settings.told(value.detach())
+    # where a loop by hand has time is known after its backward
+    if read and time is None and _time_axis(model, recording, read[0]) != read[1]:
+        return recorded_pass(model, batch, settings, 1 - read[1])
     # only now: what was recorded is described when the block ends
     recording.provenance |= {"input": _shapes(batch.inputs), "loss": words}
     recording.provenance = with_notes(recording.provenance, batch.notes)
@@ -102,8 +107,9 @@ def _loss(
     batch: loading.Batch,
     settings: LossSettings,
     recording: Recording,
-) -> tuple[Tensor, str]:
-    """The loss and its name in words."""
+    time: int | None,
+) -> tuple[Tensor, str, tuple[Tensor, int] | None]:
+    """The loss, its name in words, and the output that it read with the axis that it took for time."""
     if settings.loss is not None and not settings.reads_part:
         arguments = (result,) if batch.target is None else (result, batch.target)
         try:
@@ -116,26 +122,22 @@ def _loss(
                 f"the loss cannot read the model's output, which is a {kind} ({error}); "
                 "choose its part: loss=lambda output, target: criterion(output[0], target)"
             ) from error
-        return _scalar(value), _name_of(settings.loss)
+        return _scalar(value), _name_of(settings.loss), None
     output, where = loading.choose_output(result, settings.output)
     if settings.loss is not None:
         arguments = (output,) if batch.target is None else (output, batch.target)
         with user_code(settings.guard, "the loss", "check --target and --loss"):
             value = settings.loss(*arguments)
-        return _scalar(value), f"{_name_of(settings.loss)} of {where}"
+        return _scalar(value), f"{_name_of(settings.loss)} of {where}", None
     lengths = loading.output_lengths(result, settings.output)
     lengths = batch.lengths if lengths is None else lengths
-    loss = loading.make_loss(
-        settings.loss_name, batch.target is not None, _time_axis(model, recording, output)
-    )
+    axis = _time_axis(model, recording, output) if time is None else time
+    loss = loading.make_loss(settings.loss_name, batch.target is not None, axis)
     with user_code(settings.guard, "the loss", "check --target and --loss"):
         value = loss(output, batch.target, lengths)
-    if loss.note:  # where a loop by hand has time is known after the backward only
-        guessed = batch.target is None and output.ndim >= 3 and not len(recording)
-        axes = "time, batch" if loss.time_axis == 0 else "batch, time"
-        said = f", of an output taken as ({axes}, …): if it is not, give a loss of your own"
-        recording.notes.append(loss.note + said * guessed)
-    return value, f"{loss.name} of {where}"
+    if loss.note:
+        recording.notes.append(loss.note)
+    return value, f"{loss.name} of {where}", (output, axis)
 
 
 def _name_of(loss: Callable[..., Tensor]) -> str:
@@ -165,9 +167,8 @@ def with_notes(provenance: Mapping[str, Any], notes: Sequence[str]) -> dict[str,
 def _scalar(value: object) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(
-            must_be("the loss", "one number in a tensor", got, "reduce it, e.g. by .mean()")
-        )
+        advice = "reduce it, e.g. by .mean()"
+        raise InputError(must_be("the loss", "one number in a tensor", got, advice))
     return value.reshape(())
 
 

@@ -33,7 +33,8 @@ def whole_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     Raises FileError where it cannot be written; an older file at its place is as it was.
     """
     place = Path(os.path.realpath(path))  # a link goes on to point there
-    options: dict[str, Any] = {} if binary else {"encoding": "utf-8", "newline": "\n"}
+    text = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}  # as in JSON
+    options: dict[str, Any] = {} if binary else text
     try:
         with _part_of(place, folder=False) as part:
             with part.open("wb" if binary else "w", **options) as file:

@@ -747,3 +747,19 @@ def test_a_member_is_picked_in_every_command_that_reads_model_files(
     said = capsys.readouterr().err
     assert "got 'critic'; it holds 'lm', an LSTM with LSTM(2 → 3); 'net.1', a GRU" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no name can be other than UTF-8")
+def test_a_name_that_is_not_utf8_is_refused_or_swept(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(nn.LSTM(3, 4).state_dict(), here / "b.pt")
+    odd = os.fsdecode(b"a\xff.pt")
+    (here / odd).write_bytes((here / "b.pt").read_bytes())
+    for command in (["analyze", odd], ["compare", odd, "b.pt"], ["inspect", odd]):
+        assert run(*command) == 2
+        said = f"a name that is not UTF-8, {' '.join(command)!r}; rename the file"
+        assert capsys.readouterr().err == f"Error: {said}\n"
+    assert run("sweep", "*.pt", "-o", "swept", "--jobs", "1", "-q") == 0
+    asked = json.loads((here / "swept/shards/1-of-1.json").read_text())
+    assert [one["name"] for one in asked["entries"]] == [odd, "b.pt"]

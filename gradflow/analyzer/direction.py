@@ -98,7 +98,9 @@ def log_loss_gains(
     level = Blocks(batch, 1, operator.size, operator.dtype, max(1, len(wanted)))
     for t in reversed(range(length)):
         if t in wanted:
-            _begin(level, _unit(vectors[t]), t)
+            unit = _unit(vectors[t]).to(level.values.dtype)[:, None, None]
+            none = torch.zeros(batch, 1, 1, dtype=torch.float64)
+            level.add(unit, none, torch.tensor([t]), torch.zeros(1, dtype=torch.long))
         if level.count == 0:
             continue
         gains = level.rescale()
@@ -109,15 +111,6 @@ def log_loss_gains(
         if t:
             level.replace(operator.pull(t, level.rows))
     return result
-
-
-def _begin(level: Blocks, unit: Tensor, t: int) -> None:
-    level.add(
-        unit.to(level.values.dtype)[:, None, None],
-        torch.zeros(len(unit), 1, 1, dtype=torch.float64),
-        torch.tensor([t]),
-        torch.zeros(1, dtype=torch.long),
-    )
 
 
 def _unit(vectors: Tensor) -> Tensor:
