@@ -670,7 +670,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _code(run: Callable[[], Any], typed: Sequence[str] = ()) -> int:
     try:
-        " ".join(typed).encode()
+        list(map(str.encode, typed))  # a name that is not UTF-8 is told of before anything is done
         run()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
@@ -687,6 +687,8 @@ def _code(run: Callable[[], Any], typed: Sequence[str] = ()) -> int:
         click.echo(f"Error: {said}", err=True)
         return BAD_INPUT
     except UnicodeEncodeError as error:
+        if error.encoding != "utf-8":  # what a terminal cannot print
+            return _own_fault()
         name = repr(error.object[max(0, error.start - 40) : error.end + 40])
         click.echo(f"Error: a name that is not UTF-8, {name}; rename the file", err=True)
         return BAD_INPUT

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,13 +178,11 @@ def compare(
 def _figures(runs: Mapping[str, Analysis]) -> dict[str, Callable[[], Figure]]:
     if len(runs) > OVERVIEWS:
         return {
-            n: partial(reporter.draw_trend, runs, w) for n, w in (("drawn", 7.2), ("narrow", 3.15))
+            "drawn": lambda: reporter.draw_trend(runs),
+            "narrow": lambda: reporter.draw_trend(runs, wide=3.15),
         }
     titled = [run.titled(name) for name, run in runs.items()]
-    return {
-        "drawn": lambda: reporter.plot(titled),
-        "narrow": lambda: reporter.plot_narrow(titled),
-    }
+    return {"drawn": lambda: reporter.plot(titled), "narrow": lambda: reporter.plot_narrow(titled)}
 
 
 def _free(run: Any, taken: Mapping[str, Analysis]) -> str:

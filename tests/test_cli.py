@@ -758,7 +758,7 @@ def test_a_name_that_is_not_utf8_is_refused_or_swept(
     (here / odd).write_bytes((here / "b.pt").read_bytes())
     for command in (["analyze", odd], ["compare", odd, "b.pt"], ["inspect", odd]):
         assert run(*command) == 2
-        said = f"a name that is not UTF-8, {' '.join(command)!r}; rename the file"
+        said = f"a name that is not UTF-8, {odd!r}; rename the file"
         assert capsys.readouterr().err == f"Error: {said}\n"
     assert run("sweep", "*.pt", "-o", "swept", "--jobs", "1", "-q") == 0
     asked = json.loads((here / "swept/shards/1-of-1.json").read_text())

@@ -29,6 +29,7 @@ class ByName(Generic[Value]):
         return [known for known in self._named() if known.startswith(name)]
 
     def __contains__(self, name: object) -> bool:
+        """Whether asking for this name gives one."""
         return isinstance(name, str) and len(self._matches(name)) == 1
 
     def __len__(self) -> int:
