@@ -17,9 +17,10 @@ from gradflow.hooks.call import Call
 from gradflow.hooks.closed.afresh import FORKED
 from gradflow.hooks.closed.joint_source import JointSource
 from gradflow.hooks.guard import foreign_code
-from gradflow.hooks.linear.linear_source import LinearSource, Stretch
+from gradflow.hooks.heard_gradients import LoopGradients
+from gradflow.hooks.linear.linear_source import LinearSource
 from gradflow.hooks.loops.loop_source import LoopSource
-from gradflow.hooks.tapped import TAP, Mark, TapSource
+from gradflow.hooks.tapped import TAP, TapSource
 from gradflow.limits import MANY_TRACKS
 from gradflow.recording.track import Track
 from gradflow.recording.tracks import Recording, Unseen
@@ -280,20 +281,17 @@ def _calls(track: Track) -> list[Call]:
 
 def _reason(track: Track) -> str:
     """What went wrong with one track, or nothing."""
-    seen: Sequence[Call | Mark | Stretch]
     if isinstance(track.source, JointSource):
         return ""  # the tracks of its layers say it
     if isinstance(track.source, TapSource):
-        seen, lost = track.source.marks, track.source.lost
         states = [state for mark in track.source.marks for state in mark.states.values()]
     elif isinstance(track.source, LinearSource):
-        seen, lost = track.source.stretches, track.source.lost
         states = [s for s in (one.known_states for one in track.source.stretches) if s is not None]
     else:
-        seen = calls = _calls(track)
-        lost = next((call.lost for call in calls if call.lost), "")
-        states = [call.returned["output"] for call in calls]
-    if not any(one.grads for one in seen) or lost:
+        states = [call.returned["output"] for call in _calls(track)]
+    assert isinstance(track.source, LoopGradients)
+    seen = track.source.kept()
+    if not any(one.grads for one in seen) or track.source.lost:
         return track.why_no_gradient
     if not _are_finite(states):
         return "its states are not finite (NaN or infinity), so neither are its gradients"

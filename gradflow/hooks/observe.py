@@ -226,7 +226,7 @@ def _notes(track: Track) -> list[str]:
     if not isinstance(source, LoopSource):
         return source.notes() if isinstance(source, TapSource | LinearSource) else []
     chain = source.loop.chain
-    notes = [BATCHED] if any(call.batched for call in chain.calls) else []
+    notes = [BATCHED] if chain.batched else []
     reason = source.loop.why_no_operator()
     if chain.closed is not None:
         notes.append(chain.closed.note(track.name))

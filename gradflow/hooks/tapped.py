@@ -19,7 +19,7 @@ from gradflow.hooks.axes import Axis, as_rows, usual_axis
 from gradflow.hooks.dense import Dense
 from gradflow.hooks.heard_gradients import HeardGradients
 from gradflow.hooks.loops.layout import Layout
-from gradflow.hooks.loops.loop import difference, trimmed
+from gradflow.hooks.loops.loop import difference
 from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.limits import DIFFERENCE_ROUNDING
 from gradflow.recording.source import Backward, Forward, Operator, Parity
@@ -116,7 +116,7 @@ class TapSource(HeardGradients):
 
     # -- gradients that come by --------------------------------------------------------------
 
-    def _kept(self) -> list[Mark]:
+    def kept(self) -> list[Mark]:
         return self.marks
 
     def _rows(self, one: Mark, name: str, grad: Tensor) -> Tensor:
@@ -172,9 +172,6 @@ class TapSource(HeardGradients):
         initial = self.initial if len(self.marks[0].cut) == len(self.steps[0].cut) else {}
         return Forward(states=states, initial=initial, gates={}, inputs=None)
 
-    def _trimmed(self, array: Tensor) -> Tensor:
-        return trimmed(array, self.real)
-
     def backward(self) -> Backward | None:
         """Total gradients; None without a backward."""
         if not self._has_gradient():
@@ -228,35 +225,17 @@ class TapSource(HeardGradients):
         with torch.no_grad():
             return (torch.stack(self._direct()) != 0).any(2)
 
-    def last(self) -> Backward | None:
-        """Total gradients of each sequence's last loss step alone; None without step Jacobians."""
-        arrives = self.reached()
-        if arrives is None:
-            return None
-        time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
-        if self.real is not None:
-            arrives &= time < self.real.to(arrives.device)
-        chosen = torch.where(arrives, time, -1).max(0).values
-        every = torch.arange(arrives.shape[1], device=arrives.device)
-        rows = self._alone(every, chosen.unsqueeze(1), None).squeeze(2)
-        return Backward(grads=self._split(rows), direct=None, delta=None, delta_hh=None)
-
-    def loss_steps(
-        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    def _alone(
+        self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None
     ) -> Backward | None:
-        """Total gradients of single loss steps, (n, T, m, ·); None without step Jacobians."""
         if not self._direct_is_known():
             return None
         device = self.marks[0].cut.device
-        sequences, loss_steps = sequences.to(device), loss_steps.to(device)
-        chosen = loss_steps.expand(len(sequences), -1)
-        rows = self._alone(sequences, chosen, dtype)
-        if self.real is not None:
-            rows = trimmed(rows, self.real.to(device)[sequences])
-        return Backward(self.parted(rows.permute(2, 0, 1, 3)), None, None, None)
+        sequences, chosen = sequences.to(device), chosen.to(device)
+        rows = self._pulled_back(sequences, chosen.T, dtype).permute(2, 0, 1, 3)
+        return Backward(self._split(rows, sequences, dtype), None, None, None)
 
-    @torch.no_grad()
-    def _alone(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _pulled_back(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Gradients of what arrives at the chosen steps (m, n) alone, (T, m, n, S)."""
         direct = torch.stack(self._direct())
         whole = _is_all(sequences, direct.shape[1])
@@ -270,10 +249,13 @@ class TapSource(HeardGradients):
             carried = _pulled(mark.jacobian, carried, None if whole else sequences)
         return torch.stack(rows[::-1])
 
-    def _split(self, rows: Tensor) -> dict[str, Tensor]:
-        """State name -> (T, B, width) in its own dtype, from (T, B, S)."""
+    def _split(
+        self, rows: Tensor, sequences: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """State name -> (..., T, m, width) in its own dtype, or the given one, from (..., T, m, S)."""
         states = self.marks[0].states
-        return {n: self._trimmed(part.to(states[n].dtype)) for n, part in self.parted(rows).items()}
+        parts = {n: part.to(dtype or states[n].dtype) for n, part in self.parted(rows).items()}
+        return {name: self._trimmed(part, sequences) for name, part in parts.items()}
 
     def parted(self, rows: Tensor) -> dict[str, Tensor]:
         """State name -> its columns of rows (..., S)."""

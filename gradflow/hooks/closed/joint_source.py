@@ -176,19 +176,14 @@ class JointSource(TapSource):
         """(T, B): where the loss reaches the loop, or None."""
         return super().reached() if self.knows_alone() else None
 
-    def last(self) -> Backward | None:
-        """Total gradients of each sequence's last loss step alone, or None."""
-        return super().last() if self.knows_alone() else None
-
-    def loss_steps(
-        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    def _alone(
+        self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None
     ) -> Backward | None:
-        """Total gradients of single loss steps, or None."""
-        return super().loss_steps(sequences, loss_steps, dtype) if self.knows_alone() else None
+        return super()._alone(sequences, chosen, dtype) if self.knows_alone() else None
 
-    def _alone(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _pulled_back(self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None) -> Tensor:
         """As the graph has it, and what comes through other results of the same kernel."""
-        rows = super()._alone(sequences, chosen, dtype)
+        rows = super()._pulled_back(sequences, chosen, dtype)
         self._within_kernels(rows, sequences)
         return rows
 

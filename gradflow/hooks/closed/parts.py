@@ -104,12 +104,12 @@ class StockPart:
     @property
     def lost(self) -> str:
         """Why what the backwards brought is no total, if it is none."""
-        return next((call.lost for call in self.chain.calls if call.lost), "")
+        return self.chain.lost
 
     @property
     def batched(self) -> bool:
         """Whether a backward of several outputs at once reached it."""
-        return any(call.batched for call in self.chain.calls)
+        return self.chain.batched
 
     @property
     def holder(self) -> Any:

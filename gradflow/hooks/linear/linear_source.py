@@ -20,7 +20,6 @@ from gradflow.hooks.heard_gradients import HeardGradients
 from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.loops.loop import difference
 from gradflow.hooks.parity import BOUNDS
-from gradflow.hooks.replay import masked
 from gradflow.limits import PARITY_FLOAT32
 from gradflow.recording.source import Backward, Forward, Operator, Parity
 
@@ -132,7 +131,7 @@ class LinearSource(HeardGradients):
     remarks: list[str] = field(default_factory=list)  # what a reader should know
     _read: dict[str, tuple[object, object]] = field(default_factory=dict, repr=False)
 
-    def _kept(self) -> list[Stretch]:
+    def kept(self) -> list[Stretch]:
         return self.stretches
 
     def _needs_none(self) -> str:
@@ -142,6 +141,11 @@ class LinearSource(HeardGradients):
         )
 
     # -- the source of a track ---------------------------------------------------------------
+
+    @property
+    def real(self) -> Tensor | None:
+        """(B,) the real steps of every sequence; None where all are T."""
+        return self.lengths
 
     @property
     def steps(self) -> int:
@@ -217,15 +221,10 @@ class LinearSource(HeardGradients):
         assert isinstance(found, Tensor)
         return found
 
-    def _in_input_time(self, array: Tensor) -> Tensor:
-        """(T, B, ·) or (n, T, B, ·) from processing order, NaN past a sequence's end."""
-        axis = array.dim() - 3
-        if self.reverse:
-            array = array.flip(axis)
-        if self.lengths is None:
-            return array
-        time = torch.arange(array.shape[axis], device=array.device).unsqueeze(1)
-        return masked(array, time < self.lengths.to(array.device), float("nan"))
+    def _in_input_time(self, array: Tensor, sequences: Tensor | None = None) -> Tensor:
+        """(T, B, ·) or (n, T, m, ·) from processing order, NaN past a sequence's end."""
+        array = array.flip(-3) if self.reverse else array
+        return self._trimmed(array, sequences)
 
     def forward(self) -> Forward:
         """States, the first of them where it was seen, and |decay| as a gate."""
@@ -268,49 +267,25 @@ class LinearSource(HeardGradients):
             found = (self._directs() != 0).any(2)
         return found.flip(0) if self.reverse else found
 
-    def last(self) -> Backward | None:
-        """Total gradients of each sequence's last loss step alone, in processing order."""
-        if not self._has_gradient():
-            return None
-        with torch.no_grad():
-            direct = self._directs()
-            arrives = (direct != 0).any(2)
-            real = self._real(torch.arange(self.batch))
-            if real is not None:
-                arrives = arrives & real.to(arrives.device)
-            time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
-            chosen = torch.where(arrives, time, -1).amax(0)
-            alone = direct.masked_fill((time != chosen).unsqueeze(2), 0.0)
-            rows = self._joined().totals_of(alone.unsqueeze(2)).squeeze(2)
-        return Backward({"h": self._in_input_time(rows)}, None, None, None)
-
-    def loss_steps(
-        self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
+    def _alone(
+        self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None
     ) -> Backward | None:
-        """Total gradients of single loss steps, (n, T, m, ·)."""
         if not self._has_gradient():
             return None
-        with torch.no_grad():
-            direct = self._directs()
-            chosen = sequences.to(direct.device)
-            places = loss_steps.to(direct.device)
-            if self.reverse:
-                places = len(direct) - 1 - places
-            wide = dtype.to_complex() if direct.is_complex() else dtype
-            alone = direct.new_zeros(
-                len(direct), len(chosen), len(places), direct.shape[2], dtype=wide
-            )
-            for number, place in enumerate(places.tolist()):
-                alone[place, :, number] = direct[place, chosen].to(wide)
-            rows = self._joined().of(chosen).to(dtype).totals_of(alone)
-            rows = rows.permute(2, 0, 1, 3)  # (n, T, m, S)
-            if self.reverse:
-                rows = rows.flip(1)
-            if self.lengths is not None:
-                time = torch.arange(len(direct), device=rows.device).unsqueeze(1)
-                real = time < self.lengths.to(rows.device)[chosen]
-                rows = rows.masked_fill(~real.unsqueeze(2), float("nan"))
-        return Backward({"h": rows}, None, None, None)
+        direct = self._directs()
+        columns, places = sequences.to(direct.device), chosen.to(direct.device).T
+        processed = len(direct) - 1 - places if self.reverse else places
+        kind = direct.dtype
+        steps = self._joined().of(columns)
+        if dtype is not None:
+            kind, steps = dtype.to_complex() if direct.is_complex() else dtype, steps.to(dtype)
+        at = processed.masked_fill(places < 0, 0)
+        rows = direct[at, columns.unsqueeze(1)].masked_fill((places < 0).unsqueeze(2), 0.0)
+        alone = direct.new_zeros(len(direct), *at.shape, direct.shape[2], dtype=kind)
+        each = [torch.arange(size, device=at.device) for size in at.shape]
+        alone[at, each[0].unsqueeze(1), each[1]] = rows.to(kind)
+        rows = steps.totals_of(alone).permute(2, 0, 1, 3)  # (n, T, m, S)
+        return Backward({"h": self._in_input_time(rows, columns)}, None, None, None)
 
     def _real(self, sequences: Tensor) -> Tensor | None:
         """(T, m): which processed steps are real; None where all are."""

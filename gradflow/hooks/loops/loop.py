@@ -19,7 +19,6 @@ from gradflow.hooks.loops.linearised import linearised, timed
 from gradflow.hooks.loops.linked import Linked, pulled
 from gradflow.hooks.loops.links import Link
 from gradflow.hooks.loops.stitch import Chain
-from gradflow.hooks.replay import masked
 from gradflow.limits import DIFFERENCE_ROUNDING
 
 Known = TypeVar("Known")
@@ -365,11 +364,3 @@ def merged(one: Tensor, other: Tensor, here: Tensor) -> Tensor:
     if one.dim() != other.dim():
         one, other = (f if f.dim() == 3 else torch.diag_embed(f) for f in (one, other))
     return torch.where(here.view(-1, *[1] * (one.dim() - 1)), other, one)
-
-
-def trimmed(array: Tensor, lengths: Tensor | None) -> Tensor:
-    """NaN past the user's own lengths, (T, B, ·)."""
-    if lengths is None:
-        return array
-    time = torch.arange(array.shape[0], device=array.device).unsqueeze(1)
-    return masked(array, time < lengths.to(array.device), float("nan"))

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from gradflow.cells import Scan
 from gradflow.hooks.call import SECOND_ORDER, Call
-from gradflow.hooks.guard import ONLY_BATCHED
+from gradflow.hooks.heard_gradients import LoopGradients
 from gradflow.hooks.layersource import LayerSource, alone, by_loss_step
 from gradflow.hooks.loops.arrivals import Arrivals, arrivals, arrivals_at_top, reached
 from gradflow.hooks.loops.lags import Lags
-from gradflow.hooks.loops.loop import Loop, trimmed
+from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.loss_steps import Sheet, by_time, gathered, placed, sheets
 from gradflow.recording import Backward, Contributions, Forward, Operator, Parity, Source, moved
 
@@ -26,7 +26,7 @@ SEVERITY = ("not applicable", "passed", "failed")
 
 
 @dataclass(eq=False)
-class LoopSource:
+class LoopSource(LoopGradients):
     """One layer and direction of a loop of calls; most loops are of a single call."""
 
     loop: Loop
@@ -40,10 +40,37 @@ class LoopSource:
         """The calls it is made of, in time order."""
         return self.loop.chain.calls
 
+    def kept(self) -> list[Call]:
+        return self.calls
+
+    def _said(self) -> tuple[str, str, str]:
+        return (
+            "it ran inside torch.no_grad() or torch.inference_mode(); run it with gradients enabled",
+            "its weights are frozen and its input needs no gradient; "
+            "call requires_grad_() on the weights or on the input",
+            "a backward ran but did not reach this layer: its output is detached, or the loss "
+            "ignores it; make the loss depend on it",
+        )
+
+    @property
+    def lost(self) -> str:  # type: ignore[override]
+        """Why what the backwards brought is no total."""
+        return self.loop.chain.lost
+
+    @property
+    def batched(self) -> bool:  # type: ignore[override]
+        """Whether a backward of several outputs at once reached it, which is not counted."""
+        return self.loop.chain.batched
+
     @property
     def version(self) -> int:
         """How many backwards reached the calls."""
         return self.loop.chain.version
+
+    @property
+    def real(self) -> Tensor | None:
+        """(B,) the real steps of every sequence; None where all are T."""
+        return self.loop.chain.real
 
     @property
     def closed(self) -> Any:
@@ -70,9 +97,13 @@ class LoopSource:
     def _in_time(self, arrays: list[Tensor]) -> Tensor:
         return self._trimmed(self.loop.in_time(arrays))
 
-    def _trimmed(self, array: Tensor) -> Tensor:
-        dtype = self.calls[0].returned["output"].dtype
-        return trimmed(array.to(dtype), self.loop.chain.real)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.calls[0].returned["output"].dtype
+
+    def _trimmed(self, array: Tensor, sequences: Tensor | None = None) -> Tensor:
+        """In the dtype of the track, whatever it was computed in."""
+        return super()._trimmed(array.to(self._dtype), sequences)
 
     def forward(self) -> Forward:
         """States, gates and inputs."""
@@ -106,17 +137,7 @@ class LoopSource:
         single = self._single()
         if single is not None:
             return single.last()
-        if self.closed is not None:
-            return self.closed.last(self)
-        arrives = self.reached()
-        if arrives is None:
-            return None
-        time = torch.arange(len(arrives), device=arrives.device).unsqueeze(1)
-        if self.loop.chain.real is not None:
-            arrives &= time < self.loop.chain.real.to(arrives.device)
-        chosen = torch.where(arrives, time, -1).max(0).values.unsqueeze(0)
-        dtype = self.loop.groups[0].replay.work_dtype
-        return self._pulled(chosen, dtype, self._every(), self._trimmed)
+        return super().last() if self.closed is None else self.closed.last(self)
 
     def reached(self) -> Tensor | None:
         """Where the loss reaches what was returned, input time."""
@@ -140,21 +161,13 @@ class LoopSource:
             return None
         with torch.no_grad():
             direct = self.loop.direct(self.layer)
-        if bool(
-            self._trimmed_to_zero(direct).isnan().any()
-        ):  # what lies between two calls is not known
+        past = self._trimmed(torch.zeros_like(direct)).isnan()
+        if bool((direct.isnan() & ~past).any()):  # what lies between two calls is not known
             return None
         arrives = (direct.nan_to_num() != 0).any(2)
         for name, part in found[self.layer].items():
             arrives = arrives if name == "h" else arrives | (part.nan_to_num() != 0).any(2)
         return arrives
-
-    def _trimmed_to_zero(self, array: Tensor) -> Tensor:
-        real = self.loop.chain.real
-        if real is None:
-            return array
-        time = torch.arange(len(array), device=array.device).unsqueeze(1)
-        return array.masked_fill((time >= real.to(array.device)).unsqueeze(2), 0.0)
 
     def loss_steps(
         self, sequences: Tensor, loss_steps: Tensor, dtype: torch.dtype
@@ -165,18 +178,7 @@ class LoopSource:
             return single.loss_steps(sequences, loss_steps, dtype)
         if self.closed is not None:
             return self.closed.loss_steps(self, sequences, loss_steps, dtype)
-        every = self._every()
-        sequences, loss_steps = sequences.to(every.device), loss_steps.to(every.device)
-        lengths = self.loop.chain.real
-        count = len(loss_steps)
-        if lengths is not None:
-            lengths = lengths.to(every.device)[sequences].repeat(count)
-        return self._pulled(
-            loss_steps.unsqueeze(1).expand(-1, len(sequences)),
-            dtype,
-            sequences,
-            lambda array: by_loss_step(trimmed(array, lengths), count),
-        )
+        return super().loss_steps(sequences, loss_steps, dtype)
 
     def contributions(self, sequences: Tensor) -> Contributions | None:
         """∂L/∂W_hh and ∂L/∂W_ih of some sequences by lag; None where there is no lag."""
@@ -187,9 +189,6 @@ class LoopSource:
             return None
         place = self.layer, self.direction
         return Lags(self.loop, place, found, sequences.to(self.calls[0].h0.device)).contributions()
-
-    def _every(self) -> Tensor:
-        return torch.arange(self.loop.chain.batch, device=self.calls[0].h0.device)
 
     def _has_lags(self) -> bool:
         found = self._arrivals()
@@ -209,23 +208,22 @@ class LoopSource:
             return None
         return sheets(self.loop, (self.layer, self.direction), found, dtype, sequences)
 
-    def _pulled(
-        self,
-        loss_steps: Tensor,
-        dtype: torch.dtype,
-        sequences: Tensor,
-        shaped: Callable[[Tensor], Tensor],
+    def _alone(
+        self, sequences: Tensor, chosen: Tensor, dtype: torch.dtype | None
     ) -> Backward | None:
-        """Each of the loss steps (n, m) of the given sequences alone."""
-        with torch.no_grad():
-            stack = self._sheets(dtype, sequences)
-            if stack is None:
-                return None
-            here = stack[0].arrived.device
-            stack = placed(stack)
-            loss_steps = loss_steps.to(stack[0].arrived.device)
-            passed = [scans[-1] for _, scans in by_time(stack, len(sequences), loss_steps)]
-            return alone(moved(gathered(passed), here), shaped)
+        here = self.calls[0].h0.device
+        sequences = sequences.to(here)
+        stack = self._sheets(dtype or self.loop.groups[0].replay.work_dtype, sequences)
+        if stack is None:
+            return None
+        stack = placed(stack)
+        chosen = chosen.to(stack[0].arrived.device)
+        passed = [scans[-1] for _, scans in by_time(stack, len(sequences), chosen)]
+        trim = self._trimmed if dtype is None else super()._trimmed
+        return alone(
+            moved(gathered(passed), here),
+            lambda array: trim(by_loss_step(array, len(chosen)), sequences),
+        )
 
     def partial(self) -> dict[str, Tensor] | None:
         """State-partial gradients; None without a backward.
@@ -277,15 +275,11 @@ class LoopSource:
 
         return changed(self, WeightChange(**changes))
 
-    def _lost(self) -> str:
-        return next((call.lost for call in self.calls if call.lost), "")
-
     def parity(self) -> Parity:
         """See `WeightUses.check`; the worst of all groups of calls."""
-        lost = self._lost()
-        if lost:
+        if self.lost:
             create_graph = "a backward with create_graph=True came through the layer"
-            reason = create_graph if lost == SECOND_ORDER else lost
+            reason = create_graph if self.lost == SECOND_ORDER else self.lost
             return Parity("not applicable", None, reason)
         checked, found = [], []
         for part in self.parts():
@@ -302,33 +296,6 @@ class LoopSource:
             found = [part.rebuilt() for part in self.parts()]
         known = [part["weight_hh"] for part in found if part is not None and len(part["weight_hh"])]
         return any(bool((grad != 0).any()) for grad in known) if known else None
-
-    def unread(self) -> bool:
-        """Whether a backward ran and did not come here, though it could have."""
-        if self._lost() or any(call.batched for call in self.calls):
-            return False
-        able = any(call.grad_enabled and call.differentiable for call in self.calls)
-        return able and self.ran_backward and not any(call.graph_tasks for call in self.calls)
-
-    def why_no_gradient(self) -> str:
-        """Why there is no gradient here, and what to do."""
-        if self._lost():
-            return self._lost()
-        if any(call.batched for call in self.calls):
-            return ONLY_BATCHED
-        if not any(call.grad_enabled for call in self.calls):
-            return "it ran inside torch.no_grad() or torch.inference_mode(); run it with gradients enabled"
-        if not any(call.differentiable for call in self.calls):
-            return (
-                "its weights are frozen and its input needs no gradient; "
-                "call requires_grad_() on the weights or on the input"
-            )
-        if self.ran_backward:
-            return (
-                "a backward ran but did not reach this layer: its output is detached, or the loss "
-                "ignores it; make the loss depend on it"
-            )
-        return "no backward ran inside the block; call loss.backward() before the block ends"
 
 
 class AloneSource(LoopSource):

@@ -46,6 +46,16 @@ class Chain:
         return len(set().union(*(call.graph_tasks for call in self.calls)))
 
     @property
+    def lost(self) -> str:
+        """Why what the backwards brought is no total, if it is none."""
+        return next((call.lost for call in self.calls if call.lost), "")
+
+    @property
+    def batched(self) -> bool:
+        """Whether a backward of several outputs at once reached it."""
+        return any(call.batched for call in self.calls)
+
+    @property
     def sizes(self) -> list[int]:
         """The number of steps of every call."""
         return self.layout.extents
