@@ -126,14 +126,9 @@ from gradflow.reporter.scale import (
 )
 from gradflow.reporter.text import render
 from gradflow.sweeping.batches import pooled_batches
-from gradflow.sweeping.checkpoints import checkpoints
+from gradflow.sweeping.checkpoints import VERSIONS, CheckpointTask, Outcome, checkpoints
 from gradflow.sweeping.engines import Engine, Running
-from gradflow.sweeping.one_checkpoint import (
-    VERSIONS,
-    CheckpointTask,
-    Outcome,
-    measure_checkpoint,
-)
+from gradflow.sweeping.one_checkpoint import measure_checkpoint
 from gradflow.sweeping.result_files import SweepFolder
 from gradflow.watching.alerts import read_rules
 from gradflow.watching.schedule import Schedule

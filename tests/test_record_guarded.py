@@ -136,11 +136,10 @@ DOORS = {
         "scale",
         "watched",
     },
-    "hooks/own/forwards.py": {"forward", "_told", "_entered", "_left"},
+    "hooks/own/forwards.py": {"forward", "_told", "_entered", "_left", "_note"},
     "hooks/seen.py": {"before", "after", "point", "__init__"},
     "hooks/taps.py": {"tap", "_tell", "_untold"},
     "hooks/linear/scan.py": {"scan", "_tell", "_untold"},
-    "hooks/mistakes.py": {"_note"},
 }
 
 

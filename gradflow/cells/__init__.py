@@ -6,9 +6,19 @@ A cell is one file with one `CellSpec`: nothing else in gradflow names a cell.
 from gradflow.cells.gru import GRU
 from gradflow.cells.lstm import LSTM
 from gradflow.cells.rnn import RELU, TANH
-from gradflow.cells.spec import CellPaths, CellSpec, Keeper, Named, Scan, Steps, Weights, previous
+from gradflow.cells.spec import (
+    CELLS,
+    CellPaths,
+    CellSpec,
+    Keeper,
+    Named,
+    Scan,
+    Steps,
+    Weights,
+    previous,
+)
 
-CELLS: dict[str, CellSpec] = {spec.name: spec for spec in (TANH, RELU, LSTM, GRU)}
+CELLS.update({spec.name: spec for spec in (TANH, RELU, LSTM, GRU)})
 IN_LOOP = " in a closed loop"  # what the kind of a cell is called there, whose loop is not its own
 
 __all__ = [

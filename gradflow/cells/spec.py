@@ -314,3 +314,6 @@ class CellSpec:
     def weight_names(self, count: int, *, has_biases: bool) -> list[str]:
         """The names of so many weights of one layer and direction."""
         return [n for n in self.weights if has_biases or not n.startswith("bias")][:count]
+
+
+CELLS: dict[str, CellSpec] = {}  # by name; `gradflow.cells` enters them

@@ -17,9 +17,8 @@ history of its own.
 
 from gradflow.history.fields import OF_GATE, OF_LAG, OF_LAYER, OF_STEP
 from gradflow.history.joined import Row, join_rows, row_facts, row_text
-from gradflow.history.lags import lag_grid
 from gradflow.history.lines import HISTORY_FILE
-from gradflow.history.probe import LayerProbe, Note, Probe, Source
+from gradflow.history.probe import LayerProbe, Note, Probe, Source, lag_grid
 from gradflow.history.reader import holds_history, is_swept
 from gradflow.history.series import History
 from gradflow.history.writer import Writer

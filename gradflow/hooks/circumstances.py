@@ -10,6 +10,7 @@ from gradflow.distributed import world
 from gradflow.hooks import mistakes
 from gradflow.hooks.ancestry import clean
 from gradflow.hooks.guard import TRANSFORMED, WRAPPED
+from gradflow.hooks.patch import something_is_compiled
 
 
 def perhaps_scaled(scale: float) -> str:
@@ -60,7 +61,7 @@ def unseen_cells(model: nn.Module, seen: Collection[str]) -> tuple[list[str], li
     """
     inside: list[str] = []
     others: list[str] = []
-    if not mistakes.something_is_compiled():
+    if not something_is_compiled():
         return inside, others
     compiled = [name for name, module in model.named_modules() if _is_compiled(module)]
     for name, module in model.named_modules():

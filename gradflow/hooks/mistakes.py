@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from gradflow.hooks.guard import foreign_code
 from gradflow.hooks.heard_gradients import LoopGradients
 from gradflow.hooks.linear.linear_source import LinearSource
 from gradflow.hooks.loops.loop_source import LoopSource
+from gradflow.hooks.patch import something_is_compiled
 from gradflow.hooks.tapped import TAP, TapSource
 from gradflow.limits import MANY_TRACKS
 from gradflow.recording.track import Track
@@ -77,51 +76,6 @@ def gradient_marks(model: nn.Module) -> list[tuple[int, int] | None]:
         None if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
         for parameter in nn.Module.parameters(model)
     ]
-
-
-class Ran:
-    """Which of a model's direct children ran; only a message needs it.
-
-    Hooks on modules take torch off its fast paths for attention, and have compiled code compiled
-    again; where either could be, nothing is hooked and the message does without.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.names: dict[str, None] = {}
-        delicate = (nn.MultiheadAttention, torch.jit.ScriptModule)
-        off = something_is_compiled() or any(
-            isinstance(m, delicate) for m in nn.Module.modules(model)
-        )
-        self._children = {} if off else dict(model.named_children())
-
-    def open(self) -> None:
-        """Hook them; the hooks only write a name into a dict: a guard torch.compile could not read."""
-        for name, child in self._children.items():
-            note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
-            child.register_forward_pre_hook(note)
-
-    def close(self) -> None:
-        """Take the hooks away, known by the dict, so that none can be made and not be known."""
-        for child in self._children.values():
-            hooks = child._forward_pre_hooks
-            for key, hook in [*hooks.items()]:
-                if isinstance(hook, functools.partial) and any(
-                    one is self.names for one in hook.args
-                ):
-                    del hooks[key]
-
-
-def something_is_compiled() -> bool:
-    """Whether torch.compile was called in this process; merely loading it, as optimizers do, is not."""
-    frames = sys.modules.get("torch._dynamo.eval_frame")
-    known = getattr(frames, "cached_backends", None)
-    if known is None:
-        return frames is not None
-    return any(backend is not None for backend in known.values())  # None: compilation disabled
-
-
-def _note(names: dict[str, None], name: str, *_: object) -> None:
-    names[name] = None
 
 
 def why_no_track(

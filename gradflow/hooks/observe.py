@@ -20,8 +20,13 @@ from gradflow.hooks.linear.linear_calls import tensors_of
 from gradflow.hooks.linear.linear_source import LinearSource
 from gradflow.hooks.loops.arrivals import read_beyond
 from gradflow.hooks.loops.loop_source import LoopSource
-from gradflow.hooks.own.forwards import Watching
-from gradflow.hooks.patch import listen, nothing_is_under_way, stop_listening
+from gradflow.hooks.own.forwards import Ran, Watching
+from gradflow.hooks.patch import (
+    listen,
+    nothing_is_under_way,
+    something_is_compiled,
+    stop_listening,
+)
 from gradflow.hooks.recorder import Recorder
 from gradflow.hooks.tapped import TapSource
 from gradflow.recording.pooled import of_all_processes
@@ -173,7 +178,7 @@ class OpenRecording:
         nothing_is_under_way()
         model, remark = self.recorder.model, self.recorder.withheld.remark
         self.marks = guarded(Point.OPENING, remark, mistakes.gradient_marks, model)
-        self.recorder.ran = guarded(Point.OPENING, remark, mistakes.Ran, model)
+        self.recorder.ran = guarded(Point.OPENING, remark, Ran, model)
         self.recorder.watching = guarded(Point.OPENING, remark, self._candidates)
         guarded(Point.OPENING, remark, listen, self.recorder)
         for opened in (self.recorder.ran, self.recorder.watching):
@@ -181,7 +186,7 @@ class OpenRecording:
                 guarded(Point.OPENING, remark, opened.open)
 
     def _candidates(self) -> Watching:
-        return Watching([] if mistakes.something_is_compiled() else self.recorder.own.modules)
+        return Watching([] if something_is_compiled() else self.recorder.own.modules)
 
     def close(self) -> list[str]:
         """Put everything back; gives the sentences to warn of."""

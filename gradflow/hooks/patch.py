@@ -380,6 +380,15 @@ def _before_backward(
         observer.before_backward(tuple(roots), bool(create_graph))
 
 
+def something_is_compiled() -> bool:
+    """Whether torch.compile was called in this process; merely loading it, as optimizers do, is not."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    known = getattr(frames, "cached_backends", None)
+    if known is None:
+        return frames is not None
+    return any(backend is not None for backend in known.values())  # None: compilation disabled
+
+
 def traced_as(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper, which torch.compile treats as the original, also in its table of known functions.
 

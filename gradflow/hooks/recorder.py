@@ -38,8 +38,7 @@ from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.loops.stitch import Chain, Stitcher
-from gradflow.hooks.mistakes import Ran
-from gradflow.hooks.own.forwards import Watching
+from gradflow.hooks.own.forwards import Ran, Watching
 from gradflow.hooks.own.own_cells import OwnCells
 from gradflow.hooks.own.returned import leaves
 from gradflow.hooks.parity import WeightUses

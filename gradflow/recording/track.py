@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradflow.cells import CELLS, CellSpec
+from gradflow.cells.spec import CELLS, CellSpec
 from gradflow.errors import RecordingError, must_be
 from gradflow.recording.padding import Padding
 from gradflow.recording.source import Backward, Contributions, Forward, Operator, Parity, Source

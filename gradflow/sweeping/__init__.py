@@ -16,7 +16,7 @@ The tests run all of them, MPI where there is an ``mpiexec``. Workers read the c
 that paths must be theirs too; what they find comes back and is written by the process that sweeps.
 """
 
-from gradflow.sweeping.standing import standings
+from gradflow.sweeping.rows import standings
 from gradflow.sweeping.swept import SweepRequest, gather, run_sweep, sweep, sweep_request
 
 __all__ = ["SweepRequest", "gather", "run_sweep", "standings", "sweep", "sweep_request"]

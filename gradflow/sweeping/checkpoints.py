@@ -1,19 +1,23 @@
-"""Which checkpoints a sweep is of: files or models, each with its run and the training step of its name."""
+"""Which checkpoints a sweep is of, and what a worker is told of each and gives back."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from gradflow import loading
+from gradflow._version import __version__
 from gradflow.errors import FileError, InputError, must_be
 from gradflow.history.probe import TrainingStep
 from gradflow.loading import files_of, natural, run_folder, step_in_name
 
+VERSIONS = (__version__, str(torch.__version__))  # that every worker must have
 MODEL_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl")  # looked for in a folder
 
 
@@ -120,3 +124,77 @@ def _in_runs(found: list[Checkpoint]) -> list[Checkpoint]:
              for run, seed in zip(runs, seeds, strict=True)]  # fmt: skip
     made = [replace(one, run=run) for one, run in zip(found, named, strict=True)]
     return sorted(made, key=lambda one: natural(one.run))
+
+
+# ------------------------------------------------------------------------------ what a worker is told
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What is the same for all checkpoints of a sweep."""
+
+    spec: str | Callable[[], nn.Module] | nn.Module | None = None  # whose weights the files hold
+    member: str | None = None  # one of several models in a file
+    batches: tuple[Path | loading.Batch, ...] = ()  # what the model runs on; none: probes
+    target: Path | None = None  # the targets of a batch in a file of their own
+    loss: str | Callable[..., Tensor] | None = None  # by name, or the user's own
+    output: str | None = None  # which part of the model's output
+    span: int | None = None  # the distance of interest
+    train: bool | None = None  # the mode the model runs in; None: evaluation
+    probe_steps: int = 100  # T of a probe
+    probe_batch: int | None = None  # B of a probe; None: 16, or fewer
+    seed: int = 0  # of whatever is drawn
+    trust: bool = False  # open a full pickle
+    preset: str = "rate"  # what is measured of a layer, as in `gradflow.watch`
+
+
+FileState = tuple[int, int, int]  # inode, bytes and nanoseconds of the last change
+
+
+def state_of(path: Path) -> FileState:
+    """By what it is seen that a file changed.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: it is gone.
+    """
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class CheckpointTask:
+    """What a worker is told to measure."""
+
+    name: str  # of the checkpoint
+    path: Path | None  # its file
+    state: FileState | None  # of the file when its content was read for the key
+    model: nn.Module | None  # or the model itself
+    settings: SweepSettings  # of the sweep
+    key: str  # of its content
+    versions: tuple[str, str] = VERSIONS  # of gradflow and torch where the sweep began
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker gives back."""
+
+    text: str = ""  # the row; "" where there is none
+    failed: str = ""  # why not, one sentence
+    changed: bool = False  # the file changed while it was read: try again
+    trained: TrainingStep | None = None  # as the file says, where there is no row
+
+
+def other_versions(there: tuple[str, str], here: tuple[str, str]) -> str:
+    """The sentence for a worker with other versions.
+
+    Args:
+        there: gradflow and torch of the worker.
+        here: the same of this process.
+    """
+    return (
+        f"the workers must have gradflow {here[0]} and torch {here[1]} as this process has, got gradflow "
+        f"{there[0]} and torch {there[1]}; install the same on all, or the numbers could differ"
+    )

@@ -32,13 +32,8 @@ from typing import Any
 from gradflow.errors import GradflowError, InputError
 from gradflow.limits import DASK_SECONDS, SWEEP_WAITING
 from gradflow.process import require_executor, settled
-from gradflow.sweeping.one_checkpoint import (
-    VERSIONS,
-    CheckpointTask,
-    Outcome,
-    measure_checkpoint,
-    other_versions,
-)
+from gradflow.sweeping.checkpoints import VERSIONS, CheckpointTask, Outcome, other_versions
+from gradflow.sweeping.one_checkpoint import measure_checkpoint
 
 ASK_VERSIONS = "(__import__('gradflow').__version__, str(__import__('torch').__version__))"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # of a worker: one

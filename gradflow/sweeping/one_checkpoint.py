@@ -10,84 +10,28 @@ import copy
 import functools
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from gradflow import loading
-from gradflow._version import __version__
 from gradflow.analyzer.rates import steps_in_common
 from gradflow.errors import FileError, GradflowError, InputError, collected_warnings
 from gradflow.history import LayerProbe, Note, Probe, row_text
-from gradflow.history.probe import TrainingStep
 from gradflow.passes import loss_settings, probed_pass, recorded_pass
 from gradflow.process import fitting_threads, printed_to_stderr, random_numbers_kept
 from gradflow.sweeping.batches import agreed, pooled_batches
+from gradflow.sweeping.checkpoints import (
+    VERSIONS,
+    CheckpointTask,
+    Outcome,
+    SweepSettings,
+    other_versions,
+    state_of,
+)
 from gradflow.watching.gradnorms import GradNorms
 from gradflow.watching.probing import MeasuredUpdate, measure
-
-VERSIONS = (__version__, str(torch.__version__))  # that every worker must have
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """What is the same for all checkpoints of a sweep."""
-
-    spec: str | Callable[[], nn.Module] | nn.Module | None = None  # whose weights the files hold
-    member: str | None = None  # one of several models in a file
-    batches: tuple[Path | loading.Batch, ...] = ()  # what the model runs on; none: probes
-    target: Path | None = None  # the targets of a batch in a file of their own
-    loss: str | Callable[..., Tensor] | None = None  # by name, or the user's own
-    output: str | None = None  # which part of the model's output
-    span: int | None = None  # the distance of interest
-    train: bool | None = None  # the mode the model runs in; None: evaluation
-    probe_steps: int = 100  # T of a probe
-    probe_batch: int | None = None  # B of a probe; None: 16, or fewer
-    seed: int = 0  # of whatever is drawn
-    trust: bool = False  # open a full pickle
-    preset: str = "rate"  # what is measured of a layer, as in `gradflow.watch`
-
-
-FileState = tuple[int, int, int]  # inode, bytes and nanoseconds of the last change
-
-
-def state_of(path: Path) -> FileState:
-    """By what it is seen that a file changed.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        OSError: it is gone.
-    """
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-@dataclass(frozen=True)
-class CheckpointTask:
-    """What a worker is told to measure."""
-
-    name: str  # of the checkpoint
-    path: Path | None  # its file
-    state: FileState | None  # of the file when its content was read for the key
-    model: nn.Module | None  # or the model itself
-    settings: SweepSettings  # of the sweep
-    key: str  # of its content
-    versions: tuple[str, str] = VERSIONS  # of gradflow and torch where the sweep began
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a worker gives back."""
-
-    text: str = ""  # the row; "" where there is none
-    failed: str = ""  # why not, one sentence
-    changed: bool = False  # the file changed while it was read: try again
-    trained: TrainingStep | None = None  # as the file says, where there is no row
 
 
 def measure_checkpoint(task: CheckpointTask) -> Outcome:
@@ -125,19 +69,6 @@ def measure_checkpoint(task: CheckpointTask) -> Outcome:
         "torch": VERSIONS[1],
     }
     return Outcome(text=row_text(probe, cells, **header))
-
-
-def other_versions(there: tuple[str, str], here: tuple[str, str]) -> str:
-    """The sentence for a worker with other versions.
-
-    Args:
-        there: gradflow and torch of the worker.
-        here: the same of this process.
-    """
-    return (
-        f"the workers must have gradflow {here[0]} and torch {here[1]} as this process has, got gradflow "
-        f"{there[0]} and torch {there[1]}; install the same on all, or the numbers could differ"
-    )
 
 
 def _changed(task: CheckpointTask) -> bool:
@@ -199,8 +130,14 @@ def _on_batches(
         measured = [_on_batch(opened.model, one, settings, span) for one in settings.batches]
         values, updates = [one[0] for one in measured], [one[1] for one in measured]
         layers = dict.fromkeys(name for one in updates for name in one.layers)
-        steps = {name: [one.layers[name].values.get("gain_steps", math.nan) for one in updates
-                        if name in one.layers] for name in layers}  # fmt: skip
+        steps = {
+            name: [
+                one.layers[name].values.get("gain_steps", math.nan)
+                for one in updates
+                if name in one.layers
+            ]
+            for name in layers
+        }
         fewest = steps_in_common(steps)
         if fewest is None:
             break

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from gradflow import loading
 from gradflow.errors import FileError, plain_record, plain_value
 from gradflow.history import HISTORY_FILE, row_facts, row_text
-from gradflow.sweeping.checkpoints import Checkpoint
-from gradflow.sweeping.one_checkpoint import VERSIONS, Outcome, SweepSettings
+from gradflow.sweeping.checkpoints import VERSIONS, Checkpoint, Outcome, SweepSettings
 from gradflow.writing import claim, clear, is_left, whole_file
 
 RESULTS, SHARDS = "results", "shards"

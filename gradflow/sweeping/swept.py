@@ -22,15 +22,16 @@ from gradflow.errors import FileError, InputError, must_be
 from gradflow.history import History
 from gradflow.limits import SWEEP_CHANGES
 from gradflow.passes import check_options
-from gradflow.sweeping.checkpoints import Checkpoint, checkpoints
-from gradflow.sweeping.engines import Engine, InProcess, Running, dask, of_caller, spawned
-from gradflow.sweeping.one_checkpoint import (
+from gradflow.sweeping.checkpoints import (
     VERSIONS,
+    Checkpoint,
     CheckpointTask,
     Outcome,
     SweepSettings,
+    checkpoints,
     state_of,
 )
+from gradflow.sweeping.engines import Engine, InProcess, Running, dask, of_caller, spawned
 from gradflow.sweeping.result_files import (
     Entry,
     SweepFolder,
@@ -163,8 +164,15 @@ def sweep_request(
     whole = SweepSettings(batches=batches_of(input, target), target=target, **settings)
     whole = replace(whole, probe_steps=seq_len or 100, probe_batch=batch)
     return SweepRequest(
-        checkpoints(list(paths)), whole, folder, resume=resume, force=force, shard=shard, dask=dask, jobs=jobs
-    )  # fmt: skip
+        checkpoints(list(paths)),
+        whole,
+        folder,
+        resume=resume,
+        force=force,
+        shard=shard,
+        dask=dask,
+        jobs=jobs,
+    )
 
 
 def batches_of(given: object, target: Path | None = None) -> tuple[Path | loading.Batch, ...]:

@@ -24,6 +24,7 @@ from gradflow.hooks.patch import (
     put_back,
     replace,
     run_as_it_is,
+    something_is_compiled,
     traced_as,
     untraced,
 )
@@ -141,3 +142,38 @@ def _left(module: nn.Module, calls: list[Any], result: Any) -> None:
 
 for _code in (_told.__code__, _Instead.__call__.__code__):
     run_as_it_is(_code)  # what they call is compiled as it would be without them
+
+
+class Ran:
+    """Which of a model's direct children ran; only a message needs it.
+
+    Hooks on modules take torch off its fast paths for attention, and have compiled code compiled
+    again; where either could be, nothing is hooked and the message does without.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: dict[str, None] = {}
+        delicate = nn.MultiheadAttention, torch.jit.ScriptModule
+        modules = nn.Module.modules(model)
+        off = something_is_compiled() or any(isinstance(m, delicate) for m in modules)
+        self._children = {} if off else dict(model.named_children())
+
+    def open(self) -> None:
+        """Hook them; the hooks only write a name into a dict: a guard torch.compile could not read."""
+        for name, child in self._children.items():
+            note = functools.partial(_note, self.names, f"{name} ({type(child).__name__})")
+            child.register_forward_pre_hook(note)
+
+    def close(self) -> None:
+        """Take the hooks away, known by the dict, so that none can be made and not be known."""
+        for child in self._children.values():
+            hooks = child._forward_pre_hooks
+            for key, hook in [*hooks.items()]:
+                if isinstance(hook, functools.partial) and any(
+                    one is self.names for one in hook.args
+                ):
+                    del hooks[key]
+
+
+def _note(names: dict[str, None], name: str, *_: object) -> None:
+    names[name] = None

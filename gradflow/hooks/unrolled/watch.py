@@ -15,13 +15,12 @@ from gradflow.hooks.ancestry import class_of, clean
 from gradflow.hooks.graph import Edge, edge_of
 from gradflow.hooks.guard import foreign_code, has_no_numbers
 from gradflow.hooks.marks import MarkOwner, Marks, newest
-from gradflow.hooks.mistakes import something_is_compiled
 from gradflow.hooks.own.candidates import cell_name
+from gradflow.hooks.patch import something_is_compiled
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences, uses_of
 from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
-from gradflow.hooks.unrolled.held import Held
 from gradflow.hooks.unrolled.loop_states import LoopStates, NoRows, NoState, steps_of
 from gradflow.hooks.unrolled.pieces import Piece
 from gradflow.hooks.unrolled.sliced import loops_without_weight
@@ -37,9 +36,10 @@ from gradflow.hooks.unrolled.weights import (
     when_whole,
 )
 from gradflow.hooks.unrolled.whole_graph import TooLarge, Unrolled
-from gradflow.limits import CALLER_FRAMES, OPEN_PIECES
+from gradflow.limits import CALLER_FRAMES, HELD_ENTRIES, HELD_LOCALS, OPEN_PIECES
 from gradflow.recording import Unseen
 
+NOT_THEIRS = ("torch.nn.modules.module", "gradflow.", "torch._dynamo", "functools")
 FUSED = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
 
 
@@ -415,3 +415,43 @@ def _frames() -> list[FrameType]:
             found.append(frame)
         frame = frame.f_back
     return found
+
+
+class Held:
+    """What the user's modules were given and returned, and the callers' local variables, by their edges."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[Edge, Tensor] = {}
+        self.names: dict[Edge, str] = {}
+        self._size = 0
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Keep these, those that need a gradient."""
+        for tensor in tensors:
+            node = tensor.grad_fn
+            if node is None or tensor.is_inference():
+                continue
+            edge = (node, tensor.output_nr)
+            if edge not in self.tensors and self._size < HELD_ENTRIES:
+                self._size += tensor.numel()
+                self.tensors[edge] = tensor.detach()
+
+    def hold_locals(self) -> None:
+        """Keep the variables of the code that calls the module whose call is being told of."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if not str(frame.f_globals.get("__name__", "")).startswith(NOT_THEIRS):
+                break
+            frame = frame.f_back
+        if frame is None or frame.f_code.co_name == "<module>":
+            return
+        for name, value in list(frame.f_locals.items())[:HELD_LOCALS]:
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                self.hold((value,))
+                self.names[value.grad_fn, value.output_nr] = name
+
+    def clear(self) -> None:
+        """Release all of them."""
+        self.tensors.clear()
+        self.names.clear()
+        self._size = 0
