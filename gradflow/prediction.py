@@ -9,7 +9,7 @@ predicted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -110,7 +110,7 @@ def with_predictions(
                 on = f"{batch} ({note})" if note else batch
                 tried[name].append(_predicted(before, after, *trials[name], on))
     layers = {
-        layer.name: _advised(layer, recording[layer.name], _best(tried[layer.name]))
+        layer.name: _advised(layer, recording[layer.name], _best(tried[layer.name], tried.values()))
         for layer in ill
     }
     return replace(analysis, layers={**analysis.layers, **layers})
@@ -123,16 +123,23 @@ def _can_be_set(track: Track, layer: LayerAnalysis) -> bool:
     return weight not in track.foreign
 
 
-def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
-    """Those that help: first what makes it stable, a start before a factor, then by how much it helps."""
+def _best(tried: list[Prediction], every: Iterable[list[Prediction]]) -> tuple[Prediction, ...]:
+    """Those that help, in one order for all layers, which are changed together.
+
+    What leaves the fewest of them unstable comes first, a start before a factor, then what helps most.
+    """
+
+    def order(place: int) -> tuple[int, bool, float]:
+        one = tried[place]
+        same = [of[place] for of in every if len(of) > place and of[place].remedy == one.remedy]
+        unstable = sum(p.verdict != "stable" for p in same)
+        return unstable, one.remedy == "scale_hh" and not unstable, -sum(p.helps for p in same)
+
     found: list[Prediction] = []
-    helping = sorted((p for p in tried if p.helps >= PREDICTION_LEAST), key=lambda p: -p.helps)
-    # of those that make it stable, a factor last
-    for one in sorted(
-        helping, key=lambda p: 2 if p.verdict != "stable" else p.remedy == "scale_hh"
-    ):
+    for one in (tried[place] for place in sorted(range(len(tried)), key=order)):
         same = [other for other in found if other.remedy == one.remedy]  # and not to be told apart
-        if not any(abs(other.value / one.value - 1) < FACTORS_ALIKE for other in same):
+        alike = any(abs(other.value / one.value - 1) < FACTORS_ALIKE for other in same)
+        if one.helps >= PREDICTION_LEAST and not alike:
             found.append(one)
     return tuple(found)
 
@@ -140,11 +147,15 @@ def _best(tried: list[Prediction]) -> tuple[Prediction, ...]:
 def _advised(
     layer: LayerAnalysis, track: Track, predictions: tuple[Prediction, ...]
 ) -> LayerAnalysis:
-    """The layer with its predictions; its finding advises the first that is enough, or sets a bias."""
+    """The layer with its predictions; its finding advises the first that is enough, or sets a bias.
+
+    So does the finding on the gate whose bias it is.
+    """
     layer = replace(layer, predictions=predictions)
-    codes, gated = {one.code for one in layer.findings}, _keeper(layer.cell) is not None
+    codes, keeper = {one.code for one in layer.findings}, _keeper(layer.cell)
+    ill = ("vanishing", f"{keeper.name}-gates-{keeper.fault}") if keeper else ("vanishing",)
     made = [(one, remedy(track, one.remedy, one.value)) for one in predictions]
-    led = [pair for pair in made if gated or pair[0].verdict == "stable" or pair[1][2] in codes]
+    led = [pair for pair in made if keeper or pair[0].verdict == "stable" or pair[1][2] in codes]
     if layer.verdict != "vanishing" or not led:
         return layer
     first, (advice, source, code) = led[0]
@@ -152,7 +163,7 @@ def _advised(
     decades = f"{number(layer.decades)} → {number(first.gain.decades)} decades over the span"
     advice += f"; tried on {first.batch}: {still}{first.verdict}, {decades}"
     findings = tuple(
-        replace(one, advice=advice, source=source, code=code) if one.name == "vanishing" else one
+        replace(one, advice=advice, source=source, code=code) if one.name in ill else one
         for one in layer.findings
     )
     return replace(layer, findings=findings)

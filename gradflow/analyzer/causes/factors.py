@@ -223,8 +223,7 @@ def activations_contract(e: Evidence) -> Iterator[Finding]:
         return  # `dead` says so
     advice, code = calmer(
         e,
-        "smaller inputs or biases keep the activations where they are steep; larger recurrent weights "
-        "would only flatten them further",
+        "smaller inputs or biases keep the activations where they are steep",
     )
     yield replace(
         _finding(e, "activations-contract", weight, activation),
