@@ -85,9 +85,10 @@ def with_predictions(
     each = sum(brief_seconds(recording[layer.name], layer.span, share) for layer in ill)
     seconds = SHOWN_PREDICTIONS * each
     if seconds > PREDICTION_SECONDS:
+        name, value = _next(ill[0], []) or ("forget_bias", 1.0)
         note = (
             f"remedies were not tried on the batch: that would take about {seconds:.0f} s; "
-            "gradflow.what_if(recording, forget_bias=1.0) does it"
+            f"gradflow.what_if(recording, {name}={value:g}) does it"
         )
         known = list(analysis.provenance.get("notes", []))
         return replace(analysis, provenance={**analysis.provenance, "notes": [*known, note]})
@@ -120,7 +121,7 @@ def _can_be_set(track: Track, layer: LayerAnalysis) -> bool:
     """Whether the weight that its remedies change is a parameter that the user could change."""
     remedy, _ = _next(layer, []) or ("", 0.0)
     weight = "bias_ih" if remedy == "forget_bias" and "bias_ih" in track.weights else "weight_hh"
-    return weight not in track.foreign
+    return weight in track.weights and weight not in track.foreign
 
 
 def _best(tried: list[Prediction], every: Iterable[list[Prediction]]) -> tuple[Prediction, ...]:

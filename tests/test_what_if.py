@@ -669,6 +669,21 @@ def test_parts_of_a_closed_loop_that_vanish_are_given_no_prediction() -> None:
     assert not any(layer.predictions for layer in parts)
 
 
+def test_one_remedy_leads_for_all_layers_that_are_changed_together() -> None:
+    """Of the lower layer alone, a bias raised by 2 is nearer to 1; it leaves the upper one vanishing."""
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 6, 2)
+    with torch.no_grad():
+        model.bias_ih_l0[6:12] += 0.8
+    run = gradflow.diagnose(model, torch.randn(60, 4, 3))
+    helped = {one.remedy: one.helps for one in run["l0"].predictions if one.value != 1}
+    assert helped["forget_bias"] > helped["chrono"] > 5
+    for layer in run.values():
+        assert layer.predictions[0].remedy == "chrono"
+        assert {one.source for one in layer.findings} == {"Tallec & Ollivier 2018"}
+        assert len({one.code for one in layer.findings}) == 1
+
+
 def test_a_stable_model_gets_none() -> None:
     model = nn.RNN(3, 6).double()
     nn.init.orthogonal_(model.weight_hh_l0)
