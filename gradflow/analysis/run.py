@@ -108,6 +108,11 @@ class Analysis(ByName[LayerAnalysis]):
         return sorted(self.layers.values(), key=key)
 
     @property
+    def judged(self) -> list[LayerAnalysis]:
+        """In the order of running, without parts of a closed loop, whose numbers are the loop's."""
+        return [layer for layer in self.values() if layer.part_of not in self.layers]
+
+    @property
     def told(self) -> list[LayerAnalysis]:
         """The worst first, without parts of a closed loop: the loop's verdict is theirs.
 
@@ -208,9 +213,8 @@ class Analysis(ByName[LayerAnalysis]):
 
     def _headline(self) -> pd.DataFrame:
         """The columns of a verdict, for reading: what is never reached is said so."""
-        return self.frame("layers")[HEADLINE].assign(
-            half_life=[_half_life(layer) for layer in self.values()],
-            horizon=[_horizon(layer) for layer in self.values()],
+        return BUILDERS["layers"](self.judged)[HEADLINE].assign(
+            half_life=list(map(_half_life, self.judged)), horizon=list(map(_horizon, self.judged))
         )
 
     def _repr_html_(self) -> str:

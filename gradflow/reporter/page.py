@@ -20,7 +20,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from gradflow._version import __version__
-from gradflow.analysis import Analysis, Finding, LayerAnalysis, Prediction
+from gradflow.analysis import Analysis, Finding, LayerAnalysis
 from gradflow.limits import (
     BAND_WORDS,
     DECAY_FLOOR_SHARE,
@@ -30,7 +30,6 @@ from gradflow.limits import (
     NEVER_FORGETS,
     PAGE_BYTES,
 )
-from gradflow.reporter import prepare
 from gradflow.reporter.digest import other_findings, predicted, predictions, strict, top_findings
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import (
@@ -45,6 +44,7 @@ from gradflow.reporter.numbers import (
     window_words,
 )
 from gradflow.reporter.picture import Drawn, data_url
+from gradflow.reporter.prepare import span_share
 from gradflow.reporter.readout import as_json
 
 ROOM = 780  # pixels of the first screen that words may fill before they are set denser
@@ -90,36 +90,6 @@ class Shown:
     told: Markup  # its numbers for page.js
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the page says of one layer."""
-
-    layer: LayerAnalysis
-    alone: list[str]  # what it, or each part of a closed loop, does with its inputs held fixed
-    share: float  # how much of the span the gradient reaches, in percent
-    reach: str
-    short: str
-    cell: str
-    gain: str
-    rate: str
-    half_life: str
-    window: str
-    gone: str
-    channels: str
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """One line of what is, or of what a remedy would make of it."""
-
-    words: str
-    rate: str
-    half_life: str
-    gone: str
-    channels: str
-    verdict: str
-
-
 def page(analysis: Analysis, figures: Mapping[FigureKey, Drawn]) -> str:
     """Build the page from an analysis and its pictures by (kind, layer name).
 
@@ -128,19 +98,17 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, Drawn]) -> str:
     that would take the page above a megabyte are left out, the least important first, and the page
     says so.
     """
-    rows = [_row(layer, analysis) for layer in analysis.told]
-    findings = top_findings(analysis)
-    high = first_screen(analysis, rows, findings)
+    told, findings = analysis.told, top_findings(analysis)
+    high = first_screen(analysis, told, findings)
     render = functools.partial(
         template("page.html").render,
         analysis=analysis,
         dense=high > ROOM,
-        top=rows[:TOP],
-        others=rows[TOP:],
+        top=told[:TOP],
+        others=told[TOP:],
         noun="run"
         if len({n.partition("@")[0] for n in analysis}) == 1 < len(analysis)
         else "layer",
-        rows=[_row(layer, analysis) for layer in analysis.values()],
         findings=findings,
         more_findings=other_findings(analysis),
         # one shown where there is room, the others folded: the first screen holds all findings
@@ -148,7 +116,9 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, Drawn]) -> str:
         linear=[layer for layer in analysis.values() if is_linear(layer)],
         decay_words=decay_words,
         labels={name: LABEL_WORDS[name] for name in LABEL_WORDS if _shown(name, analysis)},
-        outlooks=functools.partial(outlooks, analysis),
+        predicted=predicted,
+        predictions=predictions,
+        reach_words=reach_words,
         kinds=[name for name, kind in KINDS.items() if kind is not None and kind.folded],
         window_title=f"{analysis.title}: gradient flow",
         facts=provenance_rows(analysis.provenance),
@@ -177,7 +147,9 @@ def template(name: str) -> jinja2.Template:
     # the one script: the page allows no other, so that nothing slipped into it can run
     script = resources.files("gradflow.reporter").joinpath("templates/page.js").read_text("utf-8")
     digest = hashlib.sha256(script.encode()).digest()
-    environment.globals |= {
+    words = (cell_words, channel_words, gain_words, gone_words, half_life_words, rate_words, span_share,
+             window_words)  # fmt: skip
+    environment.globals |= {one.__name__: one for one in words} | {
         "script": Markup(script),
         "script_hash": base64.b64encode(digest).decode("ascii"),
     }
@@ -226,14 +198,16 @@ def breaks(text: str) -> Markup:
     )
 
 
-def first_screen(analysis: Analysis, rows: Sequence[Row], findings: Sequence[Finding]) -> int:
+def first_screen(
+    analysis: Analysis, told: Sequence[LayerAnalysis], findings: Sequence[Finding]
+) -> int:
     """About how many pixels high warnings, verdicts and findings are in a window 1280 wide."""
     high = 45 + sum(6 + 19 * _lines(warning, 150) for warning in analysis.warnings)
-    for row in rows[:TOP]:
-        words = [row.layer.verdict, row.layer.sentence, *row.layer.labels]
+    for layer in told[:TOP]:
+        words = [layer.verdict, layer.sentence, *layer.labels]
         high += 30 + 20 * _lines(" ".join(words), 60)
-        high += sum(17 * _lines(line, 72) for line in row.alone)
-    high += 35 * (len(rows) > TOP)
+        high += sum(17 * _lines(line, 72) for line in analysis.alone_of(layer))
+    high += 35 * (len(told) > TOP)
     for finding in findings:
         high += 12 + 17 * _lines(f"{finding.layer}: {finding.message} {finding.where}", 60)
         high += 2 + 17 * _lines(f"Try: {finding.advice} {finding.source}", 66)
@@ -261,52 +235,6 @@ def _none_found(analysis: Analysis) -> str:
 
 def _shown(label: str, analysis: Analysis) -> bool:
     return any(label in layer.labels for layer in analysis.values())
-
-
-def _row(layer: LayerAnalysis, analysis: Analysis) -> Row:
-    share = prepare.span_share(layer)
-    return Row(
-        layer=layer,
-        alone=analysis.alone_of(layer),
-        share=round(100 * share, 1),
-        reach=reach_words(layer),
-        short=reach_words(layer, short=True),
-        cell=cell_words(layer),
-        gain=gain_words(layer),
-        rate=rate_words(layer.rate),
-        half_life=half_life_words(layer),
-        window=window_words(layer),
-        gone=gone_words(layer),
-        channels=channel_words(layer),
-    )
-
-
-def outlooks(analysis: Analysis, finding: Finding) -> tuple[str, list[Outlook]]:
-    """The heading and the lines of a finding's predictions, the present numbers first."""
-    made = predictions(analysis, finding)
-    if not made:
-        return "", []
-    layer = analysis.layers[finding.layer]
-    now = Outlook(
-        words="now",
-        rate=rate_words(layer.rate),
-        half_life=half_life_words(layer),
-        gone=gone_words(layer),
-        channels=channel_words(layer),
-        verdict=layer.verdict,
-    )
-    return predicted(made[0]), [now, *(_outlook(prediction, layer) for prediction in made)]
-
-
-def _outlook(prediction: Prediction, layer: LayerAnalysis) -> Outlook:
-    return Outlook(
-        words=prediction.words,
-        rate=rate_words(prediction.rate),
-        half_life=half_life_words(prediction),
-        gone=gone_words(prediction),
-        channels=channel_words(layer, prediction),
-        verdict=prediction.verdict,
-    )
 
 
 def reach_words(layer: LayerAnalysis, *, short: bool = False) -> str:

@@ -99,7 +99,7 @@ def of_runs(runs: Mapping[str, Analysis]) -> Numbers:
         return replace(column, value=lambda named: column.value(named[1]))
 
     run = Column("run", lambda named: str(named[0]), words=True, may_fold=True)
-    layers = [(name, layer) for name, analysis in runs.items() for layer in analysis.values()]
+    layers = [(name, layer) for name, analysis in runs.items() for layer in analysis.judged]
     return Numbers([run, *map(of_layer, COLUMNS)], layers)
 
 
@@ -133,7 +133,7 @@ def render(analysis: Analysis, console: Console | None = None, *, verbose: bool 
     console = console or console_of()
     print_words(console, Text(f"gradflow: {analysis.title}", style="bold"))
     print_words(console, Text(""))
-    console.print(Numbers(COLUMNS, list(analysis.values())).shown(console))
+    console.print(Numbers(COLUMNS, analysis.judged).shown(console))
     print_words(console, Text(""))
     _sentences(console, analysis)
     others = other_findings(analysis)
