@@ -136,6 +136,17 @@ def test_frames_are_tidy() -> None:
         history["x"]
 
 
+def test_a_history_is_asked_by_the_names_of_its_layers() -> None:
+    history = histories.history(4)
+    assert list(history) == list(history.keys()) == ["rnn.l0", "rnn.l1"]
+    assert "rnn.l0" in history and "x" not in history and 0 not in history
+    assert [name for name, data in history.items() if data["rate"].size == len(history)] == list(
+        history
+    )
+    with pytest.raises(InputError, match=r"layer must be one of rnn\.l0, rnn\.l1, got 'rnn'"):
+        history["rnn"]
+
+
 def test_numbers_keep_what_is_infinite_and_what_is_not_known() -> None:
     values = {"rate": -math.inf, "horizon": math.inf}
     history = History.of("Net", [Probe(1, {}, {"l0": LayerProbe(values)})])

@@ -177,6 +177,10 @@ class Finding:
     code: str = ""  # a line to paste
     basis: str = ""  # where the threshold comes from: author and year, or a definition in words
 
+    def __repr__(self) -> str:
+        tried = f"; try: {self.advice}" if self.advice else ""
+        return f"<{self.name} in {self.layer}: {self.message}{tried}>"
+
     def _repr_html_(self) -> str:
         return display_form("finding_html", self)
 
@@ -303,7 +307,8 @@ class LayerAnalysis:
 
     @property
     def kaplan_yorke(self) -> float:
-        """Dimension of the attractor by Kaplan and Yorke's formula, from `lyapunov`; NaN if not known."""
+        """Dimension of the attractor under these inputs, from `lyapunov`: 0 where every direction contracts,
+        NaN if not known."""
         return (
             math.nan if self.lyapunov is None else kaplan_yorke_dimension(self.lyapunov, self.size)
         )
@@ -326,6 +331,9 @@ class LayerAnalysis:
         was measured: its horizon lies beyond ``searched``.
         """
         return _never_gone(self)
+
+    def __repr__(self) -> str:
+        return f"<{self.cell}: {self.sentence}>"
 
     def _repr_html_(self) -> str:
         return display_form("layer_html", self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from gradflow.history import table
 from gradflow.history.lines import layout_of, probe_line
 from gradflow.history.probe import Note, Probe, Source
 from gradflow.history.reader import ProbeBlock, Read, Reader
+from gradflow.recording.tracks import ByName
 
 LAYERS_SHOWN = 12  # layers of a repr that fits a screen
 
 
-class History:
+class History(ByName[xr.Dataset]):
     """What was measured of a model at some of its training steps; `gradflow.watch` writes one.
 
-    ``history.data`` holds every number, ``history[layer]`` those of one layer.
+    ``history.data`` holds every number, ``history[layer]`` those of one layer; a loop goes over the
+    names of the layers, and ``len(history)`` counts the probes.
 
     >>> from gradflow.history import History, LayerProbe, Probe
     >>> history = History.of("LSTM", [Probe(1, {"loss": 0.5}, {"l0": LayerProbe({"rate": -0.1})})])
@@ -202,10 +204,16 @@ class History:
                 must_be(name, "a history with a layer that was measured", "none", advice)
             )
 
+    def _named(self) -> dict[str, xr.Dataset]:
+        return {name: self.data.sel(layer=name) for name in self.layers}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
     def __getitem__(self, layer: str) -> xr.Dataset:
         if layer in self.layers:
             return self.data.sel(layer=layer)
-        matches = [name for name in self.layers if name.startswith(layer)]
+        matches = self._matches(layer)
         if len(matches) == 1:
             return self.data.sel(layer=matches[0])
         known = ", ".join(self.layers) or "none yet"
