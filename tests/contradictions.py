@@ -341,7 +341,7 @@ def _seen_back(layer: LayerAnalysis) -> float:
 NAMED = {  # how many steps back: whatever says so, in sentence, title, picture, page or terminal
     r"window of (\d+) steps? keeps ∂L/∂W_hh": lambda layer: layer.window,
     r"gone in every direction after (\d+)": lambda layer: layer.horizon,
-    r"own best direction lasts (\d+)": lambda layer: layer.horizon,
+    r"layer's best direction lasts (\d+)": lambda layer: layer.horizon,
     r"no direction left after (\d+)": lambda layer: layer.horizon,
     r"no direction survives (\d+)": lambda layer: layer.horizon,
     r"no direction reaches beyond (\d+)": lambda layer: layer.horizon,

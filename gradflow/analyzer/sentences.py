@@ -193,7 +193,12 @@ def _heads(e: Evidence) -> str:
     counts = {name: names.count(name) for name in VERDICTS if name in names}
     if list(counts) == [e.verdict.name]:
         return f"; each of its {len(names)} heads {_ARE[e.verdict.name][0]}"
-    told = ", ".join(f"{count} {_ARE[name][count != 1]}" for name, count in counts.items())
+    are = _ARE
+    if e.channels == e.size:  # what vanishes is not gone
+        are = _ARE | {
+            "vanishing": (f"loses more than {BAND_WORDS}", f"lose more than {BAND_WORDS}")
+        }
+    told = ", ".join(f"{count} {are[name][count != 1]}" for name, count in counts.items())
     return f"; of its {len(names)} heads {told}"
 
 
@@ -400,10 +405,10 @@ def _by_loss(e: Evidence, profile: np.ndarray) -> str:
         if e.verdict.name == "stable":  # not for want of the layer
             return f"{where}, though the layer could carry it"
         if e.curve.horizon is None:
-            return (
-                f"{where}; the layer's own best direction outlives the {e.curve.searched} measured"
-            )
-        return f"{where}; the layer's own best direction lasts {e.curve.horizon}"
+            return f"{where}, though the layer's best direction outlives the {e.curve.searched} measured"
+        if gone >= e.curve.horizon:
+            return where
+        return f"{where}, though the layer's best direction lasts {e.curve.horizon}"
     level = rms_over_units(profile)
     known = np.flatnonzero(~np.isnan(level))
     back = int(known[-1])

@@ -128,8 +128,8 @@ def few_channels(e: Evidence) -> Iterator[Finding]:
     """Hardly any direction survives where the verdict is open."""
     most = max(1, e.size // FEW_CHANNELS)
     few = e.channels is not None and e.channels <= most and e.size >= FEW_CHANNELS_UNITS
-    if e.verdict.name not in ("inconclusive", "exploding") or not few:
-        return
+    if e.verdict.name not in ("inconclusive", "exploding") or not few or "chaotic" in e.labels:
+        return  # most directions of a chaotic network contract
     assert e.channels is not None
     yield Finding(
         name="few-channels",
