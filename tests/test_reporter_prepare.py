@@ -60,6 +60,18 @@ def test_heat_puts_the_longest_memory_on_top_and_the_loss_on_the_right() -> None
     assert heat.values[0, 0] > heat.values[1, 0] + 3  # one cell carries
 
 
+def test_steps_that_no_row_has_take_a_third_of_the_picture() -> None:
+    layer = synthetic.layer(steps=100)
+    data = layer.data.copy(deep=True)
+    data["log10_grad"].values[..., 30:] = np.nan
+    whole, short = prepare.heat(layer), prepare.heat(replace(layer, data=data))
+    (alone,) = prepare.cropped([short])
+    assert (alone.steps, alone.beyond, alone.values.shape[1]) == (45, 15, 45)
+    assert np.array_equal(alone.values[:, 15:], short.values[:, 70:])
+    both = prepare.cropped([whole, short])
+    assert both[0] is whole and both[1] is short  # one scale for all rows
+
+
 def test_heat_pools_by_the_largest_so_that_no_survivor_is_lost() -> None:
     layer = synthetic.layer(steps=1000, hidden=300)
     data = layer.data.copy(deep=True)

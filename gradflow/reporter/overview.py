@@ -88,7 +88,7 @@ def draw_overview(
     entries: Sequence[Entry], layout: RowWidths = WIDE, *, captioned: bool = True
 ) -> Figure:
     """The overview figure of these layers; without its captions where there is text around it."""
-    heats = [prepare.heat(entry.layer) for entry in entries]
+    heats = prepare.cropped([prepare.heat(entry.layer) for entry in entries])
     lines = [prepare.lag_line(entry.layer) for entry in entries]
     reach = curve_reach(lines, [entry.layer for entry in entries])
     top = curve_top(lines)

@@ -58,7 +58,7 @@ def draw_heat(ax: Axes, heat: Heat, *, label: bool = True) -> None:
     ax.set_xlim(heat.steps - 0.5, -0.5)
     ax.set_ylim(heat.units + 0.5, 0.5)
     tell(ax, _heat_grid(heat, (left, -0.5), (0.5, bottom)))
-    if heat.beyond > 0.6 * columns:  # wide enough for words
+    if heat.beyond > 0.3 * columns:  # wide enough for words
         _in_the_middle(ax, BEYOND, heat.beyond / columns, fontsize=8, color=INK)
     if heat.labels:
         label_steps(ax.xaxis, heat.labels[::-1], range(len(heat.labels))[::-1])

@@ -7,7 +7,8 @@ Letters as in `gradflow.recording`: T timesteps, H units; k = t' − t is the la
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
@@ -104,6 +105,20 @@ def heat(layer: LayerAnalysis, state: str | None = None) -> Heat:
         beyond=_beyond(values, bad_blocks),
         whole=is_whole(layer),
     )
+
+
+def cropped(heats: Sequence[Heat]) -> list[Heat]:
+    """The same, without most of the steps that none of them has: of a rollout an episode is short."""
+    known = [(one.values.shape[1] - one.beyond) * one.step_pool for one in heats if not one.note]
+    found = []
+    for one in heats:
+        left = one.values.shape[1] - math.ceil(1.5 * max(known, default=0) / one.step_pool)
+        if left > 0 and not one.note:
+            steps = (one.values.shape[1] - left) * one.step_pool
+            one = replace(one, values=one.values[:, left:], bad=one.bad[:, left:], steps=steps,
+                          labels=one.labels[:steps], beyond=one.beyond - left)  # fmt: skip
+        found.append(one)
+    return found
 
 
 def is_whole(layer: LayerAnalysis) -> bool:
