@@ -33,7 +33,13 @@ def steps_of(write: Tensor, chunk: int, initial: Tensor | None) -> LinearSteps:
     )
 
 
-def run(write: Tensor, initial: Tensor | None, chunk: int, cut: str = "") -> tuple[Tensor, Tensor]:
+def run(
+    write: Tensor,
+    initial: Tensor | None,
+    chunk: int,
+    cut: str = "",
+    inputs: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor]:
     """A function of a library that is observed: (y, last state)."""
     steps = steps_of(write, chunk, initial)
     state = torch.zeros(B, 1, H, 2).double() if initial is None else initial
@@ -61,6 +67,7 @@ def run(write: Tensor, initial: Tensor | None, chunk: int, cut: str = "") -> tup
         final=final,
         initial=initial,
         cut=cut,
+        inputs=inputs,
     )
     for observer in patch.observers_here():
         observer.saw_scan(scanned)
@@ -118,6 +125,22 @@ def test_a_detached_state_is_a_cut() -> None:
     layer = gradflow.analyze(recording)["mixer"]
     assert "cut off from its past at 2 steps" in layer.sentence
     assert float(layer.data["segment_length"].max()) == T
+
+
+def test_calls_whose_inputs_descend_from_what_the_call_before_returned_have_no_gains() -> None:
+    """A closed loop: what its decays pass on is not all that goes around."""
+    write = random(CHUNKS * T, B, 1, H, 2, seed=3, low=-1.0).requires_grad_()
+    for returned in (0, 1):  # y, the last state
+        with gradflow.record(nn.Identity()) as recording:
+            given = (write,)
+            state = None
+            for chunk in range(CHUNKS):
+                found = run(write, state, chunk, inputs=given)
+                state, given = found[1], (torch.tanh(found[returned]),)
+            state.square().sum().backward()
+        layer = gradflow.analyze(recording)["mixer"]
+        assert "no gains" in layer.labels and "its output fed back" in layer.sentence
+        assert recording["mixer"].steps == CHUNKS * T
 
 
 def test_a_kernel_that_returns_no_gradient_for_its_first_state_is_a_cut_and_says_so() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -281,3 +283,54 @@ def test_what_does_not_fit_is_refused(kwargs: dict[str, Any], sentence: str) -> 
     h = torch.randn(B, T, H, requires_grad=True) * 1
     with pytest.raises(InputError, match=sentence), gradflow.record(nn.Identity()):
         gradflow.scan(h, **kwargs)
+
+
+class FedBack(nn.Module):
+    """h_t = a h_{t−1} + W y_{t−1} + x_t, y = tanh(V h), marked step by step, in chunks or at once."""
+
+    def __init__(self, back: bool) -> None:
+        super().__init__()
+        self.back, self.decay = back, nn.Parameter(torch.full((H,), 0.9, dtype=torch.float64))
+        self.read, self.take = nn.Linear(H, H), nn.Linear(H, H)
+
+    def added(self, x: Tensor, h: Tensor) -> Tensor:
+        return x + self.take(self.read(h).tanh()) if self.back else x
+
+    def forward(self, x: Tensor, size: int) -> list[Tensor]:
+        """The states; size steps are marked at once, of which the first hears what came out before."""
+        states = [torch.zeros(len(x), H, dtype=x.dtype)]
+        for chunk in x.split(size, 1):
+            first, here = states[-1], []
+            for t in range(chunk.shape[1]):
+                whole = size == x.shape[1]
+                heard = self.added(chunk[:, t], states[-1] if whole else first)
+                states.append(self.decay * states[-1] + heard)
+                here.append(states[-1])
+            marked = gradflow.scan(torch.stack(here, 1), decay=self.decay, initial=first)
+            states[-1] = marked[:, -1]
+        return states[1:]
+
+
+@pytest.mark.parametrize("size", [1, 3, T])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_scan_that_takes_in_its_own_output_has_no_gains_of_its_decay(
+    size: int, back: bool
+) -> None:
+    """Its decay alone says 0.9 a step; autograd over the loop says another number."""
+    torch.manual_seed(0)
+    model, x = FedBack(back).double(), torch.randn(B, T, H).double()
+    states = model(x, size)
+    by_graph = torch.autograd.grad(states[-1][:, 0].sum(), states[0])[0][:, 0]
+    same = torch.allclose(by_graph, torch.full_like(by_graph, 0.9 ** (T - 1)), rtol=1e-10, atol=0)
+    assert same != back
+    with warnings.catch_warnings(), gradflow.record(model) as recording:
+        warnings.simplefilter("ignore", GradflowWarning)
+        model(x, size)[-1].square().sum().backward()
+    if back and size == T:
+        assert "scan" not in recording
+        assert any("autograd gives another derivative" in note for note in recording.notes)
+        return
+    layer = gradflow.analyze(recording)["scan"]
+    assert ("no gains" in layer.labels) == back
+    assert ("its output fed back" in layer.sentence) == back
+    assert back or layer.gain.value == pytest.approx((T - 1) * math.log(0.9), rel=1e-9)

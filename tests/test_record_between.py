@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -406,3 +408,43 @@ def test_a_tree_of_one_branch_is_a_line_and_one_that_forks_is_said_to(
     assert all("as over a tree" in note for track in lines for note in track.notes)
     assert all(track.notes for track in lines)
     assert not [w for w in recwarn if "afresh" in str(w.message)]
+
+
+class OfTwo(nn.Module):
+    """A cell of one's own that makes a state of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return torch.tanh(self.left(first) + self.right(second))
+
+
+def over_tree(cell: nn.Module, leaves: list[Tensor]) -> None:
+    while len(leaves) > 1:
+        leaves = [cell(*pair) for pair in zip(leaves[::2], leaves[1::2], strict=True)]
+    leaves[0].square().sum().backward()
+
+
+def as_two_layers(cell: nn.Module, leaves: list[Tensor]) -> None:
+    """The upper layer reads the lower at every step: no tree."""
+    low = high = torch.zeros_like(leaves[0])
+    for x in leaves:
+        low = cell(x, low)
+        high = cell(low, high)
+    high.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("run", "forked"), [(over_tree, True), (as_two_layers, False)], ids=["tree", "two layers"]
+)
+def test_lines_of_a_cell_of_ones_own_over_a_tree_are_said_to_be_lines(
+    run: Callable[..., None], forked: bool
+) -> None:
+    torch.manual_seed(0)
+    cell, leaves = OfTwo(), [torch.randn(BATCH, HIDDEN) for _ in range(16)]
+    with gradflow.record(cell) as recording:
+        run(cell, leaves)
+    assert len(recording) > 1
+    assert all(any("as over a tree" in note for note in t.notes) == forked for t in recording)

@@ -71,17 +71,7 @@ UNKNOWN = "its step Jacobians are not known: "  # which the sentence says itself
 def without_gains(track: Track, settings: Settings, why: str) -> Core:
     """A `Core` that knows the span and which states are finite, and says why it knows no more.
 
-    Args:
-        track: one layer in one direction.
-        settings: what `analyze` was asked for.
-        why: a sentence on what stands in the way of the step Jacobians.
-
-    Returns:
-        Its rates, maps and singular values are NaN, its maps have no source, its verdict is
-        "inconclusive".
-
-    Raises:
-        RecordingError: not even the states are to be had.
+    Its rates, maps and singular values are NaN, its maps have no source, its verdict is "inconclusive".
     """
     chosen = settings.sequences or tuple(range(track.batch))
     mapped = tuple(sorted(chosen, key=lambda b: -int(track.lengths[b]))[: settings.maps])

@@ -142,19 +142,7 @@ def paced(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
 
 
 def paced_linear(track: Track, *, span: int | None = None, seed: int = SEED) -> Paced:
-    """The same of a linear recurrence, whose state may be wide: as `analyze`, on a share of its budgets.
-
-    Args:
-        track: of a linear recurrence.
-        span: the distance of interest in steps; by default `usual_span`.
-        seed: of the random start.
-
-    Returns:
-        The numbers of its verdict.
-
-    Raises:
-        RecordingError: its step maps are not known.
-    """
+    """The same of a linear recurrence, whose state may be wide: as `analyze`, on a share of its budgets."""
     span = span or usual_span(track, track.lengths)
     some = spread(track)
     settings = Settings(span, None, 1, "auto", None, seed, PROBE_SHARE, lambda phase, done: None)
@@ -233,15 +221,8 @@ def spread_places(batch: int, width: int) -> list[int]:
 def sent(track: Track, sequences: Sequence[int]) -> list[Track]:
     """Some sequences of a layer as what `paced` reads of them, for another process.
 
-    Args:
-        track: one layer in one direction.
-        sequences: which.
-
-    Returns:
-        One track of all of them, or one of each where a verdict asks for single ones.
-
-    Raises:
-        RecordingError: its step Jacobians are not known.
+    One track of all of them, or one of each where a verdict asks for single ones; a RecordingError
+    where its step Jacobians are not known.
     """
     if not sequences:
         return []
@@ -306,15 +287,8 @@ def there_and_back(operator: HostOperator, lengths: Tensor, seed: int) -> tuple[
 
     A random row is pulled back to the first state, which turns it to what P keeps most; pushed forward
     it grows step by step; what arrives is pulled back again, and ‖Pᵀu‖ is the estimate: a lower bound,
-    one and a half turns of the power iteration.
-
-    Args:
-        operator: A_t of B sequences.
-        lengths: (B,) real steps.
-        seed: of the random row.
-
-    Returns:
-        The norms, and the growth (T, B, 1), NaN at the step into the first state.
+    one and a half turns of the power iteration. The growth (T, B, 1) is NaN at the step into the first
+    state; lengths (B,) are real steps.
 
     >>> from gradflow.analyzer.jacobians import DenseOperator
     >>> halving = DenseOperator(torch.full((5, 1, 2, 2), 0.25, dtype=torch.float64))

@@ -157,14 +157,10 @@ def rate_over_sequences(rates: np.ndarray) -> Rate:
 
 
 def rate_of_one(growth: np.ndarray) -> Rate:
-    """Rate of one sequence by batch means, where it is long enough to know its own spread.
+    """Rate of one sequence from ln growth (T,) of its steps, with an interval where it is long enough.
 
-    Args:
-        growth: (T,) ln growth of each counted step.
-
-    Returns:
-        The mean with a t-interval over 20 batch means if T is at least 60 integrated
-        autocorrelation times, a point if every step is the same, else bounds NaN.
+    A t-interval over 20 batch means if T is at least 60 integrated autocorrelation times, a point if
+    every step is the same, else bounds NaN.
     """
     if len(growth) == 0 or np.isnan(growth).any() or np.isposinf(growth).any():
         return Rate(math.nan, math.nan, math.nan)

@@ -40,13 +40,8 @@ def spectrum(core: Core) -> Spectrum:
     """Mean exponents over the sequences that have a rate, by the rules the rate itself goes by.
 
     None can exceed the largest, so one whose mean does is brought down to the rate. Of a step
-    Jacobian that never changes they are the logarithms of its eigenvalues.
-
-    Args:
-        core: the rate, and ln |R_jj| of every step.
-
-    Returns:
-        All NaN where there is no rate, all −inf where the rate is.
+    Jacobian that never changes they are the logarithms of its eigenvalues. All are NaN where there is
+    no rate, −inf where the rate is.
     """
     growth, rate = core.growth, core.rate
     steps, _, count = growth.log_growth.shape
@@ -133,14 +128,8 @@ def sum_rule(track: Track, growth: Growth, alive: np.ndarray) -> np.ndarray:
     pushed directions, so that what rounding does to those shows: a measured −∞ beside a finite
     closed form is an exponent that shrinks by more than rounding at some step, no exact zero.
 
-    Args:
-        track: one layer in one direction.
-        growth: what the QR iteration yielded for it.
-        alive: (B,) which sequences have a rate.
-
-    Returns:
-        (2,) nats per step, as in `SIDES`; both NaN where not all S exponents were measured, the
-        closed form NaN where there is none (a GRU, a loop marked with `gradflow.tap`).
+    In nats per step, as in `SIDES`; both NaN where not all S exponents were measured, the closed form
+    NaN where there is none (a GRU, a loop marked with `gradflow.tap`).
     """
     if growth.log_growth.shape[2] < state_size(track) or not alive.any() or track.state_shape:
         return np.full(2, math.nan)

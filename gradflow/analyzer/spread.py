@@ -33,14 +33,9 @@ def each(
 
 
 def started(executor: Executor | None, make: Callable[..., Made], *parts: Any) -> Future[Made]:
-    """Begin to make something, or make it at once where there is no executor.
+    """Begin to make something of parts by a function of a module, or make it at once without an executor.
 
     It has as many threads as here, on which the last bits of a sum depend.
-
-    Args:
-        executor: of the caller's.
-        make: a function of a module.
-        parts: its arguments.
     """
     if executor is None:
         return settled(Future(), make, *parts)
@@ -53,16 +48,7 @@ def _made(threads: int, make: Callable[..., Made], parts: tuple[Any, ...]) -> Ma
 
 
 def result_of(future: Future[Made], name: str, parts: tuple[Any, ...]) -> Made:
-    """What was made.
-
-    Args:
-        future: of `started`.
-        name: of the layer.
-        parts: as they were handed on.
-
-    Raises:
-        InputError: they cannot be sent to another process.
-    """
+    """What was made of these parts; an InputError where they cannot be sent to another process."""
     try:
         return future.result()
     except (pickle.PicklingError, TypeError, AttributeError) as error:

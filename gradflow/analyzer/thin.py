@@ -86,18 +86,8 @@ def thin_maps(
     """ln gain of the mapped sequences over windows of 1, 2, 4, … steps, and ranks as far as known.
 
     Where the median gain falls below GONE or below a half between two of these distances, the
-    distances between are halved until the crossing is known to the step.
-
-    Args:
-        track: one layer in one direction, whose operator is thin.
-        mapped: the sequences.
-        span: the distance of interest, a distance that is measured as well.
-        seconds: predicted, that it may take.
-        withheld: whether what rests on the loss is not to be shown.
-        progress: called with the share done.
-
-    Returns:
-        Maps of which most pairs are NaN, and ranks that know no singular value.
+    distances between are halved until the crossing is known to the step. The span is measured, too.
+    Most pairs of the maps are NaN, and the ranks know no singular value.
     """
     operator = operator_of(track, torch.float64, mapped)
     runs = _runs(track, mapped)

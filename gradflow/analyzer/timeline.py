@@ -126,11 +126,7 @@ def begins_late(track: Track, inside: Tensor) -> Tensor:
 
     So it is where masked updates keep the first state: torch.where(mask, new, h0). Each of the first
     steps of such a sequence is cut off from the next and no gradient reaches any of them, while another
-    sequence goes on.
-
-    Args:
-        track: whose cuts they are.
-        inside: (T, B) the cuts, in processing order.
+    sequence goes on. inside are the cuts (T, B), in processing order.
     """
     none = torch.zeros_like(inside)
     if not bool(inside[1:2].any()) or not track.has_gradient:

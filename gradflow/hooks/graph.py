@@ -28,7 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradflow.hooks.guard import briefly
-from gradflow.limits import BETWEEN_NODES, LINK_DEPTH, LINK_NODES, STEP_NODES
+from gradflow.limits import (
+    BETWEEN_NODES,
+    LINK_DEPTH,
+    LINK_NODES,
+    PARITY_FLOAT32,
+    PARITY_HALF,
+    STEP_NODES,
+)
 from gradflow.process import autocast
 
 _RAW_NAMES: dict[type, tuple[str, ...]] = {}  # see `raw_names`
@@ -342,6 +349,14 @@ def ones_at(edge: Edge) -> Tensor:
     """Ones in the shape of the tensor at an edge."""
     known = edge[0]._input_metadata[edge[1]]
     return torch.ones(tuple(known.shape), dtype=known.dtype, device=known.device)
+
+
+def is_another(found: Tensor, expected: Tensor) -> bool:
+    """Whether a derivative by the graph is not the one that is expected."""
+    half = found.dtype in (torch.float16, torch.bfloat16)
+    largest = float(torch.maximum(found.abs().amax(), expected.abs().amax()))
+    bound = (PARITY_HALF if half else PARITY_FLOAT32) * largest
+    return bool(((found - expected).abs() > bound).any())
 
 
 def _entries(node: Any, given: list[Tensor | None]) -> list[Tensor | None] | None:

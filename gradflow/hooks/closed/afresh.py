@@ -40,7 +40,8 @@ class Afresh:
         if not parts or max(parts.values()) < 2:
             return
         dependence = Dependence(calls)
-        for part in {part for seen in calls for part in self._met(seen, dependence)}:
+        met = {part for seen in calls for part in self._met(seen, dependence)}
+        for part in met | self._joined(calls, dependence):
             for track in part.tracks:
                 track.notes += [FORKED] if FORKED not in track.notes else []
         for part, depth in dependence.depths().items():
@@ -56,6 +57,22 @@ class Afresh:
         found = {one.part for one in dependence.nearest(seen.starts)} if seen.call else set()
         met = {part for part in found if part.path == seen.part.path}
         return met | {seen.part} if len(met) > 1 else set()
+
+    @staticmethod
+    def _joined(calls: Sequence[Seen], dependence: Dependence) -> set[Any]:
+        """Loops over one cell of one's own of which one ends in a step of the other, and in no other step.
+
+        A loop whose every step is read by another is the layer below it.
+        """
+        read: dict[tuple[Any, Any], list[Seen]] = {}  # a loop, another that reads it -> its steps
+        for seen in calls if any(seen.mark for seen in calls) else ():
+            near = dependence.nearest(seen.starts) if seen.mark and seen.place else ()
+            mine = [one for one in near if one.part.path == seen.part.path]
+            if any(one.part is seen.part for one in mine):
+                for one in mine:
+                    read.setdefault((one.part, seen.part), []).append(one)
+        lines = [k for k, v in read.items() if len(v) == 1 and v[0].place == k[0].count - 1]
+        return {part for pair in lines if pair[0] is not pair[1] for part in pair}
 
     def _count(self, calls: Sequence[Seen], dependence: Dependence) -> None:
         rows: dict[Seen, dict[str, int]] = {}

@@ -104,6 +104,8 @@ class Heard:
         fields["precision"] = _coarsest(fields.get("precision"), leaves(self._given).values())
         fields["notes"] = (*fields.get("notes", ()), *remark)
         name = told.name + fields.pop("part", "")  # a module may run several
+        given = leaves(self._live).values()
+        fields["inputs"] = tuple(one for one in given if one is not fields.get("initial"))
         told.observer.saw_scan(Scanned(name=name, lengths=lengths, **fields))
         told.observer.saw_inside(list(leaves(self._live).values()), list(leaves(results).values()))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of
+from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of, is_another, ones_at
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.linear.linear_source import LinearSource, Stretch
 from gradflow.hooks.linear.scanned import Scanned
@@ -29,6 +29,7 @@ class LastScan:
     key: tuple[object, ...]  # its name, kind and place in the code
     last: Tensor | None = None  # (B, S) copy of the last state that was returned
     edge: Edge | None = None  # where that, or what it was taken from, sits in the graph
+    edges: dict[str, Edge] = field(default_factory=dict)  # of all that was returned
 
 
 class LinearOwner(TrackOwner, Protocol):
@@ -64,11 +65,13 @@ class LinearCalls:
                 break
         stretch, edges = _stretch(scanned, cut)
         if end is not None and cut is not None:
+            end.source.closed = end.source.closed or _is_closed(end, scanned, stretch)
             end.source.stretches.append(stretch)
         else:
             end = LastScan(*self._begun(scanned, stretch, code), key)
             self._ends.append(end)
         end.last, end.edge = _last(scanned, stretch.known_states)
+        end.edges = edges
         source, track = end.source, end.track
         _lengthened(source, scanned)
         source.remarks = list(dict.fromkeys([*source.remarks, *scanned.notes]))
@@ -132,7 +135,9 @@ def _stretch(scanned: Scanned, cut: Tensor | None) -> tuple[Stretch, dict[str, E
     if cut is None:
         cut = torch.zeros(scanned.batch, dtype=torch.bool, device=device)
     cuts = None if scanned.cuts is None else scanned.cuts.clone()
-    kept = replace(scanned, cuts=cuts, output=None, final=None, initial=None, states=None)
+    kept = replace(
+        scanned, cuts=cuts, output=None, final=None, initial=None, states=None, inputs=()
+    )
     stretch = Stretch(
         call=kept,
         cut=cut,
@@ -186,6 +191,29 @@ def _cut(end: LastScan, scanned: Scanned) -> Tensor | None:
             source.remarks.append(scanned.cut or CUT_AT)
         return torch.ones_like(same)
     return ~same
+
+
+def _is_closed(end: LastScan, scanned: Scanned, stretch: Stretch) -> bool:
+    """Whether more comes back to the call before than through the first state that a call is given."""
+    before = end.source.stretches[-1].call
+    ends = end.edges.values()
+    if any(_comes_from(edge_of(one), edge) for one in scanned.inputs for edge in ends):
+        return True
+    root = None if scanned.states is None else edge_of(scanned.states)
+    if root is None or end.edge is None or not before.states_back or not scanned.states_back:
+        return False
+    try:
+        found = Between([root], {end.edge[0]}).pull([(root, ones_at(root))]).get(end.edge)
+    except NotReadable:
+        found = None
+    if found is None:
+        return False
+    made = scanned.make()
+    ones = scanned.states_back(ones_at(root)).reshape(made.length, made.batch, *made.shape)
+    last = made.pull(0, made.totals(ones)[0].flatten(1).unsqueeze(1))[:, 0]
+    expected = last.new_zeros(before.steps, *last.shape)
+    expected[-1] = last.masked_fill(stretch.cut.unsqueeze(1), 0.0)
+    return is_another(before.states_back(found).reshape(expected.shape), expected)
 
 
 def _comes_from(mine: Edge | None, edge: Edge | None, *, within: bool = False) -> bool:

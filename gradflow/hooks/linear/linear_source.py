@@ -129,6 +129,7 @@ class LinearSource(HeardGradients):
     reverse: bool = False  # processed from the last input step to the first
     stretches: list[Stretch] = field(default_factory=list)  # the calls in their order
     remarks: list[str] = field(default_factory=list)  # what a reader should know
+    closed: bool = False  # whether what it takes in depends on its own earlier states
     _read: dict[str, tuple[object, object]] = field(default_factory=dict, repr=False)
 
     def kept(self) -> list[Stretch]:
@@ -299,8 +300,13 @@ class LinearSource(HeardGradients):
         """A_t in processing order, from each sequence's first real step on; 0 past its last.
 
         Raises:
-            RecordingError: its calls cannot be run again, or a step map holds NaN or Inf.
+            RecordingError: its calls cannot be run again, a step map holds NaN or Inf, or it is closed.
         """
+        if self.closed:
+            raise RecordingError(
+                f"{self.name}: what it takes in depends on its own earlier states (its output fed "
+                "back), so its decays alone are not its step Jacobians"
+            )
         found = self._joined().of(sequences).to(dtype)
         if not bool(torch.isfinite(found.decay).all()):
             raise RecordingError(f"{self.name}: its decay holds NaN or Inf")

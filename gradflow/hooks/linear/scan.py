@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from gradflow.cells.linear import HEAD_AXES, LinearSteps
 from gradflow.errors import InputError, must_be
 from gradflow.hooks import patch
+from gradflow.hooks.graph import Between, NotReadable, is_another, kind_of, ones_at
 from gradflow.hooks.guard import WRAPPED, Point, guarded, is_wrapped, why_hidden
-from gradflow.hooks.linear.scanned import Scanned
+from gradflow.hooks.linear.scanned import Scanned, Unread
 from gradflow.hooks.taps import callers_frame, place_of
 
 USAGE = "call it as h = gradflow.scan(h, decay=a) after the scan, h (batch, time, ...)"
@@ -95,7 +97,11 @@ def _show(observer: patch.Observer, name: str, *given: Any) -> None:
     if hidden:
         observer.did_not_see(name, hidden)
     else:
-        marked = scanned(name, *given)
+        try:
+            marked = scanned(name, *given)
+        except Unread as why:
+            observer.missed_scan(name, str(why))
+            return
         observer.saw_scan(marked, place_of(callers_frame(scan.__code__)))
 
 
@@ -136,6 +142,7 @@ def scanned(
             left, right = -strong * along, factor.squeeze(-1) * along
         return LinearSteps(shape=shape, decay=factor, left=left, right=right, initial=begun)
 
+    _check_stacked(h, axis, make)
     return Scanned(
         name=name,
         cell="scan",
@@ -147,6 +154,29 @@ def scanned(
         initial=initial,
         states_back=lambda grad: _axes_of(grad, grad, axis),
     )
+
+
+def _check_stacked(h: Tensor, axis: int, make: Callable[[], LinearSteps]) -> None:
+    """Where h was stacked from the states of a loop, autograd tells how each depends on the one before."""
+    if h.grad_fn is None or kind_of(h.grad_fn) != "Stack" or _time_axis(h, None) != axis:
+        return
+    pieces, made = h.grad_fn.next_functions, make()
+    for t in {len(pieces) // 2, len(pieces) - 1} - {0}:
+        now, before = pieces[t], pieces[t - 1]
+        if now[0] is None or before[0] is None:
+            continue
+        try:
+            found = Between([now], {before[0]}).pull([(now, ones_at(now))]).get(before)
+        except NotReadable:
+            return
+        if found is not None:
+            expected = made.pull(t, ones_at(now).reshape(made.batch, 1, -1))
+            if is_another(found.reshape(expected.shape), expected):
+                raise Unread(
+                    "h_t was not made as decay · h_{t−1} + what does not depend on h: autograd gives "
+                    "another derivative of one by the other; give the decay that made it or, where an "
+                    "earlier state goes into what is added, leave scan out: a loop by hand is read by itself"
+                )
 
 
 def _wrong(what: str, expected: str, got: object, advice: str) -> InputError:

@@ -41,6 +41,7 @@ class Scanned:
     # ∂L/∂final as (B, *shape), where its layout is another; None: a view of it is
     final_back: Callable[[Tensor], Tensor] | None = None
     initial: Tensor | None = None  # live: the first state that the function was given
+    inputs: tuple[Tensor, ...] = ()  # live: all else that it was given
     # why no gradient can come to the first state that was given, a cut; "" where one can
     cut: str = ""
     lengths: Tensor | None = None  # (B,) real steps, where a mask of the model's tells; None: all

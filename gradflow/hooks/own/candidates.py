@@ -108,21 +108,10 @@ def first_step(
     place: Place,
     rows: dict[str, Tensor],
 ) -> Step | None:
-    """The way from the states that a first call returned back to those it was given.
+    """The way from the states that a first call returned back to those it was given, None where none leads.
 
-    Args:
-        module: whose call it was.
-        given: what it was given.
-        entry: state name -> where it was among the arguments.
-        states: state name -> where it was among what the call returned.
-        place: of the states that were returned.
-        rows: state name -> what it was, (B, width).
-
-    Returns:
-        None where no path leads back.
-
-    Raises:
-        NotReadable: the module cannot be copied, or does not repeat itself.
+    entry and states tell where each state was among the arguments and among what the call returned, rows
+    (B, width) what it was; NotReadable where the module cannot be copied or does not repeat itself.
     """
     if saved_tensors_are_hooked() or _is_watched():
         raise NotReadable(

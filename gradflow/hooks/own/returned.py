@@ -165,13 +165,9 @@ def came_back(
     """Of every earlier call: output -> the argument it came back as.
 
     The nearest; of equally near ones one that is no new member of a container that grows, then that
-    of the same name or place in its container, or the later.
-
-    Args:
-        inputs: the tensors that a call is given.
-        ends: of every earlier call what it returned, and where the first of its loop was given
-            tensors; the last `BY_VALUE` are also looked for by their values.
-        not_at: places that are known to be inputs, where no state comes back.
+    of the same name or place in its container, or the later. ends are of every earlier call what it
+    returned, and where the first of its loop was given tensors; the last `BY_VALUE` are also looked for
+    by their values. not_at are places that are known to be inputs, where no state comes back.
     """
     known: dict[Edge, list[tuple[int, Path]]] = {}
     for number, (outputs, _) in enumerate(ends):
