@@ -179,18 +179,25 @@ def test_what_is_repeated_computes_nothing(runs: Path, serial: Executor, tmp_pat
         )  # fmt: skip
 
 
+# a process that has imported everything; each line that it reads begins a sweep in a copy of it
 KILLED = """
-import sys
+import os, sys
 from concurrent.futures import ThreadPoolExecutor
-import gradflow
+import gradflow, gradflow.demo, gradflow.sweeping
 pattern, spec, batch, folder = sys.argv[1:]
-with ThreadPoolExecutor(1) as executor:
-    gradflow.sweep(pattern, model=spec, batch=batch, executor=executor, folder=folder, resume=True)
+for _ in sys.stdin:
+    copy = os.fork()
+    if not copy:
+        with ThreadPoolExecutor(1) as executor:
+            gradflow.sweep(pattern, model=spec, batch=batch, executor=executor, folder=folder, resume=True)
+        os._exit(0)
+    print(copy, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]), flush=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process can be copied here")
 def test_it_is_killed_at_ten_moments_and_goes_on(runs: Path, whole: Path) -> None:
     place = runs / "killed"
     arguments = [str(runs / "runs/**/*.pt"), made.SPEC, str(runs / "batch.pt"), str(place)]
@@ -200,18 +207,30 @@ def test_it_is_killed_at_ten_moments_and_goes_on(runs: Path, whole: Path) -> Non
     def results() -> int:
         return len(list((place / "results").glob("*.jsonl")))
 
-    for kill in range(10):
-        command = [sys.executable, "-c", KILLED, *arguments]
-        with subprocess.Popen(command, env=environment) as process:
-            while results() < 1 + 6 * kill and process.poll() is None:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, *arguments], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+
+        def begin() -> int:
+            print(file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        for kill in range(10):
+            copy = begin()
+            while results() < 1 + 6 * kill:
+                os.kill(copy, 0)  # it is there
                 time.sleep(0.001)
             time.sleep(float(random.uniform(0, 0.05)))
-            process.kill()
-        assert process.returncode == -signal.SIGKILL
-        assert not (place / HISTORY_FILE).exists()
-    before = results()
-    assert 55 <= before < 64
-    subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=True)
+            os.kill(copy, signal.SIGKILL)
+            assert int(process.stdout.readline()) == -signal.SIGKILL
+            assert not (place / HISTORY_FILE).exists()
+        before = results()
+        assert 55 <= before < 64
+        begin()
+        assert int(process.stdout.readline()) == 0
+        process.stdin.close()
     assert (place / HISTORY_FILE).read_bytes() == (whole / HISTORY_FILE).read_bytes()
 
 
