@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from gradflow.errors import InputError, must_be
 from gradflow.hooks import patch
+from gradflow.hooks.by_value import is_among
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import Between, saved_by, saved_tensors_are_hooked
 from gradflow.hooks.guard import WRAPPED, Point, guarded, is_wrapped, why_hidden
 from gradflow.hooks.marks import LastMark, MarkOwner, Marks
 from gradflow.hooks.own.returned import leaves
 from gradflow.hooks.tapped import Mark, TapSource
-from gradflow.hooks.unrolled.pieces import holds
 
 ADVICE = "call it as h, c = gradflow.tap(h=h, c=c) inside the loop, once per step"
 
@@ -204,33 +204,21 @@ def _by_value(
     """Whether the loop goes on although no path leads back: by storage, values, or its place."""
     before = end.source.marks[-1].states
     if place.edges and end.place.edges:
-        since = end.place.since
-        return _among([*states.values()], end, before) or _among(_saved(place, since), end, before)
+        given = [*states.values(), *_saved(place, end.place.since)]
+        return is_among(given, end.states, before)
     if torch.is_grad_enabled() and end.place.edges:
         first = end.source.marks[0].states
         fresh = all(not bool(row.any()) for row in mark.states.values())
         if fresh or all(torch.equal(first[name], row) for name, row in mark.states.items()):
             return False  # from the start again
-    if place.edges and _among(_saved(place, end.number), end, before):
+    if place.edges and is_among(_saved(place, end.number), end.states, before):
         return True
-    if _among([*states.values()], end, before):
+    if is_among(states.values(), end.states, before):
         return True
     known, above = end.frames
     assert known is not None
     by_a_helper = frame.f_back is not None and frame.f_back is above
     return frame is known or (by_a_helper and frame.f_code is known.f_code)
-
-
-def _among(tensors: list[Tensor], end: LastMark, before: dict[str, Tensor]) -> bool:
-    """Whether one of the tensors is a state of the last tap: by storage, or equal and not zero."""
-    for tensor in tensors:
-        for name, state in end.states.items():
-            if tensor.layout != torch.strided or tensor.device != state.device:
-                continue
-            shared = tensor.untyped_storage().data_ptr() == state.untyped_storage().data_ptr()
-            if (shared and tensor.numel() == state.numel()) or holds(tensor, before[name]):
-                return True
-    return False
 
 
 def _saved(place: Place, since: int) -> list[Tensor]:

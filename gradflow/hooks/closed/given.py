@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradflow.hooks.by_value import storage
 from gradflow.hooks.call import Call
 from gradflow.hooks.graph import LEAF, edge_of
 from gradflow.hooks.loops.links import End
@@ -44,7 +45,7 @@ class GivenInputs:
             return
         key = id(chain)
         first = self._first.setdefault(key, (data, _version(data)))
-        known = _storage(data) == _storage(first[0]) and first[1] == _version(data)
+        known = storage(data) == storage(first[0]) and first[1] == _version(data)
         if len(chain.calls) > 1 and not known and not self._from_below(key, data):
             self.unsure[key] = self._calls[id(end.call)] = chain
         self._last[key] = tuple(end.returned.values())
@@ -94,7 +95,7 @@ class GivenInputs:
     def _from_below(self, key: int, data: Tensor) -> bool:
         """Whether the input is what another chain just returned, whose own inputs are given."""
         return any(
-            other != key and other not in self.unsure and _storage(data) == _storage(result)
+            other != key and other not in self.unsure and storage(data) == storage(result)
             for other, results in self._last.items()
             for result in results
         )
@@ -105,10 +106,6 @@ class GivenInputs:
         self._last.clear()
         self._calls.clear()
         self._again.clear()
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage().data_ptr())
 
 
 def _version(tensor: Tensor) -> Any:

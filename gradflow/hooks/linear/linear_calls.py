@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from gradflow.hooks.by_value import compared
 from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of, is_another, ones_at
 from gradflow.hooks.lengths import GivenLengths
 from gradflow.hooks.linear.linear_source import LinearSource, Stretch
@@ -179,8 +180,7 @@ def _cut(end: LastScan, scanned: Scanned) -> Tensor | None:
     given = _rows(scanned.initial, scanned.batch)
     if given is None or given.shape != end.last.shape:
         return None
-    same = (given.to(end.last.dtype) == end.last).all(1)
-    reset = (given == 0).all(1)
+    same, reset = compared(given.to(end.last.dtype), end.last)
     if not bool((same | reset).all()):
         return None
     linked = _comes_from(edge_of(scanned.initial), end.edge)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from gradflow.hooks.by_value import compared, moved_rows, share_storage
 from gradflow.hooks.call import Call
 from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of
 from gradflow.hooks.loops import rows as rows_of
@@ -72,7 +73,7 @@ def _kind(link: Link, known: Call, call: Call) -> Tensor | None:
     new, old = call.started(), rows_of.picked(known.ended(), link.rows, 1)
     if new.shape != old.shape or link.ends is not None:
         return None
-    alike, zero = (whole(marks) for marks in (new == old, new == 0))
+    alike, zero = compared(_as_rows(new), _as_rows(old))
     masked = zero if link.into is not None else torch.zeros_like(zero)
     kind = torch.full_like(zero, CUT_KINDS.index("reset to other values"), dtype=torch.int8)
     for name, holds in (
@@ -84,9 +85,9 @@ def _kind(link: Link, known: Call, call: Call) -> Tensor | None:
     return kind
 
 
-def whole(marks: Tensor) -> Tensor:
-    """(B,) whether all of (layers, B, ·) are true."""
-    return marks.transpose(0, 1).flatten(1).all(1)
+def _as_rows(states: Tensor) -> Tensor:
+    """(B, layers · S) from (layers, B, S)."""
+    return states.transpose(0, 1).flatten(1)
 
 
 def _but_sequences(state: Tensor) -> tuple[int, int]:
@@ -394,9 +395,10 @@ def _by_value(end: End, initial: dict[str, Tensor], call: Call) -> Link | None:
     """A state that was detached, cloned or carried without gradient, by storage or by its values."""
     if end.call.h0.shape != call.h0.shape:
         return _moved(end, call)
-    equal, zero, telling = _compared(end, call)
+    equal, zero = compared(_as_rows(call.started()), _as_rows(end.call.ended()))
+    telling = equal & ~zero
     shared = any(
-        _shares_storage(tensor, end.returned.get(other))
+        share_storage(tensor, end.returned.get(other))
         for name, tensor in initial.items()
         for other in (name, "output")
     )
@@ -428,11 +430,10 @@ def _keeping(call: Call, cut: Tensor) -> Factor:
 def _moved(end: End, call: Call) -> Link | None:
     """States that are all some sequence's of those returned, or zero, by their values."""
     new, old = call.started(), end.call.ended()
-    found = rows_of.equal_rows(new.transpose(0, 1).flatten(1), old.transpose(0, 1).flatten(1))
-    if found is None or bool(found[1].all()):
+    found = moved_rows(_as_rows(new), _as_rows(old))
+    if found is None:
         return None
-    rows = rows_of.between_neighbours(found[0], old.shape[1])
-    zero = found[1] & (rows >= 0)
+    rows, zero = found
     if call.differentiable or end.call.differentiable:
         return Link(None, None, rows >= 0, rows=rows)
     return Link(_keeping(call, zero), None, zero, rows=rows)
@@ -447,17 +448,3 @@ def _ends_by_value(end: End, call: Call) -> Tensor | None:
     output = output.transpose(0, 1) if known.batch_first else output
     same = (output == h).all(2) & (h != 0).any(1)
     return len(same) - 1 - same.flip(0).byte().argmax(0) if bool(same.any(0).all()) else None
-
-
-def _compared(end: End, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(B,) each: all states equal, all zero, equal and not all zero."""
-    pairs = [(state, end.call.returned[name]) for name, state in call.initial.items()]
-    equal = torch.stack([whole(new == old) for new, old in pairs]).all(0)
-    zero = torch.stack([whole(new == 0) for new, _ in pairs]).all(0)
-    return equal, zero, equal & ~zero
-
-
-def _shares_storage(new: Tensor, old: Tensor | None) -> bool:
-    if old is None or new.device != old.device or not new.numel():
-        return False
-    return new.untyped_storage().data_ptr() == old.untyped_storage().data_ptr()

@@ -78,65 +78,6 @@ def with_cut(rows: Tensor, pull: Callable[..., Tensor]) -> Tensor:
     return completed(rows, opened)
 
 
-def between_neighbours(rows: Tensor, batch: int) -> Tensor:
-    """Give rows of which only zeros are known the rows left between their neighbours'.
-
-    Only where there are as many as are missing, at the end only if no row has moved; the others are
-    −1 still, sequences that are new.
-    """
-    if not bool((rows < 0).any()) or bool((rows < 0).all()):
-        return rows
-    found = rows.tolist()
-    count, start = len(found), 0
-    free = set(range(batch)) - set(found)
-    while start < count:
-        if found[start] >= 0:
-            start += 1
-            continue
-        end = start
-        while end < count and rows[end] < 0:
-            end += 1
-        low = int(rows[start - 1]) if start else -1
-        high = int(rows[end]) if end < count else min(batch, end)
-        if high - low - 1 == end - start and all(row in free for row in range(low + 1, high)):
-            found[start:end] = range(low + 1, high)
-        start = end
-    return torch.tensor(found, dtype=torch.long, device=rows.device)
-
-
-def equal_rows(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:
-    """By values (b, ·) and (B, ·): the origin of every row, and which rows (b,) are all zero.
-
-    Returns None where a row is neither zero nor equal to one that is left.
-    """
-    if _is_none_of(new, old):
-        return None
-    zero = (new == 0).all(1)
-    places: dict[bytes, list[int]] = {}
-    for row, value in enumerate(_as_bytes(old)):
-        places.setdefault(value, []).append(row)
-    found = []
-    for value, is_zero in zip(_as_bytes(new), zero.tolist(), strict=True):
-        left = [] if is_zero else places.get(value, [])
-        if not left and not is_zero:
-            return None
-        found.append(-1 if is_zero else left.pop(0))
-    return torch.tensor(found, dtype=torch.long, device=new.device), zero
-
-
-def _is_none_of(new: Tensor, old: Tensor) -> bool:
-    """Whether the first entry of some row is not 0 and that of no row of the others: seen at a glance."""
-    if not (new.shape[1] and old.shape[1]):
-        return False
-    known = set(old[:, 0].tolist())
-    return any(value and value == value and value not in known for value in new[:, 0].tolist())
-
-
-def _as_bytes(rows: Tensor) -> list[bytes]:
-    held = rows.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return [row.view(torch.uint8).numpy().tobytes() for row in held]
-
-
 def picked(array: Tensor, rows: Tensor | None, dim: int) -> Tensor:
     """The rows of an array of the earlier call as the later one has them, zero where there is none."""
     if rows is None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.hooks.axes import alike
+from gradflow.hooks.by_value import moved_rows
 from gradflow.hooks.dense import Incomplete, Place, Step
 from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of, kind_of
-from gradflow.hooks.loops.rows import between_neighbours, equal_rows
 from gradflow.hooks.marks import Marks
 from gradflow.hooks.own.bypass import Around
 from gradflow.hooks.own.candidates import Candidate, CellLoop, First, Given, first_step
@@ -233,11 +233,10 @@ class OwnSteps:
     def _by_values(loop: CellLoop, values: Tensor | None, mark: Mark) -> bool:
         """Whether the values that entered tell which of the sequences before they are."""
         known = torch.cat(list(loop.end.source.marks[-1].states.values()), dim=1)
-        found = None if values is None else equal_rows(values, known)
-        if found is None or bool(found[1].all()):
-            return False
-        mark.rows = between_neighbours(found[0], len(known))
-        return True
+        found = None if values is None else moved_rows(values, known)
+        if found is not None:
+            mark.rows = found[0]
+        return found is not None
 
     @staticmethod
     def _look_between(loop: CellLoop, given: Given) -> None:

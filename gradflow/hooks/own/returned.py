@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradflow.hooks.axes import Axis, alike, as_rows
+from gradflow.hooks.by_value import equal_rows, storage
 from gradflow.hooks.dense import Place
 from gradflow.hooks.graph import ELEMENTWISE, MOVES, Edge, edge_of, kind_of
-from gradflow.hooks.loops.rows import equal_rows
 from gradflow.limits import BY_VALUE, LEAF_COUNT, LEAF_DEPTH, LINK_DEPTH, LINK_NODES, STATE_ENTRIES
 
 Path = tuple[str | int, ...]  # keyword, parameter, dict or field name, or place in a tuple or list
@@ -273,11 +273,10 @@ def handed_on(edge: Edge | None, tensor: Tensor, inner: dict[str, list[Tensor]])
         for result in results:
             if (there := edge_of(result)) is not None:
                 known.setdefault(there, set()).add(name)
-            elif result.layout == torch.strided:
-                pointer = result.untyped_storage().data_ptr()
-                storages.setdefault(pointer, set()).add(name)
+            elif (place := storage(result)) is not None:
+                storages.setdefault(place, set()).add(name)
     if edge is None:
-        return storages.get(tensor.untyped_storage().data_ptr(), set())
+        return storages.get(storage(tensor) or 0, set())
     return _sources(edge, known, LINK_DEPTH)
 
 

@@ -7,12 +7,11 @@ computed with is the last state of the piece before, or its tanh, or that beside
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from gradflow.hooks.by_value import holds
 from gradflow.hooks.graph import Edge, kind_of, saved_by
 from gradflow.hooks.marks import LastMark
 from gradflow.limits import PIECE_NODES
@@ -52,23 +51,3 @@ def _used(states: list[Edge], since: int) -> list[Tensor]:
                 seen.add(child)
                 queue.append(child)
     return found
-
-
-_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (torch.tanh, torch.sigmoid, torch.relu)
-
-
-def holds(found: Tensor, row: Tensor) -> bool:
-    """Whether a tensor is a state (B, width), perhaps masked, an activation of it, or it beside others."""
-    if found.layout != torch.strided or found.device != row.device or not bool(row.any()):
-        return False
-    if found.numel() == row.numel():
-        same = found.detach().reshape(row.shape).to(row.dtype)
-        equal = same == row
-        if bool((equal | (same == 0)).all()) and bool((equal & (row != 0)).any()):
-            return True
-        return any(torch.equal(same, shown(row)) for shown in _ACTIVATIONS)
-    width = row.shape[1]
-    if found.dim() != 2 or len(found) != len(row) or found.shape[1] < width:
-        return False
-    starts = found.detach().unfold(1, width, 1)  # (B, places, width)
-    return bool((starts == row.unsqueeze(1)).all(2).all(0).any())
