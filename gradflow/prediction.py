@@ -27,7 +27,7 @@ from gradflow.analyzer.read_steps import readings
 from gradflow.cells import CELLS
 from gradflow.cells.spec import Keeper
 from gradflow.errors import InputError, RecordingError, must_be
-from gradflow.hooks.gradients import weight_norms
+from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.rerun import WeightChange, rerun
 from gradflow.limits import (
     FACTORS_ALIKE,
@@ -38,7 +38,7 @@ from gradflow.limits import (
     SHOWN_PREDICTIONS,
     STEEPEST,
 )
-from gradflow.recording.track import Track
+from gradflow.recording.track import Track, unnumbered
 from gradflow.recording.tracks import Recording
 
 
@@ -92,7 +92,7 @@ def with_predictions(
         )
         known = list(analysis.provenance.get("notes", []))
         return replace(analysis, provenance={**analysis.provenance, "notes": [*known, note]})
-    if (count := len({layer.name.partition("@")[0] for layer in ill})) > 1:
+    if (count := len({unnumbered(layer.name) for layer in ill})) > 1:
         batch += f", {count} layers changed together"
     tried: dict[str, list[Prediction]] = {layer.name: [] for layer in ill}
     for _ in range(SHOWN_PREDICTIONS):
@@ -454,9 +454,29 @@ def _truncation_error(layer: LayerAnalysis, keep: int) -> tuple[float, str]:
     return float(values[min(keep, len(values)) - 1]), str(errors.attrs.get("note", ""))
 
 
+def _weight_norms(recording: Recording) -> tuple[float, dict[str, float]]:
+    """Euclidean norms of ∂L/∂(weights and biases): of all recorded layers' together, and by track name.
+
+    Each weight counts once, NaN without any. Weights of a head or an embedding are not seen, so the
+    norm over all parameters of the model is at least the first.
+    """
+    squares: dict[int, float] = {}
+    own = {}
+    for track in recording.values():
+        source = track.source
+        if not isinstance(source, LoopSource) or source.uses is None:
+            continue
+        caught = source.uses.caught(source.parts())
+        mine = {key: float(grad.double().square().sum()) for key, grad in caught.items()}
+        squares |= mine
+        if mine:
+            own[track.name] = math.sqrt(sum(mine.values()))
+    return math.sqrt(sum(squares.values())) if squares else math.nan, own
+
+
 def _clip(recording: Recording, before: Before, value: float) -> Iterator[Row]:
     """Rows of norm clipping: the gradient becomes shorter, the network stays what it is."""
-    norms = weight_norms(recording)
+    total, own = _weight_norms(recording)
     for name, known in before.items():
         row = _row(name, "clip", value, known)
         if isinstance(known, str):
@@ -466,9 +486,9 @@ def _clip(recording: Recording, before: Before, value: float) -> Iterator[Row]:
             row
             | _after(known, known)
             | {
-                "norm_before": norms.total,
-                "norm_after": min(norms.total, value),
-                "note": _clip_note(norms.total, norms.own.get(name), value),
+                "norm_before": total,
+                "norm_after": min(total, value),
+                "note": _clip_note(total, own.get(name), value),
             }
         )
 

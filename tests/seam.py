@@ -65,8 +65,7 @@ from gradflow.hooks.loops import stitch
 from gradflow.hooks.own import own_cells as cells
 from gradflow.hooks.rerun import WeightChange, rerun
 from gradflow.hooks.unrolled.chains import chains, recurrences, uses_of
-from gradflow.hooks.unrolled.crossing import crossing as crossing_crossing
-from gradflow.hooks.unrolled.whole_graph import Unrolled
+from gradflow.hooks.unrolled.whole_graph import Unrolled, edges_between
 from gradflow.hooks.wide import Wide
 from gradflow.loading.ages import lacking
 from gradflow.loading.probe import physical_memory

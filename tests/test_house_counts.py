@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "longest chain of imports": 21,
-    "files": 266,
+    "files": 264,
     "lines": 57_750,
     "median lines of a function": 7,
     "longest function": 80,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from seam import Unrolled, chains, recurrences, uses_of
-from seam import crossing_crossing as crossing
+from seam import edges_between as crossing
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,6 +15,7 @@ from gradflow.analysis import saved
 from gradflow.analysis.frames import BUILDERS, FRAMES, HEADLINE
 from gradflow.analysis.results import FIRST, Finding, LayerAnalysis, display_form
 from gradflow.errors import InputError, must_be
+from gradflow.recording.track import unnumbered
 from gradflow.recording.tracks import ByName, Unseen
 
 
@@ -121,7 +122,7 @@ class Analysis(ByName[LayerAnalysis]):
         alike: dict[tuple[str, str], list[LayerAnalysis]] = {}
         for layer in self.worst_first:
             if layer.part_of not in self.layers:
-                alike.setdefault((layer.name.partition("@")[0], layer.verdict), []).append(layer)
+                alike.setdefault((unnumbered(layer.name), layer.verdict), []).append(layer)
         found = []
         for first, *others in alike.values():
             names = ", ".join(sorted(layer.name for layer in others))

@@ -21,7 +21,7 @@ from gradflow.analyzer.settings import Settings
 from gradflow.analyzer.spectrum import broken
 from gradflow.analyzer.timeline import cut_steps, cut_words, typical_segment
 from gradflow.limits import BAND_WORDS, GONE_WORDS, SHORT, TOLERANCE_WORDS, VERDICTS
-from gradflow.recording.track import Track
+from gradflow.recording.track import Track, unnumbered
 from gradflow.recording.tracks import Recording
 
 
@@ -116,7 +116,7 @@ def _listed(names: list[str], every: list[str]) -> str:
     >>> _listed(["a", "a@2", "a@3"], ["a", "a@2", "a@3"])
     'a in each of its runs'
     """
-    layers = list(dict.fromkeys(name.partition("@")[0] for name in names))
+    layers = list(dict.fromkeys(unnumbered(name) for name in names))
     if len(layers) < len(names) == len(every):
         return f"{_listed(layers, layers)} in each of {'its' if len(layers) == 1 else 'their'} runs"
     if 1 < len(names) == len(every):

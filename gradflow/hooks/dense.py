@@ -228,7 +228,8 @@ class Step:
             complete(*unit_rows(self.now, self.before, self.between, name, together=together))
             for name in self.now.parts
         ]
-        return torch.cat(rows, dim=1).to(self._widest())
+        widest = torch.promote_types(self.before.like.dtype, self.now.like.dtype)
+        return torch.cat(rows, dim=1).to(widest)
 
     def _is(self, found: Tensor) -> bool:
         """Whether a product shows that this is the Jacobian; what is not finite tells nothing."""
@@ -264,10 +265,6 @@ class Step:
             every = torch.arange(len(nothing), device=nothing.device)
             begun = nothing & ~self._left() & ~self._left(opened=True)
             self.rows = torch.where(begun, -1, every) if bool(begun.any()) else None
-
-    def _widest(self) -> torch.dtype:
-        """The dtype that holds the states of both steps."""
-        return torch.promote_types(self.before.like.dtype, self.now.like.dtype)
 
     def mixed(self) -> Mixed:
         """What to say of a step whose sequences depend on one another."""

@@ -21,7 +21,7 @@ from gradflow.hooks.loops.loop_source import LoopSource
 from gradflow.hooks.patch import something_is_compiled
 from gradflow.hooks.tapped import TAP, TapSource
 from gradflow.limits import MANY_TRACKS
-from gradflow.recording.track import Track
+from gradflow.recording.track import Track, unnumbered
 from gradflow.recording.tracks import Recording, Unseen
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -176,7 +176,7 @@ def found(recording: Recording) -> list[str]:
 
 def _runs(names: Iterable[str]) -> list[str]:
     """Tracks by the layer they are runs of, with how many there are."""
-    counts = Counter(name.partition("@")[0] for name in names)
+    counts = Counter(unnumbered(name) for name in names)
     return [name if count == 1 else f"{name} ({count} runs)" for name, count in counts.items()]
 
 
@@ -210,7 +210,7 @@ def _too_short(recording: Recording) -> list[str]:
 
 def _many_starts(recording: Recording) -> list[str]:
     """One layer that started afresh so often that its states were hardly meant to."""
-    counts = Counter(track.name.partition("@")[0] for track in recording.values())
+    counts = Counter(unnumbered(track.name) for track in recording.values())
     return [
         f"{name} started afresh {count} times in this block, each time as a track of its own; if the "
         "state was meant to go on, give each call the state that the one before returned, and "

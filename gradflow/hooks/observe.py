@@ -179,14 +179,14 @@ class OpenRecording:
         model, remark = self.recorder.model, self.recorder.withheld.remark
         self.marks = guarded(Point.OPENING, remark, mistakes.gradient_marks, model)
         self.recorder.ran = guarded(Point.OPENING, remark, Ran, model)
-        self.recorder.watching = guarded(Point.OPENING, remark, self._candidates)
+        self.recorder.watching = guarded(
+            Point.OPENING, remark,
+            lambda: Watching([] if something_is_compiled() else self.recorder.own.modules),
+        )  # fmt: skip
         guarded(Point.OPENING, remark, listen, self.recorder)
         for opened in (self.recorder.ran, self.recorder.watching):
             if opened is not None:
                 guarded(Point.OPENING, remark, opened.open)
-
-    def _candidates(self) -> Watching:
-        return Watching([] if something_is_compiled() else self.recorder.own.modules)
 
     def close(self) -> list[str]:
         """Put everything back; gives the sentences to warn of."""

@@ -47,7 +47,7 @@ from gradflow.hooks.tapped import UNROLLED, Mark, TapSource
 from gradflow.hooks.taps import Taps
 from gradflow.hooks.unrolled.sources import FLAT, FLAT_IN_TIME, PLAIN
 from gradflow.hooks.unrolled.watch import Watch
-from gradflow.recording.track import Track
+from gradflow.recording.track import Track, unnumbered
 from gradflow.recording.tracks import Recording, Unseen, matches_any
 
 
@@ -167,7 +167,7 @@ class Recorder:
     def missed_tap(self, name: str, why: str) -> None:
         """The same of a tap."""
         self.withheld.leave(name, why)
-        self._drop(lambda t: t.cell == "tap" and t.name.partition("@")[0] == name)
+        self._drop(lambda t: t.cell == "tap" and unnumbered(t.name) == name)
 
     def missed_cell(self, module: nn.Module, why: str) -> None:
         """The same of a cell of the user's own."""
@@ -175,7 +175,7 @@ class Recorder:
         self.withheld.leave(path or type(module).__name__, why)
         self.own.leave(module)
         base = path or "cell"
-        self._drop(lambda t: t.cell != "tap" and t.name.partition("@")[0] == base)
+        self._drop(lambda t: t.cell != "tap" and unnumbered(t.name) == base)
 
     def scale_unknown(self, why: str) -> None:
         """A loss was multiplied by a scale that is not known."""
@@ -218,9 +218,7 @@ class Recorder:
     def missed_scan(self, name: str, why: str) -> None:
         """Something of such a scan could not be read."""
         self.withheld.leave(name, why)
-        self._drop(
-            lambda t: isinstance(t.source, LinearSource) and t.name.partition("@")[0] == name
-        )
+        self._drop(lambda t: isinstance(t.source, LinearSource) and unnumbered(t.name) == name)
 
     def saw_scaler(self, scaler: Any) -> None:
         """Note that a loss was multiplied by somebody's scale."""
@@ -304,7 +302,7 @@ class Recorder:
         """Forget loops over one cell that turned out to be part of another."""
         for track in tracks:
             self.recording.drop(track)
-            self.runs[track.name.partition("@")[0]] -= 1
+            self.runs[unnumbered(track.name)] -= 1
 
     def drop_sources(self, sources: list[TapSource]) -> None:
         """Forget the loops over modules that turned out to be only part of a step."""

@@ -15,7 +15,7 @@ from gradflow.hooks.lengths import Lengths
 from gradflow.hooks.mistakes import gradient_marks
 from gradflow.hooks.observe import OpenRecording
 from gradflow.hooks.recorder import Recorder
-from gradflow.recording.track import Track
+from gradflow.recording.track import Track, unnumbered
 from gradflow.recording.tracks import Recording
 
 AMBIGUOUS = "several GradScalers were used in one update: gradients are perhaps scaled"
@@ -130,22 +130,22 @@ class StepRecorder(Recorder):
     def close(self) -> None:
         """Stop listening; runs that no backward reached, beside others that one did, are let go."""
         super().close()
-        reached = {_base(track) for track in self.recording.values() if track.backwards}
+        reached = {unnumbered(track.name) for track in self.recording.values() if track.backwards}
         gone = [
             track
             for track in self.recording.values()
-            if not track.backwards and (track in self._zeroed or _base(track) in reached)
+            if not track.backwards and (track in self._zeroed or unnumbered(track.name) in reached)
         ]
         self._zeroed.clear()
         if not gone:
             return
-        bases = set(map(_base, gone))
+        bases = {unnumbered(track.name) for track in gone}
         kept = [track for track in self.recording.values() if track not in gone]
         for track in self.recording.tracks.values():
             self.recording.drop(track)
         count, names = Counter[str](), {}
         for track in kept:
-            base = _base(track)
+            base = unnumbered(track.name)
             count[base] += 1
             if base in bases:
                 names[track.name] = base if count[base] == 1 else f"{base}@{count[base]}"
@@ -159,10 +159,6 @@ class StepRecorder(Recorder):
         """Hold on to nothing."""
         super().forget()
         self._reached, self.thrown_away = bool, bool
-
-
-def _base(track: Track) -> str:
-    return track.name.partition("@")[0]
 
 
 def _number(roots: tuple[Any, ...]) -> float:

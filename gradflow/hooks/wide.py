@@ -153,16 +153,13 @@ class LedStep(WideStep):
 
         def push(block: Tensor) -> Tensor:
             moved = first(block)
-            both = torch.cat([moved, block], 2) if self._both(block) else moved
+            both = torch.cat([moved, block], 2) if self.tape.width > block.shape[2] else moved
             found = self.tape.push(both.to(self.dtype), graph).to(block.dtype)
             if self.rest is not None:
                 found = found + block * self.rest.unsqueeze(1).to(block.dtype)
             return torch.where(self.cut, moved, found)
 
         return push
-
-    def _both(self, block: Tensor) -> bool:
-        return self.tape.width > block.shape[2]
 
 
 class GivenStep(WideStep):
@@ -351,15 +348,14 @@ class Wide:
         """Whether the matrices of these sequences are better written out after all."""
         each = self.length * self.size
         numbers = each * self.size * len(self.sequences)
-        return each * self.seconds <= WIDE_WRITING and numbers * self._itemsize() <= WIDE_BYTES
+        return (
+            each * self.seconds <= WIDE_WRITING and numbers * self._own_dtype.itemsize <= WIDE_BYTES
+        )
 
     @property
     def _own_dtype(self) -> torch.dtype:
         every = [step.dtype for step in self.steps if step is not None and step.dtype is not None]
         return max(every, key=lambda dtype: dtype.itemsize, default=self.dtype)
-
-    def _itemsize(self) -> int:
-        return self._own_dtype.itemsize
 
     def written(self) -> list[Tensor]:
         """The matrices themselves, (n, S, S) each, in the dtype of the steps."""

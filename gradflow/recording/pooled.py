@@ -30,7 +30,7 @@ from gradflow.recording.source import (
     ThinOperator,
     WrappedSource,
 )
-from gradflow.recording.track import Track
+from gradflow.recording.track import Track, unnumbered
 from gradflow.recording.tracks import Recording
 
 
@@ -165,10 +165,10 @@ def pooled(recording: Recording) -> tuple[Recording, list[str]]:
     ([5, 3], 2, 1)
     """
     runs: dict[tuple[object, ...], list[list[Track]]] = {}
-    bases = Counter(_base(track) for track in recording.values())
+    bases = Counter(unnumbered(track.name) for track in recording.values())
     joint = {track.loop for track in recording.values()}
     for track in recording.values():
-        alone = bases[_base(track)] == 1 or track.name in joint
+        alone = bases[unnumbered(track.name)] == 1 or track.name in joint
         kind = (track.name,) if alone else _kind(track)
         alike = runs.setdefault(kind, [])
         known = next((run for run in alike if _of_same_weights(run[0], track)), None)
@@ -220,15 +220,11 @@ def _shape(track: Track) -> tuple[object, ...]:
     return track.cell, track.reverse, widths
 
 
-def _base(track: Track) -> str:
-    return track.name.partition("@")[0]
-
-
 def _kind(track: Track) -> tuple[object, ...]:
     if track.loop or track.alone is not None or not _is_known(track):
         return (track.name,)
     widths = tuple((name, state.shape[2]) for name, state in track.states.items())
-    place = (_base(track), track.cell, track.owner, track.reverse, track.code)
+    place = (unnumbered(track.name), track.cell, track.owner, track.reverse, track.code)
     # a run of one step is not joined to longer ones: it exercises no recurrence
     return *place, track.training, track.depth, track.steps < 2, widths
 
@@ -262,7 +258,7 @@ def _words(run: list[Track]) -> str:
 
 
 def _changed_words(alike: list[list[Track]]) -> str:
-    name = _base(alike[0][0])
+    name = unnumbered(alike[0][0].name)
     return (
         f"{name} ran several times, and its weights were not the same each time (an optimizer's step, "
         "weights computed anew): runs of different weights are layers of their own in this report"
@@ -273,7 +269,7 @@ def _applied_words(groups: list[list[Track]]) -> list[str]:
     """On layers that ran on what came of their own runs: those are no more sequences."""
     deepest: dict[str, int] = {}
     for run in groups:
-        base = _base(run[0])
+        base = unnumbered(run[0].name)
         deepest[base] = max(run[0].depth, deepest.get(base, 0))
     alike: dict[int, list[str]] = {}
     for name, depth in deepest.items():

@@ -561,3 +561,12 @@ class Track:
             f"Track({self.name}: {self.cell}, T={self.steps}, B={self.batch}, H={self.hidden}, "
             f"{self.backwards} backward{'' if self.backwards == 1 else 's'})"
         )
+
+
+def unnumbered(name: str) -> str:
+    """A track's name without the number of its run.
+
+    >>> unnumbered("rnn.l0@2")
+    'rnn.l0'
+    """
+    return name.partition("@")[0]

@@ -20,6 +20,7 @@ from gradflow.analysis import (
     Rate,
 )
 from gradflow.limits import LAG_TOLERANCE
+from gradflow.recording.track import unnumbered
 
 SHOWN = 3  # findings a reader sees first
 PREDICTED = ("vanishing", "exploding")  # findings below which predictions are said
@@ -86,7 +87,7 @@ def _of_all(some: Sequence[Finding]) -> Finding:
     names = sorted(finding.layer for finding in some)
     if len(names) == 1:
         return worst
-    code, layers = worst.code, sorted({name.rpartition(".")[2].partition("@")[0] for name in names})
+    code, layers = worst.code, sorted({unnumbered(name.rpartition(".")[2]) for name in names})
     if (general := _in_any_layer(worst)[1]) != code and len(layers) > 1:
         lines = "\n".join(f"    {line}" for line in general.splitlines())
         code = f"for layer in ({', '.join(map(repr, layers))}):\n{lines}"

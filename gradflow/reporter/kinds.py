@@ -106,10 +106,6 @@ def _beside(chart: Chart) -> float:
     return beside(chart.labels)
 
 
-def _saturation_heights(chart: saturation.Saturation) -> tuple[float, ...]:
-    return (0.95,) * len(chart.gates) + ((1.1,) if chart.limits else ())
-
-
 def _layer_heights(chart: layers.Layers) -> tuple[float, ...]:
     high = min(3.0, max(0.6, 0.17 * len(chart.names)))
     return (high, high, max(high, 0.8))
@@ -251,7 +247,7 @@ KINDS: dict[str, Kind | None] = {
         what="where every gate of every unit stands, and which units are stuck",
         prepare=saturation.prepare,
         draw=saturation.draw,
-        heights=_saturation_heights,
+        heights=lambda chart: (0.95,) * len(chart.gates) + ((1.1,) if chart.limits else ()),
         gap=lambda chart, panel: 0.26 if panel < len(chart.gates) else 0.72 + _below(chart),
         below=lambda chart: 0.0 if chart.limits else _below(chart),
         scale=Scale(saturation.colour_bar, _gate_specials, lambda chart: bool(chart.gates)),

@@ -30,6 +30,7 @@ from gradflow.limits import (
     NEVER_FORGETS,
     PAGE_BYTES,
 )
+from gradflow.recording.track import unnumbered
 from gradflow.reporter.digest import other_findings, predicted, predictions, strict, top_findings
 from gradflow.reporter.kinds import KINDS
 from gradflow.reporter.numbers import (
@@ -106,9 +107,7 @@ def page(analysis: Analysis, figures: Mapping[FigureKey, Drawn]) -> str:
         dense=high > ROOM,
         top=told[:TOP],
         others=told[TOP:],
-        noun="run"
-        if len({n.partition("@")[0] for n in analysis}) == 1 < len(analysis)
-        else "layer",
+        noun="run" if len({unnumbered(n) for n in analysis}) == 1 < len(analysis) else "layer",
         findings=findings,
         more_findings=other_findings(analysis),
         # one shown where there is room, the others folded: the first screen holds all findings

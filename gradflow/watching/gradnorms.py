@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradflow.distributed import holders, is_shared_out, local_part
 from gradflow.hooks.ancestry import clean
+from gradflow.recording.track import unnumbered
 
 
 class GradNorms:
@@ -88,13 +89,13 @@ class GradNorms:
         return bool(self._names_of(layer))
 
     def _names_of(self, layer: str) -> list[str]:
-        path, _, last = layer.partition("@")[0].rpartition(".")
+        whole = unnumbered(layer)
+        path, _, last = whole.rpartition(".")
         own = [
             name
             for name in self._norms
             if name.rpartition(".")[0] == path and name.rpartition(".")[2].endswith(f"_{last}")
         ]
-        whole = layer.partition("@")[0]
         inside = [name for name in self._norms if name.startswith(f"{whole}.")]
         if layer == "cell" and not inside:  # the model is the cell
             inside = [name for name in self._norms if "." not in name]

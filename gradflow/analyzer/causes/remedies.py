@@ -308,11 +308,6 @@ def against_vanishing(e: Evidence) -> tuple[str, str, str]:
     return _vanilla(e) if e.spec is not None and e.spec.vanilla else _any_cell(e)
 
 
-def mean_gate(e: Evidence, gate: str) -> float:
-    """Mean of a gate over all real entries."""
-    return over_all(sigmoid_and_other(e.track)[gate], e.track.mask)
-
-
 def _vanilla(e: Evidence) -> tuple[str, str, str]:
     weight, activation = (float(value) for value in e.data["rate_factor"].values)
     if activation < weight:  # orthogonal weights would change little
@@ -327,7 +322,8 @@ def _vanilla(e: Evidence) -> tuple[str, str, str]:
 def _raised(e: Evidence, keeper: Keeper) -> tuple[str, str, str]:
     """Raise the bias of the gate that keeps the state, if that helps on this batch."""
     name = keeper.name
-    mean = f"the gate's mean is {mean_gate(e, keeper.gate):.2f}{keeper.note}"
+    value = over_all(sigmoid_and_other(e.track)[keeper.gate], e.track.mask)
+    mean = f"the gate's mean is {value:.2f}{keeper.note}"
     otherwise = (
         f"train with another start of the {name} gates' biases: raised by 1, or drawn from the range of "
         "distances, they do not bring the gain nearer to 1 on this batch"

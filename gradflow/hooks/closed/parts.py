@@ -20,6 +20,7 @@ from gradflow.hooks.loops.loop import Loop
 from gradflow.hooks.loops.stitch import Chain
 from gradflow.hooks.tapped import Mark, TapSource
 from gradflow.recording import Track
+from gradflow.recording.track import unnumbered
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class MarkedPart:
     @property
     def path(self) -> str:
         """Of the cell; of a tapped loop its name."""
-        return self.track.name.partition("@")[0]
+        return unnumbered(self.track.name)
 
     @property
     def tracks(self) -> list[Track]:

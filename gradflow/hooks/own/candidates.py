@@ -174,15 +174,14 @@ def axis_by_run(module: nn.Module, given: Given, path: Path, axes: list[Axis]) -
 
 def _is_watched() -> bool:
     """Whether a global hook or an active mode would see a module that is run."""
-    modes = [mode for mode in _get_current_function_mode_stack() if not _is_default_device(mode)]
+    modes = [
+        mode
+        for mode in _get_current_function_mode_stack()
+        if not isinstance(mode, DeviceContext)  # torch.set_default_device, with torch.device(...)
+    ]
     return bool(modes or torch._C._len_torch_dispatch_stack()) or any(
         vars(nn.modules.module)[hooks] for hooks in EVERYWHERE
     )
-
-
-def _is_default_device(mode: object) -> bool:
-    """Of torch.set_default_device, or `with torch.device(...)`."""
-    return isinstance(mode, DeviceContext)
 
 
 def _run(module: nn.Module, given: Given, tensors: dict[Path, Tensor]) -> Any:

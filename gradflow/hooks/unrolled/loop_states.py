@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from gradflow.hooks.axes import Axis
 from gradflow.hooks.graph import LEAF, Edge
 from gradflow.hooks.unrolled.chains import Recurrence, WeightChain
-from gradflow.hooks.unrolled.crossing import crossing, earliest, latest
-from gradflow.hooks.unrolled.whole_graph import Unrolled
+from gradflow.hooks.unrolled.whole_graph import Unrolled, earliest, edges_between, latest
 from gradflow.limits import CUT_PLACES, LOOP_STEPS, PERIODS
 
 FROZEN = "its weight needs no gradient, so the graph does not tell where it begins"
@@ -211,7 +210,7 @@ class _Loop:
         """Which operations of a step, by their place in it, made what crosses, and which output."""
         boundary = self._after(model, cut, middle)
         marks = {place: int(step > middle) for place, step in self.marks.items()}
-        edges = crossing(self.graph, marks, [boundary])[0]
+        edges = edges_between(self.graph, marks, [boundary])[0]
         place_of = {self.graph.nodes[place]: index for index, place in enumerate(model)}
         if not edges or any(node not in place_of for node, _ in edges):
             return None
@@ -251,7 +250,7 @@ class _Loop:
         for place, node in enumerate(self.graph.nodes):
             if node in ends:
                 marks[place] = len(edges)
-        found = crossing(self.graph, marks, boundaries)
+        found = edges_between(self.graph, marks, boundaries)
         return all(set(some) == set(edges[step]) for step, some in enumerate(found))
 
 

@@ -20,7 +20,6 @@ from gradflow.hooks.patch import something_is_compiled
 from gradflow.hooks.tapped import TapSource
 from gradflow.hooks.unrolled import sources
 from gradflow.hooks.unrolled.chains import Recurrence, chains, recurrences, uses_of
-from gradflow.hooks.unrolled.crossing import FAR, earliest, latest
 from gradflow.hooks.unrolled.loop_states import LoopStates, NoRows, NoState, steps_of
 from gradflow.hooks.unrolled.pieces import Piece
 from gradflow.hooks.unrolled.sliced import loops_without_weight
@@ -35,7 +34,7 @@ from gradflow.hooks.unrolled.weights import (
     origin,
     when_whole,
 )
-from gradflow.hooks.unrolled.whole_graph import TooLarge, Unrolled
+from gradflow.hooks.unrolled.whole_graph import FAR, TooLarge, Unrolled, earliest, latest
 from gradflow.limits import CALLER_FRAMES, HELD_ENTRIES, HELD_LOCALS, OPEN_PIECES
 from gradflow.recording import Unseen
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gradflow.analysis import LayerAnalysis
+from gradflow.recording.track import unnumbered
 from gradflow.reporter.charts.chart import Chart, label_steps, log_limits, measured, power_ticks
 from gradflow.reporter.fonts import legible
 from gradflow.reporter.numbers import ratio_words
@@ -41,7 +42,7 @@ def prepare(layers: Sequence[LayerAnalysis]) -> Layers:
     note = ""
     if len(order) == 1:
         note = "The model has one recurrent layer, so there is nothing to lay beside it."
-    elif len({layer.name.partition("@")[0] for layer in order}) == 1:
+    elif len({unnumbered(layer.name) for layer in order}) == 1:
         note = "These are several runs of one layer, and none hands its gradient down to another."
     elif np.isnan(at_state).all() and np.isnan(passed).all():
         note = next((layer.gradient_note for layer in order if layer.gradient_note), "")

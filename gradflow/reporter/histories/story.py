@@ -126,7 +126,7 @@ def _reached(course: Course, *, short: bool = False) -> str:
     way = reach(course)
     if way is None:
         return ""
-    places = (way.first, way.best if way.learned else _top(way), way.last)
+    places = (way.first, way.best if way.learned else int(np.nanargmax(way.steps)), way.last)
     far = [far_words(course, place, way.steps[place]) for place in places]
     first, end = _when(course, way.first), _when(course, way.last)
     if way.learned:
@@ -155,10 +155,6 @@ def _when(course: Course, place: int) -> str:
 
 def _fell(steps: float, before: float) -> bool:
     return bool(steps <= LOST * before and before - steps >= 2)
-
-
-def _top(way: Reach) -> int:
-    return int(np.nanargmax(way.steps))
 
 
 def far_words(course: Course, place: int, steps: float) -> str:
