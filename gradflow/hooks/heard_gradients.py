@@ -14,6 +14,7 @@ from gradflow.errors import RecordingError
 from gradflow.hooks.call import SECOND_ORDER
 from gradflow.hooks.graph import Edge
 from gradflow.hooks.guard import BATCHED, ONLY_BATCHED, Hook, Point, is_batched, why_hidden
+from gradflow.limits import DIFFERENCE_ROUNDING
 from gradflow.recording.source import Backward, Source
 
 
@@ -112,6 +113,13 @@ class LoopGradients:
         if self.ran_backward:
             return not_reached
         return "no backward ran inside the block; call loss.backward() before the block ends"
+
+
+def difference(total: Tensor, part: Tensor, size: Tensor) -> Tensor:
+    """total − part, (B, ·) real or complex, exactly 0 where that is no more than rounding."""
+    left = total - part
+    bound = DIFFERENCE_ROUNDING * torch.finfo(total.dtype).eps * size.amax(dim=-1, keepdim=True)
+    return left.masked_fill(left.abs() <= bound, 0.0)
 
 
 def _first(found: Backward) -> Backward:

@@ -17,9 +17,8 @@ from torch import Tensor
 from gradflow.errors import RecordingError
 from gradflow.hooks.axes import Axis, as_rows, usual_axis
 from gradflow.hooks.dense import Dense
-from gradflow.hooks.heard_gradients import HeardGradients
+from gradflow.hooks.heard_gradients import HeardGradients, difference
 from gradflow.hooks.loops.layout import Layout
-from gradflow.hooks.loops.loop import difference
 from gradflow.hooks.wide import Wide, WideStep, pulled
 from gradflow.limits import DIFFERENCE_ROUNDING
 from gradflow.recording.source import Backward, Forward, Operator, Parity

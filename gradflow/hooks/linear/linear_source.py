@@ -16,9 +16,8 @@ from torch import Tensor
 
 from gradflow.cells.linear import LinearSteps, side_by_side
 from gradflow.errors import RecordingError
-from gradflow.hooks.heard_gradients import HeardGradients
+from gradflow.hooks.heard_gradients import HeardGradients, difference
 from gradflow.hooks.linear.scanned import Scanned
-from gradflow.hooks.loops.loop import difference
 from gradflow.hooks.parity import BOUNDS
 from gradflow.limits import PARITY_FLOAT32
 from gradflow.recording.source import Backward, Forward, Operator, Parity
@@ -204,7 +203,7 @@ class LinearSource(HeardGradients):
                 came = made.pull(0, total)[:, 0]
                 came = came.masked_fill(after.cut.to(came.device).unsqueeze(1), 0.0)
                 left, size = every[place][-1], every[place][-1].abs() + came.abs()
-                every[place][-1] = _difference(left, came, size)
+                every[place][-1] = difference(left, came, size)
             return torch.cat(every)
 
         found = self._once("direct", make)
@@ -328,12 +327,3 @@ class LinearSource(HeardGradients):
     def notes(self) -> list[str]:
         """What a reader should know about the track."""
         return [*self._batched_note(), *self.remarks]
-
-
-def _difference(total: Tensor, part: Tensor, size: Tensor) -> Tensor:
-    """See `difference`, also of complex numbers."""
-    if not total.is_complex():
-        return difference(total, part, size)
-    left = total - part
-    real = difference(left.abs(), torch.zeros_like(size), size)
-    return left.masked_fill(real == 0, 0.0)

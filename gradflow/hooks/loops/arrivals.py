@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradflow.hooks.heard_gradients import difference
 from gradflow.hooks.loops.groups import Group
-from gradflow.hooks.loops.loop import Loop, difference
+from gradflow.hooks.loops.loop import Loop
 
 Arrivals = list[dict[str, Tensor]]  # per layer: state name -> (T, B, width)
 

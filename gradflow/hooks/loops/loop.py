@@ -13,13 +13,13 @@ from torch import Tensor
 
 from gradflow.cells import Scan, Steps
 from gradflow.errors import RecordingError
+from gradflow.hooks.heard_gradients import difference
 from gradflow.hooks.loops.groups import Group
 from gradflow.hooks.loops.layout import Layout
 from gradflow.hooks.loops.linearised import linearised, timed
 from gradflow.hooks.loops.linked import Linked, pulled
 from gradflow.hooks.loops.links import Link
 from gradflow.hooks.loops.stitch import Chain
-from gradflow.limits import DIFFERENCE_ROUNDING
 
 Known = TypeVar("Known")
 
@@ -342,13 +342,6 @@ def back(link: Link, layer: int, value: Tensor, *, absolute: bool = False) -> Te
 def any_true(masks: list[Tensor]) -> bool:
     """Whether any entry of some masks is true, asked at once."""
     return bool(masks) and bool(torch.cat(masks).any())
-
-
-def difference(total: Tensor, part: Tensor, size: Tensor) -> Tensor:
-    """total − part, (B, ·), exactly 0 where that is no more than rounding; see `Loop.direct`."""
-    left = total - part
-    bound = DIFFERENCE_ROUNDING * torch.finfo(total.dtype).eps * size.amax(dim=-1, keepdim=True)
-    return left.masked_fill(left.abs() <= bound, 0.0)
 
 
 def _set_where(factor: Tensor, cut: Tensor, value: float) -> Tensor:
