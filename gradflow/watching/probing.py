@@ -15,14 +15,7 @@ from gradflow.analyzer.closed_loops import judged
 from gradflow.analyzer.evidence import counted, number
 from gradflow.analyzer.jacobians import state_size
 from gradflow.analyzer.measuring import is_linear
-from gradflow.analyzer.paced import (
-    Paced,
-    paced,
-    paced_linear,
-    sent,
-    spread_places,
-    usual_span,
-)
+from gradflow.analyzer.paced import Paced, paced, paced_linear, sent, spread_places, usual_span
 from gradflow.analyzer.pulse import LayerSums, broken, layer_sums, pulse_of
 from gradflow.analyzer.read_states import read_part
 from gradflow.distributed import can_be_sent

@@ -341,9 +341,7 @@ def close_to(mine: Tensor, theirs: Tensor, size: Tensor) -> bool:
 
 
 def after_rest(
-    earlier: list[tuple[Call, dict[Edge, str], dict[str, Edge]]],
-    call: Call,
-    entry: dict[str, Edge],
+    earlier: list[tuple[Call, dict[Edge, str], dict[str, Edge]]], call: Call, entry: dict[str, Edge]
 ) -> tuple[Link, Tensor] | None:
     """The link into a call of one step whose sequences come from any of the calls before it.
 

@@ -21,12 +21,7 @@ from gradflow.reporter.histories.figures import blocks_of, draw_courses
 from gradflow.reporter.histories.groups import GroupRow, rows_of
 from gradflow.reporter.histories.kinds import HISTORY_KINDS
 from gradflow.reporter.histories.now import Now, now
-from gradflow.reporter.histories.page import (
-    DRAWN_LAYERS,
-    HEAD_LAYERS,
-    history_page,
-    worst_layers,
-)
+from gradflow.reporter.histories.page import DRAWN_LAYERS, HEAD_LAYERS, history_page, worst_layers
 from gradflow.reporter.picture import VECTORS, Drawn, look, write_pictures
 from gradflow.reporter.readout import drawn
 

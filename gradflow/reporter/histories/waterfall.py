@@ -170,11 +170,7 @@ def _reading(course: Course, top: bool, pool: int, shared: Shared) -> str:
 
 def heights(chart: Waterfall) -> tuple[float, ...]:
     """Inches of the panels: the loss, the strips, the waterfall."""
-    return (
-        *((LOSS_HIGH,) if chart.top else ()),
-        *(STRIP for _ in chart.strips),
-        FALL_HIGH,
-    )
+    return (*((LOSS_HIGH,) if chart.top else ()), *(STRIP for _ in chart.strips), FALL_HIGH)
 
 
 def gap(chart: Waterfall, panel: int) -> float:
