@@ -252,3 +252,42 @@ def test_calls_that_start_afresh_on_what_came_of_the_call_before_are_named(kind:
                 model(x).backward()
             assert not recording.unseen
             assert apart or recording["loop"].steps == 6
+
+
+class SeveralLoops(nn.Module):
+    """One weight in three loops of this file; forward leads to one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+
+    def warm_up(self, rounds: list[Tensor]) -> None:
+        for other in rounds:
+            other = self.shared(other)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _over_memory(self, x)
+
+
+def _not_called(model: SeveralLoops, rounds: list[Tensor]) -> None:
+    for another in rounds:
+        another = model.shared(another)
+
+
+def _over_memory(model: SeveralLoops, x: Tensor) -> Tensor:
+    state, memory = torch.zeros_like(x[0]), []
+    for x_t in x:
+        memory.append(state)
+        state = torch.tanh(model.shared(torch.stack(memory).mean(0)) + x_t)
+    return state
+
+
+def test_the_loop_is_the_one_that_forward_leads_to() -> None:
+    """It was the first of the file that used an attribute of that name."""
+    model = SeveralLoops()
+    with warnings.catch_warnings(), gradflow.record(model) as recording:
+        warnings.simplefilter("ignore", GradflowWarning)
+        model(torch.randn(6, 2, 4)).sum().backward()
+    (found,) = recording.unseen
+    assert "other" not in found.insert
+    assert found.line.endswith(f":{_over_memory.__code__.co_firstlineno + 2}")

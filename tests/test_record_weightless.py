@@ -306,6 +306,50 @@ def test_a_state_kept_in_an_attribute_is_named_with_the_line_that_marks_it() -> 
     file, line = unseen.line.split(":")
     assert "def forward" in Path(__file__).read_text().splitlines()[int(line) - 1]
     assert file.endswith("test_record_weightless.py")
+    assert (
+        f"where it is set, {unseen.line}" in unseen.sentence
+    )  # it was "the end of the loop's body"
+
+
+class Statistics(nn.Module):
+    """Running sums of x xᵀ and of y x with trained decays, kept in attributes (Deshpande, Sarawagi 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.linspace(0.5, 0.9, 2))
+        self.square, self.product = torch.zeros(B, 2, H, H), torch.zeros(B, 2, H)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        outer = (x[:, :, None] * x[:, None])[:, None]
+        self.square = self.decay[None, :, None, None] * self.square + outer
+        self.product = self.decay[None, :, None] * self.product + (x * y)[:, None]
+        fitted = torch.linalg.solve(self.square + torch.eye(H), self.product)
+        return (fitted * x[:, None]).sum(-1)
+
+
+class Adaptive(nn.Module):
+    """A module that keeps its states, called in a loop that has no name for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit, self.out, self.embed = Statistics(), nn.Linear(2, 1), nn.Linear(H, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for x_t in x:
+            found.append(self.out(self.unit(self.embed(x_t), x_t[:, :1])))
+        return torch.stack(found).square().mean()
+
+
+def test_of_several_states_in_attributes_the_one_that_was_not_told_is_named() -> None:
+    torch.manual_seed(0)
+    model = Adaptive()
+    with warnings.catch_warnings(), gradflow.record(model) as recording:
+        warnings.simplefilter("ignore", GradflowWarning)
+        model(torch.randn(T, B, H)).backward()
+    said = [one.insert for one in recording.unseen]
+    flat = "self.product = gradflow.tap(product=self.product.flatten(1)).view_as(self.product)"
+    assert flat in said and not any("h=h" in line for line in said)
 
 
 def test_the_advised_line_in_a_class_of_two_layers_gives_one_track_for_each() -> None:

@@ -36,16 +36,7 @@ class Row:
 
 
 def row_text(probe: Probe | None, cells: dict[str, str], **header: Any) -> str:
-    """The history of one probe as a text of its own.
-
-    Args:
-        probe: what was measured; None where that could not be, and the header says why.
-        cells: layer name -> kind of cell.
-        header: what else is known of it.
-
-    Returns:
-        Lines, each with its end.
-    """
+    """The history of one probe, None where it could not be measured and the header says why, as lines."""
     text = line("header", schema=HISTORY_SCHEMA, **header)
     if probe is not None:
         layout = layout_of(probe, cells)
@@ -65,14 +56,7 @@ class RowFacts:
 
 
 def row_facts(path: Path) -> RowFacts | None:
-    """What a row's file says besides its numbers.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        None where there is no file, or it is cut off, or none of a row.
-    """
+    """What a row's file says besides its numbers; None where it is none of a row, or cut off, or gone."""
     reader = Reader(path)
     try:
         reader.more()

@@ -122,7 +122,9 @@ class Unseen:
         if len(self.weights) > 3:
             names += f" and {len(self.weights) - 3} more"
         names += " are" if len(self.weights) > 1 else " is"
-        where = f"at the end of the loop's body, {self.line}" if self.line else "inside the loop"
+        kept = "." in self.insert.partition(" = ")[0]  # in an attribute: in a forward, perhaps
+        place = "where it is set" if kept else "at the end of the loop's body"
+        where = f"{place}, {self.line}" if self.line else "inside the loop"
         why = f"; it was not taken up by itself: {self.reason}" if self.reason else ""
         return (
             f"a recurrence of {self.module} is in no track: {names} used {self.steps} times, each "

@@ -152,14 +152,7 @@ FileState = tuple[int, int, int]  # inode, bytes and nanoseconds of the last cha
 
 
 def state_of(path: Path) -> FileState:
-    """By what it is seen that a file changed.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        OSError: it is gone.
-    """
+    """By what it is seen that a file changed; an OSError where it is gone."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -188,12 +181,7 @@ class Outcome:
 
 
 def other_versions(there: tuple[str, str], here: tuple[str, str]) -> str:
-    """The sentence for a worker with other versions.
-
-    Args:
-        there: gradflow and torch of the worker.
-        here: the same of this process.
-    """
+    """The sentence for a worker with other versions, of gradflow and torch there and here."""
     return (
         f"the workers must have gradflow {here[0]} and torch {here[1]} as this process has, got gradflow "
         f"{there[0]} and torch {there[1]}; install the same on all, or the numbers could differ"

@@ -142,9 +142,6 @@ def _one_thread_each() -> Iterator[None]:
 def spawned(jobs: int) -> Iterator[Engine]:
     """A pool of so many processes, for a while.
 
-    Args:
-        jobs: how many.
-
     Raises:
         InputError: this is a process that a sweep started, importing the caller's script.
     """

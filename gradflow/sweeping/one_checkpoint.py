@@ -35,13 +35,7 @@ from gradflow.watching.probing import MeasuredUpdate, measure
 
 
 def measure_checkpoint(task: CheckpointTask) -> Outcome:
-    """Measure one checkpoint.
-
-    Args:
-        task: which, and how.
-
-    Returns:
-        Its row, or why there is none.
+    """Measure one checkpoint: its row, or why there is none.
 
     Raises:
         InputError: this worker has another version of gradflow or torch.

@@ -296,13 +296,7 @@ class ShardList:
 
 
 def read_shards(folder: Path) -> list[ShardList]:
-    """The lists of all shards that began.
-
-    Args:
-        folder: of the sweep.
-
-    Returns:
-        In their order.
+    """The lists of all shards that began, in their order.
 
     Raises:
         FileError: there is none, or one cannot be read.

@@ -201,18 +201,7 @@ def batches_of(given: object, target: Path | None = None) -> tuple[Path | loadin
 
 
 def run_sweep(request: SweepRequest, progress: Progress | None = None) -> History:
-    """Measure what a request asks for.
-
-    Args:
-        request: what, how and where.
-        progress: called with words and the share that is done.
-
-    Returns:
-        The rows of this shard.
-
-    Raises:
-        GradflowError: see `sweep`.
-    """
+    """Measure what a request asks for: the rows of this shard; a GradflowError as of `sweep`."""
     if not request.mine:
         number, count = request.shard
         raise InputError(

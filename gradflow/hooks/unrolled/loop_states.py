@@ -35,6 +35,10 @@ class NoState(Exception):
 class NoRows(NoState):
     """Its states have more axes than a batch of rows."""
 
+    def __init__(self, text: str, shape: tuple[int, ...]) -> None:
+        super().__init__(text)
+        self.shape = shape  # of one of them
+
 
 class NotAlike(NoState):
     """The steps are not made of the same operations."""

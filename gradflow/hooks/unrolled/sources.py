@@ -8,7 +8,7 @@ import functools
 import inspect
 import linecache
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 TORCH_CODE = "torch."
 Loop = ast.For | ast.While
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,29 @@ class SourceLoop:
         return f"{self.file if name.startswith('..') else name}:{self.line}"
 
 
-def in_class(module: nn.Module, attributes: set[str]) -> SourceLoop | None:
-    """The loop of a module's class that uses these attributes of it: parameters or modules."""
+def in_class(module: nn.Module, attributes: set[str], led: str = "") -> SourceLoop | None:
+    """The loop of a module's class that uses these attributes of it: parameters or modules.
+
+    led: of the methods that this one leads to alone.
+    """
     for file, scope in _scopes_of(module):
-        found = _in_class(file, scope, attributes)
+        methods = [statement for statement in scope.body if isinstance(statement, Function)]
+        names = _led_to({led}, methods) if led else {method.name for method in methods}
+        found = _in_methods(file, [m for m in methods if m.name in names], attributes)
         if found is not None:
             return found
     return None
 
 
 def in_functions(
-    module: nn.Module, attributes: set[str], frames: Iterable[FrameType]
+    module: nn.Module, attributes: set[str], frames: Sequence[FrameType]
 ) -> SourceLoop | None:
     """The same loop in a function beside the module's class, or in one of the code that runs."""
+    called = {name for _, scope in _scopes_of(module) for name in _mentioned(scope)}
+    called |= {frame.f_code.co_name for frame in frames}
     files = [file for _, file in _classes(module)] + [f.f_code.co_filename for f in frames]
     for file in dict.fromkeys(files):
-        found = _anywhere(file, attributes)
+        found = _anywhere(file, attributes, called)
         if found is not None:
             return found
     return None
@@ -108,11 +116,13 @@ FLAT = "{0}.flatten(1)", ".view_as({0})"  # states (B, ...) as the rows that tap
 FLAT_IN_TIME = "{0}.transpose(0, 1).flatten(1)", ".unflatten(1, (len({0}), -1)).transpose(0, 1)"
 
 
-def keeping(modules: Iterable[nn.Module]) -> SourceLoop | None:
-    """The forward of a module that keeps a state, one with a gradient, as a loop over its calls."""
+def keeping(modules: Iterable[nn.Module], shape: tuple[int, ...]) -> SourceLoop | None:
+    """The forward of a module that keeps a state with a gradient, of this shape if any, as a loop."""
     for holder, name in ((module, name) for module in modules for name in kept(module)):
         state = getattr(holder, name.rpartition(".")[2], None)
-        if isinstance(state, Tensor) and state.requires_grad:
+        if not isinstance(state, Tensor) or (shape and tuple(state.shape) != shape):
+            continue
+        if state.requires_grad:
             code = inspect.unwrap(type(holder).forward).__code__
             return SourceLoop(code.co_filename, code.co_firstlineno, (name,), certain=True)
     return None
@@ -158,9 +168,21 @@ def _tree(file: str, text: str) -> ast.Module | None:
         return None
 
 
-def _in_class(file: str, scope: ast.ClassDef, attributes: set[str]) -> SourceLoop | None:
-    """The loop of one of a class's methods that uses them, itself or through another method."""
-    methods = [s for s in scope.body if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef)]
+def _mentioned(node: ast.AST) -> set[str]:
+    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return names | {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+
+
+def _led_to(start: set[str], functions: Sequence[Function]) -> set[str]:
+    """The names that some lead to, where a function leads to all that it mentions."""
+    found = set(start)
+    for _ in functions:
+        found |= {name for f in functions if f.name in found for name in _mentioned(f)}
+    return found
+
+
+def _in_methods(file: str, methods: list[Function], attributes: set[str]) -> SourceLoop | None:
+    """The loop of one of these methods that uses them, itself or through another method."""
     wanted = set(attributes)
     for _ in range(4):  # a method that calls a method that uses them uses them
         for method in methods:
@@ -186,19 +208,23 @@ class _OthersMethods(ast.NodeTransformer):
         return node.value if others and node.attr in self.methods else node
 
 
-def _of_itself(method: ast.FunctionDef | ast.AsyncFunctionDef, methods: set[str]) -> ast.AST:
+def _of_itself(method: Function, methods: set[str]) -> ast.AST:
     if not methods or not method.args.args:
         return method
     return _OthersMethods(method.args.args[0].arg, methods).visit(copy.deepcopy(method))
 
 
-def _anywhere(file: str, attributes: set[str]) -> SourceLoop | None:
-    for scope in _scopes(file):
-        if isinstance(scope, ast.Module):
-            found = _innermost(scope, attributes, own=False)
-            if found is not None:
-                return _described(file, found, attributes)
-    return None
+def _anywhere(file: str, attributes: set[str], called: set[str]) -> SourceLoop | None:
+    """The only one of a file, or of what was called there; of several there is none that is sure."""
+    body = getattr(next(_scopes(file), None), "body", [])
+    functions = [statement for statement in body if isinstance(statement, Function)]
+    led = _led_to(called, functions)
+    every = [
+        (s, _innermost(s, attributes, own=False)) for s in body if not isinstance(s, ast.ClassDef)
+    ]
+    loops = [(getattr(s, "name", "<module>") in led, loop) for s, loop in every if loop]
+    found = [loop for was_called, loop in loops if was_called] or [loop for _, loop in loops]
+    return _described(file, found[0], attributes) if len(found) == 1 else None
 
 
 # --------------------------------------------------------------------------------------- the loops

@@ -80,7 +80,8 @@ def _axes(steps: LoopStates) -> tuple[Axis, ...]:
         if len(fitting) > 1 and len(shape) == 3:
             raise NoRows(
                 f"along several axes of its state of shape {tuple(shape)} nothing is mixed, so it "
-                "does not tell its sequences apart from its units"
+                "does not tell its sequences apart from its units",
+                tuple(shape),
             )
         found.append(fitting[0])
     return tuple(found)

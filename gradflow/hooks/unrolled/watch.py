@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Collection, Iterable
 from itertools import takewhile
@@ -206,8 +207,10 @@ class Watch:
             steps, rows = self._states(graph, found, names)
         except NoState as error:
             form = sources.FLAT if isinstance(error, NoRows) else sources.PLAIN
-            if computed and not (loop and loop.carried):
-                loop = sources.keeping(self.modules.values()) or loop
+            if not (loop and loop.carried):
+                holders = self.modules if computed else sorted(self._holders(names))
+                keeping = [self.modules[holder] for holder in holders]
+                loop = sources.keeping(keeping, getattr(error, "shape", ())) or loop
             self._note(found, [] if computed else names, path, loop, (str(error), form))
             return
         whose = self._cell_of(names, path) if something_is_compiled() else path
@@ -335,15 +338,14 @@ class Watch:
         paths = [".".join(common[:depth]) for depth in range(len(common), -1, -1)]
         users = [path for path in paths if self._is_users(path)]
         used = {path: {_below(name, path) for name in names} for path in users}
-        for path in users:
-            loop = sources.in_class(self.modules[path], used[path])
-            if loop is not None:
-                return path, loop
-        frames = _frames()
-        for path in users:
-            loop = sources.in_functions(self.modules[path], used[path], frames)
-            if loop is not None:
-                return path, loop
+        for find in (
+            functools.partial(sources.in_class, led="forward"),
+            functools.partial(sources.in_functions, frames=_frames()),
+            sources.in_class,
+        ):
+            for path in users:
+                if loop := find(self.modules[path], used[path]):
+                    return path, loop
         while common and not self._is_users(".".join(common)):
             common = common[:-1]
         return ".".join(common), None
