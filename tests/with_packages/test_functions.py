@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
+import explicit
 import pytest
 import torch
 from compare import FLOAT32_BOUND, assert_steps_close, assert_whole_close
@@ -206,3 +208,57 @@ def test_the_state_of_rwkv_that_is_handed_on_detached_is_a_cut() -> None:
     ):
         model([one, two], detached=False).square().sum().backward()
     assert "RWKV" not in {each.cell for each in recording.values()}
+
+
+class Parts(nn.Module):
+    """An mLSTM over parts of a sequence, or step by step, its three states handed on without gradient."""
+
+    def forward(self, given: dict[str, Tensor], cuts: list[int]) -> Tensor:
+        kernels = pytest.importorskip("mlstm_kernels.torch.chunkwise.native")
+        steps = pytest.importorskip("mlstm_kernels.torch.recurrent.native_step")
+        read, state = [], (None, None, None)
+        for start, end in pairwise(cuts):
+            part = [x[:, :, start:end] for x in given.values()]
+            if end - start > 1:
+                ends = dict(zip(("c_initial", "n_initial", "m_initial"), state, strict=True))
+                y, state = kernels.mlstm_chunkwise__native_autograd(
+                    *part, **ends, return_last_states=True, eps=0.0, chunk_size=end - start
+                )
+            else:
+                one = [*(x[:, :, 0] for x in part[:3]), *part[3:]]
+                y, state = steps.mlstm_recurrent_step__native(
+                    *one, *state, eps=0.0, dtype_state=torch.float64
+                )
+                y = y.unsqueeze(2)
+            state = tuple(each.detach() for each in state)
+            read.append(y)
+        return torch.cat(read, 2)
+
+
+@pytest.mark.parametrize("cuts", [[0, 8, 16], [0, 8, 9, 10]], ids=["chunks", "then steps"])
+def test_an_mlstm_goes_on_from_a_state_that_is_given(cuts: list[int]) -> None:
+    for name in ("chunkwise.native", "recurrent.native_step"):  # before a recording opens
+        pytest.importorskip(f"mlstm_kernels.torch.{name}")
+    given = {name: torch.randn(2, 3, cuts[-1], 4, dtype=torch.float64) for name in "qkv"}
+    given |= {name: torch.randn(2, 3, cuts[-1], dtype=torch.float64) for name in "if"}
+    given["v"].requires_grad_()
+    model = Parts()
+    with gradflow.record(model) as recording:
+        y = model(given, cuts)
+        y.square().sum().backward()
+    gates = {name: given[name].unsqueeze(-1) for name in "if"}
+    loop = (
+        given | gates | {"q": given["q"] / 2, "k": given["k"] * 2}
+    )  # √d_k is on the other one there
+    again, states = explicit.mlstm(**loop, eps=0.0)
+    assert_whole_close(y.detach(), again.detach(), what="y", bound=FLOAT32_BOUND)
+    (track,) = recording.values()
+    cut = [int(t) for t in track.cuts.all(1).nonzero()]
+    assert cut == cuts[1:-1]
+    mask = torch.ones(track.h.shape[:2], dtype=torch.bool)
+    assert_steps_close(track.h, torch.stack(states).detach().flatten(2), mask, what="states")
+    assert track.grad_h is not None
+    end = cuts[-2]  # nothing comes back to what was before
+    wanted = torch.autograd.grad(again[:, :, end:].square().sum(), states[end:])
+    expected = torch.stack(wanted).flatten(2)
+    assert_steps_close(track.grad_h[end:], expected, mask[end:], what="totals", bound=1e-6)

@@ -22,7 +22,7 @@ by one number for all steps of a sequence, which changes neither y nor any gain.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ from gradflow.hooks.linear.scanned import (
     time_third,
     wide,
 )
+from gradflow.limits import HIGHEST
 
 KEY_FLOOR = 1e-6  # added to the square of a key before its root is taken, in all these packages
 
@@ -168,9 +169,6 @@ _OF_THE_DELTA_RULE = (
 )
 
 
-HIGHEST = 40.0  # an exponent that leaves room for a sum of many steps in float32
-
-
 def _too_high(exponents: Tensor) -> Tensor:
     """What to take off all exponents of a sequence: 0 unless they are too high. Time is the first axis."""
     return (exponents.amax(0) - HIGHEST).clamp_min(0.0)
@@ -210,12 +208,6 @@ def rwkv(seen: LibraryCall) -> dict[str, Any]:
             read=read,
         )
 
-    if before is not None and any(each.requires_grad for each in seen.live["state"]):
-        raise Unread(
-            "its state came from the call before as three tensors, and a gradient that goes on through "
-            "them is not followed; detach them"
-        )
-    after = seen.result(1)
     return {
         "steps": steps,
         "batch": batch,
@@ -223,20 +215,35 @@ def rwkv(seen: LibraryCall) -> dict[str, Any]:
         "make": make,
         "precision": torch.float32,
         "output": seen.result(0),
-        "initial": None if before is None else torch.stack([*before], -1),
-        "final": None if after is None else torch.stack([*after], -1).detach(),
+        **_handed_on(seen.live["state"], seen.result(1)),
     }
 
 
-def mlstm(names: str, *, keys: bool, start: float) -> Callable[[LibraryCall], dict[str, Any]]:
+def _handed_on(before: Any, after: Any) -> dict[str, Tensor | None]:
+    """First and last state of three parts each, as rows by which a call is known to go on from another."""
+    if before is not None and any(part.requires_grad for part in before):
+        raise Unread(
+            "its state came from the call before as three tensors, and a gradient that goes on through "
+            "them is not followed; detach them"
+        )
+    ends = {"initial": before, "final": after}
+    return {
+        name: None if parts is None else torch.cat([p.detach().flatten(1) for p in parts], 1)
+        for name, parts in ends.items()
+    }
+
+
+def mlstm(names: str, *, keys: bool, start: float) -> Callable[..., dict[str, Any]]:
     """The mapping of an mLSTM whose q, k, v, ĩ and f̃ have these names: (B, H, T, d), (B, H, T[, 1]).
 
     d_k^{−1/2} is on the keys, or else on the queries. The stabiliser m starts from ``start``.
     """
 
-    def read(seen: LibraryCall) -> dict[str, Any]:
-        given = seen.given
+    def read(seen: LibraryCall, before: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        given, returned = seen.given, seen.result(0)
         query, key, value, into, forget = (given[name] for name in names.split())
+        if key.dim() == 3:  # a single step, without an axis of time
+            query, key, value = (x.unsqueeze(2) for x in (query, key, value))
         batch, heads, steps, d_k = key.shape
         d_v = value.shape[-1]
 
@@ -245,15 +252,24 @@ def mlstm(names: str, *, keys: bool, start: float) -> Callable[[LibraryCall], di
             i, f = (time_third(wide(x).reshape(batch, heads, steps)) for x in (into, forget))
             q, k = (q, k / math.sqrt(d_k)) if keys else (q / math.sqrt(d_k), k)
             kept = F.logsigmoid(f).cumsum(0)
-            stabiliser = kept + (i - kept).cummax(0).values.clamp_min(start)
-            high = _too_high(i)
+            begun = torch.full_like(i[:1], start)
+            if before is not None:
+                begun = wide(before[2]).reshape(1, batch, heads)
+            stabiliser = kept + torch.maximum((i - kept).cummax(0).values, begun)
+            high = _too_high(torch.cat([i, begun]))
+            first = None
+            if before is not None:
+                beside = before[1].reshape(batch, heads, d_k, 1)
+                first = wide(torch.cat([before[0], beside], -1))
+                first = first * torch.exp(begun[0] - high)[..., None, None]
             lowest = torch.exp(-high)[..., None]
             small = given["eps"] * torch.exp(stabiliser - high)[..., None]
 
             def read_states(states: Tensor) -> Tensor:
                 sums = (states * q.unsqueeze(-1)).sum(-2)  # (T, B, H, d_v + 1)
                 above, below = sums[..., :-1], sums[..., -1:]
-                return (above / (torch.maximum(below.abs(), lowest) + small)).movedim(0, 2)
+                read = above / (torch.maximum(below.abs(), lowest) + small)
+                return read.movedim(0, 2).reshape(returned.shape)
 
             return LinearSteps(
                 shape=(heads, d_k, d_v + 1),
@@ -263,6 +279,7 @@ def mlstm(names: str, *, keys: bool, start: float) -> Callable[[LibraryCall], di
                     k.unsqueeze(-1),
                     _with_one(v).unsqueeze(-2),
                 ),
+                initial=first,
                 read=read_states,
             )
 
@@ -271,79 +288,68 @@ def mlstm(names: str, *, keys: bool, start: float) -> Callable[[LibraryCall], di
             "batch": batch,
             "shape": (heads, d_k, d_v + 1),
             "make": make,
-            "output": seen.result(0),
+            "output": returned,
         }
 
     return read
 
 
-def mlstm_in_chunks(names: str) -> Callable[[LibraryCall], dict[str, Any]]:
-    """The mapping of an mLSTM in chunks: m starts from 0, and d_k^{−1/2} is on the queries."""
+def mlstm_from(names: str, first: str) -> Callable[[LibraryCall], dict[str, Any]]:
+    """The mapping of an mLSTM that may be given its first state, C and n divided by e^m, and m.
+
+    m starts from 0 elsewhere, and d_k^{−1/2} is on the queries.
+    """
     inner = mlstm(names, keys=False, start=0.0)
 
     def read(seen: LibraryCall) -> dict[str, Any]:
-        if any(seen.given[name] is not None for name in _FIRST.split()):
-            raise Unread(
-                "a first state that is given, divided by its stabiliser, is not understood"
-            )
+        before = [seen.given[name] for name in first.split()]
+        live = [seen.live[name] for name in first.split()]
+        known = before[0] is not None
+        ends = _handed_on(live if known else None, seen.result(1))
         precision = seen.given.get("autocast_kernel_dtype") or torch.float32
-        return inner(seen) | {"precision": precision}
+        return inner(seen, before if known else None) | ends | {"precision": precision}
 
     return read
 
 
-_FIRST = "c_initial n_initial m_initial"
-_KERNELS = ("native_autograd", "native_custbw", "limit_chunk", "xl_chunk")
-_TILES = (
-    "chunk_size chunk_size_inter chunk_size_intra siz_b_L_parallel siz_b_L_loop siz_b_DH_parallel"
-)
-_REST = (
-    "siz_b_DH_loop num_warps_intra num_warps_inter num_stages_intra num_stages_inter "
-    "recompute_states_in_bw return_last_states"
+_HOW = (  # the mLSTM is computed, which changes nothing
+    "autocast_kernel_dtype chunk_size chunk_size_inter chunk_size_intra siz_b_L_parallel siz_b_L_loop "
+    "siz_b_DH_parallel siz_b_DH_loop num_warps_intra num_warps_inter num_stages_intra num_stages_inter "
+    "recompute_states_in_bw return_last_states dtype_state"
 )
 _MLSTM = "queries keys values igate_preact fgate_preact"
 
+# fmt: off
 MATRIX_MEMORIES = (
     LibraryFunction(
-        ("transformers.models.minimax",),
-        "apply_mask_to_padding_states",  # which its lightning attention calls
-        "lightning attention",
+        # which its lightning attention calls
+        ("transformers.models.minimax",), "apply_mask_to_padding_states", "lightning attention",
         fused="its recurrence runs within its own forward, where its states cannot be seen; a head keeps "
         "exp(−slope_rate) a step, whatever it reads",
     ),
     *_OF_THE_DELTA_RULE,
     LibraryFunction(
-        ("transformers.models.rwkv",),
-        "rwkv_linear_attention",
-        "RWKV",
-        "time_decay time_first key value state",
-        rwkv,
-        ignores="return_state",
+        ("transformers.models.rwkv",), "rwkv_linear_attention", "RWKV",
+        "time_decay time_first key value state", rwkv, ignores="return_state",
     ),
     LibraryFunction(
-        ("xlstm.blocks.mlstm",),
-        "parallel_stabilized_simple",
-        "mLSTM",
-        f"{_MLSTM} eps",
-        mlstm(_MLSTM, keys=True, start=-math.inf),
-        ignores="lower_triangular_matrix",
+        ("xlstm.blocks.mlstm",), "parallel_stabilized_simple", "mLSTM", f"{_MLSTM} eps",
+        mlstm(_MLSTM, keys=True, start=-math.inf), ignores="lower_triangular_matrix",
     ),
     *(
         LibraryFunction(
-            (package,),
-            name,
-            "mLSTM",
-            f"{names} {_FIRST} eps",
-            mlstm_in_chunks(names),
-            ignores=f"autocast_kernel_dtype {_TILES} {_REST}",
+            (package,), name, "mLSTM", f"{names} {first} eps", mlstm_from(names, first), ignores=_HOW
         )
-        for package, name, names in (
-            *(("mlstm_kernels", f"mlstm_chunkwise__{kernel}", "q k v i f") for kernel in _KERNELS),
-            (
-                "transformers.models.xlstm",
-                "mlstm_chunkwise_native_autograd",
-                "query key value igate fgate",
-            ),
+        for package, names, start, step, known in (
+            ("mlstm_kernels", "q k v i f", "_initial", "", (
+                "chunkwise__native_autograd", "chunkwise__native_custbw", "chunkwise__limit_chunk",
+                "chunkwise__xl_chunk", "recurrent_step__native",
+            )),
+            ("transformers.models.xlstm", "query key value igate fgate", "_initial", "state",
+             ("chunkwise_native_autograd", "recurrent_step_native")),
         )
+        for name in (f"mlstm_{how}" for how in known)
+        for first in (" ".join(f"{x}{step if 'step' in name else start}" for x in "cnm"),)
     ),
 )
+# fmt: on

@@ -202,43 +202,27 @@ _SELECTIVE = "A B C D z delta_bias delta_softplus return_last_state"
 _CHUNKED = "dt A B C chunk_size D"
 _CHUNKED_ENDS = "dt_bias initial_states dt_softplus dt_limit return_final_states"
 
+# fmt: off
 _MAMBAS = (
     LibraryFunction(
-        ("transformers.models",),
-        "mamba_selective_scan",
-        "Mamba",
-        f"hidden_states dt {_SELECTIVE}",
-        selective_scan("hidden_states dt B C", rounds=True),
-        ignores="use_mambapy use_associative_scan",
+        ("transformers.models",), "mamba_selective_scan", "Mamba", f"hidden_states dt {_SELECTIVE}",
+        selective_scan("hidden_states dt B C", rounds=True), ignores="use_mambapy use_associative_scan",
     ),
     LibraryFunction(
-        ("mamba_ssm",),
-        "selective_scan_fn",
-        "Mamba",
-        f"u delta {_SELECTIVE}",
+        ("mamba_ssm",), "selective_scan_fn", "Mamba", f"u delta {_SELECTIVE}",
         selective_scan("u delta B C", rounds=False),
     ),
     *(
-        LibraryFunction(
-            ("mambapy",), f"MambaBlock.{name}", "Mamba", "x delta A B C D", mambapy_scan
-        )
+        LibraryFunction(("mambapy",), f"MambaBlock.{name}", "Mamba", "x delta A B C D", mambapy_scan)
         for name in ("selective_scan", "selective_scan_seq")
     ),
     LibraryFunction(
-        ("transformers.models",),
-        "mamba2_chunk_scan",
-        "Mamba-2",
-        f"hidden_states {_CHUNKED} {_CHUNKED_ENDS}",
-        by_head("hidden_states"),
-        refuses=("z", "seq_idx", "cu_seqlens"),
+        ("transformers.models",), "mamba2_chunk_scan", "Mamba-2", f"hidden_states {_CHUNKED} {_CHUNKED_ENDS}",
+        by_head("hidden_states"), refuses=("z", "seq_idx", "cu_seqlens"),
     ),
     LibraryFunction(
-        ("mamba_ssm",),
-        "mamba_chunk_scan_combined",
-        "Mamba-2",
-        f"x {_CHUNKED} z {_CHUNKED_ENDS}",
-        by_head("x"),
-        refuses=("seq_idx", "cu_seqlens", "return_varlen_states"),
+        ("mamba_ssm",), "mamba_chunk_scan_combined", "Mamba-2", f"x {_CHUNKED} z {_CHUNKED_ENDS}",
+        by_head("x"), refuses=("seq_idx", "cu_seqlens", "return_varlen_states"),
     ),
     *(
         LibraryFunction((package,), name, cell, fused=FUSED_MIXER.format(name))
@@ -250,6 +234,7 @@ _MAMBAS = (
         )
     ),
 )
+# fmt: on
 
 
 Coefficients = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]  # a, b, each (B, T, ...)
@@ -322,52 +307,34 @@ def _cuts(resets: Tensor) -> Tensor:
     return time_first(resets).flatten(2).all(-1)
 
 
+# fmt: off
 STATE_SPACES = (
     *_MAMBAS,
     LibraryFunction(
-        ("transformers.models.recurrent_gemma",),
-        "RecurrentGemmaRglru._rnn_scan",
-        "RG-LRU",
+        ("transformers.models.recurrent_gemma",), "RecurrentGemmaRglru._rnn_scan", "RG-LRU",
         "hidden_states recurrent_gate reset recurrent_states",
         of_states(
-            lambda given: (given["recurrent_gate"], given["hidden_states"]),
-            "hidden_states",
-            first="recurrent_states",
-            last="always",
-            resets="reset",
-            single=True,
+            lambda given: (given["recurrent_gate"], given["hidden_states"]), "hidden_states",
+            first="recurrent_states", last="always", resets="reset", single=True,
         ),
         ignores="acc_dtype",
     ),
     LibraryFunction(
-        ("minGRU_pytorch",),
-        "heinsen_associative_scan_log",
-        "minGRU",
-        "log_coeffs log_values",
-        min_gru,
+        ("minGRU_pytorch",), "heinsen_associative_scan_log", "minGRU", "log_coeffs log_values", min_gru
     ),
     LibraryFunction(
-        ("mambapy",),
-        "pscan",
-        "parallel scan",
-        "A X",
-        of_states(lambda given: (given["A"], given["X"]), "X"),
+        ("mambapy",), "pscan", "parallel scan", "A X", of_states(lambda given: (given["A"], given["X"]), "X")
     ),
     *(
         LibraryFunction(
-            ("fla",),
-            f"{how}_hgrn",
-            "HGRN",
-            "x g initial_state output_final_state",
+            ("fla",), f"{how}_hgrn", "HGRN", "x g initial_state output_final_state",
             of_states(
-                lambda given: (wide(given["g"]).exp(), given["x"]),
-                "x",
-                first="initial_state",
-                last="output_final_state",
-                single=True,
+                lambda given: (wide(given["g"]).exp(), given["x"]), "x",
+                first="initial_state", last="output_final_state", single=True,
             ),
             refuses=("cu_seqlens",),
         )
         for how in ("chunk", "fused_recurrent")
     ),
 )
+# fmt: on
