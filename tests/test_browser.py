@@ -178,7 +178,7 @@ def test_the_page_forbids_every_other_script(browser: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("case", "place", "says"), [
-    ("everything", "#all-layers", "Overview of all layers"),
+    ("everything", "#all-layers", "Overview of more layers"),
     ("crowded", "#words", "Gains become smaller or larger than the model's own numbers can be"),
 ])  # fmt: skip
 def test_a_link_unfolds_what_it_leads_to(

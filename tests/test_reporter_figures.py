@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from seam import Picture, look, narrowed, paint, png
+from seam import Picture, draw, look, narrowed, paint, png
 
 from gradflow.errors import InputError
 from gradflow.reporter import KINDS, plot, plot_narrow
@@ -337,3 +337,24 @@ def test_drawing_loads_neither_seaborn_nor_scipy_stats() -> None:
     code = "import sys, gradflow.reporter; print([m for m in ('seaborn', 'scipy.stats') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_an_overview_of_many_layers_has_the_worst_and_says_so(captions: bool) -> None:
+    rates = np.linspace(-0.9, 0.0, 20)
+    many = [synthetic.layer(f"l{n}", "GRU", float(rate)) for n, rate in enumerate(rates)]
+    figure = plot(synthetic.analysis(*many), captions=captions)
+    (most,) = [words for text in figure.texts if "worst" in (words := text.get_text())]
+    assert most.startswith("Of 20 layers the 12 with the worst verdicts; ")
+    shown = " ".join(text.get_text() for text in figure.texts)
+    assert "l11  ·" in shown and "l12  ·" not in shown
+    assert figure.get_size_inches()[1] < 21
+    twelve = plot(synthetic.analysis(*many[:12]), captions=captions)
+    assert not any("worst" in text.get_text() for text in twelve.texts)
+
+
+def test_a_report_of_many_layers_draws_the_worst_of_them() -> None:
+    many = [synthetic.layer(f"l{n}", "GRU", -0.05 * (n + 1), steps=20) for n in range(40)]
+    pictures = draw(synthetic.analysis(*many))
+    drawn = {name for kind, name in pictures if kind == "gain-map"}
+    assert drawn == {f"l{n}" for n in range(28, 40)}

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from gradflow.analysis import Analysis, LayerAnalysis
 from gradflow.errors import InputError, must_be
+from gradflow.limits import OVERVIEW_ROWS
 from gradflow.reporter import panels, prepare
 from gradflow.reporter.charts import states
 from gradflow.reporter.charts.chart import writable
@@ -62,7 +63,8 @@ def plot(
             return _draw_into(ax, kind, entries)
         drawn = KINDS[kind]
         if drawn is None:
-            return draw_overview(entries, captioned=captions)
+            rows = _worst(entries)
+            return draw_overview(rows, captioned=captions, left_out=len(entries) - len(rows))
         blocks = _blocks(drawn, entries)
         return draw_blocks(drawn, blocks if captions else [bare(block) for block in blocks])
 
@@ -96,6 +98,15 @@ def _entries(x: Analysis | Sequence[Analysis], layer: str | None) -> list[Entry]
         advice = "record a model that has a recurrent layer"
         raise InputError(must_be("what is plotted", "an analysis with layers", "none", advice))
     return entries
+
+
+def _worst(entries: list[Entry]) -> list[Entry]:
+    """Of more than fit a picture those with the worst verdicts, in their order."""
+    if len(entries) <= OVERVIEW_ROWS:
+        return entries
+    named = {str(number): entry.layer for number, entry in enumerate(entries)}
+    worst = Analysis("", named, (), {}).worst_first[:OVERVIEW_ROWS]
+    return [entry for entry in entries if any(entry.layer is layer for layer in worst)]
 
 
 def _entry(group: str, layer: LayerAnalysis) -> Entry:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gradflow.analysis import FRAMES, OPTIONAL, Analysis
 from gradflow.errors import InputError, must_be
+from gradflow.limits import OVERVIEW_ROWS
 from gradflow.reporter.digest import summary
 from gradflow.reporter.figures import blocks_of, plot, plot_narrow
 from gradflow.reporter.folders import check_folder, whole_folder
@@ -52,15 +53,15 @@ def report(
 @look()  # put on once for all pictures
 def draw(analysis: Analysis, formats: Iterable[str] = ("html",)) -> dict[FigureKey, Drawn]:
     """Every picture of an analysis, by (kind, layer name); as PDF or SVG too where asked for."""
-    shown = functools.partial(drawn, formats=formats)
+    made = functools.partial(drawn, formats=formats)
     worst = [layer.name for layer in analysis.told]
     top = _part(analysis, worst[:TOP])
     pictures = {
-        ("overview", "top"): shown(plot(top)),
-        ("overview", "narrow"): shown(plot_narrow(top)),
+        ("overview", "top"): made(plot(top)),
+        ("overview", "narrow"): made(plot_narrow(top)),
     }
     if len(analysis) > len(top):
-        pictures["overview", ""] = shown(plot(analysis))
+        pictures["overview", ""] = made(plot(analysis))
     for name, kind in KINDS.items():
         if kind is None:
             continue
@@ -70,13 +71,14 @@ def draw(analysis: Analysis, formats: Iterable[str] = ("html",)) -> dict[FigureK
                 continue  # they are those of its loop
             # a picture with only words in its place is left out, and so is the detail of all
             # but the worst layers of a deep stack, which would take minutes and megabytes
-            if not (kind.together or kind.always or {layer.name, layer.part_of} & set(worst[:TOP])):
+            shown = worst[: OVERVIEW_ROWS if kind.always else TOP]
+            if not (kind.together or {layer.name, layer.part_of} & set(shown)):
                 continue
             blocks = blocks_of(kind, _part(analysis, layers))
             chart = blocks[0].chart
             if kind.always or not chart.note:
                 key = (name, "" if kind.together else layer.name)
-                pictures[key] = shown(draw_blocks(kind, blocks), message=chart.message)
+                pictures[key] = made(draw_blocks(kind, blocks), message=chart.message)
     return pictures
 
 

@@ -85,9 +85,9 @@ class Entry:
 
 
 def draw_overview(
-    entries: Sequence[Entry], layout: RowWidths = WIDE, *, captioned: bool = True
+    entries: Sequence[Entry], layout: RowWidths = WIDE, *, captioned: bool = True, left_out: int = 0
 ) -> Figure:
-    """The overview figure of these layers; without its captions where there is text around it."""
+    """The overview figure of these layers, without its captions where there is text around it."""
     heats = prepare.cropped([prepare.heat(entry.layer) for entry in entries])
     lines = [prepare.lag_line(entry.layer) for entry in entries]
     reach = curve_reach(lines, [entry.layer for entry in entries])
@@ -104,9 +104,13 @@ def draw_overview(
         place += LABEL if number in labelled else 0
         if not layout.beside:
             place += WORDS + LOW + TICKS + (LABEL if number in labelled else 0)
+    explained = captions(entries, heats, layout) if captioned else []
+    if left_out:
+        worst = f"Of {len(entries) + left_out} layers the {len(entries)} with the worst verdicts; "
+        explained = [f"{worst}gradflow.plot(run, layer=NAME) draws another.", *explained]
     words = [
         line
-        for caption in (captions(entries, heats, layout) if captioned else [])
+        for caption in explained
         for line in ([caption] if layout.beside else textwrap.wrap(caption, 64))
     ]
     bar = panels.ratio_bar("as at the loss")
