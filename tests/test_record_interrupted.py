@@ -131,6 +131,36 @@ def test_an_exception_of_another_thread_is_what_comes_out(monkeypatch: pytest.Mo
     assert cancelled + len(lost) == 40 and cancelled > 30
 
 
+def test_an_exception_between_a_call_and_its_link_is_what_comes_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between two lists of one length: what closes the block must not fail over them in its place."""
+
+    class Links(list[Any]):
+        def append(self, link: Any) -> None:
+            if len(self) == 4:
+                raise KeyboardInterrupt
+            super().append(link)
+
+    chain = sys.modules["gradflow.hooks.loops.stitch"].Chain
+    add = chain.add
+    monkeypatch.setattr(chain, "add", lambda self, *one: (linked(self), add(self, *one)))
+
+    def linked(self: Any) -> None:
+        self.links = self.links if isinstance(self.links, Links) else Links(self.links)
+
+    def run() -> None:
+        state = None
+        with gradflow.record(cell):
+            for x in torch.randn(9, 2, 3):
+                state = cell(x, state)
+
+    cell = torch.nn.LSTMCell(3, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not cell._forward_hooks and "forward" not in vars(cell)
+
+
 def test_an_error_of_gradflows_own_is_not_taken_for_one_from_outside() -> None:
     faults: list[Any] = [lambda: "a"[len("a")], lambda: {}["a"], lambda: 1 / 0, lambda: None.a]  # type: ignore[attr-defined]
     faults += [lambda: torch.ones(2) @ torch.ones(3), lambda: int("a"), lambda: next(iter([]))]
