@@ -277,6 +277,11 @@ SENTENCE_LETTERS = _limit(300, "letters", "of a sentence that refuses, its paths
 ANNOUNCED = _limit(2**28, "bytes", "that a compressed batch, or views of few numbers, may stand for")
 UNPACKED_TIMES = _limit(8, "times", "its own bytes that an archive of weights may unpack to, and a MiB")
 TRUSTED_LETTERS = _limit(1_000, "letters", "of one on what a class of --model or a file of --trust lacks")
+MOST_LAYERS = _limit(128, "layers", "of a file, each direction counted, or of a saved run")
+MOST_SENTENCES = _limit(10_000, "warnings", "of a saved run")
+MOST_STEPS = _limit(10_000, "steps", "or sequences, of a batch in a file, for a layer that runs step by step")
+HIGHEST = _limit(40.0, "nats", "of an exponent, that leaves room for a sum of many steps in float32")
+OVERVIEW_ROWS = _limit(12, "layers", "in an overview; of more those with the worst verdicts are drawn")
 LISTED_MODULES = _limit(20, "modules", "listed of a file")
 
 # budgets of time

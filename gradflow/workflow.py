@@ -104,7 +104,7 @@ def plot(
         kind: "overview", the default, or another of `gradflow.reporter.KINDS`, such as "gain-map" or
             "states"; of a history "waterfall", the default, "rates", "horizons", "gates", "norms", and of
             a sweep "groups". The README lists them, and so does the error on a kind that there is not.
-        layer: one layer by name; all by default.
+        layer: one layer by name; by default all, in an overview the twelve with the worst verdicts.
         by: of the kind "groups", what the runs of one group differ in, as their folders name it.
         ax: axes of your own for the main panel of one layer; its colour bar stands beside it.
         limits: powers of ten at which the colours end instead, such as (-2, 2), to tell apart what is
@@ -239,6 +239,7 @@ def analyze_file(request: FileRequest, progress: Progress | None = None) -> Anal
     reading = ("seq_len", "batch", "target", "loss", "output", "train")
     check_options(request.input, **{name: getattr(request, name) for name in reading})
     opened = loading.open_model(request.path, request.spec, request.trust, request.member)
+    loading.check_layers(opened)
     with collected_warnings() as sentences:
         if request.input is None:
             analysis = _from_weights(opened, request, progress)

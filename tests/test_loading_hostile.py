@@ -13,10 +13,12 @@ from typing import Any
 
 import h5py
 import hostile_files
+import numpy as np
 import pytest
 import torch
 
 import gradflow
+from gradflow import workflow
 from gradflow.errors import GradflowError
 from gradflow.history import History
 from gradflow.loading import describe, open_model, open_pretrained, read_batch, read_labels
@@ -346,7 +348,56 @@ EDITS: dict[str, Callable[[h5py.File], None]] = {
     "no step": edited("/layer0", steps=0),
     "a sentence that is a number": edited("/layer0", sentence=0),
     "an array less": lambda file: file["/layer0"].__delitem__("gate_mean"),
+    "one layer under two names": lambda file: twice(file, ["l0", "l1"]),
+    "a layer twice": lambda file: twice(file, ["l0", "l0"]),
+    "numbers of another file": lambda file: elsewhere(file["/layer0"]),
+    "warnings without end": edited("/", warnings=["x"] * 10_001),
 }
+
+
+def twice(file: h5py.File, names: list[str]) -> None:
+    """A second link to the only layer there is."""
+    file["/layer1"] = file["/layer0"]
+    edited("/", layers=names)(file)
+
+
+def elsewhere(layer: h5py.Group) -> None:
+    """An array whose numbers are the bytes of a file of the user's."""
+    shape = layer["step_growth"].shape
+    del layer["step_growth"]
+    layer.create_dataset("step_growth", shape, "f8", external=[(__file__, 0, h5py.h5f.UNLIMITED)])
+
+
+def test_of_a_run_no_name_is_looked_for(
+    saved: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the name of an array h5py searches all of the file, so that every layer reads all others."""
+    (tmp_path / "r.nc").write_bytes(saved)
+    monkeypatch.setattr(h5py.Dataset, "name", property(lambda _: pytest.fail("searched")))
+    assert len(gradflow.load(tmp_path / "r.nc")) == 1
+
+
+def test_a_run_of_more_layers_than_are_read_says_so(saved: bytes, tmp_path: Path) -> None:
+    (tmp_path / "r.nc").write_bytes(saved)
+    with h5py.File(tmp_path / "r.nc", "r+") as file:
+        edited("/", layers=[f"l{n}" for n in range(129)])(file)
+    assert "holds 129 layers, more than the 128" in refused(
+        lambda: gradflow.load(tmp_path / "r.nc")
+    )
+
+
+def test_more_layers_or_steps_than_are_analyzed_are_refused_before_any_runs(tmp_path: Path) -> None:
+    torch.save(torch.nn.GRU(1, 1, 65, bidirectional=True), tmp_path / "deep.pt")
+    torch.save(torch.nn.ModuleList(torch.nn.RNN(1, 1) for _ in range(129)), tmp_path / "wide.pt")
+    for name, count in (("deep.pt", 130), ("wide.pt", 129)):
+        request = workflow.FileRequest(tmp_path / name)
+        assert f"has {count} recurrent layers, more than the 128" in refused(
+            lambda request=request: workflow.analyze_file(request)
+        )
+    torch.save(torch.nn.RNN(1, 1), tmp_path / "x.pt")
+    np.savez_compressed(tmp_path / "b.npz", input=np.zeros((3 * 10**6, 1, 1), np.float32))
+    request = workflow.FileRequest(tmp_path / "x.pt", input=tmp_path / "b.npz")
+    assert "at most 10,000 steps and sequences" in refused(lambda: workflow.analyze_file(request))
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import numpy as np
 import xarray as xr
 
 from gradflow.analysis.results import UNMEASURED, LayerAnalysis
-from gradflow.analysis.schema import built, checked_data
+from gradflow.analysis.schema import DIMS, LABELLED, built, checked_data
 from gradflow.errors import FileError, InputError, one_sentence, plain_text
-from gradflow.limits import ANNOUNCED, UNPACKED_TIMES, VERDICTS
+from gradflow.limits import ANNOUNCED, MOST_LAYERS, UNPACKED_TIMES, VERDICTS
 from gradflow.recording.tracks import Unseen
 from gradflow.writing import clear, put_back, whole_file
 
@@ -109,38 +109,45 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, list[LayerAnalysis]]:
             f"there is no run at {file}; give a folder written by gradflow, or its run.nc{such}"
         )
     try:
-        header = _header_of(_opened(file, "/"), file)
-        layers = [_layer_from(_opened(file, f"/layer{n}")) for n in range(len(header.layers))]
+        with h5py.File(file, "r") as opened:
+            header = _header_of(opened, file)
+            layers = []
+            for number, name in enumerate(header.layers):
+                layers.append(_layer_from(opened[f"/layer{number}"], file.stat().st_size))
+                if layers[-1].name != name:
+                    raise ValueError("another layer than the header says")
     except DAMAGES as error:
         raise FileError(one_sentence(_unreadable(file), str(path))) from error
-    names = tuple(layer.name for layer in layers)
-    if not names or names != header.layers or len(set(names)) < len(names):
-        raise FileError(one_sentence(_unreadable(file), str(path)))
     return header, layers
 
 
-# what h5netcdf, xarray and json raise on a damaged or edited file
+# what h5py, xarray and json raise on a damaged or edited file
 DAMAGES = (
     OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, MemoryError,
 )  # fmt: skip
 
 
-def _opened(file: Path, group: str) -> xr.Dataset:
-    """One group of a file, in memory; numbers as they stand there, whatever attributes say of them."""
-    # what h5netcdf fails on in its __init__, its __del__ prints
-    with h5py.File(file, "r") as opened:
-        opened.attrs.get("_nc3_strict")
-    with xr.open_dataset(
-        file, group=group, engine="h5netcdf", mask_and_scale=False, decode_times=False
-    ) as data:
-        # A compressed array that announces gigabytes takes a few bytes
-        if data.nbytes > max(ANNOUNCED, UNPACKED_TIMES * file.stat().st_size):
-            raise ValueError("it announces more numbers than such a file holds")
-        found = data.load()
-    for values in found.variables.values():
-        note = values.attrs.pop("note", None)
-        values.attrs = {"note": plain_text(note)} if isinstance(note, str) else {}
-    return found
+def _arrays(group: h5py.Group, size: int) -> xr.Dataset:
+    """The arrays of a group that a run may have, in memory; of a file of this many bytes.
+
+    Read by h5py: xarray's reader has it name every dimension, for which it searches all of the file.
+    """
+    known = {name: group[name] for name in group if name in DIMS or name in LABELLED}
+    # A compressed array that announces gigabytes takes a few bytes
+    if sum(one.nbytes for one in known.values()) > max(ANNOUNCED, UNPACKED_TIMES * size):
+        raise ValueError("it announces more numbers than such a file holds")
+    arrays, labels = {}, {}
+    for name, one in known.items():
+        if one.external or one.is_virtual:
+            raise ValueError("its numbers are in another file")
+        values = one.asstr()[()] if h5py.check_string_dtype(one.dtype) else one[()]
+        note = one.attrs.get("note")
+        notes = {"note": plain_text(note)} if isinstance(note, str) else {}
+        if name in DIMS:
+            arrays[name] = (DIMS[name], values, notes)
+        elif not bytes(one.attrs.get("NAME", b"")).startswith(b"This is a netCDF dimension but"):
+            labels[name] = (name, values)
+    return xr.Dataset(arrays, labels)
 
 
 @dataclass(frozen=True)
@@ -154,11 +161,19 @@ class Header:
     unseen: tuple[Unseen, ...] = ()  # likewise; older runs do not have it
 
 
-def _header_of(data: xr.Dataset, file: Path) -> Header:
-    header = json.loads(data.attrs["gradflow"])
+def _header_of(opened: h5py.File, file: Path) -> Header:
+    header = json.loads(opened.attrs["gradflow"])
     if header["schema"] != SCHEMA:
         raise FileError(one_sentence(_other_schema(file, header["schema"]), str(file)))
-    return built(Header, header)
+    found = built(Header, header)
+    if not found.layers or len(set(found.layers)) < len(found.layers):
+        raise ValueError("no layers, or two of one name")
+    if len(found.layers) > MOST_LAYERS:
+        said = (
+            f"{file} holds {len(found.layers):,} layers, more than the {MOST_LAYERS} that are read"
+        )
+        raise FileError(one_sentence(f"{said}; record fewer at once", str(file)))
+    return found
 
 
 def _near_runs(path: Path) -> list[Path]:
@@ -198,8 +213,8 @@ def _unreadable(file: Path) -> str:
     )
 
 
-def _layer_from(data: xr.Dataset) -> LayerAnalysis:
-    header = json.loads(data.attrs.pop("gradflow"))
+def _layer_from(group: h5py.Group, size: int) -> LayerAnalysis:
+    header, data = json.loads(group.attrs["gradflow"]), _arrays(group, size)
     arrays = header.pop("arrays", {})  # older runs do not list them
     if any(list(data[name].shape) != shape for name, shape in arrays.items()):
         raise ValueError("an array of another shape than it was saved with")

@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from gradflow.errors import plain_name, plain_text, plain_value
+from gradflow.limits import MOST_SENTENCES
 
 # without these no picture of a layer can be drawn; older runs may lack others
 ESSENTIAL = ("log_gain", "lag_median", "sequence_rate", "log10_grad", "unit_order", "grad_norm")
@@ -50,6 +51,7 @@ DIMS: dict[str, tuple[str, ...]] = {  # of every variable, as `gradflow.analysis
 }
 WORD_DIMS = ("norm", "block", "side", "kind", "parameter", "state", "gate", "decay_fact", "path", "factor")
 # fmt: on
+LABELLED = {dim for dims in DIMS.values() for dim in dims} - {"segment"}
 NEEDED_WORDS = {"norm": {"spectral", "rms", "loss"}, "kind": {"total", "direct", "last"}}
 NAMES = ("name", "title", "cell", "layer", "layers", "part_of", "module")  # fields that are names
 WORDS = "step_labels"
@@ -57,23 +59,13 @@ T = TypeVar("T")
 
 
 def checked_data(data: xr.Dataset, steps: int, sequences: int) -> xr.Dataset:
-    """The arrays of a layer, each with its own dims, of numbers, and coordinates that label them.
-
-    Variables of names that are not known are left out: a newer gradflow may have written them.
-    """
+    """The arrays of a layer, all of numbers, and coordinates that label their dims."""
     data[list(ESSENTIAL)]  # KeyError where one is missing
-    data = data.drop_vars([name for name in data.data_vars if name not in DIMS])
     for name, values in data.data_vars.items():
-        if values.dims != DIMS[str(name)] or values.dtype.kind not in "fiu":
+        if values.dtype.kind not in "fiu":
             raise ValueError(f"{name} is no array of a run")
-    needed = {dim for name in data.data_vars for dim in DIMS[str(name)]} - {"segment"}
-    known = {dim for dims in DIMS.values() for dim in dims} - {"segment"}
-    coordinates = {
-        str(name): _checked_labels(str(name), data[name])
-        for name in data.coords
-        if name in known and data[name].dims == (name,)
-    }
-    if needed & {*WORD_DIMS} - set(coordinates):
+    coordinates = {str(name): _checked_labels(str(name), data[name]) for name in data.coords}
+    if {*data.dims} & {*WORD_DIMS} - set(coordinates):
         raise ValueError("a dimension has no labels")
     sizes = data.sizes
     if sizes["step"] != steps or sizes["batch"] != sequences:
@@ -147,7 +139,7 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
             plain_name(key): plain_value(inner) for key, inner in _typed(dict, value, name).items()
         }
     if get_origin(hint) is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, list) or (len(value) > MOST_SENTENCES and name != WORDS):
             raise TypeError(name)
         return tuple(_typed(get_args(hint)[0], one, name) for one in value)
     if hint is np.ndarray:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gradflow.errors import FileError, GradflowError, InputError, must_be, one_sentence, printable
-from gradflow.limits import ANNOUNCED
+from gradflow.limits import ANNOUNCED, MOST_STEPS
 from gradflow.loading.contents import checked, read_torch
 from gradflow.loading.file_kinds import READ_ERRORS, about_dangling
 from gradflow.loading.state_dicts import is_recurrent
@@ -444,9 +444,19 @@ def fit_batch(batch: Batch, model: nn.Module) -> Batch:
         kwargs={key: fit(value, key, whole=True) for key, value in batch.kwargs.items()},
         target=fit(batch.target, "the target", whole=True),
     )
+    if any(isinstance(part, nn.RNNBase | nn.RNNCellBase) for part in model.modules()):
+        _check_steps(fitted.inputs[0])
     if isinstance(model, nn.RNNBase):
         fitted = _fit_bare(fitted, model, notes)
     return replace(fitted, notes=tuple(dict.fromkeys(notes)))
+
+
+def _check_steps(first: Tensor) -> None:
+    """Refuse more steps, or sequences, than a layer that runs step by step is analyzed on."""
+    if max(first.shape[:2], default=0) > MOST_STEPS:
+        expected = f"of at most {MOST_STEPS:,} steps and sequences"
+        advice = "cut it into several files, and give --input their folder"
+        raise InputError(must_be("the input", expected, f"shape {tuple(first.shape)}", advice))
 
 
 def _fit_bare(batch: Batch, model: nn.RNNBase, notes: list[str]) -> Batch:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradflow.errors import FileError, InputError, one_sentence, printable
 from gradflow.history.probe import TrainingStep
-from gradflow.limits import SENTENCE_LETTERS, TRUSTED_LETTERS
+from gradflow.limits import MOST_LAYERS, SENTENCE_LETTERS, TRUSTED_LETTERS
 from gradflow.loading import model_spec as specs
 from gradflow.loading.ages import about_age, aged_layers, lacking
 from gradflow.loading.contents import read
@@ -108,6 +108,16 @@ def no_recurrence(opened: Opened) -> str:
         f"{opened.path} is {opened.kind} without recurrent weights: {holds if shown else 'empty'}; "
         f"if the recurrence is in your own code, type: {command}"
     )
+
+
+def check_layers(opened: Opened) -> None:
+    """Raise InputError for more layers than are analyzed at once."""
+    count = sum(one.layers * (1 + one.bidirectional) for one in opened.recurrent)
+    if count > MOST_LAYERS:
+        raise InputError(
+            f"{opened.title} has {count:,} recurrent layers, more than the {MOST_LAYERS} that are analyzed "
+            "at once; take fewer with --member, or record a training step of a part with gradflow.record"
+        )
 
 
 def no_model_to_run(opened: Opened, batch: Path | None) -> str:

@@ -46,6 +46,7 @@ def measure_checkpoint(task: CheckpointTask) -> Outcome:
     try:
         with fitting_threads(0), printed_to_stderr(), collected_warnings() as sentences:
             opened = _opened(task)
+            loading.check_layers(opened)
             if task.path is not None and state_of(task.path) != task.state:
                 return Outcome(changed=True)
             probe, cells = _measured(opened, task.settings, sentences)
