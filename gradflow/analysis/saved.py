@@ -17,8 +17,8 @@ import xarray as xr
 
 from gradflow.analysis.results import UNMEASURED, LayerAnalysis
 from gradflow.analysis.schema import DIMS, LABELLED, built, checked_data
-from gradflow.errors import FileError, InputError, one_sentence, plain_text
-from gradflow.limits import ANNOUNCED, MOST_LAYERS, UNPACKED_TIMES, VERDICTS
+from gradflow.errors import FileError, InputError, must_be, one_sentence, plain_text
+from gradflow.limits import ANNOUNCED, RUN_LAYERS, UNPACKED_TIMES, VERDICTS
 from gradflow.recording.tracks import Unseen
 from gradflow.writing import clear, put_back, whole_file
 
@@ -34,6 +34,9 @@ APART = ("data", "lyapunov", "rate", "gain", "parity", "findings", "predictions"
 
 
 def save(analysis: Analysis, path: Path) -> Path:
+    if len(analysis.layers) > RUN_LAYERS:
+        most = f"at most {RUN_LAYERS} layers"
+        raise InputError(must_be("a saved run", most, len(analysis.layers), "record fewer at once"))
     header = {
         "schema": SCHEMA,
         "title": analysis.title,
@@ -145,7 +148,7 @@ def _arrays(group: h5py.Group, size: int) -> xr.Dataset:
         notes = {"note": plain_text(note)} if isinstance(note, str) else {}
         if name in DIMS:
             arrays[name] = (DIMS[name], values, notes)
-        elif not bytes(one.attrs.get("NAME", b"")).startswith(b"This is a netCDF dimension but"):
+        elif b"a netCDF dimension but not" not in np.bytes_(one.attrs.get("NAME", b"")[:99]):
             labels[name] = (name, values)
     return xr.Dataset(arrays, labels)
 
@@ -168,9 +171,9 @@ def _header_of(opened: h5py.File, file: Path) -> Header:
     found = built(Header, header)
     if not found.layers or len(set(found.layers)) < len(found.layers):
         raise ValueError("no layers, or two of one name")
-    if len(found.layers) > MOST_LAYERS:
+    if len(found.layers) > RUN_LAYERS:
         said = (
-            f"{file} holds {len(found.layers):,} layers, more than the {MOST_LAYERS} that are read"
+            f"{file} holds {len(found.layers):,} layers, more than the {RUN_LAYERS} that are read"
         )
         raise FileError(one_sentence(f"{said}; record fewer at once", str(file)))
     return found
