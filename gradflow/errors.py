@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from gradflow.limits import NAME_LETTERS, SENTENCE_LETTERS, TEXT_LETTERS
@@ -120,6 +121,13 @@ def plain_name(name: str) -> str:
         name = f"{name[:NAME_LETTERS]}…{name[-NAME_LETTERS:]}"
     shown = printable(name)
     return shown if len(shown) <= NAME_LETTERS else f"{shown[: half - 1]}…{shown[-half:]}"
+
+
+def checked_path(path: object) -> Path:
+    """A path as any system may have it; FileError for one with a NUL in it."""
+    if "\0" in str(path):
+        raise FileError(f"{printable(path)} holds a NUL, which no path may; check where it is from")
+    return Path(str(path))
 
 
 def plain_text(value: str) -> str:

@@ -302,6 +302,23 @@ def test_a_pipe_is_not_waited_for(
     assert refused(lambda: read(tmp_path / name))
 
 
+RUN = gradflow.Analysis("x", {}, (), {})
+PATHS: dict[str, Callable[[str], object]] = {
+    "load": gradflow.load,
+    "history": History.read,
+    "save": RUN.save,
+    "sweep": lambda path: gradflow.sweep([torch.nn.GRU(1, 1)], folder=path),
+}
+
+
+@pytest.mark.parametrize("use", PATHS.values(), ids=PATHS)
+def test_a_nul_in_a_path_is_told_in_one_sentence(use: Callable[[str], object]) -> None:
+    said = refused(lambda: use("a\0b"))
+    assert said == "a\\x00b holds a NUL, which no path may; check where it is from"
+    with pytest.warns(gradflow.GradflowWarning, match="holds a NUL"):
+        gradflow.watch(torch.nn.GRU(1, 1), "a\0b")
+
+
 def calls_of_inspection(file: Path) -> int:
     """Calls, and steps of generators, while a file is described."""
     count = 0

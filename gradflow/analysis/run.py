@@ -14,7 +14,7 @@ import pandas as pd
 from gradflow.analysis import saved
 from gradflow.analysis.frames import BUILDERS, FRAMES, HEADLINE
 from gradflow.analysis.results import FIRST, Finding, LayerAnalysis, display_form
-from gradflow.errors import InputError, must_be
+from gradflow.errors import InputError, checked_path, must_be
 from gradflow.recording.track import unnumbered
 from gradflow.recording.tracks import ByName, Unseen
 
@@ -202,7 +202,7 @@ class Analysis(ByName[LayerAnalysis]):
         ...     run.save(f"{folder}/run.nc").name
         'run.nc'
         """
-        return saved.save(self, Path(path))
+        return saved.save(self, checked_path(path))
 
     def __repr__(self) -> str:
         lines = [f"gradflow analysis of {self.title}"]

@@ -17,7 +17,7 @@ import xarray as xr
 
 from gradflow.analysis.results import UNMEASURED, LayerAnalysis
 from gradflow.analysis.schema import DIMS, LABELLED, built, checked_data
-from gradflow.errors import FileError, InputError, must_be, one_sentence, plain_text
+from gradflow.errors import FileError, InputError, checked_path, must_be, one_sentence, plain_text
 from gradflow.limits import ANNOUNCED, RUN_LAYERS, UNPACKED_TIMES, VERDICTS
 from gradflow.recording.tracks import Unseen
 from gradflow.writing import clear, put_back, whole_file
@@ -102,7 +102,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, list[LayerAnalysis]]:
     if not isinstance(path, str | os.PathLike):
         kind = type(path).__name__
         raise InputError(f"path must be a path, got {kind}; give a report folder or its run.nc")
-    path = Path(path)
+    path = checked_path(path)
     put_back(path.parent if path.name == "run.nc" else path)
     file = path / "run.nc" if path.is_dir() else path
     if not file.is_file():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from gradflow.analysis.results import display_form
-from gradflow.errors import InputError, must_be
+from gradflow.errors import InputError, checked_path, must_be
 from gradflow.history import table
 from gradflow.history.lines import layout_of, probe_line
 from gradflow.history.probe import Note, Probe, Source
@@ -53,7 +52,7 @@ class History(ByName[xr.Dataset]):
         Raises:
             FileError: there is none, or it is another version's.
         """
-        reader = Reader(Path(path))
+        reader = Reader(checked_path(path))
         reader.more()
         return cls(reader.read, reader)
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gradflow.errors import FileError, InputError, must_be
+from gradflow.errors import FileError, InputError, checked_path, must_be
 from gradflow.history.lines import (
     HISTORY_FILE,
     HISTORY_SCHEMA,
@@ -42,7 +42,7 @@ class Writer:
         if resume and force:
             advice = "resume goes on with a history, force throws it away"
             raise InputError(must_be("resume and force", "not both true", "both", advice))
-        self.folder, self.path = folder, folder / HISTORY_FILE
+        self.folder, self.path = checked_path(folder), folder / HISTORY_FILE
         self.last_step = 0  # of an earlier writer
         self._layout: ProbeLayout | None = None
         self._process = os.getpid()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gradflow import writing
 from gradflow.analysis import FRAMES
-from gradflow.errors import FileError
+from gradflow.errors import FileError, checked_path
 
 # one of them in every report or comparison
 MARKS = ("run.nc", "summary.json", "report.html", "layers.csv", "changes.csv")
@@ -40,7 +40,7 @@ def check_folder(folder: Path, *, force: bool = False) -> None:
     Raises FileError with the sentence for the user.
     """
     try:
-        _check(folder, force)
+        _check(checked_path(folder), force)
     except OSError as error:
         raise writing.unwritable(folder, error) from error
 

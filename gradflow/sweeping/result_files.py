@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow import loading
-from gradflow.errors import FileError, plain_record, plain_value
+from gradflow.errors import FileError, checked_path, plain_record, plain_value
 from gradflow.history import HISTORY_FILE, row_facts, row_text
 from gradflow.sweeping.checkpoints import VERSIONS, Checkpoint, Outcome, SweepSettings
 from gradflow.writing import claim, clear, is_left, whole_file
@@ -167,7 +167,7 @@ class SweepFolder:
     def __init__(
         self, folder: Path, shard: tuple[int, int], *, resume: bool = False, force: bool = False
     ) -> None:
-        self.folder, self.shard = folder, shard
+        self.folder, self.shard = checked_path(folder), shard
         self._locks: list[int] = []
         try:
             _refuse_strange(folder)
