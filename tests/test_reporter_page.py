@@ -179,6 +179,23 @@ def test_a_stack_gets_one_remedy_and_its_code_mends_every_layer() -> None:
     assert said.count("vanishing") == 3  # a script reads of every layer
 
 
+def test_a_list_of_layers_gets_one_remedy_and_its_code_mends_every_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.parts = nn.ModuleList(nn.ModuleDict({"rnn": nn.GRU(6, 6)}) for _ in range(3))
+    model.forward = lambda x: functools.reduce(lambda h, part: part["rnn"](h)[0], model.parts, x)
+    run = gradflow.diagnose(model, torch.randn(60, 4, 6))
+    assert [layer.verdict for layer in run.values()] == ["vanishing"] * 3
+    (vanishing,) = (one for one in top_findings(run, 99) if one.name == "vanishing")
+    others = sorted(set(run) - {vanishing.layer})
+    assert vanishing.message.endswith(f"; likewise {', '.join(others)}")
+    exec(vanishing.code, {"model": model, "torch": torch})  # noqa: S102 - a line to paste
+    for part in model.parts:
+        drawn = part["rnn"].bias_ih_l0.detach()[6:12]
+        assert (drawn >= 0).all() and drawn.std() > 0  # chrono
+        assert not part["rnn"].bias_hh_l0[:12].any()
+
+
 def test_a_healthy_model_has_no_findings() -> None:
     words = " ".join(Outline(made(synthetic.carrying())).words)
     assert "No findings" in words and "Nothing here needs a remedy." in words

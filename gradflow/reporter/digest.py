@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradflow._version import __version__
 from gradflow.analysis import (
@@ -61,38 +61,56 @@ def _one_of_each_first(findings: Sequence[Finding]) -> list[Finding]:
 
 def _for_stacks(findings: Sequence[Finding]) -> list[Finding]:
     """The same, in the place of its worst layer one for all layers of a stack that need the same."""
-    alike: dict[tuple[object, ...], list[Finding]] = {}
+    alike: dict[tuple[object, ...], list[tuple[Finding, InStack]]] = {}
+    names = {unnumbered(finding.layer) for finding in findings}
     for place, finding in enumerate(findings):
-        stack, code = _in_any_layer(finding)
-        own = "" if stack and finding.code else place
-        alike.setdefault((finding.name, stack, code, own), []).append(finding)
+        found = _in_stack(finding, names)
+        own = "" if found.stack and finding.code else place
+        key = finding.name, found.stack, found.code, own
+        alike.setdefault(key, []).append((finding, found))
     return [_of_all(some) for some in alike.values()]
 
 
-def _in_any_layer(finding: Finding) -> tuple[str, str]:
-    """The module of a layer of a stack, "" for others, and the code of a finding with a name for it."""
-    found = re.fullmatch(r"(.*?)(l\d+(?:_reverse)?)(?:@\d+)?", finding.layer)
+class InStack(NamedTuple):
+    """A finding on a layer of a stack, or of a list of modules."""
+
+    stack: str  # its name; "" for none
+    code: str  # with a name for the layer
+    layer: str | int = ""  # what that name stands for
+
+
+def _in_stack(finding: Finding, names: set[str]) -> InStack:
+    """Where a layer stands among layers of these names."""
+    name = unnumbered(finding.layer)
+    found = re.fullmatch(r"((?:.*\.)?)(\d+)((?:\..*)?)", name)
+    stack = rf"{re.escape(found[1])}\d+{re.escape(found[3])}" if found else ""
+    if found and sum(bool(re.fullmatch(stack, other)) for other in names) > 1:
+        path = rf"'{re.escape(found[1] + found[2])}(?=[.'])"
+        code = re.sub(path, f"f'{found[1]}{{number}}", finding.code)
+        return InStack(stack, code, int(found[2]))
+    found = re.fullmatch(r"(.*?)(l\d+(?:_reverse)?)", name)
     if found is None:
-        return "", finding.code
-    owner, layer = found[1], found[2]
+        return InStack("", finding.code)
     code = re.sub(
-        rf"\b(model[^\s=]*?)\.(\w+)_{layer}\b", r'getattr(\1, f"\2_{layer}")', finding.code
+        rf"\b(model[^\s=]*?)\.(\w+)_{found[2]}\b", r'getattr(\1, f"\2_{layer}")', finding.code
     )
-    return owner or "model", code
+    return InStack(found[1] or "model", code, found[2])
 
 
-def _of_all(some: Sequence[Finding]) -> Finding:
+def _of_all(some: Sequence[tuple[Finding, InStack]]) -> Finding:
     """One finding for the same one of several layers, whose numbers are those of the worst."""
-    worst = some[0]
-    names = sorted(finding.layer for finding in some)
-    if len(names) == 1:
-        return worst
-    code, layers = worst.code, sorted({unnumbered(name.rpartition(".")[2]) for name in names})
-    if (general := _in_any_layer(worst)[1]) != code and len(layers) > 1:
-        lines = "\n".join(f"    {line}" for line in general.splitlines())
-        code = f"for layer in ({', '.join(map(repr, layers))}):\n{lines}"
-    others = ", ".join(name for name in names if name != worst.layer)
-    return replace(worst, message=f"{worst.message}; likewise {others}", code=code)
+    worst, place = some[0]
+    code, layers = worst.code, sorted({one.layer for _, one in some}, key=str)
+    if place.code != code and len(layers) > 1:
+        lines = "\n".join(f"    {line}" for line in place.code.splitlines())
+        each = "layer" if isinstance(place.layer, str) else "number"
+        code = f"for {each} in ({', '.join(map(repr, layers))}):\n{lines}"
+    others = ", ".join(sorted(one.layer for one, _ in some if one.layer != worst.layer))
+    return (
+        replace(worst, message=f"{worst.message}; likewise {others}", code=code)
+        if others
+        else worst
+    )
 
 
 def predictions(analysis: Analysis, finding: Finding) -> tuple[Prediction, ...]:
