@@ -106,7 +106,8 @@ def plot(
             a sweep "groups". The README lists them, and so does the error on a kind that there is not.
         layer: one layer by name; by default all, in an overview the twelve with the worst verdicts.
         by: of the kind "groups", what the runs of one group differ in, as their folders name it.
-        ax: axes of your own for the main panel of one layer; its colour bar stands beside it.
+        ax: axes of your own for the main panel of one layer; its colour bar stands beside it, and a
+            figure made with ``layout="constrained"`` has room for both.
         limits: powers of ten at which the colours end instead, such as (-2, 2), to tell apart what is
             alike on the fixed scale; the picture says so.
         captions: whether it is explained below the panels how to read them.
