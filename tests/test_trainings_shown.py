@@ -384,6 +384,11 @@ def test_axes_of_the_readers_own_get_one_layer() -> None:
     ax = figure.add_subplot()
     assert gradflow.plot(histories.history(9), "rates", layer="rnn.l1", ax=ax) is figure
     assert ax.lines
+    # strips of verdicts are not drawn there, and their colours not named
+    waterfall = Figure(layout="constrained").add_subplot()
+    gradflow.plot(histories.history(40), layer="rnn.l0", ax=waterfall)
+    (bar,) = (one for one in waterfall.figure.axes if one is not waterfall)
+    assert not bar.get_ylabel()
     with pytest.raises(InputError, match="ax must be given for one layer, got 2"):
         gradflow.plot(histories.history(9), ax=ax)
 

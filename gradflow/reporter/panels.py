@@ -248,7 +248,7 @@ def stand_beside(ax: Axes, bar: ColourBar, specials: Mapping[str, str]) -> None:
     beside.outline.set_linewidth(0.5)
     beside.set_ticks(list(bar.short), labels=[legible(word) for word in bar.short.values()])
     beside.ax.tick_params(labelsize=size)
-    named = [f"{NAMED[colour]}: {words}" for colour, words in specials.items()]
+    named = [f"{NAMED[one]}: {words}" for one, words in specials.items() if one in NAMED]
     beside.ax.tick_params(length=2.5, pad=2)
     beside.set_label("\n".join([*filter(None, [bar.note]), *named]), fontsize=7, parse_math=False)
 
