@@ -207,7 +207,8 @@ def analyze(
     with Progress() as progress:
         analysis = _analyzed(model, progress, options)
         if place is not None:
-            progress("drawing the report" if draws else "writing the numbers", 0.99)
+            words = "drawing the report" if draws else "writing the numbers"
+            progress(words, 0.99, at_once=draws)
             report(
                 analysis, place, force=force, formats=FORMATS if draws else ("json", "csv", "nc")
             )
@@ -283,13 +284,13 @@ def report(
             expected, got = "given for an analysis", "the history of a training"
             raise InputError(must_be("--fail-on", expected, got, advice))
         with Progress() as progress:
-            progress("drawing the report", 0.5)
+            progress("drawing the report", 0.5, at_once=True)
             reporter.report_history(found, folder, force=force)
         _show_history(found, as_json, quiet, verbose, f"page: {folder / 'report.html'}")
         return
     analysis = found
     with Progress() as progress:
-        progress("drawing the report", 0.5)
+        progress("drawing the report", 0.5, at_once=True)
         reporter.report(analysis, folder, force=force)
     _show(analysis, folder, as_json, quiet, verbose)
     if _fail_on(list(analysis.values()), conditions):

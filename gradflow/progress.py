@@ -29,15 +29,16 @@ class Progress:
         if self._display is not None:
             self._display.stop()
 
-    def __call__(self, what: str, done: float) -> None:
-        """Show what is being done and which share of it is done."""
+    def __call__(self, what: str, done: float, *, at_once: bool = False) -> None:
+        """Show what is being done and which share of it is done; `at_once`: it will take seconds."""
         if self._lines and not sys.stderr.isatty():
             if time.monotonic() - self._printed >= PROGRESS_LINES:
                 self._printed = time.monotonic()
                 print(f"{self.clock()} {what}", file=sys.stderr, flush=True)  # noqa: T201
             return
         if self._display is None:
-            if time.monotonic() - self._started < PROGRESS_SECONDS or not sys.stderr.isatty():
+            early = time.monotonic() - self._started < PROGRESS_SECONDS and not at_once
+            if early or not sys.stderr.isatty():
                 return
             self._open()
         self._display.update(self._task, description=what, completed=done)

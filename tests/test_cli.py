@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from torch import nn
 import gradflow
 from gradflow import cli, workflow
 from gradflow.conditions import parse_conditions
+from gradflow.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -767,3 +769,16 @@ def test_a_name_that_is_not_utf8_is_refused_or_swept(
     assert run("sweep", "*.pt", "-o", "swept", "--jobs", "1", "-q") == 0
     asked = json.loads((here / "swept/shards/1-of-1.json").read_text())
     assert [one["name"] for one in asked["entries"]] == [odd, "b.pt"]
+
+
+def test_what_will_take_seconds_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing begins before a line on the terminal would, and says nothing until it is done."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with Progress() as progress:
+        progress("drawing the report", 0.5, at_once=True)
+    assert "drawing the report" in terminal.getvalue()
