@@ -34,6 +34,15 @@ def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> Steps:
     )
 
 
+def phantom(weight_hh: Tensor) -> Tensor:
+    """[U_r; U_z; 0] beside [0; 0; 1]: what r and z hand back, and what n does before it is reset."""
+    hidden = weight_hh.shape[1]
+    columns = torch.zeros(3 * hidden, 2 * hidden, dtype=weight_hh.dtype, device=weight_hh.device)
+    columns[: 2 * hidden, :hidden] = weight_hh[: 2 * hidden]
+    columns[2 * hidden :, hidden:].fill_diagonal_(1)
+    return columns
+
+
 GRU = CellSpec(
     name="GRU",
     kind="GRU",
@@ -54,5 +63,6 @@ GRU = CellSpec(
         biases="; of the two bias vectors set one to zero",
     ),
     tanh=("n",),
+    phantom=phantom,
     limits={"h": lambda _, gates: gates["n"]},
 )

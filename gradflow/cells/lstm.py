@@ -22,6 +22,8 @@ from gradflow.cells.spec import (
     Scan,
     Steps,
     Weights,
+    carried,
+    carried_back,
     previous,
 )
 from gradflow.limits import CELL_ROUNDING
@@ -88,11 +90,25 @@ class LSTMSteps(Steps):
     def projected(self) -> Tensor:
         return self.gates["o"] * self.states["c"].tanh()
 
-    def scan(self, direct: Tensor, final: Named, last: Tensor, *, totals: bool = False) -> Scan:
+    def scan(
+        self,
+        direct: Tensor,
+        final: Named,
+        last: Tensor,
+        *,
+        totals: bool = False,
+        phantom: Tensor | None = None,
+    ) -> Scan:
         grad_h, grad_c = direct.clone(), torch.zeros_like(self.keep)
-        delta = torch.empty_like(self.factor)
         if "c" in final:
             grad_c[last, torch.arange(self.batch, device=last.device)] = final["c"]
+        if phantom is not None:
+            grad_h[:-1] += phantom[1:]
+            dm = self.at_m(grad_h)
+            carried_back(grad_c.addcmul_(self.through, dm), self.keep)
+            delta = self.factor * torch.stack([grad_c, grad_c, grad_c, dm], dim=2)
+            return Scan({"h": grad_h, "c": grad_c}, delta.flatten(2), delta.flatten(2))
+        delta = torch.empty_like(self.factor)
         flat = delta.flatten(2)
         # all steps are taken apart at once: one at a time that costs as much as the sums
         h, c, keep, through = map(torch.unbind, (grad_h, grad_c, self.keep, self.through))
@@ -121,9 +137,8 @@ def linearise(weights: Weights, x: Tensor, h: Tensor, initial: Named) -> LSTMSte
     if c0.dim() == c.dim():
         c.addcmul_(f, c0)
     else:
-        earlier = c0
-        for now, forget in zip(c.unbind(), f.unbind(), strict=True):
-            earlier = now.addcmul_(forget, earlier)
+        c[0].addcmul_(f[0], c0)
+        carried(c, f)
     before = previous(c, c0)
     squashed = c.tanh()
     torch.mul(before * f, 1 - f, out=factor[:, :, 1])

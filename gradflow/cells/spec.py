@@ -133,14 +133,24 @@ class Steps:
         )
 
     def scan(
-        self, direct: Tensor, final: Mapping[str, Tensor], last: Tensor, *, totals: bool = False
+        self,
+        direct: Tensor,
+        final: Mapping[str, Tensor],
+        last: Tensor,
+        *,
+        totals: bool = False,
+        phantom: Tensor | None = None,
     ) -> Scan:
         """Total gradients of all steps from the direct ones, backward in time.
 
         direct (T, B, P) is the gradient that reaches h_t from outside this layer's recurrence, final
         the gradients (B, width) at the other states of each sequence's last step, whose index is
-        last (B,). With totals, for T = 1, these hold what comes through h already.
+        last (B,). With totals, for T = 1, these hold what comes through h already. phantom (T, B, ·), where
+        it is known, holds Cᵀ δ_t, see `CellSpec`; of a cell with a reset, whose C is [U of the gates
+        without one, the identity of the other], also what is still to be reset.
         """
+        if phantom is not None:
+            return self._scan_phantom(direct, phantom)
         grad_h, delta = direct.clone(), torch.empty_like(self.factor)
         delta_hh = delta if self.reset is None else torch.empty_like(delta)
         read = delta_hh[:, :, : len(self.weight_hh) // delta.shape[3]]
@@ -155,6 +165,19 @@ class Steps:
                 if self.keep is not None:
                     h[t - 1].addcmul_(h[t], self.keep[t])
         return Scan({"h": grad_h}, delta.flatten(2), read.flatten(2))
+
+    def _scan_phantom(self, direct: Tensor, phantom: Tensor) -> Scan:
+        if self.reset is not None:
+            width = direct.shape[2]
+            to_reset = phantom[..., width:] * self.reset[:, :, -1]
+            phantom = phantom[..., :width] + to_reset @ self.weight_hh[-width:]
+        grad_h = direct.clone()
+        grad_h[:-1] += phantom[1:]
+        if self.keep is not None:
+            carried_back(grad_h, self.keep)
+        delta = self.factor * grad_h.unsqueeze(2)
+        delta_hh = delta if self.reset is None else delta * self.reset
+        return Scan({"h": grad_h}, delta.flatten(2), delta_hh.flatten(2))
 
     def made_of(self) -> dict[str, Tensor]:
         """State name -> ∂m_t/∂state_t, (T, B, H): other states that h_t = W_hr m_t is made of."""
@@ -196,6 +219,35 @@ class Steps:
             grad, keep = sized(scan.grads[name][t]), self.keep[t]
             found[name] = torch.addcmul(found["h"], grad, keep) if name == "h" else grad * keep
         return found
+
+
+def carried(values: Tensor, keep: Tensor) -> None:
+    """v_t += k_t ⊙ v_{t−1} from the first step on, in place; both (T, B, H).
+
+    On an accelerator a call takes as long for one step as for all, so strides are doubled: log₂ T rounds.
+    """
+    if values.device.type == "cpu":
+        v, k = values.unbind(), keep.unbind()
+        for t in range(1, len(v)):
+            v[t].addcmul_(k[t], v[t - 1])
+        return
+    over, stride = keep[1:], 1  # from each step to the one a stride on
+    while stride < len(values):
+        values[stride:] += over * values[:-stride]
+        over = over[stride:] * over[:-stride]
+        stride *= 2
+
+
+def carried_back(grads: Tensor, keep: Tensor) -> None:
+    """g_{t−1} += k_t ⊙ g_t from the last step on, in place; see `carried`."""
+    if grads.device.type == "cpu":
+        g, k = grads.unbind(), keep.unbind()
+        for t in reversed(range(1, len(g))):
+            g[t - 1].addcmul_(g[t], k[t])
+        return
+    turned = grads.flip(0)
+    carried(turned, torch.cat([keep[:1], keep[1:].flip(0)]))
+    grads.copy_(turned.flip(0))
 
 
 def previous(h: Tensor, h0: Tensor) -> Tensor:
@@ -294,6 +346,8 @@ class CellSpec:
     # state -> the tanh that limits it, of the states and the gates
     limits: Mapping[str, Callable[[Named, Named], Tensor]] = field(default_factory=dict)
     paths: Callable[[Named, Named, Named, Named], CellPaths] | None = None  # see `CellPaths`
+    # W_hh -> C (G*H, ·) such that Cᵀ δ_t is what step t hands back to h_{t−1}: see `Steps.scan`
+    phantom: Callable[[Tensor], Tensor] = lambda weight_hh: weight_hh
     vanilla: bool = False  # A_t = diag(slope) W_hh
     relu: bool = False  # units that are exactly 0 pass nothing on
 

@@ -12,6 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 from gradflow.hooks.guard import Hook, Point, is_batched, why_hidden
 
+
+@dataclass(eq=False)
+class Inner:
+    """One layer of a call that ran with phantom inputs, and what its backwards brought."""
+
+    inputs: int  # I of this layer
+    output: Tensor  # a copy
+    grads: dict[str, Tensor] = field(default_factory=dict)  # "phantom", and "output": from above
+    graph_tasks: set[int] = field(default_factory=set)
+
+
 SECOND_ORDER = (
     "a backward with create_graph=True came through it, and what it brings is not a total; record a "
     "backward of the loss alone"
@@ -56,6 +67,7 @@ class Call:
     )
     within: int | None = None  # the backward that a reentrant checkpoint made the call again in
     entering: dict[str, Tensor] = field(default_factory=dict)  # gradients at the initial states
+    inner: tuple[Inner, ...] = ()  # layer by layer, where it ran with phantom inputs
 
     @property
     def h0(self) -> Tensor:
@@ -91,6 +103,27 @@ class Call:
         """The same for an initial state the call was given."""
         return self._hook(tensor, lambda grad: self._entered(name, grad, scale()))
 
+    def listen_inside(
+        self, inner: Inner, tensors: list[Tensor], scale: Callable[[], float]
+    ) -> list[RemovableHandle]:
+        """The same for a layer's phantom inputs, which stand last in what it was given, and its output."""
+        given, output = tensors
+
+        def phantom(grad: Tensor) -> None:
+            inner.graph_tasks.add(self._task())
+            _add(inner.grads, "phantom", grad[..., inner.inputs :], scale())
+
+        above = self._hook(output, lambda grad: _add(inner.grads, "output", grad, scale()))
+        return self._hook(given, phantom) + above
+
+    @property
+    def inner_known(self) -> bool:
+        """Whether every backward that came brought what its layers' phantom inputs get."""
+        return bool(self.inner) and all(one.graph_tasks == self.graph_tasks for one in self.inner)
+
+    def _task(self) -> int:
+        return torch._C._current_graph_task_id() if self.within is None else self.within
+
     def _hook(self, tensor: Tensor, work: Callable[[Tensor], None]) -> list[RemovableHandle]:
         node, place = tensor.grad_fn, tensor.output_nr
         if node is None:
@@ -116,8 +149,7 @@ class Call:
         """Add a gradient that reached one of the returned tensors."""
         if torch.is_grad_enabled():
             self.lost = self.lost or SECOND_ORDER
-        task = torch._C._current_graph_task_id() if self.within is None else self.within
-        self.graph_tasks.add(task)
+        self.graph_tasks.add(self._task())
         if self.single:
             grad = grad.unsqueeze(0)
         _add(self.grads, name, grad, scale)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradflow.cells import CELLS
 from gradflow.distributed import local_part
-from gradflow.hooks.call import Call
+from gradflow.hooks.call import Call, Inner
 from gradflow.hooks.seen import SeenCall
 from gradflow.limits import SAMPLED
 
@@ -60,6 +60,7 @@ class Copies:
             differentiable=any(tensor.requires_grad for tensor in seen.results),
             lengths=None if seen.single else self.lengths.of_call(seen),
             single=seen.single,
+            inner=tuple(Inner(x.shape[-1], copied(output)) for x, _, output in seen.inner),
             # a step in parts (on a CPU) makes h of the other states' own tensors; one kernel does not
             totals=seen.single and len({tensor.grad_fn for tensor in seen.results}) > 1,
         )

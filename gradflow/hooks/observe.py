@@ -41,13 +41,14 @@ def record(
     layers: str | list[str] | None = None,
     lengths: Lengths = None,
     jacobians: bool | None = None,
+    exact: bool = True,
     scaler: Any = None,
     gather: bool = False,
 ) -> Iterator[Recording]:
     """Record every recurrent layer and cell of an unmodified model while the block runs.
 
-    The model's outputs, loss, parameter gradients and random numbers are bit-identical with and
-    without a recording. Read the result after the backward pass: ``recording["rnn.l0"].grad_c``.
+    Outputs, loss, parameter gradients and random numbers are bit-identical with and without a recording,
+    but for ``exact=False``. Read the result after the backward pass: ``recording["rnn.l0"].grad_c``.
 
     Args:
         model: any module that holds, somewhere, `nn.RNN`, `nn.LSTM`, `nn.GRU`, one of their cells, or a
@@ -57,11 +58,13 @@ def record(
             input that gives them. Packed input needs none. Of a loop over single steps they are
             the real steps of the loop; a callable is not asked there.
         jacobians: step Jacobians of cells of your own and of loops that mark their states with
-            `gradflow.tap`. By default they are written out up to 64 units, at one backward of the
-            step per unit; beyond, each step is kept as products with vectors, at about one backward
-            of the step and copies of what it reads. With True they are written out at any width,
-            with False there are none.
-            Stock layers have theirs in closed form and need no such request.
+            `gradflow.tap`. By default they are written out up to 64 units, at one backward of the step
+            per unit; beyond, each step is kept as products with vectors, at about one backward of the
+            step. With True they are written out at any width, with False there are none.
+        exact: with False, stacks of torch's own layers, and on a GPU single ones, run with phantom inputs,
+            so that one backward through torch's own kernel gives all totals. For stacks that is faster,
+            and on a GPU the number of kernel calls for them does not grow with T; outputs, gradients and
+            totals are those of a plain step up to rounding. Half precision, autocast: as with True.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
         gather: of a model that several processes train: at the end of the block each has the sequences
             of all, and gradients of the mean of their losses; see `gradflow.distributed`. By default
@@ -82,11 +85,11 @@ def record(
     >>> [round(g, 4) for g in recording["l0"].grad_h.flatten().tolist()]   # 0.9 ** (T - t)
     [0.729, 0.81, 0.9, 1.0]
     """
-    patterns = _checked(model, layers, jacobians, scaler)
+    patterns = _checked(model, layers, jacobians, scaler, exact)
     processes, apart = _all_processes(gather)
     recording = Recording(title_of(model))
     failed: list[str] = []
-    given = (model, patterns, lengths, scaler, jacobians, recording)
+    given = (model, patterns, lengths, scaler, jacobians, recording, exact)
     recorder = guarded(Point.OPENING, failed.append, Recorder, *given)
     if recorder is None:
         recording.empty_reason = f"nothing was recorded: {failed[0]}"
@@ -114,7 +117,9 @@ def record(
         warn(sentence, stacklevel=3)
 
 
-def _checked(model: object, layers: object, jacobians: object, scaler: Any) -> list[str] | None:
+def _checked(
+    model: object, layers: object, jacobians: object, scaler: Any, exact: object
+) -> list[str] | None:
     """The patterns of the layers to keep; arguments that are out of range are refused."""
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -123,6 +128,8 @@ def _checked(model: object, layers: object, jacobians: object, scaler: Any) -> l
     if jacobians is not None and not isinstance(jacobians, bool):
         expected = "True, False or left out"
         raise InputError(must_be("jacobians", expected, repr(jacobians), "leave it out"))
+    if not isinstance(exact, bool):
+        raise InputError(must_be("exact", "True or False", repr(exact), "leave it out"))
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         kind = type(scaler).__name__
         raise InputError(must_be("scaler", "a GradScaler", kind, "leave it out without one"))

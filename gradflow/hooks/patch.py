@@ -292,7 +292,8 @@ def _watched(
             not mine or threading.get_ident() in _under_way
         ):  # another library's wrapper lies between two of ours
             return original(*args, **kwargs)
-        return _told(Telling(mine, cell, single), original, args, kwargs)
+        telling = Telling(mine, cell, single)
+        return _told(telling, functools.partial(telling.run, original), args, kwargs)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         return heard(args, kwargs)

@@ -62,6 +62,7 @@ class Recorder:
         scaler: Any,
         jacobians: bool | None = None,
         recording: Recording | None = None,
+        exact: bool = True,
     ) -> None:
         self.thread = threading.get_ident()
         self.model = model
@@ -70,7 +71,7 @@ class Recorder:
         self.shown = ShownPadding(model)
         self.scaler = scaler
         self.processes = 1  # whose losses are taken as one, their mean
-        self.jacobians = jacobians
+        self.jacobians, self.exact = jacobians, exact
         self.training = model.training
         self.recording = Recording(title_of(model)) if recording is None else recording
         self.recording.lengths_given = self.lengths.known
@@ -139,7 +140,7 @@ class Recorder:
         elif not seen.initial[0].numel():
             self.own.unseen[name] = NO_SEQUENCE
         else:
-            self._admit(self._copies.call(seen, owner), seen.data, seen.initial, seen.results)
+            self._admit(self._copies.call(seen, owner), seen)
             self.own.saw_stock(owner, seen.results)
             self.watch.saw_stock((seen.data, *seen.initial), seen.results)
 
@@ -318,9 +319,8 @@ class Recorder:
         """Whether some stock layer's input depends on its own earlier state."""
         return bool(self.closed.loops)
 
-    def _admit(
-        self, call: Call, data: Tensor, initial: tuple[Tensor, ...], results: tuple[Tensor, ...]
-    ) -> None:
+    def _admit(self, call: Call, seen: SeenCall) -> None:
+        data, initial, results = seen.data, seen.initial, seen.results
         task = torch._C._current_graph_task_id()
         if task != -1:
             known = self._recomputed(call)
@@ -330,9 +330,9 @@ class Recorder:
             vars(known).update(vars(call) | kept | {"within": task})
             self.stitcher.made_again(known, initial, results)
             self.closed.given.made_again(known, data, results, lambda w: id(w) in self._holders)
-            self._listen(known, results)
+            self._listen(known, seen)
             return
-        self._listen(call, results)
+        self._listen(call, seen)
         self.calls.append(call)
         chain, end = self.stitcher.place(call, initial, results)
         self.closed.saw(chain, end, data)
@@ -345,10 +345,12 @@ class Recorder:
             for name, tensor in zip(call.initial, initial, strict=True):
                 self.handles += call.listen_at_entry(name, tensor, self.scale)
 
-    def _listen(self, call: Call, results: tuple[Tensor, ...]) -> None:
+    def _listen(self, call: Call, seen: SeenCall) -> None:
         names = [name for name in call.returned if not call.single or name != "h"]
-        for name, tensor in zip(names, results, strict=True):
+        for name, tensor in zip(names, seen.results, strict=True):
             self.handles += call.listen(name, tensor, self.scale)
+        for inner, (_, *tensors) in zip(call.inner, seen.inner, strict=True):
+            self.handles += call.listen_inside(inner, tensors, self.scale)
 
     def scale(self) -> float:
         """What the loss is multiplied by at this moment: by the scaler, and as one of a mean."""

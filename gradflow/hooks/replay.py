@@ -247,12 +247,13 @@ class Replay:
         with torch.no_grad(), autocast_of(call):
             for number in range(call.layers):
                 top = number == call.layers - 1
-                inner = call.layers > 1  # a single layer's states are its output
-                output = (
-                    one_layer(call, number, data)
-                    if inner
-                    else self.time_first(call.returned["output"])
-                )
+                # a single layer's states are its output
+                inner = call.layers > 1 and not call.inner
+                if inner:
+                    output = one_layer(call, number, data)
+                else:
+                    given = call.returned["output"] if top else call.inner[number].output
+                    output = self.time_first(given)
                 if top and inner:
                     self._compare(output)
                 layers.append(self._directions(number, data, output))
@@ -380,7 +381,8 @@ class Scans:
                 arrived = self.arrived()
                 if which != "total":
                     arrived = self._only_one_step(arrived, from_end=which == "from the end")
-                result = self._scan(arrived)
+                whole = which == "total" and self.replay.call.inner_known
+                result = self._scan(arrived, inner=self._inner() if whole else None)
         self._known[which] = (self.version, result)
         return result
 
@@ -395,6 +397,14 @@ class Scans:
         }
         output = self.replay.padded(self.replay.time_first(found["output"]))
         return output, {name: self.replay.unsort(found[name], 1) for name in call.initial}
+
+    def _inner(self) -> list[dict[str, Tensor]]:
+        """Of every layer what its phantom inputs got, (T, B, ·), and its output from above."""
+        replay = self.replay
+        return [
+            {n: replay.padded(replay.time_first(grad)) for n, grad in inner.grads.items()}
+            for inner in replay.call.inner
+        ]
 
     def reached(self) -> Tensor | None:
         """(T, B): where a gradient arrives at what the call returned, input time; None without one."""
@@ -471,10 +481,12 @@ class Scans:
         arrived: Arrived,
         steps_of: Callable[[int, int], Steps] | None = None,
         columns: Tensor | None = None,
+        inner: list[dict[str, Tensor]] | None = None,
     ) -> Stack:
         """Scan the stack from its top down; a layer's input gradient is the one below's direct one.
 
-        columns are the sequences that are scanned, all of them once by default.
+        columns are the sequences that are scanned, all of them once by default; inner is what came to the
+        phantom inputs, where it is known.
         """
         flow, ends = arrived
         directions = 1 + self.replay.call.bidirectional
@@ -491,13 +503,21 @@ class Scans:
                 direct = layer.turned(part, columns).clone()
                 direct[last, sequences] += ends["h"][place]
                 final = {name: end[place] for name, end in ends.items() if name != "h"}
-                scan = steps.scan(direct, final, last, totals=self.replay.call.totals)
+                phantom = None
+                if inner is not None:
+                    phantom = layer.turned(
+                        inner[number]["phantom"].chunk(directions, dim=2)[direction]
+                    )
+                totals = self.replay.call.totals
+                scan = steps.scan(direct, final, last, totals=totals, phantom=phantom)
                 row.append((direct, scan))
-                if number:
+                if number and inner is None:
                     passed = scan.delta @ layer.weights.weight_ih.to(flow.dtype)
                     below = below + layer.turned(passed, columns)
             results.append(row)
-            if number:
+            if number and inner is not None:
+                flow = inner[number - 1]["output"]
+            elif number:
                 factor = self.replay.dropout_factor(number - 1).to(flow.dtype)
                 flow = below * (
                     factor[:, columns] if columns is not None and factor.dim() else factor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.cells import CELLS
+from gradflow.hooks import phantom
 from gradflow.hooks.guard import Point, guarded
 
 _LAYER = ("has_biases", "num_layers", "dropout", "train", "bidirectional")
@@ -49,10 +51,13 @@ class SeenCall:
     rng: Tensor | None = None  # state of the CPU generator before the call, when dropout was drawn
     unsorted: Tensor | None = None  # packed: sorted place of each of the user's sequences
     module_input: Any = None  # what the module's forward was given
+    inner: tuple[phantom.Layer, ...] = ()  # layer by layer, where it ran with phantom inputs
 
 
 class Listener(Protocol):
     """What is notified of recurrent calls."""
+
+    exact: bool  # whether the step must be bit-identical
 
     def wants(self, weights: tuple[Tensor, ...], module: nn.Module | None) -> bool: ...
     def saw(self, call: SeenCall) -> None: ...
@@ -102,6 +107,27 @@ class Telling:
             known["module_input"] = self.locals.get("orig_input")
         self.known, self.interested = known, interested
 
+    def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Make the call: as it is, or with phantom inputs where a listener lets it."""
+        if self.single or not self.interested or all(one.exact for one in self.interested):
+            return original(*args, **kwargs)
+        inner: list[phantom.Layer] = []
+        results = guarded(self.point, _as_it_is, self._run_phantoms, original, inner)
+        if results is None:
+            return original(*args, **kwargs)
+        self.known["inner"] = tuple(inner)
+        return results
+
+    def _run_phantoms(self, original: Callable[..., Any], inner: list[phantom.Layer]) -> Any:
+        if not phantom.can_run(self.known):
+            return None
+        try:
+            return phantom.run(self.cell, original, self.known, inner)
+        except Exception:
+            if self.known["rng"] is not None:
+                torch.set_rng_state(self.known["rng"])
+            raise
+
     def _tell(self, listener: Listener, results: Any) -> None:
         named: dict[str, Any] = {"cell": self.cell, "single": self.single, "module": self.module}
         listener.saw(SeenCall(results=_states(results), **named, **self.known))
@@ -123,6 +149,10 @@ class Telling:
 
     def _missed_by(self, listener: Listener, why: str) -> None:
         listener.missed(self.module, why)
+
+
+def _as_it_is(_why: str) -> None:
+    """The call then runs as it is, and nothing is missing."""
 
 
 def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any], *, fused: bool) -> tuple[Any, ...]:

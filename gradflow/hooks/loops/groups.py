@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gradflow.hooks.call import Call
+from gradflow.hooks.call import Call, Inner
 from gradflow.hooks.replay import Replay, Scans
 
 
@@ -40,6 +40,7 @@ class Group:
             for name in self.call.returned
             if any(name in call.grads for call in self.calls)
         }
+        self.call.inner = _inner(self.calls)
         self.scans = Scans(self.replay)
 
     def each(self, array: Tensor) -> list[Tensor]:
@@ -95,6 +96,28 @@ def _side_by_side(calls: list[Call]) -> Call:
         graph_tasks=set(),
         lost="",
         entering={},
+        inner=(),
+    )
+
+
+def _inner(calls: list[Call]) -> tuple[Inner, ...]:
+    """What phantom inputs brought, side by side; nothing where it is not known of every call."""
+    if not all(call.graph_tasks and call.inner_known for call in calls):
+        return ()
+    tasks = set().union(*(call.graph_tasks for call in calls))
+
+    def joined(each: list[Tensor]) -> Tensor:
+        laid = [_time_first(call, one) for call, one in zip(calls, each, strict=True)]
+        return torch.cat(laid, dim=1)
+
+    return tuple(
+        Inner(
+            layers[0].inputs,
+            joined([one.output for one in layers]),
+            {name: joined([one.grads[name] for one in layers]) for name in layers[0].grads},
+            tasks,
+        )
+        for layers in zip(*(call.inner for call in calls), strict=True)
     )
 
 
