@@ -167,14 +167,7 @@ RANK_TRUNCATION = _limit(1e-4, "of the largest", "where singular values are cut 
 TRUNCATE_ROWS = _limit(192, "rows", "above which that pays")
 GROWTH_FLOAT64 = _limit(1e4, "times", "of the norm, between two factorisations")
 GROWTH_FLOAT32 = _limit(10.0, "times", "the same")
-SKETCH_WIDE = _limit(192, "states", "wider ones are sketched in float32")
-SKETCH_TRUNCATION = _limit(1e-3, "of ‖V‖_F", "the most that one truncation drops")
-SKETCH_FIRST = _limit(3, "lag", "of the first truncation")
-SKETCH_PROBES = _limit(2, "vectors", "through what was dropped of each start")
-SKETCH_SPOILED = _limit(0.05, "of a norm", "where more than that was dropped, it is not known")
-SKETCH_LEVELS = _limit(8, "ranks", "that a sketch has at a time, for what its calls take")
-SKETCHED = _limit(1e-3, "relative", "error of a sketch's wide spectral norms")
-LADDER = _limit(0.5, "of the rank above", "each rank that a sketch may have")
+ROUGH_WIDE = _limit(192, "states", "maps of wider ones are in float32, where float64 is too dear")
 RESCALE_FLOAT64 = _limit(32, "powers of two", "that a row may leave 1 before it is rescaled")
 RESCALE_FLOAT32 = _limit(8, "powers of two", "the same")
 IMAGE_DRIFT = _limit(40, "powers of two", "by which images may have drifted before they are made anew")
@@ -184,7 +177,7 @@ LAG_FEW_ROWS = _limit(16, "times fewer", "rows than columns: their sum of produc
 LOSS_STEPS = _limit(256, "loss steps", "of a triangle, at most")
 
 # seeds: every random start is the same at each run
-SEED = _limit(0, "seed", "of starts of blocks, exponents and sketches")
+SEED = _limit(0, "seed", "of starts of blocks and exponents")
 CONSTANT_SEED = _limit(1, "seed", "of the vector that tells whether steps never change")
 THIN_SEED = _limit(24_301, "seed", "of probes of wide states: none with which somebody draws weights")
 
@@ -345,7 +338,6 @@ WIDE_SPEED = _limit(1.2e10, "operations a second", "of a wide step that is run a
 WIDE_PASS_SECONDS = _limit(1e-9, "seconds", "of each number on the way through such a step")
 WIDE_CALL_SECONDS = _limit(1e-4, "seconds", "of one vector through it, however small")
 STEP_CALL_SECONDS = _limit(2e-4, "seconds", "that the calls of one step take, however little they do")
-RANK_CALL_SECONDS = _limit(2e-4, "seconds", "that the calls for one step of one rank take")
 LAG_CALL_SECONDS = _limit(5e-4, "seconds", "of one lag, however little there is to do")
 LAG_WEIGHT_SECONDS = _limit(2e-9, "seconds", "for each entry of the weights at one lag")
 ELEMENT_SECONDS = _limit(4e-9, "seconds", "for each number that a row holds at one step or lag")

@@ -7,7 +7,7 @@ Everything else that a test uses is public: `gradflow` and the packages right be
 
 from gradflow.analysis.results import welch
 from gradflow.analyzer.agreement import agreed, agreed_by_votes, votes
-from gradflow.analyzer.blocks import Sweep, log_dropped
+from gradflow.analyzer.blocks import Blocks
 from gradflow.analyzer.causes.remedies import decades
 from gradflow.analyzer.contributions import Contributed, affordable, contributions
 from gradflow.analyzer.contributions import triangle as triangle_triangle

@@ -164,10 +164,9 @@ def test_critical_tanh_is_a_power_law_and_a_map_starts_at_the_first_state() -> N
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-@pytest.mark.parametrize("sketch", [False, True])
-def test_5000_steps_in_float32_neither_underflow_nor_overflow(factor: float, sketch: bool) -> None:
+def test_5000_steps_in_float32_neither_underflow_nor_overflow(factor: float) -> None:
     operator = DenseOperator(constant(factor, 5001, torch.float32))
-    gains = log_gains(operator, [0], sketch=sketch)
+    gains = log_gains(operator, [0])
     for values in gains.values():
         assert values[0, 0, -1].item() == pytest.approx(5000 * math.log(factor), rel=1e-12)
 
@@ -214,23 +213,15 @@ def test_wrong_arguments_get_a_sentence(jacobians: Tensor, norm: str, message: s
         log_gain_map(jacobians, norm)
 
 
-def decaying(steps: int, size: int) -> Tensor:
+@pytest.mark.parametrize(("size", "steps"), [(24, 60), (200, 30)])
+def test_products_in_float32_are_those_in_float64(size: int, steps: int) -> None:
     """Matrices that lose rank as a recurrent layer does: spread gains along turning directions."""
-    spread = torch.logspace(0, -0.5, size, dtype=torch.float64)
-    turn = orthogonal(size)
-    noise = gaussian(steps, size, gain=0.1, seed=3)
-    return turn @ torch.diag(spread) @ turn.T + noise
-
-
-@pytest.mark.parametrize(("size", "steps"), [(24, 60), (96, 40)])
-def test_sketch_agrees_with_exact(size: int, steps: int) -> None:
-    operator = DenseOperator(decaying(steps, size))
-    exact = log_gains(operator, range(steps))
-    sketch = log_gains(operator, range(steps), sketch=True)
+    turn, spread = orthogonal(size), torch.logspace(0, -0.5, size, dtype=torch.float64)
+    jacobians = turn @ torch.diag(spread) @ turn.T + gaussian(steps, size, gain=0.1, seed=3)
+    exact = log_gains(DenseOperator(jacobians), range(0, steps, 5))
+    rough = log_gains(DenseOperator(jacobians.float()), range(0, steps, 5))
     for norm, values in exact.items():
-        error = (sketch[norm] - values).abs()
-        assert error.nanmedian() < 1e-4
-        assert error.nan_to_num().max() < 2e-3
+        assert (rough[norm] - values).abs().nan_to_num().max() < 2e-4
 
 
 def test_strided_sources_are_rows_of_the_full_map() -> None:

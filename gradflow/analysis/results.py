@@ -280,7 +280,7 @@ class LayerAnalysis:
     sentence: str  # the verdict in words with numbers
     title: str  # the overview's headline for this row
     gradient_note: str  # "" or why there is no gradient of the loss here
-    method: str  # "exact" or "sketch", and how it was chosen
+    method: str  # of the gain map: how it was made, and why so
     data: xr.Dataset = field(repr=False)  # every array; see `gradflow.analysis`
     predictions: tuple[Prediction, ...] = ()  # remedies that help, the best first
     alone: Alone | None = None  # of a layer in a closed loop: the same with its inputs held fixed

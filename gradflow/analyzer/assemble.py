@@ -74,8 +74,8 @@ def analyze(
         span: the distance of interest in steps; the median length by default.
         sequences: which sequences may be mapped; all by default.
         maps: how many of them get a full map, first the one with the median gain.
-        method: "exact", "sketch" (blocks truncated as they lose rank), or "auto", which chooses
-            method and stride by predicted cost.
+        method: "exact", all in float64, or "auto", which chooses the stride by predicted cost, and for
+            wide states float32.
         stride: every how many steps a map has a source.
         seed: of random starts; the gain over the span and the rate do not depend on it.
         progress: called with a phase in words and the share done.

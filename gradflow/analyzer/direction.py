@@ -100,7 +100,7 @@ def log_loss_gains(
         if t in wanted:
             unit = _unit(vectors[t]).to(level.values.dtype)[:, None, None]
             none = torch.zeros(batch, 1, 1, dtype=torch.float64)
-            level.add(unit, none, torch.tensor([t]), torch.zeros(1, dtype=torch.long))
+            level.add(unit, none, torch.tensor([t]))
         if level.count == 0:
             continue
         gains = level.rescale()

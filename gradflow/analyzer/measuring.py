@@ -196,7 +196,7 @@ def brief_seconds(track: Track, span: int, share: int) -> float:
     vector = vector_seconds(operator_of(track))
     rate = qr_seconds(length, batch, size, 1, vector) + keeping_seconds(track, share)
     # a map that does not fit its budget still follows one source to its end
-    pilot = 2.0 * length * size**3 / speed
-    maps = min(exact_seconds(size, length), core.MAP_SECONDS / share + pilot)
+    one = 2.0 * length * size**3 / speed
+    maps = min(exact_seconds(size, length), core.MAP_SECONDS / share + one)
     work = min(4.0 * size**3 * span, core.CHANNEL_WORK / share)
     return again + rate + maps + work / speed

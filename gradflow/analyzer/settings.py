@@ -51,10 +51,8 @@ def checked(
     if stride is not None:
         _whole("stride", stride, 1, "leave it out to let the predicted cost choose")
     _whole("seed", seed, 0, "leave it out for 0")
-    if method not in ("auto", "exact", "sketch"):
-        raise InputError(
-            must_be("method", "one of auto, exact, sketch", repr(method), "leave it out for auto")
-        )
+    if method not in ("auto", "exact"):
+        raise InputError(must_be("method", "auto or exact", repr(method), "leave it out for auto"))
     batch = min(track.batch for track in recording.values())
     chosen: tuple[int, ...] | None = None
     if sequences is not None:

@@ -13,7 +13,7 @@ from seam import DIRECT, INK, SOFT, VERDICT_COLOURS, Picture, look, png
 
 Found = dict[str, Any]
 TEMPLATE = Path(__file__).with_name("page.html")
-ON_THE_PAGE_ONLY = ("sketch, ", "peak above", "S = 512", "import gradflow", "memory of the ",
+ON_THE_PAGE_ONLY = ("map in float", "peak above", "S = 512", "import gradflow", "memory of the ",
                     "one process against two", "the history of a sweep", "a step between two probes",
                     "gradflow --help", "functional.jacobian")  # fmt: skip
 # the beginning of a goal -> what bounds it, by profiles of the very cases that are measured
@@ -24,9 +24,6 @@ BOUNDS = {
     "proof that no direction was missed (a Gram matrix and its Cholesky factor, where no direction has "
     "60 % of the norm), products with thin matrices, and QR and eigenvalues of small ones, which run on "
     "one thread while the peak is that of two.",
-    "exact against sketch": "once the blocks have lost most of their rows what is left are calls, for "
-    "every rank at every step, where the exact map pushes all starts at once. The exact map grows as T², "
-    "the sketch as T, so that longer sequences gain; a faster exact map lowers the ratio.",
 }
 GOOD, BAD = VERDICT_COLOURS["stable"], VERDICT_COLOURS["exploding"]
 

@@ -57,7 +57,7 @@ def prepare(layer: LayerAnalysis) -> BlockChart:
     names = tuple(_arrow(code, states) for code in codes)
     lag = np.arange(gain.shape[1])
     last = np.flatnonzero(~np.isnan(gain).all(axis=0))[-1]
-    # at the longest distances a sketch may know some blocks only: words are for all of them
+    # at some distances some blocks only may be known: words are for all of them
     said = np.flatnonzero(~np.isnan(gain).any(axis=0))
     said_at = int(said[-1]) if len(said) else int(last)
     if last == 0:
