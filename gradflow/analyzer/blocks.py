@@ -19,6 +19,7 @@ from gradflow.analyzer.norms import (
     spectral_by_gram,
     spectral_by_iteration,
     spectral_from,
+    within,
 )
 from gradflow.limits import (
     EXACT_ROWS,
@@ -138,8 +139,21 @@ class Blocks:
         else:
             parts = torch.stack([row_norms(v) for v in self.values.split(self.widths, -1)], -1)
             rows = row_norms(parts)
+        room = RESCALED[rows.dtype]
+        if not within(rows, 2.0**-room, 2.0**room):
+            self._take_out(rows, parts, room)
+        self.top, self._shift = self.exponent[..., 0], None
+        if not self._even:
+            self.top, shift = _highest(self.exponent, rows > 0)
+            self._shift = shift.to(rows.dtype)
+        self._parts = parts
+        relative = parts if self._shift is None else parts * self._shift.exp2()[..., None]
+        self.norm = row_norms(relative.flatten(2))
+        return self._logarithm(self.norm)
+
+    def _take_out(self, rows: Tensor, parts: Tensor, room: int) -> None:
         power = torch.frexp(rows)[1]
-        far = (power.abs() > RESCALED[rows.dtype]) & torch.isfinite(rows) & (rows > 0)
+        far = (power.abs() > room) & torch.isfinite(rows) & (rows > 0)
         if bool(far.any()):
             b, n, r = far.nonzero(as_tuple=True)
             shift = -power[far]
@@ -150,14 +164,6 @@ class Blocks:
             parts[far] = parts[far] * factor * rest
             self.exponent[far] -= shift.double()
             self._even = bool((self.exponent == self.exponent[..., :1]).all())
-        self.top, self._shift = self.exponent[..., 0], None
-        if not self._even:
-            self.top, shift = _highest(self.exponent, rows > 0)
-            self._shift = shift.to(rows.dtype)
-        self._parts = parts
-        relative = parts if self._shift is None else parts * self._shift.exp2()[..., None]
-        self.norm = row_norms(relative.flatten(2))
-        return self._logarithm(self.norm)
 
     def spectral(self) -> Tensor:
         """ln ‖V‖₂, (B, n), after `rescale`; exact up to 64 rows, beyond iterated."""
