@@ -291,3 +291,24 @@ def test_the_loop_is_the_one_that_forward_leads_to() -> None:
     (found,) = recording.unseen
     assert "other" not in found.insert
     assert found.line.endswith(f":{_over_memory.__code__.co_firstlineno + 2}")
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("kind", [nn.GRUCell, Cell])
+def test_a_hook_that_scales_gradients_is_said_to_be_in_totals_and_not_in_gains(
+    kind: type[nn.Module], hooked: bool
+) -> None:
+    """As MuZero's: half of every gradient at every step. It was in none of the words."""
+    torch.manual_seed(0)
+    cell = (Cell() if kind is Cell else kind(3, 4)).double()
+    h = torch.zeros(2, 4).double()
+    with gradflow.record(cell) as recording:
+        for _ in range(5):
+            h = cell(torch.randn(2, 3).double(), h)
+            if hooked:
+                h.register_hook(lambda grad: grad / 2)
+        h.square().sum().backward()
+    (track,) = recording
+    assert any("a hook of yours lies on its states" in note for note in track.notes) == hooked
+    incoming = 2 * h.detach()
+    torch.testing.assert_close(track.grad_h[-1], incoming / (1 + hooked), rtol=1e-12, atol=0)

@@ -336,3 +336,15 @@ def briefly(error: BaseException) -> str:
 
 def _line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), "")
+
+
+def note_hooks(states: Iterable[Tensor], places: Iterable[list[str]]) -> None:
+    """Say it in the notes of loops where the user's own hooks lie on the states that a call starts from."""
+    if not any(getattr(state, "_backward_hooks", None) for state in states):
+        return
+    note = (
+        "a hook of yours lies on its states: what it does to gradients is in the totals, but not in the "
+        "gains, which are of what the steps compute"
+    )
+    for notes in places:
+        notes += [note] if note not in notes else []

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradflow.hooks.call import Call
 from gradflow.hooks.graph import Edge, edge_of
+from gradflow.hooks.guard import note_hooks
 from gradflow.hooks.loops import links
 from gradflow.hooks.loops.groups import Group, grouped
 from gradflow.hooks.loops.layout import Layout
@@ -153,6 +154,7 @@ class Stitcher:
                 continue
             del ends[number]
             chain.add(call, link)
+            note_hooks(initial, [track.notes for track in chain.tracks])
             ends.append((end, chain))
             self._chains[id(call)] = (chain, len(chain.calls) - 1)
             return chain, end

@@ -18,6 +18,7 @@ from gradflow.hooks.axes import alike
 from gradflow.hooks.by_value import moved_rows
 from gradflow.hooks.dense import Incomplete, Place, Step
 from gradflow.hooks.graph import Between, Edge, NotReadable, edge_of, kind_of
+from gradflow.hooks.guard import note_hooks
 from gradflow.hooks.marks import Marks
 from gradflow.hooks.own.bypass import Around
 from gradflow.hooks.own.candidates import Candidate, CellLoop, First, Given, first_step
@@ -205,6 +206,8 @@ class OwnSteps:
         mark = Marks.new(place, rows)
         entering, values = entering_of(given, loop.entry, place)
         self._look_between(loop, given)
+        entered = [given.tensors[path] for path in loop.entry.values() if path in given.tensors]
+        note_hooks(entered, [loop.end.track.notes])
         mixed = loop.around.mixed or loop.around.goes_around(entering)
         moved = len(place.like) != len(before.like)
         read = entering is not None and bool(entering.edges) and self.marks.wanted
