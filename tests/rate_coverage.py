@@ -129,6 +129,13 @@ def gru() -> System:
     return recorded(module)
 
 
+def lstm_of_bias_one() -> System:
+    """Forget biases of 1, as is usual, on torch's own weights."""
+    module = nn.LSTM(3, 8, dtype=F64)
+    module.bias_ih_l0.data[8:16] += 1.0
+    return recorded(module)
+
+
 KINDS: dict[str, Callable[[], System]] = {
     "linear, constant": lambda: constant(True),
     "linear, constant, far from normal": lambda: constant(False),
@@ -137,6 +144,7 @@ KINDS: dict[str, Callable[[], System]] = {
     "tanh": tanh,
     "LSTM, spread time scales": lstm,
     "GRU, slow gates": gru,
+    "LSTM, forget bias 1": lstm_of_bias_one,
 }
 
 
