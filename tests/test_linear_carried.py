@@ -239,3 +239,17 @@ def test_marked_chunks_that_hand_on_their_state_are_one_track(
 def test_a_first_state_that_is_not_the_last_one_begins_anew() -> None:
     recording, _ = chunked(lambda state: state * 0.5)
     assert list(recording.tracks) == ["scan", "scan@2", "scan@3"]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["left out", "given"])
+def test_chunks_without_their_first_state_are_told(given: bool) -> None:
+    with gradflow.record(torch.nn.Identity()) as recording:
+        last = None
+        for _ in range(2):
+            h = torch.ones(2, 5, 3, requires_grad=True).cumsum(1)
+            initial = torch.zeros(2, 3) if last is None else last
+            h = gradflow.scan(h, decay=1.0, time=1, initial=initial if given else None)
+            last = h[:, -1].detach()
+            h.sum().backward()
+    said = [any("give scan" in note for note in track.notes) for track in recording.values()]
+    assert said == ([False] if given else [False, True])

@@ -18,6 +18,10 @@ from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.marks import TrackOwner
 from gradflow.recording.track import Track
 
+AGAIN = (
+    "it was marked again without initial=, so it is a track of its own; where it goes on from the one "
+    "before, give scan that one's last state as initial="
+)
 CUT_AT = "its first state is handed from call to call, and no gradient comes back to it"
 
 
@@ -69,8 +73,11 @@ class LinearCalls:
             end.source.closed = end.source.closed or _is_closed(end, scanned, stretch)
             end.source.stretches.append(stretch)
         else:
+            again = any(other.key == key for other in self._ends)
             end = LastScan(*self._begun(scanned, stretch, code), key)
             self._ends.append(end)
+            if again and scanned.cell == "scan" and scanned.initial is None:
+                end.source.remarks.append(AGAIN)
         end.last, end.edge = _last(scanned, stretch.known_states)
         end.edges = edges
         source, track = end.source, end.track
