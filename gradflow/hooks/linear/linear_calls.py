@@ -18,7 +18,7 @@ from gradflow.hooks.linear.scanned import Scanned
 from gradflow.hooks.marks import TrackOwner
 from gradflow.recording.track import Track
 
-AGAIN = (
+UNJOINED = (
     "it was marked again without initial=, so it is a track of its own; where it goes on from the one "
     "before, give scan that one's last state as initial="
 )
@@ -77,7 +77,7 @@ class LinearCalls:
             end = LastScan(*self._begun(scanned, stretch, code), key)
             self._ends.append(end)
             if again and scanned.cell == "scan" and scanned.initial is None:
-                end.source.remarks.append(AGAIN)
+                end.source.remarks.append(UNJOINED)
         end.last, end.edge = _last(scanned, stretch.known_states)
         end.edges = edges
         source, track = end.source, end.track
