@@ -21,7 +21,15 @@ import gradflow
 from gradflow import workflow
 from gradflow.errors import GradflowError
 from gradflow.history import History
-from gradflow.loading import describe, open_model, open_pretrained, read_batch, read_labels
+from gradflow.loading import (
+    Batch,
+    describe,
+    fit_batch,
+    open_model,
+    open_pretrained,
+    read_batch,
+    read_labels,
+)
 
 
 @pytest.fixture
@@ -414,7 +422,9 @@ def test_more_layers_or_steps_than_are_analyzed_are_refused_before_any_runs(tmp_
     torch.save(torch.nn.RNN(1, 1), tmp_path / "x.pt")
     np.savez_compressed(tmp_path / "b.npz", input=np.zeros((3 * 10**6, 1, 1), np.float32))
     request = workflow.FileRequest(tmp_path / "x.pt", input=tmp_path / "b.npz")
-    assert "at most 10,000 steps and sequences" in refused(lambda: workflow.analyze_file(request))
+    assert "of at most 10,000 steps" in refused(lambda: workflow.analyze_file(request))
+    many = Batch(inputs=(torch.zeros(2, 20_000, 1),))  # sequences, which may be as many
+    assert fit_batch(many, torch.nn.RNN(1, 1)).inputs[0].shape == (2, 20_000, 1)
 
 
 @pytest.fixture(scope="module")

@@ -444,18 +444,18 @@ def fit_batch(batch: Batch, model: nn.Module) -> Batch:
         kwargs={key: fit(value, key, whole=True) for key, value in batch.kwargs.items()},
         target=fit(batch.target, "the target", whole=True),
     )
-    if any(isinstance(part, nn.RNNBase | nn.RNNCellBase) for part in model.modules()):
-        _check_steps(fitted.inputs[0])
+    _check_steps(fitted.inputs[0], model)
     if isinstance(model, nn.RNNBase):
         fitted = _fit_bare(fitted, model, notes)
     return replace(fitted, notes=tuple(dict.fromkeys(notes)))
 
 
-def _check_steps(first: Tensor) -> None:
-    """Refuse more steps, or sequences, than a layer that runs step by step is analyzed on."""
-    if max(first.shape[:2], default=0) > MOST_STEPS:
-        expected = f"of at most {MOST_STEPS:,} steps and sequences"
-        advice = "cut it into several files, and give --input their folder"
+def _check_steps(first: Tensor, model: nn.Module) -> None:
+    """Refuse more steps than are analyzed one by one; the layers say which axis is time."""
+    axes = {int(part.batch_first) for part in model.modules() if isinstance(part, nn.RNNBase)}
+    if first.dim() > 1 and any(first.shape[axis] > MOST_STEPS for axis in axes):
+        expected = f"of at most {MOST_STEPS:,} steps"
+        advice = "cut its sequences, or record a part of a step with gradflow.record"
         raise InputError(must_be("the input", expected, f"shape {tuple(first.shape)}", advice))
 
 
