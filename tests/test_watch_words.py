@@ -408,6 +408,7 @@ def test_cheap_probes_come_as_often_as_asked_and_never_more(
     monkeypatch.setattr("gradflow.watching.schedule.time", clock)
     assert run(Schedule(10, 0.02), clock, 1000, 1.0, 0.001) == list(range(1, 1001, 10))
     assert run(Schedule(1, None), clock, 30, 0.001, 10.0) == list(range(1, 31))
+    assert run(Schedule(1, 1.0), clock, 30, 0.001, 10.0) == list(range(1, 31))
 
 
 def test_rules_that_cannot_be_read_are_refused() -> None:

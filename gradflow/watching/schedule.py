@@ -21,7 +21,8 @@ class Schedule:
     """
 
     def __init__(self, every: int, budget: float | None) -> None:
-        self.every, self.budget = every, budget
+        self.every = every
+        self.budget = None if budget == 1 else budget  # of all the time nothing is to be kept back
         self.spent = 0.0  # seconds that probes have added
         self.interval = every
         self.due = 0  # the step of the next probe
