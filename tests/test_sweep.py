@@ -409,11 +409,18 @@ def test_a_full_disk_ends_the_sweep_and_is_no_failure_of_a_checkpoint(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(
-        FileError, match=r"cannot write the sweep to .*: No space left on device; what"
+        FileError,
+        match=r"cannot write the sweep to .*: No space left on device; what .*: make room",
     ):
         swept(runs, "seed=0/*.pt", serial, folder=tmp_path / "a")
     assert len(list((tmp_path / "a/results").glob("*.jsonl"))) == 3 and len(written) == 4
     monkeypatch.undo()
+    one = next((tmp_path / "a/results").glob("*.jsonl"))
+    one.unlink()
+    one.mkdir()
+    with pytest.raises(FileError, match=rf"see what stands at results/{one.name}, and go on"):
+        swept(runs, "seed=0/*.pt", serial, folder=tmp_path / "a", resume=True)
+    one.rmdir()
     history = swept(runs, "seed=0/*.pt", serial, folder=tmp_path / "a", resume=True)
     assert len(history) == 8 and not any(history.data["failed"].values)
 

@@ -13,6 +13,7 @@ Every file appears whole or not at all. A sweep holds a lock on its shard while 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import inspect
 import json
@@ -244,10 +245,17 @@ class SweepFolder:
             with whole_file(self.path_of(key)) as file:
                 file.write(text)
         except FileError as error:
-            why = getattr(error.__cause__, "strerror", None) or error
+            cause = error.__cause__
+            full = isinstance(cause, OSError) and cause.errno in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EFBIG,
+            )
+            why = getattr(cause, "strerror", None) or error
+            advice = "make room" if full else f"see what stands at {RESULTS}/{key}.jsonl"
             raise FileError(
                 f"cannot write the sweep to {self.folder}: {why}; what was measured "
-                "before is kept: make room, and go on with --resume"
+                f"before is kept: {advice}, and go on with --resume"
             ) from error
 
     def keep_failure(self, key: str, name: str, outcome: Outcome) -> None:
