@@ -137,7 +137,7 @@ DOORS = {
         "watched",
     },
     "hooks/own/forwards.py": {"forward", "_told", "_entered", "_left", "_note"},
-    "hooks/seen.py": {"before", "after", "point", "__init__"},
+    "hooks/seen.py": {"before", "after", "point", "run", "__init__"},
     "hooks/taps.py": {"tap", "_tell", "_untold"},
     "hooks/linear/scan.py": {"scan", "_tell", "_untold"},
 }

@@ -61,8 +61,8 @@ def save(analysis: Analysis, path: Path) -> Path:
 def _write(group: h5py.Group, data: xr.Dataset) -> None:
     """The arrays of a layer as netCDF-4 has them; xarray's own way takes ten times as long."""
     scales: dict[Any, h5py.Dataset] = {}
-    for name, size in data.sizes.items():
-        known = name in data.coords
+    for name in dict.fromkeys([*data.coords, *data.sizes]):  # in this order they come back
+        known, size = name in data.coords, data.sizes[name]
         scales[name] = _array(group, name, data[name].values if known else np.zeros(size, ">f4"))
         said = f"This is a netCDF dimension but not a netCDF variable.{size:10}"
         scales[name].make_scale(name if known else said)

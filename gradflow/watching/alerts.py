@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gradflow.conditions import Condition, parse_conditions
 from gradflow.errors import InputError, must_be
@@ -38,6 +38,11 @@ class Alerts:
     _holding: set[tuple[str, str]] = field(default_factory=set)  # rule and layer
     _told: dict[str, str] = field(default_factory=dict)  # layer -> the verdict that was last told
     _lasting: dict[str, tuple[str, int]] = field(default_factory=dict)  # layer -> verdict, probes
+
+    def copied(self) -> Alerts:
+        """The same, of which what holds changes by itself."""
+        held = set(self._holding)
+        return replace(self, _holding=held, _told=dict(self._told), _lasting=dict(self._lasting))
 
     def after(self, step: int, measured: MeasuredUpdate) -> list[Event]:
         """What changed with a probe."""

@@ -418,9 +418,11 @@ class Watch:
             return None
         self._failures = 0
         probe, measured = made
-        events = self._alerts.after(step, measured)
+        alerts = self._alerts.copied()  # a probe that Ctrl-C keeps from being written is made again
+        events = alerts.after(step, measured)
         cost = self._schedule.probed(step, now - self._began, arrived - self._began)
         self._write(self._whole(probe, measured, events, cost), measured)
+        self._alerts = alerts
         try:
             self._tell(probe, events)
         except StopTraining as error:
