@@ -13,16 +13,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CEILINGS = {
     "longest chain of imports": 21,
-    "files": 264,
-    "lines": 57_750,
+    "files": 262,
+    "lines": 57_700,
     "median lines of a function": 7,
     "longest function": 80,
-    "module constants outside limits.py": 497,
+    "module constants outside limits.py": 495,
     "constants of two values": 15,
-    "classes of two meanings": 5,
+    "classes of two meanings": 4,
     "file names used twice": 14,
-    "test files that import internals": 5,
-    "internals that tests import": 165,
+    "test files that import internals": 3,
+    "internals that tests import": 163,
 }
 LOOSE = 1.4  # how far above its count a ceiling may be before it has to come down
 FEW = 8  # smaller counts are left alone
