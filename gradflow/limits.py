@@ -401,6 +401,7 @@ GLOSSARY: dict[str, str] = {
     "those with half of the sequence before them",
     "cut": "a step at which nothing of the previous state arrives: detached (its values go on, no gradient "
     "does), masked with zeros, or reset; nothing is measured across it",
+    "probe": "inputs and a loss that stand in where there is no batch; of a training, a measured step",
     "run, group": "one analysis or training; runs whose folders differ in the seed alone are a group",
     "steps reached": "how far back the last loss step's gradient is felt: a geometric mean over a group",
     "parity": "whether gradients of weights, rebuilt from the recorded ones, are the model's own",

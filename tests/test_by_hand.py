@@ -128,7 +128,7 @@ LINES: dict[str, Callable[[Analysis], Drawn]] = {
 
 
 def test_every_picture_is_drawn_by_hand() -> None:
-    by_bars, of_linear_layers = {"time-scales"}, {"heads"}
+    by_bars, of_linear_layers = {"time-scales"}, {"heads"}  # below
     assert {*IMAGES, *LINES} | by_bars | of_linear_layers == set(KINDS)
 
 
@@ -169,3 +169,37 @@ def test_bars_count_the_units_of_the_table(run: Analysis) -> None:
     places = [(bar.get_x(), bar.get_x() + bar.get_width() / 0.92) for bar in bars]
     counts = [((log10(scales) >= low) & (log10(scales) < high)).sum() for low, high in places]
     assert counts == [bar.get_height() for bar in bars] and sum(counts) == 12
+
+
+def test_heads_have_the_colours_of_the_table() -> None:
+    torch.manual_seed(0)
+    keys = nn.functional.normalize(torch.randn(1, 20, 3, 4), dim=-1)
+    decay, beta = torch.tensor([0.6, 0.9, 0.99]).expand(1, 20, 3), torch.full((1, 20, 3), 0.3)
+    write = nn.Parameter(torch.randn(1, 20, 3, 4, 2))
+    state, states = torch.zeros(1, 3, 4, 2), []
+    for t in range(20):
+        key, state = keys[:, t, :, :, None], decay[:, t, :, None, None] * state
+        state = state - 0.3 * key * (key * state).sum(2, keepdim=True) + write[:, t]
+        states.append(state)
+    model = nn.ParameterList([write])
+    with gradflow.record(model) as recording:
+        h = gradflow.scan(
+            torch.stack(states, 1),
+            decay=decay[..., None, None],
+            keys=keys,
+            beta=beta,
+            time=1,
+            name="delta",
+        )
+        h[:, -1].square().sum().backward()
+    run = gradflow.analyze(recording)
+    heads, gains = run.frame("heads"), run.frame("head_lags")
+    lags = np.sort(gains["lag"].unique())
+    by_head = gains.pivot(index="head", columns="lag", values="median")
+    ranks = heads.sort_values("gain", ascending=False)["head"]
+    columns = np.geomspace(lags[0], lags[-1] + 1e-9, 240)
+    nearest = np.searchsorted(np.sqrt(lags[:-1] * lags[1:]), columns)
+    wanted = paint(by_head.loc[ranks].to_numpy()[:, nearest] / LN10)
+    (image,) = gradflow.plot(run, "heads").axes[0].images
+    assert (np.asarray(image.get_array()) == wanted).all()
+    assert not (np.asarray(image.get_array()) == wanted[::-1]).all()
