@@ -222,8 +222,7 @@ def _drawn(figure: Figure, dpi: int) -> np.ndarray:
     try:
         figure.dpi = dpi
         canvas = FigureCanvasAgg(figure)
-        # hinted, every letter would run the font's program of its size again
-        with look(), matplotlib.rc_context({"text.hinting": "no_hinting"}):
+        with look():
             canvas.draw()
         return np.array(canvas.buffer_rgba())
     finally:
