@@ -66,9 +66,8 @@ class Blocks:
         # of the spectral norm at the last lag: the leading vector, or all that is carried
         self.guess = torch.empty(batch, 0, rank, NORM_KEPT if self._followed else 1, dtype=dtype)
         self._held = torch.zeros(batch, 0, dtype=torch.float64)  # (B, n) powers of the images
-        self._parts = torch.empty(
-            batch, 0, rank, len(self.widths), dtype=dtype
-        )  # norms within a state
+        k = len(self.widths)
+        self._parts = torch.empty(batch, 0, rank, k, dtype=dtype)  # row norms within each state
         self._even = True  # whether all rows of a block have the same power of two
         self._shift: Tensor | None = None  # (B, n, r) powers below the block's, None if even
         self.top = torch.zeros(batch, 0, dtype=torch.float64)  # (B, n) powers of the block

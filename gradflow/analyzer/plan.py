@@ -99,9 +99,8 @@ def exact_seconds(
 ) -> float:
     """Predicted seconds of an exact map with every stride-th step a source."""
     pairs = length * (length - 1) / 2 / stride
-    spectral = (
-        spectral_work(size, size) / SPEED[torch.float64]
-    )  # small matrices: no faster in float32
+    # of small matrices, which are no faster in float32
+    spectral = spectral_work(size, size) / SPEED[torch.float64]
     return pairs * (2.0 * size**3 / SPEED[dtype] + spectral) + length * 5e-4
 
 

@@ -18,8 +18,9 @@ class Inner:
     """One layer of a call that ran with phantom inputs, and what its backwards brought."""
 
     inputs: int  # I of this layer
-    output: Tensor  # a copy
-    grads: dict[str, Tensor] = field(default_factory=dict)  # "phantom", and "output": from above
+    output: Tensor | None  # a copy; None of the top layer, whose output the call returned
+    # "phantom", and below the top "output": what came from above
+    grads: dict[str, Tensor] = field(default_factory=dict)
     graph_tasks: set[int] = field(default_factory=set)
 
 
@@ -113,8 +114,10 @@ class Call:
             inner.graph_tasks.add(self._task())
             _add(inner.grads, "phantom", grad[..., inner.inputs :], scale())
 
-        above = self._hook(output, lambda grad: _add(inner.grads, "output", grad, scale()))
-        return self._hook(given, phantom) + above
+        handles = self._hook(given, phantom)
+        if inner.output is not None:
+            handles += self._hook(output, lambda grad: _add(inner.grads, "output", grad, scale()))
+        return handles
 
     @property
     def inner_known(self) -> bool:

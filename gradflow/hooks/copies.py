@@ -60,7 +60,10 @@ class Copies:
             differentiable=any(tensor.requires_grad for tensor in seen.results),
             lengths=None if seen.single else self.lengths.of_call(seen),
             single=seen.single,
-            inner=tuple(Inner(x.shape[-1], copied(output)) for x, _, output in seen.inner),
+            inner=tuple(
+                Inner(x.shape[-1], copied(output) if output is not seen.results[0] else None)
+                for x, _, output in seen.inner
+            ),
             # a step in parts (on a CPU) makes h of the other states' own tensors; one kernel does not
             totals=seen.single and len({tensor.grad_fn for tensor in seen.results}) > 1,
         )

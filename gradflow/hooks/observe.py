@@ -63,8 +63,8 @@ def record(
             step. With True they are written out at any width, with False there are none.
         exact: with False, stacks of torch's own layers, and on a GPU single ones, run with phantom inputs,
             so that one backward through torch's own kernel gives all totals. For stacks that is faster,
-            and on a GPU the number of kernel calls for them does not grow with T; outputs, gradients and
-            totals are those of a plain step up to rounding. Half precision, autocast: as with True.
+            and on a GPU the calls for totals grow with log T, not T; outputs, gradients and totals are
+            those of a plain step up to rounding. Half precision, autocast: as with True.
         scaler: the GradScaler whose scale multiplies the loss; it is divided out.
         gather: of a model that several processes train: at the end of the block each has the sequences
             of all, and gradients of the mean of their losses; see `gradflow.distributed`. By default

@@ -248,13 +248,13 @@ class Replay:
             for number in range(call.layers):
                 top = number == call.layers - 1
                 # a single layer's states are its output
-                inner = call.layers > 1 and not call.inner
-                if inner:
+                again = call.layers > 1 and not call.inner
+                kept = None if top or again else call.inner[number].output
+                if again:
                     output = one_layer(call, number, data)
                 else:
-                    given = call.returned["output"] if top else call.inner[number].output
-                    output = self.time_first(given)
-                if top and inner:
+                    output = self.time_first(call.returned["output"] if kept is None else kept)
+                if top and again:
                     self._compare(output)
                 layers.append(self._directions(number, data, output))
                 if top:

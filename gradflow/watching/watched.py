@@ -77,7 +77,7 @@ def watch(
             made at its steps, of the gradients that all backwards since the one before brought.
         every: the fewest steps between two probes.
         budget: the share of the wall time that probes may take: where they are dear they come more
-            rarely. None for no limit. The first step is probed in any case.
+            rarely. None or 1 for no limit. The first step is probed in any case.
         preset: "pulse" (gradients, gates, norms, NaN), "rate" (also rate, horizon and verdict, from
             at most 16 sequences) or "full" (what `gradflow.analyze` gives, saved beside the history).
         layers: names or globs of the layers to keep; all by default.

@@ -110,15 +110,12 @@ def _inner(calls: list[Call]) -> tuple[Inner, ...]:
         laid = [_time_first(call, one) for call, one in zip(calls, each, strict=True)]
         return torch.cat(laid, dim=1)
 
-    return tuple(
-        Inner(
-            layers[0].inputs,
-            joined([one.output for one in layers]),
-            {name: joined([one.grads[name] for one in layers]) for name in layers[0].grads},
-            tasks,
-        )
-        for layers in zip(*(call.inner for call in calls), strict=True)
-    )
+    found = []
+    for layers in zip(*(call.inner for call in calls), strict=True):
+        outputs = [one.output for one in layers if one.output is not None]
+        grads = {name: joined([one.grads[name] for one in layers]) for name in layers[0].grads}
+        found.append(Inner(layers[0].inputs, joined(outputs) if outputs else None, grads, tasks))
+    return tuple(found)
 
 
 def _grad(call: Call, name: str) -> Tensor:
